@@ -1,0 +1,1 @@
+"""From text to packed shards: corpora, the shared tokenizer, packing."""

@@ -1,0 +1,1 @@
+"""Starting, watching and reporting runs; imports `pretrain.config` and nothing that needs torch."""

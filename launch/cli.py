@@ -1,0 +1,192 @@
+"""`atoll`: the one command. A user's mistake is one line on stderr and exit code 2."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from data_tools.cli import app as data_app
+from pretrain.config import ConfigError, RunConfig, load_config
+
+app = typer.Typer(
+    name="atoll",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Federated pre-training of language models: institutions that may not pool their text train one model together.",
+)
+launch_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Start a run.")
+app.add_typer(launch_app, name="launch")
+app.add_typer(data_app, name="data")
+
+Config = Annotated[list[Path], typer.Option("--config", "-c", help="YAML file; several are merged in order.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, merged last.")]
+RunDirectory = Annotated[Path, typer.Argument(help="Run directory.")]
+
+
+@app.command()
+def demo(
+    overrides: Overrides = None,
+    directory: Annotated[Path, typer.Option(help="Run directory; an unfinished run in it goes on.")] = Path("runs/demo"),
+    corpora: Annotated[
+        Path | None, typer.Option(help="Folders of train.jsonl.gz and valid.jsonl.gz instead of the installed Python.")
+    ] = None,
+    compare: Annotated[bool, typer.Option(help="Also train one central model and each silo alone.")] = False,
+) -> None:
+    """Train three silos together on this machine, on text that is already on it.
+
+    [bold]Example:[/bold] atoll demo --compare
+    """
+    from launch.demo import run_demo
+
+    raise typer.Exit(run_demo(directory, corpora=corpora, compare=compare, overrides=overrides or []))
+
+
+@launch_app.command("local")
+def launch_local_command(
+    config: Config,
+    overrides: Overrides = None,
+    max_restarts: Annotated[int, typer.Option(help="How often a child that crashed is started again.")] = 0,
+) -> None:
+    """Start the aggregator and one torchrun per silo on this machine, and watch them.
+
+    Ctrl-C saves and stops; the same command goes on.
+
+    [bold]Example:[/bold] atoll launch local --config run.yaml inner.lr=0.003
+    """
+    from launch.local import launch_local
+
+    raise typer.Exit(launch_local(load_config(config, overrides or []), max_restarts=max_restarts))
+
+
+@app.command()
+def train(
+    config: Config,
+    silo: Annotated[str, typer.Option(help="Which of the configuration's silos this is.")],
+    overrides: Overrides = None,
+) -> None:
+    """Train one silo on this machine with torchrun; the aggregator runs elsewhere.
+
+    On several nodes, start [bold]torchrun ... -m pretrain.train[/bold] with the same arguments on each.
+
+    [bold]Example:[/bold] atoll train --config run.yaml --silo law
+    """
+    from launch.local import local_commands
+
+    checked = load_config(config, overrides or [])
+    if silo not in checked.silos:
+        raise ConfigError(f"--silo: {silo!r} given; allowed: {', '.join(sorted(checked.silos))}")
+    if checked.silos[silo].num_nodes != 1:
+        raise ConfigError(f"silos.{silo}.num_nodes: {checked.silos[silo].num_nodes} given; allowed: 1 with atoll train")
+    path = _write_resolved(checked)
+    command = next(c for c in local_commands(checked, path) if c.name == silo)
+    code = subprocess.run(command.argv, env=os.environ | command.environment, check=False).returncode
+    if code and command.error_path and command.error_path.exists():
+        raise typer.Exit(2)
+    raise typer.Exit(code)
+
+
+@app.command()
+def aggregate(config: Config, overrides: Overrides = None) -> None:
+    """Merge the silos' pseudo-gradients, one commit after another. Needs a CPU and the store, nothing else.
+
+    [bold]Example:[/bold] atoll aggregate --config run.yaml
+    """
+    path = _write_resolved(load_config(config, overrides or []))
+    command = [sys.executable, "-m", "pretrain.aggregate", "--config", str(path)]
+    raise typer.Exit(subprocess.run(command, check=False).returncode)
+
+
+@app.command()
+def status(
+    where: Annotated[str, typer.Argument(help="URL of the store, or a run directory with one in it.")],
+) -> None:
+    """What is committed, who delivered, what is being waited for: from the store alone.
+
+    [bold]Example:[/bold] atoll status s3://bucket/run
+    """
+    from launch.status import print_status
+
+    inside = Path(where) / "store"
+    print_status(str(inside) if inside.is_dir() else where)
+
+
+@app.command()
+def report(directory: RunDirectory) -> None:
+    """Write summary.json and report.html of a run.
+
+    [bold]Example:[/bold] atoll report runs/demo
+    """
+    from launch.report import summarize, write_report
+
+    summarize(directory)
+    compared = sorted(path for path in (directory / "compare").glob("*") if (path / "metrics.jsonl").is_file())
+    print(write_report(directory, comparisons={path.name: path for path in compared}))
+
+
+@app.command()
+def export(
+    directory: RunDirectory,
+    output: Annotated[Path, typer.Option(help="Directory to make; must not exist.")],
+    version: Annotated[int | None, typer.Option(help="Version of the global parameters; default: the newest.")] = None,
+) -> None:
+    """Write the global model as a transformers directory with tokenizer.
+
+    [bold]Example:[/bold] atoll export runs/demo --output model
+    """
+    from pretrain.export import export_global_model
+
+    print(export_global_model(_resolved(directory), output, version))
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="transformers directory (see atoll export).")],
+    data: Annotated[list[Path], typer.Option(help="Packed split; may be given several times.")],
+    sequence_tokens: Annotated[int | None, typer.Option(help="Tokens of a sequence; default: as trained.")] = None,
+    num_sequences: Annotated[int, typer.Option(help="Sequences of each split; 0 takes all.")] = 0,
+) -> None:
+    """Loss of a model on packed text, in nats per token.
+
+    [bold]Example:[/bold] atoll eval model --data runs/demo/packed/prose/valid
+    """
+    from pretrain.export import evaluate_directory
+
+    losses = evaluate_directory(model, data, sequence_tokens=sequence_tokens, num_sequences=num_sequences)
+    for path, loss in losses.items():
+        print(f"{loss:.6f}  {path}")
+
+
+def _resolved(directory: Path) -> RunConfig:
+    path = directory / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"run directory: {str(directory)!r} given; there is no config.yaml in it")
+    return load_config([path])
+
+
+def _write_resolved(config: RunConfig) -> Path:
+    """The resolved configuration, written to the run directory before anything starts."""
+    from pretrain.config import save_config
+
+    path = Path(config.directory) / "config.yaml"
+    try:
+        save_config(config, path)
+    except OSError as error:
+        raise ConfigError(f"directory: {config.directory!r} given; it cannot be written: {error}") from None
+    return path
+
+
+def main() -> None:
+    """Console entry point."""
+    try:
+        app()
+    except ConfigError as error:
+        print(f"atoll: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

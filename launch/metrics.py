@@ -1,0 +1,101 @@
+"""Reading what running processes write: `metrics.jsonl` and `status.json`."""
+
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+"""One line of `metrics.jsonl`."""
+
+
+class MetricsReader:
+    """Reads a growing `metrics.jsonl` from where it stopped the last time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._offset_bytes = 0
+
+    def read_new(self) -> list[Record]:
+        """Records of the lines completed since the last call; a line that is no JSON object is passed over."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self._offset_bytes)
+                text = file.read()
+        except FileNotFoundError:
+            return []
+        whole = text[: text.rfind(b"\n") + 1]
+        self._offset_bytes += len(whole)
+        return [record for line in whole.splitlines() if (record := _parse(line)) is not None]
+
+
+def _parse(line: bytes) -> Record | None:
+    # A machine that lost power can leave half a line; one bad line must not hide the rest of a run.
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and "kind" in record else None
+
+
+# What makes a record the same one again when a resumed process repeats it; the last one counts.
+IDENTITY = {
+    "step": ("silo", "step"),
+    "sync": ("silo", "round", "fragment"),
+    "eval": ("silo", "round"),
+    "commit": ("version", "fragment"),
+    "summary": ("silo",),
+}
+
+
+def last_of_each(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """Records by kind, without those that a later one repeats, ordered by round, version or step."""
+    kept: dict[str, dict[str, Record]] = {kind: {} for kind in IDENTITY}
+    for record in records:
+        if (kind := record["kind"]) in IDENTITY:
+            kept[kind][json.dumps([record.get(key) for key in IDENTITY[kind]])] = record
+    return {
+        kind: sorted(found.values(), key=lambda r: (r.get("version") or r.get("round") or 0, r.get("step") or 0))
+        for kind, found in kept.items()
+    }
+
+
+@dataclass(kw_only=True)
+class ProcessStatus:
+    """What a process says it is doing."""
+
+    phase: str = "starting"
+    """starting, training, waiting, evaluating, merging, finished, stopped or failed."""
+    waiting_for: str | None = None
+    """What it waits for, in words."""
+    since_unix_seconds: float = 0.0
+    """Since when it is in this phase."""
+    step: int = 0
+    """Inner steps done."""
+    round: int = 0
+    """The round it is in, or the version of the aggregator."""
+
+    @property
+    def waited_seconds(self) -> float:
+        """For how long it has been in its phase."""
+        return max(0.0, time.time() - self.since_unix_seconds)
+
+
+def read_status(path: Path, newer_than_unix_seconds: float = 0.0) -> ProcessStatus:
+    """A process's `status.json`; plain "starting" when there is none, or only one that an earlier start left."""
+    try:
+        # Clocks of file systems tick in steps of some milliseconds: a file written just after may look older.
+        if path.stat().st_mtime < newer_than_unix_seconds - 0.05:
+            return ProcessStatus(since_unix_seconds=newer_than_unix_seconds)
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return ProcessStatus(since_unix_seconds=newer_than_unix_seconds)
+    return ProcessStatus(
+        phase=str(found.get("phase", "starting")),
+        waiting_for=found.get("waiting_for"),
+        since_unix_seconds=float(found.get("since") or 0.0),
+        step=int(found.get("step") or 0),
+        round=int(found.get("round") or 0),
+    )

@@ -1,0 +1,192 @@
+"""The store exchange: where everything lies under one URL, and the few verbs of silo and aggregator.
+
+    contract.json                            what all silos agreed to
+    global/000017/commit.json                written last: the version is there when this is
+    global/000017/parameters-000.safetensors what commit 17 changed, one object a fragment
+    global/000017/outer-000.safetensors      the outer optimizer's state, for the aggregator's own restart
+    silos/NAME/identity.json                 which run directory holds this name
+    silos/NAME/000017/000.safetensors        one coded fragment of the pseudo-gradient of round 17
+    silos/NAME/000017/manifest.json          written last: the delivery is there when this is
+    silos/NAME/000017/refused-0.json         why the aggregator did not take it; the silo delivers again
+    silos/NAME/resumable/000016              the silo has a checkpoint that holds version 16
+
+Round 17 starts from version 16 and ends with commit 17.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from pretrain.config import ConfigError
+from pretrain.exchange.objects import Objects
+from pretrain.trust.ledger import Commit, Manifest, Payload, RefusedError, check_link, sha256_bytes
+
+CONTRACT = "contract.json"
+
+
+def version_path(version: int) -> str:
+    """The folder of a version of the global parameters."""
+    return f"global/{version:06d}"
+
+
+def delivery_path(silo: str, round: int) -> str:
+    """The folder of a silo's delivery for a round."""
+    return f"silos/{silo}/{round:06d}"
+
+
+def file_payload(file: Path, fragment: int) -> Payload:
+    """Describe a file that is about to travel."""
+    with file.open("rb") as opened:
+        sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
+    return Payload(fragment=fragment, file=file.name, sha256=sha256, num_bytes=file.stat().st_size)
+
+
+class StoreExchange:
+    """Silos and aggregator meet only in the store; each may be killed and started again at any instant."""
+
+    def __init__(self, url: str) -> None:
+        """Raises ConfigError for a URL that fsspec cannot serve."""
+        self.objects = Objects(url)
+        self.contract_sha256 = ""
+
+    # ---- both
+
+    def read_contract(self) -> bytes | None:
+        """The contract's bytes, or None while there is none. Sets `contract_sha256`, which all reading checks against."""
+        if not self.objects.exists(CONTRACT):
+            return None
+        data = self.objects.read(CONTRACT)
+        self.contract_sha256 = sha256_bytes(data)
+        return data
+
+    def newest_version(self, start: int = -1) -> int:
+        """The newest committed version, looked for from `start` upwards; -1 if there is none."""
+        if start < 0:
+            numbers = [int(name) for name in self.objects.names("global") if name.isdigit()]
+            committed = (n for n in sorted(numbers, reverse=True) if self.objects.exists(f"{version_path(n)}/commit.json"))
+            return next(committed, -1)
+        while self.objects.exists(f"{version_path(start + 1)}/commit.json"):
+            start += 1
+        return start
+
+    def read_commit(self, version: int) -> Commit:
+        """Read a commit and check that it follows its predecessor. Raises RefusedError, FileNotFoundError."""
+        commit = Commit.from_bytes(self.commit_bytes(version))
+        check_link(commit, version, self.commit_bytes(version - 1) if version else None, self.contract_sha256)
+        return commit
+
+    def commit_bytes(self, version: int) -> bytes:
+        """The bytes of a commit."""
+        return self.objects.read(f"{version_path(version)}/commit.json")
+
+    def fetch(self, folder: str, payload: Payload, file: Path) -> int:
+        """Download one payload and check it before anybody decodes a byte; returns its size. Raises RefusedError."""
+        try:
+            sha256, num_bytes = self.objects.download(f"{folder}/{payload.file}", file)
+        except FileNotFoundError:
+            raise RefusedError(f"{folder}/{payload.file} is missing") from None
+        if num_bytes != payload.num_bytes:
+            raise RefusedError(f"{folder}/{payload.file} has {num_bytes} bytes, not {payload.num_bytes}: truncated?")
+        if sha256 != payload.sha256:
+            raise RefusedError(f"{folder}/{payload.file} has sha256 {sha256[:12]}, not {payload.sha256[:12]}: corrupted")
+        return num_bytes
+
+    # ---- the silo's verbs
+
+    def claim_name(self, silo: str, identity: str) -> None:
+        """Take the silo's name for the run directory that knows `identity`. Raises ConfigError if another one has it."""
+        name = f"silos/{silo}/identity.json"
+        try:
+            self.objects.write(name, json.dumps({"identity": identity}).encode())
+        except FileExistsError:
+            if json.loads(self.objects.read(name)).get("identity") != identity:
+                raise ConfigError(
+                    f"silos: {silo!r} given; another run directory takes part under this name in {self.objects.url}; "
+                    f"choose another name, or delete {name} there if that run directory is lost"
+                ) from None
+
+    def deliver(self, manifest: Manifest, files: Iterable[tuple[Payload, Path]]) -> bytes:
+        """Write the payloads, then the manifest; returns the manifest's bytes that stand.
+
+        A manifest that is there already stands, whatever its bytes: a delivery is used at most once. Payloads without
+        manifest are leftovers of an interrupted or refused delivery of this silo and are replaced.
+        """
+        folder = delivery_path(manifest.silo, manifest.round)
+        if self.objects.exists(f"{folder}/manifest.json"):
+            return self.objects.read(f"{folder}/manifest.json")
+        for payload, file in files:
+            self.objects.delete(f"{folder}/{payload.file}")
+            self.objects.upload(file, f"{folder}/{payload.file}")
+        self.objects.write(f"{folder}/manifest.json", manifest.to_bytes())
+        return manifest.to_bytes()
+
+    def refusals(self, silo: str, round: int) -> list[str]:
+        """The aggregator's reasons for refusing deliveries of this round, oldest first."""
+        folder = delivery_path(silo, round)
+        names = [name for name in self.objects.names(folder) if name.startswith("refused-")]
+        return [json.loads(self.objects.read(f"{folder}/{name}"))["reason"] for name in names]
+
+    def mark_resumable(self, silo: str, version: int) -> None:
+        """Say that this silo has a checkpoint holding `version`, so that older versions may be pruned."""
+        folder = f"silos/{silo}/resumable"
+        old = self.objects.names(folder)
+        if f"{version:06d}" not in old:
+            self.objects.write(f"{folder}/{version:06d}", b"{}\n")
+        for name in old:
+            if int(name) < version:
+                self.objects.delete(f"{folder}/{name}")
+
+    # ---- the aggregator's verbs
+
+    def write_contract(self, data: bytes) -> None:
+        """Write the contract. Raises FileExistsError if one is there."""
+        self.objects.write(CONTRACT, data)
+        self.contract_sha256 = sha256_bytes(data)
+
+    def delivery(self, silo: str, round: int) -> bytes | None:
+        """The manifest's bytes of a delivery, or None while there is none."""
+        name = f"{delivery_path(silo, round)}/manifest.json"
+        return self.objects.read(name) if self.objects.exists(name) else None
+
+    def refuse(self, silo: str, round: int, manifest: bytes, reason: str) -> None:
+        """Record why a delivery was not taken, then remove its manifest so that the silo delivers again."""
+        folder = delivery_path(silo, round)
+        refused = [name for name in self.objects.names(folder) if name.startswith("refused-")]
+        record = {"reason": reason, "manifest_sha256": sha256_bytes(manifest)}
+        newest = json.loads(self.objects.read(f"{folder}/{refused[-1]}")) if refused else None
+        if newest != record:  # killed between the two writes, an aggregator comes here twice for one delivery
+            self.objects.write(f"{folder}/refused-{len(refused)}.json", json.dumps(record).encode())
+        self.objects.delete(f"{folder}/manifest.json")
+
+    def publish(self, commit: Commit, files: Iterable[tuple[Payload, Path]]) -> None:
+        """Write the payloads of a version, then its commit. Raises FileExistsError if the version was committed."""
+        folder = version_path(commit.version)
+        if self.objects.exists(f"{folder}/commit.json"):
+            raise FileExistsError(f"{folder}/commit.json exists already; another aggregator works on this store")
+        for payload, file in files:
+            self.objects.delete(f"{folder}/{payload.file}")  # left by an aggregator that died before its commit
+            self.objects.upload(file, f"{folder}/{payload.file}")
+        self.objects.write(f"{folder}/commit.json", commit.to_bytes())
+
+    def prune(self, roster: list[str], newest: int, keep_versions: int) -> list[int]:
+        """Delete tensors that nobody can need again; commits and manifests stay. Returns the pruned versions.
+
+        Kept are the newest `keep_versions` and all from which a silo's newest checkpoint would go on.
+        """
+        resumable = [
+            max((int(name) for name in self.objects.names(f"silos/{silo}/resumable")), default=0) for silo in roster
+        ]
+        first_kept = max(0, min([newest - keep_versions + 1, *resumable]))
+        pruned = []
+        while (version := first_kept - 1 - len(pruned)) >= 0 and self._tensors(version_path(version)):
+            pruned.append(version)
+        for version in reversed(pruned):  # oldest first: whoever is killed here leaves no gap behind
+            # A delivery is needed until its commit is there; then only its manifest stays.
+            for folder in [version_path(version), *(delivery_path(silo, version) for silo in roster)]:
+                for name in self._tensors(folder):
+                    self.objects.delete(f"{folder}/{name}")
+        return pruned
+
+    def _tensors(self, folder: str) -> list[str]:
+        return [name for name in self.objects.names(folder) if name.endswith(".safetensors")]

@@ -1,0 +1,122 @@
+"""The global model of a run as a `transformers` directory, and the loss of such a directory on packed text."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from tokenizers import Tokenizer
+from torch import nn
+
+from pretrain.config import ConfigError, RunConfig
+from pretrain.exchange.store import StoreExchange, version_path
+from pretrain.outer.codec import key
+from pretrain.outer.digest import digest_tensors
+from pretrain.silo.data import PackedTokens
+from pretrain.silo.evaluate import held_out_loss
+from pretrain.silo.model import build_empty, export, token_losses
+from pretrain.silo.shards import tokenizer_sha256
+from pretrain.trust.ledger import RefusedError
+
+PROVENANCE = "atoll.json"
+
+
+def load_global_model(config: RunConfig, version: int | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """The fp32 model of `version` (None: the newest), checked against its commit, and where it comes from.
+
+    Raises ConfigError if the store has no such version, or its bytes are not what the commit says.
+    """
+    exchange = StoreExchange(config.store_url)
+    if exchange.read_contract() is None:
+        raise ConfigError(f"exchange.url: {config.store_url} given; there is no contract.json, so no run, in it")
+    newest = exchange.newest_version()
+    version = newest if version is None else version
+    if not 0 <= version <= newest:
+        raise ConfigError(f"--version: {version} given; allowed: 0 to {newest}")
+    vocab_size = Tokenizer.from_file(str(config.tokenizer_file)).get_vocab_size()
+    model = build_empty(config.model, vocab_size, dtype=torch.float32)
+    parameters = dict(model.named_parameters())
+    try:
+        commit = exchange.read_commit(version)
+        with tempfile.TemporaryDirectory() as scratch:
+            for payload in commit.payloads:
+                file = Path(scratch) / payload.file
+                exchange.fetch(version_path(version), payload, file)
+                with safe_open(file, framework="pt") as tensors, torch.no_grad():
+                    for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
+                        parameters[name.removeprefix(key(""))].copy_(tensors.get_tensor(name))
+        trained = ((name, p) for name, p in parameters.items() if p.requires_grad)
+        if digest_tensors(trained) != commit.parameters_digest:
+            raise RefusedError("its parameters do not have the digest of its commit")
+    except RefusedError as error:
+        raise ConfigError(f"version {version}: {error} (pruned versions keep only their commit)") from None
+    provenance = {
+        "run": config.name,
+        "version": version,
+        "parameters_digest": commit.parameters_digest,
+        "contract_sha256": commit.contract_sha256,
+        "sequence_tokens": config.sequence_tokens,
+    }
+    return model.eval(), provenance
+
+
+def export_global_model(config: RunConfig, directory: Path, version: int | None = None) -> dict[str, Any]:
+    """Write a version as a `transformers` directory with tokenizer; returns its provenance.
+
+    Raises ConfigError if `directory` exists already.
+    """
+    if directory.exists():
+        raise ConfigError(f"--output: {str(directory)!r} given; it exists already, and nothing is overwritten")
+    model, provenance = load_global_model(config, version)
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    export(model, config.tokenizer_file, temporary)
+    (temporary / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n")
+    temporary.rename(directory)
+    return provenance
+
+
+def evaluate_directory(
+    directory: Path, data: list[Path], *, sequence_tokens: int | None = None, num_sequences: int = 0
+) -> dict[str, float]:
+    """Loss in nats per token of a `transformers` directory on packed splits, each named by its path.
+
+    Raises ConfigError if there is no model, or the text was packed with another tokenizer.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if not (directory / "config.json").is_file():
+        raise ConfigError(f"model: {str(directory)!r} given; allowed: a transformers directory (see atoll export)")
+    provenance = directory / PROVENANCE
+    if sequence_tokens is None:
+        if not provenance.is_file():
+            raise ConfigError("--sequence-tokens: none given; this model was not exported by atoll, so say how many")
+        sequence_tokens = json.loads(provenance.read_text())["sequence_tokens"]
+    tokenizer = tokenizer_sha256(directory / "tokenizer.json")
+    corpora = {
+        str(path): PackedTokens([path], sequence_tokens=sequence_tokens, tokenizer_sha256=tokenizer, key="--data")
+        for path in data
+    }
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True).eval()
+    return held_out_loss(
+        lambda input_ids, targets: token_losses(model, input_ids, targets),
+        corpora,
+        num_sequences=num_sequences,
+        micro_batch_sequences=8,
+    )
+
+
+def continuations(directory: Path, prompts: dict[str, str], *, num_tokens: int = 48, seed: int = 0) -> dict[str, str]:
+    """Sampled continuations of prompts by a `transformers` directory."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True).eval()
+    torch.manual_seed(seed)
+    texts = {}
+    for name, prompt in prompts.items():
+        tokens = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        made = model.generate(**tokens, max_new_tokens=num_tokens, do_sample=True, temperature=0.7, top_k=40)
+        texts[name] = tokenizer.decode(made[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
+    return texts

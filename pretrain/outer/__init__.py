@@ -1,0 +1,1 @@
+"""Between institutions: pure functions on tensors, no I/O, no torch.distributed."""

@@ -1,0 +1,1 @@
+"""Inside one institution: engine, model, data, inner optimizer, checkpoints, evaluation."""

@@ -1,0 +1,134 @@
+"""The exact state of a silo: a run that was killed and resumed goes on bit by bit like one that was not.
+
+    checkpoints/step-00000100/state.json         step, version, position, and what they belong to
+                              engine/            DeepSpeed's own files, one part per rank: module, fp32 masters, optimizer
+                              rng-00000.safetensors   random number generators of each rank
+                              global.safetensors the silo's fp32 copy of the global parameters
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pretrain.config import ConfigError
+from pretrain.silo.engine import Engine
+from pretrain.silo.ranks import Ranks
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """Where a silo is."""
+
+    step: int = 0
+    """Inner steps done."""
+    version: int = -1
+    """Version of the global parameters that the silo started this round from; -1 before it has any."""
+    position: int = 0
+    """Sequences consumed."""
+    loss: float = 0.0
+    """Training loss of the last inner step, in nats."""
+    seconds_training: float = 0.0
+    seconds_waiting: float = 0.0
+    seconds_evaluating: float = 0.0
+
+
+class Checkpoints:
+    """The checkpoints of one silo in one folder; a folder that is not complete does not count."""
+
+    def __init__(self, directory: Path, *, keep: int, contract_sha256: str) -> None:
+        self._directory = directory
+        self._keep = keep
+        self._contract_sha256 = contract_sha256
+
+    def all(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return sorted(path for path in self._directory.glob("step-*") if (path / "state.json").is_file())
+
+    @property
+    def newest(self) -> Path | None:
+        """The checkpoint that a resume starts from."""
+        return (self.all() or [None])[-1]  # type: ignore[list-item]
+
+    def save(self, progress: Progress, engine: Engine, ranks: Ranks, global_parameters: dict[str, Tensor]) -> None:
+        """Write a checkpoint, all ranks together; it appears under its name when everybody's part is on disk."""
+        final = self._directory / f"step-{progress.step:08d}"
+        temporary = self._directory / f".{final.name}.tmp"
+        if ranks.is_leader:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        ranks.barrier()
+        engine.save(temporary)
+        save_file(_random_state(), temporary / f"rng-{ranks.rank:05d}.safetensors")
+        if ranks.is_leader:
+            if global_parameters:
+                save_file(global_parameters, temporary / "global.safetensors")
+            state = dataclasses.asdict(progress) | {
+                "num_ranks": ranks.num_ranks,
+                "stage": engine.stage,
+                "contract_sha256": self._contract_sha256,
+            }
+            (temporary / "state.json").write_text(json.dumps(state, indent=1) + "\n")
+        _sync_files(temporary)
+        ranks.barrier()
+        if ranks.is_leader:
+            if final.exists():  # the same step again, after a resume: the new one replaces it
+                final.rename(self._directory / f".{final.name}.old")
+            temporary.rename(final)
+            shutil.rmtree(self._directory / f".{final.name}.old", ignore_errors=True)
+            for old in self.all()[: -self._keep]:
+                shutil.rmtree(old)
+        ranks.barrier()
+
+    def load(self, engine: Engine, ranks: Ranks, global_parameters: dict[str, Tensor]) -> Progress | None:
+        """Resume from the newest checkpoint, all ranks together; None if there is none.
+
+        Fills `global_parameters` on the leader. Raises ConfigError if the checkpoint is of another contract, number of
+        ranks or ZeRO stage.
+        """
+        newest = ranks.from_leader(str(self.newest) if self.newest else None)
+        if newest is None:
+            return None
+        directory = Path(newest)
+        state: dict[str, Any] = json.loads((directory / "state.json").read_text())
+        expected = {"num_ranks": ranks.num_ranks, "stage": engine.stage, "contract_sha256": self._contract_sha256}
+        for key, value in expected.items():
+            if state.pop(key) != value:
+                raise ConfigError(
+                    f"{directory}: a checkpoint with another {key} than this run's {value}; go on with the settings it was "
+                    "written with, or name another run directory"
+                )
+        engine.load(directory)
+        _restore_random_state(load_file(directory / f"rng-{ranks.rank:05d}.safetensors"))
+        if ranks.is_leader and (directory / "global.safetensors").is_file():
+            global_parameters.update(load_file(directory / "global.safetensors"))
+        return Progress(**state)
+
+
+def _random_state() -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if get_accelerator().device_name() != "cpu":
+        state["device"] = get_accelerator().get_rng_state()
+    return state
+
+
+def _restore_random_state(state: dict[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "device" in state:
+        get_accelerator().set_rng_state(state["device"])
+
+
+def _sync_files(directory: Path) -> None:
+    """Ask the disk to hold what was written; a rename must not reach it before the data."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())

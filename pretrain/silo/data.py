@@ -1,0 +1,222 @@
+"""Packed shards to batches. The position, one integer, is all the state there is.
+
+Position p counts the sequences that the silo has consumed since its run began. `Order` says which sequence of the
+corpus stands at p; ranks, micro batches and accumulation only decide who reads it. So a run that resumes at p, with
+as many ranks as it likes, repeats and skips nothing.
+
+Shapes: T = sequence_tokens; sequence i is tokens[i*T : i*T + T + 1]: T inputs, and the T tokens after them as targets.
+"""
+
+import bisect
+import functools
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pretrain.config import ConfigError
+from pretrain.silo.shards import Manifest, Shard, open_shard, read_manifest
+
+# Each mapped shard holds a file descriptor; many systems allow a process 1,024 of them.
+MAX_MAPPED_SHARDS = 128
+# Four rounds make a Feistel network of random functions pseudo-random for wide halves (Luby and Rackoff 1988); ours
+# may be a few bits wide, which takes more.
+FEISTEL_ROUNDS = 8
+
+
+class PackedTokens:
+    """Several packed splits as one long sequence of tokens, mapped and never loaded whole."""
+
+    def __init__(
+        self,
+        directories: Sequence[str | Path],
+        *,
+        sequence_tokens: int,
+        tokenizer_sha256: str | None = None,
+        key: str = "silo.data",
+    ) -> None:
+        """Check the manifests and sizes of the splits, in the order given.
+
+        `key` is the configuration key that errors name. Raises ConfigError for a missing, truncated or unknown split
+        or one that another tokenizer packed.
+        """
+        if not directories:
+            raise ConfigError(f"{key}: nothing given; allowed: one or more directories of packed shards")
+        self.key = key
+        self.sequence_tokens = sequence_tokens
+        self.manifests: list[Manifest] = []
+        self._shards: list[tuple[Path, Manifest, Shard]] = []
+        for directory in map(Path, directories):
+            manifest = read_manifest(directory, key=key, tokenizer_sha256=tokenizer_sha256)
+            tokenizer_sha256 = manifest.tokenizer_sha256  # so that all splits agree, also where none was given
+            self.manifests.append(manifest)
+            self._shards += [(directory, manifest, shard) for shard in manifest.shards]
+        self._ends = list(itertools.accumulate(shard.num_tokens for _, _, shard in self._shards))
+        self._mapped = functools.lru_cache(maxsize=MAX_MAPPED_SHARDS)(lambda index: open_shard(*self._shards[index]))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all splits together."""
+        return self._ends[-1]
+
+    @property
+    def num_sequences(self) -> int:
+        """Whole sequences; a rest of fewer than `sequence_tokens` predicted tokens at the very end is not used."""
+        return (self.num_tokens - 1) // self.sequence_tokens
+
+    def sequence(self, index: int) -> npt.NDArray[np.int64]:
+        """Sequence `index`. # (sequence_tokens + 1,)
+
+        Raises ConfigError, naming the shard, when a token is not below the manifest's vocab_size.
+        """
+        assert 0 <= index < self.num_sequences, (index, self.num_sequences)
+        begin = index * self.sequence_tokens
+        end = begin + self.sequence_tokens + 1
+        tokens = np.empty(end - begin, dtype=np.int64)
+        position = begin
+        for shard_index in range(bisect.bisect_right(self._ends, begin), len(self._shards)):
+            directory, manifest, shard = self._shards[shard_index]
+            shard_begin = self._ends[shard_index] - shard.num_tokens
+            piece = self._mapped(shard_index)[position - shard_begin : end - shard_begin]
+            if piece.max() >= manifest.vocab_size:
+                raise ConfigError(
+                    f"{self.key}: {directory / shard.file} holds token {piece.max()}, its vocab_size is "
+                    f"{manifest.vocab_size}: copy or prepare the split again"
+                )
+            tokens[position - begin : position - begin + len(piece)] = piece
+            position += len(piece)
+            if position == end:
+                break
+        return tokens
+
+    def batch(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets of some sequences. # int64 (num_sequences, sequence_tokens), twice"""
+        tokens = np.stack([self.sequence(index) for index in indices])
+        return torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(tokens[:, 1:].copy())
+
+
+class Order:
+    """A fresh shuffle of all sequences in each epoch, computed for one position at a time, in constant memory.
+
+    Depends on (seed, silo, num_sequences, position) only. The shuffle is a keyed Feistel permutation of the next power
+    of two; a result outside the corpus is permuted again until it is inside (cycle walking): a permutation, too.
+    """
+
+    def __init__(self, *, seed: int, silo: str, num_sequences: int) -> None:
+        assert num_sequences > 0
+        self.num_sequences = num_sequences
+        self._seed = seed
+        self._silo = silo
+        num_bits = max(1, (num_sequences - 1).bit_length())
+        self._half_bits = (num_bits // 2, num_bits - num_bits // 2)
+        self._key = functools.lru_cache(maxsize=4)(self._epoch_key)
+
+    def index(self, position: int) -> int:
+        """The sequence at `position`; positions n*num_sequences to (n+1)*num_sequences - 1 are epoch n."""
+        epoch, index = divmod(position, self.num_sequences)
+        index = self._permute(index, self._key(epoch))
+        while index >= self.num_sequences:
+            index = self._permute(index, self._key(epoch))
+        return index
+
+    def _epoch_key(self, epoch: int) -> bytes:
+        return hashlib.sha256(json.dumps([self._seed, self._silo, epoch]).encode()).digest()
+
+    def _permute(self, index: int, key: bytes) -> int:
+        left_bits, right_bits = self._half_bits
+        left, right = index >> right_bits, index & ((1 << right_bits) - 1)
+        for feistel_round in range(FEISTEL_ROUNDS):
+            message = bytes([feistel_round]) + right.to_bytes(8, "little")
+            digest = hashlib.blake2b(message, digest_size=8, key=key).digest()
+            mask = (1 << left_bits) - 1
+            left, right = right, left ^ (int.from_bytes(digest, "little") & mask)
+            left_bits, right_bits = right_bits, left_bits
+        return left << right_bits | right
+
+
+class Batches(Iterator[tuple[torch.Tensor, torch.Tensor]]):
+    """One rank's micro batches, without end; `accumulation_steps` of them are its part of an inner step.
+
+    The global batch at position p is the sequences at p to p + global_batch_sequences - 1, in that order: first by
+    micro batch of the step, then by rank.
+    """
+
+    def __init__(
+        self,
+        tokens: PackedTokens,
+        order: Order,
+        *,
+        micro_batch_sequences: int,
+        accumulation_steps: int,
+        rank: int,
+        num_ranks: int,
+        position: int = 0,
+    ) -> None:
+        """Start at `position`. Raises ConfigError when the corpus has fewer sequences than one global batch."""
+        assert order.num_sequences == tokens.num_sequences
+        assert 0 <= rank < num_ranks
+        self.global_batch_sequences = micro_batch_sequences * accumulation_steps * num_ranks
+        if tokens.num_sequences < self.global_batch_sequences:
+            raise ConfigError(
+                f"{tokens.key}: {tokens.num_tokens} tokens given, which are {tokens.num_sequences} sequences of "
+                f"sequence_tokens={tokens.sequence_tokens}; allowed: at least one batch of global_batch_sequences="
+                f"{self.global_batch_sequences}: add text, or lower sequence_tokens or global_batch_sequences"
+            )
+        self._tokens = tokens
+        self._order = order
+        self._micro_batch_sequences = micro_batch_sequences
+        self._accumulation_steps = accumulation_steps
+        self._rank = rank
+        self._num_ranks = num_ranks
+        self.restore(position)
+
+    def state(self) -> int:
+        """The position: sequences that whole inner steps have consumed since the run began, the same on all ranks.
+
+        In the middle of a step it is the position at which the step began.
+        """
+        return self._position
+
+    def restore(self, position: int) -> None:
+        """Go on from a position that `state` gave, at any number of ranks."""
+        assert position >= 0
+        self._position = position
+        self._micro_step = 0
+
+    def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets. # int64 (micro_batch_sequences, sequence_tokens), twice"""
+        offset = (self._micro_step * self._num_ranks + self._rank) * self._micro_batch_sequences
+        begin = self._position + offset
+        indices = [self._order.index(begin + i) for i in range(self._micro_batch_sequences)]
+        self._micro_step += 1
+        if self._micro_step == self._accumulation_steps:
+            self.restore(self._position + self.global_batch_sequences)
+        return self._tokens.batch(indices)
+
+
+def held_out_batches(
+    tokens: PackedTokens, *, num_sequences: int, micro_batch_sequences: int, rank: int, num_ranks: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """One rank's part of the first `num_sequences` sequences (0, or more than there are: all), in order.
+
+    Yields inputs, targets # int64 (micro_batch_sequences, sequence_tokens) and weights # float32
+    (micro_batch_sequences,). Every rank gets equally many micro batches, because ZeRO-3 gathers parameters in every
+    forward pass; what pads the last ones is a repeated sequence of weight 0, and all others weigh 1.
+    Raises ConfigError when the text is shorter than one sequence.
+    """
+    if tokens.num_sequences == 0:
+        raise ConfigError(
+            f"{tokens.key}: {tokens.num_tokens} tokens given; allowed: more than sequence_tokens="
+            f"{tokens.sequence_tokens}: add text or lower sequence_tokens"
+        )
+    total = min(num_sequences or tokens.num_sequences, tokens.num_sequences)
+    for first in range(0, total, micro_batch_sequences * num_ranks):
+        begin = first + rank * micro_batch_sequences
+        indices = range(begin, begin + micro_batch_sequences)
+        inputs, targets = tokens.batch([min(index, total - 1) for index in indices])
+        yield inputs, targets, torch.tensor([float(index < total) for index in indices])

@@ -1,0 +1,188 @@
+"""DeepSpeed: build, step, and read and write fp32 parameters at every ZeRO stage.
+
+All that knows DeepSpeed's inner names is in this file (`_refresh_module`, `_fp32_masters`, `_forget_initial_step`).
+"""
+
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+from torch import Tensor, nn
+
+from pretrain.config import ConfigError, InnerConfig, ModelConfig, SiloConfig
+from pretrain.silo.model import build_empty, restore_buffers, token_losses
+from pretrain.silo.optim import build_optimizer
+from pretrain.silo.ranks import Ranks
+
+
+def deepspeed_config(silo: SiloConfig, inner: InnerConfig) -> dict[str, Any]:
+    """The user's DeepSpeed section, completed by what our own keys decide."""
+    return {
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+        **silo.deepspeed,
+        "train_batch_size": silo.global_batch_sequences,
+        "train_micro_batch_size_per_gpu": silo.micro_batch_sequences,
+        "gradient_accumulation_steps": silo.accumulation_steps,
+        "gradient_clipping": inner.clip_norm,
+        "bf16": {"enabled": silo.precision == "bf16"},
+    }
+
+
+class Engine:
+    """One silo's DeepSpeed engine. Every method that touches parameters must be called by all ranks."""
+
+    def __init__(self, model: ModelConfig, silo: SiloConfig, inner: InnerConfig, *, vocab_size: int, ranks: Ranks) -> None:
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        settings = deepspeed_config(silo, inner)
+        zero = settings.get("zero_optimization", {})
+        self.stage: int = zero.get("stage", 0)
+        if any(zero.get(part, {}).get("device") == "nvme" for part in ("offload_optimizer", "offload_param")):
+            raise ConfigError("deepspeed.zero_optimization: offload to nvme given; allowed: none, cpu")
+        partitioned = deepspeed.zero.Init(config_dict_or_path=settings) if self.stage == 3 else None
+        dtype = torch.bfloat16 if silo.precision == "bf16" else torch.float32
+        module = build_empty(model, vocab_size, dtype=dtype, partitioned=partitioned)
+        if silo.activation_checkpointing:
+            module.gradient_checkpointing_enable()  # type: ignore[operator]
+        offloaded = zero.get("offload_optimizer", {}).get("device") == "cpu"
+        optimizer = build_optimizer(module.parameters(), inner, on_cpu=offloaded)
+        self._deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+        self._deepspeed.module.train()
+        if partitioned:
+            restore_buffers(self.module, model, vocab_size)
+        self._parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        self._masters = _fp32_masters(self._deepspeed)
+        self._ranks = ranks
+        _forget_initial_step(optimizer)
+
+    @property
+    def module(self) -> nn.Module:
+        """The model that computes, in the silo's precision; its parameters may be partitioned."""
+        return self._deepspeed.module
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Name to shape of every trained parameter, in model order."""
+        return {name: getattr(p, "ds_shape", p.shape) for name, p in self._parameters.items()}
+
+    def step(self, micro_batches: Iterable[tuple[Tensor, Tensor]], lr: float) -> tuple[float, float]:
+        """One inner step over this rank's micro batches of (input_ids, targets), each (num_sequences, sequence_tokens).
+
+        Returns this rank's mean loss in nats and the gradient's L2 norm before clipping.
+        """
+        for group in self._deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        losses = []
+        for input_ids, targets in micro_batches:
+            loss = self.token_losses(input_ids, targets).mean()
+            self._deepspeed.backward(loss)
+            losses.append(loss.detach())
+            own_norm = self._own_gradient_norm()
+            self._deepspeed.step()
+        norm = self._deepspeed.get_global_grad_norm() if own_norm is None else own_norm
+        return torch.stack(losses).mean().item(), float(norm)
+
+    def _own_gradient_norm(self) -> float | None:
+        """The gradient's norm where DeepSpeed keeps none: plain fp32, at the last micro batch of a step."""
+        if self.stage or self._masters or not self._deepspeed.is_gradient_accumulation_boundary():
+            return None
+        return torch.nn.utils.get_total_norm([p.grad for p in self._parameters.values() if p.grad is not None]).item()
+
+    @property
+    def num_skipped_steps(self) -> int:
+        """Inner steps that DeepSpeed dropped because a gradient was not finite."""
+        return int(self._deepspeed.skipped_steps)
+
+    def token_losses(self, input_ids: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy in nats of every target, (num_sequences, sequence_tokens)."""
+        device = self._ranks.device
+        return token_losses(self._deepspeed, input_ids.to(device), targets.to(device))
+
+    def read(self, name: str) -> Tensor:
+        """The whole fp32 parameter `name` on this rank's device; gathers one tensor, at no stage the model."""
+        parameter = self._parameters[name]
+        if self.stage == 0:
+            return self._masters.get(name, parameter).detach()
+        return safe_get_full_fp32_param(parameter)
+
+    def write(self, values: Iterator[tuple[str, Tensor]] | None) -> None:
+        """Replace parameters by the leader's fp32 `values`, tensor by tensor; other ranks pass None.
+
+        Writes the fp32 masters and then the module that computes: DeepSpeed's own setter leaves the latter stale.
+        """
+        for name, shape in self.shapes.items():
+            buffer = torch.empty(shape, dtype=torch.float32, device=self._ranks.device)
+            if values is not None:
+                given_name, value = next(values)
+                assert given_name == name and value.shape == shape
+                buffer.copy_(value)
+            if self._ranks.num_ranks > 1:
+                dist.broadcast(buffer, src=0)
+            self._write_one(name, buffer)
+        _refresh_module(self._deepspeed, self.stage)
+
+    def _write_one(self, name: str, value: Tensor) -> None:
+        parameter = self._parameters[name]
+        if self.stage:
+            safe_set_full_fp32_param(parameter, value)
+            return
+        with torch.no_grad():
+            parameter.copy_(value)
+            if name in self._masters:
+                self._masters[name].copy_(value)
+
+    def evaluating(self, on: bool) -> None:
+        """Switch dropout and the like off or on again."""
+        self._deepspeed.train(not on)
+
+    def save(self, directory: Path) -> None:
+        """Every rank writes its part: module, fp32 masters and inner optimizer state."""
+        self._deepspeed.save_checkpoint(str(directory), tag="engine", save_latest=False)
+
+    def load(self, directory: Path) -> None:
+        """Every rank reads its own part of this silo's checkpoint back."""
+        loaded, _ = self._deepspeed.load_checkpoint(str(directory), tag="engine")
+        if loaded is None:
+            raise ConfigError(f"{directory}: no DeepSpeed checkpoint for this number of ranks; delete it to start anew")
+
+
+def _fp32_masters(engine: Any) -> dict[str, Tensor]:
+    """Stage 0 in bf16: name to fp32 master, which DeepSpeed keeps beside the module's parameters."""
+    optimizer = engine.optimizer
+    if not hasattr(optimizer, "fp16_groups") or not hasattr(optimizer, "fp32_groups"):
+        return {}
+    names = {id(p): name for name, p in engine.module.named_parameters()}
+    return {
+        names[id(low)]: high
+        for low_group, high_group in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+        for low, high in zip(low_group, high_group, strict=True)
+    }
+
+
+def _forget_initial_step(optimizer: torch.optim.Optimizer) -> None:
+    """DeepSpeed allocates optimizer states by a step on zero gradients; Adam's bias correction must not count it."""
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"] = torch.zeros_like(state["step"]) if isinstance(state["step"], Tensor) else 0
+
+
+def _refresh_module(engine: Any, stage: int) -> None:
+    """Copy the fp32 masters into the module that computes, as the optimizer does after its own step.
+
+    DeepSpeed 0.19's private names; tests/distributed/test_engine.py compares the next loss with a plain model.
+    """
+    optimizer = engine.optimizer
+    if stage in (1, 2):
+        optimizer.update_lp_params()
+    elif stage == 3:
+        optimizer._partition_all_parameters()
+        for i in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(i)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        optimizer.invalidate_secondary_tensor()

@@ -1,0 +1,51 @@
+"""Loss on held-out text, in nats per token."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from pretrain.silo.data import PackedTokens, held_out_batches
+from pretrain.silo.ranks import Ranks
+
+
+@torch.no_grad()
+def summed_loss(
+    token_losses: Callable[[Tensor, Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor, Tensor]]
+) -> tuple[float, float]:
+    """Sum of the losses of all targets and their number, over batches of (input_ids, targets, weights).
+
+    `token_losses` maps input_ids and targets to losses, all (num_sequences, sequence_tokens); weights (num_sequences,).
+    """
+    total, num_tokens = 0.0, 0.0
+    for input_ids, targets, weights in batches:
+        losses = token_losses(input_ids, targets).double().cpu()
+        total += (losses * weights[:, None]).sum().item()
+        num_tokens += weights.sum().item() * targets.shape[1]
+    return total, num_tokens
+
+
+def held_out_loss(
+    token_losses: Callable[[Tensor, Tensor], Tensor],
+    corpora: dict[str, PackedTokens],
+    *,
+    num_sequences: int,
+    micro_batch_sequences: int,
+    ranks: Ranks | None = None,
+) -> dict[str, float]:
+    """Corpus name to mean loss per token over its first `num_sequences` (0: all), shared out over the ranks."""
+    rank, num_ranks = (ranks.rank, ranks.num_ranks) if ranks else (0, 1)
+    result = {}
+    for corpus, tokens in corpora.items():
+        batches = held_out_batches(
+            tokens,
+            num_sequences=num_sequences,
+            micro_batch_sequences=micro_batch_sequences,
+            rank=rank,
+            num_ranks=num_ranks,
+        )
+        total, num_tokens = summed_loss(token_losses, batches)
+        if ranks:
+            total, num_tokens = ranks.sum([total, num_tokens])
+        result[corpus] = total / num_tokens
+    return result

@@ -1,0 +1,135 @@
+"""The record of a run: a silo's manifest for each delivery, a hash-chained commit for each outer step. No torch.
+
+Neither holds a time of day: a run that was killed and resumed has the same ledger, byte by byte, as one that was not.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+FORMAT = 1
+
+
+class RefusedError(Exception):
+    """Bytes of another party that are not what they should be; the message says how."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Payload:
+    """One object of a delivery or commit."""
+
+    fragment: int
+    file: str
+    sha256: str
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What manifests and commits share: canonical JSON bytes, and reading that refuses what does not fit."""
+
+    format: int = FORMAT
+
+    def to_bytes(self) -> bytes:
+        """Canonical JSON: the bytes that hashes and signatures are taken over."""
+        return (json.dumps(dataclasses.asdict(self), sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """Read a record of another party; raises RefusedError if anything is missing, unknown or of another type."""
+        try:
+            given: Any = json.loads(data)
+        except ValueError as error:
+            raise RefusedError(f"not JSON: {error}") from None
+        names = {f.name for f in dataclasses.fields(cls)}
+        if not isinstance(given, dict) or set(given) != names:
+            raise RefusedError(f"has keys {sorted(given) if isinstance(given, dict) else given}, not {sorted(names)}")
+        if given["format"] != FORMAT:
+            raise RefusedError(f"format {given['format']} given; this version reads {FORMAT}")
+        for f in dataclasses.fields(cls):
+            kind = {int: int, str: str, float: (int, float)}.get(f.type)  # type: ignore[call-overload]
+            if kind and (not isinstance(given[f.name], kind) or isinstance(given[f.name], bool)):
+                raise RefusedError(f"{f.name}: {given[f.name]!r} given; allowed: {f.type}")
+        for name, row_type in (("payloads", Payload), ("state_payloads", Payload), ("contributors", Contributor)):
+            if name in given:
+                given[name] = [_read_row(row_type, row) for row in given[name]]
+        return cls(**given)
+
+
+def _read_row(row_type: type, row: Any) -> Any:
+    try:
+        made = row_type(**row)
+    except TypeError as error:
+        raise RefusedError(f"{row_type.__name__.lower()}: {error}") from None
+    for f in dataclasses.fields(row_type):
+        if not isinstance(getattr(made, f.name), f.type):  # type: ignore[arg-type]
+            raise RefusedError(f"{row_type.__name__.lower()}.{f.name}: {getattr(made, f.name)!r} given")
+    if isinstance(made, Payload) and ("/" in made.file or made.file.startswith(".")):
+        raise RefusedError(f"payload.file: {made.file!r} given; allowed: a plain file name")
+    return made
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(Record):
+    """What one silo delivered for one round; written after the payloads that it names."""
+
+    contract_sha256: str
+    silo: str
+    round: int
+    base_version: int
+    base_digest: str
+    codec: str
+    payloads: list[Payload]
+    tokens: int
+    steps: int
+    tokens_total: int
+    metrics: dict[str, float]
+    signature: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contributor:
+    """One silo's part in a commit; its weight is in tokens."""
+
+    silo: str
+    manifest_sha256: str
+    tokens: int
+    tokens_total: int
+    steps: int
+    weight: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Commit(Record):
+    """One finished outer step, recorded for ever. Version 0 is the initial state and has no contributors."""
+
+    contract_sha256: str
+    version: int
+    previous: str | None
+    codec: str
+    payloads: list[Payload]
+    state_payloads: list[Payload]
+    contributors: list[Contributor]
+    divisor: int
+    parameters_digest: str
+    outer_digest: str
+    metrics: dict[str, float] = field(default_factory=dict)
+    signature: str | None = None
+
+
+def sha256_bytes(data: bytes) -> str:
+    """sha256 in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def check_link(commit: Commit, version: int, previous: bytes | None, contract_sha256: str) -> None:
+    """Check that `commit` is version `version` of this contract and names the bytes of its predecessor."""
+    if commit.version != version:
+        raise RefusedError(f"commit {version} says it is version {commit.version}")
+    if commit.contract_sha256 != contract_sha256:
+        raise RefusedError(f"commit {version} belongs to contract {commit.contract_sha256[:12]}, not {contract_sha256[:12]}")
+    expected = sha256_bytes(previous) if previous is not None else None
+    if commit.previous != expected:
+        raise RefusedError(f"commit {version} follows {commit.previous}, but version {version - 1} is {expected}")
