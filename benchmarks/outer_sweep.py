@@ -2,8 +2,8 @@
 
     python -m benchmarks.outer_sweep --directory runs/sweep [--corpora DIR] [key=value ...]
 
-Trains one central model, each silo alone and one federation per setting, all on the same tokens per silo; a finished run
-is not repeated. Prints the mean held-out loss of each and its ratio to the central model's.
+Trains one central model, each silo alone and one federation per setting, all on the same tokens per silo; a finished
+run is not repeated. Prints the mean held-out loss of each and its ratio to the central model's.
 """
 
 import argparse

@@ -16,7 +16,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    help="Federated pre-training of language models: institutions that may not pool their text train one model together.",
+    help="Federated pre-training of language models: institutions that may not pool text train one model together.",
 )
 launch_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Start a run.")
 app.add_typer(launch_app, name="launch")
@@ -30,7 +30,9 @@ RunDirectory = Annotated[Path, typer.Argument(help="Run directory.")]
 @app.command()
 def demo(
     overrides: Overrides = None,
-    directory: Annotated[Path, typer.Option(help="Run directory; an unfinished run in it goes on.")] = Path("runs/demo"),
+    directory: Annotated[Path, typer.Option(help="Run directory; an unfinished run in it goes on.")] = Path(
+        "runs/demo"
+    ),
     corpora: Annotated[
         Path | None, typer.Option(help="Folders of train.jsonl.gz and valid.jsonl.gz instead of the installed Python.")
     ] = None,

@@ -52,7 +52,7 @@ def run_demo(directory: Path, *, corpora: Path | None, compare: bool, overrides:
 
 
 def prepare_text(directory: Path, corpora: Path | None) -> tuple[dict[str, Path], Path]:
-    """Corpora, tokenizer and packed shards below `directory`; what is there is kept. Returns name to shards, tokenizer."""
+    """Corpora, tokenizer and packed shards below `directory`; what is there is kept. Returns the last two."""
     from data_tools.corpora import read_documents, training_file, write_python_corpora
     from data_tools.pack import prepare_corpus
     from data_tools.tokenizer import train_tokenizer
@@ -145,7 +145,8 @@ def show_results(console: Console, summary: dict, others: dict[str, dict]) -> No
         f"{summary['sync_interval']} steps\n"
         f"bytes sent {sent / 1e6:,.0f} MB; all-reducing every step in bf16 would have sent {parallel / 1e6:,.0f} MB: "
         f"{parallel / sent:.1f} times as many\n"
-        f"time training {summary['seconds_training']:,.0f} s, waiting {summary['seconds_waiting']:,.0f} s (sum over silos)"
+        f"time training {summary['seconds_training']:,.0f} s, waiting {summary['seconds_waiting']:,.0f} s, "
+        "summed over silos"
     )
 
 

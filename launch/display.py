@@ -16,6 +16,7 @@ from pretrain.config import RunConfig, SiloConfig
 
 AGGREGATOR = "aggregator"
 WAIT_WORTH_A_LINE_SECONDS = 20.0
+WIDTH_WITH_SETUP = 120
 
 PHASE_STYLES = {
     "starting": "dim",
@@ -233,8 +234,10 @@ class LiveDisplay:
             table.add_column(heading, no_wrap=True)
         for heading in ("round", "step", "loss", "held-out", "tokens/s"):
             table.add_column(heading, justify="right", no_wrap=True)
-        table.add_column("set-up", no_wrap=True, style="dim")
-        table.add_column("waits for", overflow="ellipsis", no_wrap=True)
+        # The only columns that may be cut short; on a narrow terminal the set-up goes first.
+        is_wide = self._live.console.width >= WIDTH_WITH_SETUP
+        table.add_column("set-up" if is_wide else "")
+        table.add_column("waits for")
         for name, silo in self.progress.silos.items():
             status = self._statuses.get(name, ProcessStatus())
             step = silo.step or status.step
@@ -246,7 +249,7 @@ class LiveDisplay:
                 _number(silo.loss),
                 _number(silo.held_out_loss),
                 _speed(silo.tokens_per_second),
-                describe_setup(self.config.silos[name]),
+                _short(describe_setup(self.config.silos[name]) if is_wide else "", "dim"),
                 _wait(status),
             )
         if AGGREGATOR in self._statuses:
@@ -267,7 +270,8 @@ class LiveDisplay:
             note = f"cosine {cosine:+.2f}"
         phase = Text(status.phase, style=PHASE_STYLES.get(status.phase, ""))
         version_text = f"{version}/{self.config.num_rounds}"
-        return [AGGREGATOR, phase, version_text, "", "", "", "", note, _wait(status)]
+        is_wide = self._live.console.width >= WIDTH_WITH_SETUP
+        return [AGGREGATOR, phase, version_text, "", "", "", "", _short(note if is_wide else "", "dim"), _wait(status)]
 
     def _progress_line(self) -> RenderableType:
         done, total = self.progress.steps_done, self.progress.steps_total
@@ -331,4 +335,8 @@ def _wait(status: ProcessStatus) -> Text:
         return Text()
     seconds = status.waited_seconds
     style = "yellow" if seconds >= WAIT_WORTH_A_LINE_SECONDS else ""
-    return Text(f"{format_seconds(seconds):>5}  {status.waiting_for}", style=style)
+    return _short(f"{format_seconds(seconds):>5}  {status.waiting_for}", style)
+
+
+def _short(text: str, style: str = "") -> Text:
+    return Text(text, style=style, no_wrap=True, overflow="ellipsis")

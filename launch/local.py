@@ -39,6 +39,8 @@ def launch_local(
 ) -> int:
     """Run aggregator and silos on this machine until all have finished, one has failed, or a signal came.
 
+    A finished run gets its `summary.json` and `report.html`.
+
     `max_restarts` is how often each child is started again after a crash; a user's mistake is never tried again.
     `build_commands` makes the commands from the configuration and the path of its resolved copy.
 
@@ -248,13 +250,15 @@ class Attempt:
                 highlight=False,
             )
             return 128 + self.signals.first
-        self.console.print(
-            f"finished: {self.config.inner.num_steps:,} steps of {len(self.config.silos)} silos\n"
-            f"  metrics  {directory / 'metrics.jsonl'}\n  logs     {self.log_directory}\n"
-            f"  silos    {directory / 'silos'}",
-            soft_wrap=True,
-            highlight=False,
-        )
+        # Here and not above: what draws the report takes a second to import, and a failed start should say so at once.
+        from launch.report import write_report
+
+        places = {"metrics": directory / "metrics.jsonl", "logs": self.log_directory, "silos": directory / "silos"}
+        if places["metrics"].is_file():
+            places = {"report": write_report(self.config), "summary": directory / "summary.json", **places}
+        lines = [f"finished: {self.config.inner.num_steps:,} steps in each of {len(self.config.silos)} silos"]
+        lines += [f"  {what:<8} {path}" for what, path in places.items()]
+        self.console.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
         return 0
 
 

@@ -175,6 +175,7 @@ def write_report(
     )
     environment.filters.update(bytes=format_bytes, seconds=format_seconds, count=format_count)
     template = environment.from_string((files("launch") / "report.html.j2").read_text())
+    silos = _silo_rows(main)
     html = template.render(
         name=main.config.name,
         is_alone=main.config.exchange.kind == "none",
@@ -183,7 +184,8 @@ def write_report(
         cards=_cards(summary, evaluated[label]),
         comparison=_comparison_rows(evaluated),
         corpora=sorted({corpus for found in evaluated.values() for one in found for corpus in one.val_loss}),
-        silos=_silo_rows(main),
+        silos=silos,
+        has_device=any(silo["peak_device_memory_bytes"] for silo in silos),
         commits=_commit_rows(main),
         settings=_settings(main.config),
         figures=figures.draw_all(main, evaluated),
@@ -256,6 +258,7 @@ def _silo_rows(run: Run) -> list[dict[str, Any]]:
                 "tokens_per_second": sorted(speeds)[len(speeds) // 2] if speeds else None,
                 "bytes_sent": sum(sync.get("bytes_sent") or 0 for sync in run.of_silo("sync", silo)),
                 "peak_memory_bytes": end.get("peak_memory_bytes"),
+                "peak_device_memory_bytes": end.get("peak_device_memory_bytes"),
             }
         )
     return rows
@@ -265,14 +268,14 @@ def _commit_rows(run: Run) -> list[dict[str, Any]]:
     return [
         {
             "version": commit["version"],
-            "fragment": commit.get("fragment"),
             "weights": _weights(commit),
             "divisor": commit.get("divisor"),
             "update_norm": commit.get("update_norm"),
             "cosine_mean": commit.get("cosine_mean"),
             "digest": str(commit.get("digest") or "")[:12],
         }
-        for commit in run.records["commit"]
+        # All fragments of a version are one outer step.
+        for commit in {commit["version"]: commit for commit in run.records["commit"]}.values()
     ]
 
 

@@ -6,6 +6,7 @@ All its state is in the store: killed at any point, it goes on with the same rou
 """
 
 import argparse
+import math
 import shutil
 import sys
 import time
@@ -194,7 +195,7 @@ class Aggregator:
                     if coded.shape != base.shape or coded.dtype != self._codec.dtype:
                         raise RefusedError(f"{name} is {coded.dtype} {list(coded.shape)}, not {list(base.shape)}")
                     norm = torch.linalg.vector_norm(self._codec.decode(base, coded)).item()
-                    if norm != norm or norm == float("inf"):
+                    if not math.isfinite(norm):
                         raise RefusedError(f"{name} has values that are not finite")
                     norm_squared += norm**2
         except SafetensorError as error:

@@ -270,9 +270,8 @@ def _check_keys(given: dict[Any, Any], schema: type, prefix: str) -> None:
             raise ConfigError(f"{prefix}{key}: unknown key given; allowed: {', '.join(fields)}{hint}")
         kind = fields[key]
         section = kind if isinstance(kind, type) and dataclasses.is_dataclass(kind) else None
-        if section or key == "silos":
-            if value is not None and not isinstance(value, dict):
-                raise ConfigError(f"{prefix}{key}: {value!r} given; allowed: a section of keys and values")
+        if (section or key == "silos") and not isinstance(value, dict | None):
+            raise ConfigError(f"{prefix}{key}: {value!r} given; allowed: a section of keys and values")
         if section and value is not None:
             _check_keys(value, section, f"{prefix}{key}.")
         if key == "silos":
@@ -362,9 +361,10 @@ def _check_silo(name: str, silo: SiloConfig) -> None:
     key = f"silos.{name}"
     _require(bool(re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,62}", name)), "silos", name, "names of a-z, 0-9, _ and -")
     for unit in (
-        "num_nodes processes_per_node global_batch_sequences micro_batch_sequences accumulation_steps "
-        "checkpoint_interval_steps keep_checkpoints log_interval_steps num_threads"
-    ).split():
+        *("num_nodes", "processes_per_node", "num_threads"),
+        *("global_batch_sequences", "micro_batch_sequences", "accumulation_steps"),
+        *("checkpoint_interval_steps", "keep_checkpoints", "log_interval_steps"),
+    ):
         _require(getattr(silo, unit) >= 1, f"{key}.{unit}", getattr(silo, unit), "1 or more")
     for unit in ("eval_interval_rounds", "eval_sequences"):
         _require(getattr(silo, unit) >= 0, f"{key}.{unit}", getattr(silo, unit), "0 or more")

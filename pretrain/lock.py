@@ -16,7 +16,8 @@ def lock_directory(directory: Path, what: str) -> int:
     except BlockingIOError:
         holder = os.read(descriptor, 32).decode(errors="replace").strip()
         raise ConfigError(
-            f"directory: {str(directory)!r} given; {what} runs there already (process {holder}); stop it, or name another"
+            f"directory: {str(directory)!r} given; {what} runs there already (process {holder}); "
+            "stop it, or name another directory"
         ) from None
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"{os.getpid()}\n".encode())

@@ -1,6 +1,7 @@
 """A silo's side of the outer step: deliver the pseudo-gradient, wait for the commit, adopt the merged parameters."""
 
 import json
+import math
 import shutil
 import time
 import uuid
@@ -47,9 +48,10 @@ class SiloSync:
         self._codec = CODECS[config.outer.codec]
         self._files: list[tuple[Payload, Path]] = []
         self._manifest: Manifest | None = None
+        self._norms: list[float] = []
+        self._began = time.monotonic()
         self._base_digest = ""
         self.global_parameters: dict[str, Tensor] = {}  # the leader's fp32 copy, host memory
-        self.bytes_received = 0
 
     # ---- before the first round
 
@@ -74,16 +76,17 @@ class SiloSync:
 
     # ---- one sync
 
-    def deliver(self, engine: Engine, progress: Progress, *, round_tokens: int, metrics: dict[str, float]) -> None:
+    def deliver(self, engine: Engine, progress: Progress) -> None:
         """Code `global - local` fragment by fragment, tensor by tensor, and hand it to the exchange."""
-        round = progress.version + 1
-        shapes = engine.shapes
-        fragments = cut_fragments({n: s.numel() for n, s in shapes.items()}, self.config.outer.num_fragments)
+        self._began = time.monotonic()
+        fragments = cut_fragments(
+            {name: shape.numel() for name, shape in engine.shapes.items()}, self.config.outer.num_fragments
+        )
         outbox = self._directory / "outbox"
         if self.ranks.is_leader:
             shutil.rmtree(outbox, ignore_errors=True)
             outbox.mkdir(parents=True)
-        self._files, norms_squared = [], []
+        self._files, self._norms = [], []
         for index, names in enumerate(fragments):
             coded, norm_squared = {}, 0.0
             for name in names:
@@ -96,29 +99,34 @@ class SiloSync:
                 file = outbox / f"{index:03d}.safetensors"
                 save_file(coded, file)
                 self._files.append((file_payload(file, index), file))
-                norms_squared.append(norm_squared)
+                self._norms.append(norm_squared**0.5)
         if self.ranks.is_leader:
-            self._norms = [n**0.5 for n in norms_squared]
-            self._manifest = Manifest(
-                contract_sha256=self._exchange.contract_sha256,
-                silo=self.silo,
-                round=round,
-                base_version=progress.version,
-                base_digest=self._base_digest or digest_tensors(self.global_parameters.items()),
-                codec=self.config.outer.codec,
-                payloads=[payload for payload, _ in self._files],
-                tokens=round_tokens,
-                steps=self.config.outer.sync_interval_steps,
-                tokens_total=progress.position * self.config.sequence_tokens,
-                metrics=metrics | {"pseudo_gradient_norm": sum(norms_squared) ** 0.5},
-            )
+            self._manifest = self._describe(progress)
             standing = self._exchange.deliver(self._manifest, self._files)
             if standing != self._manifest.to_bytes():
                 print(
-                    f"round {round}: this pseudo-gradient differs from the one delivered before the restart "
-                    "(kernels that are not deterministic); the delivered one stands",
+                    f"round {self._manifest.round}: this pseudo-gradient differs from the one delivered before the "
+                    "restart (kernels that are not deterministic); the delivered one stands",
                     flush=True,
                 )
+
+    def _describe(self, progress: Progress) -> Manifest:
+        """The manifest of the files that are about to be delivered."""
+        config, settings = self.config, self.config.silos[self.silo]
+        steps = config.outer.sync_interval_steps
+        return Manifest(
+            contract_sha256=self._exchange.contract_sha256,
+            silo=self.silo,
+            round=progress.version + 1,
+            base_version=progress.version,
+            base_digest=self._base_digest or digest_tensors(self.global_parameters.items()),
+            codec=config.outer.codec,
+            payloads=[payload for payload, _ in self._files],
+            tokens=steps * settings.global_batch_sequences * config.sequence_tokens,
+            steps=steps,
+            tokens_total=progress.position * config.sequence_tokens,
+            metrics={"loss": progress.loss, "pseudo_gradient_norm": math.hypot(*self._norms)},
+        )
 
     def wait(self, progress: Progress) -> None:
         """Wait until the round's commit is there; deliver again what the aggregator refused.
@@ -138,14 +146,16 @@ class SiloSync:
                     num_refused = len(refusals)
                     print(f"round {round}: the aggregator refused our delivery: {refusals[-1]}", flush=True)
                 if num_refused >= MAX_REFUSALS:
-                    raise ConfigError(f"silo {self.silo}: round {round} was refused {num_refused} times: {refusals[-1]}")
+                    raise ConfigError(
+                        f"silo {self.silo}: round {round} was refused {num_refused} times: {refusals[-1]}"
+                    )
                 if self._exchange.newest_version(progress.version) < round:
                     self._exchange.deliver(self._manifest, self._files)
             return False
 
         self._poll(committed, f"commit {round} from the aggregator", progress)
 
-    def adopt(self, engine: Engine, progress: Progress, *, wait_seconds: float = 0.0) -> None:
+    def adopt(self, engine: Engine, progress: Progress) -> None:
         """Take over the next version: check it, copy it to the host copy and into the engine, and read it back.
 
         Afterwards `progress.version` is one more and every parameter has the bits that the commit's digest names.
@@ -153,7 +163,6 @@ class SiloSync:
         version = progress.version + 1
         if self.ranks.is_leader:
             received = self._fetch(version)
-            self._record(progress, received, wait_seconds)
             shapes = {name: value.shape for name, value in self.global_parameters.items()}
             if shapes != engine.shapes:
                 raise ConfigError(
@@ -166,6 +175,10 @@ class SiloSync:
             value = engine.read(name)
             if self.ranks.is_leader and not torch.equal(value.cpu(), self.global_parameters[name]):
                 raise RuntimeError(f"{name} in the engine differs from version {version} right after it was written")
+        wait_seconds = time.monotonic() - self._began
+        progress.seconds_waiting += wait_seconds
+        if self.ranks.is_leader and self._files:
+            self._record(progress, received, wait_seconds)
         progress.version = version
 
     def _fetch(self, version: int) -> list[int]:
@@ -179,7 +192,9 @@ class SiloSync:
                 with safe_open(file, framework="pt") as tensors:
                     for coded_name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
                         value = tensors.get_tensor(coded_name)
-                        mine = self.global_parameters.setdefault(coded_name.removeprefix(key("")), torch.empty_like(value))
+                        mine = self.global_parameters.setdefault(
+                            coded_name.removeprefix(key("")), torch.empty_like(value)
+                        )
                         mine.copy_(value)
                 file.unlink()
             digest = digest_tensors(self.global_parameters.items())
@@ -191,9 +206,7 @@ class SiloSync:
         return received
 
     def _record(self, progress: Progress, received: list[int], wait_seconds: float) -> None:
-        self.bytes_received += sum(received)
-        if progress.version < 0 or not self.journal:
-            return
+        assert self.journal
         for fragment, (payload, _) in enumerate(self._files):
             last = fragment == len(self._files) - 1
             self.journal.record(

@@ -53,7 +53,7 @@ class StoreExchange:
     # ---- both
 
     def read_contract(self) -> bytes | None:
-        """The contract's bytes, or None while there is none. Sets `contract_sha256`, which all reading checks against."""
+        """The contract's bytes, or None while there is none. Sets `contract_sha256`, which reading checks against."""
         if not self.objects.exists(CONTRACT):
             return None
         data = self.objects.read(CONTRACT)
@@ -64,7 +64,9 @@ class StoreExchange:
         """The newest committed version, looked for from `start` upwards; -1 if there is none."""
         if start < 0:
             numbers = [int(name) for name in self.objects.names("global") if name.isdigit()]
-            committed = (n for n in sorted(numbers, reverse=True) if self.objects.exists(f"{version_path(n)}/commit.json"))
+            committed = (
+                n for n in sorted(numbers, reverse=True) if self.objects.exists(f"{version_path(n)}/commit.json")
+            )
             return next(committed, -1)
         while self.objects.exists(f"{version_path(start + 1)}/commit.json"):
             start += 1
@@ -89,7 +91,9 @@ class StoreExchange:
         if num_bytes != payload.num_bytes:
             raise RefusedError(f"{folder}/{payload.file} has {num_bytes} bytes, not {payload.num_bytes}: truncated?")
         if sha256 != payload.sha256:
-            raise RefusedError(f"{folder}/{payload.file} has sha256 {sha256[:12]}, not {payload.sha256[:12]}: corrupted")
+            raise RefusedError(
+                f"{folder}/{payload.file} has sha256 {sha256[:12]}, not {payload.sha256[:12]}: corrupted"
+            )
         return num_bytes
 
     # ---- the silo's verbs
@@ -178,7 +182,7 @@ class StoreExchange:
             max((int(name) for name in self.objects.names(f"silos/{silo}/resumable")), default=0) for silo in roster
         ]
         first_kept = max(0, min([newest - keep_versions + 1, *resumable]))
-        pruned = []
+        pruned: list[int] = []
         while (version := first_kept - 1 - len(pruned)) >= 0 and self._tensors(version_path(version)):
             pruned.append(version)
         for version in reversed(pruned):  # oldest first: whoever is killed here leaves no gap behind

@@ -11,7 +11,7 @@ from torch import Tensor
 def tensor_sha256(tensor: Tensor) -> str:
     """sha256 of the tensor's little-endian bytes (CPU)."""
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    return hashlib.sha256(memoryview(flat.numpy())).hexdigest()
+    return hashlib.sha256(flat.numpy().data).hexdigest()
 
 
 def digest_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:

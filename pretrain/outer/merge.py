@@ -9,7 +9,7 @@ from torch import Tensor
 def weighted_mean(weighted: Iterable[tuple[int, Tensor]], shape: torch.Size) -> tuple[Tensor, int]:
     """Mean of pseudo-gradients, float64, and the divisor: the weight of those that are in it, never of the roster.
 
-    `weighted` yields (weight in tokens, pseudo-gradient of `shape`, float64); only one is held at a time besides the sum.
+    `weighted` yields (weight in tokens, pseudo-gradient of `shape`, float64); one is held at a time besides the sum.
     The result depends on the order only through float64 rounding: give them sorted by silo name.
     """
     total = torch.zeros(shape, dtype=torch.float64)

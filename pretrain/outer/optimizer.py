@@ -1,4 +1,4 @@
-"""The outer step (DiLoCo, arXiv 2311.08105): from merged pseudo-gradient to new global parameter, one tensor at a time."""
+"""The outer step (DiLoCo, arXiv 2311.08105): from merged pseudo-gradient to new global parameter, tensor by tensor."""
 
 from torch import Tensor
 
@@ -13,8 +13,8 @@ def outer_step(
 ) -> tuple[Tensor, Tensor | None]:
     """New parameter and new velocity, both fp32; the inputs are left as they are.
 
-    SGD without velocity; with it, Nesterov momentum in the convention of torch.optim.SGD(nesterov=True), so that the first
-    step is lr * (1 + momentum) * pseudo_gradient. Computed in float64 and rounded once.
+    SGD without velocity; with it, Nesterov momentum in the convention of torch.optim.SGD(nesterov=True), so that the
+    first step is lr * (1 + momentum) * pseudo_gradient. Computed in float64 and rounded once.
     """
     if velocity is None:
         return (parameter.double() - lr * pseudo_gradient).float(), None

@@ -1,9 +1,9 @@
 """The exact state of a silo: a run that was killed and resumed goes on bit by bit like one that was not.
 
-    checkpoints/step-00000100/state.json         step, version, position, and what they belong to
-                              engine/            DeepSpeed's own files, one part per rank: module, fp32 masters, optimizer
-                              rng-00000.safetensors   random number generators of each rank
-                              global.safetensors the silo's fp32 copy of the global parameters
+checkpoints/step-00000100/state.json         step, version, position, and what they belong to
+                          engine/            DeepSpeed's own files, one part per rank: module, fp32 masters, optimizer
+                          rng-00000.safetensors   random number generators of each rank
+                          global.safetensors the silo's fp32 copy of the global parameters
 """
 
 import dataclasses
@@ -103,8 +103,8 @@ class Checkpoints:
         for key, value in expected.items():
             if state.pop(key) != value:
                 raise ConfigError(
-                    f"{directory}: a checkpoint with another {key} than this run's {value}; go on with the settings it was "
-                    "written with, or name another run directory"
+                    f"{directory}: a checkpoint with another {key} than this run's {value}; go on with the settings it "
+                    "was written with, or name another run directory"
                 )
         engine.load(directory)
         _restore_random_state(load_file(directory / f"rng-{ranks.rank:05d}.safetensors"))

@@ -37,7 +37,9 @@ def deepspeed_config(silo: SiloConfig, inner: InnerConfig) -> dict[str, Any]:
 class Engine:
     """One silo's DeepSpeed engine. Every method that touches parameters must be called by all ranks."""
 
-    def __init__(self, model: ModelConfig, silo: SiloConfig, inner: InnerConfig, *, vocab_size: int, ranks: Ranks) -> None:
+    def __init__(
+        self, model: ModelConfig, silo: SiloConfig, inner: InnerConfig, *, vocab_size: int, ranks: Ranks
+    ) -> None:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         settings = deepspeed_config(silo, inner)
         zero = settings.get("zero_optimization", {})
@@ -119,7 +121,7 @@ class Engine:
             buffer = torch.empty(shape, dtype=torch.float32, device=self._ranks.device)
             if values is not None:
                 given_name, value = next(values)
-                assert given_name == name and value.shape == shape
+                assert (given_name, value.shape) == (name, shape)
                 buffer.copy_(value)
             if self._ranks.num_ranks > 1:
                 dist.broadcast(buffer, src=0)

@@ -31,7 +31,7 @@ def model_config(settings: ModelConfig, vocab_size: int) -> PretrainedConfig:
         raise ConfigError(f"{key}: {' '.join(str(error).split())[:300]}") from None
     if config.vocab_size < vocab_size:
         raise ConfigError(
-            f"model.config.vocab_size: {config.vocab_size} given; allowed: {vocab_size} or more, the tokenizer's vocabulary"
+            f"model.config.vocab_size: {config.vocab_size} given; allowed: {vocab_size} (the tokenizer's) or more"
         )
     return config
 
@@ -47,7 +47,11 @@ def build_initial(settings: ModelConfig, vocab_size: int) -> nn.Module:
 
 
 def build_empty(
-    settings: ModelConfig, vocab_size: int, *, dtype: torch.dtype, partitioned: AbstractContextManager[Any] | None = None
+    settings: ModelConfig,
+    vocab_size: int,
+    *,
+    dtype: torch.dtype,
+    partitioned: AbstractContextManager[Any] | None = None,
 ) -> nn.Module:
     """The model's structure with parameters that are about to be overwritten; `partitioned` is ZeRO-3's context."""
     config = model_config(settings, vocab_size)
@@ -66,7 +70,7 @@ def _parameters_on_meta() -> Iterator[None]:
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         register(module, name, None if parameter is None else nn.Parameter(parameter.to("meta")))
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

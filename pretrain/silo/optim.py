@@ -23,9 +23,7 @@ def learning_rate(step: int, inner: InnerConfig) -> float:
     return inner.lr
 
 
-def build_optimizer(
-    parameters: Iterable[nn.Parameter], inner: InnerConfig, *, on_cpu: bool
-) -> torch.optim.Optimizer:
+def build_optimizer(parameters: Iterable[nn.Parameter], inner: InnerConfig, *, on_cpu: bool) -> torch.optim.Optimizer:
     """AdamW or SGD; matrices are decayed, vectors are not. `on_cpu`: optimizer states are offloaded to the host."""
     trained = [p for p in parameters if p.requires_grad]
     matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) >= 2]  # ZeRO-3 flattens p itself

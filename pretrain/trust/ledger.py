@@ -49,9 +49,9 @@ class Record:
         if given["format"] != FORMAT:
             raise RefusedError(f"format {given['format']} given; this version reads {FORMAT}")
         for f in dataclasses.fields(cls):
-            kind = {int: int, str: str, float: (int, float)}.get(f.type)  # type: ignore[call-overload]
-            if kind and (not isinstance(given[f.name], kind) or isinstance(given[f.name], bool)):
-                raise RefusedError(f"{f.name}: {given[f.name]!r} given; allowed: {f.type}")
+            value = given[f.name]
+            if f.type in (int, str) and type(value) is not f.type:
+                raise RefusedError(f"{f.name}: {value!r} given; allowed: {f.type}")
         for name, row_type in (("payloads", Payload), ("state_payloads", Payload), ("contributors", Contributor)):
             if name in given:
                 given[name] = [_read_row(row_type, row) for row in given[name]]
@@ -129,7 +129,9 @@ def check_link(commit: Commit, version: int, previous: bytes | None, contract_sh
     if commit.version != version:
         raise RefusedError(f"commit {version} says it is version {commit.version}")
     if commit.contract_sha256 != contract_sha256:
-        raise RefusedError(f"commit {version} belongs to contract {commit.contract_sha256[:12]}, not {contract_sha256[:12]}")
+        raise RefusedError(
+            f"commit {version} belongs to contract {commit.contract_sha256[:12]}, not {contract_sha256[:12]}"
+        )
     expected = sha256_bytes(previous) if previous is not None else None
     if commit.previous != expected:
         raise RefusedError(f"commit {version} follows {commit.previous}, but version {version - 1} is {expected}")

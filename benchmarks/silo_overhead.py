@@ -1,0 +1,121 @@
+"""What a silo's loop costs between syncs: its steps per second against a bare DeepSpeed loop, same model, same batch.
+
+    torchrun --standalone --nproc-per-node 1 -m benchmarks.silo_overhead
+    torchrun --standalone --nproc-per-node 2 -m benchmarks.silo_overhead --stage 2
+
+Both loops drive the same engine in the same process and take turns, so that a busy machine slows both alike; the ratio
+is that of the medians over the turns. The bare loop has its batch in memory and neither logs nor schedules.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from torch.nn import functional as F
+
+from pretrain.config import RunConfig, load_config
+from pretrain.journal import Journal
+from pretrain.silo.ranks import Ranks
+from pretrain.sync import StopRequested
+from pretrain.train import Silo, prepare, train
+
+DEMO = Path(__file__).parent.parent / "configs" / "run" / "demo.yaml"
+
+
+def configuration(directory: Path, packed: Path, stage: int, num_ranks: int, overrides: list[str]) -> RunConfig:
+    """The demo's model and batch, training alone, never syncing or saving during the measurement."""
+    config = load_config(
+        [DEMO],
+        [
+            f"directory={directory}",
+            f"tokenizer={packed / 'tokenizer'}",
+            "exchange.kind=none",
+            "wandb.mode=disabled",
+            "inner.num_steps=1000000",
+            "outer.sync_interval_steps=1000000",
+            "silo.checkpoint_interval_steps=1000000",
+            f"silos.bench.data=[{packed / 'packed' / 'train'}]",
+            f"silos.bench.processes_per_node={num_ranks}",
+            f"silos.bench.deepspeed.zero_optimization.stage={stage}",
+            *overrides,
+        ],
+    )
+    return config
+
+
+def turn_of_ours(silo: Silo, num_steps: int) -> float:
+    """Steps per second of pretrain.train's loop."""
+    target = silo.progress.step + num_steps
+    silo.asked_to_stop = lambda: silo.progress.step >= target
+    began = time.perf_counter()
+    try:
+        train(silo)
+    except StopRequested:
+        return num_steps / (time.perf_counter() - began)
+    raise AssertionError("the loop must have been stopped")
+
+
+def turn_of_bare(silo: Silo, num_steps: int) -> float:
+    """Steps per second of DeepSpeed alone."""
+    engine = silo.engine._deepspeed
+    input_ids, targets = next(silo.batches)
+    began = time.perf_counter()
+    for _ in range(num_steps):
+        logits = engine(input_ids=input_ids, use_cache=False).logits
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        engine.backward(loss)
+        engine.step()
+    return num_steps / (time.perf_counter() - began)
+
+
+def main() -> None:
+    """Take turns and print the ratio."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", type=int, default=0)
+    parser.add_argument("--turns", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=20, help="inner steps of one turn")
+    parser.add_argument("--text", type=Path, help="folder with tokenizer/ and packed/train/ (default: made for this run)")
+    parser.add_argument("overrides", nargs="*")
+    arguments = parser.parse_args()
+    ranks = Ranks()
+    with tempfile.TemporaryDirectory() as scratch:
+        text = arguments.text or Path(ranks.from_leader(scratch)) / "text"
+        if ranks.is_leader and not arguments.text:
+            make_text(text)
+        ranks.barrier()
+        global_batch = 16
+        overrides = [f"silo.micro_batch_sequences={global_batch // ranks.num_ranks}", *arguments.overrides]
+        config = configuration(Path(scratch), text, arguments.stage, ranks.num_ranks, overrides)
+        journal = Journal(config, "silos/bench", silo="bench") if ranks.is_leader else None
+        silo = prepare(config, "bench", ranks, journal)
+        pairs = []
+        for turn in range(arguments.turns + 1):  # the first warms up
+            pair = turn_of_ours(silo, arguments.steps), turn_of_bare(silo, arguments.steps)
+            if turn:
+                pairs.append(pair)
+        ours, bare = (statistics.median(column) for column in zip(*pairs, strict=True))
+        ratio = statistics.median(a / b for a, b in pairs)
+    if ranks.is_leader:
+        num_parameters = sum(shape.numel() for shape in silo.engine.shapes.values())
+        print(
+            f"RESULT {num_parameters:,} parameters, {ranks.num_ranks} ranks, ZeRO-{arguments.stage}: silo loop "
+            f"{ours:.2f} steps/s, bare DeepSpeed {bare:.2f} steps/s, ratio {ratio:.3f}"
+        )
+    ranks.close()
+
+
+def make_text(directory: Path) -> None:
+    """A tokenizer and a packed corpus from the standard library's documentation strings."""
+    from data_tools.corpora import read_documents, training_file, write_python_corpora
+    from data_tools.pack import prepare_corpus
+    from data_tools.tokenizer import train_tokenizer
+
+    corpus = write_python_corpora(directory / "corpora")["prose"]
+    file = train_tokenizer(read_documents(training_file(corpus)), vocab_size=2048, output=directory / "tokenizer")
+    prepare_corpus(corpus, tokenizer=file, output=directory / "packed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Run by torchrun: every ZeRO stage in fp32 and bf16, one engine after another; prints one JSON object per engine."""
+
+import dataclasses
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from pretrain.config import InnerConfig, ModelConfig, SiloConfig
+from pretrain.silo.checkpoint import Checkpoints, Progress
+from pretrain.silo.engine import Engine
+from pretrain.silo.model import build_empty, build_initial, token_losses
+from pretrain.silo.optim import build_optimizer
+from pretrain.silo.ranks import Ranks
+
+VOCAB_SIZE = 96
+MODEL = ModelConfig(
+    config={
+        "model_type": "llama",
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "tie_word_embeddings": True,
+    }
+)
+INNER = InnerConfig(lr=0.01, clip_norm=1.0, num_steps=6)
+BATCHES = torch.randint(0, VOCAB_SIZE, (6, 4, 13), generator=torch.Generator().manual_seed(1))
+
+
+def plain_losses(values: dict[str, torch.Tensor], num_steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """A plain loop: transformers and torch alone, fp32, from `values`."""
+    model = build_initial(MODEL, VOCAB_SIZE)
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(values[name])
+    optimizer, losses = build_optimizer(model.parameters(), INNER, on_cpu=False), []
+    for batch in BATCHES[:num_steps]:
+        optimizer.zero_grad()
+        loss = token_losses(model, batch[:, :-1], batch[:, 1:]).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), INNER.clip_norm)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, {name: p.detach() for name, p in model.named_parameters()}
+
+
+def plain_loss(values: dict[str, torch.Tensor], dtype: torch.dtype, batch: torch.Tensor) -> float:
+    """Loss of a plain transformers model holding `values` rounded to `dtype`."""
+    model = build_empty(MODEL, VOCAB_SIZE, dtype=dtype)
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(values[name])
+    with torch.no_grad():
+        return token_losses(model, batch[:, :-1], batch[:, 1:]).mean().item()
+
+
+def steps(engine: Engine, ranks: Ranks, numbers: range) -> list[float]:
+    """Inner steps on this rank's part of the batches; returns the losses of the whole batches."""
+    losses = []
+    for number in numbers:
+        part = BATCHES[number].chunk(ranks.num_ranks)[ranks.rank]
+        loss, _ = engine.step([(part[:, :-1], part[:, 1:])], INNER.lr)
+        losses.append(ranks.sum([loss / ranks.num_ranks])[0])
+    return losses
+
+
+def read_all(engine: Engine) -> dict[str, torch.Tensor]:
+    """Every fp32 parameter."""
+    return {name: engine.read(name).clone() for name in engine.shapes}
+
+
+def check(stage: int, precision: str, ranks: Ranks, directory: Path) -> dict[str, object]:
+    """What the test asserts for one stage and precision."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    silo = SiloConfig(
+        global_batch_sequences=4,
+        micro_batch_sequences=4 // ranks.num_ranks,
+        precision=precision,
+        deepspeed={"zero_optimization": {"stage": stage}} if stage else {},
+    )
+
+    def build() -> Engine:
+        return Engine(MODEL, silo, INNER, vocab_size=VOCAB_SIZE, ranks=ranks)
+
+    initial = {name: p.detach() * 1.5 for name, p in build_initial(MODEL, VOCAB_SIZE).named_parameters()}
+    engine = build()
+    engine.write(iter(initial.items()) if ranks.is_leader else None)
+    written_back = all(torch.equal(engine.read(name), initial[name]) for name in engine.shapes)
+    before_merge = steps(engine, ranks, range(2))
+
+    # A merge in the middle of training: new parameters in, and the very next loss is theirs.
+    merged = {name: value * 0.75 + 0.01 for name, value in read_all(engine).items()}
+    engine.write(iter(merged.items()) if ranks.is_leader else None)
+    merged_back = all(torch.equal(engine.read(name), merged[name]) for name in engine.shapes)
+    expected_next = sum(plain_loss(merged, dtype, part) for part in BATCHES[2].chunk(ranks.num_ranks)) / ranks.num_ranks
+    after_merge = steps(engine, ranks, range(2, 3))
+
+    checkpoints = Checkpoints(directory / f"{stage}-{precision}", keep=1, contract_sha256="c")
+    saved = Progress(step=3, position=12)
+    checkpoints.save(saved, engine, ranks, initial)
+    uninterrupted = steps(engine, ranks, range(3, 6))
+    final = read_all(engine)
+    resumed_engine, global_parameters = build(), dict[str, torch.Tensor]()
+    progress = checkpoints.load(resumed_engine, ranks, global_parameters)
+    resumed = steps(resumed_engine, ranks, range(3, 6))
+    return {
+        "stage": stage,
+        "precision": precision,
+        "written_back": written_back,
+        "merged_back": merged_back,
+        "before_merge": before_merge,
+        "expected_before_merge": plain_losses(initial, 2)[0],
+        "next_loss": after_merge[0],
+        "expected_next_loss": expected_next,
+        "progress_restored": progress is not None and dataclasses.asdict(progress) == dataclasses.asdict(saved),
+        "global_restored": not ranks.is_leader or all(torch.equal(global_parameters[n], initial[n]) for n in initial),
+        "uninterrupted": uninterrupted,
+        "resumed": resumed,
+        "parameters_equal": all(torch.equal(resumed_engine.read(n), final[n]) for n in final),
+        "num_skipped_steps": engine.num_skipped_steps,
+    }
+
+
+def main() -> None:
+    """All stages and precisions."""
+    ranks = Ranks()
+    for stage, precision in itertools.product((0, 1, 2, 3), ("fp32", "bf16")):
+        result = check(stage, precision, ranks, Path(sys.argv[1]))
+        everywhere = ranks.sum([float(result["parameters_equal"] is True), float(result["written_back"] is True)])
+        result["ranks_agree"] = everywhere == [ranks.num_ranks] * 2
+        if ranks.is_leader:
+            print("RESULT", json.dumps(result), flush=True)
+    ranks.close()
+
+
+if __name__ == "__main__":
+    main()
