@@ -7,6 +7,7 @@ All its state is in the store: killed at any point, it goes on with the same rou
 
 import argparse
 import math
+import resource
 import shutil
 import sys
 import time
@@ -99,8 +100,7 @@ class Aggregator:
 
         vocab_size = Tokenizer.from_file(str(self._config.tokenizer_file)).get_vocab_size()
         model = build_initial(self._config.model, vocab_size)
-        parameters = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-        del model
+        parameters = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
         with_velocity = self._config.outer.optimizer == "nesterov"
         velocity = {n: torch.zeros_like(p) for n, p in parameters.items()} if with_velocity else {}
         state = OuterState(version=-1, parameters=parameters, velocity=velocity, parameters_digest="")
@@ -332,6 +332,8 @@ def main() -> int:
             journal.error(str(error))
             journal.status("failed")
         return 2
+    peak_memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    journal.record("aggregator", peak_memory_bytes=peak_memory_bytes)
     journal.status("finished", round=config.num_rounds)
     journal.close()
     return 0

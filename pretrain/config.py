@@ -187,6 +187,10 @@ class RunConfig:
         """A silo's own folder in the run directory."""
         return Path(self.directory) / "silos" / silo
 
+    def final_parameters(self, silo: str) -> Path:
+        """Where a silo that trains alone leaves its fp32 parameters."""
+        return self.silo_directory(silo) / "final.safetensors"
+
     @property
     def tokenizer_file(self) -> Path:
         """The tokenizer.json of `tokenizer`."""

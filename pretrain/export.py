@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer
-from torch import nn
+from torch import Tensor, nn
 
 from pretrain.config import ConfigError, RunConfig
 from pretrain.exchange.store import StoreExchange, version_path
@@ -26,8 +26,18 @@ PROVENANCE = "atoll.json"
 def load_global_model(config: RunConfig, version: int | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """The fp32 model of `version` (None: the newest), checked against its commit, and where it comes from.
 
-    Raises ConfigError if the store has no such version, or its bytes are not what the commit says.
+    Of a run whose one silo trained alone, that silo's final model. Raises ConfigError if there is no such version, or
+    its bytes are not what the commit says.
     """
+    vocab_size = Tokenizer.from_file(str(config.tokenizer_file)).get_vocab_size()
+    model = build_empty(config.model, vocab_size, dtype=torch.float32)
+    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    fill = _fill_from_store if config.exchange.kind == "store" else _fill_from_silo
+    provenance = {"run": config.name, "sequence_tokens": config.sequence_tokens} | fill(config, parameters, version)
+    return model.eval(), provenance
+
+
+def _fill_from_store(config: RunConfig, parameters: dict[str, Tensor], version: int | None) -> dict[str, Any]:
     exchange = StoreExchange(config.store_url)
     if exchange.read_contract() is None:
         raise ConfigError(f"exchange.url: {config.store_url} given; there is no contract.json, so no run, in it")
@@ -35,31 +45,38 @@ def load_global_model(config: RunConfig, version: int | None = None) -> tuple[nn
     version = newest if version is None else version
     if not 0 <= version <= newest:
         raise ConfigError(f"--version: {version} given; allowed: 0 to {newest}")
-    vocab_size = Tokenizer.from_file(str(config.tokenizer_file)).get_vocab_size()
-    model = build_empty(config.model, vocab_size, dtype=torch.float32)
-    parameters = dict(model.named_parameters())
     try:
         commit = exchange.read_commit(version)
         with tempfile.TemporaryDirectory() as scratch:
             for payload in commit.payloads:
                 file = Path(scratch) / payload.file
                 exchange.fetch(version_path(version), payload, file)
-                with safe_open(file, framework="pt") as tensors, torch.no_grad():
-                    for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
-                        parameters[name.removeprefix(key(""))].copy_(tensors.get_tensor(name))
-        trained = ((name, p) for name, p in parameters.items() if p.requires_grad)
-        if digest_tensors(trained) != commit.parameters_digest:
+                _copy_file(file, parameters, prefix=key(""))
+        if digest_tensors(parameters.items()) != commit.parameters_digest:
             raise RefusedError("its parameters do not have the digest of its commit")
     except RefusedError as error:
         raise ConfigError(f"version {version}: {error} (pruned versions keep only their commit)") from None
-    provenance = {
-        "run": config.name,
+    return {
         "version": version,
         "parameters_digest": commit.parameters_digest,
         "contract_sha256": commit.contract_sha256,
-        "sequence_tokens": config.sequence_tokens,
     }
-    return model.eval(), provenance
+
+
+def _fill_from_silo(config: RunConfig, parameters: dict[str, Tensor], version: int | None) -> dict[str, Any]:
+    if version is not None or len(config.silos) != 1:
+        raise ConfigError("run directory: its silos train alone; allowed: no --version, and a run of one silo")
+    (name,) = config.silos
+    if not config.final_parameters(name).is_file():
+        raise ConfigError(f"run directory: silo {name} has not finished; there is no {config.final_parameters(name)}")
+    _copy_file(config.final_parameters(name), parameters, prefix="")
+    return {"silo": name, "parameters_digest": digest_tensors(parameters.items())}
+
+
+def _copy_file(file: Path, parameters: dict[str, Tensor], *, prefix: str) -> None:
+    with safe_open(file, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
+            parameters[name.removeprefix(prefix)].copy_(tensors.get_tensor(name))
 
 
 def export_global_model(config: RunConfig, directory: Path, version: int | None = None) -> dict[str, Any]:

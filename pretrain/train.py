@@ -18,7 +18,7 @@ import torch
 from pretrain.config import ConfigError, RunConfig, check_batch, load_config
 from pretrain.journal import Journal
 from pretrain.lock import lock_directory
-from pretrain.silo.checkpoint import Checkpoints, Progress
+from pretrain.silo.checkpoint import Checkpoints, Progress, save_parameters
 from pretrain.silo.data import Batches, Order, PackedTokens
 from pretrain.silo.engine import Engine
 from pretrain.silo.evaluate import held_out_loss
@@ -209,6 +209,8 @@ def run(config: RunConfig, name: str, journal: Journal | None) -> int:
         if journal:
             print(f"stopped on request after step {silo.progress.step}; all is saved, start again to go on", flush=True)
         return STOPPED
+    if not silo.sync:
+        save_parameters(config.final_parameters(name), silo.engine, ranks)
     ranks.close()
     return 0
 

@@ -47,7 +47,7 @@ class Objects:
         """Sorted last parts of the names directly below `prefix`; empty if there are none."""
         try:
             listed = self._fs.ls(self._path(prefix), detail=False, refresh=True)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         except TypeError:  # file systems without a listings cache have no `refresh`
             listed = self._fs.ls(self._path(prefix), detail=False)

@@ -73,9 +73,13 @@ class StoreExchange:
         return start
 
     def read_commit(self, version: int) -> Commit:
-        """Read a commit and check that it follows its predecessor. Raises RefusedError, FileNotFoundError."""
-        commit = Commit.from_bytes(self.commit_bytes(version))
-        check_link(commit, version, self.commit_bytes(version - 1) if version else None, self.contract_sha256)
+        """Read a commit and check that it follows its predecessor. Raises RefusedError."""
+        try:
+            commit = Commit.from_bytes(self.commit_bytes(version))
+            previous = self.commit_bytes(version - 1) if version else None
+        except FileNotFoundError as error:
+            raise RefusedError(f"commit {version} or its predecessor is missing: {error}") from None
+        check_link(commit, version, previous, self.contract_sha256)
         return commit
 
     def commit_bytes(self, version: int) -> bytes:
@@ -86,7 +90,7 @@ class StoreExchange:
         """Download one payload and check it before anybody decodes a byte; returns its size. Raises RefusedError."""
         try:
             sha256, num_bytes = self.objects.download(f"{folder}/{payload.file}", file)
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError):
             raise RefusedError(f"{folder}/{payload.file} is missing") from None
         if num_bytes != payload.num_bytes:
             raise RefusedError(f"{folder}/{payload.file} has {num_bytes} bytes, not {payload.num_bytes}: truncated?")
@@ -154,14 +158,16 @@ class StoreExchange:
         return self.objects.read(name) if self.objects.exists(name) else None
 
     def refuse(self, silo: str, round: int, manifest: bytes, reason: str) -> None:
-        """Record why a delivery was not taken, then remove its manifest so that the silo delivers again."""
+        """Remove a delivery's manifest so that the silo delivers again, and record why it was not taken.
+
+        In this order: whoever is killed in between loses a reason, but every refusal that stands is counted once, and
+        a silo that delivers the same bytes again and again comes to the end of its tries.
+        """
         folder = delivery_path(silo, round)
         refused = [name for name in self.objects.names(folder) if name.startswith("refused-")]
         record = {"reason": reason, "manifest_sha256": sha256_bytes(manifest)}
-        newest = json.loads(self.objects.read(f"{folder}/{refused[-1]}")) if refused else None
-        if newest != record:  # killed between the two writes, an aggregator comes here twice for one delivery
-            self.objects.write(f"{folder}/refused-{len(refused)}.json", json.dumps(record).encode())
         self.objects.delete(f"{folder}/manifest.json")
+        self.objects.write(f"{folder}/refused-{len(refused)}.json", json.dumps(record).encode())
 
     def publish(self, commit: Commit, files: Iterable[tuple[Payload, Path]]) -> None:
         """Write the payloads of a version, then its commit. Raises FileExistsError if the version was committed."""
@@ -179,15 +185,17 @@ class StoreExchange:
         Kept are the newest `keep_versions` and all from which a silo's newest checkpoint would go on.
         """
         resumable = [
-            max((int(name) for name in self.objects.names(f"silos/{silo}/resumable")), default=0) for silo in roster
+            max((int(name) for name in self.objects.names(f"silos/{silo}/resumable") if name.isdigit()), default=0)
+            for silo in roster
         ]
         first_kept = max(0, min([newest - keep_versions + 1, *resumable]))
         pruned: list[int] = []
         while (version := first_kept - 1 - len(pruned)) >= 0 and self._tensors(version_path(version)):
             pruned.append(version)
         for version in reversed(pruned):  # oldest first: whoever is killed here leaves no gap behind
-            # A delivery is needed until its commit is there; then only its manifest stays.
-            for folder in [version_path(version), *(delivery_path(silo, version) for silo in roster)]:
+            # A delivery is needed until its commit is there; then only its manifest stays. The version's own folder
+            # comes last: while it holds tensors, the next pruning sees that this one was not finished.
+            for folder in [*(delivery_path(silo, version) for silo in roster), version_path(version)]:
                 for name in self._tensors(folder):
                     self.objects.delete(f"{folder}/{name}")
         return pruned

@@ -10,16 +10,19 @@ def weighted_mean(weighted: Iterable[tuple[int, Tensor]], shape: torch.Size) -> 
     """Mean of pseudo-gradients, float64, and the divisor: the weight of those that are in it, never of the roster.
 
     `weighted` yields (weight in tokens, pseudo-gradient of `shape`, float64); one is held at a time besides the sum.
-    The result depends on the order only through float64 rounding: give them sorted by silo name.
+    The mean moves towards each one by its share of the weight so far, so that the mean of equal tensors is that tensor
+    to the last bit. The order matters only through float64 rounding: give them sorted by silo name.
     """
-    total = torch.zeros(shape, dtype=torch.float64)
+    mean = torch.zeros(shape, dtype=torch.float64)
     divisor = 0
     for weight, pseudo_gradient in weighted:
-        total.add_(pseudo_gradient, alpha=weight)
+        if weight <= 0:
+            raise ValueError(f"a weight of {weight} tokens given; allowed: 1 or more")
         divisor += weight
+        mean.add_(pseudo_gradient - mean, alpha=weight / divisor)
     if divisor <= 0:
         raise ValueError("nobody contributed: the total weight is 0")
-    return total.div_(divisor), divisor
+    return mean, divisor
 
 
 def mean_cosine(sum_of_unit_vectors_norm_squared: float, num_silos: int) -> float:

@@ -113,6 +113,19 @@ class Checkpoints:
         return Progress(**state)
 
 
+def save_parameters(file: Path, engine: Engine, ranks: Ranks) -> None:
+    """Write all fp32 parameters as one safetensors file, all ranks together: the model of a silo that trained alone."""
+    gathered = {}
+    for name in engine.shapes:
+        value = engine.read(name)
+        if ranks.is_leader:
+            gathered[name] = value.cpu().contiguous()
+    if ranks.is_leader:
+        temporary = file.with_suffix(".tmp")
+        save_file(gathered, temporary)
+        temporary.replace(file)
+
+
 def _random_state() -> dict[str, Tensor]:
     state = {"cpu": torch.get_rng_state()}
     if get_accelerator().device_name() != "cpu":

@@ -6,8 +6,11 @@ Neither holds a time of day: a run that was killed and resumed has the same ledg
 import dataclasses
 import hashlib
 import json
+import math
+import re
+import types
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, NoReturn, Self, get_args, get_origin
 
 FORMAT = 1
 
@@ -40,8 +43,8 @@ class Record:
     def from_bytes(cls, data: bytes) -> Self:
         """Read a record of another party; raises RefusedError if anything is missing, unknown or of another type."""
         try:
-            given: Any = json.loads(data)
-        except ValueError as error:
+            given: Any = json.loads(data, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
             raise RefusedError(f"not JSON: {error}") from None
         names = {f.name for f in dataclasses.fields(cls)}
         if not isinstance(given, dict) or set(given) != names:
@@ -49,13 +52,30 @@ class Record:
         if given["format"] != FORMAT:
             raise RefusedError(f"format {given['format']} given; this version reads {FORMAT}")
         for f in dataclasses.fields(cls):
-            value = given[f.name]
-            if f.type in (int, str) and type(value) is not f.type:
-                raise RefusedError(f"{f.name}: {value!r} given; allowed: {f.type}")
+            if not _fits(given[f.name], f.type):
+                raise RefusedError(f"{f.name}: {given[f.name]!r} given; allowed: {f.type}")
         for name, row_type in (("payloads", Payload), ("state_payloads", Payload), ("contributors", Contributor)):
             if name in given:
                 given[name] = [_read_row(row_type, row) for row in given[name]]
         return cls(**given)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int or (type(value) is float and math.isfinite(value))  # 1e999 reads as infinity
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    """Whether a value read from JSON is of a record's type; whole numbers are those that every reader can hold."""
+    origin = get_origin(wanted)
+    if origin is types.UnionType:
+        return type(value) in get_args(wanted)
+    if origin is dict:
+        return isinstance(value, dict) and all(_is_number(number) for number in value.values())
+    return type(value) is (origin or wanted) and (wanted is not int or 0 <= value < 1 << 53)
 
 
 def _read_row(row_type: type, row: Any) -> Any:
@@ -64,9 +84,9 @@ def _read_row(row_type: type, row: Any) -> Any:
     except TypeError as error:
         raise RefusedError(f"{row_type.__name__.lower()}: {error}") from None
     for f in dataclasses.fields(row_type):
-        if not isinstance(getattr(made, f.name), f.type):  # type: ignore[arg-type]
+        if not _fits(getattr(made, f.name), f.type):
             raise RefusedError(f"{row_type.__name__.lower()}.{f.name}: {getattr(made, f.name)!r} given")
-    if isinstance(made, Payload) and ("/" in made.file or made.file.startswith(".")):
+    if isinstance(made, Payload) and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", made.file):
         raise RefusedError(f"payload.file: {made.file!r} given; allowed: a plain file name")
     return made
 

@@ -1,0 +1,37 @@
+"""Fixtures for every test: tiny packed text, made once a session, and runs configured on it.
+
+    def test_something(tmp_path: Path, tiny_config: TinyConfig) -> None:
+        config = tiny_config(tmp_path, outer={"codec": "bf16"}, silos={"beta": None})
+
+makes a one-silo run in tmp_path/run; the YAML that was loaded is tmp_path/tiny.yaml. See support.py for the values.
+"""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+
+from pretrain.config import RunConfig, load_config
+from tests.support import TinyText, make_tiny_text, write_settings
+
+
+class TinyConfig(Protocol):
+    """Makes a RunConfig through YAML and the real loader; `changes` are sections, merged into the tiny settings."""
+
+    def __call__(self, directory: Path, **changes: Any) -> RunConfig: ...
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> TinyText:
+    """Three corpora, their tokenizer and packed shards."""
+    return make_tiny_text(tmp_path_factory.mktemp("tiny_text"))
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_text: TinyText) -> TinyConfig:
+    """A function from directory and changes to a checked configuration."""
+
+    def make(directory: Path, **changes: Any) -> RunConfig:
+        return load_config([write_settings(directory, tiny_text, **changes)])
+
+    return make

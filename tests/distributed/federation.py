@@ -1,0 +1,91 @@
+"""Run a federation with real processes, and read back what it left."""
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from launch.local import CommandBuilder, launch_local
+from pretrain.config import RunConfig
+from pretrain.exchange.store import StoreExchange, version_path
+from pretrain.outer.codec import key
+from pretrain.trust.ledger import Commit
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """A run that ended."""
+
+    config: RunConfig
+
+    @cached_property
+    def records(self) -> list[dict[str, Any]]:
+        """metrics.jsonl."""
+        lines = (Path(self.config.directory) / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    def by_step(self, silo: str, value: str) -> dict[int, float]:
+        """Inner step to `value` of a silo's step records; a step that was done again must have come out the same."""
+        found: dict[int, set[float]] = defaultdict(set)
+        for record in self.records:
+            if record["kind"] == "step" and record["silo"] == silo:
+                found[record["step"]].add(record[value])
+        assert all(len(values) == 1 for values in found.values()), "a repeated step came out differently"
+        return {step: values.pop() for step, values in found.items()}
+
+    def held_out(self, silo: str) -> dict[int, dict[str, float]]:
+        """Round to the silo's held-out losses."""
+        return {r["round"]: r["val_loss"] for r in self.records if r["kind"] == "eval" and r["silo"] == silo}
+
+    @cached_property
+    def exchange(self) -> StoreExchange:
+        """The run's store."""
+        exchange = StoreExchange(self.config.store_url)
+        assert exchange.read_contract() is not None
+        return exchange
+
+    def commit(self, version: int) -> Commit:
+        """A commit, its link to the one before checked."""
+        return self.exchange.read_commit(version)
+
+    def parameters(self, version: int) -> dict[str, torch.Tensor]:
+        """The global parameters of a version that was not pruned."""
+        folder = Path(self.config.store_url) / version_path(version)
+        files = sorted(folder.glob("parameters-*.safetensors"))
+        return {name.removeprefix(key("")): t for file in files for name, t in load_file(file).items()}
+
+    def delivered(self, silo: str, round: int) -> dict[str, torch.Tensor]:
+        """What a silo delivered: with codec fp32, its local parameters."""
+        folder = Path(self.config.store_url) / "silos" / silo / f"{round:06d}"
+        files = sorted(folder.glob("*.safetensors"))
+        return {name.removeprefix(key("")): t for file in files for name, t in load_file(file).items()}
+
+    def alone(self, silo: str) -> dict[str, torch.Tensor]:
+        """The final parameters of a silo that trained alone."""
+        return load_file(self.config.final_parameters(silo))
+
+
+def federate(config: RunConfig, *, max_restarts: int = 0, build_commands: CommandBuilder | None = None) -> Outcome:
+    """Launch aggregator and silos as a user would; fails with their output unless all end well."""
+    log = Path(config.directory).with_suffix(".console")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as file:
+        code = launch_local(
+            config, max_restarts=max_restarts, build_commands=build_commands, console=Console(file=file, width=200)
+        )
+    assert code == 0, log.read_text()[-6000:]
+    return Outcome(config=config)
+
+
+def assert_same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    """Equal names and, tensor by tensor, equal bits."""
+    assert left.keys() == right.keys()
+    different = [name for name in left if not torch.equal(left[name], right[name])]
+    assert left
+    assert not different

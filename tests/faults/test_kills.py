@@ -1,0 +1,89 @@
+"""Kill anything at any step and start it again: bit-equal parameters, losses and ledger (design, exactness 6)."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.local import local_commands
+from launch.processes import ChildCommand
+from pretrain.config import RunConfig
+from tests.conftest import TinyConfig
+from tests.distributed.federation import Outcome, assert_same_bits, federate
+
+NUM_ROUNDS = 3
+Faults = dict[str, list[tuple[Any, ...]]]
+
+
+def make_config(tiny_config: TinyConfig, directory: Path) -> RunConfig:
+    """Checkpoints at steps that are no multiple of H, so that a resume starts in the middle of a round."""
+    alpha = {"processes_per_node": 2, "micro_batch_sequences": 2, "deepspeed": {"zero_optimization": {"stage": 2}}}
+    return tiny_config(
+        directory,
+        outer={"optimizer": "nesterov", "num_fragments": 2},
+        silo={"checkpoint_interval_steps": 3},
+        silos={"alpha": alpha},
+    )
+
+
+def with_deaths(faults: Faults, directory: Path) -> Any:
+    """A command builder that runs each process through killed.py."""
+
+    def build(config: RunConfig, config_path: Path) -> list[ChildCommand]:
+        commands = []
+        for command in local_commands(config, config_path):
+            module = "pretrain.aggregate" if command.name == "aggregator" else "pretrain.train"
+            at = command.argv.index(module)
+            killed = ["tests.faults.killed", module, str(directory), json.dumps(faults.get(command.name, []))]
+            argv = command.argv[:at] + killed + command.argv[at + 1 :]
+            commands.append(dataclasses.replace(command, argv=argv))
+        return commands
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_config: TinyConfig) -> Outcome:
+    """The run that nothing happens to."""
+    return federate(make_config(tiny_config, tmp_path_factory.mktemp("undisturbed")))
+
+
+DEATHS: dict[str, Faults] = {
+    "silos": {
+        "alpha": [("step", 5, 1), ("before_manifest", 2), ("saving", 9, 1)],  # a third element is the rank, else 0
+        "beta": [("after_manifest", 1), ("adopting", 2), ("before_payload", 3)],
+    },
+    "aggregator": {
+        "aggregator": [
+            ("before_contract", 0),
+            ("after_contract", 0),
+            ("mid_publish", 0),
+            ("before_merge", 0),
+            ("after_merge", 1),
+            ("mid_publish", 2),
+            ("before_commit", 3),
+            ("after_commit", 3),
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("who", DEATHS)
+def test_killed_and_restarted_equals_undisturbed(
+    undisturbed: Outcome, tmp_path: Path, tiny_config: TinyConfig, who: str
+) -> None:
+    faults, fired = DEATHS[who], tmp_path / "fired"
+    fired.mkdir()
+    run = federate(make_config(tiny_config, tmp_path), max_restarts=20, build_commands=with_deaths(faults, fired))
+
+    expected = {f"{point}-{when}" for deaths in faults.values() for point, when, *_ in deaths}
+    assert {path.name for path in fired.iterdir()} == expected  # every death struck
+    assert_same_bits(run.parameters(NUM_ROUNDS), undisturbed.parameters(NUM_ROUNDS))
+    for version in range(NUM_ROUNDS + 1):
+        assert run.exchange.commit_bytes(version) == undisturbed.exchange.commit_bytes(version)
+    for silo in ("alpha", "beta"):
+        for value in ("loss", "lr", "tokens", "grad_norm"):
+            assert run.by_step(silo, value) == undisturbed.by_step(silo, value)
+        assert run.held_out(silo) == undisturbed.held_out(silo)

@@ -1,0 +1,154 @@
+"""A user's mistake at the `atoll` command is one line on stderr, exit code 2, and nothing on the disk."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from launch import cli
+from tests.support import TinyText, write_corpus, write_settings
+
+ROOT = Path(__file__).parents[2]
+
+MISTAKES: dict[str, tuple[list[str], str]] = {
+    "unknown key": (["inner.lrr=1"], "inner.lrr: unknown key given"),
+    "wrong type": (["inner.lr=fast"], "inner.lr: "),
+    "H of 0": (["outer.sync_interval_steps=0"], "outer.sync_interval_steps: 0 given; allowed: 1 or more"),
+    "batch sizes": (
+        ["silos.alpha.global_batch_sequences=9", "silos.alpha.processes_per_node=2"],
+        "silos.alpha.global_batch_sequences: 9 given; allowed: micro_batch_sequences 4 x accumulation_steps 1 x ranks 2",
+    ),
+    "no key=value": (["fast"], "command line: 'fast' given; allowed: key=value"),
+}
+
+
+def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Exit code and stderr of the console entry point, in this process."""
+    monkeypatch.setattr(sys, "argv", ["atoll", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    captured = capsys.readouterr()
+    assert isinstance(ended.value.code, int)
+    return ended.value.code, captured.err
+
+
+def one_line(error: str) -> str:
+    assert error.startswith("atoll: ")
+    assert error.count("\n") == 1
+    assert error.endswith("\n")
+    return error
+
+
+@pytest.fixture
+def settings(tmp_path: Path, tiny_text: TinyText, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The tiny settings in an otherwise empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return write_settings(tmp_path, tiny_text)
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+@pytest.mark.parametrize("command", [["launch", "local"], ["train", "--silo", "alpha"], ["aggregate"]], ids=" ".join)
+def test_a_mistake_is_one_line_and_touches_nothing(
+    settings: Path, command: list[str], case: str, monkeypatch: Any, capsys: Any
+) -> None:
+    overrides, expected = MISTAKES[case]
+    code, error = run([*command, "--config", str(settings), *overrides], monkeypatch, capsys)
+    assert code == 2
+    assert expected in one_line(error)
+    assert list(settings.parent.iterdir()) == [settings]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["launch", "local", "--config", "none.yaml"], "--config: 'none.yaml' given; there is no such file"),
+        (["aggregate", "--config", "."], "--config "),
+        (["train", "--config", "tiny.yaml", "--silo", "gamma"], "--silo: 'gamma' given; allowed: alpha, beta"),
+        (
+            ["train", "--config", "tiny.yaml", "--silo", "alpha", "silos.alpha.num_nodes=2", "silo.micro_batch_sequences=2"],
+            "silos.",
+        ),
+        (["status", "nowhere"], "nowhere"),
+        (["report", "nowhere"], "nowhere"),
+        (["export", "nowhere", "--output", "model"], "run directory: 'nowhere' given; there is no config.yaml in it"),
+        (["eval", "nowhere", "--data", "nowhere"], "model: 'nowhere' given"),
+        (["demo", "--corpora", "nowhere"], "--corpora: 'nowhere' given"),
+        (["data", "prepare", "nowhere", "--tokenizer", "none", "--output", "packed"], "'nowhere' given"),
+        (["data", "tokenizer", "nowhere", "--output", "tokenizer"], "'nowhere' given"),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
+)
+def test_what_is_not_there_is_one_line_and_touches_nothing(
+    settings: Path, arguments: list[str], expected: str, monkeypatch: Any, capsys: Any
+) -> None:
+    code, error = run(arguments, monkeypatch, capsys)
+    assert code == 2
+    assert expected in one_line(error)
+    assert list(settings.parent.iterdir()) == [settings]
+
+
+def test_a_mistake_in_the_demo_is_found_before_any_text_is_made(
+    tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    for name in ("one", "two"):
+        write_corpus(tmp_path / "corpora" / name, name, num_characters=2000)
+    arguments = ["demo", "--directory", str(tmp_path / "run"), "--corpora", str(tmp_path / "corpora"), "inner.lrr=1"]
+    code, error = run(arguments, monkeypatch, capsys)
+    assert code == 2
+    assert "inner.lrr: unknown key given" in one_line(error)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_directory_that_cannot_be_made_is_one_line(settings: Path, monkeypatch: Any, capsys: Any) -> None:
+    for command in (["aggregate"], ["launch", "local"], ["train", "--silo", "alpha"]):
+        arguments = [*command, "--config", str(settings), f"directory={settings}/run"]
+        code, error = run(arguments, monkeypatch, capsys)
+        assert code == 2
+        assert "tiny.yaml/run" in one_line(error)
+
+
+@pytest.mark.parametrize("module", ["launch.cli aggregate", "pretrain.aggregate"])
+def test_the_real_program(module: str, settings: Path) -> None:
+    command = [sys.executable, "-m", *module.split(), "--config", str(settings), "outer.sync_interval_steps=0"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=100)
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    assert one_line(ended.stderr) == "atoll: outer.sync_interval_steps: 0 given; allowed: 1 or more\n"
+    assert list(settings.parent.iterdir()) == [settings]
+
+
+# ---- help
+
+
+def commands(group: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, (*path, name))
+        else:
+            yield (*path, name)
+
+
+COMMANDS = sorted(commands(typer.main.get_command(cli.app)))
+
+
+def test_the_commands_are_there() -> None:
+    expected = {("demo",), ("train",), ("aggregate",), ("status",), ("report",), ("export",), ("eval",)}
+    assert expected | {("launch", "local"), ("data", "prepare")} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_has_an_example(command: tuple[str, ...]) -> None:
+    shown = CliRunner().invoke(cli.app, [*command, "--help"], env={"COLUMNS": "200"})
+    assert shown.exit_code == 0
+    assert f"Example: atoll {' '.join(command)} " in " ".join(shown.output.split())
+
+
+def test_the_command_line_starts_without_torch() -> None:
+    code = "import sys, launch.cli; print([m for m in ('torch', 'transformers', 'deepspeed') if m in sys.modules])"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ended.stdout == "[]\n"

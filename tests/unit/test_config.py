@@ -1,0 +1,218 @@
+"""Every mistake in a configuration is one line that names the key, before anything starts."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pretrain.config import OWNED_DEEPSPEED_KEYS, RunConfig, check_batch, load_config, save_config
+from tests.conftest import TinyConfig
+from tests.support import one_line_error
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
+
+MINIMAL = """
+model: {config: {model_type: llama}}
+inner: {num_steps: 12}
+outer: {sync_interval_steps: 4}
+silos: {alpha: {}, beta: {}}
+"""
+
+# Overrides on top of MINIMAL, and what the message must hold: the key, the value given, what is allowed.
+MISTAKES: list[tuple[list[str], list[str]]] = [
+    # unknown keys
+    (["inner.lrr=1"], ["inner.lrr: unknown key given; allowed: num_steps, ", "did you mean inner.lr?"]),
+    (["colour=1"], ["colour: unknown key given; allowed: name, directory, "]),
+    (["silo.nope=1"], ["silo.nope: unknown key given; allowed: data, "]),
+    (["silos.alpha.precison=bf16"], ["silos.alpha.precison: unknown key", "did you mean silos.alpha.precision?"]),
+    (["=3"], ["unknown key given"]),
+    (["colour"], ["command line: 'colour' given; allowed: key=value"]),
+    (["name=["], ["command line: 'name=[' given; "]),
+    # wrong types
+    (["inner.lr=abc"], ["inner.lr: ", "'abc'", "Float"]),
+    (["inner.num_steps=1.5"], ["inner.num_steps: ", "'1.5'", "Integer"]),
+    (["inner.num_steps=true"], ["inner.num_steps: ", "'True'", "Integer"]),
+    (["inner.num_steps=null"], ["inner.num_steps: ", "'None'"]),
+    (["name=null"], ["name: ", "'None'"]),
+    (["inner.betas=0.9"], ["inner.betas: ", "list"]),
+    (["inner.betas=[a,b]"], ["inner.betas[0]: ", "'a'"]),
+    (["inner.lr={a: 1}"], ["inner.lr: "]),
+    (["silos.alpha.data=x"], ["silos.alpha.data: ", "list"]),
+    (["silos.alpha.valid=[x]"], ["silos.alpha.valid"]),
+    (["model=3"], ["model: 3 given; allowed: a section"]),
+    (["silo=3"], ["silo: 3 given; allowed: a section"]),
+    (["silos=3"], ["silos: 3 given; allowed: a section"]),
+    (["silos.alpha=3"], ["silos.alpha: 3 given; allowed: a section"]),
+    (["silo.deepspeed={zero_optimization: 3}"], ["silos.alpha.deepspeed.zero_optimization: 3 given; allowed: "]),
+    (["name=${nowhere}"], ["name: ", "nowhere"]),
+    # enumerations
+    (["inner.optimizer=lion"], ["inner.optimizer: 'lion' given; allowed: adamw, sgd"]),
+    (["inner.schedule=linear"], ["inner.schedule: 'linear' given; allowed: cosine, wsd, constant"]),
+    (["outer.optimizer=adam"], ["outer.optimizer: 'adam' given; allowed: nesterov, sgd"]),
+    (["outer.codec=int8"], ["outer.codec: 'int8' given; allowed: fp32, bf16"]),
+    (["exchange.kind=s3"], ["exchange.kind: 's3' given; allowed: store, none"]),
+    (["wandb.mode=maybe"], ["wandb.mode: 'maybe' given; allowed: offline, online, disabled"]),
+    (["silos.beta.precision=fp16"], ["silos.beta.precision: 'fp16' given; allowed: fp32, bf16"]),
+    (
+        ["silo.deepspeed={zero_optimization: {stage: 7}}"],
+        ["silos.alpha.deepspeed.zero_optimization.stage: 7 given; allowed: 0, 1, 2, 3"],
+    ),
+    # ranges
+    (["outer.sync_interval_steps=0"], ["outer.sync_interval_steps: 0 given; allowed: 1 or more"]),
+    (["inner.num_steps=0"], ["inner.num_steps: 0 given; allowed: 1 or more"]),
+    (["inner.num_steps=13"], ["inner.num_steps: 13 given; allowed: a multiple of outer.sync_interval_steps=4"]),
+    (["sequence_tokens=1"], ["sequence_tokens: 1 given; allowed: 2 or more"]),
+    (["outer.num_fragments=0"], ["outer.num_fragments: 0 given; allowed: 1 or more"]),
+    (["exchange.keep_versions=0"], ["exchange.keep_versions: 0 given; allowed: 1 or more"]),
+    (["exchange.poll_seconds=0"], ["exchange.poll_seconds: 0.0 given; allowed: above 0"]),
+    (["inner.lr=0"], ["inner.lr: 0.0 given; allowed: above 0"]),
+    (["inner.lr=nan"], ["inner.lr: nan given; allowed: above 0"]),
+    (["inner.lr=inf"], ["inner.lr: inf given; allowed: "]),
+    (["outer.lr=inf"], ["outer.lr: inf given; allowed: "]),
+    (["outer.lr=-1"], ["outer.lr: -1.0 given; allowed: above 0"]),
+    (["outer.momentum=1"], ["outer.momentum: 1.0 given; allowed: 0 to below 1"]),
+    (["inner.min_lr_ratio=2"], ["inner.min_lr_ratio: 2.0 given; allowed: 0 to 1"]),
+    (["inner.betas=[0.9]"], ["inner.betas: [0.9] given; allowed: two numbers from 0 to below 1"]),
+    (["inner.warmup_steps=13"], ["inner.warmup_steps: 13 given; allowed: ", "inner.num_steps=12"]),
+    (["inner.schedule=wsd", "inner.warmup_steps=7", "inner.decay_steps=6"], ["inner.warmup_steps: 13 given; allowed: "]),
+    (["silo.eval_sequences=-1"], ["silos.alpha.eval_sequences: -1 given; allowed: 0 or more"]),
+    (["silo.keep_checkpoints=0"], ["silos.alpha.keep_checkpoints: 0 given; allowed: 1 or more"]),
+    # what must fit together
+    (
+        ["silos.beta={global_batch_sequences: 100, micro_batch_sequences: 5, accumulation_steps: 7, num_nodes: 3}"],
+        ["silos.beta.global_batch_sequences: 100 given; allowed: ", "sequences 5 x ", "steps 7 x ranks 3 = 105"],
+    ),
+    (["model.checkpoint=/x"], ["model: ", "either model.config or model.checkpoint"]),
+    (["roster=[alpha]"], ["silos: 'beta' given; allowed: names of the roster: alpha"]),
+    (["roster=[alpha,alpha,beta]"], ["roster: ", "each name once"]),
+    (["roster=[alpha,beta,../global]"], ["roster: '../global' given; allowed: names of a-z, 0-9, _ and -"]),
+    (["silos={Alpha: {}}"], ["silos: 'Alpha' given; allowed: names of a-z, 0-9, _ and -"]),
+]
+
+# Whole files instead of MINIMAL.
+BAD_FILES = {
+    "": "model: ",
+    "- 1\n": "configuration: ",
+    "3\n": "--config",
+    "a: [\n": "--config",
+    "inner: {lr: 1, lr: 2}\n": "duplicate key lr",
+    "inner:\n\tlr: 1\n": "--config",
+    "1: 2\n": "1: unknown key given",
+    "silos: [alpha]\n": "silos: ['alpha'] given; allowed: a section",
+    "model: {config: {hidden_size: 3}}\n": "model.config: {'hidden_size': 3} given; allowed: a mapping with model_type",
+    "model: {config: {model_type: llama}}\n": "silos: {} given; allowed: at least one silo",
+    "a: !!python/object/apply:os.system [true]\n": "--config",
+}
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> Path:
+    path = tmp_path / "minimal.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_defaults_then_files_in_order_then_overrides(minimal: Path, tmp_path: Path) -> None:
+    second = tmp_path / "second.yaml"
+    second.write_text("inner: {lr: 0.5, eps: 0.25, weight_decay: 0.75}\nsilo: {precision: bf16}\n")
+    third = tmp_path / "third.yaml"
+    third.write_text("inner: {eps: 0.125}\nsilos: {beta: {precision: fp32}}\n")
+    config = load_config([minimal, second, third], ["inner.weight_decay=0.0625", "silos.alpha.num_threads=3"])
+    assert config.inner.clip_norm == 1.0  # a default
+    assert (config.inner.lr, config.inner.eps, config.inner.weight_decay) == (0.5, 0.125, 0.0625)
+    assert (config.silos["alpha"].precision, config.silos["beta"].precision) == ("bf16", "fp32")
+    assert (config.silos["alpha"].num_threads, config.silos["beta"].num_threads) == (3, 1)
+    swapped = load_config([minimal, third, second])
+    assert swapped.inner.eps == 0.25
+
+
+def test_derived_values(minimal: Path, tmp_path: Path) -> None:
+    config = load_config([minimal], [f"directory={tmp_path}/run", f"tokenizer={tmp_path}"])
+    assert config.num_rounds == 3
+    assert config.full_roster == ["alpha", "beta"]
+    assert config.store_url == f"{tmp_path}/run/store"
+    assert config.silo_directory("beta") == tmp_path / "run" / "silos" / "beta"
+    assert config.tokenizer_file == tmp_path / "tokenizer.json"
+    assert load_config([minimal], ["roster=[gamma,beta,alpha]"]).full_roster == ["alpha", "beta", "gamma"]
+    assert load_config([minimal], ["exchange.url=s3://bucket/run"]).store_url == "s3://bucket/run"
+
+
+def test_a_silo_that_trains_alone_need_not_end_with_a_round(minimal: Path) -> None:
+    assert load_config([minimal], ["inner.num_steps=13", "exchange.kind=none"]).inner.num_steps == 13
+
+
+@pytest.mark.parametrize(("overrides", "fragments"), MISTAKES, ids=[" ".join(given) for given, _ in MISTAKES])
+def test_a_mistake_is_one_line(minimal: Path, overrides: list[str], fragments: list[str]) -> None:
+    message = one_line_error(load_config, [minimal], overrides)
+    for fragment in fragments:
+        assert fragment in message
+
+
+@pytest.mark.parametrize("owned", OWNED_DEEPSPEED_KEYS)
+def test_deepspeed_keys_that_are_ours_are_refused(minimal: Path, owned: str) -> None:
+    message = one_line_error(load_config, [minimal], [f"silo.deepspeed={{{owned}: 1}}"])
+    assert message == f"silos.alpha.deepspeed.{owned}: 1 given; set {OWNED_DEEPSPEED_KEYS[owned]} instead"
+
+
+@pytest.mark.parametrize("text", BAD_FILES)
+def test_a_bad_file_is_one_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    assert BAD_FILES[text] in one_line_error(load_config, [path])
+
+
+def test_files_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing.yaml")
+    assert one_line_error(load_config, [missing]) == f"--config: {missing!r} given; there is no such file"
+    assert str(tmp_path) in one_line_error(load_config, [tmp_path])
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00x")
+    assert "binary.yaml" in one_line_error(load_config, [tmp_path / "binary.yaml"])
+
+
+def test_batch_is_checked_against_the_ranks_that_are_there(minimal: Path) -> None:
+    silo = load_config([minimal]).silos["alpha"]
+    check_batch("alpha", silo, 1)
+    message = one_line_error(check_batch, "alpha", silo, 3)
+    assert message == (
+        "silos.alpha.global_batch_sequences: 8 given; allowed: "
+        "micro_batch_sequences 8 x accumulation_steps 1 x ranks 3 = 24"
+    )
+
+
+def test_saved_configuration_loads_to_the_same(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    config = tiny_config(
+        tmp_path,
+        inner={"eps": 1e-9, "betas": [0.1, 0.2]},
+        silo={"deepspeed": {"zero_optimization": {"stage": 2}}, "data_seed": 7},
+        silos={"beta": {"precision": "bf16"}},
+        roster=["gamma", "alpha", "beta"],
+    )
+    path = tmp_path / "run" / "config.yaml"
+    save_config(config, path)
+    again = load_config([path])
+    assert again == config
+    first = path.read_bytes()
+    save_config(again, path)
+    assert path.read_bytes() == first
+    assert [file.name for file in path.parent.iterdir()] == ["config.yaml"]
+
+
+def test_there_are_shipped_configurations() -> None:
+    assert SHIPPED
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_shipped_configuration_loads_or_merges(path: Path, minimal: Path) -> None:
+    given = yaml.safe_load(path.read_text()) or {}
+    assert isinstance(load_config([minimal, path]), RunConfig)
+    if given.get("silos") and given.get("model"):  # a complete run
+        assert isinstance(load_config([path]), RunConfig)
+
+
+def test_configuration_imports_no_torch() -> None:
+    code = "import sys, pretrain.config; print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n"

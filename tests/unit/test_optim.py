@@ -1,0 +1,92 @@
+"""The learning rate by hand, and which parameters are decayed."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pretrain.config import InnerConfig, load_config
+from pretrain.silo.optim import build_optimizer, learning_rate
+from tests.conftest import TinyConfig
+
+# cos of 0, 30, 60, 90, 120 and 150 degrees is 1, sqrt(3)/2, 1/2, 0, -1/2, -sqrt(3)/2.
+HALF_ROOT_3 = 0.75**0.5
+GOLDEN = {
+    "cosine": (
+        # Down from 1 to 0.2 on half a cosine over steps 2 to 8.
+        {"lr": 1.0, "num_steps": 8, "warmup_steps": 2, "min_lr_ratio": 0.2},
+        [0.5, 1.0, 1.0, 0.6 + 0.4 * HALF_ROOT_3, 0.8, 0.6, 0.4, 0.6 - 0.4 * HALF_ROOT_3],
+    ),
+    "wsd": (
+        # Up to 2 in two steps, stays until step 6, then down to 0.5 in four steps of 0.375.
+        {"lr": 2.0, "num_steps": 10, "warmup_steps": 2, "decay_steps": 4, "min_lr_ratio": 0.25},
+        [1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 1.625, 1.25, 0.875],
+    ),
+    "constant": ({"lr": 1.0, "num_steps": 6, "warmup_steps": 4}, [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]),
+}
+
+
+@pytest.mark.parametrize("schedule", GOLDEN)
+def test_golden_values(schedule: str) -> None:
+    settings, expected = GOLDEN[schedule]
+    inner = InnerConfig(schedule=schedule, **settings)
+    assert [learning_rate(step, inner) for step in range(inner.num_steps)] == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("schedule", GOLDEN)
+def test_without_warmup_or_decay_it_starts_at_the_peak(schedule: str) -> None:
+    inner = InnerConfig(schedule=schedule, lr=0.5, num_steps=4)
+    assert learning_rate(0, inner) == 0.5
+    assert all(0 < learning_rate(step, inner) <= 0.5 for step in range(4))
+
+
+def test_warmup_may_be_the_whole_run() -> None:
+    inner = InnerConfig(schedule="cosine", lr=1.0, num_steps=4, warmup_steps=4)
+    assert [learning_rate(step, inner) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+@given(
+    st.sampled_from(sorted(GOLDEN)), st.integers(1, 40), st.integers(0, 20), st.integers(1, 20), st.floats(0, 1)
+)
+def test_stays_between_its_ends_and_never_rises_after_warmup(
+    schedule: str, num_steps: int, warmup: int, decay: int, ratio: float
+) -> None:
+    warmup, decay = min(warmup, num_steps), min(decay, num_steps - min(warmup, num_steps))
+    inner = InnerConfig(
+        schedule=schedule, num_steps=num_steps, warmup_steps=warmup, decay_steps=decay, min_lr_ratio=ratio, lr=0.125
+    )
+    after = [learning_rate(step, inner) for step in range(warmup, num_steps)]
+    assert all(0.125 * ratio - 1e-15 <= lr <= 0.125 for lr in after)
+    assert all(later <= earlier for earlier, later in zip(after, after[1:], strict=False))
+
+
+def test_depends_on_the_cumulative_step_only(tmp_path, tiny_config: TinyConfig) -> None:
+    traces = []
+    for sync_interval in (1, 4, 12):
+        config = tiny_config(tmp_path / str(sync_interval), outer={"sync_interval_steps": sync_interval})
+        resolved = load_config([tmp_path / str(sync_interval) / "tiny.yaml"])
+        whole = [learning_rate(step, config.inner) for step in range(12)]
+        # A run that was killed after step 7 goes on with a configuration of its own.
+        assert whole == [learning_rate(s, config.inner) for s in range(7)] + [
+            learning_rate(s, resolved.inner) for s in range(7, 12)
+        ]
+        traces.append(whole)
+    assert traces[0] == traces[1] == traces[2]
+    assert len(set(traces[0])) == 12
+
+
+def test_matrices_are_decayed_and_vectors_are_not() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
+    model[1].bias.requires_grad_(False)
+    optimizer = build_optimizer(model.parameters(), InnerConfig(weight_decay=0.5), on_cpu=False)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    expected = {id(model[0].weight): 0.5, id(model[0].bias): 0.0, id(model[1].weight): 0.0}
+    assert decay == expected
+
+
+def test_sgd_step_by_hand() -> None:
+    weight = torch.nn.Parameter(torch.tensor([[2.0]]))
+    optimizer = build_optimizer([weight], InnerConfig(optimizer="sgd", lr=0.5, weight_decay=0.25), on_cpu=False)
+    weight.grad = torch.tensor([[1.0]])
+    optimizer.step()
+    assert weight.item() == 2.0 - 0.5 * (1.0 + 0.25 * 2.0)

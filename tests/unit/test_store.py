@@ -1,0 +1,455 @@
+"""The store on a directory, in memory, and on a real S3 API: atomic, never overwritten, prunable."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from pretrain.exchange.objects import BLOCK_BYTES, Objects
+from pretrain.exchange.store import StoreExchange, delivery_path, file_payload, version_path
+from pretrain.trust.ledger import Commit, Manifest, Payload, RefusedError, sha256_bytes
+from tests.support import one_line_error
+
+KINDS = ("directory", "memory", "s3")
+
+
+@pytest.fixture(scope="module")
+def s3_url() -> Iterator[str]:
+    """A bucket of moto's server, which speaks S3 over HTTP on a loopback port."""
+    for package in ("moto", "flask", "s3fs"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed: pip install 'atoll[test,s3]' to test against an S3 API")
+    import s3fs
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            patch.delenv(name)
+        patch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            _wait_for(port, server)
+            s3fs.S3FileSystem.clear_instance_cache()
+            s3fs.S3FileSystem().mkdir("atoll")
+            yield "s3://atoll"
+        finally:
+            server.terminate()
+            server.wait()
+            s3fs.S3FileSystem.clear_instance_cache()
+
+
+def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        assert server.poll() is None, "moto's server ended"
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+            return
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
+@pytest.fixture(params=KINDS)
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A fresh store of each kind."""
+    if request.param == "directory":
+        return str(tmp_path / "store")
+    if request.param == "memory":
+        return f"memory://{uuid.uuid4().hex}"
+    return f"{request.getfixturevalue('s3_url')}/{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def objects(url: str) -> Objects:
+    return Objects(url)
+
+
+@pytest.fixture
+def exchange(url: str) -> StoreExchange:
+    return StoreExchange(url)
+
+
+def make_file(directory: Path, data: bytes, name: str = "000.safetensors") -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / name).write_bytes(data)
+    return directory / name
+
+
+# ---- objects
+
+
+def test_write_read_list_delete(objects: Objects, tmp_path: Path) -> None:
+    assert not objects.exists("a/one")
+    assert objects.names("a") == []
+    with pytest.raises(FileNotFoundError):
+        objects.read("a/one")
+    objects.write("a/two", b"2")
+    objects.write("a/one", b"1")
+    objects.write("a/deep/three", b"3")
+    big = os.urandom(2 * BLOCK_BYTES + 1)
+    objects.upload(make_file(tmp_path, big), "a/big")
+    assert objects.names("a") == ["big", "deep", "one", "two"]
+    assert objects.names("") == ["a"]
+    assert objects.exists("a/one")
+    assert objects.read("a/one") == b"1"
+    copy = tmp_path / "new" / "copy"
+    assert objects.download("a/big", copy) == (sha256_bytes(big), len(big))
+    assert copy.read_bytes() == big
+    with pytest.raises(FileNotFoundError):
+        objects.download("a/none", copy)
+    objects.delete("a/one")
+    objects.delete("a/one")  # a second time is no error
+    assert objects.names("a") == ["big", "deep", "two"]
+
+
+def test_another_process_sees_it_at_once(url: str) -> None:
+    reader = Objects(url)
+    assert reader.names("silos") == []
+    Objects(url).write("silos/law", b"x")
+    assert reader.names("silos") == ["law"]
+    assert reader.exists("silos/law")
+
+
+def test_nothing_is_ever_overwritten(objects: Objects, tmp_path: Path) -> None:
+    objects.write("one", b"first")
+    file = make_file(tmp_path, b"second")
+    for attempt in (lambda: objects.write("one", b"second"), lambda: objects.upload(file, "one")):
+        with pytest.raises(FileExistsError, match=r"one exists already; nothing is ever overwritten$"):
+            attempt()
+    assert objects.read("one") == b"first"
+    assert objects.names("") == ["one"]
+
+
+@pytest.mark.parametrize("url", ["directory", "s3"], indirect=True)
+def test_of_many_writers_one_succeeds(url: str) -> None:
+    objects = Objects(url)
+
+    def write(number: int) -> bool:
+        try:
+            objects.write("name", str(number).encode())
+        except FileExistsError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        written = list(pool.map(write, range(8)))
+    assert written.count(True) == 1
+    assert objects.read("name") == str(written.index(True)).encode()
+
+
+def test_a_crash_within_an_upload_leaves_nothing_to_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    objects, file = Objects(str(tmp_path / "store")), make_file(tmp_path, b"whole")
+    seen: list[tuple[bool, list[str]]] = []
+
+    def copy_half(source: Path, target: Path) -> None:
+        Path(target).write_bytes(Path(source).read_bytes()[:2])
+        seen.append((objects.exists("a/b"), objects.names("a")))  # what others see meanwhile
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", copy_half)
+        with pytest.raises(KeyboardInterrupt):
+            objects.upload(file, "a/b")
+    assert seen == [(False, [])]
+    assert list((tmp_path / "store" / "a").iterdir()) == []
+    objects.upload(file, "a/b")
+    assert objects.read("a/b") == b"whole"
+
+
+def test_leftovers_of_a_kill_are_no_objects(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / ".b.0123.tmp").write_bytes(b"ha")
+    objects = Objects(str(tmp_path))
+    assert objects.names("a") == []
+    objects.write("a/b", b"whole")
+    assert objects.names("a") == ["b"]
+
+
+def test_a_store_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    """Below a regular file, where not even root can write."""
+    file = make_file(tmp_path, b"x", "file")
+    objects = Objects(str(file / "store"))
+    assert not objects.exists("contract.json")
+    assert objects.names("global") == []
+    for name in ("contract.json", "global/000000/commit.json"):
+        for attempt in (lambda name=name: objects.write(name, b"x"), lambda name=name: objects.upload(file, name)):
+            message = one_line_error(attempt)
+            assert message.startswith(f"exchange.url: {file}/store given; {name} cannot be written: ")
+
+
+def test_a_bucket_that_is_not_there_is_one_line(s3_url: str) -> None:
+    message = one_line_error(Objects("s3://atoll-nowhere/run").write, "contract.json", b"x")
+    assert message.startswith("exchange.url: s3://atoll-nowhere/run given; contract.json cannot be written: ")
+
+
+@pytest.mark.parametrize("given", ["nosuch://bucket/run", "abc://x"])
+def test_an_unknown_kind_of_url_is_one_line(given: str) -> None:
+    assert one_line_error(Objects, given).startswith(f"exchange.url: {given!r} given; ")
+
+
+# ---- exchange
+
+MANIFEST = Manifest(
+    contract_sha256="",
+    silo="law",
+    round=1,
+    base_version=0,
+    base_digest="d0",
+    codec="fp32",
+    payloads=[],
+    tokens=512,
+    steps=4,
+    tokens_total=512,
+    metrics={},
+)
+
+
+def make_commit(version: int, previous: bytes | None, payloads: list[Payload], contract_sha256: str = "") -> Commit:
+    return Commit(
+        contract_sha256=contract_sha256,
+        version=version,
+        previous=sha256_bytes(previous) if previous else None,
+        codec="fp32",
+        payloads=payloads,
+        state_payloads=[],
+        contributors=[],
+        divisor=version,
+        parameters_digest=f"p{version}",
+        outer_digest="o",
+    )
+
+
+def publish(exchange: StoreExchange, version: int, scratch: Path) -> Commit:
+    file = make_file(scratch, f"version {version}".encode(), "parameters-000.safetensors")
+    payload = file_payload(file, 0)
+    previous = exchange.commit_bytes(version - 1) if version else None
+    commit = make_commit(version, previous, [payload], exchange.contract_sha256)
+    exchange.publish(commit, [(payload, file)])
+    return commit
+
+
+def deliver(exchange: StoreExchange, silo: str, round: int, data: bytes, scratch: Path) -> Manifest:
+    file = make_file(scratch, data)
+    payload = file_payload(file, 0)
+    manifest = dataclasses.replace(MANIFEST, silo=silo, round=round, payloads=[payload])
+    exchange.deliver(manifest, [(payload, file)])
+    return manifest
+
+
+def test_contract_is_written_once(exchange: StoreExchange, url: str) -> None:
+    assert exchange.read_contract() is None
+    exchange.write_contract(b"{}\n")
+    reader = StoreExchange(url)
+    assert reader.read_contract() == b"{}\n"
+    assert reader.contract_sha256 == exchange.contract_sha256 == sha256_bytes(b"{}\n")
+    with pytest.raises(FileExistsError):
+        reader.write_contract(b"{ }\n")
+
+
+def test_a_name_belongs_to_one_run_directory(exchange: StoreExchange, url: str) -> None:
+    exchange.claim_name("law", "first")
+    exchange.claim_name("law", "first")  # the same silo, restarted
+    exchange.claim_name("medicine", "second")
+    message = one_line_error(StoreExchange(url).claim_name, "law", "second")
+    assert message.startswith("silos: 'law' given; another run directory takes part under this name in ")
+    assert "silos/law/identity.json" in message
+
+
+def test_publish_and_read_back(exchange: StoreExchange, tmp_path: Path) -> None:
+    exchange.write_contract(b"{}\n")
+    assert exchange.newest_version() == -1
+    commits = [publish(exchange, version, tmp_path) for version in range(3)]
+    assert exchange.newest_version() == exchange.newest_version(0) == exchange.newest_version(2) == 2
+    assert [exchange.read_commit(version) for version in range(3)] == commits
+    copy = tmp_path / "copy"
+    assert exchange.fetch(version_path(2), commits[2].payloads[0], copy) == 9
+    assert copy.read_bytes() == b"version 2"
+    with pytest.raises(RefusedError, match="commit 3 or its predecessor is missing"):
+        exchange.read_commit(3)
+
+
+def test_a_version_is_there_when_its_commit_is(exchange: StoreExchange, tmp_path: Path) -> None:
+    publish(exchange, 0, tmp_path)
+    exchange.objects.write("global/000001/parameters-000.safetensors", b"left by one that died")
+    assert exchange.newest_version() == exchange.newest_version(0) == 0
+    commit = publish(exchange, 1, tmp_path)
+    assert exchange.newest_version() == 1
+    assert exchange.fetch(version_path(1), commit.payloads[0], tmp_path / "copy") == 9  # the leftover is replaced
+
+
+def test_a_version_is_published_once(exchange: StoreExchange, tmp_path: Path) -> None:
+    publish(exchange, 0, tmp_path)
+    before = exchange.commit_bytes(0)
+    file = make_file(tmp_path, b"another", "parameters-000.safetensors")
+    other = make_commit(0, None, [file_payload(file, 0)])
+    with pytest.raises(FileExistsError, match="another aggregator works on this store"):
+        exchange.publish(other, [(other.payloads[0], file)])
+    assert exchange.commit_bytes(0) == before
+    assert exchange.objects.read("global/000000/parameters-000.safetensors") == b"version 0"
+
+
+def test_broken_chain_is_refused(exchange: StoreExchange, tmp_path: Path) -> None:
+    exchange.write_contract(b"{}\n")
+    publish(exchange, 0, tmp_path)
+    publish(exchange, 1, tmp_path)
+    rewritten = dataclasses.replace(exchange.read_commit(0), divisor=7)
+    exchange.objects.delete("global/000000/commit.json")
+    exchange.objects.write("global/000000/commit.json", rewritten.to_bytes())
+    with pytest.raises(RefusedError, match="commit 1 follows"):
+        exchange.read_commit(1)
+
+
+def test_fetch_refuses_what_is_not_as_announced(exchange: StoreExchange, tmp_path: Path) -> None:
+    exchange.objects.write("f/data", b"abcdef")
+    payload = Payload(fragment=0, file="data", sha256=sha256_bytes(b"abcdef"), num_bytes=6)
+    assert exchange.fetch("f", payload, tmp_path / "copy") == 6
+    for wrong, expected in [
+        (dataclasses.replace(payload, num_bytes=7), "has 6 bytes, not 7: truncated"),
+        (dataclasses.replace(payload, sha256=sha256_bytes(b"abcdeF")), "corrupted"),
+        (dataclasses.replace(payload, file="none"), "f/none is missing"),
+    ]:
+        with pytest.raises(RefusedError, match=expected):
+            exchange.fetch("f", wrong, tmp_path / "copy")
+
+
+def test_deliver_refuse_deliver_again(exchange: StoreExchange, tmp_path: Path) -> None:
+    assert exchange.delivery("law", 1) is None
+    assert exchange.refusals("law", 1) == []
+    first = deliver(exchange, "law", 1, b"bad", tmp_path)
+    assert exchange.delivery("law", 1) == first.to_bytes()
+    exchange.refuse("law", 1, first.to_bytes(), "its codec is odd")
+    assert exchange.delivery("law", 1) is None
+    assert exchange.refusals("law", 1) == ["its codec is odd"]
+    second = deliver(exchange, "law", 1, b"good", tmp_path)  # replaces the refused payload
+    assert exchange.delivery("law", 1) == second.to_bytes()
+    exchange.fetch(delivery_path("law", 1), second.payloads[0], tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == b"good"
+
+
+def test_a_delivery_that_stands_is_not_replaced(exchange: StoreExchange, tmp_path: Path) -> None:
+    first = deliver(exchange, "law", 1, b"first", tmp_path)
+    file = make_file(tmp_path, b"second")
+    payload = file_payload(file, 0)
+    other = dataclasses.replace(first, payloads=[payload])
+    assert exchange.deliver(other, [(payload, file)]) == first.to_bytes()
+    assert exchange.delivery("law", 1) == first.to_bytes()
+    assert exchange.objects.read("silos/law/000001/000.safetensors") == b"first"
+
+
+def test_every_refusal_counts_also_of_the_same_bytes(exchange: StoreExchange, tmp_path: Path) -> None:
+    """A silo gives up after so many refusals; one that delivers the same bytes each time must get there."""
+    for count in range(1, 4):
+        manifest = deliver(exchange, "law", 1, b"bad", tmp_path)
+        exchange.refuse("law", 1, manifest.to_bytes(), "not finite")
+        assert exchange.refusals("law", 1) == ["not finite"] * count
+    record = json.loads(exchange.objects.read("silos/law/000001/refused-2.json"))
+    assert record == {"reason": "not finite", "manifest_sha256": sha256_bytes(manifest.to_bytes())}
+
+
+# ---- pruning
+
+
+def tensors(exchange: StoreExchange) -> list[str]:
+    """Folders that still hold tensors."""
+    folders = [version_path(v) for v in range(10)]
+    folders += [delivery_path(silo, r) for silo in ("law", "medicine") for r in range(10)]
+    return [f for f in folders if any(name.endswith(".safetensors") for name in exchange.objects.names(f))]
+
+
+def fill(exchange: StoreExchange, num_versions: int, scratch: Path) -> None:
+    publish(exchange, 0, scratch)
+    for version in range(1, num_versions):
+        for silo in ("law", "medicine"):
+            deliver(exchange, silo, version, b"x", scratch)
+        publish(exchange, version, scratch)
+
+
+def kept(first: int, num_versions: int) -> list[str]:
+    rounds = range(max(first, 1), num_versions)
+    return [version_path(v) for v in range(first, num_versions)] + [
+        delivery_path(silo, r) for silo in ("law", "medicine") for r in rounds
+    ]
+
+
+ROSTER = ["law", "medicine"]
+
+
+def test_pruning_keeps_versions_and_what_a_resume_needs(exchange: StoreExchange, tmp_path: Path) -> None:
+    fill(exchange, 6, tmp_path)
+    assert exchange.prune(ROSTER, 5, 2) == []  # nobody has a checkpoint yet: all may be needed
+    exchange.mark_resumable("law", 5)
+    assert exchange.prune(ROSTER, 5, 2) == []  # the other one has none
+    exchange.mark_resumable("medicine", 2)
+    assert exchange.prune(ROSTER, 5, 2) == [1, 0]
+    assert tensors(exchange) == kept(2, 6)
+    exchange.mark_resumable("medicine", 5)
+    assert exchange.objects.names("silos/medicine/resumable") == ["000005"]
+    assert exchange.prune(ROSTER, 5, 2) == [3, 2]  # versions 4 and 5 stay by keep_versions
+    assert tensors(exchange) == kept(4, 6)
+    assert exchange.prune(ROSTER, 5, 2) == []
+    assert [exchange.read_commit(version).version for version in range(6)] == list(range(6))  # the ledger stays
+    assert all(exchange.delivery(silo, round) for silo in ROSTER for round in range(1, 6))
+
+
+def test_the_aggregator_ignores_marks_that_are_no_versions(exchange: StoreExchange, tmp_path: Path) -> None:
+    fill(exchange, 4, tmp_path)
+    for silo in ROSTER:
+        exchange.mark_resumable(silo, 3)
+    exchange.objects.write("silos/law/resumable/junk", b"")
+    assert exchange.prune(ROSTER, 3, 1) == [2, 1, 0]
+
+
+def test_marking_goes_up_only_and_twice_is_once(exchange: StoreExchange) -> None:
+    for version in (1, 3, 3):
+        exchange.mark_resumable("law", version)
+    assert exchange.objects.names("silos/law/resumable") == ["000003"]
+
+
+def test_pruning_that_was_killed_is_finished_the_next_time(tmp_path: Path) -> None:
+    """Killed before its first, second, ... deletion: the next pruning comes to the same store every time."""
+    fill(StoreExchange(str(tmp_path / "full")), 4, tmp_path)
+    num_deletions = 3 + 2 * 2  # versions 0 to 2, and two silos' deliveries for rounds 1 and 2
+    for killed_before in range(num_deletions):
+        copy = tmp_path / f"killed-{killed_before}"
+        shutil.copytree(tmp_path / "full", copy)
+        exchange = StoreExchange(str(copy))
+        for silo in ROSTER:
+            exchange.mark_resumable(silo, 3)
+        exchange.objects = Dying(str(copy), lives=killed_before)
+        with pytest.raises(KeyboardInterrupt):
+            exchange.prune(ROSTER, 3, 1)
+        again = StoreExchange(str(copy))
+        again.prune(ROSTER, 3, 1)
+        assert tensors(again) == kept(3, 4), f"killed before deletion {killed_before}"
+
+
+class Dying(Objects):
+    """Objects of a process that is killed before one more deletion."""
+
+    def __init__(self, url: str, *, lives: int) -> None:
+        super().__init__(url)
+        self._lives = lives
+
+    def delete(self, name: str) -> None:
+        if self._lives == 0:
+            raise KeyboardInterrupt
+        self._lives -= 1
+        super().delete(name)
