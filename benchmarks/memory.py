@@ -3,8 +3,8 @@
     python -m benchmarks.memory [--silos 2 4] [key=value ...]
 
 Starts real federations (and one silo that trains alone, the reference) and samples each process's memory every few
-milliseconds from the end of its first step on. Counted is anonymous memory (RssAnon in /proc): mapped files of shards and
-safetensors can be dropped by the kernel at any time and are shown apart.
+milliseconds from the end of its first step on. Counted is anonymous memory (RssAnon in /proc): mapped files of shards
+and safetensors can be dropped by the kernel at any time and are shown apart.
 """
 
 import argparse
@@ -122,17 +122,18 @@ def main() -> None:
             silo = max(peak.anonymous_bytes for name, peak in peaks.items() if name in config.silos)
             alone = alone or silo
             print(
-                f"RESULT {num_silos or 'no'} federated silos, {num_parameters:,} parameters ({model_bytes / MIB:.0f} MiB "
-                f"fp32): a silo {silo / MIB:.0f} MiB, {(silo - alone) / num_parameters:+.2f} bytes a parameter against "
-                f"training alone; a fragment is {4 / config.outer.num_fragments:.2f} bytes a parameter",
+                f"RESULT {num_silos or 'no'} federated silos, {num_parameters:,} parameters "
+                f"({model_bytes / MIB:.0f} MiB fp32): a silo {silo / MIB:.0f} MiB, "
+                f"{(silo - alone) / num_parameters:+.2f} bytes a parameter against training alone; "
+                f"a fragment is {4 / config.outer.num_fragments:.2f} bytes a parameter",
                 flush=True,
             )
             if "aggregator" in peaks:
                 peak = peaks["aggregator"]
                 print(
                     f"RESULT {num_silos} federated silos: aggregator {peak.anonymous_bytes / MIB:.0f} MiB "
-                    f"({peak.anonymous_bytes / num_parameters:.2f} bytes a parameter), and {peak.mapped_bytes / MIB:.0f} "
-                    "MiB of mapped files",
+                    f"({peak.anonymous_bytes / num_parameters:.2f} bytes a parameter), "
+                    f"and {peak.mapped_bytes / MIB:.0f} MiB of mapped files",
                     flush=True,
                 )
 

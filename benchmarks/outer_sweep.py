@@ -29,6 +29,10 @@ SETTINGS = [
     (50, "sgd", 1.0, 0.0),
     (50, "nesterov", 0.9, 0.3),
     (50, "nesterov", 0.7, 0.9),
+    (20, "nesterov", 0.9, 0.3),
+    (20, "nesterov", 0.8, 0.4),
+    (10, "nesterov", 0.9, 0.3),
+    (10, "nesterov", 0.7, 0.5),
 ]
 # One process a silo and no ZeRO: the same arithmetic with less overhead than the demo's mixed layout.
 PLAIN = ["processes_per_node=1", "micro_batch_sequences=16", "deepspeed.zero_optimization.stage=0"]

@@ -4,7 +4,7 @@
     torchrun --standalone --nproc-per-node 2 -m benchmarks.silo_overhead --stage 2
 
 Both loops drive the same engine in the same process and take turns, so that a busy machine slows both alike; the ratio
-is that of the medians over the turns. The bare loop has its batch in memory and neither logs nor schedules.
+is that of the medians over the turns. The bare loop has its batches in memory and neither logs nor schedules.
 """
 
 import argparse
@@ -13,10 +13,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from torch.nn import functional as F
-
 from pretrain.config import RunConfig, load_config
 from pretrain.journal import Journal
+from pretrain.silo.model import token_losses
 from pretrain.silo.ranks import Ranks
 from pretrain.sync import StopRequested
 from pretrain.train import Silo, prepare, train
@@ -60,11 +59,10 @@ def turn_of_ours(silo: Silo, num_steps: int) -> float:
 def turn_of_bare(silo: Silo, num_steps: int) -> float:
     """Steps per second of DeepSpeed alone."""
     engine = silo.engine._deepspeed
-    input_ids, targets = next(silo.batches)
+    batches = [next(silo.batches) for _ in range(num_steps)]
     began = time.perf_counter()
-    for _ in range(num_steps):
-        logits = engine(input_ids=input_ids, use_cache=False).logits
-        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+    for input_ids, targets in batches:
+        loss = token_losses(engine, input_ids, targets).mean()
         engine.backward(loss)
         engine.step()
     return num_steps / (time.perf_counter() - began)
@@ -76,7 +74,9 @@ def main() -> None:
     parser.add_argument("--stage", type=int, default=0)
     parser.add_argument("--turns", type=int, default=20)
     parser.add_argument("--steps", type=int, default=20, help="inner steps of one turn")
-    parser.add_argument("--text", type=Path, help="folder with tokenizer/ and packed/train/ (default: made for this run)")
+    parser.add_argument(
+        "--text", type=Path, help="folder with tokenizer/ and packed/train/ (default: made for this run)"
+    )
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
     ranks = Ranks()

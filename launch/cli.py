@@ -60,8 +60,11 @@ def launch_local_command(
     [bold]Example:[/bold] atoll launch local --config run.yaml inner.lr=0.003
     """
     from launch.local import launch_local
+    from pretrain.preflight import check_run
 
-    raise typer.Exit(launch_local(load_config(config, overrides or []), max_restarts=max_restarts))
+    checked = load_config(config, overrides or [])
+    check_run(checked)
+    raise typer.Exit(launch_local(checked, max_restarts=max_restarts))
 
 
 @app.command()
@@ -77,12 +80,14 @@ def train(
     [bold]Example:[/bold] atoll train --config run.yaml --silo law
     """
     from launch.local import local_commands
+    from pretrain.preflight import check_silo
 
     checked = load_config(config, overrides or [])
     if silo not in checked.silos:
         raise ConfigError(f"--silo: {silo!r} given; allowed: {', '.join(sorted(checked.silos))}")
     if checked.silos[silo].num_nodes != 1:
         raise ConfigError(f"silos.{silo}.num_nodes: {checked.silos[silo].num_nodes} given; allowed: 1 with atoll train")
+    check_silo(checked, silo)
     path = _write_resolved(checked)
     command = next(c for c in local_commands(checked, path) if c.name == silo)
     code = subprocess.run(command.argv, env=os.environ | command.environment, check=False).returncode

@@ -25,6 +25,7 @@ PROMPTS = {"library": "def read_lines(path", "tests": "    def test_empty", "pro
 def run_demo(directory: Path, *, corpora: Path | None, compare: bool, overrides: list[str]) -> int:
     """Prepare text, train the silos together, show what came of it; returns the exit code."""
     console = Console()
+    load_config([SETTINGS], ["silos.any={}", *overrides])  # a mistake in them must not cost the preparation
     console.print(f"[bold]1/4[/bold]  text, shared tokenizer, packed shards ({directory})")
     packed, tokenizer = prepare_text(directory, corpora)
     config = federated_config(directory, packed, tokenizer, overrides)

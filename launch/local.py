@@ -25,6 +25,9 @@ from pretrain.lock import lock_directory
 GRACE_SECONDS = 40.0
 DISPLAY_SECONDS = 0.5
 LOG_TAIL_LINES = 20
+# Activations are freed and allocated at every step; glibc's default hands them back to the kernel each time, which costs
+# training on a CPU up to a fifth of its speed (docs/benchmarks.md). Up to 64 MiB a block and 256 MiB in all are kept.
+KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(64 << 20), "MALLOC_TRIM_THRESHOLD_": str(256 << 20)}
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 CommandBuilder = Callable[[RunConfig, Path], list[ChildCommand]]
@@ -82,7 +85,7 @@ def local_commands(config: RunConfig, config_path: Path) -> list[ChildCommand]:
             ChildCommand(
                 name=name,
                 argv=[*torchrun, "-m", "pretrain.train", "--config", str(config_path), "--silo", name],
-                environment={"OMP_NUM_THREADS": str(silo.num_threads)},
+                environment={"OMP_NUM_THREADS": str(silo.num_threads), **KEEP_FREED_MEMORY},
                 error_path=process_directory(config, name) / "error.txt",
             )
         )

@@ -167,12 +167,13 @@ class Aggregator:
             "base_digest": state.parameters_digest,
             "contract_sha256": self._exchange.contract_sha256,
             "codec": self._config.outer.codec,
+            "steps": self._config.outer.sync_interval_steps,
         }
         for term, value in expected.items():
             if getattr(manifest, term) != value:
                 raise RefusedError(f"its {term} is {getattr(manifest, term)!r}, not {value!r}")
-        if manifest.tokens < 1 or manifest.steps < 1:
-            raise RefusedError(f"it counts {manifest.tokens} tokens in {manifest.steps} steps")
+        if manifest.tokens < 1:
+            raise RefusedError(f"it counts {manifest.tokens} tokens")
         if [p.fragment for p in manifest.payloads] != list(range(len(self._fragments))):
             raise RefusedError(f"it has not the {len(self._fragments)} fragments of this run, in order")
         files, norm_squared = [], 0.0
@@ -192,8 +193,10 @@ class Aggregator:
                     raise RefusedError(f"fragment {file.stem} holds other tensors than those of this run")
                 for name in names:
                     coded, base = tensors.get_tensor(key(name)), state.parameters[name]
-                    if coded.shape != base.shape or coded.dtype != self._codec.dtype:
-                        raise RefusedError(f"{name} is {coded.dtype} {list(coded.shape)}, not {list(base.shape)}")
+                    given = f"{coded.dtype} {list(coded.shape)}"
+                    expected = f"{self._codec.dtype} {list(base.shape)}"
+                    if given != expected:
+                        raise RefusedError(f"{name} is {given}, not {expected}")
                     norm = torch.linalg.vector_norm(self._codec.decode(base, coded)).item()
                     if not math.isfinite(norm):
                         raise RefusedError(f"{name} has values that are not finite")
@@ -213,6 +216,8 @@ class Aggregator:
                 weighted = self._weighted(deliveries, fragment, name, base, units)
                 merged, divisor = weighted_mean(weighted, base.shape)
                 new, velocity = outer_step(base, merged, state.velocity.get(name), lr=outer.lr, momentum=outer.momentum)
+                if not new.isfinite().all():
+                    raise RefusedError(f"round {state.version + 1}: {name}: the outer step leaves the range of fp32")
                 update_squared += torch.linalg.vector_norm(new - base, dtype=torch.float64).item() ** 2
                 units_squared += torch.linalg.vector_norm(units).item() ** 2
                 base.copy_(new)

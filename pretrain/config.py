@@ -7,6 +7,7 @@ Order: the defaults below < YAML files in the order given < `key=value` on the c
 
 import dataclasses
 import difflib
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -129,7 +130,7 @@ class SiloConfig:
     eval_sequences: int = 64
     """Sequences per corpus in one evaluation; 0 takes all."""
     log_interval_steps: int = 1
-    """Inner steps between two log lines and metrics records."""
+    """Inner steps between two log lines, and at most between a stop signal and the stop."""
     num_threads: int = 1
     """CPU threads per process (OMP_NUM_THREADS)."""
 
@@ -198,6 +199,8 @@ class RunConfig:
         return path / "tokenizer.json" if path.is_dir() else path
 
 
+SILO_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+
 # Keys of DeepSpeed's configuration that are computed from ours; giving them twice could only contradict.
 OWNED_DEEPSPEED_KEYS = {
     "train_batch_size": "global_batch_sequences",
@@ -235,8 +238,8 @@ def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> R
     try:
         typed = OmegaConf.merge(OmegaConf.structured(RunConfig), given)
         config = OmegaConf.to_object(typed)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: {_first_line(error)}") from None
+    except (OmegaConfBaseException, TypeError) as error:
+        raise ConfigError(f"{getattr(error, 'full_key', None) or 'configuration'}: {_first_line(error)}") from None
     assert isinstance(config, RunConfig)
     check_config(config)
     return config
@@ -274,10 +277,12 @@ def _check_keys(given: dict[Any, Any], schema: type, prefix: str) -> None:
             raise ConfigError(f"{prefix}{key}: unknown key given; allowed: {', '.join(fields)}{hint}")
         kind = fields[key]
         section = kind if isinstance(kind, type) and dataclasses.is_dataclass(kind) else None
-        if (section or key == "silos") and not isinstance(value, dict | None):
+        if section and not isinstance(value, dict | None):
             raise ConfigError(f"{prefix}{key}: {value!r} given; allowed: a section of keys and values")
         if section and value is not None:
             _check_keys(value, section, f"{prefix}{key}.")
+        if str(kind).startswith("dict") and not isinstance(value, dict | None):
+            raise ConfigError(f"{prefix}{key}: {value!r} given; allowed: a section of keys and values")
         if key == "silos":
             for name, silo in (value or {}).items():
                 if silo is not None and not isinstance(silo, dict):
@@ -324,8 +329,14 @@ def check_config(config: RunConfig) -> None:
     }
     for key, (number, minimum) in at_least.items():
         _require(number >= minimum, key, number, f"{minimum} or more")
-    _require(config.inner.lr > 0, "inner.lr", config.inner.lr, "above 0")
-    _require(config.inner.eps > 0, "inner.eps", config.inner.eps, "above 0")
+    positive = {
+        "inner.lr": config.inner.lr,
+        "inner.eps": config.inner.eps,
+        "outer.lr": config.outer.lr,
+        "exchange.poll_seconds": config.exchange.poll_seconds,
+    }
+    for key, rate in positive.items():
+        _require(0 < rate < math.inf, key, rate, "above 0")
     _require(0 <= config.inner.min_lr_ratio <= 1, "inner.min_lr_ratio", config.inner.min_lr_ratio, "0 to 1")
     betas = config.inner.betas
     _require(len(betas) == 2 and all(0 <= b < 1 for b in betas), "inner.betas", betas, "two numbers from 0 to below 1")
@@ -336,16 +347,18 @@ def check_config(config: RunConfig) -> None:
         ramp_steps,
         f"warm-up and decay within inner.num_steps={config.inner.num_steps}",
     )
-    _require(config.outer.lr > 0, "outer.lr", config.outer.lr, "above 0")
     _require(0 <= config.outer.momentum < 1, "outer.momentum", config.outer.momentum, "0 to below 1")
-    _require(config.exchange.poll_seconds > 0, "exchange.poll_seconds", config.exchange.poll_seconds, "above 0")
     _require(
         config.inner.num_steps % config.outer.sync_interval_steps == 0 or config.exchange.kind == "none",
         "inner.num_steps",
         config.inner.num_steps,
         f"a multiple of outer.sync_interval_steps={config.outer.sync_interval_steps}",
     )
-    model = config.model
+    _check_model(config.model)
+    _check_roster(config)
+
+
+def _check_model(model: ModelConfig) -> None:
     _require(
         bool(model.config) != bool(model.checkpoint),
         "model",
@@ -354,8 +367,14 @@ def check_config(config: RunConfig) -> None:
     )
     if model.config:
         _require("model_type" in model.config, "model.config", model.config, "a mapping with model_type")
+
+
+def _check_roster(config: RunConfig) -> None:
     _require(bool(config.silos), "silos", {}, "at least one silo")
     _require(len(set(config.roster)) == len(config.roster), "roster", config.roster, "each name once")
+    for name in config.full_roster:
+        key = "roster" if config.roster else "silos"
+        _require(bool(SILO_NAME.fullmatch(name)), key, name, "names of a-z, 0-9, _ and -")
     for name, silo in config.silos.items():
         _require(name in config.full_roster, "silos", name, f"names of the roster: {', '.join(config.full_roster)}")
         _check_silo(name, silo)
@@ -363,7 +382,6 @@ def check_config(config: RunConfig) -> None:
 
 def _check_silo(name: str, silo: SiloConfig) -> None:
     key = f"silos.{name}"
-    _require(bool(re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,62}", name)), "silos", name, "names of a-z, 0-9, _ and -")
     for unit in (
         *("num_nodes", "processes_per_node", "num_threads"),
         *("global_batch_sequences", "micro_batch_sequences", "accumulation_steps"),
@@ -376,7 +394,9 @@ def _check_silo(name: str, silo: SiloConfig) -> None:
     for owned, ours in OWNED_DEEPSPEED_KEYS.items():
         if owned in silo.deepspeed:
             raise ConfigError(f"{key}.deepspeed.{owned}: {silo.deepspeed[owned]!r} given; set {ours} instead")
-    stage = silo.deepspeed.get("zero_optimization", {}).get("stage", 0)
+    zero = silo.deepspeed.get("zero_optimization", {})
+    _require(isinstance(zero, dict), f"{key}.deepspeed.zero_optimization", zero, "a mapping")
+    stage = zero.get("stage", 0)
     _require(stage in (0, 1, 2, 3), f"{key}.deepspeed.zero_optimization.stage", stage, "0, 1, 2, 3")
     check_batch(name, silo, silo.num_nodes * silo.processes_per_node)
 

@@ -18,6 +18,7 @@ import torch
 from pretrain.config import ConfigError, RunConfig, check_batch, load_config
 from pretrain.journal import Journal
 from pretrain.lock import lock_directory
+from pretrain.preflight import check_silo
 from pretrain.silo.checkpoint import Checkpoints, Progress, save_parameters
 from pretrain.silo.data import Batches, Order, PackedTokens
 from pretrain.silo.engine import Engine
@@ -25,7 +26,7 @@ from pretrain.silo.evaluate import held_out_loss
 from pretrain.silo.model import build_initial
 from pretrain.silo.optim import learning_rate
 from pretrain.silo.ranks import Ranks
-from pretrain.silo.shards import read_manifest, tokenizer_sha256, verify_shards
+from pretrain.silo.shards import tokenizer_sha256, verify_shards
 from pretrain.steplog import StepLog
 from pretrain.sync import SiloSync, StopRequested
 
@@ -68,6 +69,16 @@ class Silo:
             shown = "  ".join(f"{corpus} {loss:.4f}" for corpus, loss in losses.items())
             print(f"round {progress.version:5d}  held-out {shown}", flush=True)
 
+    def agreement_due(self) -> bool:
+        """Whether the ranks talk after this step: when it is logged, and before anything is delivered or saved."""
+        step, settings = self.progress.step, self.config.silos[self.name]
+        return (
+            step % settings.log_interval_steps == 0
+            or step % self.config.outer.sync_interval_steps == 0
+            or step % settings.checkpoint_interval_steps == 0
+            or step == self.config.inner.num_steps
+        )
+
     def save(self) -> None:
         """Write a checkpoint, and tell the store which version it holds."""
         self.checkpoints.save(self.progress, self.engine, self.ranks, self.sync.global_parameters if self.sync else {})
@@ -81,7 +92,7 @@ def train(silo: Silo) -> None:
     settings, inner, sync_interval = config.silos[silo.name], config.inner, config.outer.sync_interval_steps
     log = StepLog(config, silo.name, silo.journal, progress)
     log.resume_training()
-    saved_step = progress.step
+    saved_step, stop = progress.step, 0.0
 
     while True:
         if progress.step // sync_interval > progress.version:  # the end of a round
@@ -107,8 +118,9 @@ def train(silo: Silo) -> None:
         loss, grad_norm = engine.step((next(silo.batches) for _ in range(settings.accumulation_steps)), lr)
         progress.step += 1
         progress.position = silo.batches.state()
-        progress.loss, stop = ranks.sum([loss / ranks.num_ranks, float(silo.asked_to_stop())])
-        log.check_finite(engine.num_skipped_steps, silo.checkpoints.newest)
+        if silo.agreement_due():  # the ranks share their losses and stop requests
+            progress.loss, stop = ranks.sum([loss / ranks.num_ranks, float(silo.asked_to_stop())])
+            log.check_finite(engine.num_skipped_steps, silo.checkpoints.newest)
         log.step(lr, grad_norm)
         if stop:
             raise StopRequested
@@ -170,21 +182,18 @@ def _batches(config: RunConfig, name: str, data: PackedTokens, ranks: Ranks) -> 
 
 def _open_data(config: RunConfig, name: str, *, verify: bool) -> tuple[PackedTokens, dict[str, PackedTokens], int]:
     """Training text, held-out text and vocabulary size; the leader reads every byte once to check it."""
+    check_silo(config, name)
     settings, tokenizer = config.silos[name], tokenizer_sha256(config.tokenizer_file)
-    if not settings.data:
-        raise ConfigError(f"silos.{name}.data: [] given; allowed: at least one directory of packed shards")
-    splits = {f"silos.{name}.data": settings.data}
-    splits |= {f"silos.{name}.valid.{corpus}": [directory] for corpus, directory in settings.valid.items()}
-    check = verify_shards if verify else read_manifest
-    packed = {}
-    for key, names in splits.items():
-        directories = [Path(directory) for directory in names]
-        manifests = [check(directory, key=key, tokenizer_sha256=tokenizer) for directory in directories]
-        packed[key] = PackedTokens(
-            directories, sequence_tokens=config.sequence_tokens, tokenizer_sha256=tokenizer, key=key
-        )
-    held_out = {corpus: packed[f"silos.{name}.valid.{corpus}"] for corpus in settings.valid}
-    return packed[f"silos.{name}.data"], held_out, manifests[0].vocab_size
+
+    def packed(directories: list[str], key: str) -> PackedTokens:
+        paths = [Path(directory) for directory in directories]
+        for path in paths if verify else []:
+            verify_shards(path, key=key)
+        return PackedTokens(paths, sequence_tokens=config.sequence_tokens, tokenizer_sha256=tokenizer, key=key)
+
+    data = packed(settings.data, f"silos.{name}.data")
+    held_out = {corpus: packed([split], f"silos.{name}.valid.{corpus}") for corpus, split in settings.valid.items()}
+    return data, held_out, data.manifests[0].vocab_size
 
 
 def _stop_signals() -> Callable[[], bool]:

@@ -103,7 +103,7 @@ class StoreExchange:
     # ---- the silo's verbs
 
     def claim_name(self, silo: str, identity: str) -> None:
-        """Take the silo's name for the run directory that knows `identity`. Raises ConfigError if another one has it."""
+        """Take the silo's name for the run directory that knows `identity`. Raises ConfigError if another has it."""
         name = f"silos/{silo}/identity.json"
         try:
             self.objects.write(name, json.dumps({"identity": identity}).encode())

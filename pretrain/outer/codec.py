@@ -3,7 +3,8 @@
 A codec codes `local` against `base`, the global tensor that both ends hold; decoding gives the pseudo-gradient
 `base - local` in float64. `fp32` sends the local values themselves: a difference rounded to fp32 would not lead back
 to them, whereas in float64 it is exact (unless a value shrinks below 2^-29 of what it was), so that one silo with outer
-SGD of lr 1 trains as if it were alone, to the last bit. `bf16` sends the rounded pseudo-gradient in half the bytes.
+SGD of lr 1 trains as if it were alone, to the last bit (but -0.0 becomes 0.0). `bf16` sends the rounded
+pseudo-gradient in half the bytes.
 """
 
 from collections.abc import Callable

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from pretrain.config import ConfigError
-from pretrain.silo.shards import Manifest, Shard, open_shard, read_manifest
+from pretrain.silo.shards import Manifest, Shard, check_enough, count_sequences, open_shard, read_manifest
 
 # Each mapped shard holds a file descriptor; many systems allow a process 1,024 of them.
 MAX_MAPPED_SHARDS = 128
@@ -67,7 +67,7 @@ class PackedTokens:
     @property
     def num_sequences(self) -> int:
         """Whole sequences; a rest of fewer than `sequence_tokens` predicted tokens at the very end is not used."""
-        return (self.num_tokens - 1) // self.sequence_tokens
+        return count_sequences(self.num_tokens, self.sequence_tokens)
 
     def sequence(self, index: int) -> npt.NDArray[np.int64]:
         """Sequence `index`. # (sequence_tokens + 1,)
@@ -161,12 +161,7 @@ class Batches(Iterator[tuple[torch.Tensor, torch.Tensor]]):
         assert order.num_sequences == tokens.num_sequences
         assert 0 <= rank < num_ranks
         self.global_batch_sequences = micro_batch_sequences * accumulation_steps * num_ranks
-        if tokens.num_sequences < self.global_batch_sequences:
-            raise ConfigError(
-                f"{tokens.key}: {tokens.num_tokens} tokens given, which are {tokens.num_sequences} sequences of "
-                f"sequence_tokens={tokens.sequence_tokens}; allowed: at least one batch of global_batch_sequences="
-                f"{self.global_batch_sequences}: add text, or lower sequence_tokens or global_batch_sequences"
-            )
+        check_enough(tokens.num_tokens, tokens.sequence_tokens, self.global_batch_sequences, key=tokens.key)
         self._tokens = tokens
         self._order = order
         self._micro_batch_sequences = micro_batch_sequences

@@ -178,6 +178,22 @@ def verify_shards(directory: Path, *, key: str = "silo.data", tokenizer_sha256: 
     return manifest
 
 
+def count_sequences(num_tokens: int, sequence_tokens: int) -> int:
+    """Whole sequences in a text: each needs one token more than it predicts, which the next one begins with."""
+    return max(0, (num_tokens - 1) // sequence_tokens)
+
+
+def check_enough(num_tokens: int, sequence_tokens: int, global_batch_sequences: int, *, key: str) -> None:
+    """Raise ConfigError when a corpus has fewer sequences than one global batch."""
+    num_sequences = count_sequences(num_tokens, sequence_tokens)
+    if num_sequences < global_batch_sequences:
+        raise ConfigError(
+            f"{key}: {num_tokens} tokens given, which are {num_sequences} sequences of sequence_tokens="
+            f"{sequence_tokens}; allowed: at least one batch of global_batch_sequences={global_batch_sequences}: "
+            "add text, or lower sequence_tokens or global_batch_sequences"
+        )
+
+
 def _parse_manifest(loaded: dict[str, Any], file: Path) -> Manifest:
     if loaded.get("format") != FORMAT:
         raise ConfigError(f"{file}: format {loaded.get('format')!r} given; allowed: {FORMAT}: prepare the split again")

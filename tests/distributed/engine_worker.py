@@ -67,7 +67,7 @@ def steps(engine: Engine, ranks: Ranks, numbers: range) -> list[float]:
 
 def read_all(engine: Engine) -> dict[str, torch.Tensor]:
     """Every fp32 parameter."""
-    return {name: engine.read(name).clone() for name in engine.shapes}
+    return {name: engine.read(name).cpu().clone() for name in engine.shapes}
 
 
 def check(stage: int, precision: str, ranks: Ranks, directory: Path) -> dict[str, object]:
@@ -86,13 +86,13 @@ def check(stage: int, precision: str, ranks: Ranks, directory: Path) -> dict[str
     initial = {name: p.detach() * 1.5 for name, p in build_initial(MODEL, VOCAB_SIZE).named_parameters()}
     engine = build()
     engine.write(iter(initial.items()) if ranks.is_leader else None)
-    written_back = all(torch.equal(engine.read(name), initial[name]) for name in engine.shapes)
+    written_back = all(torch.equal(engine.read(name).cpu(), initial[name]) for name in engine.shapes)
     before_merge = steps(engine, ranks, range(2))
 
     # A merge in the middle of training: new parameters in, and the very next loss is theirs.
     merged = {name: value * 0.75 + 0.01 for name, value in read_all(engine).items()}
     engine.write(iter(merged.items()) if ranks.is_leader else None)
-    merged_back = all(torch.equal(engine.read(name), merged[name]) for name in engine.shapes)
+    merged_back = all(torch.equal(engine.read(name).cpu(), merged[name]) for name in engine.shapes)
     expected_next = sum(plain_loss(merged, dtype, part) for part in BATCHES[2].chunk(ranks.num_ranks)) / ranks.num_ranks
     after_merge = steps(engine, ranks, range(2, 3))
 
@@ -117,7 +117,7 @@ def check(stage: int, precision: str, ranks: Ranks, directory: Path) -> dict[str
         "global_restored": not ranks.is_leader or all(torch.equal(global_parameters[n], initial[n]) for n in initial),
         "uninterrupted": uninterrupted,
         "resumed": resumed,
-        "parameters_equal": all(torch.equal(resumed_engine.read(n), final[n]) for n in final),
+        "parameters_equal": all(torch.equal(resumed_engine.read(n).cpu(), final[n]) for n in final),
         "num_skipped_steps": engine.num_skipped_steps,
     }
 

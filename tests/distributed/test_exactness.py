@@ -142,7 +142,17 @@ def test_every_line_of_the_file_contract_is_there(mixed: Outcome) -> None:
         "step": {"time", "silo", "step", "round", "loss", "lr", "tokens", "tokens_per_second", "grad_norm"},
         "sync": {"time", "silo", "step", "round", "fragment", "bytes_sent", "bytes_received", "wait_seconds"}
         | {"pseudo_gradient_norm"},
-        "commit": {"time", "version", "fragment", "silos", "weights", "divisor", "update_norm", "cosine_mean", "digest"},
+        "commit": {
+            "time",
+            "version",
+            "fragment",
+            "silos",
+            "weights",
+            "divisor",
+            "update_norm",
+            "cosine_mean",
+            "digest",
+        },
     }
     for kind, names in kinds.items():
         rows = [record for record in mixed.records if record["kind"] == kind]

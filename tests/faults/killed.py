@@ -1,6 +1,6 @@
 """Run the aggregator or a silo with scripted deaths: SIGKILL at (silo, round or step, point), each once.
 
-    python -m tests.faults.killed pretrain.aggregate|pretrain.train DIRECTORY '[["before_merge", 2], ...]' [the module's own arguments]
+    python -m tests.faults.killed pretrain.aggregate DIRECTORY '[["before_merge", 2], ...]' [the module's arguments]
 
 A death leaves an empty file DIRECTORY/POINT-NUMBER before it strikes: the test asserts that it fired.
 """
@@ -18,12 +18,27 @@ from typing import Any
 POINTS: dict[str, tuple[str, str, str, Callable[..., int | None]]] = {
     # point: (module, attribute, before or after the call, number of the round or step from the call's arguments)
     "step": ("pretrain.train", "learning_rate", "before", lambda step, inner: step),
-    "before_payload": ("pretrain.exchange.objects", "Objects.upload", "before", lambda self, file, name: delivery(name)),
-    "before_manifest": ("pretrain.exchange.objects", "Objects.write", "before", lambda self, name, data: manifest(name)),
+    "before_payload": (
+        "pretrain.exchange.objects",
+        "Objects.upload",
+        "before",
+        lambda self, file, name: delivery(name),
+    ),
+    "before_manifest": (
+        "pretrain.exchange.objects",
+        "Objects.write",
+        "before",
+        lambda self, name, data: manifest(name),
+    ),
     "after_manifest": ("pretrain.exchange.objects", "Objects.write", "after", lambda self, name, data: manifest(name)),
     "adopting": ("pretrain.sync", "SiloSync._fetch", "after", lambda self, version: version),
     "saving": ("pretrain.silo.checkpoint", "_sync_files", "before", lambda directory: int(directory.name[6:14])),
-    "before_contract": ("pretrain.exchange.objects", "Objects.write", "before", lambda self, name, data: contract(name)),
+    "before_contract": (
+        "pretrain.exchange.objects",
+        "Objects.write",
+        "before",
+        lambda self, name, data: contract(name),
+    ),
     "after_contract": ("pretrain.exchange.objects", "Objects.write", "after", lambda self, name, data: contract(name)),
     "before_merge": ("pretrain.aggregate", "Aggregator.merge", "before", lambda self, state, deliveries: state.version),
     "after_merge": ("pretrain.aggregate", "Aggregator.merge", "after", lambda self, state, deliveries: state.version),

@@ -60,9 +60,7 @@ class Hand:
     folder: Callable[[Path], object] = lambda folder: None
     """Changes the files after their checksums were taken."""
 
-    def deliver(
-        self, config: RunConfig, silo: str, state: OuterState, local: Tensors, *, tokens: int = 100
-    ) -> None:
+    def deliver(self, config: RunConfig, silo: str, state: OuterState, local: Tensors, *, tokens: int = 100) -> None:
         store, round = Path(config.store_url), state.version + 1
         folder = store / "silos" / silo / f"{round:06d}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -289,14 +287,18 @@ BAD: dict[str, tuple[Hand, str]] = {
     "other contract": (Hand(manifest=put(contract_sha256="c" * 64)), "its contract_sha256 is "),
     "another silo's name": (Hand(manifest=put(silo="beta")), "its silo is 'beta', not 'alpha'"),
     "no tokens": (Hand(manifest=put(tokens=0)), "it counts 0 tokens"),
-    "no steps": (Hand(manifest=put(steps=0)), "in 0 steps"),
+    "more steps than a round has": (Hand(manifest=put(steps=5)), "its steps is 5, not 4"),
+    "no steps": (Hand(manifest=put(steps=0)), "steps"),
     "tokens below zero": (Hand(manifest=put(tokens=-5)), "tokens: -5 given"),
     "missing fragment": (Hand(manifest=lambda m: m["payloads"].pop()), "it has not the 2 fragments"),
     "fragment twice": (Hand(manifest=put_payload(fragment=0)), "it has not the 2 fragments"),
     "fragments swapped": (Hand(manifest=lambda m: m["payloads"].reverse()), "it has not the 2 fragments"),
-    "one file for two": (Hand(manifest=lambda m: m["payloads"][1].update(m["payloads"][0], fragment=1)), "other tensors"),
+    "one file for two": (
+        Hand(manifest=lambda m: m["payloads"][1].update(m["payloads"][0], fragment=1)),
+        "other tensors",
+    ),
     "path traversal": (Hand(manifest=put_payload(file="../../../contract.json")), "allowed: a plain file name"),
-    "absolute path": (Hand(manifest=put_payload(file="/etc/hostname")), "allowed: a plain file name"),
+    "absolute path": (Hand(manifest=put_payload(file="/contract.json")), "allowed: a plain file name"),
     "payloads are no list": (Hand(manifest=put(payloads=2)), "payloads: 2 given"),
     "key missing": (Hand(manifest=lambda m: m.pop("metrics")), "has keys"),
     "other format": (Hand(manifest=put(format=2)), "format 2 given"),

@@ -61,7 +61,9 @@ def test_killed_after_every_round_it_comes_to_the_same_ledger(tmp_path: Path, ti
             one_round(aggregator, state)
             if name == "restarted":
                 aggregator, state = start(config)
-        ledgers.append([(Path(config.store_url) / "global" / f"00000{v}" / "commit.json").read_bytes() for v in range(3)])
+        ledgers.append(
+            [(Path(config.store_url) / "global" / f"00000{v}" / "commit.json").read_bytes() for v in range(3)]
+        )
     assert ledgers[0] == ledgers[1]
 
 
@@ -101,7 +103,10 @@ def add_one(tensors: dict[str, torch.Tensor]) -> None:
         (lambda store: (store / "global/000002/outer-001.safetensors").unlink(), "outer-001.safetensors is missing"),
         (lambda store: (store / "global/000002/parameters-000.safetensors").write_bytes(b"x"), "truncated"),
         (lambda store: (store / "global/000001/commit.json").write_text("{"), "not JSON"),
-        (lambda store: shutil.copy(store / "global/000001/commit.json", store / "global/000002"), "says it is version 1"),
+        (
+            lambda store: shutil.copy(store / "global/000001/commit.json", store / "global/000002"),
+            "says it is version 1",
+        ),
         (lambda store: (store / "global/000001/commit.json").unlink(), "commit 1 or its predecessor is missing"),
     ],
 )
@@ -112,6 +117,17 @@ def test_a_store_that_was_tampered_with_is_refused(
     spoil(store)
     with pytest.raises(RefusedError, match=rf"^[^\n]*{expected}[^\n]*$"):
         start(config)
+
+
+def test_an_outer_step_beyond_fp32_is_one_line_and_no_commit(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    """Every value that the silos sent is finite; 0.7 * 1.9 times their mean is not."""
+    config = tiny_config(tmp_path, outer={"lr": 0.7, "momentum": 0.9, "num_fragments": 2})
+    aggregator, state = start(config)
+    for silo in ("alpha", "beta"):
+        GOOD.deliver(config, silo, state, {n: torch.full_like(v, 3e38) for n, v in state.parameters.items()})
+    with pytest.raises(RefusedError, match=r"^[^\n]*fp32[^\n]*$"):
+        one_round(aggregator, state)
+    assert not (Path(config.store_url) / "global" / "000001" / "commit.json").exists()
 
 
 def test_another_contract_is_named_key_by_key(tmp_path: Path, tiny_config: TinyConfig) -> None:
@@ -171,16 +187,14 @@ def test_the_program_says_a_mistake_in_one_line(
     tiny_config: TinyConfig,
     overrides: list[str],
     expected: str,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     tiny_config(tmp_path)
     num_threads = torch.get_num_threads()
-    monkeypatch.setattr(sys, "argv", ["aggregate", "--config", str(tmp_path / "tiny.yaml"), *overrides])
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["aggregate", "--config", str(tmp_path / "tiny.yaml"), *overrides])
         assert module.main() == 2
-    finally:
-        torch.set_num_threads(num_threads)
+    torch.set_num_threads(num_threads)
     error = capsys.readouterr().err
     assert error.startswith("atoll: ")
     assert expected in error

@@ -21,7 +21,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "H of 0": (["outer.sync_interval_steps=0"], "outer.sync_interval_steps: 0 given; allowed: 1 or more"),
     "batch sizes": (
         ["silos.alpha.global_batch_sequences=9", "silos.alpha.processes_per_node=2"],
-        "silos.alpha.global_batch_sequences: 9 given; allowed: micro_batch_sequences 4 x accumulation_steps 1 x ranks 2",
+        "silos.alpha.global_batch_sequences: 9 given; allowed: micro_batch_sequences 4 x "
+        "accumulation_steps 1 x ranks 2 = 8",
     ),
     "no key=value": (["fast"], "command line: 'fast' given; allowed: key=value"),
 }
@@ -70,8 +71,11 @@ def test_a_mistake_is_one_line_and_touches_nothing(
         (["aggregate", "--config", "."], "--config "),
         (["train", "--config", "tiny.yaml", "--silo", "gamma"], "--silo: 'gamma' given; allowed: alpha, beta"),
         (
-            ["train", "--config", "tiny.yaml", "--silo", "alpha", "silos.alpha.num_nodes=2", "silo.micro_batch_sequences=2"],
-            "silos.",
+            [
+                *["train", "--config", "tiny.yaml", "--silo", "alpha"],
+                *["silos.alpha.num_nodes=2", "silos.alpha.micro_batch_sequences=2"],
+            ],
+            "silos.alpha.num_nodes: 2 given; allowed: 1 with atoll train",
         ),
         (["status", "nowhere"], "nowhere"),
         (["report", "nowhere"], "nowhere"),
@@ -92,11 +96,9 @@ def test_what_is_not_there_is_one_line_and_touches_nothing(
     assert list(settings.parent.iterdir()) == [settings]
 
 
-def test_a_mistake_in_the_demo_is_found_before_any_text_is_made(
-    tmp_path: Path, monkeypatch: Any, capsys: Any
-) -> None:
+def test_a_mistake_in_the_demo_is_found_before_any_text_is_made(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     for name in ("one", "two"):
-        write_corpus(tmp_path / "corpora" / name, name, num_characters=2000)
+        write_corpus(tmp_path / "corpora" / name, name, num_characters=30_000)
     arguments = ["demo", "--directory", str(tmp_path / "run"), "--corpora", str(tmp_path / "corpora"), "inner.lrr=1"]
     code, error = run(arguments, monkeypatch, capsys)
     assert code == 2

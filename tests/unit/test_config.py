@@ -77,7 +77,10 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     (["inner.min_lr_ratio=2"], ["inner.min_lr_ratio: 2.0 given; allowed: 0 to 1"]),
     (["inner.betas=[0.9]"], ["inner.betas: [0.9] given; allowed: two numbers from 0 to below 1"]),
     (["inner.warmup_steps=13"], ["inner.warmup_steps: 13 given; allowed: ", "inner.num_steps=12"]),
-    (["inner.schedule=wsd", "inner.warmup_steps=7", "inner.decay_steps=6"], ["inner.warmup_steps: 13 given; allowed: "]),
+    (
+        ["inner.schedule=wsd", "inner.warmup_steps=7", "inner.decay_steps=6"],
+        ["inner.warmup_steps: 13 given; allowed: "],
+    ),
     (["silo.eval_sequences=-1"], ["silos.alpha.eval_sequences: -1 given; allowed: 0 or more"]),
     (["silo.keep_checkpoints=0"], ["silos.alpha.keep_checkpoints: 0 given; allowed: 1 or more"]),
     # what must fit together

@@ -1,5 +1,8 @@
 """The learning rate by hand, and which parameters are decayed."""
 
+import itertools
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -45,9 +48,7 @@ def test_warmup_may_be_the_whole_run() -> None:
     assert [learning_rate(step, inner) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
 
 
-@given(
-    st.sampled_from(sorted(GOLDEN)), st.integers(1, 40), st.integers(0, 20), st.integers(1, 20), st.floats(0, 1)
-)
+@given(st.sampled_from(sorted(GOLDEN)), st.integers(1, 40), st.integers(0, 20), st.integers(1, 20), st.floats(0, 1))
 def test_stays_between_its_ends_and_never_rises_after_warmup(
     schedule: str, num_steps: int, warmup: int, decay: int, ratio: float
 ) -> None:
@@ -57,10 +58,10 @@ def test_stays_between_its_ends_and_never_rises_after_warmup(
     )
     after = [learning_rate(step, inner) for step in range(warmup, num_steps)]
     assert all(0.125 * ratio - 1e-15 <= lr <= 0.125 for lr in after)
-    assert all(later <= earlier for earlier, later in zip(after, after[1:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(after))
 
 
-def test_depends_on_the_cumulative_step_only(tmp_path, tiny_config: TinyConfig) -> None:
+def test_depends_on_the_cumulative_step_only(tmp_path: Path, tiny_config: TinyConfig) -> None:
     traces = []
     for sync_interval in (1, 4, 12):
         config = tiny_config(tmp_path / str(sync_interval), outer={"sync_interval_steps": sync_interval})

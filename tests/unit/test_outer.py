@@ -45,9 +45,7 @@ def history(case: dict[str, Any]) -> list[dict[str, float | None]]:
         parameter, velocity = outer_step(
             parameter, double(pseudo_gradient), velocity, lr=case["lr"], momentum=case["momentum"] or 0.0
         )
-        rows.append(
-            {"parameter": parameter.item(), "velocity": None if velocity is None else velocity.item()}
-        )
+        rows.append({"parameter": parameter.item(), "velocity": None if velocity is None else velocity.item()})
     return rows
 
 
@@ -263,7 +261,9 @@ def test_fragments_by_hand() -> None:
 
 
 @given(SIZES, st.data(), st.randoms())
-def test_fragments_cover_every_name_once_and_are_balanced(sizes: dict[str, int], data: st.DataObject, random: Any) -> None:
+def test_fragments_cover_every_name_once_and_are_balanced(
+    sizes: dict[str, int], data: st.DataObject, random: Any
+) -> None:
     num_fragments = data.draw(st.integers(1, len(sizes)))
     fragments = cut_fragments(sizes, num_fragments)
     assert len(fragments) == num_fragments
@@ -279,9 +279,7 @@ def test_fragments_cover_every_name_once_and_are_balanced(sizes: dict[str, int],
 def test_too_many_fragments_say_what_is_allowed(num_fragments: int) -> None:
     with pytest.raises(ValueError, match="1 to 2") as caught:
         cut_fragments({"a": 1, "b": 2}, num_fragments)
-    assert str(caught.value) == (
-        f"outer.num_fragments: {num_fragments} given; allowed: 1 to 2, the number of tensors"
-    )
+    assert str(caught.value) == (f"outer.num_fragments: {num_fragments} given; allowed: 1 to 2, the number of tensors")
 
 
 # ---- digests

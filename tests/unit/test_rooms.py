@@ -27,7 +27,14 @@ ALLOWED = {
     "launch.cli": ("launch", "pretrain", "data_tools"),
     "launch.demo": ("launch", "pretrain", "data_tools"),
 }
-WITHOUT_TORCH = ("pretrain.config", "pretrain.lock", "pretrain.journal", "pretrain.trust", "pretrain.exchange", "launch")
+WITHOUT_TORCH = (
+    "pretrain.config",
+    "pretrain.lock",
+    "pretrain.journal",
+    "pretrain.trust",
+    "pretrain.exchange",
+    "launch",
+)
 
 
 def module_name(path: Path) -> str:
@@ -68,7 +75,9 @@ def test_imports_go_one_way(path: Path) -> None:
     assert not wrong, f"{module} imports {wrong}; allowed in {room}: {ALLOWED[room]}"
 
 
-@pytest.mark.parametrize("path", [p for p in PRODUCT if any(is_below(module_name(p), r) for r in WITHOUT_TORCH)], ids=module_name)
+@pytest.mark.parametrize(
+    "path", [p for p in PRODUCT if any(is_below(module_name(p), r) for r in WITHOUT_TORCH)], ids=module_name
+)
 def test_what_a_login_node_runs_imports_no_torch(path: Path) -> None:
     heavy = {name.split(".")[0] for name in imports(parsed(path))} & {"torch", "deepspeed", "transformers"}
     assert not heavy
@@ -91,6 +100,8 @@ def test_nothing_unpickles(path: Path) -> None:
 def test_files_and_functions_stay_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) < 500
     functions = [n for n in ast.walk(parsed(path)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
-    sizes = {f"{function.name} (line {function.lineno})": function.end_lineno - function.lineno + 1 for function in functions}
+    sizes = {
+        f"{function.name} (line {function.lineno})": function.end_lineno - function.lineno + 1 for function in functions
+    }
     too_long = {name: size for name, size in sizes.items() if size >= 60}
     assert not too_long

@@ -1,0 +1,36 @@
+"""What can be checked before any process starts: a mistake is found in a second and touches nothing. No torch."""
+
+import uuid
+from pathlib import Path
+
+from pretrain.config import ConfigError, RunConfig
+from pretrain.exchange.objects import Objects
+from pretrain.silo.shards import check_enough, read_manifest, tokenizer_sha256
+
+
+def check_run(config: RunConfig) -> None:
+    """Tokenizer, every silo's shards, and the store. Raises ConfigError."""
+    for name in config.silos:
+        check_silo(config, name)
+    check_store(config)
+
+
+def check_silo(config: RunConfig, name: str) -> None:
+    """The shards of one silo: there, whole, packed with the run's tokenizer, and enough for one batch."""
+    silo, tokenizer = config.silos[name], tokenizer_sha256(config.tokenizer_file)
+    key = f"silos.{name}.data"
+    if not silo.data:
+        raise ConfigError(f"{key}: [] given; allowed: at least one directory of packed shards")
+    manifests = [read_manifest(Path(directory), key=key, tokenizer_sha256=tokenizer) for directory in silo.data]
+    num_tokens = sum(manifest.num_tokens for manifest in manifests)
+    check_enough(num_tokens, config.sequence_tokens, silo.global_batch_sequences, key=key)
+    for corpus, directory in silo.valid.items():
+        read_manifest(Path(directory), key=f"silos.{name}.valid.{corpus}", tokenizer_sha256=tokenizer)
+
+
+def check_store(config: RunConfig) -> None:
+    """The store takes a write and a delete."""
+    if config.exchange.kind == "store":
+        store, probe = Objects(config.store_url), f"probe-{uuid.uuid4().hex}"
+        store.write(probe, b"")
+        store.delete(probe)
