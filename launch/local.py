@@ -25,8 +25,8 @@ from pretrain.lock import lock_directory
 GRACE_SECONDS = 40.0
 DISPLAY_SECONDS = 0.5
 LOG_TAIL_LINES = 20
-# Activations are freed and allocated at every step; glibc's default hands them back to the kernel each time, which costs
-# training on a CPU up to a fifth of its speed (docs/benchmarks.md). Up to 64 MiB a block and 256 MiB in all are kept.
+# Activations are freed and allocated at every step; glibc's default hands them back to the kernel each time, which
+# costs training on a CPU up to a fifth of its speed (docs/benchmarks.md). Keep blocks up to 64 MiB, 256 MiB in all.
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(64 << 20), "MALLOC_TRIM_THRESHOLD_": str(256 << 20)}
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

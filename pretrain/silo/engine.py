@@ -10,6 +10,7 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch._dynamo  # GPT-2 would load it while it is built, which fails inside zero.Init's replaced constructors
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 from torch import Tensor, nn

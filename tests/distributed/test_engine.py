@@ -8,20 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 WORKER = Path(__file__).parent / "engine_worker.py"
 CASES = [(stage, precision) for stage in (0, 1, 2, 3) for precision in ("fp32", "bf16")]
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], dict[str, Any]]:
+def run_worker(directory: Path, *, num_ranks: int) -> dict[tuple[int, str], dict[str, Any]]:
     """One torchrun for all cases: starting DeepSpeed costs more than the cases do."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
     root = Path(__file__).parents[2]
+    hide_gpus = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if torch.cuda.device_count() < num_ranks else {}
     run = subprocess.run(
-        [*command, str(tmp_path_factory.mktemp("engine"))],
+        [*torchrun, str(WORKER), str(directory)],
         cwd=root,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)} | hide_gpus,
         capture_output=True,
         text=True,
         check=False,
@@ -30,6 +31,22 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], d
     assert run.returncode == 0, run.stderr[-4000:]
     rows = [json.loads(line.removeprefix("RESULT")) for line in run.stdout.splitlines() if line.startswith("RESULT")]
     return {(row["stage"], row["precision"]): row for row in rows}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], dict[str, Any]]:
+    """Two ranks; on the CPU where there are not two GPUs."""
+    return run_worker(tmp_path_factory.mktemp("engine"), num_ranks=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_on_a_gpu(tmp_path: Path) -> None:
+    for (_, precision), row in run_worker(tmp_path, num_ranks=1).items():
+        assert row["written_back"]
+        assert row["merged_back"]
+        assert row["resumed"] == pytest.approx(row["uninterrupted"], rel=1e-6)
+        assert row["next_loss"] == pytest.approx(row["expected_next_loss"], rel=1e-4 if precision == "fp32" else 1e-2)
 
 
 @pytest.mark.parametrize(("stage", "precision"), CASES)

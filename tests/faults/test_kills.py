@@ -28,20 +28,31 @@ def make_config(tiny_config: TinyConfig, directory: Path) -> RunConfig:
     )
 
 
-def with_deaths(faults: Faults, directory: Path) -> Any:
-    """A command builder that runs each process through killed.py."""
+def with_faults(faults: Faults, directory: Path) -> Any:
+    """A command builder that runs each process through scripted.py."""
 
     def build(config: RunConfig, config_path: Path) -> list[ChildCommand]:
         commands = []
         for command in local_commands(config, config_path):
             module = "pretrain.aggregate" if command.name == "aggregator" else "pretrain.train"
             at = command.argv.index(module)
-            killed = ["tests.faults.killed", module, str(directory), json.dumps(faults.get(command.name, []))]
+            killed = ["tests.faults.scripted", module, str(directory), json.dumps(faults.get(command.name, []))]
             argv = command.argv[:at] + killed + command.argv[at + 1 :]
             commands.append(dataclasses.replace(command, argv=argv))
         return commands
 
     return build
+
+
+def check_same(run: Outcome, undisturbed: Outcome) -> None:
+    """The same parameters, ledger and loss curves, to the last bit."""
+    assert_same_bits(run.parameters(NUM_ROUNDS), undisturbed.parameters(NUM_ROUNDS))
+    for version in range(NUM_ROUNDS + 1):
+        assert run.exchange.commit_bytes(version) == undisturbed.exchange.commit_bytes(version)
+    for silo in ("alpha", "beta"):
+        for value in ("loss", "lr", "tokens", "grad_norm"):
+            assert run.by_step(silo, value) == undisturbed.by_step(silo, value)
+        assert run.held_out(silo) == undisturbed.held_out(silo)
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +87,22 @@ def test_killed_and_restarted_equals_undisturbed(
 ) -> None:
     faults, fired = DEATHS[who], tmp_path / "fired"
     fired.mkdir()
-    run = federate(make_config(tiny_config, tmp_path), max_restarts=20, build_commands=with_deaths(faults, fired))
+    run = federate(make_config(tiny_config, tmp_path), max_restarts=20, build_commands=with_faults(faults, fired))
 
     expected = {f"{point}-{when}" for deaths in faults.values() for point, when, *_ in deaths}
     assert {path.name for path in fired.iterdir()} == expected  # every death struck
-    assert_same_bits(run.parameters(NUM_ROUNDS), undisturbed.parameters(NUM_ROUNDS))
-    for version in range(NUM_ROUNDS + 1):
-        assert run.exchange.commit_bytes(version) == undisturbed.exchange.commit_bytes(version)
-    for silo in ("alpha", "beta"):
-        for value in ("loss", "lr", "tokens", "grad_norm"):
-            assert run.by_step(silo, value) == undisturbed.by_step(silo, value)
-        assert run.held_out(silo) == undisturbed.held_out(silo)
+    check_same(run, undisturbed)
+
+
+def test_a_corrupted_delivery_is_refused_and_delivered_again(
+    undisturbed: Outcome, tmp_path: Path, tiny_config: TinyConfig
+) -> None:
+    config = make_config(tiny_config, tmp_path)
+    run = federate(config, build_commands=with_faults({"beta": [("corrupt_payload", 2)]}, tmp_path))
+    assert (tmp_path / "corrupt_payload-2").exists()  # it struck
+    refused = json.loads((Path(config.store_url) / "silos/beta/000002/refused-0.json").read_text())
+    assert "corrupted" in refused["reason"]
+    logs = Path(config.directory) / "logs" / "latest"
+    assert "round 2: refused the delivery of silo beta: " in (logs / "aggregator.log").read_text()
+    assert "round 2: the aggregator refused our delivery: " in (logs / "beta.log").read_text()
+    check_same(run, undisturbed)

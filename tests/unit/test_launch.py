@@ -265,7 +265,7 @@ def test_commands_of_a_local_launch(tmp_path: Path) -> None:
     assert aggregator.argv[1:] == ["-m", "pretrain.aggregate", "--config", str(tmp_path / "config.yaml")]
     assert "--nproc-per-node 2 -m pretrain.train" in " ".join(law.argv)
     assert law.argv[-2:] == ["--silo", "law"]
-    assert law.environment == {"OMP_NUM_THREADS": "3"}
+    assert law.environment["OMP_NUM_THREADS"] == "3"
     assert medicine.error_path == config.silo_directory("medicine") / "error.txt"
     config.exchange.kind = "none"
     assert [command.name for command in local_commands(config, tmp_path)] == ["law", "medicine"]

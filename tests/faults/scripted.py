@@ -1,8 +1,9 @@
-"""Run the aggregator or a silo with scripted deaths: SIGKILL at (silo, round or step, point), each once.
+"""Run the aggregator or a silo with scripted faults at (silo, round or step, point), each once.
 
-    python -m tests.faults.killed pretrain.aggregate DIRECTORY '[["before_merge", 2], ...]' [the module's arguments]
+    python -m tests.faults.scripted pretrain.aggregate DIRECTORY '[["before_merge", 2], ...]' [the module's arguments]
 
-A death leaves an empty file DIRECTORY/POINT-NUMBER before it strikes: the test asserts that it fired.
+A fault is SIGKILL, or for `corrupt_payload` a flipped bit in what was just delivered. It leaves an empty file
+DIRECTORY/POINT-NUMBER before it strikes: the test asserts that it fired.
 """
 
 import importlib
@@ -22,6 +23,12 @@ POINTS: dict[str, tuple[str, str, str, Callable[..., int | None]]] = {
         "pretrain.exchange.objects",
         "Objects.upload",
         "before",
+        lambda self, file, name: delivery(name),
+    ),
+    "corrupt_payload": (
+        "pretrain.exchange.objects",
+        "Objects.upload",
+        "after",
         lambda self, file, name: delivery(name),
     ),
     "before_manifest": (
@@ -76,7 +83,7 @@ def contract(name: str) -> int | None:
 
 
 def arm(point: str, when: int, fired: Path) -> None:
-    """Replace the point's function by one that dies before or after the call whose number is `when`."""
+    """Replace the point's function by one that strikes before or after the call whose number is `when`."""
     module_name, path, side, number_of = POINTS[point]
     owner: Any = importlib.import_module(module_name)
     *outer, attribute = path.split(".")
@@ -89,7 +96,9 @@ def arm(point: str, when: int, fired: Path) -> None:
         if due and side == "before":
             die(fired)
         result = original(*args, **kwargs)
-        if due:
+        if due and point == "corrupt_payload":
+            corrupt(fired, Path(args[0]._path(args[2])))
+        elif due:
             die(fired)
         return result
 
@@ -99,6 +108,13 @@ def arm(point: str, when: int, fired: Path) -> None:
 def die(fired: Path) -> None:
     fired.touch()
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def corrupt(fired: Path, payload: Path) -> None:
+    fired.touch()
+    data = bytearray(payload.read_bytes())
+    data[-1] ^= 1
+    payload.write_bytes(data)
 
 
 def main() -> None:

@@ -1,0 +1,148 @@
+"""Runs as a user meets them: stopped and resumed, a loss that is NaN, a name taken, export."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from launch.local import launch_local
+from pretrain.config import RunConfig, save_config
+from pretrain.export import evaluate_directory, export_global_model
+from tests.conftest import TinyConfig
+from tests.distributed.federation import Outcome, assert_same_bits, federate
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_config: TinyConfig) -> Outcome:
+    """A run of two silos."""
+    return federate(tiny_config(tmp_path_factory.mktemp("finished"), outer={"codec": "bf16"}))
+
+
+def failing(config: RunConfig) -> tuple[int, str]:
+    """Launch what must fail; returns exit code and what the user saw."""
+    path = Path(config.directory).with_suffix(".console")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        code = launch_local(config, console=Console(file=file, width=1000))
+    return code, path.read_text()
+
+
+def start(config: RunConfig) -> subprocess.Popen[str]:
+    """`atoll launch local` in a process of its own."""
+    path = Path(config.directory).with_name("start.yaml")
+    save_config(config, path)
+    command = [sys.executable, "-m", "launch.cli", "launch", "local", "--config", str(path)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_until(condition: Any, process: subprocess.Popen[str]) -> None:
+    """Wait for a condition while `process` runs."""
+    end = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(finished: Outcome, tmp_path: Path, tiny_config: TinyConfig) -> None:
+    config = tiny_config(tmp_path, outer={"codec": "bf16"}, silo={"checkpoint_interval_steps": 1000})
+    process = start(config)
+    metrics = Path(config.directory) / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and '"kind": "step"' in metrics.read_text(), process)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, output
+    saved = list(Path(config.directory).glob("silos/*/checkpoints/step-*/state.json"))
+    assert len(saved) == 2, output  # no interval was due: these are the stop's
+
+    run = federate(config)
+    assert_same_bits(run.parameters(3), finished.parameters(3))
+    for silo in ("alpha", "beta"):
+        assert run.by_step(silo, "loss") == finished.by_step(silo, "loss")
+    assert sorted(path.name for path in (Path(config.directory) / "logs").glob("attempt-*")) == [
+        "attempt-001",
+        "attempt-002",
+    ]
+
+
+def test_a_loss_that_is_not_a_number_stops_the_silo(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    inner = {"optimizer": "sgd", "lr": 1e30, "warmup_steps": 6, "clip_norm": 0}
+    outer = {"sync_interval_steps": 12}
+    silo = {"checkpoint_interval_steps": 1}
+    config = tiny_config(tmp_path, inner=inner, outer=outer, silo=silo, silos={"beta": None})
+    code, output = failing(config)
+    assert code == 2, output
+    line = next(line for line in output.splitlines() if "error:" in line)
+    assert "silo alpha: " in line
+    assert "not finite at step" in line or "loss is" in line
+    assert "last good checkpoint: " in line
+    assert not list(Path(config.store_url).glob("silos/alpha/000001/*"))  # nothing of it was delivered
+
+
+def test_a_name_that_is_taken_is_refused(finished: Outcome, tmp_path: Path) -> None:
+    other = dataclasses.replace(
+        finished.config,
+        directory=str(tmp_path / "run"),
+        exchange=dataclasses.replace(finished.config.exchange, url=finished.config.store_url),
+    )
+    before = {path: path.stat().st_mtime_ns for path in Path(finished.config.store_url).rglob("*") if path.is_file()}
+    path = tmp_path / "run.yaml"
+    save_config(other, path)
+    train = [sys.executable, "-m", "launch.cli", "train", "--config", str(path), "--silo", "alpha"]
+    run = subprocess.run(train, cwd=ROOT, capture_output=True, text=True, check=False, timeout=100)
+    assert run.returncode == 2, run.stderr
+    message = (tmp_path / "run/silos/alpha/error.txt").read_text()
+    assert "another run directory takes part under this name" in message
+    assert before == {p: p.stat().st_mtime_ns for p in Path(finished.config.store_url).rglob("*") if p.is_file()}
+
+
+def test_the_exported_model_loads_generates_and_has_the_loss_of_eval(finished: Outcome, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    provenance = export_global_model(finished.config, tmp_path / "model")
+    assert provenance["parameters_digest"] == finished.commit(3).parameters_digest
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert_same_bits({n: p.detach() for n, p in model.named_parameters()}, finished.parameters(3))
+
+    split = Path(finished.config.silos["alpha"].valid["alpha"])
+    losses = evaluate_directory(tmp_path / "model", [split], num_sequences=8)
+    tokens = torch.frombuffer(bytearray((split / "shard-00000.bin").read_bytes()), dtype=torch.uint16).long()
+    rows = torch.stack([tokens[16 * i : 16 * i + 17] for i in range(8)])
+    with torch.no_grad():
+        logits = model(rows[:, :-1]).logits
+    plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).item()
+    assert losses[str(split)] == pytest.approx(plain, rel=1e-6)
+    assert losses[str(split)] == pytest.approx(finished.held_out("alpha")[3]["alpha"], rel=1e-6)
+
+    made = model.generate(**tokenizer("ba", return_tensors="pt", return_token_type_ids=False), max_new_tokens=5)
+    assert made.shape[1] > 1
+
+
+def test_gpt_2_and_gpt_neox_and_qwen_take_part(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    kinds: list[dict[str, Any]] = [
+        {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64},
+        small | {"model_type": "gpt_neox"},
+        small | {"model_type": "qwen3", "num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": True},
+    ]
+    zero = {"deepspeed": {"zero_optimization": {"stage": 3}}}
+    for kind in kinds:
+        directory = tmp_path / kind["model_type"]
+        settings = tiny_config(
+            directory, inner={"num_steps": 2}, outer={"sync_interval_steps": 2}, silos={"beta": zero}
+        )
+        config = dataclasses.replace(settings, model=dataclasses.replace(settings.model, config=kind))
+        run = federate(config)
+        assert run.commit(1).divisor == 2 * 2 * 4 * 16
+        assert os.path.exists(f"{config.directory}/summary.json")
