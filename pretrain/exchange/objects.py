@@ -9,7 +9,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import fsspec
@@ -37,26 +37,28 @@ class Objects:
 
     def exists(self, name: str) -> bool:
         """Whether the object is there."""
-        return bool(self._fs.exists(self._path(name)))
+        with self._saying_what_failed(name, "read"):
+            return bool(self._fs.exists(self._path(name)))
 
     def read(self, name: str) -> bytes:
         """The bytes of a small object. Raises FileNotFoundError."""
-        return bytes(self._fs.cat_file(self._path(name)))
+        with self._saying_what_failed(name, "read"):
+            return bytes(self._fs.cat_file(self._path(name)))
 
     def names(self, prefix: str) -> list[str]:
         """Sorted last parts of the names directly below `prefix`; empty if there are none."""
+        fresh = {} if self._local else {"refresh": True}  # never from a cache
         try:
-            listed = self._fs.ls(self._path(prefix), detail=False, refresh=True)
+            with self._saying_what_failed(prefix, "listed"):
+                listed = self._fs.ls(self._path(prefix), detail=False, **fresh)
         except (FileNotFoundError, NotADirectoryError):
             return []
-        except TypeError:  # file systems without a listings cache have no `refresh`
-            listed = self._fs.ls(self._path(prefix), detail=False)
         names = [str(path).rstrip("/").rsplit("/", 1)[-1] for path in listed]
         return sorted(name for name in names if not name.startswith(".") and name != prefix.rsplit("/", 1)[-1])
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small new object. Raises FileExistsError if the name is taken."""
-        with self._saying_what_failed(name):
+        with self._saying_what_failed(name, "written"):
             if not self._local:
                 self._fs.pipe_file(self._path(name), data, mode="create")
                 return
@@ -65,19 +67,26 @@ class Objects:
 
     def upload(self, file: Path, name: str) -> None:
         """Copy a local file to a new object. Raises FileExistsError if the name is taken."""
-        with self._saying_what_failed(name):
+        with self._saying_what_failed(name, "written"):
             if not self._local:
                 self._fs.put_file(str(file), self._path(name), mode="create")
                 return
             with self._new_local_file(name) as temporary:
                 shutil.copyfile(file, temporary)
 
-    def download(self, name: str, file: Path) -> tuple[str, int]:
-        """Copy an object to a local file, block by block; returns sha256 and size of what was read."""
+    def download(self, name: str, file: Path, *, limit_bytes: int) -> tuple[str, int]:
+        """Copy an object to a local file, block by block; returns sha256 and size of what was read.
+
+        Stops soon after `limit_bytes`: what is longer than announced must not fill the disk. Raises FileNotFoundError.
+        """
         digest, num_bytes = hashlib.sha256(), 0
         file.parent.mkdir(parents=True, exist_ok=True)
-        with self._fs.open(self._path(name), "rb") as source, file.open("wb") as target:
-            while block := source.read(BLOCK_BYTES):
+        with (
+            self._saying_what_failed(name, "read"),
+            self._fs.open(self._path(name), "rb") as source,
+            file.open("wb") as target,
+        ):
+            while num_bytes <= limit_bytes and (block := source.read(BLOCK_BYTES)):
                 digest.update(block)
                 num_bytes += len(block)
                 target.write(block)
@@ -85,11 +94,8 @@ class Objects:
 
     def delete(self, name: str) -> None:
         """Delete an object, if it is there."""
-        with self._saying_what_failed(name):
-            try:
-                self._fs.rm_file(self._path(name))
-            except FileNotFoundError:
-                return
+        with suppress(FileNotFoundError), self._saying_what_failed(name, "deleted"):
+            self._fs.rm_file(self._path(name))
 
     @contextmanager
     def _new_local_file(self, name: str) -> Iterator[Path]:
@@ -102,17 +108,29 @@ class Objects:
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             os.link(temporary, final)
+            directory = os.open(final.parent, os.O_RDONLY)
+            os.fsync(directory)
+            os.close(directory)
         finally:
             temporary.unlink(missing_ok=True)
 
     @contextmanager
-    def _saying_what_failed(self, name: str) -> Iterator[None]:
+    def _saying_what_failed(self, name: str, verb: str) -> Iterator[None]:
+        """One line for whatever a file system raises: every kind has exceptions of its own, not all of them OSErrors."""
         try:
             yield
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            if verb != "written":
+                raise
+            raise self._error(name, verb, error) from None
         except FileExistsError as error:
             # A parent that is a file, not a directory, reads as "exists" too; only the object itself is a clash.
             if not self._local or Path(self._path(name)).exists():
                 raise FileExistsError(f"{self.url}/{name} exists already; nothing is ever overwritten") from None
-            raise ConfigError(f"exchange.url: {self.url} given; {name} cannot be written: {error}") from None
-        except OSError as error:
-            raise ConfigError(f"exchange.url: {self.url} given; {name} cannot be written: {error}") from None
+            raise self._error(name, verb, error) from None
+        except Exception as error:
+            raise self._error(name, verb, error) from error
+
+    def _error(self, name: str, verb: str, error: Exception) -> ConfigError:
+        what = " ".join(str(error).split()) or type(error).__name__
+        return ConfigError(f"exchange.url: {self.url} given; {name} cannot be {verb}: {what}")

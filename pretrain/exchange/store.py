@@ -89,11 +89,12 @@ class StoreExchange:
     def fetch(self, folder: str, payload: Payload, file: Path) -> int:
         """Download one payload and check it before anybody decodes a byte; returns its size. Raises RefusedError."""
         try:
-            sha256, num_bytes = self.objects.download(f"{folder}/{payload.file}", file)
+            sha256, num_bytes = self.objects.download(f"{folder}/{payload.file}", file, limit_bytes=payload.num_bytes)
         except (FileNotFoundError, IsADirectoryError):
             raise RefusedError(f"{folder}/{payload.file} is missing") from None
         if num_bytes != payload.num_bytes:
-            raise RefusedError(f"{folder}/{payload.file} has {num_bytes} bytes, not {payload.num_bytes}: truncated?")
+            what = "truncated" if num_bytes < payload.num_bytes else "too long"
+            raise RefusedError(f"{folder}/{payload.file} is {what}: {num_bytes} bytes read, not {payload.num_bytes}")
         if sha256 != payload.sha256:
             raise RefusedError(
                 f"{folder}/{payload.file} has sha256 {sha256[:12]}, not {payload.sha256[:12]}: corrupted"

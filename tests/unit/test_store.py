@@ -111,10 +111,10 @@ def test_write_read_list_delete(objects: Objects, tmp_path: Path) -> None:
     assert objects.exists("a/one")
     assert objects.read("a/one") == b"1"
     copy = tmp_path / "new" / "copy"
-    assert objects.download("a/big", copy) == (sha256_bytes(big), len(big))
+    assert objects.download("a/big", copy, limit_bytes=len(big)) == (sha256_bytes(big), len(big))
     assert copy.read_bytes() == big
     with pytest.raises(FileNotFoundError):
-        objects.download("a/none", copy)
+        objects.download("a/none", copy, limit_bytes=1)
     objects.delete("a/one")
     objects.delete("a/one")  # a second time is no error
     assert objects.names("a") == ["big", "deep", "two"]
@@ -322,7 +322,8 @@ def test_fetch_refuses_what_is_not_as_announced(exchange: StoreExchange, tmp_pat
     payload = Payload(fragment=0, file="data", sha256=sha256_bytes(b"abcdef"), num_bytes=6)
     assert exchange.fetch("f", payload, tmp_path / "copy") == 6
     for wrong, expected in [
-        (dataclasses.replace(payload, num_bytes=7), "has 6 bytes, not 7: truncated"),
+        (dataclasses.replace(payload, num_bytes=7), "is truncated: 6 bytes read, not 7"),
+        (dataclasses.replace(payload, num_bytes=5), "is too long: 6 bytes read, not 5"),
         (dataclasses.replace(payload, sha256=sha256_bytes(b"abcdeF")), "corrupted"),
         (dataclasses.replace(payload, file="none"), "f/none is missing"),
     ]:
