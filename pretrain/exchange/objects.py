@@ -116,7 +116,7 @@ class Objects:
 
     @contextmanager
     def _saying_what_failed(self, name: str, verb: str) -> Iterator[None]:
-        """One line for whatever a file system raises: every kind has exceptions of its own, not all of them OSErrors."""
+        """One line for whatever a file system raises: every kind has exceptions of its own, few of them OSErrors."""
         try:
             yield
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
