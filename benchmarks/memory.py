@@ -2,12 +2,13 @@
 
     python -m benchmarks.memory [--silos 2 4] [key=value ...]
 
-Starts real federations (and one silo that trains alone, the reference) and samples each process's memory every few
+Starts real federations (and three silos that train alone, the reference) and samples each process's memory every few
 milliseconds from the end of its first step on. Counted is anonymous memory (RssAnon in /proc): mapped files of shards
 and safetensors can be dropped by the kernel at any time and are shown apart.
 """
 
 import argparse
+import statistics
 import subprocess
 import tempfile
 import time
@@ -83,7 +84,7 @@ def measure(config: RunConfig) -> tuple[dict[str, Peak], int]:
 
 def configuration(directory: Path, text: Path, num_silos: int, overrides: list[str]) -> RunConfig:
     """A model of some 40 million parameters and as many equal silos as asked; none trains alone."""
-    names = [f"silo{index}" for index in range(max(1, num_silos))]
+    names = [f"silo{index}" for index in range(num_silos or 3)]
     settings = {
         "directory": directory,
         "tokenizer": text / "tokenizer",
@@ -119,11 +120,13 @@ def main() -> None:
             config = configuration(Path(scratch) / f"run{num_silos}", text, num_silos, arguments.overrides)
             peaks, num_parameters = measure(config)
             model_bytes = 4 * num_parameters
-            silo = max(peak.anonymous_bytes for name, peak in peaks.items() if name in config.silos)
+            silos = sorted(peak.anonymous_bytes for name, peak in peaks.items() if name in config.silos)
+            silo = int(statistics.median(silos))
             alone = alone or silo
             print(
                 f"RESULT {num_silos or 'no'} federated silos, {num_parameters:,} parameters "
-                f"({model_bytes / MIB:.0f} MiB fp32): a silo {silo / MIB:.0f} MiB, "
+                f"({model_bytes / MIB:.0f} MiB fp32): a silo {silo / MIB:.0f} MiB (median of {len(silos)}, "
+                f"{silos[0] / MIB:.0f} to {silos[-1] / MIB:.0f}), "
                 f"{(silo - alone) / num_parameters:+.2f} bytes a parameter against training alone; "
                 f"a fragment is {4 / config.outer.num_fragments:.2f} bytes a parameter",
                 flush=True,

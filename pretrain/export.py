@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from transformers.utils.logging import disable_progress_bar
 
 from pretrain.config import ConfigError, RunConfig
 from pretrain.exchange.store import StoreExchange, version_path
@@ -21,6 +22,7 @@ from pretrain.silo.shards import tokenizer_sha256
 from pretrain.trust.ledger import RefusedError
 
 PROVENANCE = "atoll.json"
+disable_progress_bar()  # transformers' bars for a single file are noise
 
 
 def load_global_model(config: RunConfig, version: int | None = None) -> tuple[nn.Module, dict[str, Any]]:

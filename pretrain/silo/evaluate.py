@@ -1,12 +1,15 @@
 """Loss on held-out text, in nats per token."""
 
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pretrain.silo.data import PackedTokens, held_out_batches
-from pretrain.silo.ranks import Ranks
+
+if TYPE_CHECKING:  # evaluating an exported model needs no DeepSpeed
+    from pretrain.silo.ranks import Ranks
 
 
 @torch.no_grad()
@@ -31,7 +34,7 @@ def held_out_loss(
     *,
     num_sequences: int,
     micro_batch_sequences: int,
-    ranks: Ranks | None = None,
+    ranks: "Ranks | None" = None,
 ) -> dict[str, float]:
     """Corpus name to mean loss per token over its first `num_sequences` (0: all), shared out over the ranks."""
     rank, num_ranks = (ranks.rank, ranks.num_ranks) if ranks else (0, 1)
