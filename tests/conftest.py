@@ -6,6 +6,7 @@
 makes a one-silo run in tmp_path/run; the YAML that was loaded is tmp_path/tiny.yaml. See support.py for the values.
 """
 
+import signal
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +14,10 @@ import pytest
 
 from pretrain.config import RunConfig, load_config
 from tests.support import TinyText, make_tiny_text, write_settings
+
+# A shell that starts the tests in the background has them and all their children ignore Ctrl-C, which some tests send.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class TinyConfig(Protocol):

@@ -57,14 +57,17 @@ def wait_until(condition: Any, process: subprocess.Popen[str]) -> None:
 def test_ctrl_c_saves_and_the_same_command_goes_on(finished: Outcome, tmp_path: Path, tiny_config: TinyConfig) -> None:
     config = tiny_config(tmp_path, outer={"codec": "bf16"}, silo={"checkpoint_interval_steps": 1000})
     process = start(config)
-    metrics = Path(config.directory) / "metrics.jsonl"
-    wait_until(lambda: metrics.exists() and '"kind": "step"' in metrics.read_text(), process)
+    run_directory, store = Path(config.directory), Path(config.store_url)
+    # The aggregator is held still after version 0, so that the stop surely finds both silos waiting for commit 1.
+    wait_until((store / "global/000000/commit.json").exists, process)
+    aggregator = int((run_directory / "aggregator/lock").read_text())
+    os.kill(aggregator, signal.SIGSTOP)
+    wait_until(lambda: len(list(store.glob("silos/*/000001/manifest.json"))) == 2, process)
     process.send_signal(signal.SIGINT)
+    wait_until(lambda: len(list(run_directory.glob("silos/*/checkpoints/step-*/state.json"))) == 2, process)
+    os.kill(aggregator, signal.SIGCONT)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 130, output
-    saved = list(Path(config.directory).glob("silos/*/checkpoints/step-*/state.json"))
-    assert len(saved) == 2, output  # no interval was due: these are the stop's
-
     run = federate(config)
     assert_same_bits(run.parameters(3), finished.parameters(3))
     for silo in ("alpha", "beta"):
