@@ -135,9 +135,10 @@ class SiloSync:
         """
         round = progress.version + 1
         num_refused = len(self._exchange.refusals(self.silo, round)) if self.ranks.is_leader else 0
+        missed_before = False
 
         def committed() -> bool:
-            nonlocal num_refused
+            nonlocal num_refused, missed_before
             if self._exchange.newest_version(progress.version) >= round:
                 return True
             if self._manifest and self._exchange.delivery(self.silo, round) is None:
@@ -145,6 +146,10 @@ class SiloSync:
                 if len(refusals) > num_refused:
                     num_refused = len(refusals)
                     print(f"round {round}: the aggregator refused our delivery: {refusals[-1]}", flush=True)
+                elif not missed_before:  # the reason is written just after the manifest is removed: look once more
+                    missed_before = True
+                    return False
+                missed_before = False
                 if num_refused >= MAX_REFUSALS:
                     raise ConfigError(
                         f"silo {self.silo}: round {round} was refused {num_refused} times: {refusals[-1]}"
