@@ -14,7 +14,6 @@ from pathlib import Path
 
 from launch.demo import comparison_configs, federated_config, prepare_text
 from launch.local import launch_local
-from launch.report import summarize
 from pretrain.config import RunConfig
 
 # (sync interval in steps, outer optimizer, lr, momentum)
@@ -45,7 +44,6 @@ def mean_loss(config: RunConfig) -> tuple[float, int]:
         code = launch_local(config)
         if code:
             sys.exit(code)
-        summarize(directory)
     summary = json.loads((directory / "summary.json").read_text())
     losses = summary["val_loss"].values()
     return sum(losses) / len(losses), summary["tokens"]

@@ -127,9 +127,8 @@ def report(directory: RunDirectory) -> None:
 
     [bold]Example:[/bold] atoll report runs/demo
     """
-    from launch.report import summarize, write_report
+    from launch.report import write_report
 
-    summarize(directory)
     compared = sorted(path for path in (directory / "compare").glob("*") if (path / "metrics.jsonl").is_file())
     print(write_report(directory, comparisons={path.name: path for path in compared}))
 

@@ -39,14 +39,12 @@ def run_demo(directory: Path, *, corpora: Path | None, compare: bool, overrides:
         code = launch_local(other)
         if code:
             return code
-        summarize(Path(other.directory))
         comparisons[label] = Path(other.directory)
     console.print("[bold]3/4[/bold]  final model and report")
     model = export_final(config)
-    summary = summarize(directory)
     report = write_report(directory, comparisons=comparisons)
     console.print("[bold]4/4[/bold]  what came of it\n")
-    show_results(console, summary, {label: summarize(path) for label, path in comparisons.items()})
+    show_results(console, summarize(directory), {label: summarize(path) for label, path in comparisons.items()})
     show_sample(console, model, packed, corpora)
     console.print(f"\nreport   {report}\nsummary  {directory / 'summary.json'}\nmodel    {model}")
     return 0
