@@ -108,13 +108,14 @@ def main() -> None:
 
 def make_text(directory: Path) -> None:
     """A tokenizer and a packed corpus from the standard library's documentation strings."""
-    from data_tools.corpora import read_documents, training_file, write_python_corpora
-    from data_tools.pack import prepare_corpus
+    from data_tools.corpora import write_python_corpora
+    from data_tools.pack import Recipe, prepare
+    from data_tools.sources import Source, read_documents, training_file
     from data_tools.tokenizer import train_tokenizer
 
     corpus = write_python_corpora(directory / "corpora")["prose"]
     file = train_tokenizer(read_documents(training_file(corpus)), vocab_size=2048, output=directory / "tokenizer")
-    prepare_corpus(corpus, tokenizer=file, output=directory / "packed")
+    prepare(Recipe(sources=(Source(path=str(corpus)),), tokenizer=file), directory / "packed")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,23 @@
 """`atoll data`: from text to packed shards. A ConfigError leaves every command; the caller turns it into one line."""
 
-from collections.abc import Iterator
+import contextlib
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.status import Status
+
+if TYPE_CHECKING:
+    from data_tools.pack import Recipe
+    from data_tools.sources import Source
+    from pretrain.silo.shards import Manifest
+
+STOPPED = 75  # EX_TEMPFAIL, as in pretrain.train: all is saved, the same command goes on
 
 app = typer.Typer(
     name="data", no_args_is_help=True, rich_markup_mode="rich", help="Text to packed shards, inside one institution."
@@ -32,54 +43,224 @@ def corpora(
 
 
 @app.command()
+def counts(
+    corpora: Annotated[list[str], typer.Argument(help="Files, folders or globs of text, as for prepare.")],
+    *,
+    output: Annotated[Path, typer.Option(help="File to write, counts.tsv; read it before you send it.")],
+    text_field: Annotated[str, typer.Option(help="JSON key or column that holds the text.")] = "text",
+    min_count: Annotated[int, typer.Option(help="Leave out what occurs less often.")] = 5,
+    min_documents: Annotated[int, typer.Option(help="Leave out what occurs in fewer documents.")] = 3,
+    epsilon: Annotated[
+        float | None, typer.Option(help="Add Gaussian noise: (epsilon, delta)-differential privacy for one document.")
+    ] = None,
+    delta: Annotated[float, typer.Option(help="With --epsilon; less than 1 / documents.")] = 1e-6,
+    workers: Annotated[int | None, typer.Option(help="Processes that count; default: one a core.")] = None,
+) -> None:
+    """Count words (pre-tokens) and export the frequent ones, for a shared tokenizer without sharing text.
+
+    [bold]Example:[/bold] atoll data counts raw/law --output law.counts.tsv --min-count 5 --min-documents 3
+    """
+    from data_tools.counts import export_counts
+
+    with _waiting("counting"):
+        done = export_counts(
+            _texts(corpora, text_field),
+            output=output,
+            min_count=min_count,
+            min_documents=min_documents,
+            epsilon=epsilon,
+            delta=delta,
+            num_workers=workers,
+        )
+    noise = f"  noise of {done.noise.sigma:.1f}, from {done.noise.threshold:.1f} on" if done.noise else ""
+    _say(f"{output}  {done.num_exported:,} of {done.num_pretokens:,} pre-tokens{noise}; read it before you send it")
+
+
+@app.command()
 def tokenizer(
-    corpora: Annotated[list[Path], typer.Argument(help="Corpus folders (their train text is read) or files.")],
+    corpora: Annotated[
+        list[str] | None, typer.Argument(help="Corpus folders (their train text is read), files or globs of text.")
+    ] = None,
+    *,
     output: Annotated[Path, typer.Option(help="Folder to write tokenizer.json in.")],
+    counts: Annotated[
+        list[Path] | None, typer.Option(help="Instead of text: one silo's counts.tsv; give one for each silo.")
+    ] = None,
+    text_field: Annotated[str, typer.Option(help="JSON key or column that holds the text.")] = "text",
     vocab_size: Annotated[int, typer.Option(help="Tokens of the vocabulary, bytes and end of text included.")] = 32_768,
 ) -> None:
-    """Train the byte-level BPE tokenizer that all silos share.
+    """Train the byte-level BPE tokenizer that all silos share, from counts that each silo exported or from text.
 
-    Every silo must use the same file: train it once, on text that may be seen by all, and hand it round.
+    Every silo must use the same file: its hash is in the contract.
 
-    [bold]Example:[/bold] atoll data tokenizer corpora/library corpora/prose --vocab-size 2048 --output tokenizer
+    [bold]Example:[/bold] atoll data tokenizer --counts law.counts.tsv --counts press.counts.tsv --output tokenizer
     """
-    from data_tools.corpora import read_documents, training_file
-    from data_tools.tokenizer import train_tokenizer
+    from data_tools.counts import merge_counts
+    from data_tools.tokenizer import train_from_counts, train_tokenizer
+    from pretrain.config import ConfigError
     from pretrain.silo.shards import tokenizer_sha256
 
-    files = [training_file(corpus) for corpus in corpora]
-
-    def texts() -> Iterator[str]:
-        for file in files:
-            yield from read_documents(file)
-
+    if bool(corpora) == bool(counts):
+        raise ConfigError("tokenizer: text and counts, or neither, given; allowed: text, or --counts of every silo")
+    divisor = 1
     with _waiting("training the tokenizer"):
-        file = train_tokenizer(texts(), vocab_size=vocab_size, output=output)
-    _say(f"{file}  vocabulary {vocab_size:,}  sha256 {tokenizer_sha256(file)}")
+        if counts:
+            file, divisor = train_from_counts(merge_counts(counts), vocab_size=vocab_size, output=output)
+        else:
+            file = train_tokenizer(_texts(corpora or [], text_field), vocab_size=vocab_size, output=output)
+    scaled = f"  (counts divided by {divisor})" if divisor > 1 else ""
+    _say(f"{file}  vocabulary {vocab_size:,}  sha256 {tokenizer_sha256(file)}{scaled}")
 
 
 @app.command()
 def prepare(
-    corpus: Annotated[Path, typer.Argument(help="Folder with train and valid text, or one .jsonl[.gz] or .txt[.gz].")],
+    corpora: Annotated[
+        list[str] | None, typer.Argument(help="Files, folders or globs: .jsonl .txt .csv .tsv [.gz .zst], .parquet.")
+    ] = None,
+    *,
     tokenizer: Annotated[Path, typer.Option(help="The shared tokenizer.json, or the folder that holds it.")],
-    output: Annotated[Path, typer.Option(help="Folder to make train/ and valid/ in; for one file, the split itself.")],
+    output: Annotated[Path, typer.Option(help="Folder to make train/ and valid/ in, NAME/train/ for several sources.")],
+    text_field: Annotated[str, typer.Option(help="JSON key or column that holds the text.")] = "text",
+    dataset: Annotated[
+        list[str] | None, typer.Option(help="A data set that `datasets` loads, by hub name or directory; streamed.")
+    ] = None,
+    sources: Annotated[
+        Path | None, typer.Option(help="YAML file of sources, each with path or dataset, text, name and weight.")
+    ] = None,
+    held_out: Annotated[
+        float, typer.Option(help="Share of documents for valid/, chosen by hash; a train/valid folder stays as it is.")
+    ] = 0.01,
+    normalize: Annotated[str, typer.Option(help="Unicode normalisation: NFC, NFD, NFKC or NFKD.")] = "",
+    min_characters: Annotated[int, typer.Option(help="Drop shorter documents.")] = 0,
+    max_characters: Annotated[int, typer.Option(help="Drop longer documents; 0: no bound.")] = 0,
+    drop_duplicates: Annotated[bool, typer.Option("--drop-duplicates", help="Drop exact repetitions.")] = False,
+    near_duplicates: Annotated[
+        float, typer.Option(help="Drop documents as similar as this to an earlier one (MinHash, 0 to 1); 0: off.")
+    ] = 0.0,
+    drop_overlap: Annotated[
+        bool, typer.Option("--drop-overlap", help="Drop training documents that share 13 words in a row with valid/.")
+    ] = False,
+    filter: Annotated[str, typer.Option(help="Your own, package.module:function, str -> bool or new str.")] = "",
+    on_bad: Annotated[str, typer.Option(help="stop or skip: what to do with a record that cannot be used.")] = "stop",
     shard_tokens: Annotated[int, typer.Option(help="Most tokens in one shard file.")] = 100_000_000,
+    workers: Annotated[int | None, typer.Option(help="Processes that clean and tokenize; default: one a core.")] = None,
 ) -> None:
-    """Tokenize a corpus and pack it into shards that training reads, for any sequence length.
+    """Clean, tokenize and pack text into shards that training reads, for any sequence length.
 
-    A folder becomes OUTPUT/train (for silo.data) and OUTPUT/valid (for silo.valid), a file OUTPUT itself. What has
-    been packed from the same text with the same tokenizer is left as it is.
+    OUTPUT/train is for silo.data and OUTPUT/valid for silo.valid; OUTPUT/silo.yaml says it as configuration, and
+    OUTPUT/report.json and report.png what was dropped and why. Stop it or kill it whenever you like: the same command
+    goes on. What has been prepared already is left as it is.
 
-    [bold]Example:[/bold] atoll data prepare corpora/library --tokenizer tokenizer --output packed/library
+    [bold]Example:[/bold] atoll data prepare "raw/*.jsonl.zst" --tokenizer tokenizer --output packed --drop-duplicates
     """
-    from data_tools.pack import prepare_corpus
+    from data_tools.clean import Cleaning
+    from data_tools.pack import Recipe
 
-    manifests = prepare_corpus(corpus, tokenizer=tokenizer, output=output, shard_tokens=shard_tokens)
-    for directory, manifest in manifests.items():
-        _say(
-            f"{directory}  {manifest.num_documents:,} documents  {manifest.num_tokens:,} tokens  "
-            f"{manifest.num_bytes / manifest.num_tokens:.2f} bytes/token  {len(manifest.shards)} shards"
-        )
+    listed = _sources(corpora or [], dataset or [], sources, text_field)
+    cleaning = Cleaning(
+        normalize=normalize,
+        min_characters=min_characters,
+        max_characters=max_characters,
+        drop_duplicates=drop_duplicates,
+        near_duplicates=near_duplicates,
+        drop_overlap=drop_overlap,
+        filter=filter,
+    )
+    recipe = Recipe(
+        sources=listed, tokenizer=tokenizer, cleaning=cleaning, held_out=held_out, shard_tokens=shard_tokens
+    )
+    _prepare(recipe, output, on_bad, workers)
+
+
+def _sources(paths: list[str], datasets: list[str], file: Path | None, text_field: str) -> "tuple[Source, ...]":
+    from data_tools.sources import Source, load_sources
+
+    chosen = [Source(path=path, text=text_field) for path in paths]
+    chosen += [Source(dataset=name, text=text_field) for name in datasets]
+    return (*chosen, *(load_sources(file) if file else ()))
+
+
+def _prepare(recipe: "Recipe", output: Path, on_bad: str, num_workers: int | None) -> None:
+    from data_tools.pack import StoppedError, prepare
+    from data_tools.report import REPORT_FILE, print_report
+
+    try:
+        with _stop_signals() as asked_to_stop:
+            manifests = prepare(recipe, output, on_bad=on_bad, num_workers=num_workers, asked_to_stop=asked_to_stop)
+    except StoppedError:
+        print(f"stopped on request; all is saved in {output}.partial, the same command goes on", file=sys.stderr)
+        raise typer.Exit(STOPPED) from None
+    print_report(json.loads((output / REPORT_FILE).read_text()), Console())
+    for split, manifest in manifests.items():
+        _say(f"{output / split}  {_summary(manifest)}")
+
+
+@app.command()
+def verify(
+    directories: Annotated[list[Path], typer.Argument(help="Packed splits, or folders that hold some.")],
+    tokenizer: Annotated[Path | None, typer.Option(help="Also check that this tokenizer.json packed them.")] = None,
+) -> None:
+    """Read every byte of packed text and check it: hashes, sizes, vocabulary, ends of documents.
+
+    [bold]Example:[/bold] atoll data verify packed/law --tokenizer tokenizer
+    """
+    from data_tools.inspect import find_splits
+    from data_tools.tokenizer import tokenizer_file
+    from pretrain.silo.shards import tokenizer_sha256, verify_shards, verify_tokens
+
+    expected = tokenizer_sha256(tokenizer_file(tokenizer), key="--tokenizer") if tokenizer else None
+    for directory in find_splits(directories):
+        manifest = verify_shards(directory, key="verify", tokenizer_sha256=expected)
+        verify_tokens(directory, manifest, key="verify")
+        _say(f"{directory}  {_summary(manifest)}  whole")
+
+
+@app.command()
+def inspect(
+    directories: Annotated[list[Path], typer.Argument(help="Packed splits, or folders that hold some.")],
+    tokenizer: Annotated[Path | None, typer.Option(help="The tokenizer.json that packed them, to show text.")] = None,
+    samples: Annotated[int, typer.Option(help="Decoded documents of each split to show; private text!")] = 0,
+    seed: Annotated[int, typer.Option(help="Which documents are shown.")] = 0,
+    picture: Annotated[Path | None, typer.Option(help="PNG of document lengths and token frequencies.")] = None,
+) -> None:
+    """Show what packed splits hold: sizes, lengths, bytes per token, frequent tokens, samples.
+
+    [bold]Example:[/bold] atoll data inspect packed --tokenizer tokenizer --samples 2 --picture packed.png
+    """
+    from data_tools.inspect import inspect_splits, print_inspections
+
+    found = inspect_splits(directories, tokenizer=tokenizer, num_samples=samples, seed=seed, picture=picture)
+    print_inspections(found, Console())
+
+
+def _texts(corpora: list[str], text_field: str) -> Iterator[str]:
+    """The training text of files, folders and globs."""
+    from data_tools.sources import Source, read_source
+
+    for corpus in corpora:
+        yield from read_source(Source(path=corpus, text=text_field))
+
+
+def _summary(manifest: "Manifest") -> str:
+    return (
+        f"{manifest.num_documents:,} documents  {manifest.num_tokens:,} tokens  "
+        f"{manifest.num_bytes / manifest.num_tokens:.2f} bytes/token  {len(manifest.shards)} shards"
+    )
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Note SIGTERM, SIGINT and SIGUSR1; the work asks between two blocks of text."""
+    asked: list[int] = []
+    before = {
+        number: signal.signal(number, lambda received, frame: asked.append(received))
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    }
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _waiting(what: str) -> Status:

@@ -1,10 +1,4 @@
-"""Reading text corpora, and making three small ones from the installed Python itself.
-
-A corpus is a folder with a train and a valid file, or one file:
-
-    NAME.jsonl, NAME.jsonl.gz     one JSON object a line, its text under "text"; other fields are not read
-    NAME.txt, NAME.txt.gz         documents separated by lines that hold <|endoftext|> and nothing else
-"""
+"""Three small corpora made from the installed Python itself."""
 
 import ast
 import functools
@@ -16,106 +10,12 @@ import re
 import sysconfig
 import tokenize
 import warnings
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, cast
 
+from data_tools.sources import SPLITS, split_file
 from pretrain.config import ConfigError
 from pretrain.silo.shards import atomic_path
-
-SPLITS = ("train", "valid")
-SUFFIXES = (".jsonl.gz", ".jsonl", ".txt.gz", ".txt")
-TEXT_SEPARATOR = "<|endoftext|>"
-# A text file without separators would be one document of any size; it is cut so that memory stays bounded.
-MAX_TEXT_DOCUMENT_CHARACTERS = 1_000_000
-
-
-def split_file(corpus: Path, split: str) -> Path:
-    """The file of a corpus folder's split (`train` or `valid`). Raises ConfigError unless there is exactly one."""
-    found = [path for suffix in SUFFIXES if (path := corpus / f"{split}{suffix}").is_file()]
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found) or "none"
-        raise ConfigError(f"corpus: {corpus} has {names}; allowed: one of {', '.join(split + s for s in SUFFIXES)}")
-    return found[0]
-
-
-def training_file(corpus: Path) -> Path:
-    """The file to train on: the train file of a corpus folder, or the file itself. Raises ConfigError."""
-    return split_file(corpus, "train") if corpus.is_dir() else corpus
-
-
-def read_documents(path: Path, *, stream: IO[bytes] | None = None) -> Iterator[str]:
-    """Yield the texts of one corpus file that are not blank, in order and in constant memory.
-
-    `stream` is the opened file, for a caller who watches how far it is read. Raises ConfigError, with file and line,
-    for a broken line, a missing text, text that is not Unicode, or a damaged archive.
-    """
-    if not path.name.endswith(SUFFIXES):
-        raise ConfigError(f"corpus: {str(path)!r} given; allowed: a folder or a file of {' '.join(SUFFIXES)}")
-    parse = _text_documents if path.name.endswith((".txt", ".txt.gz")) else _json_documents
-    try:
-        with stream or path.open("rb") as raw, _unpacked(path, raw) as lines:
-            for text in parse(path, _decoded_lines(path, lines)):
-                if text and not text.isspace():
-                    yield text
-    except OSError as error:
-        raise ConfigError(f"corpus: {str(path)!r} given; {error.strerror or error}") from None
-
-
-def _unpacked(path: Path, raw: IO[bytes]) -> IO[bytes]:
-    return cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if path.name.endswith(".gz") else raw
-
-
-def _decoded_lines(path: Path, lines: IO[bytes]) -> Iterator[tuple[int, str]]:
-    """Line numbers, from 1, and lines."""
-    number = 0
-    try:
-        for number, line in enumerate(lines, start=1):
-            yield number, line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}, line {number}: not UTF-8 ({error.reason}): convert the file") from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ConfigError(f"{path}, after line {number}: damaged archive ({error}): copy it again") from None
-
-
-def _json_documents(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[str]:
-    for number, line in lines:
-        if line.isspace():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path}, line {number}: not JSON ({error}): mend or drop the line") from None
-        text = record.get("text") if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            raise ConfigError(f'{path}, line {number}: no text; allowed: {{"text": "..."}}: mend or drop the line')
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise ConfigError(
-                f"{path}, line {number}: half of a surrogate pair in text: mend or drop the line"
-            ) from None
-        yield text
-
-
-def _text_documents(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[str]:
-    document: list[str] = []
-    num_characters = 0
-    for _, line in lines:
-        if line.strip() == TEXT_SEPARATOR:
-            yield "".join(document)
-            document, num_characters = [], 0
-            continue
-        document.append(line)
-        num_characters += len(line)
-        if num_characters >= MAX_TEXT_DOCUMENT_CHARACTERS:
-            yield "".join(document)
-            document, num_characters = [], 0
-    yield "".join(document)
-
-
-# --- three corpora from the installed Python --------------------------------------------------------------------------
 
 MAX_BYTES = {"train": 6_000_000, "valid": 300_000}
 MIN_DOCUMENT_CHARACTERS = 200

@@ -1,128 +1,299 @@
-"""Text to packed shards, in constant memory: documents -> tokens -> a packed split (see pretrain/silo/shards.py)."""
+"""From an institution's raw text to packed shards: `atoll data prepare`.
 
-from collections.abc import Iterable, Iterator
+The main process reads blocks of text, workers clean and tokenize them, the main process writes what they return, in
+the order of the text. Memory depends on neither the corpus nor its files; the bytes that are written depend on the
+text and the recipe only, not on the number of workers or on how often the work was stopped, killed and started again.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import yaml
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from tokenizers import Tokenizer
 
-from data_tools.corpora import SPLITS, read_documents, split_file
+from data_tools import encode
+from data_tools.clean import Cleaning, write_grams
+from data_tools.encode import Job
+from data_tools.progress import Speed
+from data_tools.report import REPORT_FILE, write_report
+from data_tools.sources import Block, Part, Source, list_parts, part_identity, read_blocks, source_name
 from data_tools.tokenizer import end_of_text_id, load_tokenizer, tokenizer_file, vocab_size_of
+from data_tools.work import Work
+from data_tools.workers import in_order, num_cores
 from pretrain.config import ConfigError
-from pretrain.silo.shards import (
-    MANIFEST_FILE,
-    Manifest,
-    ShardWriter,
-    atomic_path,
-    file_sha256,
-    read_manifest,
-    token_type_for,
-    tokenizer_sha256,
-    write_manifest,
-)
+from pretrain.lock import lock_directory
+from pretrain.silo.shards import Manifest, atomic_path, read_manifest, tokenizer_sha256
 
 SHARD_TOKENS = 100_000_000
-# Text that is tokenized at once: enough for all cores, little enough for a laptop.
-BATCH_CHARACTERS = 1_000_000
+# Time between two commits, and so the work that a kill can cost.
+COMMIT_SECONDS = 2.0
+# Less text than this is done before worker processes have started.
+SMALL_BYTES = 8_000_000
+OVERLAY_FILE = "silo.yaml"
 
 
-def prepare_corpus(
-    corpus: Path, *, tokenizer: Path, output: Path, shard_tokens: int = SHARD_TOKENS
-) -> dict[Path, Manifest]:
-    """Pack a corpus folder's train and valid text into `output`/train and `output`/valid, or one file into `output`.
+class StoppedError(Exception):
+    """Asked to stop; all is saved, and the same command goes on."""
 
-    `tokenizer` is a tokenizer.json or a folder that holds one. Returns the manifest of each split directory.
-    Raises ConfigError as `prepare` does, and for a folder that has no train or no valid text.
+
+@dataclass(kw_only=True, frozen=True)
+class Recipe:
+    """What is packed and how. Equal recipes give equal bytes."""
+
+    sources: tuple[Source, ...]
+    """Where the text is."""
+    tokenizer: Path
+    """The tokenizer.json that all silos share, or the folder that holds it."""
+    cleaning: Cleaning = field(default_factory=Cleaning)
+    """What is done to documents before."""
+    held_out: float = 0.01
+    """Share of documents that go to the held-out split, by their hash; text that is split already stays so."""
+    shard_tokens: int = SHARD_TOKENS
+    """Most tokens in one shard file."""
+
+    def check(self) -> None:
+        """Raise ConfigError for what cannot be."""
+        if self.shard_tokens < 1:
+            raise ConfigError(f"--shard-tokens: {self.shard_tokens} given; allowed: 1 or more")
+        if not 0 <= self.held_out < 1:
+            raise ConfigError(f"--held-out: {self.held_out} given; allowed: 0 to below 1")
+        self.cleaning.check()
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One part of the text, in the order of reading."""
+
+    source: str
+    folder: str  # of its splits, within the output: "" or "NAME/"
+    part: Part
+
+
+def prepare(
+    recipe: Recipe,
+    output: Path,
+    *,
+    on_bad: str = "stop",
+    num_workers: int | None = None,
+    console: Console | None = None,
+    asked_to_stop: Callable[[], bool] = lambda: False,
+    commit_seconds: float = COMMIT_SECONDS,
+) -> dict[str, Manifest]:
+    """Pack text into `output`/train and `output`/valid, or with several sources into `output`/NAME/train and so on.
+
+    `output` appears whole or not at all, with report.json, report.png and an overlay for the silo's configuration.
+    What has been prepared by the same recipe is left as it is; what was begun by it (in `output`.partial) goes on.
+    Records that cannot be used stop the work (`on_bad` "stop") or are counted ("skip"). `num_workers` processes, by
+    default one a core; 0 works in this process. Returns each split's manifest.
+
+    Raises ConfigError for a user's mistake, unusable text or a full disk, and StoppedError when `asked_to_stop`.
     """
-    pairs = {output / split: split_file(corpus, split) for split in SPLITS} if corpus.is_dir() else {output: corpus}
+    if on_bad not in ("stop", "skip"):
+        raise ConfigError(f"--on-bad: {on_bad!r} given; allowed: stop, skip")
+    recipe.check()
+    pieces = _pieces(recipe.sources)
+    terms = _terms(recipe, pieces)
+    partial = output.with_name(output.name + ".partial")
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        manifests = _already_there(output, terms)
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed after its last rename
+        return manifests
+    if num_workers is None:
+        num_bytes = [piece.part.num_bytes for piece in pieces]
+        num_workers = 0 if all(num_bytes) and sum(num_bytes) < SMALL_BYTES else num_cores()
+    lock = lock_directory(partial, f"preparing {output}")
+    try:
+        packing = _Packing(recipe, terms=terms, pieces=pieces, partial=partial, num_workers=num_workers, on_bad=on_bad)
+        manifests = packing.run(console or Console(stderr=True), asked_to_stop, commit_seconds)
+        _write_overlay(partial / "output", output, recipe.sources, manifests)
+        (partial / "output").replace(output)
+        shutil.rmtree(partial)
+    except (OSError, sqlite3.Error) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ConfigError(
+            f"--output: {output}: {reason}: mend it (make room), then run the same command again; it goes on from "
+            f"{partial}"
+        ) from None
+    finally:
+        os.close(lock)
+    return manifests
+
+
+def _pieces(sources: tuple[Source, ...]) -> list[_Piece]:
+    """All parts of all sources, held-out text first: what it repeats is then dropped from the training text."""
+    if not sources:
+        raise ConfigError("corpus: nothing given; allowed: files, folders or globs of text, --dataset or --sources")
+    names = [source_name(source) for source in sources]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"corpus: sources named {', '.join(names)} given; allowed: each name once: use --sources")
+    pieces = [
+        _Piece(name, f"{name}/" if len(sources) > 1 else "", part)
+        for name, source in zip(names, sources, strict=True)
+        for part in list_parts(source)
+    ]
+    return sorted(pieces, key=lambda piece: piece.part.split != "valid")
+
+
+def _terms(recipe: Recipe, pieces: list[_Piece]) -> dict[str, Any]:
+    """All that decides about the bytes of the shards, as JSON holds it. A file is known by name, size and time."""
     return {
-        directory: prepare(source, tokenizer=tokenizer, output=directory, shard_tokens=shard_tokens)
-        for directory, source in pairs.items()
+        "text": [[p.source, Path(p.part.path).name, *part_identity(p.part)[1:]] for p in pieces],
+        "tokenizer_sha256": tokenizer_sha256(tokenizer_file(recipe.tokenizer), key="--tokenizer"),
+        "cleaning": dataclasses.asdict(recipe.cleaning),
+        "held_out": recipe.held_out,
+        "shard_tokens": recipe.shard_tokens,
     }
 
 
-def prepare(source: Path, *, tokenizer: Path, output: Path, shard_tokens: int = SHARD_TOKENS) -> Manifest:
-    """Pack the documents of the file `source` into the directory `output`, in shards of at most `shard_tokens`.
+def _differences(ours: dict[str, Any], theirs: Any) -> str:
+    return ", ".join(key for key in ours if not isinstance(theirs, dict) or theirs.get(key) != ours[key])
 
-    `output` appears whole or not at all. A split of the same file and tokenizer that is already there is left as it
-    is. Raises ConfigError for unreadable text, a bad tokenizer, or when `output` holds anything else.
-    """
-    if shard_tokens < 1:
-        raise ConfigError(f"--shard-tokens: {shard_tokens} given; allowed: 1 or more")
-    if not source.is_file():
-        raise ConfigError(f"corpus: {str(source)!r} given; there is no such file or folder")
-    tokenizer = tokenizer_file(tokenizer)
-    tokenizer_hash, source_hash = tokenizer_sha256(tokenizer, key="--tokenizer"), file_sha256(source)
-    there = _manifest_there(output)
-    if there is not None:
-        if (there.tokenizer_sha256, there.source_sha256) == (tokenizer_hash, source_hash):
-            return there
+
+def _already_there(output: Path, terms: dict[str, Any]) -> dict[str, Manifest]:
+    """The manifests of what `output` holds, if it was made by the same recipe."""
+    try:
+        recorded = json.loads((output / REPORT_FILE).read_bytes())["recipe"]
+    except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(
-            f"--output: {output} holds other text or another tokenizer's tokens: delete it or choose another --output"
+            f"--output: {output} exists and is no prepared text: delete it or choose another --output"
+        ) from None
+    if differing := _differences(terms, recorded):
+        raise ConfigError(
+            f"--output: {output} was prepared with other {differing}: delete it or choose another --output"
         )
-    encoder = load_tokenizer(tokenizer)
-    vocab_size, end_id = vocab_size_of(encoder), end_of_text_id(encoder)
-    with atomic_path(output) as temporary:
-        temporary.mkdir()
-        num_documents = num_bytes = 0
-        with ShardWriter(temporary, vocab_size=vocab_size, shard_tokens=shard_tokens) as writer:
-            for texts in _batches(_documents_with_progress(source)):
-                writer.write(_encode(encoder, texts, end_id))
-                num_documents += len(texts)
-                num_bytes += sum(len(text.encode()) for text in texts)
-        if num_documents == 0:
-            raise ConfigError(f"corpus: {source} given; it holds no documents")
-        manifest = Manifest(
-            tokenizer_sha256=tokenizer_hash,
-            source_sha256=source_hash,
-            vocab_size=vocab_size,
-            token_type=token_type_for(vocab_size),
-            end_of_text_id=end_id,
-            num_tokens=sum(shard.num_tokens for shard in writer.shards),
-            num_documents=num_documents,
-            num_bytes=num_bytes,
-            shards=tuple(writer.shards),
+    files = sorted(output.rglob("manifest.json"))
+    return {str(file.parent.relative_to(output)): read_manifest(file.parent, key="--output") for file in files}
+
+
+class _Packing:
+    """One attempt at the work in `partial`."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        terms: dict[str, Any],
+        pieces: list[_Piece],
+        partial: Path,
+        num_workers: int,
+        on_bad: str,
+    ) -> None:
+        tokenizer = tokenizer_file(recipe.tokenizer)
+        encoder = load_tokenizer(tokenizer)
+        self._pieces, self._partial = pieces, partial
+        self._num_workers, self._on_bad = num_workers, on_bad
+        self._job = Job(tokenizer=tokenizer, cleaning=recipe.cleaning, held_out=recipe.held_out)
+        self._work = Work(
+            partial,
+            terms,
+            vocab_size=vocab_size_of(encoder),
+            end_of_text_id=end_of_text_id(encoder),
+            near_duplicates=recipe.cleaning.near_duplicates,
         )
-        write_manifest(temporary, manifest)
-    return manifest
+        if differing := _differences(terms, self._work.terms):
+            self._work.close()
+            raise ConfigError(
+                f"--output: {partial} was begun with other {differing}: delete it, or choose another --output"
+            )
+
+    def run(self, console: Console, asked_to_stop: Callable[[], bool], commit_seconds: float) -> dict[str, Manifest]:
+        """Do what is left; returns the manifests."""
+        work = self._work
+        if self._job.cleaning.drop_overlap:
+            self._job = dataclasses.replace(self._job, held_out_grams=self._held_out_grams(asked_to_stop))
+        try:
+            with Speed(console, "packing", [piece.part.num_bytes for piece in self._pieces]) as speed:
+                committed = time.monotonic()
+                for (index, block), encoded in self._each_block(encode.encode, work.place):
+                    if encoded.bad and self._on_bad == "stop":
+                        raise ConfigError(f"{encoded.bad[0].message}, or give --on-bad skip")
+                    piece = self._pieces[index]
+                    work.take(encoded, piece.source, piece.folder, (index, *block.next))
+                    speed.update(index, block.bytes_read, work.num_tokens)
+                    stop = asked_to_stop()
+                    if stop or time.monotonic() - committed >= commit_seconds:
+                        work.commit()
+                        committed = time.monotonic()
+                    if stop:
+                        raise StoppedError
+            return self._finish()
+        finally:
+            work.close()
+
+    def _finish(self) -> dict[str, Manifest]:
+        work = self._work
+        counts = list(work.counts.values())
+        if not any("train" in source["kept"] for source in counts):
+            num_read = sum(source["documents"] for source in counts)
+            raise ConfigError(f"corpus: no document to train on is left of {num_read} that were read")
+        canonical = json.dumps(work.terms, sort_keys=True, separators=(",", ":"))
+        manifests = work.finish(
+            tokenizer_sha256=work.terms["tokenizer_sha256"],
+            recipe_sha256=hashlib.sha256(canonical.encode()).hexdigest(),
+        )
+        num_bytes = sum(source["bytes"] for source in counts)
+        report = {
+            "format": 1,
+            "sources": work.counts,
+            "recipe": work.terms,
+            "seconds": work.seconds,
+            "bytes_per_second": num_bytes / work.seconds,
+            "tokens_per_second": work.num_tokens / work.seconds,
+        }
+        write_report(report, work.output)
+        return manifests
+
+    def _each_block(
+        self, task: Callable[[tuple[int, Block]], Any], place: tuple[int, int, int]
+    ) -> Iterator[tuple[tuple[int, Block], Any]]:
+        """Every block from `place` on, with its part's index, and what the task made of it."""
+
+        def blocks() -> Iterator[tuple[int, Block]]:
+            first, *within = place
+            for index, piece in enumerate(self._pieces[first:], start=first):
+                start = (within[0], within[1]) if index == first else (0, 0)
+                yield from ((index, block) for block in read_blocks(piece.part, start))
+
+        return in_order(task, blocks(), num_workers=self._num_workers, start=encode.start, arguments=(self._job,))
+
+    def _held_out_grams(self, asked_to_stop: Callable[[], bool]) -> Path:
+        """A first reading: the 13-grams of all held-out documents, in a file that the workers map."""
+        file = self._partial / "held_out_grams.npy"
+        if file.exists():
+            return file
+
+        def grams() -> Iterator[Any]:
+            for _, found in self._each_block(encode.held_out_grams, (0, 0, 0)):
+                if asked_to_stop():
+                    raise StoppedError
+                yield found
+
+        with atomic_path(file) as temporary:
+            write_grams(temporary, grams())
+        return file
 
 
-def _manifest_there(output: Path) -> Manifest | None:
-    """The manifest of a split that `output` already is; None when there is nothing, or an empty directory."""
-    if output.is_dir() and (output / MANIFEST_FILE).exists():
-        return read_manifest(output, key="--output")
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ConfigError(f"--output: {output} exists and is no packed split: delete it or choose another --output")
-    return None
-
-
-def _documents_with_progress(source: Path) -> Iterator[str]:
-    """The documents of a file, with a bar over its bytes when someone looks at a terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with (
-        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
-        progress.open(source, "rb", description=f"packing {source.name}") as stream,
-    ):
-        yield from read_documents(source, stream=stream)
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    num_characters = 0
-    for text in texts:
-        batch.append(text)
-        num_characters += len(text)
-        if num_characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, num_characters = [], 0
-    if batch:
-        yield batch
-
-
-def _encode(encoder: Tokenizer, texts: list[str], end_id: int) -> np.ndarray:
-    """Tokens of all texts, each followed by `end_id`. # (num_tokens,)"""
-    documents = encoder.encode_batch_fast(texts, add_special_tokens=False)
-    return np.concatenate([np.array([*document.ids, end_id], dtype=np.uint32) for document in documents])
+def _write_overlay(directory: Path, output: Path, sources: tuple[Source, ...], manifests: dict[str, Manifest]) -> None:
+    """Write the lines of a silo's configuration that name what has been prepared."""
+    train = [split for split in manifests if split.split("/")[-1] == "train"]
+    names = [source_name(source) for source in sources]
+    folders = {name: f"{name}/" if len(sources) > 1 else "" for name in names}
+    silo: dict[str, Any] = {"data": [str(output / split) for split in train]}
+    weights = {f"{folders[source_name(source)]}train": source.weight for source in sources}
+    if any(weight is not None for weight in weights.values()):
+        silo["data_weights"] = [weights[split] for split in train]
+    silo["valid"] = {
+        name: str(output / f"{folder}valid") for name, folder in folders.items() if f"{folder}valid" in manifests
+    }
+    with atomic_path(directory / OVERLAY_FILE) as temporary:
+        temporary.write_text(yaml.safe_dump({"silo": silo}, sort_keys=False))
+        os.chmod(temporary, 0o644)

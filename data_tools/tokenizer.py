@@ -1,7 +1,8 @@
 """The tokenizer that all silos share: byte-level BPE, trained once; every silo packs its own text with it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -13,6 +14,9 @@ END_OF_TEXT = "<|endoftext|>"
 # What published tokenizers call the token that ends a document; the first that is there is taken.
 END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 BYTE_ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+# Some 120 MB of text to learn from.
+MAX_OCCURRENCES = 20_000_000
+REPEATS_AT_ONCE = 10_000
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, output: Path) -> Path:
@@ -21,19 +25,62 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, output: Path) -> P
     Its vocabulary is the 256 bytes, the end-of-text token and merges, `vocab_size` in all. Raises ConfigError when
     `vocab_size` is too small for the bytes or too large for the texts, or when another tokenizer is already there.
     """
+    tokenizer = _byte_level_bpe(texts, vocab_size, pre_tokenizers.ByteLevel(add_prefix_space=False))
+    return _save(tokenizer, vocab_size=vocab_size, output=output, enough="the text is enough")
+
+
+def train_from_counts(counts: Mapping[str, int], *, vocab_size: int, output: Path) -> tuple[Path, int]:
+    """Train on merged counts of pre-tokens and write `output`/tokenizer.json, as `train_tokenizer` does.
+
+    Returns the file, and by what the counts were divided (1: not at all). From the counts of all pre-tokens of a text
+    comes the same file as from the text. Raises ConfigError as `train_tokenizer` does.
+    """
+    tokenizer, divisor = bpe_from_counts(counts, vocab_size=vocab_size)
+    return _save(tokenizer, vocab_size=vocab_size, output=output, enough="the counts are enough"), divisor
+
+
+def bpe_from_counts(counts: Mapping[str, int], *, vocab_size: int) -> tuple[Tokenizer, int]:
+    """The tokenizer of `train_from_counts`, smaller than `vocab_size` where the counts are not enough, and the divisor.
+
+    The library learns from text only, so every pre-token is written down as often as it occurs. When that would be more
+    than MAX_OCCURRENCES in all, the counts are divided by a whole number, each rounded up. Raises ConfigError when
+    `vocab_size` is too small for the bytes.
+    """
+    divisor = max(1, -(-sum(counts.values()) // MAX_OCCURRENCES))
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+
+    def texts() -> Iterator[str]:
+        for pretoken, count in counts.items():
+            [(symbols, _)] = as_bytes.pre_tokenize_str(pretoken)
+            num_left = -(-count // divisor)
+            while num_left > 0:
+                yield f"{symbols} " * min(num_left, REPEATS_AT_ONCE)
+                num_left -= REPEATS_AT_ONCE
+
+    # None of the 256 symbols that stand for bytes is white space.
+    return _byte_level_bpe(texts(), vocab_size, pre_tokenizers.WhitespaceSplit()), divisor
+
+
+def _byte_level_bpe(texts: Iterable[str], vocab_size: int, learn_from: Any) -> Tokenizer:
+    """Train on the pieces that the pre-tokenizer `learn_from` cuts `texts` into."""
     smallest = len(BYTE_ALPHABET) + 1
     if vocab_size < smallest:
         raise ConfigError(f"--vocab-size: {vocab_size} given; allowed: {smallest} (all bytes, end of text) or more")
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.pre_tokenizer = learn_from
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=BYTE_ALPHABET, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _save(tokenizer: Tokenizer, *, vocab_size: int, output: Path, enough: str) -> Path:
     if tokenizer.get_vocab_size() < vocab_size:
         raise ConfigError(
-            f"--vocab-size: {vocab_size} given; the text is enough for {tokenizer.get_vocab_size()}: "
+            f"--vocab-size: {vocab_size} given; {enough} for {tokenizer.get_vocab_size()}: "
             "add text or lower --vocab-size"
         )
     file = output / TOKENIZER_FILE

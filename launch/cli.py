@@ -154,6 +154,9 @@ def evaluate(
     data: Annotated[list[Path], typer.Option(help="Packed split; may be given several times.")],
     sequence_tokens: Annotated[int | None, typer.Option(help="Tokens of a sequence; default: as trained.")] = None,
     num_sequences: Annotated[int, typer.Option(help="Sequences of each split; 0 takes all.")] = 0,
+    document_masking: Annotated[
+        bool | None, typer.Option(help="Keep the documents of a sequence apart; default: as trained.")
+    ] = None,
 ) -> None:
     """Loss of a model on packed text, in nats per token.
 
@@ -161,7 +164,13 @@ def evaluate(
     """
     from pretrain.export import evaluate_directory
 
-    losses = evaluate_directory(model, data, sequence_tokens=sequence_tokens, num_sequences=num_sequences)
+    losses = evaluate_directory(
+        model,
+        data,
+        sequence_tokens=sequence_tokens,
+        document_masking=document_masking,
+        num_sequences=num_sequences,
+    )
     for path, loss in losses.items():
         print(f"{loss:.6f}  {path}")
 

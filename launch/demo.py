@@ -52,8 +52,9 @@ def run_demo(directory: Path, *, corpora: Path | None, compare: bool, overrides:
 
 def prepare_text(directory: Path, corpora: Path | None) -> tuple[dict[str, Path], Path]:
     """Corpora, tokenizer and packed shards below `directory`; what is there is kept. Returns the last two."""
-    from data_tools.corpora import read_documents, training_file, write_python_corpora
-    from data_tools.pack import prepare_corpus
+    from data_tools.corpora import write_python_corpora
+    from data_tools.pack import Recipe, prepare
+    from data_tools.sources import Source, read_documents, training_file
     from data_tools.tokenizer import train_tokenizer
 
     if corpora is None:
@@ -69,7 +70,7 @@ def prepare_text(directory: Path, corpora: Path | None) -> tuple[dict[str, Path]
     packed = {}
     for name, folder in folders.items():
         packed[name] = directory / "packed" / name
-        prepare_corpus(folder, tokenizer=tokenizer, output=packed[name])
+        prepare(Recipe(sources=(Source(path=str(folder)),), tokenizer=tokenizer), packed[name])
     return packed, tokenizer
 
 

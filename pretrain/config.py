@@ -1,8 +1,8 @@
 """The typed configuration of a run. Imports no torch, so a login node can validate it in a second.
 
 Order: the defaults below < YAML files in the order given < `key=value` on the command line. Sections `model`,
-`tokenizer`, `sequence_tokens`, `inner` and `outer` are what all silos must agree on (see trust/contract.py);
-`silo` holds the defaults of every silo of this file and `silos.NAME` what differs for one.
+`tokenizer`, `sequence_tokens`, `document_masking`, `inner` and `outer` are what all silos must agree on (see
+trust/contract.py); `silo` holds the defaults of every silo of this file and `silos.NAME` what differs for one.
 """
 
 import dataclasses
@@ -100,7 +100,9 @@ class SiloConfig:
     """One institution's training job."""
 
     data: list[str] = field(default_factory=list)
-    """Directories of packed shards, read as one corpus."""
+    """Directories of packed shards, read as one corpus unless `data_weights` says otherwise."""
+    data_weights: list[float] = field(default_factory=list)
+    """Each entry of `data` is a corpus of its own, and this its share of the sequences (any scale); empty: none is."""
     valid: dict[str, str] = field(default_factory=dict)
     """Held-out text: corpus name to a directory of packed shards."""
     num_nodes: int = 1
@@ -121,6 +123,8 @@ class SiloConfig:
     """DeepSpeed's own configuration, passed through; batch sizes, precision and clipping are set from above."""
     data_seed: int | None = None
     """Seed of the order of sequences; null derives one from the silo's name."""
+    prefetch_batches: int = 2
+    """Micro batches of each rank that a thread reads ahead; 0 reads when a batch is asked for."""
     checkpoint_interval_steps: int = 500
     """Inner steps between checkpoints; one more is written at the end."""
     keep_checkpoints: int = 2
@@ -157,6 +161,8 @@ class RunConfig:
     """A tokenizer.json file, or a directory that holds one."""
     sequence_tokens: int = 512
     """Tokens of one training sequence."""
+    document_masking: bool = False
+    """No attention from one document to another of the same sequence, and positions count from each one's beginning."""
     model: ModelConfig = field(default_factory=ModelConfig)
     inner: InnerConfig = field(default_factory=InnerConfig)
     outer: OuterConfig = field(default_factory=OuterConfig)
@@ -388,8 +394,16 @@ def _check_silo(name: str, silo: SiloConfig) -> None:
         *("checkpoint_interval_steps", "keep_checkpoints", "log_interval_steps"),
     ):
         _require(getattr(silo, unit) >= 1, f"{key}.{unit}", getattr(silo, unit), "1 or more")
-    for unit in ("eval_interval_rounds", "eval_sequences"):
+    for unit in ("eval_interval_rounds", "eval_sequences", "prefetch_batches"):
         _require(getattr(silo, unit) >= 0, f"{key}.{unit}", getattr(silo, unit), "0 or more")
+    weights = silo.data_weights
+    _require(
+        len(weights) in (0, len(silo.data)),
+        f"{key}.data_weights",
+        weights,
+        f"none, or one weight for each of the {len(silo.data)} entries of {key}.data",
+    )
+    _require(all(0 < weight < math.inf for weight in weights), f"{key}.data_weights", weights, "numbers above 0")
     _require(silo.precision in ("fp32", "bf16"), f"{key}.precision", silo.precision, "fp32, bf16")
     for owned, ours in OWNED_DEEPSPEED_KEYS.items():
         if owned in silo.deepspeed:

@@ -17,7 +17,7 @@ from pretrain.outer.codec import key
 from pretrain.outer.digest import digest_tensors
 from pretrain.silo.data import PackedTokens
 from pretrain.silo.evaluate import held_out_loss
-from pretrain.silo.model import build_empty, export, token_losses
+from pretrain.silo.model import build_empty, check_document_masking, export, token_losses
 from pretrain.silo.shards import tokenizer_sha256
 from pretrain.trust.ledger import RefusedError
 
@@ -35,8 +35,12 @@ def load_global_model(config: RunConfig, version: int | None = None) -> tuple[nn
     model = build_empty(config.model, vocab_size, dtype=torch.float32)
     parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     fill = _fill_from_store if config.exchange.kind == "store" else _fill_from_silo
-    provenance = {"run": config.name, "sequence_tokens": config.sequence_tokens} | fill(config, parameters, version)
-    return model.eval(), provenance
+    provenance = {
+        "run": config.name,
+        "sequence_tokens": config.sequence_tokens,
+        "document_masking": config.document_masking,
+    }
+    return model.eval(), provenance | fill(config, parameters, version)
 
 
 def _fill_from_store(config: RunConfig, parameters: dict[str, Tensor], version: int | None) -> dict[str, Any]:
@@ -97,29 +101,41 @@ def export_global_model(config: RunConfig, directory: Path, version: int | None 
 
 
 def evaluate_directory(
-    directory: Path, data: list[Path], *, sequence_tokens: int | None = None, num_sequences: int = 0
+    directory: Path,
+    data: list[Path],
+    *,
+    sequence_tokens: int | None = None,
+    document_masking: bool | None = None,
+    num_sequences: int = 0,
 ) -> dict[str, float]:
     """Loss in nats per token of a `transformers` directory on packed splits, each named by its path.
 
+    `sequence_tokens` and `document_masking` are those of the run that it was exported from, unless they are given.
     Raises ConfigError if there is no model, or the text was packed with another tokenizer.
     """
     from transformers import AutoModelForCausalLM
 
     if not (directory / "config.json").is_file():
         raise ConfigError(f"model: {str(directory)!r} given; allowed: a transformers directory (see atoll export)")
-    provenance = directory / PROVENANCE
+    file = directory / PROVENANCE
+    provenance = json.loads(file.read_text()) if file.is_file() else {}
+    sequence_tokens = sequence_tokens or provenance.get("sequence_tokens")
     if sequence_tokens is None:
-        if not provenance.is_file():
-            raise ConfigError("--sequence-tokens: none given; this model was not exported by atoll, so say how many")
-        sequence_tokens = json.loads(provenance.read_text())["sequence_tokens"]
+        raise ConfigError("--sequence-tokens: none given; this model was not exported by atoll, so say how many")
+    if document_masking is None:
+        document_masking = provenance.get("document_masking", False)
     tokenizer = tokenizer_sha256(directory / "tokenizer.json")
     corpora = {
         str(path): PackedTokens([path], sequence_tokens=sequence_tokens, tokenizer_sha256=tokenizer, key="--data")
         for path in data
     }
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True).eval()
+    mask_at = None
+    if document_masking:
+        mask_at = corpora[str(data[0])].manifests[0].end_of_text_id
+        check_document_masking(model, mask_at, model.device)
     return held_out_loss(
-        lambda input_ids, targets: token_losses(model, input_ids, targets),
+        lambda input_ids, targets: token_losses(model, input_ids, targets, mask_at),
         corpora,
         num_sequences=num_sequences,
         micro_batch_sequences=8,

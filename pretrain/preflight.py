@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pretrain.config import ConfigError, RunConfig
 from pretrain.exchange.objects import Objects
-from pretrain.silo.shards import check_enough, read_manifest, tokenizer_sha256
+from pretrain.silo.shards import check_a_sequence, check_enough, read_manifest, tokenizer_sha256
 
 
 def check_run(config: RunConfig) -> None:
@@ -22,6 +22,9 @@ def check_silo(config: RunConfig, name: str) -> None:
     if not silo.data:
         raise ConfigError(f"{key}: [] given; allowed: at least one directory of packed shards")
     manifests = [read_manifest(Path(directory), key=key, tokenizer_sha256=tokenizer) for directory in silo.data]
+    if silo.data_weights:  # each directory is a corpus of its own
+        for directory, manifest in zip(silo.data, manifests, strict=True):
+            check_a_sequence(manifest.num_tokens, config.sequence_tokens, key=f"{key} ({directory})")
     num_tokens = sum(manifest.num_tokens for manifest in manifests)
     check_enough(num_tokens, config.sequence_tokens, silo.global_batch_sequences, key=key)
     for corpus, directory in silo.valid.items():

@@ -9,6 +9,7 @@ from deepspeed.accelerator import get_accelerator
 from pretrain.config import ConfigError, RunConfig
 from pretrain.journal import Journal
 from pretrain.silo.checkpoint import Progress
+from pretrain.silo.data import Mixture
 from pretrain.silo.engine import Engine
 from pretrain.silo.ranks import Ranks
 
@@ -66,8 +67,8 @@ class StepLog:
             "nothing of this round was delivered; lower inner.lr or inner.clip_norm in a new run"
         )
 
-    def summary(self, engine: Engine, ranks: Ranks) -> None:
-        """The last record: totals, and peak memory summed over the silo's ranks."""
+    def summary(self, engine: Engine, ranks: Ranks, mixture: Mixture) -> None:
+        """The last record: totals, tokens read of each corpus, and peak memory summed over the silo's ranks."""
         host_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         on_device = get_accelerator().device_name() != "cpu"
         device_bytes = get_accelerator().max_memory_allocated() if on_device else 0
@@ -75,6 +76,9 @@ class StepLog:
         if self._journal:
             self._journal.record(
                 "summary",
+                tokens_by_corpus=[
+                    draws * self._config.sequence_tokens for draws in mixture.draws(self._progress.position)
+                ],
                 parameters=sum(shape.numel() for shape in engine.shapes.values()),
                 seconds_training=self._progress.seconds_training,
                 seconds_waiting=self._progress.seconds_waiting,

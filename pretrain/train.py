@@ -7,20 +7,22 @@ import argparse
 import os
 import signal
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from pretrain.config import ConfigError, RunConfig, check_batch, load_config
+from pretrain.config import ConfigError, RunConfig, SiloConfig, check_batch, load_config
 from pretrain.journal import Journal
 from pretrain.lock import lock_directory
 from pretrain.preflight import check_silo
 from pretrain.silo.checkpoint import Checkpoints, Progress, save_parameters
-from pretrain.silo.data import Batches, Order, PackedTokens
+from pretrain.silo.data import BadTokenError, Batches, Mixture, PackedTokens, Prefetch
 from pretrain.silo.engine import Engine
 from pretrain.silo.evaluate import held_out_loss
 from pretrain.silo.model import build_initial
@@ -42,12 +44,32 @@ class Silo:
     ranks: Ranks
     journal: Journal | None  # the leader's
     engine: Engine
-    batches: Batches
+    batches: Prefetch
+    mixture: Mixture
     held_out: dict[str, PackedTokens]
     checkpoints: Checkpoints
     sync: SiloSync | None  # None: trains alone
     asked_to_stop: Callable[[], bool]
     progress: Progress
+    reading: Future[str]  # what is wrong with the shards' bytes; the leader's
+    data_checked: bool = False
+
+    def check_data(self) -> None:
+        """Wait until every byte of the shards was read once; nothing leaves the silo and nothing is saved before.
+
+        Raises ConfigError on all ranks alike when a shard is not what its manifest says.
+        """
+        if self.data_checked:
+            return
+        if self.journal and not self.reading.done():
+            waiting_for = "the shards' sha256"
+            self.journal.status(
+                "waiting", step=self.progress.step, round=self.progress.version + 1, waiting_for=waiting_for
+            )
+        wrong = self.ranks.from_leader(self.reading.result() if self.ranks.is_leader else None)
+        if wrong:
+            raise ConfigError(wrong)
+        self.data_checked = True
 
     def evaluate(self) -> None:
         """Held-out loss of what the engine holds: after a sync, the global model."""
@@ -81,6 +103,7 @@ class Silo:
 
     def save(self) -> None:
         """Write a checkpoint, and tell the store which version it holds."""
+        self.check_data()
         self.checkpoints.save(self.progress, self.engine, self.ranks, self.sync.global_parameters if self.sync else {})
         if self.sync:
             self.sync.checkpointed(self.progress.version)
@@ -96,6 +119,7 @@ def train(silo: Silo) -> None:
 
     while True:
         if progress.step // sync_interval > progress.version:  # the end of a round
+            silo.check_data()
             if sync:
                 sync.deliver(engine, progress)  # global minus local parameters, coded, checksummed
                 sync.wait(progress)  # for the aggregator's commit
@@ -125,14 +149,16 @@ def train(silo: Silo) -> None:
         if stop:
             raise StopRequested
 
-    log.summary(engine, ranks)
+    log.summary(engine, ranks, silo.mixture)
 
 
 def prepare(config: RunConfig, name: str, ranks: Ranks, journal: Journal | None) -> Silo:
     """Check the data, join the federation, build the engine; resume from the newest checkpoint, or start anew."""
     settings, asked_to_stop = config.silos[name], _stop_signals()
     check_batch(name, settings, ranks.num_ranks)
-    data, held_out, vocab_size = _open_data(config, name, verify=ranks.is_leader)
+    mixture, held_out = _open_data(config, name)
+    packed = mixture.corpora[0].manifests[0]
+    reading = _read_in_background(config, name) if ranks.is_leader else Future[str]()
     sync = SiloSync(config, name, ranks, journal, asked_to_stop) if config.exchange.kind == "store" else None
     contract_sha256 = sync.join() if sync else ""
     torch.manual_seed(zlib.crc32(f"{config.model.seed}/{name}/{ranks.rank}".encode()))  # dropout
@@ -141,8 +167,16 @@ def prepare(config: RunConfig, name: str, ranks: Ranks, journal: Journal | None)
         name=name,
         ranks=ranks,
         journal=journal,
-        engine=Engine(config.model, settings, config.inner, vocab_size=vocab_size, ranks=ranks),
-        batches=_batches(config, name, data, ranks),
+        engine=Engine(
+            config.model,
+            settings,
+            config.inner,
+            vocab_size=packed.vocab_size,
+            ranks=ranks,
+            mask_at=packed.end_of_text_id if config.document_masking else None,
+        ),
+        batches=_batches(settings, mixture, ranks),
+        mixture=mixture,
         held_out=held_out,
         checkpoints=Checkpoints(
             config.silo_directory(name) / "checkpoints", keep=settings.keep_checkpoints, contract_sha256=contract_sha256
@@ -150,50 +184,73 @@ def prepare(config: RunConfig, name: str, ranks: Ranks, journal: Journal | None)
         sync=sync,
         asked_to_stop=asked_to_stop,
         progress=Progress(),
+        reading=reading,
     )
     resumed = silo.checkpoints.load(silo.engine, ranks, sync.global_parameters if sync else {})
     if resumed:
         silo.progress = resumed
         silo.batches.restore(resumed.position)
-        return silo
-    if sync:
+    elif sync:
         sync.wait(silo.progress)
         sync.adopt(silo.engine, silo.progress)
     else:
-        silo.engine.write(build_initial(config.model, vocab_size).named_parameters() if ranks.is_leader else None)
+        initial = build_initial(config.model, packed.vocab_size).named_parameters() if ranks.is_leader else None
+        silo.engine.write(initial)
         silo.progress.version = 0
-    silo.evaluate()
+    silo.engine.check_masking()
+    if not resumed:
+        silo.evaluate()
     return silo
 
 
-def _batches(config: RunConfig, name: str, data: PackedTokens, ranks: Ranks) -> Batches:
-    settings = config.silos[name]
-    # A stated seed gives the same order in every silo that states it; otherwise each silo has its own.
-    seed, salt = (settings.data_seed, "") if settings.data_seed is not None else (0, name)
-    return Batches(
-        data,
-        Order(seed=seed, silo=salt, num_sequences=data.num_sequences),
+def _batches(settings: SiloConfig, mixture: Mixture, ranks: Ranks) -> Prefetch:
+    batches = Batches(
+        mixture,
         micro_batch_sequences=settings.micro_batch_sequences,
         accumulation_steps=settings.accumulation_steps,
         rank=ranks.rank,
         num_ranks=ranks.num_ranks,
     )
+    return Prefetch(batches, num_batches=settings.prefetch_batches, device=ranks.device)
 
 
-def _open_data(config: RunConfig, name: str, *, verify: bool) -> tuple[PackedTokens, dict[str, PackedTokens], int]:
-    """Training text, held-out text and vocabulary size; the leader reads every byte once to check it."""
+def _open_data(config: RunConfig, name: str) -> tuple[Mixture, dict[str, PackedTokens]]:
+    """Training text and held-out text, by their manifests and sizes: no token is read, however large they are."""
     check_silo(config, name)
     settings, tokenizer = config.silos[name], tokenizer_sha256(config.tokenizer_file)
 
     def packed(directories: list[str], key: str) -> PackedTokens:
-        paths = [Path(directory) for directory in directories]
-        for path in paths if verify else []:
-            verify_shards(path, key=key)
-        return PackedTokens(paths, sequence_tokens=config.sequence_tokens, tokenizer_sha256=tokenizer, key=key)
+        return PackedTokens(
+            directories, sequence_tokens=config.sequence_tokens, tokenizer_sha256=tokenizer, key=f"silos.{name}.{key}"
+        )
 
-    data = packed(settings.data, f"silos.{name}.data")
-    held_out = {corpus: packed([split], f"silos.{name}.valid.{corpus}") for corpus, split in settings.valid.items()}
-    return data, held_out, data.manifests[0].vocab_size
+    # A stated seed gives the same order in every silo that states it; otherwise each silo has its own.
+    seed, salt = (settings.data_seed, "") if settings.data_seed is not None else (0, name)
+    corpora = [[directory] for directory in settings.data] if settings.data_weights else [settings.data]
+    mixture = Mixture(
+        [packed(corpus, "data") for corpus in corpora], weights=settings.data_weights or None, seed=seed, silo=salt
+    )
+    return mixture, {corpus: packed([split], f"valid.{corpus}") for corpus, split in settings.valid.items()}
+
+
+def _read_in_background(config: RunConfig, name: str) -> Future[str]:
+    """Compare every byte of a silo's shards with their sha256, beside training; the result is what is wrong, or ""."""
+    settings, found = config.silos[name], Future[str]()
+    splits = [("data", directory) for directory in settings.data]
+    splits += [(f"valid.{corpus}", directory) for corpus, directory in settings.valid.items()]
+
+    def read() -> None:
+        try:
+            for key, directory in splits:
+                verify_shards(Path(directory), key=f"silos.{name}.{key}")
+            found.set_result("")
+        except (ConfigError, OSError) as error:
+            found.set_result(str(error))
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=read, daemon=True).start()  # a run that ends for another reason does not wait for it
+    return found
 
 
 def _stop_signals() -> Callable[[], bool]:
@@ -218,7 +275,10 @@ def run(config: RunConfig, name: str, journal: Journal | None) -> int:
         if journal:
             print(f"stopped on request after step {silo.progress.step}; all is saved, start again to go on", flush=True)
         return STOPPED
+    finally:
+        silo.batches.close()
     if not silo.sync:
+        silo.check_data()
         save_parameters(config.final_parameters(name), silo.engine, ranks)
     ranks.close()
     return 0
@@ -244,10 +304,12 @@ def main() -> int:
         code = run(config, arguments.silo, journal)
     except ConfigError as error:
         code = 2
-        if is_leader:
+        if is_leader or isinstance(error, BadTokenError):
             print(f"atoll: {error}", file=sys.stderr, flush=True)
         if journal:
             journal.error(str(error))
+        elif isinstance(error, BadTokenError):  # the leader does not know what ended this rank
+            (config.silo_directory(arguments.silo) / "error.txt").write_text(f"{error}\n")
     if journal:
         journal.status({0: "finished", STOPPED: "stopped"}.get(code, "failed"))
         journal.close()

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from data_tools.corpora import read_documents, training_file
-from data_tools.pack import prepare_corpus
+from data_tools.pack import Recipe, prepare
+from data_tools.sources import Source, read_documents, training_file
 from data_tools.tokenizer import train_tokenizer
 from pretrain.config import ConfigError
 
@@ -61,7 +61,7 @@ def make_tiny_text(directory: Path) -> TinyText:
     tokenizer = train_tokenizer(texts, vocab_size=VOCAB_SIZE, output=directory / "tokenizer")
     packed = {name: directory / "packed" / name for name in folders}
     for name, folder in folders.items():
-        prepare_corpus(folder, tokenizer=tokenizer, output=packed[name])
+        prepare(Recipe(sources=(Source(path=str(folder)),), tokenizer=tokenizer), packed[name])
     return TinyText(tokenizer=tokenizer, packed=packed)
 
 

@@ -77,9 +77,9 @@ class Checkpoints:
                 "contract_sha256": self._contract_sha256,
             }
             (temporary / "state.json").write_text(json.dumps(state, indent=1) + "\n")
-        _sync_files(temporary)
         ranks.barrier()
         if ranks.is_leader:
+            _sync_files(temporary)
             if final.exists():  # the same step again, after a resume: the new one replaces it
                 final.rename(self._directory / f".{final.name}.old")
             temporary.rename(final)

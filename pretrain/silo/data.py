@@ -1,8 +1,8 @@
 """Packed shards to batches. The position, one integer, is all the state there is.
 
-Position p counts the sequences that the silo has consumed since its run began. `Order` says which sequence of the
-corpus stands at p; ranks, micro batches and accumulation only decide who reads it. So a run that resumes at p, with
-as many ranks as it likes, repeats and skips nothing.
+Position p counts the sequences that the silo has consumed since its run began. `Mixture` says which corpus has its turn
+at p and `Order` which of its sequences; ranks, micro batches and accumulation only decide who reads it. So a run that
+resumes at p, with as many ranks as it likes, repeats and skips nothing.
 
 Shapes: T = sequence_tokens; sequence i is tokens[i*T : i*T + T + 1]: T inputs, and the T tokens after them as targets.
 """
@@ -12,7 +12,10 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +23,26 @@ import numpy.typing as npt
 import torch
 
 from pretrain.config import ConfigError
-from pretrain.silo.shards import Manifest, Shard, check_enough, count_sequences, open_shard, read_manifest
+from pretrain.silo.shards import (
+    Manifest,
+    Shard,
+    check_a_sequence,
+    check_enough,
+    count_sequences,
+    open_shard,
+    read_manifest,
+    token_outside_vocabulary,
+)
 
 # Each mapped shard holds a file descriptor; many systems allow a process 1,024 of them.
 MAX_MAPPED_SHARDS = 128
 # Four rounds make a Feistel network of random functions pseudo-random for wide halves (Luby and Rackoff 1988); ours
 # may be a few bits wide, which takes more.
 FEISTEL_ROUNDS = 8
+
+
+class BadTokenError(ConfigError):
+    """A token that the vocabulary lacks: only the rank that met it can tell the user."""
 
 
 class PackedTokens:
@@ -72,7 +88,7 @@ class PackedTokens:
     def sequence(self, index: int) -> npt.NDArray[np.int64]:
         """Sequence `index`. # (sequence_tokens + 1,)
 
-        Raises ConfigError, naming the shard, when a token is not below the manifest's vocab_size.
+        Raises BadTokenError, naming the shard, when a token is not below the manifest's vocab_size.
         """
         assert 0 <= index < self.num_sequences, (index, self.num_sequences)
         begin = index * self.sequence_tokens
@@ -84,10 +100,7 @@ class PackedTokens:
             shard_begin = self._ends[shard_index] - shard.num_tokens
             piece = self._mapped(shard_index)[position - shard_begin : end - shard_begin]
             if piece.max() >= manifest.vocab_size:
-                raise ConfigError(
-                    f"{self.key}: {directory / shard.file} holds token {piece.max()}, its vocab_size is "
-                    f"{manifest.vocab_size}: copy or prepare the split again"
-                )
+                raise BadTokenError(token_outside_vocabulary(self.key, directory / shard.file, piece.max(), manifest))
             tokens[position - begin : position - begin + len(piece)] = piece
             position += len(piece)
             if position == end:
@@ -96,22 +109,27 @@ class PackedTokens:
 
     def batch(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets of some sequences. # int64 (num_sequences, sequence_tokens), twice"""
-        tokens = np.stack([self.sequence(index) for index in indices])
-        return torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(tokens[:, 1:].copy())
+        return _inputs_and_targets(self.sequence(index) for index in indices)
+
+
+def _inputs_and_targets(sequences: Iterable[npt.NDArray[np.int64]]) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = np.stack(list(sequences))
+    return torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(tokens[:, 1:].copy())
 
 
 class Order:
     """A fresh shuffle of all sequences in each epoch, computed for one position at a time, in constant memory.
 
-    Depends on (seed, silo, num_sequences, position) only. The shuffle is a keyed Feistel permutation of the next power
-    of two; a result outside the corpus is permuted again until it is inside (cycle walking): a permutation, too.
+    Depends on (seed, silo, corpus, num_sequences, position) only. The shuffle is a keyed Feistel permutation of the
+    next power of two; a result outside the corpus is permuted again until it is inside (cycle walking): a permutation,
+    too.
     """
 
-    def __init__(self, *, seed: int, silo: str, num_sequences: int) -> None:
+    def __init__(self, *, seed: int, silo: str, num_sequences: int, corpus: int = 0) -> None:
+        """`corpus` is its number among those that are mixed, each of which has an order of its own."""
         assert num_sequences > 0
         self.num_sequences = num_sequences
-        self._seed = seed
-        self._silo = silo
+        self._terms = [seed, silo, corpus] if corpus else [seed, silo]
         num_bits = max(1, (num_sequences - 1).bit_length())
         self._half_bits = (num_bits // 2, num_bits - num_bits // 2)
         self._key = functools.lru_cache(maxsize=4)(self._epoch_key)
@@ -125,7 +143,7 @@ class Order:
         return index
 
     def _epoch_key(self, epoch: int) -> bytes:
-        return hashlib.sha256(json.dumps([self._seed, self._silo, epoch]).encode()).digest()
+        return hashlib.sha256(json.dumps([*self._terms, epoch]).encode()).digest()
 
     def _permute(self, index: int, key: bytes) -> int:
         left_bits, right_bits = self._half_bits
@@ -139,6 +157,58 @@ class Order:
         return left << right_bits | right
 
 
+class Mixture:
+    """Corpora that take turns by weight: the sequences of a silo in the order in which it reads them.
+
+    After any number of positions each of two corpora has had its share of them, rounded down or up; of N corpora none
+    is N sequences or more away from it. A corpus hands out its own sequences in its own `Order`, epoch after epoch.
+    """
+
+    def __init__(
+        self, corpora: Sequence[PackedTokens], *, seed: int, silo: str, weights: Sequence[float] | None = None
+    ) -> None:
+        """`weights` are shares of the sequences, one for each corpus, in any scale (None: equal ones).
+
+        Raises ConfigError when a corpus is shorter than one sequence.
+        """
+        weights = [1.0] * len(corpora) if weights is None else weights
+        assert len(corpora) == len(weights) > 0
+        for tokens in corpora:
+            check_a_sequence(tokens.num_tokens, tokens.sequence_tokens, key=tokens.key)
+        self.corpora = list(corpora)
+        self._orders = [
+            Order(seed=seed, silo=silo, corpus=corpus, num_sequences=tokens.num_sequences)
+            for corpus, tokens in enumerate(corpora)
+        ]
+        # Each corpus's part of what those before it leave over. By way of str, 0.1 is a tenth and not a bit more.
+        exact = [Fraction(str(weight)) for weight in weights]
+        self._parts = [weight / sum(exact[corpus:]) for corpus, weight in enumerate(exact)]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all corpora together."""
+        return sum(tokens.num_tokens for tokens in self.corpora)
+
+    def draws(self, position: int) -> list[int]:
+        """How many of the first `position` sequences come from each corpus."""
+        result, left = [], position
+        for part in self._parts:
+            result.append(left * part.numerator // part.denominator)
+            left -= result[-1]
+        return result
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """Corpus at `position`, and which of its sequences."""
+        before, after = self.draws(position), self.draws(position + 1)
+        corpus = next(corpus for corpus in range(len(before)) if before[corpus] < after[corpus])
+        return corpus, self._orders[corpus].index(before[corpus])
+
+    def batch(self, positions: Iterable[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets at some positions. # int64 (num_positions, sequence_tokens), twice"""
+        places = (self.locate(position) for position in positions)
+        return _inputs_and_targets(self.corpora[corpus].sequence(index) for corpus, index in places)
+
+
 class Batches(Iterator[tuple[torch.Tensor, torch.Tensor]]):
     """One rank's micro batches, without end; `accumulation_steps` of them are its part of an inner step.
 
@@ -148,8 +218,7 @@ class Batches(Iterator[tuple[torch.Tensor, torch.Tensor]]):
 
     def __init__(
         self,
-        tokens: PackedTokens,
-        order: Order,
+        mixture: Mixture,
         *,
         micro_batch_sequences: int,
         accumulation_steps: int,
@@ -157,13 +226,12 @@ class Batches(Iterator[tuple[torch.Tensor, torch.Tensor]]):
         num_ranks: int,
         position: int = 0,
     ) -> None:
-        """Start at `position`. Raises ConfigError when the corpus has fewer sequences than one global batch."""
-        assert order.num_sequences == tokens.num_sequences
+        """Start at `position`. Raises ConfigError when the corpora have fewer sequences than one global batch."""
         assert 0 <= rank < num_ranks
         self.global_batch_sequences = micro_batch_sequences * accumulation_steps * num_ranks
-        check_enough(tokens.num_tokens, tokens.sequence_tokens, self.global_batch_sequences, key=tokens.key)
-        self._tokens = tokens
-        self._order = order
+        first = mixture.corpora[0]
+        check_enough(mixture.num_tokens, first.sequence_tokens, self.global_batch_sequences, key=first.key)
+        self._mixture = mixture
         self._micro_batch_sequences = micro_batch_sequences
         self._accumulation_steps = accumulation_steps
         self._rank = rank
@@ -187,11 +255,52 @@ class Batches(Iterator[tuple[torch.Tensor, torch.Tensor]]):
         """Inputs and targets. # int64 (micro_batch_sequences, sequence_tokens), twice"""
         offset = (self._micro_step * self._num_ranks + self._rank) * self._micro_batch_sequences
         begin = self._position + offset
-        indices = [self._order.index(begin + i) for i in range(self._micro_batch_sequences)]
         self._micro_step += 1
         if self._micro_step == self._accumulation_steps:
             self.restore(self._position + self.global_batch_sequences)
-        return self._tokens.batch(indices)
+        return self._mixture.batch(range(begin, begin + self._micro_batch_sequences))
+
+
+class Prefetch(Iterator[tuple[torch.Tensor, torch.Tensor]]):
+    """The same batches in the same order, on the device that computes; a thread reads the next ones ahead."""
+
+    def __init__(self, batches: Batches, *, num_batches: int, device: torch.device) -> None:
+        """`num_batches` are kept ready; 0 reads each when it is asked for."""
+        self._batches, self._num_batches, self._device = batches, num_batches, device
+        self._reader = ThreadPoolExecutor(max_workers=1)
+        self._ready: deque[Future[tuple[torch.Tensor, torch.Tensor, int]]] = deque()
+        self._position = batches.state()
+
+    def state(self) -> int:
+        """`Batches.state` after the last batch that was handed out, whatever has been read ahead."""
+        return self._position
+
+    def restore(self, position: int) -> None:
+        """Drop what was read ahead and go on from `position`."""
+        for future in self._ready:
+            future.cancel()
+        wait(self._ready)  # for the one that was being read
+        self._ready.clear()
+        self._batches.restore(position)
+        self._position = position
+
+    def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets, as `Batches` gives them; what it raises is raised here."""
+        while len(self._ready) <= self._num_batches:
+            self._ready.append(self._reader.submit(self._read))
+        inputs, targets, self._position = self._ready.popleft().result()
+        return inputs.to(self._device, non_blocking=True), targets.to(self._device, non_blocking=True)
+
+    def _read(self) -> tuple[torch.Tensor, torch.Tensor, int]:
+        inputs, targets = next(self._batches)
+        if self._device.type == "cuda":  # only from pinned memory does a copy run beside the computation
+            torch.cuda.set_device(self._device)  # each thread has its own, and GPU 0 unless told
+            inputs, targets = inputs.pin_memory(), targets.pin_memory()
+        return inputs, targets, self._batches.state()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._reader.shutdown(cancel_futures=True)
 
 
 def held_out_batches(
@@ -204,11 +313,7 @@ def held_out_batches(
     forward pass; what pads the last ones is a repeated sequence of weight 0, and all others weigh 1.
     Raises ConfigError when the text is shorter than one sequence.
     """
-    if tokens.num_sequences == 0:
-        raise ConfigError(
-            f"{tokens.key}: {tokens.num_tokens} tokens given; allowed: more than sequence_tokens="
-            f"{tokens.sequence_tokens}: add text or lower sequence_tokens"
-        )
+    check_a_sequence(tokens.num_tokens, tokens.sequence_tokens, key=tokens.key)
     total = min(num_sequences or tokens.num_sequences, tokens.num_sequences)
     for first in range(0, total, micro_batch_sequences * num_ranks):
         begin = first + rank * micro_batch_sequences

@@ -16,7 +16,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 from torch import Tensor, nn
 
 from pretrain.config import ConfigError, InnerConfig, ModelConfig, SiloConfig
-from pretrain.silo.model import build_empty, restore_buffers, token_losses
+from pretrain.silo.model import build_empty, check_document_masking, restore_buffers, token_losses
 from pretrain.silo.optim import build_optimizer
 from pretrain.silo.ranks import Ranks
 
@@ -39,8 +39,16 @@ class Engine:
     """One silo's DeepSpeed engine. Every method that touches parameters must be called by all ranks."""
 
     def __init__(
-        self, model: ModelConfig, silo: SiloConfig, inner: InnerConfig, *, vocab_size: int, ranks: Ranks
+        self,
+        model: ModelConfig,
+        silo: SiloConfig,
+        inner: InnerConfig,
+        *,
+        vocab_size: int,
+        ranks: Ranks,
+        mask_at: int | None = None,
     ) -> None:
+        """Parameters must be written or loaded next. `mask_at`: see `model.token_losses`."""
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         settings = deepspeed_config(silo, inner)
         zero = settings.get("zero_optimization", {})
@@ -61,6 +69,7 @@ class Engine:
         self._parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         self._masters = _fp32_masters(self._deepspeed)
         self._ranks = ranks
+        self._mask_at = mask_at
         _forget_initial_step(optimizer)
 
     @property
@@ -104,7 +113,14 @@ class Engine:
     def token_losses(self, input_ids: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy in nats of every target, (num_sequences, sequence_tokens)."""
         device = self._ranks.device
-        return token_losses(self._deepspeed, input_ids.to(device), targets.to(device))
+        return token_losses(self._deepspeed, input_ids.to(device), targets.to(device), self._mask_at)
+
+    def check_masking(self) -> None:
+        """Raise ConfigError, on all ranks alike, when documents are to be kept apart and this model does not do it."""
+        if self._mask_at is not None:
+            self.evaluating(True)
+            check_document_masking(self._deepspeed, self._mask_at, self._ranks.device)
+            self.evaluating(False)
 
     def read(self, name: str) -> Tensor:
         """The whole fp32 parameter `name` on this rank's device; gathers one tensor, at no stage the model."""

@@ -14,6 +14,10 @@ from transformers.initialization import no_init_weights
 
 from pretrain.config import ConfigError, ModelConfig
 
+# What masking may leave of the influence of the document before: 0, or a few roundings where experts take turns. Of the
+# types that do not mask, every one left a tenth or more.
+MASKING_TOLERANCE = 0.05
+
 
 def model_config(settings: ModelConfig, vocab_size: int) -> PretrainedConfig:
     """The `transformers` configuration; a missing vocab_size is the tokenizer's `vocab_size`.
@@ -86,10 +90,51 @@ def restore_buffers(model: nn.Module, settings: ModelConfig, vocab_size: int) ->
         buffers[name].data = value.to(buffers[name].device)
 
 
-def token_losses(model: nn.Module, input_ids: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy in nats of every target. input_ids, targets and result: (num_sequences, sequence_tokens)."""
-    logits = model(input_ids=input_ids, use_cache=False).logits
+def document_positions(input_ids: Tensor, end_of_text_id: int) -> Tensor:
+    """Each token's position in its document, which begins at an end-of-text token. # (num_sequences, sequence_tokens)
+
+    What a sequence begins with, the rest of a document, counts from 0 too.
+    """
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    begins = torch.where(input_ids == end_of_text_id, positions, 0).cummax(dim=1).values
+    return positions - begins
+
+
+def token_losses(model: nn.Module, input_ids: Tensor, targets: Tensor, mask_at: int | None = None) -> Tensor:
+    """Cross-entropy in nats of every target. input_ids, targets and result: (num_sequences, sequence_tokens).
+
+    `mask_at` is the end-of-text token at which another document begins that sees nothing of those before it (None:
+    all is one text). So a document's loss in a packed sequence is its loss alone after an end-of-text token.
+    """
+    logits = _logits(model, input_ids, mask_at)
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
+
+def _logits(model: nn.Module, input_ids: Tensor, mask_at: int | None) -> Tensor:
+    # From positions that restart, and no mask and no cache, `transformers` makes the mask that keeps documents apart.
+    positions = {} if mask_at is None else {"position_ids": document_positions(input_ids, mask_at)}
+    return model(input_ids=input_ids, use_cache=False, **positions).logits
+
+
+@torch.no_grad()
+def check_document_masking(model: nn.Module, end_of_text_id: int, device: torch.device) -> None:
+    """Raise ConfigError unless masking keeps a document's logits from depending on the document before it.
+
+    Two short forward passes, so that it sees what this type of model makes of positions, layer by layer. `model` holds
+    its parameters and has dropout off.
+    """
+    a, b, c, d, e = ((end_of_text_id + offset) % 6 for offset in range(1, 6))
+    rows = torch.tensor([[a, b, c, end_of_text_id, d, e], [e, d, a, end_of_text_id, d, e]], device=device)
+
+    def influence(mask_at: int | None) -> float:
+        one, other = _logits(model, rows, mask_at)[:, 3:].float()
+        return (one - other).abs().max().item()
+
+    if not influence(end_of_text_id) <= MASKING_TOLERANCE * influence(None):
+        raise ConfigError(
+            "document_masking: true given; this type of model lets a document see the one before it even so; allowed: "
+            "false, or a model whose attention follows position_ids (llama, mistral, qwen3, gpt2, gpt_neox, ...)"
+        )
 
 
 def export(model: nn.Module, tokenizer_file: Path, directory: Path) -> None:

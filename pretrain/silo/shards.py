@@ -2,8 +2,9 @@
 
 A packed split is a directory:
 
-    manifest.json                      what is in it, by which tokenizer, with a sha256 for every shard
+    manifest.json                      what is in it, by which tokenizer, with a sha256 for every file
     shard-00000.bin, shard-00001.bin   little-endian unsigned tokens, nothing else
+    documents.bin                      for each document, the tokens up to its end: little-endian 64 bit unsigned
 
 Documents stand one after another, each followed by the end-of-text token; a document may go on in the next shard.
 Only JSON and raw integers are read, so a split from someone else can hold no code.
@@ -20,15 +21,19 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pretrain.config import ConfigError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST_FILE = "manifest.json"
+DOCUMENTS_FILE = "documents.bin"
+DOCUMENT_END = np.dtype("<u8")
+# Tokens that `verify_tokens` looks at together.
+VERIFY_TOKENS = 1 << 22
 TOKEN_TYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 
@@ -52,8 +57,8 @@ class Manifest:
     """Version of this layout."""
     tokenizer_sha256: str
     """`tokenizer_sha256` of the tokenizer.json that made the tokens."""
-    source_sha256: str
-    """Of the bytes of the text file that was packed; equal source and tokenizer mean equal tokens."""
+    recipe_sha256: str
+    """Of what was packed and how: the text's files, the tokenizer, every step of cleaning, the held-out share."""
     vocab_size: int
     """Every token is below this."""
     token_type: str
@@ -66,6 +71,8 @@ class Manifest:
     """Documents, and so end-of-text tokens that the packing has put."""
     num_bytes: int
     """UTF-8 bytes of the documents' text."""
+    documents_sha256: str
+    """Of documents.bin, in hexadecimal."""
     shards: tuple[Shard, ...]
     """In the order in which they are read."""
 
@@ -152,9 +159,10 @@ def read_manifest(directory: Path, *, key: str = "silo.data", tokenizer_sha256: 
             f"{key}: {directory} was packed with tokenizer {manifest.tokenizer_sha256[:12]}, the run uses "
             f"{tokenizer_sha256[:12]}: prepare it again or change tokenizer"
         )
-    for shard in manifest.shards:
-        path = directory / shard.file
-        expected_bytes = shard.num_tokens * manifest.dtype.itemsize
+    sizes = {shard.file: shard.num_tokens * manifest.dtype.itemsize for shard in manifest.shards}
+    sizes[DOCUMENTS_FILE] = manifest.num_documents * DOCUMENT_END.itemsize
+    for file_name, expected_bytes in sizes.items():
+        path = directory / file_name
         if not path.is_file():
             raise ConfigError(f"{key}: {path} is missing, {MANIFEST_FILE} lists it: copy or prepare the split again")
         if path.stat().st_size != expected_bytes:
@@ -166,16 +174,53 @@ def read_manifest(directory: Path, *, key: str = "silo.data", tokenizer_sha256: 
 
 
 def verify_shards(directory: Path, *, key: str = "silo.data", tokenizer_sha256: str | None = None) -> Manifest:
-    """`read_manifest`, and the sha256 of every shard. Reads all bytes, in constant memory. Raises ConfigError."""
+    """`read_manifest`, and the sha256 of every file. Reads all bytes, in constant memory. Raises ConfigError."""
     manifest = read_manifest(directory, key=key, tokenizer_sha256=tokenizer_sha256)
-    for shard in manifest.shards:
-        found = file_sha256(directory / shard.file)
-        if found != shard.sha256:
+    expected = {shard.file: shard.sha256 for shard in manifest.shards} | {DOCUMENTS_FILE: manifest.documents_sha256}
+    for file_name, sha256 in expected.items():
+        found = file_sha256(directory / file_name)
+        if found != sha256:
             raise ConfigError(
-                f"{key}: {directory / shard.file} has sha256 {found[:12]}, {MANIFEST_FILE} says {shard.sha256[:12]}: "
+                f"{key}: {directory / file_name} has sha256 {found[:12]}, {MANIFEST_FILE} says {sha256[:12]}: "
                 "copy or prepare the split again"
             )
     return manifest
+
+
+def verify_tokens(directory: Path, manifest: Manifest, *, key: str = "silo.data") -> None:
+    """Check what the tokens say: each below vocab_size, and an end-of-text token where a document ends, nowhere else.
+
+    Reads all tokens, in constant memory. Raises ConfigError.
+    """
+    ends = open_documents(directory, manifest)
+    begin, num_documents = 0, 0
+    for shard in manifest.shards:
+        tokens = open_shard(directory, manifest, shard)
+        for first in range(0, shard.num_tokens, VERIFY_TOKENS):
+            piece = tokens[first : first + VERIFY_TOKENS]
+            if piece.max() >= manifest.vocab_size:
+                raise ConfigError(token_outside_vocabulary(key, directory / shard.file, piece.max(), manifest))
+            found = np.flatnonzero(piece == manifest.end_of_text_id) + (begin + first + 1)
+            listed = ends[num_documents : num_documents + len(found)]
+            if not np.array_equal(found.astype(DOCUMENT_END), listed):
+                raise ConfigError(
+                    f"{key}: {directory / shard.file} and {DOCUMENTS_FILE} disagree about where documents end: "
+                    "prepare the split again"
+                )
+            num_documents += len(found)
+        begin += shard.num_tokens
+    if num_documents != manifest.num_documents or (num_documents and ends[-1] != manifest.num_tokens):
+        raise ConfigError(
+            f"{key}: {directory} has {num_documents} ends of documents, {MANIFEST_FILE} says {manifest.num_documents}: "
+            "prepare the split again"
+        )
+
+
+def token_outside_vocabulary(key: str, file: Path, token: int, manifest: Manifest) -> str:
+    """What a user is told of a token that no vocabulary entry has."""
+    return (
+        f"{key}: {file} holds token {token}, its vocab_size is {manifest.vocab_size}: copy or prepare the split again"
+    )
 
 
 def count_sequences(num_tokens: int, sequence_tokens: int) -> int:
@@ -194,6 +239,15 @@ def check_enough(num_tokens: int, sequence_tokens: int, global_batch_sequences: 
         )
 
 
+def check_a_sequence(num_tokens: int, sequence_tokens: int, *, key: str) -> None:
+    """Raise ConfigError when a text is shorter than one sequence."""
+    if not count_sequences(num_tokens, sequence_tokens):
+        raise ConfigError(
+            f"{key}: {num_tokens} tokens given; allowed: more than sequence_tokens={sequence_tokens}: "
+            "add text or lower sequence_tokens"
+        )
+
+
 def _parse_manifest(loaded: dict[str, Any], file: Path) -> Manifest:
     if loaded.get("format") != FORMAT:
         raise ConfigError(f"{file}: format {loaded.get('format')!r} given; allowed: {FORMAT}: prepare the split again")
@@ -209,15 +263,19 @@ def _parse_manifest(loaded: dict[str, Any], file: Path) -> Manifest:
             wrong_type = field.type in (int, str) and type(value) is not field.type
             if wrong_type or (isinstance(value, int) and value < 0):
                 raise ConfigError(f"{file}: {field.name}: {value!r} given: prepare the split again")
+    if manifest.token_type != token_type_for(manifest.vocab_size):
+        raise ConfigError(
+            f"{file}: token_type: {manifest.token_type!r} given; allowed for a vocab_size of {manifest.vocab_size}: "
+            f"{token_type_for(manifest.vocab_size)}: prepare the split again"
+        )
     consistent = (
-        manifest.token_type == token_type_for(manifest.vocab_size)
-        and 0 <= manifest.end_of_text_id < manifest.vocab_size
+        0 <= manifest.end_of_text_id < manifest.vocab_size
         and all(re.fullmatch(r"shard-\d+\.bin", shard.file) and shard.num_tokens > 0 for shard in shards)
         and len(shards) > 0
         and manifest.num_tokens == sum(shard.num_tokens for shard in shards)
     )
     if not consistent:
-        raise ConfigError(f"{file}: its token_type, end_of_text_id, num_tokens or shards disagree: prepare it again")
+        raise ConfigError(f"{file}: its end_of_text_id, num_tokens or shards disagree: prepare it again")
     return manifest
 
 
@@ -232,48 +290,144 @@ def open_shard(directory: Path, manifest: Manifest, shard: Shard) -> npt.NDArray
     return np.memmap(directory / shard.file, dtype=manifest.dtype, mode="r", shape=(shard.num_tokens,))
 
 
-class ShardWriter:
-    """Writes tokens into `shard-00000.bin`, ... of a directory; constant memory. Used as a context manager."""
+def open_documents(directory: Path, manifest: Manifest) -> npt.NDArray[np.uint64]:
+    """For each document the number of tokens up to its end, memory-mapped and read-only. # (num_documents,)"""
+    if not manifest.num_documents:
+        return np.empty(0, DOCUMENT_END)
+    return np.memmap(directory / DOCUMENTS_FILE, dtype=DOCUMENT_END, mode="r", shape=(manifest.num_documents,))
 
-    def __init__(self, directory: Path, *, vocab_size: int, shard_tokens: int) -> None:
-        """`shard_tokens` is the most that one shard takes."""
+
+class SplitWriter:
+    """Writes a packed split, in constant memory, and can go on where a killed writer had last synced.
+
+    The bytes depend on the documents and `shard_tokens` only, never on how they were cut into calls of `write`.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        vocab_size: int,
+        end_of_text_id: int,
+        shard_tokens: int,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        """Start an empty split in `directory`, or go on from what `sync` returned; what was written after is cut off.
+
+        `shard_tokens` is the most that one shard takes.
+        """
         assert shard_tokens > 0
-        self.shards: list[Shard] = []
         self._directory = directory
+        self._vocab_size, self._end_of_text_id, self._shard_tokens = vocab_size, end_of_text_id, shard_tokens
         self._dtype = TOKEN_TYPES[token_type_for(vocab_size)]
-        self._shard_tokens = shard_tokens
-        self._num_tokens = 0
-        self._file: BinaryIO | None = None
-        self._hash = hashlib.sha256()
+        state = state or {"num_tokens": 0, "num_documents": 0, "num_bytes": 0, "shards": []}
+        self.num_tokens: int = state["num_tokens"]
+        self.num_documents: int = state["num_documents"]
+        self.num_bytes: int = state["num_bytes"]
+        self._shards = [Shard(**shard) for shard in state["shards"]]
+        directory.mkdir(parents=True, exist_ok=True)
+        for left_over in sorted(directory.glob("shard-*.bin"))[len(self._shards) + 1 :]:
+            left_over.unlink()
+        self._documents = HashedFile(directory / DOCUMENTS_FILE, self.num_documents * DOCUMENT_END.itemsize)
+        self._shard = self._open_shard()
 
-    def __enter__(self) -> Self:
-        return self
+    def _open_shard(self) -> "HashedFile":
+        tokens_before = sum(shard.num_tokens for shard in self._shards)
+        path = self._directory / f"shard-{len(self._shards):05d}.bin"
+        return HashedFile(path, (self.num_tokens - tokens_before) * self._dtype.itemsize)
 
-    def __exit__(self, *exception: object) -> None:
-        self._close_shard()
+    def write(self, tokens: npt.NDArray[Any], document_tokens: npt.NDArray[Any], num_bytes: int) -> None:
+        """Append whole documents.
 
-    def write(self, tokens: npt.NDArray[Any]) -> None:
-        """Append tokens. # (num_tokens,)"""
+        tokens (num_tokens,) holds them all, each ended by the end-of-text token; document_tokens (num_documents,) says
+        how many of the tokens are whose; num_bytes are the UTF-8 bytes of their text.
+        """
+        assert document_tokens.sum() == len(tokens)
+        self._documents.write((self.num_tokens + np.cumsum(document_tokens)).astype(DOCUMENT_END).tobytes())
+        self.num_documents += len(document_tokens)
+        self.num_bytes += num_bytes
         while len(tokens):
-            if self._file is None:
-                self._file = (self._directory / _shard_file(len(self.shards))).open("xb")
-            piece = tokens[: self._shard_tokens - self._num_tokens].astype(self._dtype)
-            raw = piece.tobytes()
-            self._file.write(raw)
-            self._hash.update(raw)
-            self._num_tokens += len(piece)
+            piece = tokens[: self._shard_tokens - self._shard.num_bytes // self._dtype.itemsize].astype(self._dtype)
+            self._shard.write(piece.tobytes())
+            self.num_tokens += len(piece)
             tokens = tokens[len(piece) :]
-            if self._num_tokens == self._shard_tokens:
-                self._close_shard()
+            if self._shard.num_bytes == self._shard_tokens * self._dtype.itemsize:
+                self._end_shard()
+                self._shard = self._open_shard()
 
-    def _close_shard(self) -> None:
-        if self._file is None:
-            return
+    def _end_shard(self) -> None:
+        path, num_tokens = self._shard.path, self._shard.num_bytes // self._dtype.itemsize
+        sha256 = self._shard.close()
+        if num_tokens:
+            self._shards.append(Shard(file=path.name, num_tokens=num_tokens, sha256=sha256))
+        else:
+            path.unlink()
+
+    def sync(self) -> dict[str, Any]:
+        """Bring all to the disk; returns the state, as JSON holds it, from which another writer goes on."""
+        self._shard.sync()
+        self._documents.sync()
+        return {
+            "num_tokens": self.num_tokens,
+            "num_documents": self.num_documents,
+            "num_bytes": self.num_bytes,
+            "shards": [dataclasses.asdict(shard) for shard in self._shards],
+        }
+
+    def finish(self, *, tokenizer_sha256: str, recipe_sha256: str) -> Manifest:
+        """Close the files and write the manifest."""
+        self._end_shard()
+        manifest = Manifest(
+            tokenizer_sha256=tokenizer_sha256,
+            recipe_sha256=recipe_sha256,
+            vocab_size=self._vocab_size,
+            token_type=token_type_for(self._vocab_size),
+            end_of_text_id=self._end_of_text_id,
+            num_tokens=self.num_tokens,
+            num_documents=self.num_documents,
+            num_bytes=self.num_bytes,
+            documents_sha256=self._documents.close(),
+            shards=tuple(self._shards),
+        )
+        write_manifest(self._directory, manifest)
+        return manifest
+
+    def close(self) -> None:
+        """Close the files as they are, for another writer to go on from what `sync` returned."""
+        self._shard.abandon()
+        self._documents.abandon()
+
+
+class HashedFile:
+    """A file that is appended to, and its sha256. Of an earlier one the first `num_bytes` are kept."""
+
+    def __init__(self, path: Path, num_bytes: int) -> None:
+        self.path, self.num_bytes = path, num_bytes
+        self._hash = hashlib.sha256()
+        self._file = path.open("r+b" if path.exists() else "w+b")
+        self._file.truncate(num_bytes)
+        while piece := self._file.read(1 << 20):
+            self._hash.update(piece)
+        assert self._file.tell() == num_bytes, f"{path} is shorter than it was"
+
+    def write(self, raw: bytes) -> None:
+        """Append bytes."""
+        self._file.write(raw)
+        self._hash.update(raw)
+        self.num_bytes += len(raw)
+
+    def sync(self) -> None:
+        """Bring all to the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> str:
+        """Bring all to the disk and close; returns the sha256, in hexadecimal."""
+        self.sync()
         self._file.close()
-        file, sha256 = _shard_file(len(self.shards)), self._hash.hexdigest()
-        self.shards.append(Shard(file=file, num_tokens=self._num_tokens, sha256=sha256))
-        self._file, self._num_tokens, self._hash = None, 0, hashlib.sha256()
+        return self._hash.hexdigest()
 
-
-def _shard_file(index: int) -> str:
-    return f"shard-{index:05d}.bin"
+    def abandon(self) -> None:
+        """Close, if it is still open; what was not synced may be lost."""
+        with contextlib.suppress(OSError):  # a full disk, which is known already
+            self._file.close()

@@ -13,13 +13,14 @@ FORMAT = 1
 
 
 def build_contract(config: RunConfig) -> dict[str, Any]:
-    """The contract of a configuration: model, tokenizer, sequence length, inner and outer settings, roster."""
+    """The contract of a configuration: model, tokenizer, sequences, inner and outer settings, roster."""
     return {
         "format": FORMAT,
         "name": config.name,
         "model": _model_terms(config),
         "tokenizer_sha256": tokenizer_sha256(config.tokenizer_file),
         "sequence_tokens": config.sequence_tokens,
+        "document_masking": config.document_masking,
         "inner": dataclasses.asdict(config.inner),
         "outer": dataclasses.asdict(config.outer),
         "num_rounds": config.num_rounds,

@@ -28,22 +28,26 @@ MODEL = ModelConfig(
 )
 INNER = InnerConfig(lr=0.01, clip_norm=1.0, num_steps=6)
 BATCHES = torch.randint(0, VOCAB_SIZE, (6, 4, 13), generator=torch.Generator().manual_seed(1))
+END = 0  # the end-of-text token, where documents are kept apart
+DOCUMENTS = torch.where(BATCHES < VOCAB_SIZE // 5, END, BATCHES)
 
 
-def plain_losses(values: dict[str, torch.Tensor], num_steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+def plain_losses(
+    values: dict[str, torch.Tensor], num_steps: int, batches: torch.Tensor = BATCHES, mask_at: int | None = None
+) -> list[float]:
     """A plain loop: transformers and torch alone, fp32, from `values`."""
     model = build_initial(MODEL, VOCAB_SIZE)
     for name, parameter in model.named_parameters():
         parameter.data.copy_(values[name])
     optimizer, losses = build_optimizer(model.parameters(), INNER, on_cpu=False), []
-    for batch in BATCHES[:num_steps]:
+    for batch in batches[:num_steps]:
         optimizer.zero_grad()
-        loss = token_losses(model, batch[:, :-1], batch[:, 1:]).mean()
+        loss = token_losses(model, batch[:, :-1], batch[:, 1:], mask_at).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), INNER.clip_norm)
         optimizer.step()
         losses.append(loss.item())
-    return losses, {name: p.detach() for name, p in model.named_parameters()}
+    return losses
 
 
 def plain_loss(values: dict[str, torch.Tensor], dtype: torch.dtype, batch: torch.Tensor) -> float:
@@ -55,11 +59,11 @@ def plain_loss(values: dict[str, torch.Tensor], dtype: torch.dtype, batch: torch
         return token_losses(model, batch[:, :-1], batch[:, 1:]).mean().item()
 
 
-def steps(engine: Engine, ranks: Ranks, numbers: range) -> list[float]:
+def steps(engine: Engine, ranks: Ranks, numbers: range, batches: torch.Tensor = BATCHES) -> list[float]:
     """Inner steps on this rank's part of the batches; returns the losses of the whole batches."""
     losses = []
     for number in numbers:
-        part = BATCHES[number].chunk(ranks.num_ranks)[ranks.rank]
+        part = batches[number].chunk(ranks.num_ranks)[ranks.rank]
         loss, _ = engine.step([(part[:, :-1], part[:, 1:])], INNER.lr)
         losses.append(ranks.sum([loss / ranks.num_ranks])[0])
     return losses
@@ -110,7 +114,7 @@ def check(stage: int, precision: str, ranks: Ranks, directory: Path) -> dict[str
         "written_back": written_back,
         "merged_back": merged_back,
         "before_merge": before_merge,
-        "expected_before_merge": plain_losses(initial, 2)[0],
+        "expected_before_merge": plain_losses(initial, 2),
         "next_loss": after_merge[0],
         "expected_next_loss": expected_next,
         "progress_restored": progress is not None and dataclasses.asdict(progress) == dataclasses.asdict(saved),
@@ -122,8 +126,27 @@ def check(stage: int, precision: str, ranks: Ranks, directory: Path) -> dict[str
     }
 
 
+def check_masking(ranks: Ranks) -> dict[str, object]:
+    """Losses with documents kept apart, at ZeRO-3 with activations recomputed, and those of a plain loop."""
+    silo = SiloConfig(
+        global_batch_sequences=4,
+        micro_batch_sequences=4 // ranks.num_ranks,
+        activation_checkpointing=True,
+        deepspeed={"zero_optimization": {"stage": 3}},
+    )
+    initial = {name: p.detach() * 1.5 for name, p in build_initial(MODEL, VOCAB_SIZE).named_parameters()}
+    engine = Engine(MODEL, silo, INNER, vocab_size=VOCAB_SIZE, ranks=ranks, mask_at=END)
+    engine.write(iter(initial.items()) if ranks.is_leader else None)
+    engine.check_masking()
+    return {
+        "losses": steps(engine, ranks, range(3), DOCUMENTS),
+        "expected": plain_losses(initial, 3, DOCUMENTS, END),
+        "without": plain_losses(initial, 3, DOCUMENTS),
+    }
+
+
 def main() -> None:
-    """All stages and precisions."""
+    """All stages and precisions, and masking."""
     ranks = Ranks()
     for stage, precision in itertools.product((0, 1, 2, 3), ("fp32", "bf16")):
         result = check(stage, precision, ranks, Path(sys.argv[1]))
@@ -131,6 +154,9 @@ def main() -> None:
         result["ranks_agree"] = everywhere == [ranks.num_ranks] * 2
         if ranks.is_leader:
             print("RESULT", json.dumps(result), flush=True)
+    masking = check_masking(ranks)
+    if ranks.is_leader:
+        print("MASKING", json.dumps(masking), flush=True)
     ranks.close()
 
 

@@ -14,8 +14,8 @@ WORKER = Path(__file__).parent / "engine_worker.py"
 CASES = [(stage, precision) for stage in (0, 1, 2, 3) for precision in ("fp32", "bf16")]
 
 
-def run_worker(directory: Path, *, num_ranks: int) -> dict[tuple[int, str], dict[str, Any]]:
-    """One torchrun for all cases: starting DeepSpeed costs more than the cases do."""
+def run_worker(directory: Path, *, num_ranks: int) -> dict[Any, dict[str, Any]]:
+    """One torchrun for all cases: starting DeepSpeed costs more than they do. By (stage, precision), or "masking"."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
     root = Path(__file__).parents[2]
     hide_gpus = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if torch.cuda.device_count() < num_ranks else {}
@@ -29,12 +29,14 @@ def run_worker(directory: Path, *, num_ranks: int) -> dict[tuple[int, str], dict
         timeout=200,
     )
     assert run.returncode == 0, run.stderr[-4000:]
-    rows = [json.loads(line.removeprefix("RESULT")) for line in run.stdout.splitlines() if line.startswith("RESULT")]
-    return {(row["stage"], row["precision"]): row for row in rows}
+    lines = run.stdout.splitlines()
+    rows = [json.loads(line.removeprefix("RESULT")) for line in lines if line.startswith("RESULT")]
+    (masking,) = [json.loads(line.removeprefix("MASKING")) for line in lines if line.startswith("MASKING")]
+    return {(row["stage"], row["precision"]): row for row in rows} | {"masking": masking}
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], dict[str, Any]]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, dict[str, Any]]:
     """Two ranks; on the CPU where there are not two GPUs."""
     return run_worker(tmp_path_factory.mktemp("engine"), num_ranks=2)
 
@@ -42,7 +44,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], d
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_on_a_gpu(tmp_path: Path) -> None:
-    for (_, precision), row in run_worker(tmp_path, num_ranks=1).items():
+    rows = run_worker(tmp_path, num_ranks=1)
+    masking = rows.pop("masking")
+    assert masking["losses"] == pytest.approx(masking["expected"], rel=1e-4)
+    for (_, precision), row in rows.items():
         assert row["written_back"]
         assert row["merged_back"]
         assert row["resumed"] == pytest.approx(row["uninterrupted"], rel=1e-6)
@@ -63,6 +68,12 @@ def test_trains_like_a_plain_loop(results: dict, stage: int, precision: str) -> 
     tolerance = 2e-6 if precision == "fp32" else 5e-3
     assert row["before_merge"] == pytest.approx(row["expected_before_merge"], rel=tolerance)
     assert row["num_skipped_steps"] == 0
+
+
+def test_documents_are_kept_apart_at_zero_3_with_activations_recomputed(results: dict) -> None:
+    row = results["masking"]
+    assert row["losses"] == pytest.approx(row["expected"], rel=2e-6)
+    assert row["without"] != pytest.approx(row["expected"], rel=1e-4)
 
 
 @pytest.mark.parametrize(("stage", "precision"), CASES)

@@ -39,7 +39,7 @@ POINTS: dict[str, tuple[str, str, str, Callable[..., int | None]]] = {
     ),
     "after_manifest": ("pretrain.exchange.objects", "Objects.write", "after", lambda self, name, data: manifest(name)),
     "adopting": ("pretrain.sync", "SiloSync._fetch", "after", lambda self, version: version),
-    "saving": ("pretrain.silo.checkpoint", "_sync_files", "before", lambda directory: int(directory.name[6:14])),
+    "saving": ("pretrain.silo.engine", "Engine.save", "after", lambda self, directory: int(directory.name[6:14])),
     "before_contract": (
         "pretrain.exchange.objects",
         "Objects.write",

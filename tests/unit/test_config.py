@@ -8,6 +8,8 @@ import pytest
 import yaml
 
 from pretrain.config import OWNED_DEEPSPEED_KEYS, RunConfig, check_batch, load_config, save_config
+from pretrain.preflight import check_silo
+from pretrain.silo.shards import read_manifest
 from tests.conftest import TinyConfig
 from tests.support import one_line_error
 
@@ -82,6 +84,24 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
         ["inner.warmup_steps: 13 given; allowed: "],
     ),
     (["silo.eval_sequences=-1"], ["silos.alpha.eval_sequences: -1 given; allowed: 0 or more"]),
+    (["silo.prefetch_batches=-1"], ["silos.alpha.prefetch_batches: -1 given; allowed: 0 or more"]),
+    (
+        ["silos.beta.data=[x,y]", "silos.beta.data_weights=[1]"],
+        [
+            "silos.beta.data_weights: [1.0] given; allowed: none, or one weight for each of the 2 entries of "
+            "silos.beta.data"
+        ],
+    ),
+    (
+        ["silos.beta.data=[x,y]", "silos.beta.data_weights=[1,0]"],
+        ["silos.beta.data_weights: [1.0, 0.0] given; allowed: numbers above 0"],
+    ),
+    (
+        ["silos.beta.data=[x]", "silos.beta.data_weights=[nan]"],
+        ["silos.beta.data_weights: [nan] given; allowed: numbers above 0"],
+    ),
+    (["silos.beta.data_weights=[a]"], ["silos.beta.data_weights[0]: ", "'a'"]),
+    (["document_masking=maybe"], ["document_masking: ", "'maybe'", "bool"]),
     (["silo.keep_checkpoints=0"], ["silos.alpha.keep_checkpoints: 0 given; allowed: 1 or more"]),
     # what must fit together
     (
@@ -182,6 +202,16 @@ def test_batch_is_checked_against_the_ranks_that_are_there(minimal: Path) -> Non
     assert message == (
         "silos.alpha.global_batch_sequences: 8 given; allowed: "
         "micro_batch_sequences 8 x accumulation_steps 1 x ranks 3 = 24"
+    )
+
+
+def test_each_weighted_corpus_must_have_a_sequence(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    config = tiny_config(tmp_path, sequence_tokens=10**6, silo={"data_weights": [2]})
+    (directory,) = config.silos["alpha"].data
+    num_tokens = read_manifest(Path(directory)).num_tokens
+    assert one_line_error(check_silo, config, "alpha") == (
+        f"silos.alpha.data ({directory}): {num_tokens} tokens given; allowed: more than sequence_tokens=1000000: "
+        "add text or lower sequence_tokens"
     )
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.config import ConfigError
-from pretrain.silo.data import Batches, Order, PackedTokens, held_out_batches
+from pretrain.silo.data import Batches, Mixture, Order, PackedTokens, held_out_batches
 from pretrain.silo.shards import (
     MANIFEST_FILE,
-    Manifest,
-    ShardWriter,
+    SplitWriter,
     atomic_path,
     open_shard,
     read_manifest,
-    token_type_for,
     verify_shards,
     write_manifest,
 )
@@ -36,22 +35,12 @@ def write_split(
     vocab_size: int = 50_000,
     shard_tokens: int = 1_000,
     tokenizer: str = TOKENIZER,
+    document_tokens: Sequence[int] | None = None,
 ) -> Path:
-    directory.mkdir(parents=True)
-    with ShardWriter(directory, vocab_size=vocab_size, shard_tokens=shard_tokens) as writer:
-        writer.write(tokens)
-    manifest = Manifest(
-        tokenizer_sha256=tokenizer,
-        source_sha256="c3" * 32,
-        vocab_size=vocab_size,
-        token_type=token_type_for(vocab_size),
-        end_of_text_id=0,
-        num_tokens=len(tokens),
-        num_documents=1,
-        num_bytes=len(tokens),
-        shards=tuple(writer.shards),
-    )
-    write_manifest(directory, manifest)
+    """A packed split of any tokens; `document_tokens` says how many each document has (None: all are one)."""
+    writer = SplitWriter(directory, vocab_size=vocab_size, end_of_text_id=0, shard_tokens=shard_tokens)
+    writer.write(tokens, np.array(document_tokens or [len(tokens)]), len(tokens))
+    writer.finish(tokenizer_sha256=tokenizer, recipe_sha256="c3" * 32)
     return directory
 
 
@@ -118,13 +107,12 @@ def test_every_sequence_once_per_epoch(
 ) -> None:
     micro, accumulation, num_ranks = shape
     tokens = counting_tokens(tmp_path_factory.mktemp("data") / "s", num_tokens=num_sequences * 4 + 1, sequence_tokens=4)
-    order = Order(seed=3, silo="court", num_sequences=tokens.num_sequences)
+    mixture = Mixture([tokens], seed=3, silo="court")
     drawn: Counter[int] = Counter()
     num_steps = 2 * num_sequences  # so many steps are whole epochs for any global batch
     ranks = [
         Batches(
-            tokens,
-            order,
+            mixture,
             micro_batch_sequences=micro,
             accumulation_steps=accumulation,
             rank=rank,
@@ -158,7 +146,10 @@ def test_any_shape_draws_the_same_global_batches_and_resumes_with_any_other(tmp_
     def ranks(shape: tuple[int, int, int], position: int = 0) -> list[Batches]:
         micro, accumulation, num_ranks = shape
         sizes = {"micro_batch_sequences": micro, "accumulation_steps": accumulation, "num_ranks": num_ranks}
-        return [Batches(tokens, order, **sizes, rank=rank, position=position) for rank in range(num_ranks)]
+        return [
+            Batches(Mixture([tokens], seed=0, silo="court"), **sizes, rank=rank, position=position)
+            for rank in range(num_ranks)
+        ]
 
     expected = [[order.index(12 * step + i) for i in range(12)] for step in range(20)]
     shapes = [(12, 1, 1), (1, 12, 1), (1, 1, 12), (2, 3, 2), (3, 2, 2), (2, 2, 3)]
@@ -175,8 +166,9 @@ def test_any_shape_draws_the_same_global_batches_and_resumes_with_any_other(tmp_
 
 def test_state_in_the_middle_of_a_step_is_its_beginning(tmp_path: Path) -> None:
     tokens = counting_tokens(tmp_path / "s", num_tokens=401, sequence_tokens=4)
-    order = Order(seed=0, silo="court", num_sequences=tokens.num_sequences)
-    batches = Batches(tokens, order, micro_batch_sequences=2, accumulation_steps=3, rank=0, num_ranks=1)
+    batches = Batches(
+        Mixture([tokens], seed=0, silo="court"), micro_batch_sequences=2, accumulation_steps=3, rank=0, num_ranks=1
+    )
     states, inputs = [], []
     for _ in range(6):
         states.append(batches.state())
@@ -189,9 +181,9 @@ def test_state_in_the_middle_of_a_step_is_its_beginning(tmp_path: Path) -> None:
 
 def test_corpus_smaller_than_a_global_batch_is_said_in_one_line(tmp_path: Path) -> None:
     tokens = counting_tokens(tmp_path / "s", num_tokens=30, sequence_tokens=4)
-    order = Order(seed=0, silo="court", num_sequences=tokens.num_sequences)
+    mixture = Mixture([tokens], seed=0, silo="court")
     with pytest.raises(ConfigError) as caught:
-        Batches(tokens, order, micro_batch_sequences=4, accumulation_steps=1, rank=0, num_ranks=2)
+        Batches(mixture, micro_batch_sequences=4, accumulation_steps=1, rank=0, num_ranks=2)
     assert str(caught.value) == (
         "silo.data: 30 tokens given, which are 7 sequences of sequence_tokens=4; allowed: at least one batch of "
         "global_batch_sequences=8: add text, or lower sequence_tokens or global_batch_sequences"
@@ -271,12 +263,12 @@ def test_broken_splits_are_said_in_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"format": 2}, "format 2 given; allowed: 1: prepare the split again"),
+        ({"format": 1}, "format 1 given; allowed: 2: prepare the split again"),
         ({"num_tokens": "many"}, "num_tokens: 'many' given: prepare the split again"),
-        ({"num_tokens": 7}, "its token_type, end_of_text_id, num_tokens or shards disagree: prepare it again"),
+        ({"num_tokens": 7}, "its end_of_text_id, num_tokens or shards disagree: prepare it again"),
         ({"shards": [{"file": "../x.bin", "num_tokens": 9, "sha256": ""}]}, "disagree: prepare it again"),
-        ({"shards": [{"file": "shard-0.bin"}]}, "not a manifest of format 1"),
-        ({"surprise": 1}, "not a manifest of format 1"),
+        ({"shards": [{"file": "shard-0.bin"}]}, "not a manifest of format 2"),
+        ({"surprise": 1}, "not a manifest of format 2"),
     ],
 )
 def test_manifests_are_checked(tmp_path: Path, change: dict[str, object], expected: str) -> None:

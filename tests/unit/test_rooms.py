@@ -21,7 +21,7 @@ ALLOWED = {
     "pretrain.trust": ("pretrain.config", "pretrain.outer", "pretrain.silo.shards", "pretrain.trust"),
     "pretrain.exchange": ("pretrain.config", "pretrain.outer", "pretrain.trust", "pretrain.exchange"),
     "pretrain": ("pretrain",),
-    "data_tools": ("data_tools", "pretrain.config", "pretrain.silo.shards"),
+    "data_tools": ("data_tools", "pretrain.config", "pretrain.lock", "pretrain.silo.shards"),
     # The lock is the launcher's, too: one launcher a run directory.
     "launch": ("launch", "pretrain.config", "pretrain.lock"),
     "launch.cli": ("launch", "pretrain", "data_tools"),

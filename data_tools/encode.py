@@ -1,0 +1,145 @@
+"""What a worker process does with a block of text: parse, clean, tokenize."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data_tools.clean import Cleaner, Cleaning, document_hash, is_held_out, text_grams
+from data_tools.sources import Bad, Block, parse_block
+from data_tools.tokenizer import end_of_text_id, load_tokenizer, vocab_size_of
+from pretrain.silo.shards import TOKEN_TYPES, token_type_for
+
+# Documents that are tokenized at once: the library's objects take some 300 bytes a token.
+BATCH_BYTES = 1 << 18
+
+
+@dataclass(kw_only=True, frozen=True)
+class Job:
+    """What every worker is told at its start."""
+
+    tokenizer: Path
+    """The tokenizer.json."""
+    cleaning: Cleaning
+    """What is done to documents."""
+    held_out: float
+    """Share of documents that are held out, 0 to below 1."""
+    held_out_grams: Path | None = None
+    """The 13-grams of the held-out documents, where training documents must not share one."""
+
+
+@dataclass(kw_only=True)
+class Encoded:
+    """What became of a block. Documents are those that passed all that can be decided without the rest of the text."""
+
+    tokens: npt.NDArray[Any]
+    """Of all documents, each ended by the end-of-text token. # (num_tokens,)"""
+    document_tokens: npt.NDArray[np.int64]
+    """Tokens of each document, its end included. # (num_documents,)"""
+    document_bytes: npt.NDArray[np.int64]
+    """UTF-8 bytes of each document's text. # (num_documents,)"""
+    held_out: npt.NDArray[np.bool_]
+    """Whether it belongs to the held-out split. # (num_documents,)"""
+    hashes: list[bytes]
+    """`document_hash` of each document."""
+    signatures: list[bytes]
+    """Its MinHash, where near duplicates are looked for; empty otherwise."""
+    dropped: list[tuple[str, int]]
+    """Reason and bytes of each document that was dropped."""
+    bad: list[Bad] = field(default_factory=list)
+    """Records that could not be used."""
+
+
+class Encoder:
+    """Turns blocks into tokens; one a worker process."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._cleaner = Cleaner(job.cleaning, job.held_out_grams)
+        self._tokenizer = load_tokenizer(job.tokenizer)
+        self._end_id = end_of_text_id(self._tokenizer)
+        self._dtype = TOKEN_TYPES[token_type_for(vocab_size_of(self._tokenizer))]
+
+    def encode(self, block: Block) -> Encoded:
+        """Parse, clean and tokenize a block."""
+        texts, hashes, held_out, signatures = [], [], [], []
+        dropped: list[tuple[str, int]] = []
+        bad: list[Bad] = []
+        for text, reason in self._cleaned(block, bad):
+            digest = document_hash(text)
+            is_valid = self._is_held_out(block, digest)
+            if reason:
+                dropped.append((reason, len(text.encode())))
+            elif self._job.held_out_grams and not is_valid and self._cleaner.overlaps(text):
+                dropped.append(("overlap", len(text.encode())))
+            else:
+                texts.append(text)
+                hashes.append(digest)
+                held_out.append(is_valid)
+                if self._job.cleaning.near_duplicates:
+                    signatures.append(self._cleaner.signature(text))
+        pieces = list(self._tokens(texts))
+        return Encoded(
+            tokens=np.concatenate(pieces) if pieces else np.empty(0, self._dtype),
+            document_tokens=np.array([len(piece) for piece in pieces], dtype=np.int64),
+            document_bytes=np.array([len(text.encode()) for text in texts], dtype=np.int64),
+            held_out=np.array(held_out, dtype=np.bool_),
+            hashes=hashes,
+            signatures=signatures,
+            dropped=dropped,
+            bad=bad,
+        )
+
+    def held_out_grams(self, block: Block) -> npt.NDArray[np.uint64]:
+        """The 13-grams of the block's held-out documents."""
+        grams = [
+            text_grams(text)
+            for text, reason in self._cleaned(block, [])
+            if reason is None and self._is_held_out(block, document_hash(text))
+        ]
+        return np.unique(np.concatenate(grams)) if grams else np.empty(0, np.uint64)
+
+    def _cleaned(self, block: Block, bad: list[Bad]) -> Iterator[tuple[str, str | None]]:
+        """Each document's text after cleaning, and the reason why it is dropped; what is no document goes to `bad`."""
+        for number, text in parse_block(block):
+            if isinstance(text, Bad):
+                bad.append(text)
+            else:
+                yield self._cleaner.clean(text, f"{block.part.path}, {block.part.unit} {number}")
+
+    def _is_held_out(self, block: Block, digest: bytes) -> bool:
+        return block.part.split == "valid" if block.part.split else is_held_out(digest, self._job.held_out)
+
+    def _tokens(self, texts: list[str]) -> Iterator[npt.NDArray[Any]]:
+        """Tokens of each text, and the end-of-text token. # (num_tokens,)"""
+        first, num_characters = 0, 0
+        for last, text in enumerate(texts, start=1):
+            num_characters += len(text)
+            if num_characters >= BATCH_BYTES or last == len(texts):
+                for document in self._tokenizer.encode_batch_fast(texts[first:last], add_special_tokens=False):
+                    ids = document.ids
+                    ids.append(self._end_id)
+                    yield np.array(ids, dtype=self._dtype)
+                first, num_characters = last, 0
+
+
+_encoder: Encoder
+
+
+def start(job: Job) -> None:
+    """Make this process's encoder."""
+    global _encoder
+    _encoder = Encoder(job)
+
+
+def encode(item: tuple[int, Block]) -> Encoded:
+    """`Encoder.encode` of a numbered block."""
+    return _encoder.encode(item[1])
+
+
+def held_out_grams(item: tuple[int, Block]) -> npt.NDArray[np.uint64]:
+    """`Encoder.held_out_grams` of a numbered block."""
+    return _encoder.held_out_grams(item[1])

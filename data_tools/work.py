@@ -1,0 +1,154 @@
+"""A packing under way, on the disk: what is written and how far the text is read, so that a kill loses seconds at most.
+
+One database transaction holds the reading position, the state of every split's writer, what was counted, and the
+register of documents seen; the files that it speaks of are on the disk before it is committed. Whatever a killed
+process had written after that is cut off by the next one, which writes the same bytes again.
+"""
+
+import json
+import sqlite3
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data_tools.duplicates import Seen
+from data_tools.encode import Encoded
+from pretrain.silo.shards import Manifest, SplitWriter
+
+STATE_FILE = "state.sqlite"
+# Kibibytes; as SQLite counts, negative.
+DATABASE_CACHE = -65_536
+# Log2 of a document's bytes, for a histogram of 32 bins.
+NUM_LENGTH_BINS = 32
+MAX_BAD_EXAMPLES = 20
+
+
+class Work:
+    """Everything that one packing has done so far. `place` is where reading goes on."""
+
+    def __init__(
+        self, directory: Path, terms: dict[str, Any], *, vocab_size: int, end_of_text_id: int, near_duplicates: float
+    ) -> None:
+        """Open what is in `directory`, or begin. `terms` are kept with it; `terms_differ` compares them."""
+        self.output = directory / "output"
+        self._shards = {
+            "vocab_size": vocab_size,
+            "end_of_text_id": end_of_text_id,
+            "shard_tokens": terms["shard_tokens"],
+        }
+        self._database = sqlite3.connect(directory / STATE_FILE)
+        self._database.execute(f"PRAGMA cache_size = {DATABASE_CACHE}")
+        self._database.execute("CREATE TABLE IF NOT EXISTS state (json TEXT)")
+        self._seen = Seen(self._database, near_threshold=near_duplicates)
+        row = self._database.execute("SELECT json FROM state").fetchone()
+        state: dict[str, Any] = json.loads(row[0]) if row else {}
+        self.terms: dict[str, Any] = state.get("terms", terms)
+        self.place: tuple[int, int, int] = tuple(state.get("place", (0, 0, 0)))
+        """Part, and the offset and number in it (see sources.Place)."""
+        self.counts: dict[str, dict[str, Any]] = state.get("counts", {})
+        """Source name to what was read, kept, dropped and bad."""
+        self._seconds_before: float = state.get("seconds", 0.0)
+        self._began = time.monotonic()
+        self._writers = {
+            split: SplitWriter(self.output / split, **self._shards, state=writer)
+            for split, writer in state.get("writers", {}).items()
+        }
+
+    @property
+    def seconds(self) -> float:
+        """Time spent, over all attempts, each up to its last commit."""
+        return self._seconds_before + time.monotonic() - self._began
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens written so far, over all splits."""
+        return sum(writer.num_tokens for writer in self._writers.values())
+
+    def take(self, encoded: Encoded, source: str, folder: str, place: tuple[int, int, int]) -> None:
+        """Write a block's documents, those that are no duplicates, to `folder` of the output, and count them."""
+        counts = self.counts.setdefault(source, _nothing_counted())
+        drop_duplicates = self.terms["cleaning"]["drop_duplicates"]
+        keep = np.array([not drop_duplicates or self._seen.first(one) for one in encoded.hashes], np.bool_)
+        dropped = [("duplicate", int(n)) for n in encoded.document_bytes[~keep]]
+        for index, signature in enumerate(encoded.signatures):
+            if keep[index] and not self._seen.first_near(signature):
+                keep[index] = False
+                dropped.append(("near duplicate", int(encoded.document_bytes[index])))
+        for split, chosen in (("train", keep & ~encoded.held_out), ("valid", keep & encoded.held_out)):
+            if chosen.any():
+                self._write(encoded, chosen, counts["kept"].setdefault(split, _no_tokens()), folder + split)
+        for reason, num_bytes in [*encoded.dropped, *dropped]:
+            _add(counts["dropped"].setdefault(reason, {"documents": 0, "bytes": 0}), 1, num_bytes)
+            counts["lengths_dropped"][min(max(num_bytes, 1).bit_length(), NUM_LENGTH_BINS) - 1] += 1
+            _add(counts, 1, num_bytes)
+        _add(counts, int(keep.sum()), int(encoded.document_bytes[keep].sum()))
+        bins = np.minimum(np.frexp(np.maximum(encoded.document_bytes[keep], 1))[1], NUM_LENGTH_BINS) - 1
+        histogram = np.bincount(bins, minlength=NUM_LENGTH_BINS) + counts["lengths_kept"]
+        counts["lengths_kept"] = histogram.tolist()
+        for bad in encoded.bad:
+            counts["bad"][bad.reason] = counts["bad"].get(bad.reason, 0) + 1
+            if len(counts["bad_examples"]) < MAX_BAD_EXAMPLES:
+                counts["bad_examples"].append(bad.message)
+        self.place = place
+
+    def _write(self, encoded: Encoded, chosen: npt.NDArray[np.bool_], counts: dict[str, int], split: str) -> None:
+        if split not in self._writers:
+            self._writers[split] = SplitWriter(self.output / split, **self._shards)
+        document_tokens = encoded.document_tokens[chosen]
+        num_bytes = int(encoded.document_bytes[chosen].sum())
+        tokens = encoded.tokens[np.repeat(chosen, encoded.document_tokens)]
+        self._writers[split].write(tokens, document_tokens, num_bytes)
+        _add(counts, len(document_tokens), num_bytes)
+        counts["tokens"] += len(tokens)
+
+    def commit(self) -> None:
+        """Bring everything to the disk: from here the next process goes on."""
+        state = {
+            "terms": self.terms,
+            "place": self.place,
+            "counts": self.counts,
+            "seconds": self.seconds,
+            "writers": {split: writer.sync() for split, writer in self._writers.items()},
+        }
+        self._database.execute("DELETE FROM state")
+        self._database.execute("INSERT INTO state VALUES (?)", (json.dumps(state),))
+        self._database.commit()
+
+    def finish(self, *, tokenizer_sha256: str, recipe_sha256: str) -> dict[str, Manifest]:
+        """Write the manifests; returns them by split, `train` or `NAME/train`."""
+        self.commit()
+        return {
+            split: writer.finish(tokenizer_sha256=tokenizer_sha256, recipe_sha256=recipe_sha256)
+            for split, writer in self._writers.items()
+        }
+
+    def close(self) -> None:
+        """Close the files; what was not committed is lost, as after a kill."""
+        for writer in self._writers.values():
+            writer.close()
+        self._database.close()
+
+
+def _nothing_counted() -> dict[str, Any]:
+    return {
+        "documents": 0,
+        "bytes": 0,
+        "kept": {},
+        "dropped": {},
+        "bad": {},
+        "bad_examples": [],
+        "lengths_kept": [0] * NUM_LENGTH_BINS,
+        "lengths_dropped": [0] * NUM_LENGTH_BINS,
+    }
+
+
+def _no_tokens() -> dict[str, int]:
+    return {"documents": 0, "bytes": 0, "tokens": 0}
+
+
+def _add(counts: dict[str, Any], num_documents: int, num_bytes: int) -> None:
+    counts["documents"] += num_documents
+    counts["bytes"] += num_bytes

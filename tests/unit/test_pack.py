@@ -1,0 +1,392 @@
+"""Raw text to packed shards: what is kept and counted, resuming, and what a user is told."""
+
+import gzip
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from tokenizers import Tokenizer
+
+from data_tools.clean import Cleaning
+from data_tools.pack import Recipe, StoppedError, prepare
+from data_tools.sources import Source, load_sources
+from data_tools.tokenizer import train_tokenizer
+from pretrain.config import load_config
+from pretrain.silo.data import PackedTokens
+from pretrain.silo.shards import Manifest, tokenizer_sha256, verify_shards, verify_tokens
+from tests.support import TinyText, one_line_error, pseudo_text, tiny_settings
+
+TEXTS = [
+    "The court finds that the appeal is allowed. The court finds that costs follow the event.\n" * 3,
+    "Der Patient klagt über Schmerzen; 日本語 and an emoji 🙂 too.",
+    "A text that says <|endoftext|> in its middle has no token there.",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_tokenizer(TEXTS, vocab_size=280, output=tmp_path_factory.mktemp("tokenizer"))
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    raw = "".join(json.dumps({"text": text, "source": 1}) + "\n" for text in texts).encode()
+    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+    return path
+
+
+def recipe(tokenizer: Path, *paths: Path, **changes: Any) -> Recipe:
+    sources = tuple(Source(path=str(path)) for path in paths)
+    return Recipe(**{"sources": sources, "tokenizer": tokenizer, "held_out": 0.0} | changes)
+
+
+def decoded(split: Path, tokenizer: Path) -> list[str]:
+    """The documents of a packed split, checked, read through memory maps and decoded."""
+    encoder, manifest = Tokenizer.from_file(str(tokenizer)), verify_shards(split)
+    verify_tokens(split, manifest)
+    tokens = PackedTokens([split], sequence_tokens=manifest.num_tokens - 1).sequence(0)
+    ends = np.flatnonzero(tokens == manifest.end_of_text_id)
+    assert len(ends) == manifest.num_documents
+    return [encoder.decode(part[part != manifest.end_of_text_id]) for part in np.split(tokens, ends[:-1])]
+
+
+def hashes(output: Path) -> dict[str, str]:
+    """Of every file of the packed splits."""
+    files = [*output.rglob("*.bin"), *output.rglob("manifest.json")]
+    return {str(file.relative_to(output)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def counted(output: Path, source: str = "text") -> dict[str, Any]:
+    return json.loads((output / "report.json").read_text())["sources"][source]
+
+
+# --- what is written ---
+
+
+@pytest.mark.parametrize("shard_tokens", [7, 1_000_000])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_round_trip(tokenizer: Path, tmp_path: Path, shard_tokens: int, num_workers: int) -> None:
+    source = write_jsonl(tmp_path / "text.jsonl.gz", TEXTS)
+    settings = recipe(tokenizer, source, shard_tokens=shard_tokens)
+    manifests = prepare(settings, tmp_path / "packed", num_workers=num_workers)
+    manifest = manifests["train"]
+    assert manifests == {"train": verify_shards(tmp_path / "packed" / "train")}
+    assert manifest.tokenizer_sha256 == tokenizer_sha256(tokenizer)
+    assert decoded(tmp_path / "packed" / "train", tokenizer) == TEXTS
+    assert manifest.num_bytes == sum(len(text.encode()) for text in TEXTS)
+    assert manifest.token_type == "uint16"
+    assert all(shard.num_tokens <= shard_tokens for shard in manifest.shards)
+    assert len(manifest.shards) == -(-manifest.num_tokens // shard_tokens)
+    names = sorted(str(path.relative_to(tmp_path)) for path in (tmp_path / "packed").iterdir())
+    assert names == ["packed/report.json", "packed/report.png", "packed/silo.yaml", "packed/train"]
+    assert not (tmp_path / "packed.partial").exists()
+
+
+def test_a_tokenizer_that_truncates_does_not_truncate_documents(tokenizer: Path, tmp_path: Path) -> None:
+    encoder = Tokenizer.from_file(str(tokenizer))
+    encoder.enable_truncation(3)
+    encoder.enable_padding(length=999)
+    encoder.save(str(tmp_path / "tokenizer.json"))
+    source = write_jsonl(tmp_path / "text.jsonl", TEXTS)
+    prepare(recipe(tmp_path, source), tmp_path / "packed")
+    assert decoded(tmp_path / "packed" / "train", tokenizer) == TEXTS
+
+
+def test_a_large_vocabulary_gets_the_wider_type(tmp_path: Path) -> None:
+    encoder = Tokenizer.from_str(
+        Tokenizer.from_file(str(train_tokenizer(TEXTS, vocab_size=280, output=tmp_path))).to_str()
+    )
+    encoder.add_tokens([f"<unused {number}>" for number in range(70_000)])
+    (tmp_path / "large").mkdir()
+    encoder.save(str(tmp_path / "large" / "tokenizer.json"))
+    source = write_jsonl(tmp_path / "text.jsonl", [*TEXTS, "<unused 69999>"])
+    manifest = prepare(recipe(tmp_path / "large", source), tmp_path / "packed")["train"]
+    assert (manifest.token_type, manifest.vocab_size) == ("uint32", 70_280)
+    assert decoded(tmp_path / "packed" / "train", tmp_path / "large" / "tokenizer.json")[:3] == TEXTS
+
+
+def test_several_sources_make_one_silo(tokenizer: Path, tmp_path: Path, tiny_text: TinyText) -> None:
+    write_jsonl(tmp_path / "raw" / "notes" / "a.jsonl", pseudo_text("a", 2_000))
+    write_jsonl(tmp_path / "raw" / "letters.jsonl.gz", pseudo_text("b", 3_000))
+    listed = {
+        "sources": [
+            {"path": str(tmp_path / "raw" / "notes"), "weight": 3},
+            {"path": str(tmp_path / "raw" / "*.gz"), "name": "post", "weight": 1},
+        ]
+    }
+    (tmp_path / "sources.yaml").write_text(yaml.safe_dump(listed))
+    sources = tuple(load_sources(tmp_path / "sources.yaml"))
+    output = tmp_path / "packed"
+    manifests = prepare(Recipe(sources=sources, tokenizer=tokenizer, held_out=0.2), output)
+    assert sorted(manifests) == ["notes/train", "notes/valid", "post/train", "post/valid"]
+    overlay = yaml.safe_load((output / "silo.yaml").read_text())
+    assert overlay["silo"] == {
+        "data": [str(output / "notes" / "train"), str(output / "post" / "train")],
+        "data_weights": [3.0, 1.0],
+        "valid": {"notes": str(output / "notes" / "valid"), "post": str(output / "post" / "valid")},
+    }
+    settings = tiny_settings(tmp_path, tiny_text)
+    settings["silos"] = {"hospital": None}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    loaded = load_config([tmp_path / "run.yaml", output / "silo.yaml"], [])
+    assert loaded.silos["hospital"].data_weights == [3.0, 1.0]
+
+
+def test_the_held_out_split_is_stable_when_documents_are_added(tokenizer: Path, tmp_path: Path) -> None:
+    documents = sorted(set(pseudo_text("stable", 60_000)))
+    first, more = documents[::2], documents
+    held_out = {}
+    for name, texts in (("first", first), ("more", more)):
+        source = write_jsonl(tmp_path / name / "text.jsonl", texts)
+        prepare(recipe(tokenizer, source, held_out=0.2), tmp_path / name / "packed")
+        held_out[name] = set(decoded(tmp_path / name / "packed" / "valid", tokenizer))
+        trained = set(decoded(tmp_path / name / "packed" / "train", tokenizer))
+        assert held_out[name].isdisjoint(trained)
+        assert held_out[name] | trained == set(texts)
+    assert held_out["first"] == held_out["more"] & set(first)
+    assert 0.1 < len(held_out["more"]) / len(more) < 0.3
+
+
+# --- cleaning ---
+
+
+def test_every_document_is_accounted_for(tokenizer: Path, tmp_path: Path) -> None:
+    long = pseudo_text("long", 40_000)
+    held, similar = "\n".join(long[:3]), " ".join(long[10:30])
+    write_jsonl(tmp_path / "text" / "valid.jsonl", [held])
+    texts = [
+        "ﬁve words are enough for this document, which nobody drops",
+        "  \n ",
+        "short",
+        "x" * 9_000,
+        similar,
+        similar,
+        similar + " and a few words more",
+        "Before it. " + " ".join(held.split()[:20]) + " and after it.",
+        "please drop me, says the user's own filter to this document",
+    ]
+    write_jsonl(tmp_path / "text" / "train.jsonl", texts)
+    cleaning = Cleaning(
+        normalize="NFKC",
+        min_characters=20,
+        max_characters=8_000,
+        drop_duplicates=True,
+        near_duplicates=0.8,
+        drop_overlap=True,
+        filter="tests.unit.test_pack:keep",
+    )
+    output = tmp_path / "packed"
+    prepare(recipe(tokenizer, tmp_path / "text", cleaning=cleaning), output)
+    assert decoded(output / "train", tokenizer) == [
+        "five words are enough for this document, which nobody drops",
+        similar,
+    ]
+    assert decoded(output / "valid", tokenizer) == [held]
+    counts = counted(output)
+    assert {reason: dropped["documents"] for reason, dropped in counts["dropped"].items()} == {
+        "blank": 1,
+        "short": 1,
+        "long": 1,
+        "filter": 1,
+        "overlap": 1,
+        "duplicate": 1,
+        "near duplicate": 1,
+    }
+    assert counts["documents"] == 10
+    assert {split: kept["documents"] for split, kept in counts["kept"].items()} == {"train": 2, "valid": 1}
+    assert sum(counts["lengths_kept"]) == 3
+    assert sum(counts["lengths_dropped"]) == 7
+
+
+def keep(text: str) -> bool:
+    """The filter of the test above."""
+    return not text.startswith("please drop me")
+
+
+# --- stopping and going on ---
+
+
+def test_stopped_and_resumed_at_every_block(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_tools.sources.BLOCK_BYTES", 4_000)
+    documents = pseudo_text("resume", 30_000)
+    write_jsonl(tmp_path / "text" / "a.jsonl", documents[:40])
+    write_jsonl(tmp_path / "text" / "b.jsonl.gz", documents[30:70])
+    (tmp_path / "text" / "c.txt").write_text("\n<|endoftext|>\n".join(documents[60:]))
+    cleaning = Cleaning(drop_duplicates=True, near_duplicates=0.7, drop_overlap=True)
+    settings = recipe(tokenizer, tmp_path / "text", held_out=0.1, shard_tokens=3_000, cleaning=cleaning)
+    prepare(settings, tmp_path / "undisturbed")
+    with pytest.raises(StoppedError):  # in the first reading, for the held-out 13-grams
+        prepare(settings, tmp_path / "stopped", asked_to_stop=lambda: True)
+    num_stops, read = 0, tmp_path / "stopped.partial" / "held_out_grams.npy"
+    while not (tmp_path / "stopped").exists():
+        try:  # after every block from then on
+            prepare(settings, tmp_path / "stopped", asked_to_stop=read.exists, commit_seconds=1e9)
+        except StoppedError:
+            num_stops += 1
+    assert num_stops >= 5
+    assert hashes(tmp_path / "stopped") == hashes(tmp_path / "undisturbed")
+    assert len(hashes(tmp_path / "stopped")) > 5
+    without_time = [
+        json.loads((tmp_path / name / "report.json").read_text())["sources"] for name in ("stopped", "undisturbed")
+    ]
+    assert without_time[0] == without_time[1]
+
+
+def test_workers_do_not_change_the_bytes(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_tools.sources.BLOCK_BYTES", 3_000)
+    source = write_jsonl(tmp_path / "text.jsonl", pseudo_text("workers", 60_000))
+    outputs = [tmp_path / f"workers-{number}" for number in (0, 1, 3)]
+    for number, output in zip((0, 1, 3), outputs, strict=True):
+        prepare(recipe(tokenizer, source, shard_tokens=5_000), output, num_workers=number)
+    assert hashes(outputs[0]) == hashes(outputs[1]) == hashes(outputs[2])
+
+
+def test_preparing_again_keeps_the_same_and_refuses_another(tokenizer: Path, tmp_path: Path) -> None:
+    source, output = write_jsonl(tmp_path / "text.jsonl", TEXTS), tmp_path / "packed"
+    first = prepare(recipe(tokenizer, source), output)
+    written = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    (tmp_path / "packed.partial").mkdir()  # of a process that was killed between its last two steps
+    assert prepare(recipe(tokenizer.parent, source), output) == first
+    assert not (tmp_path / "packed.partial").exists()
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == written
+    assert one_line_error(prepare, recipe(tokenizer, source, held_out=0.5), output) == (
+        f"--output: {output} was prepared with other held_out: delete it or choose another --output"
+    )
+    write_jsonl(source, TEXTS[:1])
+    assert "was prepared with other text: delete it" in one_line_error(prepare, recipe(tokenizer, source), output)
+    assert decoded(output / "train", tokenizer) == TEXTS
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    assert "exists and is no prepared text" in one_line_error(prepare, recipe(tokenizer, source), tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+
+
+def test_work_begun_with_another_recipe_is_not_mixed(tokenizer: Path, tmp_path: Path) -> None:
+    source, output = write_jsonl(tmp_path / "text.jsonl", TEXTS), tmp_path / "packed"
+    with pytest.raises(StoppedError):
+        prepare(recipe(tokenizer, source), output, asked_to_stop=lambda: True)
+    other = recipe(tokenizer, source, cleaning=Cleaning(normalize="NFC"), shard_tokens=9)
+    assert one_line_error(prepare, other, output) == (
+        f"--output: {output}.partial was begun with other cleaning, shard_tokens: delete it, or choose another --output"
+    )
+    prepare(recipe(tokenizer, source), output)
+    assert decoded(output / "train", tokenizer) == TEXTS
+
+
+# --- what a user is told ---
+
+
+BAD_LINES = {
+    "broken line": b'{"text": "a"',
+    "wrong encoding": b'{"text": "\xff"}',
+    "missing field": b'{"txt": "a"}',
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES.values(), ids=BAD_LINES.keys())
+def test_a_bad_record_stops_or_is_skipped_and_counted(tokenizer: Path, tmp_path: Path, line: bytes) -> None:
+    source, output = tmp_path / "text.jsonl", tmp_path / "packed"
+    source.write_bytes(b'{"text": "good"}\n' + line + b'\n{"text": "good, too"}\n')
+    message = one_line_error(prepare, recipe(tokenizer, source), output)
+    assert message.startswith(f"{source}, line 2: ")
+    assert message.endswith("or give --on-bad skip")
+    assert not output.exists()
+    prepare(recipe(tokenizer, source), output, on_bad="skip")
+    assert decoded(output / "train", tokenizer) == ["good", "good, too"]
+    assert list(counted(output)["bad"].values()) == [1]
+    assert counted(output)["bad_examples"][0] in message
+
+
+def test_an_empty_file_is_named(tokenizer: Path, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "text" / "a.jsonl", TEXTS)
+    (tmp_path / "text" / "b.jsonl").touch()
+    assert str(tmp_path / "text" / "b.jsonl") in one_line_error(
+        prepare, recipe(tokenizer, tmp_path / "text"), tmp_path / "out"
+    )
+    prepare(recipe(tokenizer, tmp_path / "text"), tmp_path / "out", on_bad="skip")
+    assert counted(tmp_path / "out")["bad"] == {"empty file": 1}
+
+
+def test_settings_that_cannot_be_are_said(tokenizer: Path, tmp_path: Path) -> None:
+    source, output = write_jsonl(tmp_path / "text.jsonl", TEXTS), tmp_path / "packed"
+    changes: dict[str, dict[str, Any]] = {
+        "--held-out: 1.0 given; allowed: 0 to below 1": {"held_out": 1.0},
+        "--shard-tokens: 0 given; allowed: 1 or more": {"shard_tokens": 0},
+        "--normalize: 'nfc' given; allowed: NFC NFD NFKC NFKD": {"cleaning": Cleaning(normalize="nfc")},
+    }
+    for expected, change in changes.items():
+        assert one_line_error(prepare, recipe(tokenizer, source, **change), output) == expected
+    assert one_line_error(prepare, recipe(tokenizer, source), output, on_bad="guess") == (
+        "--on-bad: 'guess' given; allowed: stop, skip"
+    )
+    assert one_line_error(prepare, recipe(tokenizer), output).startswith(
+        "corpus: nothing given; allowed: files, folders"
+    )
+    assert one_line_error(prepare, recipe(tokenizer, source, source), output).startswith(
+        "corpus: sources named text, text given; allowed: each name once"
+    )
+    assert not output.exists()
+    all_dropped = recipe(tokenizer, source, cleaning=Cleaning(min_characters=9_999))
+    assert one_line_error(prepare, all_dropped, output) == "corpus: no document to train on is left of 3 that were read"
+
+
+def full_disk(directory: Path) -> None:
+    """A file system of 1 MB."""
+    directory.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(directory)], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"needs the right to mount: {mounted.stderr.decode().strip()}")
+
+
+def test_a_full_disk_is_said_and_the_work_goes_on_after_room_is_made(tokenizer: Path, tmp_path: Path) -> None:
+    source = write_jsonl(
+        tmp_path / "text.jsonl", [f"{i} {text}" for i in range(20) for text in pseudo_text("disk", 70_000)]
+    )
+    disk = tmp_path / "disk"
+    full_disk(disk)
+    try:
+        output = disk / "packed"
+        command = [sys.executable, "-m", "launch.cli", "data", "prepare", str(source)]
+        command += ["--tokenizer", str(tokenizer), "--output", str(output), "--drop-duplicates"]
+        failed = subprocess.run(command, check=False, capture_output=True, text=True)
+        assert failed.returncode == 2
+        assert failed.stderr.count("\n") == 1
+        assert f"--output: {output}: No space left on device: mend it (make room)" in failed.stderr
+        assert not output.exists()
+        subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
+        subprocess.run(command, check=True, capture_output=True)
+        prepare(recipe(tokenizer, source, held_out=0.01, cleaning=Cleaning(drop_duplicates=True)), tmp_path / "roomy")
+        assert hashes(output) == hashes(tmp_path / "roomy")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_another_process_at_the_same_output_is_named(tokenizer: Path, tmp_path: Path) -> None:
+    from pretrain.lock import lock_directory
+
+    source = write_jsonl(tmp_path / "text.jsonl", TEXTS)
+    held = lock_directory(tmp_path / "packed.partial", "a test")
+    try:
+        assert f"runs there already (process {os.getpid()})" in one_line_error(
+            prepare, recipe(tokenizer, source), tmp_path / "packed"
+        )
+    finally:
+        os.close(held)
+
+
+def test_manifests_name_their_recipe(tokenizer: Path, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "text.jsonl", TEXTS)
+    made: list[Manifest] = [
+        prepare(recipe(tokenizer, source, held_out=share), tmp_path / str(share))["train"] for share in (0.0, 0.0001)
+    ]
+    assert made[0].shards == made[1].shards
+    assert made[0].recipe_sha256 != made[1].recipe_sha256
