@@ -269,6 +269,10 @@ def test_broken_splits_are_said_in_one_line(tmp_path: Path) -> None:
         ({"shards": [{"file": "../x.bin", "num_tokens": 9, "sha256": ""}]}, "disagree: prepare it again"),
         ({"shards": [{"file": "shard-0.bin"}]}, "not a manifest of format 2"),
         ({"surprise": 1}, "not a manifest of format 2"),
+        (
+            {"vocab_size": 70_000},
+            "token_type: 'uint16' given; allowed for a vocab_size of 70000: uint32: prepare the split again",
+        ),
     ],
 )
 def test_manifests_are_checked(tmp_path: Path, change: dict[str, object], expected: str) -> None:

@@ -1,7 +1,6 @@
 """Corpora, tokenizer, and the commands."""
 
 import ast
-import gzip
 import json
 import subprocess
 import sys
@@ -19,24 +18,12 @@ from data_tools.sources import read_documents, split_file
 from data_tools.tokenizer import load_tokenizer, train_tokenizer
 from pretrain.config import ConfigError
 from pretrain.silo.shards import tokenizer_sha256, verify_shards
-
-TEXTS = [
-    "The court finds that the appeal is allowed. The court finds that costs follow the event.\n" * 3,
-    "Der Patient klagt über Schmerzen; 日本語 and an emoji 🙂 too.",
-    "A text that says <|endoftext|> in its middle has no token there.",
-]
+from tests.text_files import TEXTS, write_jsonl
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_tokenizer(TEXTS, vocab_size=280, output=tmp_path_factory.mktemp("tokenizer"))
-
-
-def write_jsonl(path: Path, texts: list[str]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    raw = "".join(json.dumps({"text": text, "source": 1}) + "\n" for text in texts).encode()
-    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
-    return path
 
 
 def error_of(function: Callable[..., Any], *arguments: object, **named: object) -> str:

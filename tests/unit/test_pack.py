@@ -1,6 +1,5 @@
 """Raw text to packed shards: what is kept and counted, resuming, and what a user is told."""
 
-import gzip
 import hashlib
 import json
 import os
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import yaml
 from tokenizers import Tokenizer
@@ -22,24 +22,12 @@ from pretrain.config import load_config
 from pretrain.silo.data import PackedTokens
 from pretrain.silo.shards import Manifest, tokenizer_sha256, verify_shards, verify_tokens
 from tests.support import TinyText, one_line_error, pseudo_text, tiny_settings
-
-TEXTS = [
-    "The court finds that the appeal is allowed. The court finds that costs follow the event.\n" * 3,
-    "Der Patient klagt über Schmerzen; 日本語 and an emoji 🙂 too.",
-    "A text that says <|endoftext|> in its middle has no token there.",
-]
+from tests.text_files import TEXTS, save_dataset, write_csv, write_jsonl, write_parquet
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_tokenizer(TEXTS, vocab_size=280, output=tmp_path_factory.mktemp("tokenizer"))
-
-
-def write_jsonl(path: Path, texts: list[str]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    raw = "".join(json.dumps({"text": text, "source": 1}) + "\n" for text in texts).encode()
-    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
-    return path
 
 
 def recipe(tokenizer: Path, *paths: Path, **changes: Any) -> Recipe:
@@ -87,6 +75,18 @@ def test_round_trip(tokenizer: Path, tmp_path: Path, shard_tokens: int, num_work
     names = sorted(str(path.relative_to(tmp_path)) for path in (tmp_path / "packed").iterdir())
     assert names == ["packed/report.json", "packed/report.png", "packed/silo.yaml", "packed/train"]
     assert not (tmp_path / "packed.partial").exists()
+
+
+def test_every_format_gives_the_same_shards(tokenizer: Path, tmp_path: Path) -> None:
+    files = {
+        "jsonl": write_jsonl(tmp_path / "1" / "text.jsonl.zst", TEXTS),
+        "csv": write_csv(tmp_path / "2" / "text.csv", TEXTS),
+        "parquet": write_parquet(tmp_path / "3" / "text.parquet", TEXTS),
+        "saved": save_dataset(tmp_path / "4" / "text", TEXTS),
+    }
+    made = {kind: prepare(recipe(tokenizer, file), tmp_path / kind)["train"] for kind, file in files.items()}
+    assert len({manifest.shards for manifest in made.values()}) == 1
+    assert decoded(tmp_path / "saved" / "train", tokenizer) == TEXTS
 
 
 def test_a_tokenizer_that_truncates_does_not_truncate_documents(tokenizer: Path, tmp_path: Path) -> None:
@@ -302,6 +302,16 @@ def test_a_bad_record_stops_or_is_skipped_and_counted(tokenizer: Path, tmp_path:
     assert decoded(output / "train", tokenizer) == ["good", "good, too"]
     assert list(counted(output)["bad"].values()) == [1]
     assert counted(output)["bad_examples"][0] in message
+
+
+def test_a_parquet_file_of_another_schema_is_named_or_skipped(tokenizer: Path, tmp_path: Path) -> None:
+    write_parquet(tmp_path / "text" / "a.parquet", TEXTS)
+    other = write_parquet(tmp_path / "text" / "b.parquet", [1, 2, 3], text_type=pa.int64())
+    message = one_line_error(prepare, recipe(tokenizer, tmp_path / "text"), tmp_path / "out")
+    assert message.startswith(f"{other}: no column of text named 'text'; it has id (int64), text (int64)")
+    prepare(recipe(tokenizer, tmp_path / "text"), tmp_path / "out", on_bad="skip")
+    assert decoded(tmp_path / "out" / "train", tokenizer) == TEXTS
+    assert counted(tmp_path / "out")["bad"] == {"no such column": 1}
 
 
 def test_an_empty_file_is_named(tokenizer: Path, tmp_path: Path) -> None:
