@@ -91,8 +91,8 @@ def configuration(directory: Path, text: Path, num_silos: int, overrides: list[s
         "sequence_tokens": 32,
         "model.config": "{model_type: llama, hidden_size: 512, intermediate_size: 1408, num_hidden_layers: 12, "
         "num_attention_heads: 8, num_key_value_heads: 8}",
-        "inner.num_steps": 4,
-        "outer.sync_interval_steps": 2,
+        "inner.num_steps": 16,
+        "outer.sync_interval_steps": 8,
         "outer.optimizer": "nesterov",
         "outer.num_fragments": 8,
         "exchange.kind": "store" if num_silos else "none",

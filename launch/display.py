@@ -174,7 +174,8 @@ class PlainDisplay:
         self._line(silo, "  ".join(parts))
 
     def _say_commit(self, record: Record) -> None:
-        number = f"{record['version']:>{len(str(self.config.num_rounds))}}/{self.config.num_rounds}"
+        last = self.config.schedule.num_versions
+        number = f"{record['version']:>{len(str(last))}}/{last}"
         text = f"commit {number}  {len(record.get('silos') or [])} of {len(self.config.silos)} silos"
         if (norm := record.get("update_norm")) is not None:
             text += f"  update norm {norm:.4g}"
@@ -269,7 +270,7 @@ class LiveDisplay:
         if (cosine := commit.get("cosine_mean")) is not None:
             note = f"cosine {cosine:+.2f}"
         phase = Text(status.phase, style=PHASE_STYLES.get(status.phase, ""))
-        version_text = f"{version}/{self.config.num_rounds}"
+        version_text = f"{version}/{self.config.schedule.num_versions}"
         is_wide = self._live.console.width >= WIDTH_WITH_SETUP
         return [AGGREGATOR, phase, version_text, "", "", "", "", _short(note if is_wide else "", "dim"), _wait(status)]
 

@@ -185,7 +185,7 @@ def pseudo_gradients(run: "Run") -> Figure | None:
     cosines: dict[int, list[float]] = defaultdict(list)
     for commit in run.records["commit"]:
         if commit.get("cosine_mean") is not None:
-            cosines[int(commit["version"])].append(float(commit["cosine_mean"]))
+            cosines[int(commit.get("round") or commit["version"])].append(float(commit["cosine_mean"]))
     figure = Figure(figsize=(WIDTH_INCHES, 3.1), layout="constrained")
     panels = figure.subplots(1, 2 if cosines else 1, squeeze=False)[0]
     for silo, color in _silo_colors(run.silos).items():

@@ -43,7 +43,7 @@ def _parse(line: bytes) -> Record | None:
 # What makes a record the same one again when a resumed process repeats it; the last one counts.
 IDENTITY = {
     "step": ("silo", "step"),
-    "sync": ("silo", "round", "fragment"),
+    "sync": ("silo", "version", "round", "fragment"),
     "eval": ("silo", "round"),
     "commit": ("version", "fragment"),
     "summary": ("silo",),

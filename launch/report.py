@@ -152,7 +152,7 @@ def summary_of(run: Run) -> dict[str, Any]:
 def _rounds_done(run: Run, steps_by_silo: Mapping[str, int]) -> int:
     if run.config.exchange.kind == "none":
         return max(steps_by_silo.values(), default=0) // run.config.outer.sync_interval_steps
-    return max((int(commit["version"]) for commit in run.records["commit"]), default=0)
+    return max((run.config.round_of(int(commit["version"])) for commit in run.records["commit"]), default=0)
 
 
 def write_report(
@@ -304,7 +304,10 @@ def _settings(config: RunConfig) -> list[tuple[str, str]]:
         settings.append(
             ("outer", f"{outer.optimizer}, lr {outer.lr:g}{momentum}, every {outer.sync_interval_steps} steps")
         )
-        settings.append(("codec", f"{outer.codec}, {outer.num_fragments} fragment{'s' * (outer.num_fragments > 1)}"))
+        settings.append(("codec", f"{outer.codec} up, {outer.downlink_codec} down"))
+        if outer.num_fragments > 1 or outer.overlap_steps:
+            streaming = f"{outer.num_fragments} fragments in turn, overlap {outer.overlap_steps} steps"
+            settings.append(("streaming", f"{streaming}, mixing {outer.mixing:g}"))
     return settings
 
 

@@ -44,7 +44,7 @@ class StoreStatus:
     """The store."""
     version: int | None
     """The newest version of the global parameters; None before version 0 is there."""
-    num_rounds: int
+    num_versions: int
     """Rounds of the whole run."""
     silos: dict[str, SiloStatus]
     """The roster."""
@@ -54,7 +54,7 @@ class StoreStatus:
     @property
     def is_finished(self) -> bool:
         """Whether the last outer step is taken."""
-        return self.version is not None and self.version >= self.num_rounds
+        return self.version is not None and self.version >= self.num_versions
 
     @property
     def waiting_for(self) -> str | None:
@@ -65,7 +65,7 @@ class StoreStatus:
             return "version 0 from the aggregator"
         missing = [name for name, silo in self.silos.items() if not silo.has_delivered]
         if missing:
-            return f"delivery of round {self.version + 1} from {', '.join(missing)}"
+            return f"delivery for version {self.version + 1} from {', '.join(missing)}"
         return f"commit {self.version + 1} from the aggregator"
 
 
@@ -83,8 +83,8 @@ def store_status(url: str) -> StoreStatus:
     if "contract.json" not in listing:
         raise ConfigError(f"store: {url!r} given; there is no run in it (no contract.json)")
     contract = _read(filesystem, root, ["contract.json"])["contract.json"]
-    if not isinstance(contract.get("roster"), list) or not isinstance(contract.get("num_rounds"), int):
-        raise ConfigError(f"store: {url!r} given; its contract.json has no roster or num_rounds")
+    if not isinstance(contract.get("roster"), list) or not isinstance(contract.get("num_versions"), int):
+        raise ConfigError(f"store: {url!r} given; its contract.json has no roster or num_versions")
     commit_paths = {number: path for path, number in _numbered(listing, r"global/(\d+)/commit\.json")}
     version = max(commit_paths, default=None)
     silos = {str(name): _silo_objects(listing, str(name), version) for name in contract["roster"]}
@@ -100,7 +100,7 @@ def store_status(url: str) -> StoreStatus:
     return StoreStatus(
         url=url,
         version=version,
-        num_rounds=contract["num_rounds"],
+        num_versions=contract["num_versions"],
         silos={name: silo for name, (silo, _) in silos.items()},
         newest_object_unix_seconds=max((found for found in listing.values() if found is not None), default=None),
     )
@@ -113,7 +113,7 @@ def print_status(url: str, console: Console | None = None) -> None:
 
 def show_status(status: StoreStatus, console: Console) -> None:
     """Print a status that was read before."""
-    version = "no version yet" if status.version is None else f"version {status.version} of {status.num_rounds}"
+    version = "no version yet" if status.version is None else f"version {status.version} of {status.num_versions}"
     console.print(Text(f"{status.url}: {version}"), soft_wrap=True)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold dim")
     table.add_column("silo", no_wrap=True)

@@ -18,6 +18,10 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pretrain.outer.schedule import Schedule
+
+CODECS = ("fp32", "bf16", "int8", "int4", "e3m0", "topk")
+
 
 class ConfigError(ValueError):
     """A user's mistake, said in one line: what was given, what is allowed, which key to change."""
@@ -76,9 +80,17 @@ class OuterConfig:
     momentum: float = 0.9
     """Nesterov momentum; unused by sgd."""
     codec: str = "fp32"
-    """How a pseudo-gradient is coded on its way up: fp32 or bf16."""
+    """How a pseudo-gradient is coded on its way up: fp32, bf16, int8, int4, e3m0 or topk (docs/formats.md)."""
+    downlink_codec: str = "fp32"
+    """How the change of the global parameters is coded on its way down; what it leaves out is sent with the next."""
+    error_feedback: float | None = None
+    """Share of what `codec` leaves out that is added to the next pseudo-gradient; null: 0.95 for topk, else 0."""
     num_fragments: int = 1
-    """Objects that one sync is cut into, each a set of whole tensors; host memory peaks at one of them."""
+    """Sets of whole tensors that take turns: each is synced every H steps, evenly apart (Streaming DiLoCo)."""
+    overlap_steps: int = 0
+    """Inner steps between the delivery of a fragment and the adoption of what was merged; below H."""
+    mixing: float = 0.0
+    """Share of the local parameters that stays when merged ones are adopted; 0 takes the merged, 1 never syncs."""
 
 
 @dataclass(kw_only=True)
@@ -179,6 +191,24 @@ class RunConfig:
     def num_rounds(self) -> int:
         """Rounds of the whole run."""
         return self.inner.num_steps // self.outer.sync_interval_steps
+
+    @property
+    def schedule(self) -> Schedule:
+        """When which fragment is synced."""
+        return Schedule(
+            num_steps=self.inner.num_steps,
+            sync_interval_steps=self.outer.sync_interval_steps,
+            num_fragments=self.outer.num_fragments,
+            overlap_steps=self.outer.overlap_steps,
+        )
+
+    def round_of(self, version: int) -> int:
+        """The round, from 1, at whose steps a version is sent; 0 for version 0."""
+        return min(-(-version // self.outer.num_fragments), self.num_rounds)
+
+    def round_at(self, step: int) -> int:
+        """The round, from 1, that inner step number `step` belongs to."""
+        return max(1, -(-step // self.outer.sync_interval_steps))
 
     @property
     def full_roster(self) -> list[str]:
@@ -316,7 +346,8 @@ def check_config(config: RunConfig) -> None:
         "inner.optimizer": (config.inner.optimizer, ("adamw", "sgd")),
         "inner.schedule": (config.inner.schedule, ("cosine", "wsd", "constant")),
         "outer.optimizer": (config.outer.optimizer, ("nesterov", "sgd")),
-        "outer.codec": (config.outer.codec, ("fp32", "bf16")),
+        "outer.codec": (config.outer.codec, CODECS),
+        "outer.downlink_codec": (config.outer.downlink_codec, CODECS),
         "exchange.kind": (config.exchange.kind, ("store", "none")),
         "wandb.mode": (config.wandb.mode, ("offline", "online", "disabled")),
     }
@@ -331,6 +362,7 @@ def check_config(config: RunConfig) -> None:
         "inner.clip_norm": (config.inner.clip_norm, 0),
         "outer.sync_interval_steps": (config.outer.sync_interval_steps, 1),
         "outer.num_fragments": (config.outer.num_fragments, 1),
+        "outer.overlap_steps": (config.outer.overlap_steps, 0),
         "exchange.keep_versions": (config.exchange.keep_versions, 1),
     }
     for key, (number, minimum) in at_least.items():
@@ -360,8 +392,27 @@ def check_config(config: RunConfig) -> None:
         config.inner.num_steps,
         f"a multiple of outer.sync_interval_steps={config.outer.sync_interval_steps}",
     )
+    _check_streaming(config.outer)
     _check_model(config.model)
     _check_roster(config)
+
+
+def _check_streaming(outer: OuterConfig) -> None:
+    interval = outer.sync_interval_steps
+    gap = f"outer.sync_interval_steps={interval}"
+    _require(outer.num_fragments <= interval, "outer.num_fragments", outer.num_fragments, f"1 to {gap}")
+    _require(
+        outer.overlap_steps < interval,
+        "outer.overlap_steps",
+        outer.overlap_steps,
+        f"below {gap}, the steps between two syncs of a fragment",
+    )
+    _require(0 <= outer.mixing <= 1, "outer.mixing", outer.mixing, "0 to 1")
+    decay = outer.error_feedback
+    _require(decay is None or 0 <= decay <= 1, "outer.error_feedback", decay, "null, or 0 to 1")
+    _require(
+        not decay or outer.codec != "fp32", "outer.error_feedback", decay, "null or 0: codec fp32 leaves nothing out"
+    )
 
 
 def _check_model(model: ModelConfig) -> None:

@@ -13,8 +13,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from pretrain.config import ConfigError, RunConfig
 from pretrain.exchange.store import StoreExchange, version_path
-from pretrain.outer.codec import key
 from pretrain.outer.digest import digest_tensors
+from pretrain.payload import PARAMETER
 from pretrain.silo.data import PackedTokens
 from pretrain.silo.evaluate import held_out_loss
 from pretrain.silo.model import build_empty, check_document_masking, export, token_losses
@@ -54,10 +54,11 @@ def _fill_from_store(config: RunConfig, parameters: dict[str, Tensor], version: 
     try:
         commit = exchange.read_commit(version)
         with tempfile.TemporaryDirectory() as scratch:
-            for payload in commit.payloads:
-                file = Path(scratch) / payload.file
-                exchange.fetch(version_path(version), payload, file)
-                _copy_file(file, parameters, prefix=key(""))
+            for changed, payload in exchange.newest_state(version, config.outer.num_fragments):
+                if payload.file.startswith(PARAMETER):
+                    file = Path(scratch) / payload.file
+                    exchange.fetch(version_path(changed), payload, file)
+                    _copy_file(file, parameters, prefix=f"{PARAMETER}/values/")
         if digest_tensors(parameters.items()) != commit.parameters_digest:
             raise RefusedError("its parameters do not have the digest of its commit")
     except RefusedError as error:

@@ -28,7 +28,9 @@ class StepLog:
         self._since = self._logged = time.monotonic()
         self._tokens_logged = self._progress.position * self._config.sequence_tokens
         if self._journal:
-            self._journal.status("training", step=self._progress.step, round=self._progress.version + 1)
+            self._journal.status(
+                "training", step=self._progress.step, round=self._config.round_at(self._progress.step + 1)
+            )
 
     def step(self, lr: float, grad_norm: float) -> None:
         """Account for one inner step."""
@@ -37,7 +39,7 @@ class StepLog:
         self._since = now
         if not self._journal or progress.step % self._interval_steps:
             return
-        tokens, round = progress.position * self._config.sequence_tokens, progress.version + 1
+        tokens, round = progress.position * self._config.sequence_tokens, self._config.round_at(progress.step)
         tokens_per_second = (tokens - self._tokens_logged) / max(now - self._logged, 1e-9)
         self._tokens_logged, self._logged = tokens, now
         print(

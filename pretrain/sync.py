@@ -1,29 +1,37 @@
-"""A silo's side of the outer step: deliver the pseudo-gradient, wait for the commit, adopt the merged parameters."""
+"""A silo's side of the outer step: deliver pseudo-gradients, wait for commits, adopt the merged parameters.
+
+What takes time runs beside training: one thread for each version in flight codes and delivers a fragment, then waits
+for its commit and downloads it. The loop comes back for the result when the schedule says so.
+"""
 
 import json
 import math
-import shutil
+import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pretrain.config import ConfigError, RunConfig
 from pretrain.exchange.store import StoreExchange, file_payload, version_path
 from pretrain.journal import Journal
-from pretrain.outer.codec import CODECS, key
-from pretrain.outer.digest import digest_tensors
+from pretrain.outer.codec import FEEDBACK_DECAY, apply_change, check, encode
+from pretrain.outer.digest import Row, digest_rows, tensor_row
 from pretrain.outer.fragments import cut_fragments
-from pretrain.silo.checkpoint import Progress
+from pretrain.payload import Tensors, save_tensors
+from pretrain.silo.checkpoint import HostTensors, Progress
 from pretrain.silo.engine import Engine
 from pretrain.silo.ranks import Ranks
 from pretrain.trust.contract import build_contract, check_same_contract
-from pretrain.trust.ledger import Manifest, Payload, RefusedError
+from pretrain.trust.ledger import Commit, Manifest, RefusedError
 
 MAX_REFUSALS = 3
 
@@ -32,26 +40,59 @@ class StopRequested(Exception):
     """A rank was told to stop (SIGTERM, SIGINT); all ranks agreed."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Received:
+    """A commit and its downloaded payloads, checked against its sha256."""
+
+    commit: Commit
+    files: list[Path]
+    num_bytes: int
+
+
+@dataclass(kw_only=True)
+class Flight:
+    """One version between its delivery and its adoption."""
+
+    wait_seconds: float
+    """Time that training stood still for it."""
+    delivered: Future[tuple[Manifest, Path]]
+    received: Future[Received]
+
+
 class SiloSync:
     """What the silo's loop calls at a sync. Reading and writing the engine takes all ranks; the rest is the leader's.
 
-    The leader's host memory holds one fp32 copy of the global parameters, and while it delivers, one coded fragment.
+    The leader's host memory holds one fp32 copy of the global parameters, with error feedback another of what was not
+    sent, and one fragment for each version in flight.
     """
 
     def __init__(
         self, config: RunConfig, silo: str, ranks: Ranks, journal: Journal | None, asked_to_stop: Callable[[], bool]
     ) -> None:
         self.silo, self.config, self.ranks, self.journal = silo, config, ranks, journal
+        self.schedule = config.schedule
         self._asked_to_stop = asked_to_stop
         self._exchange = StoreExchange(config.store_url)
         self._directory = config.silo_directory(silo)
-        self._codec = CODECS[config.outer.codec]
-        self._files: list[tuple[Payload, Path]] = []
-        self._manifest: Manifest | None = None
-        self._norms: list[float] = []
-        self._began = time.monotonic()
-        self._base_digest = ""
+        self._outbox, self._inbox = self._directory / "outbox", self._directory / "inbox"
+        decay = config.outer.error_feedback
+        self._decay = FEEDBACK_DECAY[config.outer.codec] if decay is None else decay
+        self._flights: dict[int, Flight] = {}
+        self._pool = ThreadPoolExecutor(2 * self.schedule.num_fragments, thread_name_prefix="sync")
+        self._closing = threading.Event()
+        self._rows: dict[str, Row] = {}  # of the digest, one a parameter
         self.global_parameters: dict[str, Tensor] = {}  # the leader's fp32 copy, host memory
+        self.residuals: dict[str, Tensor] = {}  # error feedback: what was not sent yet
+
+    @property
+    def host_tensors(self) -> HostTensors:
+        """What of the leader's memory a checkpoint must hold."""
+        return {"global": self.global_parameters, "residual": self.residuals}
+
+    def close(self) -> None:
+        """End the threads; what was delivered stays delivered."""
+        self._closing.set()
+        self._pool.shutdown(cancel_futures=True)
 
     # ---- before the first round
 
@@ -74,170 +115,283 @@ class SiloSync:
             temporary.replace(file)
         return json.loads(file.read_text())["identity"]
 
+    def start(self, engine: Engine, progress: Progress) -> None:
+        """Wait for version 0 and take it over, all fragments."""
+        self._poll(lambda: self._exchange.newest_version() >= 0, "commit 0 from the aggregator", progress)
+        if self.ranks.is_leader:
+            received = self._download(0)
+            for file in received.files:
+                tensors = Tensors(file)
+                self.global_parameters |= {name: tensors.parts(name)["values"].clone() for name in tensors.names}
+            self._check_shapes(engine)
+            self._check_digest(received.commit, list(self.global_parameters))
+            self._remove(received.files)
+        self._write(engine, list(engine.shapes), self.global_parameters)
+        progress.version = progress.sent = 0
+
+    def resume(self, progress: Progress) -> None:
+        """After a checkpoint was loaded: wait again for what was in flight when it was written."""
+        if not self.ranks.is_leader:
+            return
+        self._rows = {name: tensor_row(name, value) for name, value in self.global_parameters.items()}
+        for version in range(progress.version + 1, progress.sent + 1):
+            file = self._outbox / f"{version:06d}.safetensors"
+            manifest = Manifest.from_bytes(file.with_suffix(".json").read_bytes())
+            delivered: Future[tuple[Manifest, Path]] = Future()
+            delivered.set_result((manifest, file))
+            self._take_off(version, delivered)
+
     # ---- one sync
 
-    def deliver(self, engine: Engine, progress: Progress) -> None:
-        """Code `global - local` fragment by fragment, tensor by tensor, and hand it to the exchange."""
-        self._began = time.monotonic()
-        fragments = cut_fragments(
-            {name: shape.numel() for name, shape in engine.shapes.items()}, self.config.outer.num_fragments
-        )
-        outbox = self._directory / "outbox"
+    def deliver(self, engine: Engine, progress: Progress, version: int) -> None:
+        """Copy a fragment's local parameters to the host; coding and delivering them goes on beside training."""
+        began, names = time.monotonic(), self._names(engine, version)
+        local = self._read(engine, names)
+        seconds = time.monotonic() - began
         if self.ranks.is_leader:
-            shutil.rmtree(outbox, ignore_errors=True)
-            outbox.mkdir(parents=True)
-        self._files, self._norms = [], []
-        for index, names in enumerate(fragments):
-            coded, norm_squared = {}, 0.0
-            for name in names:
-                local = engine.read(name)
-                if self.ranks.is_leader:
-                    base, local = self.global_parameters[name], local.cpu()
-                    coded[key(name)] = self._codec.encode(base, local)
-                    norm_squared += torch.linalg.vector_norm(base - local, dtype=torch.float64).item() ** 2
-            if self.ranks.is_leader:
-                file = outbox / f"{index:03d}.safetensors"
-                save_file(coded, file)
-                self._files.append((file_payload(file, index), file))
-                self._norms.append(norm_squared**0.5)
-        if self.ranks.is_leader:
-            self._manifest = self._describe(progress)
-            standing = self._exchange.deliver(self._manifest, self._files)
-            if standing != self._manifest.to_bytes():
-                print(
-                    f"round {self._manifest.round}: this pseudo-gradient differs from the one delivered before the "
-                    "restart (kernels that are not deterministic); the delivered one stands",
-                    flush=True,
-                )
+            facts = (progress.position * self.config.sequence_tokens, progress.loss)
+            self._take_off(version, self._pool.submit(self._send, version, local, *facts), seconds)
+        progress.seconds_waiting += seconds
+        progress.sent = version
 
-    def _describe(self, progress: Progress) -> Manifest:
-        """The manifest of the files that are about to be delivered."""
-        config, settings = self.config, self.config.silos[self.silo]
-        steps = config.outer.sync_interval_steps
-        return Manifest(
+    def _read(self, engine: Engine, names: Sequence[str]) -> dict[str, Tensor]:
+        """Parameters as they are in the engine, in the leader's host memory; empty on the other ranks."""
+        found = {}
+        for name in names:
+            value = engine.read(name)
+            if self.ranks.is_leader:
+                found[name] = value.to("cpu", copy=True)
+        return found
+
+    def _names(self, engine: Engine, version: int) -> list[str]:
+        sizes = {name: shape.numel() for name, shape in engine.shapes.items()}
+        return cut_fragments(sizes, self.schedule.num_fragments)[self.schedule.fragment(version)]
+
+    def _take_off(self, version: int, delivered: "Future[tuple[Manifest, Path]]", wait_seconds: float = 0.0) -> None:
+        received = self._pool.submit(self._receive, version, delivered)
+        self._flights[version] = Flight(wait_seconds=wait_seconds, delivered=delivered, received=received)
+
+    def _send(self, version: int, local: dict[str, Tensor], tokens_total: int, loss: float) -> tuple[Manifest, Path]:
+        """Code a fragment against the global parameters, write it to the outbox, deliver it."""
+        coded, norm_squared, outer = {}, 0.0, self.config.outer
+        base_digest = digest_rows(self._rows[name] for name in local)
+        for name, value in local.items():
+            base = self.global_parameters[name]
+            norm_squared += torch.linalg.vector_norm(base - value, dtype=torch.float64).item() ** 2
+            residual = self.residuals.setdefault(name, torch.zeros_like(base)) if self._decay else None
+            try:
+                coded[name] = encode(outer.codec, base, value, residual=residual, decay=self._decay)
+            except ValueError as error:
+                raise ConfigError(f"silo {self.silo}: version {version}: {name}: {error}; nothing was sent") from None
+        file = self._outbox / f"{version:06d}.safetensors"
+        save_tensors(coded, file)
+        manifest = Manifest(
             contract_sha256=self._exchange.contract_sha256,
             silo=self.silo,
-            round=progress.version + 1,
-            base_version=progress.version,
-            base_digest=self._base_digest or digest_tensors(self.global_parameters.items()),
-            codec=config.outer.codec,
-            payloads=[payload for payload, _ in self._files],
-            tokens=steps * settings.global_batch_sequences * config.sequence_tokens,
-            steps=steps,
-            tokens_total=progress.position * config.sequence_tokens,
-            metrics={"loss": progress.loss, "pseudo_gradient_norm": math.hypot(*self._norms)},
+            version=version,
+            base_version=self.schedule.base(version),
+            base_digest=base_digest,
+            codec=outer.codec,
+            payloads=[file_payload(file, self.schedule.fragment(version))],
+            tokens=self.schedule.steps(version) * self._step_tokens,
+            steps=self.schedule.steps(version),
+            tokens_total=tokens_total,
+            metrics={"loss": loss, "pseudo_gradient_norm": math.sqrt(norm_squared)},
         )
+        file.with_suffix(".json").write_bytes(manifest.to_bytes())
+        if self._deliver(manifest, file) != manifest.to_bytes():
+            print(
+                f"version {version}: this pseudo-gradient differs from the one delivered before the restart (kernels "
+                "that are not deterministic); the delivered one stands",
+                flush=True,
+            )
+        return manifest, file
 
-    def wait(self, progress: Progress) -> None:
-        """Wait until the round's commit is there; deliver again what the aggregator refused.
+    @property
+    def _step_tokens(self) -> int:
+        return self.config.silos[self.silo].global_batch_sequences * self.config.sequence_tokens
 
-        Raises StopRequested on all ranks, and ConfigError after three refusals.
+    def _deliver(self, manifest: Manifest, file: Path) -> bytes:
+        return self._exchange.deliver(manifest, [(payload, file) for payload in manifest.payloads])
+
+    def _receive(self, version: int, delivered: "Future[tuple[Manifest, Path]]") -> Received:
+        """Wait until the commit is there, delivering again what the aggregator refused; download its payloads.
+
+        Raises ConfigError after MAX_REFUSALS refusals.
         """
-        round = progress.version + 1
-        num_refused = len(self._exchange.refusals(self.silo, round)) if self.ranks.is_leader else 0
+        manifest, file = delivered.result()
+        num_refused = len(self._exchange.refusals(self.silo, version))
         missed_before = False
-
-        def committed() -> bool:
-            nonlocal num_refused, missed_before
-            if self._exchange.newest_version(progress.version) >= round:
-                return True
-            if self._manifest and self._exchange.delivery(self.silo, round) is None:
-                refusals = self._exchange.refusals(self.silo, round)
+        while self._exchange.newest_version(version - 1) < version:
+            if self._exchange.delivery(self.silo, version) is None:
+                refusals = self._exchange.refusals(self.silo, version)
                 if len(refusals) > num_refused:
                     num_refused = len(refusals)
-                    print(f"round {round}: the aggregator refused our delivery: {refusals[-1]}", flush=True)
+                    print(f"version {version}: the aggregator refused our delivery: {refusals[-1]}", flush=True)
                 elif not missed_before:  # the reason is written just after the manifest is removed: look once more
                     missed_before = True
-                    return False
+                    self._closing.wait(self.config.exchange.poll_seconds)
+                    continue
                 missed_before = False
                 if num_refused >= MAX_REFUSALS:
                     raise ConfigError(
-                        f"silo {self.silo}: round {round} was refused {num_refused} times: {refusals[-1]}"
+                        f"silo {self.silo}: version {version} was refused {num_refused} times: {refusals[-1]}"
                     )
-                if self._exchange.newest_version(progress.version) < round:
-                    self._exchange.deliver(self._manifest, self._files)
-            return False
+                if self._exchange.newest_version(version - 1) < version:
+                    self._deliver(manifest, file)
+            if self._closing.wait(self.config.exchange.poll_seconds):
+                raise StopRequested
+        return self._download(version)
 
-        self._poll(committed, f"commit {round} from the aggregator", progress)
-
-    def adopt(self, engine: Engine, progress: Progress) -> None:
-        """Take over the next version: check it, copy it to the host copy and into the engine, and read it back.
-
-        Afterwards `progress.version` is one more and every parameter has the bits that the commit's digest names.
-        """
-        version = progress.version + 1
-        if self.ranks.is_leader:
-            received = self._fetch(version)
-            shapes = {name: value.shape for name, value in self.global_parameters.items()}
-            if shapes != engine.shapes:
-                raise ConfigError(
-                    f"silo {self.silo}: version {version} in the store has other parameters than this model; "
-                    "do all parties have the same version of transformers?"
-                )
-        ordered = ((name, self.global_parameters[name]) for name in engine.shapes) if self.ranks.is_leader else None
-        engine.write(ordered)
-        for name in engine.shapes:
-            value = engine.read(name)
-            if self.ranks.is_leader and not torch.equal(value.cpu(), self.global_parameters[name]):
-                raise RuntimeError(f"{name} in the engine differs from version {version} right after it was written")
-        wait_seconds = time.monotonic() - self._began
-        progress.seconds_waiting += wait_seconds
-        if self.ranks.is_leader and self._files:
-            self._record(progress, received, wait_seconds)
-        progress.version = version
-
-    def _fetch(self, version: int) -> list[int]:
-        """Download and check a version into the host copy; returns the bytes of each fragment."""
-        received = []
+    def _download(self, version: int) -> Received:
+        """Fetch a commit's payloads and check them before anybody decodes a byte."""
         try:
             commit = self._exchange.read_commit(version)
-            for payload in commit.payloads:
-                file = self._directory / "inbox" / payload.file
-                received.append(self._exchange.fetch(version_path(version), payload, file))
-                with safe_open(file, framework="pt") as tensors:
-                    for coded_name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
-                        value = tensors.get_tensor(coded_name)
-                        mine = self.global_parameters.setdefault(
-                            coded_name.removeprefix(key("")), torch.empty_like(value)
-                        )
-                        mine.copy_(value)
-                file.unlink()
-            digest = digest_tensors(self.global_parameters.items())
-            if digest != commit.parameters_digest:
-                raise RefusedError(f"its parameters have digest {digest[:12]}, not {commit.parameters_digest[:12]}")
+            files = [self._inbox / f"{version:06d}-{payload.fragment:03d}.safetensors" for payload in commit.payloads]
+            num_bytes = [
+                self._exchange.fetch(version_path(version), payload, file)
+                for payload, file in zip(commit.payloads, files, strict=True)
+            ]
         except RefusedError as error:
             raise ConfigError(f"silo {self.silo}: version {version} in the store cannot be used: {error}") from None
-        self._base_digest = digest
-        return received
+        return Received(commit=commit, files=files, num_bytes=sum(num_bytes))
 
-    def _record(self, progress: Progress, received: list[int], wait_seconds: float) -> None:
-        assert self.journal
-        for fragment, (payload, _) in enumerate(self._files):
-            last = fragment == len(self._files) - 1
-            self.journal.record(
-                "sync",
-                step=progress.step,
-                round=progress.version + 1,
-                fragment=fragment,
-                bytes_sent=payload.num_bytes,
-                bytes_received=received[fragment],
-                wait_seconds=wait_seconds if last else 0.0,
-                pseudo_gradient_norm=self._norms[fragment],
+    def wait(self, progress: Progress, version: int) -> None:
+        """Wait until a version has come. Raises StopRequested on all ranks, and what went wrong beside training."""
+        flight = self._flights.get(version)
+        began = time.monotonic()
+        what = f"commit {version} from the aggregator"
+        self._poll(lambda: flight is not None and flight.received.done(), what, progress, flight)
+        seconds = time.monotonic() - began
+        progress.seconds_waiting += seconds
+        if flight:
+            flight.wait_seconds += seconds
+
+    def settle(self) -> None:
+        """Wait until everything that was sent is coded and delivered, so that a checkpoint can hold what is kept."""
+        for flight in self._flights.values():
+            flight.delivered.result()
+
+    def adopt(self, engine: Engine, progress: Progress, version: int) -> None:
+        """Take over a version: check it, apply it to the host copy and, mixed with what is local, to the engine.
+
+        Afterwards the host copy has the bits that the commit's digest names, and so have, without mixing, the
+        fragment's parameters in the engine.
+        """
+        began, mixing, names = time.monotonic(), self.config.outer.mixing, self._names(engine, version)
+        if self.ranks.is_leader:
+            received = self._flights[version].received.result()
+            self._apply(received, names)
+        new = {name: self.global_parameters[name] for name in names} if self.ranks.is_leader else {}
+        if mixing:
+            local = self._read(engine, names)
+            new = {name: local[name] * mixing + merged * (1 - mixing) for name, merged in new.items()}
+        self._write(engine, names, new)
+        seconds = time.monotonic() - began
+        progress.seconds_waiting += seconds
+        progress.version = version
+        if self.ranks.is_leader:
+            flight = self._flights.pop(version)
+            flight.wait_seconds += seconds
+            self._record(progress, version, flight, received.num_bytes)
+            self._remove(received.files)
+
+    def _apply(self, received: Received, names: Sequence[str]) -> None:
+        """Apply a commit's change to the host copy, and compare the digest."""
+        commit = received.commit
+        try:
+            for file in received.files:
+                tensors = Tensors(file)
+                if tensors.names != sorted(names):
+                    raise ValueError("it changes other tensors than those of its fragment")
+                for name in names:
+                    parts = tensors.parts(name)
+                    check(commit.codec, parts, self.global_parameters[name].shape)
+                    apply_change(commit.codec, self.global_parameters[name], parts)
+        except (SafetensorError, ValueError) as error:
+            raise ConfigError(
+                f"silo {self.silo}: version {commit.version} in the store cannot be used: {error}"
+            ) from None
+        self._check_digest(commit, names)
+
+    def _check_digest(self, commit: Commit, names: Sequence[str]) -> None:
+        self._rows |= {name: tensor_row(name, self.global_parameters[name]) for name in names}
+        digest = digest_rows(self._rows.values())
+        if digest != commit.parameters_digest:
+            raise ConfigError(
+                f"silo {self.silo}: version {commit.version} in the store cannot be used: its parameters have digest "
+                f"{digest[:12]}, not {commit.parameters_digest[:12]}"
             )
 
+    def _check_shapes(self, engine: Engine) -> None:
+        if {name: value.shape for name, value in self.global_parameters.items()} != engine.shapes:
+            raise ConfigError(
+                f"silo {self.silo}: the version in the store has other parameters than this model; "
+                "do all parties have the same version of transformers?"
+            )
+
+    def _write(self, engine: Engine, names: Sequence[str], values: dict[str, Tensor]) -> None:
+        """Write parameters into the engine, the leader's values, and read them back."""
+        engine.write(iter([(name, values[name]) for name in names]) if self.ranks.is_leader else None, names)
+        for name in names:
+            found = engine.read(name)
+            if self.ranks.is_leader and not torch.equal(found.cpu(), values[name]):
+                raise RuntimeError(f"{name} in the engine differs from what was just written")
+
+    @contextmanager
+    def global_model(self, engine: Engine) -> Iterator[None]:
+        """Within, the engine computes with the global parameters; afterwards it has its own back, to the last bit."""
+        if self.schedule.num_fragments == 1 and not self.schedule.overlap_steps and not self.config.outer.mixing:
+            yield  # it has them already: this is called after a sync of everything
+            return
+        names, file = list(engine.shapes), self._directory / "local.safetensors"
+        local = self._read(engine, names)
+        if self.ranks.is_leader:  # on the disk meanwhile: an evaluation needs the memory itself
+            save_file(local, file)
+            local.clear()
+        self._write(engine, names, self.global_parameters)
+        yield
+        self._write(engine, names, load_file(file) if self.ranks.is_leader else {})
+        if self.ranks.is_leader:
+            file.unlink()
+
+    def _record(self, progress: Progress, version: int, flight: Flight, bytes_received: int) -> None:
+        assert self.journal
+        manifest, _ = flight.delivered.result()
+        self.journal.record(
+            "sync",
+            step=progress.step,
+            round=self.config.round_of(version),
+            version=version,
+            fragment=self.schedule.fragment(version),
+            bytes_sent=sum(payload.num_bytes for payload in manifest.payloads),
+            bytes_received=bytes_received,
+            wait_seconds=flight.wait_seconds,
+            pseudo_gradient_norm=manifest.metrics["pseudo_gradient_norm"],
+        )
+
+    @staticmethod
+    def _remove(files: Sequence[Path]) -> None:
+        for file in files:
+            file.unlink(missing_ok=True)
+
     def checkpointed(self, version: int) -> None:
-        """Say in the store that our newest checkpoint holds `version`."""
+        """Say in the store that our newest checkpoint holds `version`; what was sent for it is not needed again."""
         if self.ranks.is_leader:
             self._exchange.mark_resumable(self.silo, version)
+            self._remove([file for file in self._outbox.glob("*.*") if int(file.name.split(".")[0]) <= version])
 
-    def _poll(self, done: Callable[[], bool], what: str, progress: Progress) -> None:
+    def _poll(self, done: Callable[[], bool], what: str, progress: Progress, flight: Flight | None = None) -> None:
         """Ask the leader again and again, all ranks together, so that a stop reaches everybody while they wait."""
-        if self.journal:
-            self.journal.status("waiting", step=progress.step, round=progress.version + 1, waiting_for=what)
-        while True:
-            ready = self.ranks.from_leader(self.ranks.is_leader and done())
-            if ready:
-                return
+        ready = self.ranks.from_leader(self.ranks.is_leader and done())
+        if not ready and self.journal:
+            round = self.config.round_at(progress.step)
+            self.journal.status("waiting", step=progress.step, round=round, waiting_for=what)
+        while not ready:
             if self.ranks.sum([float(self._asked_to_stop())])[0]:
                 raise StopRequested
-            time.sleep(self.config.exchange.poll_seconds)
+            if flight:
+                wait([flight.received], timeout=self.config.exchange.poll_seconds)
+            elif self.ranks.is_leader:  # the others wait for its answer
+                time.sleep(self.config.exchange.poll_seconds)
+            ready = self.ranks.from_leader(self.ranks.is_leader and done())

@@ -12,6 +12,7 @@ import time
 import zlib
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +65,10 @@ class Silo:
         if self.journal and not self.reading.done():
             waiting_for = "the shards' sha256"
             self.journal.status(
-                "waiting", step=self.progress.step, round=self.progress.version + 1, waiting_for=waiting_for
+                "waiting",
+                step=self.progress.step,
+                round=self.config.round_at(self.progress.step),
+                waiting_for=waiting_for,
             )
         wrong = self.ranks.from_leader(self.reading.result() if self.ranks.is_leader else None)
         if wrong:
@@ -72,24 +76,25 @@ class Silo:
         self.data_checked = True
 
     def evaluate(self) -> None:
-        """Held-out loss of what the engine holds: after a sync, the global model."""
+        """Held-out loss of the global model; of a silo that trains alone, of its own."""
         began, progress, settings = time.monotonic(), self.progress, self.config.silos[self.name]
         if self.journal:
-            self.journal.status("evaluating", step=progress.step, round=progress.version)
+            self.journal.status("evaluating", step=progress.step, round=progress.round)
         self.engine.evaluating(True)
-        losses = held_out_loss(
-            self.engine.token_losses,
-            self.held_out,
-            num_sequences=settings.eval_sequences,
-            micro_batch_sequences=settings.micro_batch_sequences,
-            ranks=self.ranks,
-        )
+        with self.sync.global_model(self.engine) if self.sync else nullcontext():
+            losses = held_out_loss(
+                self.engine.token_losses,
+                self.held_out,
+                num_sequences=settings.eval_sequences,
+                micro_batch_sequences=settings.micro_batch_sequences,
+                ranks=self.ranks,
+            )
         self.engine.evaluating(False)
         progress.seconds_evaluating += time.monotonic() - began
         if self.journal:
-            self.journal.record("eval", step=progress.step, round=progress.version, val_loss=losses)
+            self.journal.record("eval", step=progress.step, round=progress.round, val_loss=losses)
             shown = "  ".join(f"{corpus} {loss:.4f}" for corpus, loss in losses.items())
-            print(f"round {progress.version:5d}  held-out {shown}", flush=True)
+            print(f"round {progress.round:5d}  held-out {shown}", flush=True)
 
     def agreement_due(self) -> bool:
         """Whether the ranks talk after this step: when it is logged, and before anything is delivered or saved."""
@@ -97,6 +102,7 @@ class Silo:
         return (
             step % settings.log_interval_steps == 0
             or step % self.config.outer.sync_interval_steps == 0
+            or self.config.schedule.is_due(step)
             or step % settings.checkpoint_interval_steps == 0
             or step == self.config.inner.num_steps
         )
@@ -104,7 +110,9 @@ class Silo:
     def save(self) -> None:
         """Write a checkpoint, and tell the store which version it holds."""
         self.check_data()
-        self.checkpoints.save(self.progress, self.engine, self.ranks, self.sync.global_parameters if self.sync else {})
+        if self.sync:
+            self.sync.settle()
+        self.checkpoints.save(self.progress, self.engine, self.ranks, self.sync.host_tensors if self.sync else {})
         if self.sync:
             self.sync.checkpointed(self.progress.version)
 
@@ -112,22 +120,25 @@ class Silo:
 def train(silo: Silo) -> None:
     """Train to the end of the run. Raises StopRequested on all ranks alike; ConfigError when the loss is not finite."""
     config, progress, engine, sync, ranks = silo.config, silo.progress, silo.engine, silo.sync, silo.ranks
-    settings, inner, sync_interval = config.silos[silo.name], config.inner, config.outer.sync_interval_steps
+    settings, inner, schedule = config.silos[silo.name], config.inner, config.schedule
     log = StepLog(config, silo.name, silo.journal, progress)
     log.resume_training()
     saved_step, stop = progress.step, 0.0
 
     while True:
-        if progress.step // sync_interval > progress.version:  # the end of a round
-            silo.check_data()
-            if sync:
-                sync.deliver(engine, progress)  # global minus local parameters, coded, checksummed
-                sync.wait(progress)  # for the aggregator's commit
-                sync.adopt(engine, progress)  # the merged parameters, checked against the commit's digest
-            else:
-                progress.version += 1
+        if sync:
+            for what, version in schedule.due(progress.step, sent=progress.sent, adopted=progress.version):
+                silo.check_data()
+                if what == "deliver":
+                    sync.deliver(engine, progress, version)  # global minus local parameters, coded, checksummed
+                else:
+                    sync.wait(progress, version)  # for the aggregator's commit
+                    sync.adopt(engine, progress, version)  # what was merged, checked against the commit's digest
+                log.resume_training()
+        if progress.step // schedule.sync_interval_steps > progress.round:  # the end of a round
+            progress.round += 1
             last, interval = progress.step == inner.num_steps, settings.eval_interval_rounds
-            if last or (interval and progress.version % interval == 0):
+            if last or (interval and progress.round % interval == 0):
                 silo.evaluate()
             log.resume_training()
         finished = progress.step == inner.num_steps
@@ -186,13 +197,14 @@ def prepare(config: RunConfig, name: str, ranks: Ranks, journal: Journal | None)
         progress=Progress(),
         reading=reading,
     )
-    resumed = silo.checkpoints.load(silo.engine, ranks, sync.global_parameters if sync else {})
+    resumed = silo.checkpoints.load(silo.engine, ranks, sync.host_tensors if sync else {})
     if resumed:
         silo.progress = resumed
         silo.batches.restore(resumed.position)
+        if sync:
+            sync.resume(resumed)
     elif sync:
-        sync.wait(silo.progress)
-        sync.adopt(silo.engine, silo.progress)
+        sync.start(silo.engine, silo.progress)
     else:
         initial = build_initial(config.model, packed.vocab_size).named_parameters() if ranks.is_leader else None
         silo.engine.write(initial)
@@ -277,6 +289,8 @@ def run(config: RunConfig, name: str, journal: Journal | None) -> int:
         return STOPPED
     finally:
         silo.batches.close()
+        if silo.sync:
+            silo.sync.close()
     if not silo.sync:
         silo.check_data()
         save_parameters(config.final_parameters(name), silo.engine, ranks)

@@ -2,20 +2,22 @@
 
     contract.json                            what all silos agreed to
     global/000017/commit.json                written last: the version is there when this is
-    global/000017/parameters-000.safetensors what commit 17 changed, one object a fragment
-    global/000017/outer-000.safetensors      the outer optimizer's state, for the aggregator's own restart
+    global/000017/change-001.safetensors     how commit 17 changed fragment 1, coded; or, where the codec is fp32,
+    global/000017/parameter-001.safetensors its new values, which are there for the aggregator's restart otherwise
+    global/000017/velocity-001.safetensors   the outer optimizer's state of the fragment, and target-001 what the
+                                             downlink's codec has not sent yet, for the aggregator's own restart
     silos/NAME/identity.json                 which run directory holds this name
-    silos/NAME/000017/000.safetensors        one coded fragment of the pseudo-gradient of round 17
+    silos/NAME/000017/000017.safetensors     the coded fragment of the pseudo-gradient for version 17
     silos/NAME/000017/manifest.json          written last: the delivery is there when this is
     silos/NAME/000017/refused-0.json         why the aggregator did not take it; the silo delivers again
     silos/NAME/resumable/000016              the silo has a checkpoint that holds version 16
 
-Round 17 starts from version 16 and ends with commit 17.
+Version 17 is what outer step 17 made of one fragment (outer/schedule.py); with one fragment, versions are rounds.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pretrain.config import ConfigError
@@ -30,9 +32,9 @@ def version_path(version: int) -> str:
     return f"global/{version:06d}"
 
 
-def delivery_path(silo: str, round: int) -> str:
-    """The folder of a silo's delivery for a round."""
-    return f"silos/{silo}/{round:06d}"
+def delivery_path(silo: str, version: int) -> str:
+    """The folder of a silo's delivery for a version."""
+    return f"silos/{silo}/{version:06d}"
 
 
 def file_payload(file: Path, fragment: int) -> Payload:
@@ -121,7 +123,7 @@ class StoreExchange:
         A manifest that is there already stands, whatever its bytes: a delivery is used at most once. Payloads without
         manifest are leftovers of an interrupted or refused delivery of this silo and are replaced.
         """
-        folder = delivery_path(manifest.silo, manifest.round)
+        folder = delivery_path(manifest.silo, manifest.version)
         if self.objects.exists(f"{folder}/manifest.json"):
             return self.objects.read(f"{folder}/manifest.json")
         for payload, file in files:
@@ -130,9 +132,9 @@ class StoreExchange:
         self.objects.write(f"{folder}/manifest.json", manifest.to_bytes())
         return manifest.to_bytes()
 
-    def refusals(self, silo: str, round: int) -> list[str]:
-        """The aggregator's reasons for refusing deliveries of this round, oldest first."""
-        folder = delivery_path(silo, round)
+    def refusals(self, silo: str, version: int) -> list[str]:
+        """The aggregator's reasons for refusing deliveries for this version, oldest first."""
+        folder = delivery_path(silo, version)
         names = [name for name in self.objects.names(folder) if name.startswith("refused-")]
         return [json.loads(self.objects.read(f"{folder}/{name}"))["reason"] for name in names]
 
@@ -153,18 +155,18 @@ class StoreExchange:
         self.objects.write(CONTRACT, data)
         self.contract_sha256 = sha256_bytes(data)
 
-    def delivery(self, silo: str, round: int) -> bytes | None:
+    def delivery(self, silo: str, version: int) -> bytes | None:
         """The manifest's bytes of a delivery, or None while there is none."""
-        name = f"{delivery_path(silo, round)}/manifest.json"
+        name = f"{delivery_path(silo, version)}/manifest.json"
         return self.objects.read(name) if self.objects.exists(name) else None
 
-    def refuse(self, silo: str, round: int, manifest: bytes, reason: str) -> None:
+    def refuse(self, silo: str, version: int, manifest: bytes, reason: str) -> None:
         """Remove a delivery's manifest so that the silo delivers again, and record why it was not taken.
 
         In this order: whoever is killed in between loses a reason, but every refusal that stands is counted once, and
         a silo that delivers the same bytes again and again comes to the end of its tries.
         """
-        folder = delivery_path(silo, round)
+        folder = delivery_path(silo, version)
         refused = [name for name in self.objects.names(folder) if name.startswith("refused-")]
         record = {"reason": reason, "manifest_sha256": sha256_bytes(manifest)}
         self.objects.delete(f"{folder}/manifest.json")
@@ -180,16 +182,31 @@ class StoreExchange:
             self.objects.upload(file, f"{folder}/{payload.file}")
         self.objects.write(f"{folder}/commit.json", commit.to_bytes())
 
-    def prune(self, roster: list[str], newest: int, keep_versions: int) -> list[int]:
+    def newest_state(self, newest: int, num_fragments: int) -> Iterator[tuple[int, Payload]]:
+        """What version `newest` is made of: each fragment's last change. Yields the payloads that hold whole tensors.
+
+        Raises RefusedError.
+        """
+        for version in range(max(0, newest - num_fragments + 1), newest + 1):
+            commit = self.read_commit(version)
+            if newest < num_fragments and version == 0:
+                changed = {v % num_fragments for v in range(1, newest + 1)}
+            else:
+                changed = set()
+            whole = commit.state_payloads + (commit.payloads if commit.codec == "fp32" else [])
+            yield from ((version, payload) for payload in whole if payload.fragment not in changed)
+
+    def prune(self, roster: list[str], newest: int, keep_versions: int, num_fragments: int = 1) -> list[int]:
         """Delete tensors that nobody can need again; commits and manifests stay. Returns the pruned versions.
 
-        Kept are the newest `keep_versions` and all from which a silo's newest checkpoint would go on.
+        Kept are the newest `keep_versions`, all from which a silo's newest checkpoint would go on, and of each
+        fragment what these are made of.
         """
         resumable = [
             max((int(name) for name in self.objects.names(f"silos/{silo}/resumable") if name.isdigit()), default=0)
             for silo in roster
         ]
-        first_kept = max(0, min([newest - keep_versions + 1, *resumable]))
+        first_kept = max(0, min([newest - keep_versions + 1, *resumable]) - num_fragments + 1)
         pruned: list[int] = []
         while (version := first_kept - 1 - len(pruned)) >= 0 and self._tensors(version_path(version)):
             pruned.append(version)

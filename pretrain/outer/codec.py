@@ -1,44 +1,67 @@
-"""A silo's change of one named tensor, to the tensors that travel and back.
+"""A change of one named tensor, to the tensors that travel and back.
 
-A codec codes `local` against `base`, the global tensor that both ends hold; decoding gives the pseudo-gradient
-`base - local` in float64. `fp32` sends the local values themselves: a difference rounded to fp32 would not lead back
-to them, whereas in float64 it is exact (unless a value shrinks below 2^-29 of what it was), so that one silo with outer
-SGD of lr 1 trains as if it were alone, to the last bit (but -0.0 becomes 0.0). `bf16` sends the rounded
-pseudo-gradient in half the bytes.
+A codec codes `value` against `base`, the tensor that both ends hold; decoding gives the difference `base - value` in
+float64. For a silo these are its local and the global parameters, and the difference is its pseudo-gradient; for the
+aggregator the new and the published global parameters. `fp32` sends the values themselves: a difference rounded to
+fp32 would not lead back to them, whereas in float64 it is exact (unless a value shrinks below 2^-29 of what it was), so
+that one silo with outer SGD of lr 1 trains as if it were alone, to the last bit (but -0.0 becomes 0.0). All others send
+the fp32 difference in one of the formats of quantize.py.
+
+With error feedback what a format leaves out is kept and added, times a decay, to the next difference: what was sent so
+far and what is kept add up to all differences (decay 1).
 """
-
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-KIND = "parameter"  # the kind of a tensor is part of its key, so that optimizer moments can travel the same way
+from pretrain.outer.quantize import QUANTIZERS, Parts, check_parts, decode
+
+CODECS = tuple(QUANTIZERS)
+# What a codec needs unless the configuration says otherwise; top-k: SparseLoCo, https://arxiv.org/abs/2508.15706
+FEEDBACK_DECAY = dict.fromkeys(CODECS, 0.0) | {"topk": 0.95}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Codec:
-    """A pure pair of functions and the dtype that travels."""
+def encode(codec: str, base: Tensor, value: Tensor, *, residual: Tensor | None = None, decay: float = 0.0) -> Parts:
+    """What travels; `residual`, fp32 of the same shape, is replaced by what is kept for the next time.
 
-    dtype: torch.dtype
-    encode: Callable[[Tensor, Tensor], Tensor]  # (base fp32, local fp32) -> what travels, same shape
-    decode: Callable[[Tensor, Tensor], Tensor]  # (base fp32, what travelled) -> pseudo-gradient, float64, same shape
-
-
-CODECS = {
-    "fp32": Codec(
-        dtype=torch.float32,
-        encode=lambda base, local: local.contiguous(),
-        decode=lambda base, coded: base.double() - coded.double(),
-    ),
-    "bf16": Codec(
-        dtype=torch.bfloat16,
-        encode=lambda base, local: (base - local).bfloat16(),
-        decode=lambda base, coded: coded.double(),
-    ),
-}
+    Raises ValueError if a value is infinite or NaN.
+    """
+    if codec == "fp32":
+        if not value.isfinite().all():
+            raise ValueError("infinite or NaN given; allowed: finite values")
+        return {"values": value.contiguous()}
+    difference = base - value
+    if residual is not None:
+        difference.add_(residual, alpha=decay)
+    parts = QUANTIZERS[codec].encode(difference)
+    if residual is not None:
+        QUANTIZERS[codec].decode_add(parts, residual.copy_(difference), -1.0)
+    return parts
 
 
-def key(name: str) -> str:
-    """The key of parameter `name` in a payload."""
-    return f"{KIND}/{name}"
+def decoded(codec: str, base: Tensor, parts: Parts) -> Tensor:
+    """The difference `base - value`, float64, of base's shape."""
+    if codec == "fp32":
+        return base.double() - parts["values"].double()
+    return decode(QUANTIZERS[codec], parts, base.shape).double()
+
+
+def apply_change(codec: str, published: Tensor, parts: Parts) -> None:
+    """Turn `published` in place into what the parts say, the same bits wherever it is done."""
+    if codec == "fp32":
+        published.copy_(parts["values"])
+    else:
+        QUANTIZERS[codec].decode_add(parts, published, -1.0)
+
+
+def check(codec: str, parts: Parts, shape: torch.Size) -> None:
+    """Raise ValueError, in one line, unless the parts, of another party, are of this codec and shape and finite."""
+    if codec != "fp32":
+        check_parts(QUANTIZERS[codec], parts, shape)
+        return
+    given = {part: f"{value.dtype} {list(value.shape)}" for part, value in parts.items()}
+    expected = {"values": f"{torch.float32} {list(shape)}"}
+    if given != expected:
+        raise ValueError(f"{given} given; allowed: {expected}")
+    if not parts["values"].isfinite().all():
+        raise ValueError("infinite or NaN given; allowed: finite values")

@@ -3,9 +3,12 @@
 import hashlib
 import json
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
+
+Row = list[Any]
 
 
 def tensor_sha256(tensor: Tensor) -> str:
@@ -14,7 +17,16 @@ def tensor_sha256(tensor: Tensor) -> str:
     return hashlib.sha256(flat.numpy().data).hexdigest()
 
 
+def tensor_row(name: str, tensor: Tensor) -> Row:
+    """What a digest says of one tensor: name, dtype, shape, sha256 of the bytes."""
+    return [name, str(tensor.dtype), list(tensor.shape), tensor_sha256(tensor)]
+
+
+def digest_rows(rows: Iterable[Row]) -> str:
+    """sha256 over the sorted rows, as JSON: a digest of many tensors without reading those that have not changed."""
+    return hashlib.sha256(json.dumps(sorted(rows)).encode()).hexdigest()
+
+
 def digest_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """sha256 over the sorted list of (name, dtype, shape, sha256 of the bytes), as JSON."""
-    rows = sorted([name, str(t.dtype), list(t.shape), tensor_sha256(t)] for name, t in tensors)
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    """`digest_rows` of all tensors."""
+    return digest_rows(tensor_row(name, tensor) for name, tensor in tensors)

@@ -4,6 +4,9 @@ checkpoints/step-00000100/state.json         step, version, position, and what t
                           engine/            DeepSpeed's own files, one part per rank: module, fp32 masters, optimizer
                           rng-00000.safetensors   random number generators of each rank
                           global.safetensors the silo's fp32 copy of the global parameters
+                          residual.safetensors error feedback: what the codec has left out so far
+
+What is in flight at that step was delivered; its files lie in the silo's outbox until its commit is adopted.
 """
 
 import dataclasses
@@ -23,6 +26,8 @@ from pretrain.config import ConfigError
 from pretrain.silo.engine import Engine
 from pretrain.silo.ranks import Ranks
 
+HostTensors = dict[str, dict[str, Tensor]]
+
 
 @dataclass(kw_only=True)
 class Progress:
@@ -31,7 +36,11 @@ class Progress:
     step: int = 0
     """Inner steps done."""
     version: int = -1
-    """Version of the global parameters that the silo started this round from; -1 before it has any."""
+    """Newest version of the global parameters that the silo has adopted; -1 before it has any."""
+    sent: int = 0
+    """Newest version that the silo has delivered its part for."""
+    round: int = 0
+    """Rounds whose end the silo has passed."""
     position: int = 0
     """Sequences consumed."""
     loss: float = 0.0
@@ -58,8 +67,11 @@ class Checkpoints:
         """The checkpoint that a resume starts from."""
         return (self.all() or [None])[-1]  # type: ignore[list-item]
 
-    def save(self, progress: Progress, engine: Engine, ranks: Ranks, global_parameters: dict[str, Tensor]) -> None:
-        """Write a checkpoint, all ranks together; it appears under its name when everybody's part is on disk."""
+    def save(self, progress: Progress, engine: Engine, ranks: Ranks, host: HostTensors) -> None:
+        """Write a checkpoint, all ranks together; it appears under its name when everybody's part is on disk.
+
+        `host` are the leader's own tensors, by the name of their file.
+        """
         final = self._directory / f"step-{progress.step:08d}"
         temporary = self._directory / f".{final.name}.tmp"
         if ranks.is_leader:
@@ -69,8 +81,9 @@ class Checkpoints:
         engine.save(temporary)
         save_file(_random_state(), temporary / f"rng-{ranks.rank:05d}.safetensors")
         if ranks.is_leader:
-            if global_parameters:
-                save_file(global_parameters, temporary / "global.safetensors")
+            for name, tensors in host.items():
+                if tensors:
+                    save_file(tensors, temporary / f"{name}.safetensors")
             state = dataclasses.asdict(progress) | {
                 "num_ranks": ranks.num_ranks,
                 "stage": engine.stage,
@@ -88,10 +101,10 @@ class Checkpoints:
                 shutil.rmtree(old)
         ranks.barrier()
 
-    def load(self, engine: Engine, ranks: Ranks, global_parameters: dict[str, Tensor]) -> Progress | None:
+    def load(self, engine: Engine, ranks: Ranks, host: HostTensors) -> Progress | None:
         """Resume from the newest checkpoint, all ranks together; None if there is none.
 
-        Fills `global_parameters` on the leader. Raises ConfigError if the checkpoint is of another contract, number of
+        Fills `host` on the leader. Raises ConfigError if the checkpoint is of another contract, number of
         ranks or ZeRO stage.
         """
         newest = ranks.from_leader(str(self.newest) if self.newest else None)
@@ -108,8 +121,9 @@ class Checkpoints:
                 )
         engine.load(directory)
         _restore_random_state(load_file(directory / f"rng-{ranks.rank:05d}.safetensors"))
-        if ranks.is_leader and (directory / "global.safetensors").is_file():
-            global_parameters.update(load_file(directory / "global.safetensors"))
+        for name, tensors in host.items() if ranks.is_leader else ():
+            if (directory / f"{name}.safetensors").is_file():
+                tensors.update(load_file(directory / f"{name}.safetensors"))
         return Progress(**state)
 
 

@@ -4,7 +4,7 @@ All that knows DeepSpeed's inner names is in this file (`_refresh_module`, `_fp3
 """
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,12 +129,14 @@ class Engine:
             return self._masters.get(name, parameter).detach()
         return safe_get_full_fp32_param(parameter)
 
-    def write(self, values: Iterator[tuple[str, Tensor]] | None) -> None:
-        """Replace parameters by the leader's fp32 `values`, tensor by tensor; other ranks pass None.
+    def write(self, values: Iterator[tuple[str, Tensor]] | None, names: Sequence[str] | None = None) -> None:
+        """Replace parameters (`names`, or all in model order) by the leader's fp32 `values`; other ranks pass None.
 
         Writes the fp32 masters and then the module that computes: DeepSpeed's own setter leaves the latter stale.
         """
-        for name, shape in self.shapes.items():
+        shapes = self.shapes
+        for name in shapes if names is None else names:
+            shape = shapes[name]
             buffer = torch.empty(shape, dtype=torch.float32, device=self._ranks.device)
             if values is not None:
                 given_name, value = next(values)

@@ -23,7 +23,7 @@ def build_contract(config: RunConfig) -> dict[str, Any]:
         "document_masking": config.document_masking,
         "inner": dataclasses.asdict(config.inner),
         "outer": dataclasses.asdict(config.outer),
-        "num_rounds": config.num_rounds,
+        "num_versions": config.schedule.num_versions,
         "roster": config.full_roster,
         "signature": None,
     }

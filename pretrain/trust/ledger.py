@@ -93,11 +93,11 @@ def _read_row(row_type: type, row: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest(Record):
-    """What one silo delivered for one round; written after the payloads that it names."""
+    """What one silo delivered for one version; written after the payload that it names."""
 
     contract_sha256: str
     silo: str
-    round: int
+    version: int
     base_version: int
     base_digest: str
     codec: str

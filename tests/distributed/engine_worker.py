@@ -102,11 +102,11 @@ def check(stage: int, precision: str, ranks: Ranks, directory: Path) -> dict[str
 
     checkpoints = Checkpoints(directory / f"{stage}-{precision}", keep=1, contract_sha256="c")
     saved = Progress(step=3, position=12)
-    checkpoints.save(saved, engine, ranks, initial)
+    checkpoints.save(saved, engine, ranks, {"global": initial})
     uninterrupted = steps(engine, ranks, range(3, 6))
     final = read_all(engine)
     resumed_engine, global_parameters = build(), dict[str, torch.Tensor]()
-    progress = checkpoints.load(resumed_engine, ranks, global_parameters)
+    progress = checkpoints.load(resumed_engine, ranks, {"global": global_parameters})
     resumed = steps(resumed_engine, ranks, range(3, 6))
     return {
         "stage": stage,

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from launch.local import CommandBuilder, launch_local
 from pretrain.config import RunConfig
 from pretrain.exchange.store import StoreExchange, version_path
-from pretrain.outer.codec import key
 from pretrain.trust.ledger import Commit
 
 
@@ -56,15 +55,18 @@ class Outcome:
 
     def parameters(self, version: int) -> dict[str, torch.Tensor]:
         """The global parameters of a version that was not pruned."""
-        folder = Path(self.config.store_url) / version_path(version)
-        files = sorted(folder.glob("parameters-*.safetensors"))
-        return {name.removeprefix(key("")): t for file in files for name, t in load_file(file).items()}
+        found: dict[str, torch.Tensor] = {}
+        for changed, payload in self.exchange.newest_state(version, self.config.outer.num_fragments):
+            if payload.file.startswith("parameter"):
+                file = Path(self.config.store_url) / version_path(changed) / payload.file
+                found |= {name.removeprefix("parameter/values/"): t for name, t in load_file(file).items()}
+        return found
 
     def delivered(self, silo: str, round: int) -> dict[str, torch.Tensor]:
         """What a silo delivered: with codec fp32, its local parameters."""
         folder = Path(self.config.store_url) / "silos" / silo / f"{round:06d}"
         files = sorted(folder.glob("*.safetensors"))
-        return {name.removeprefix(key("")): t for file in files for name, t in load_file(file).items()}
+        return {name.removeprefix("parameter/values/"): t for file in files for name, t in load_file(file).items()}
 
     def alone(self, silo: str) -> dict[str, torch.Tensor]:
         """The final parameters of a silo that trained alone."""

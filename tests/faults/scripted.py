@@ -38,7 +38,7 @@ POINTS: dict[str, tuple[str, str, str, Callable[..., int | None]]] = {
         lambda self, name, data: manifest(name),
     ),
     "after_manifest": ("pretrain.exchange.objects", "Objects.write", "after", lambda self, name, data: manifest(name)),
-    "adopting": ("pretrain.sync", "SiloSync._fetch", "after", lambda self, version: version),
+    "adopting": ("pretrain.sync", "SiloSync._apply", "before", lambda self, received, names: received.commit.version),
     "saving": ("pretrain.silo.engine", "Engine.save", "after", lambda self, directory: int(directory.name[6:14])),
     "before_contract": (
         "pretrain.exchange.objects",
@@ -63,7 +63,7 @@ def number(pattern: str, name: str) -> int | None:
 
 
 def delivery(name: str) -> int | None:
-    return number(r"silos/[^/]+/(\d{6})/\d{3}\.safetensors", name)
+    return number(r"silos/[^/]+/(\d{6})/\d{6}\.safetensors", name)
 
 
 def manifest(name: str) -> int | None:

@@ -13,16 +13,15 @@ from pretrain.config import RunConfig
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, assert_same_bits, federate
 
-NUM_ROUNDS = 3
 Faults = dict[str, list[tuple[Any, ...]]]
 
 
-def make_config(tiny_config: TinyConfig, directory: Path) -> RunConfig:
+def make_config(tiny_config: TinyConfig, directory: Path, **outer: Any) -> RunConfig:
     """Checkpoints at steps that are no multiple of H, so that a resume starts in the middle of a round."""
     alpha = {"processes_per_node": 2, "micro_batch_sequences": 2, "deepspeed": {"zero_optimization": {"stage": 2}}}
     return tiny_config(
         directory,
-        outer={"optimizer": "nesterov", "num_fragments": 2},
+        outer={"optimizer": "nesterov"} | outer,
         silo={"checkpoint_interval_steps": 3},
         silos={"alpha": alpha},
     )
@@ -46,8 +45,9 @@ def with_faults(faults: Faults, directory: Path) -> Any:
 
 def check_same(run: Outcome, undisturbed: Outcome) -> None:
     """The same parameters, ledger and loss curves, to the last bit."""
-    assert_same_bits(run.parameters(NUM_ROUNDS), undisturbed.parameters(NUM_ROUNDS))
-    for version in range(NUM_ROUNDS + 1):
+    last = run.config.schedule.num_versions
+    assert_same_bits(run.parameters(last), undisturbed.parameters(last))
+    for version in range(last + 1):
         assert run.exchange.commit_bytes(version) == undisturbed.exchange.commit_bytes(version)
     for silo in ("alpha", "beta"):
         for value in ("loss", "lr", "tokens", "grad_norm"):
@@ -94,6 +94,34 @@ def test_killed_and_restarted_equals_undisturbed(
     check_same(run, undisturbed)
 
 
+STREAMING = {
+    "num_fragments": 2,
+    "overlap_steps": 1,
+    "mixing": 0.25,
+    "codec": "int4",
+    "downlink_codec": "int4",
+    "error_feedback": 0.9,
+}
+# Seven versions: fragment 1 leaves at steps 2, 6, 10 and 12, fragment 0 at 4, 8 and 12. What left at step 6 is in
+# flight when the checkpoint of step 6 is written.
+STREAMING_DEATHS: Faults = {
+    "alpha": [("step", 7, 1), ("before_manifest", 2), ("saving", 9, 1), ("adopting", 6)],
+    "beta": [("after_manifest", 3), ("adopting", 3), ("before_payload", 5)],
+    "aggregator": [("mid_publish", 0), ("after_merge", 2), ("before_commit", 3), ("after_commit", 6)],
+}
+
+
+def test_streaming_with_a_fragment_in_flight_resumes_exactly(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    undisturbed = federate(make_config(tiny_config, tmp_path / "undisturbed", **STREAMING))
+    fired = tmp_path / "fired"
+    fired.mkdir()
+    build = with_faults(STREAMING_DEATHS, fired)
+    run = federate(make_config(tiny_config, tmp_path, **STREAMING), max_restarts=20, build_commands=build)
+    expected = {f"{point}-{when}" for deaths in STREAMING_DEATHS.values() for point, when, *_ in deaths}
+    assert {path.name for path in fired.iterdir()} == expected
+    check_same(run, undisturbed)
+
+
 def test_a_corrupted_delivery_is_refused_and_delivered_again(
     undisturbed: Outcome, tmp_path: Path, tiny_config: TinyConfig
 ) -> None:
@@ -103,6 +131,6 @@ def test_a_corrupted_delivery_is_refused_and_delivered_again(
     refused = json.loads((Path(config.store_url) / "silos/beta/000002/refused-0.json").read_text())
     assert "corrupted" in refused["reason"]
     logs = Path(config.directory) / "logs" / "latest"
-    assert "round 2: refused the delivery of silo beta: " in (logs / "aggregator.log").read_text()
-    assert "round 2: the aggregator refused our delivery: " in (logs / "beta.log").read_text()
+    assert "version 2: refused the delivery of silo beta: " in (logs / "aggregator.log").read_text()
+    assert "version 2: the aggregator refused our delivery: " in (logs / "beta.log").read_text()
     check_same(run, undisturbed)

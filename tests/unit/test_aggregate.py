@@ -16,14 +16,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pretrain.aggregate import Aggregator, OuterState
-from pretrain.config import RunConfig
+from pretrain.config import CODECS, RunConfig
 from pretrain.journal import Journal
+from pretrain.outer.codec import apply_change, decoded, encode
+from pretrain.outer.digest import digest_tensors
 from pretrain.outer.fragments import cut_fragments
 from tests.conftest import TinyConfig
 
 Tensors = dict[str, Tensor]
 OUTER = {"lr": 0.5, "momentum": 0.5, "num_fragments": 2}
-ROUNDS = {"num_steps": 8, "lr": 0.003}
+ROUNDS = {"num_steps": 8, "lr": 0.003}  # two of four steps: with two fragments, versions 1 to 5
 
 
 def sha256(data: bytes) -> str:
@@ -36,10 +38,10 @@ def start(config: RunConfig) -> tuple[Aggregator, OuterState]:
     return aggregator, aggregator.start()
 
 
-def one_round(aggregator: Aggregator, state: OuterState) -> None:
+def one_version(aggregator: Aggregator, state: OuterState) -> None:
     deliveries = aggregator.collect(state)
-    divisor, metrics = aggregator.merge(state, deliveries)
-    aggregator.commit(state, deliveries, divisor, metrics)
+    changes, divisor, metrics = aggregator.merge(state, deliveries)
+    aggregator.commit(state, changes, deliveries, divisor, metrics)
 
 
 def times(state: OuterState, factor: float) -> Tensors:
@@ -47,12 +49,37 @@ def times(state: OuterState, factor: float) -> Tensors:
     return {name: value * factor for name, value in state.parameters.items()}
 
 
+def plus_noise(state: OuterState, seed: int = 0) -> Tensors:
+    """Local parameters near the global ones, others for each version and seed."""
+    noise = torch.Generator().manual_seed(100 * seed + state.version)
+    return {n: v + 0.01 * torch.randn(v.shape, generator=noise) for n, v in sorted(state.parameters.items())}
+
+
+def fragment_names(config: RunConfig, state: OuterState, version: int) -> list[str]:
+    """Names of what a version changes."""
+    sizes = {name: value.numel() for name, value in state.parameters.items()}
+    num_fragments = config.outer.num_fragments
+    return cut_fragments(sizes, num_fragments)[version % num_fragments]
+
+
+def commit_of(config: RunConfig, version: int) -> dict[str, Any]:
+    return json.loads((Path(config.store_url) / "global" / f"{version:06d}" / "commit.json").read_bytes())
+
+
+def stored(config: RunConfig, version: int, file: str) -> Tensors:
+    return load_file(Path(config.store_url) / "global" / f"{version:06d}" / file)
+
+
 @dataclass(kw_only=True)
 class Hand:
     """Writes a delivery as the design describes it, and spoils it on request."""
 
-    tensors: Callable[[int, Tensors], Mapping[str, Tensor]] = lambda fragment, tensors: tensors
-    """Changes what a fragment holds, before it is saved."""
+    codec: str | None = None
+    """Codes the tensors with another codec than the manifest says."""
+    holds: int | None = None
+    """Holds the tensors that another version changes."""
+    tensors: Callable[[Tensors], Mapping[str, Tensor]] = lambda tensors: tensors
+    """Changes what the payload holds, before it is saved."""
     raw: bytes | None = None
     """Instead of a safetensors file, with the right checksum."""
     manifest: Callable[[dict[str, Any]], object] = lambda manifest: None
@@ -61,29 +88,37 @@ class Hand:
     """Changes the files after their checksums were taken."""
 
     def deliver(self, config: RunConfig, silo: str, state: OuterState, local: Tensors, *, tokens: int = 100) -> None:
-        store, round = Path(config.store_url), state.version + 1
-        folder = store / "silos" / silo / f"{round:06d}"
+        store, version, schedule = Path(config.store_url), state.version + 1, config.schedule
+        folder = store / "silos" / silo / f"{version:06d}"
         folder.mkdir(parents=True, exist_ok=True)
-        payloads = []
-        for fragment, names in enumerate(cut_fragments({n: v.numel() for n, v in local.items()}, 2)):
-            file = folder / f"{fragment:03d}.safetensors"
-            save_file(dict(self.tensors(fragment, {f"parameter/{name}": local[name] for name in names})), file)
-            if self.raw is not None:
-                file.write_bytes(self.raw)
-            data = file.read_bytes()
-            payloads.append({"fragment": fragment, "file": file.name, "sha256": sha256(data), "num_bytes": len(data)})
+        names, codec = fragment_names(config, state, version), config.outer.codec
+        payload = {}
+        for name in fragment_names(config, state, self.holds or version):
+            for part, value in encode(self.codec or codec, state.parameters[name], local[name]).items():
+                payload[f"parameter/{part}/{name}"] = value
+        file = folder / f"{version:06d}.safetensors"
+        save_file(dict(self.tensors(payload)), file)
+        if self.raw is not None:
+            file.write_bytes(self.raw)
+        data = file.read_bytes()
+        row = {
+            "fragment": version % config.outer.num_fragments,
+            "file": file.name,
+            "sha256": sha256(data),
+            "num_bytes": len(data),
+        }
         manifest = {
             "format": 1,
             "contract_sha256": sha256((store / "contract.json").read_bytes()),
             "silo": silo,
-            "round": round,
-            "base_version": state.version,
-            "base_digest": state.parameters_digest,
-            "codec": config.outer.codec,
-            "payloads": payloads,
+            "version": version,
+            "base_version": max(0, version - config.outer.num_fragments),
+            "base_digest": digest_tensors((name, state.parameters[name]) for name in names),
+            "codec": codec,
+            "payloads": [row],
             "tokens": tokens,
-            "steps": config.outer.sync_interval_steps,
-            "tokens_total": tokens * round,
+            "steps": schedule.steps(version),
+            "tokens_total": tokens * version,
             "metrics": {"loss": 1.0},
             "signature": None,
         }
@@ -102,63 +137,77 @@ def config(tmp_path: Path, tiny_config: TinyConfig) -> RunConfig:
     return tiny_config(tmp_path, inner=ROUNDS, outer=OUTER)
 
 
-# ---- good rounds
+# ---- good versions
 
 
 def test_version_0_is_the_seeded_model_and_a_state_of_zeros(config: RunConfig) -> None:
     _, state = start(config)
-    store = Path(config.store_url)
-    commit = json.loads((store / "global" / "000000" / "commit.json").read_text())
+    commit = commit_of(config, 0)
     assert (commit["version"], commit["previous"], commit["contributors"], commit["divisor"]) == (0, None, [], 0)
-    assert [p["file"] for p in commit["payloads"]] == ["parameters-000.safetensors", "parameters-001.safetensors"]
+    assert [p["file"] for p in commit["payloads"]] == ["parameter-000.safetensors", "parameter-001.safetensors"]
+    assert [p["file"] for p in commit["state_payloads"]] == ["velocity-000.safetensors", "velocity-001.safetensors"]
     assert state.parameters.keys() == state.velocity.keys()
     assert all(not value.any() for value in state.velocity.values())
     assert all(value.dtype == torch.float32 for value in state.parameters.values())
-    stored = {n: v for p in commit["payloads"] for n, v in load_file(store / "global" / "000000" / p["file"]).items()}
-    assert stored.keys() == {f"parameter/{name}" for name in state.parameters}
-    assert all(torch.equal(stored[f"parameter/{name}"], value) for name, value in state.parameters.items())
+    found = {n: v for p in commit["payloads"] for n, v in stored(config, 0, p["file"]).items()}
+    assert found.keys() == {f"parameter/values/{name}" for name in state.parameters}
+    assert all(torch.equal(found[f"parameter/values/{name}"], value) for name, value in state.parameters.items())
 
 
-def test_a_good_round_by_hand(config: RunConfig) -> None:
+def test_two_good_versions_by_hand(config: RunConfig) -> None:
     aggregator, state = start(config)
     before = {name: value.double() for name, value in state.parameters.items()}
     # Locals 2p and 4p are pseudo-gradients -p and -3p; with 100 and 300 tokens their mean is -2.5p, and the first
     # Nesterov step with lr 0.5 and momentum 0.5 is p + 0.5 * 1.5 * 2.5p = 2.875p.
-    GOOD.deliver(config, "beta", state, times(state, 4), tokens=300)
-    GOOD.deliver(config, "alpha", state, times(state, 2), tokens=100)
-    one_round(aggregator, state)
-    assert state.version == 1
-    for name, value in state.parameters.items():
-        assert torch.equal(value, (before[name] * 2.875).float())
-        assert torch.equal(state.velocity[name], (before[name] * -2.5).float())
-    store = Path(config.store_url)
-    first, second = (store / "global" / f"00000{version}" / "commit.json" for version in (0, 1))
-    commit = json.loads(second.read_text())
-    assert commit["previous"] == sha256(first.read_bytes())
+    for version in (1, 2):
+        changed = fragment_names(config, state, version)
+        GOOD.deliver(config, "beta", state, times(state, 4), tokens=300)
+        GOOD.deliver(config, "alpha", state, times(state, 2), tokens=100)
+        others = {name: value.clone() for name, value in state.parameters.items() if name not in changed}
+        one_version(aggregator, state)
+        assert state.version == version
+        for name in changed:
+            assert torch.equal(state.parameters[name], (before[name] * 2.875).float())
+            assert torch.equal(state.velocity[name], (before[name] * -2.5).float())
+        assert all(torch.equal(state.parameters[name], value) for name, value in others.items())
+        check_commit(config, state, changed, before)
+
+
+def check_commit(config: RunConfig, state: OuterState, changed: list[str], before: Tensors) -> None:
+    """The newest commit of the run above."""
+    store, version = Path(config.store_url), state.version
+    commit = commit_of(config, version)
+    assert commit["previous"] == sha256((store / "global" / f"{version - 1:06d}" / "commit.json").read_bytes())
     assert commit["divisor"] == 400
     assert [(c["silo"], c["weight"], c["tokens"]) for c in commit["contributors"]] == [
         ("alpha", 100, 100),
         ("beta", 300, 300),
     ]
     for contributor in commit["contributors"]:
-        manifest = store / "silos" / contributor["silo"] / "000001" / "manifest.json"
+        manifest = store / "silos" / contributor["silo"] / f"{version:06d}" / "manifest.json"
         assert contributor["manifest_sha256"] == sha256(manifest.read_bytes())
     assert commit["metrics"]["cosine_mean"] == pytest.approx(1.0)  # both go the same way
-    norm = sum(value.square().sum().item() for value in before.values()) ** 0.5
+    norm = sum(before[name].square().sum().item() for name in changed) ** 0.5
     assert commit["metrics"]["update_norm"] == pytest.approx(1.875 * norm, rel=1e-6)
-    assert commit["parameters_digest"] == state.parameters_digest
+    assert commit["parameters_digest"] == state.parameters_digest == digest_tensors(state.parameters.items())
+    fragment = version % 2
+    assert [p["file"] for p in commit["payloads"]] == [f"parameter-{fragment:03d}.safetensors"]
+    assert [p["file"] for p in commit["state_payloads"]] == [f"velocity-{fragment:03d}.safetensors"]
+    assert stored(config, version, f"parameter-{fragment:03d}.safetensors").keys() == {
+        f"parameter/values/{name}" for name in changed
+    }
 
 
 def test_one_silo_with_sgd_of_lr_1_is_left_alone(tmp_path: Path, tiny_config: TinyConfig) -> None:
     outer = {"optimizer": "sgd", "lr": 1.0, "num_fragments": 2}
-    config = tiny_config(tmp_path, silos={"beta": None}, outer=outer)
+    config = tiny_config(tmp_path, silos={"beta": None}, inner=ROUNDS, outer=outer)
     aggregator, state = start(config)
-    for _ in range(3):
-        noise = torch.Generator().manual_seed(state.version)
-        local = {n: v + 0.01 * torch.randn(v.shape, generator=noise) for n, v in state.parameters.items()}
+    for version in range(1, 6):
+        local = plus_noise(state)
         GOOD.deliver(config, "alpha", state, local, tokens=7)
-        one_round(aggregator, state)
-        assert all(torch.equal(state.parameters[name], value) for name, value in local.items())
+        one_version(aggregator, state)
+        for name in fragment_names(config, state, version):
+            assert torch.equal(state.parameters[name], local[name])
 
 
 def test_identical_silos_are_one_silo_to_the_last_bit(tmp_path: Path, tiny_config: TinyConfig) -> None:
@@ -167,12 +216,11 @@ def test_identical_silos_are_one_silo_to_the_last_bit(tmp_path: Path, tiny_confi
     for name, silos in (("one", {"beta": None}), ("two", {}), ("three", {"gamma": {}})):
         config = tiny_config(tmp_path / name, silos=silos, outer=outer)
         aggregator, state = start(config)
-        for _ in range(2):
-            noise = torch.Generator().manual_seed(state.version)
-            local = {n: v + 0.01 * torch.randn(v.shape, generator=noise) for n, v in state.parameters.items()}
+        for _ in range(4):
+            local = plus_noise(state)
             for index, silo in enumerate(config.full_roster):
                 GOOD.deliver(config, silo, state, local, tokens=3 + 4 * index)
-            one_round(aggregator, state)
+            one_version(aggregator, state)
         states.append(state)
     assert states[0].parameters_digest == states[1].parameters_digest == states[2].parameters_digest
 
@@ -192,19 +240,55 @@ def test_arrival_order_does_not_matter(tmp_path: Path, tiny_config: TinyConfig) 
         thread.join(30)
         deliveries = box[0]
         assert [delivery.manifest.silo for delivery in deliveries] == names
-        aggregator.commit(state, deliveries, *aggregator.merge(state, deliveries))
+        changes, divisor, metrics = aggregator.merge(state, deliveries)
+        aggregator.commit(state, changes, deliveries, divisor, metrics)
         digests.append(state.parameters_digest)
     assert digests[0] == digests[1]
 
 
-def test_bf16_deliveries(tmp_path: Path, tiny_config: TinyConfig) -> None:
-    outer = {"optimizer": "sgd", "lr": 1.0, "codec": "bf16", "num_fragments": 2}
+@pytest.mark.parametrize("codec", CODECS)
+def test_coded_deliveries(codec: str, tmp_path: Path, tiny_config: TinyConfig) -> None:
+    """With one silo, SGD and lr 1 the pseudo-gradient that arrived is taken as it is."""
+    outer = {"optimizer": "sgd", "lr": 1.0, "codec": codec, "num_fragments": 2}
     config = tiny_config(tmp_path, silos={"beta": None}, outer=outer)
     aggregator, state = start(config)
-    before = {name: value.clone() for name, value in state.parameters.items()}
-    GOOD.deliver(config, "alpha", state, {n: torch.full_like(v, 0.25).bfloat16() for n, v in before.items()})
-    one_round(aggregator, state)
-    assert all(torch.equal(state.parameters[name], value - 0.25) for name, value in before.items())
+    before, local = {name: value.clone() for name, value in state.parameters.items()}, plus_noise(state)
+    GOOD.deliver(config, "alpha", state, local)
+    one_version(aggregator, state)
+    for name in fragment_names(config, state, 1):
+        arrived = decoded(codec, before[name], encode(codec, before[name], local[name]))
+        assert torch.equal(state.parameters[name], (before[name].double() - arrived).float())
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_coded_commits(codec: str, tmp_path: Path, tiny_config: TinyConfig) -> None:
+    """Whoever applies the changes from version 0 on holds what each commit's digest names; the target is followed."""
+    outer = {"optimizer": "sgd", "lr": 1.0, "downlink_codec": codec, "num_fragments": 2}
+    config = tiny_config(tmp_path, silos={"beta": None}, inner=ROUNDS, outer=outer)
+    aggregator, state = start(config)
+    holder = {
+        n.split("/", 2)[2]: v for f in (0, 1) for n, v in stored(config, 0, f"parameter-{f:03d}.safetensors").items()
+    }
+    target = {name: value.double() for name, value in state.parameters.items()}
+    for version in range(1, 6):
+        names = fragment_names(config, state, version)
+        local = plus_noise(state)
+        for name in names:
+            target[name] += local[name].double() - state.parameters[name].double()
+        GOOD.deliver(config, "alpha", state, local)
+        one_version(aggregator, state)
+        commit = commit_of(config, version)
+        assert commit["codec"] == codec
+        arrived = stored(config, version, commit["payloads"][0]["file"])
+        for name in names:
+            parts = {key.split("/", 2)[1]: value for key, value in arrived.items() if key.split("/", 2)[2] == name}
+            torch.testing.assert_close(state.target[name].double(), target[name], rtol=0, atol=1e-6)
+            whole = encode(codec, holder[name], state.target[name])  # also what the fragment's last change left out
+            assert all(torch.equal(parts[part], value) for part, value in whole.items())
+            apply_change(codec, holder[name], parts)
+        assert commit["parameters_digest"] == digest_tensors(holder.items()) == state.parameters_digest
+    same = [torch.equal(state.target[name], value) for name, value in state.parameters.items()]
+    assert all(same) == (codec == "fp32")
 
 
 # ---- bad deliveries
@@ -215,19 +299,15 @@ def put(**values: Any) -> Callable[[dict[str, Any]], object]:
 
 
 def put_payload(**values: Any) -> Callable[[dict[str, Any]], object]:
-    return lambda manifest: manifest["payloads"][1].update(values)
+    return lambda manifest: manifest["payloads"][0].update(values)
 
 
-def in_second(change: Callable[[Tensors], Tensors]) -> Callable[[int, Tensors], Tensors]:
-    return lambda fragment, tensors: change(dict(tensors)) if fragment == 1 else tensors
-
-
-def first_as(change: Callable[[Tensor], Tensor]) -> Callable[[int, Tensors], Tensors]:
+def first_as(change: Callable[[Tensor], Tensor], part: str = "values") -> Callable[[Tensors], Tensors]:
     def changed(tensors: Tensors) -> Tensors:
-        name = min(tensors)
+        name = min(name for name in tensors if f"/{part}/" in name)
         return tensors | {name: change(tensors[name])}
 
-    return in_second(changed)
+    return changed
 
 
 def with_last(value: float) -> Callable[[Tensor], Tensor]:
@@ -239,79 +319,95 @@ def with_last(value: float) -> Callable[[Tensor], Tensor]:
     return change
 
 
+def renamed(old: str, new: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {name.replace(old, new): value for name, value in tensors.items()}
+
+
 def truncate(folder: Path) -> None:
-    file = folder / "001.safetensors"
+    file = folder / "000001.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
 
 
 def flip_a_bit(folder: Path) -> None:
-    file = folder / "001.safetensors"
+    file = folder / "000001.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(bytes(data))
 
 
 def replace_by_folder(folder: Path) -> None:
-    (folder / "001.safetensors").unlink()
-    (folder / "001.safetensors").mkdir()
+    (folder / "000001.safetensors").unlink()
+    (folder / "000001.safetensors").mkdir()
 
 
 def drop_first(tensors: Tensors) -> Tensors:
     return {name: value for name, value in tensors.items() if name != min(tensors)}
 
 
+def twice(manifest: dict[str, Any]) -> None:
+    manifest["payloads"] *= 2
+
+
+FOREIGN_KEY = "given; allowed: parameter/PART/NAME"
 BAD: dict[str, tuple[Hand, str]] = {
     "truncated payload": (Hand(folder=truncate), "truncated"),
     "flipped bit": (Hand(folder=flip_a_bit), "corrupted"),
-    "payload is missing": (Hand(folder=lambda folder: (folder / "000.safetensors").unlink()), "is missing"),
-    "payload is a folder": (Hand(folder=replace_by_folder), "001.safetensors"),
-    "wrong shape": (Hand(tensors=first_as(lambda t: t.reshape(-1, 1))), "torch.float32 ["),
-    "wrong dtype": (Hand(tensors=first_as(lambda t: t.double())), "torch.float64"),
-    "other coding's dtype": (Hand(tensors=first_as(lambda t: t.bfloat16())), "torch.bfloat16"),
-    "NaN": (Hand(tensors=first_as(with_last(float("nan")))), "values that are not finite"),
-    "infinity": (Hand(tensors=first_as(with_last(float("-inf")))), "values that are not finite"),
-    "missing tensor": (Hand(tensors=in_second(drop_first)), "other tensors"),
-    "extra tensor": (Hand(tensors=in_second(lambda t: t | {"parameter/x": torch.zeros(1)})), "other tensors"),
-    "tensors of another kind": (
-        Hand(tensors=in_second(lambda t: {n.replace("parameter/", "velocity/"): v for n, v in t.items()})),
-        "other tensors",
-    ),
+    "payload is missing": (Hand(folder=lambda folder: (folder / "000001.safetensors").unlink()), "is missing"),
+    "payload is a folder": (Hand(folder=replace_by_folder), "000001.safetensors"),
+    "wrong shape": (Hand(tensors=first_as(lambda t: t.reshape(-1, 1))), "{'values': 'torch.float32 ["),
+    "wrong dtype": (Hand(tensors=first_as(lambda t: t.double())), "{'values': 'torch.float64 ["),
+    "other coding's dtype": (Hand(tensors=first_as(lambda t: t.bfloat16())), "{'values': 'torch.bfloat16 ["),
+    "NaN": (Hand(tensors=first_as(with_last(float("nan")))), "infinite or NaN given; allowed: finite values"),
+    "infinity": (Hand(tensors=first_as(with_last(float("-inf")))), "infinite or NaN given; allowed: finite values"),
+    "missing tensor": (Hand(tensors=drop_first), "other tensors"),
+    "extra tensor": (Hand(tensors=lambda t: t | {"parameter/values/x": torch.zeros(1)}), "other tensors"),
+    "tensors of another fragment": (Hand(holds=2), "other tensors"),
+    "tensors of another kind": (Hand(tensors=renamed("parameter/", "velocity/")), FOREIGN_KEY),
+    "tensors of no part": (Hand(tensors=renamed("/values/", "/")), "given; allowed: "),
+    "payload of another codec": (Hand(codec="int4"), "{'codes': 'torch.uint8 ["),
     "not safetensors": (Hand(raw=b"these are no tensors, they are words"), "no safetensors file"),
     "empty file": (Hand(raw=b""), "no safetensors file"),
-    "pickle": (Hand(raw=pickle.dumps({"parameter/x": [1.0]})), "no safetensors file"),
+    "pickle": (Hand(raw=pickle.dumps({"parameter/values/x": [1.0]})), "no safetensors file"),
     "header beyond the file": (Hand(raw=b"\xff" * 8 + b"{}"), "no safetensors file"),
     "other codec": (Hand(manifest=put(codec="bf16")), "its codec is 'bf16', not 'fp32'"),
+    "unknown codec": (Hand(manifest=put(codec="zip")), "its codec is 'zip', not 'fp32'"),
     "other base": (Hand(manifest=put(base_digest="d" * 64)), "its base_digest is "),
-    "other version": (Hand(manifest=put(base_version=7)), "its base_version is 7, not 0"),
-    "other round": (Hand(manifest=put(round=2)), "its round is 2, not 1"),
+    "other base version": (Hand(manifest=put(base_version=7)), "its base_version is 7, not 0"),
+    "version of another time": (Hand(manifest=put(version=2)), "its version is 2, not 1"),
     "other contract": (Hand(manifest=put(contract_sha256="c" * 64)), "its contract_sha256 is "),
     "another silo's name": (Hand(manifest=put(silo="beta")), "its silo is 'beta', not 'alpha'"),
     "no tokens": (Hand(manifest=put(tokens=0)), "it counts 0 tokens"),
-    "more steps than a round has": (Hand(manifest=put(steps=5)), "its steps is 5, not 4"),
-    "no steps": (Hand(manifest=put(steps=0)), "steps"),
+    "more steps than the fragment made": (Hand(manifest=put(steps=5)), "its steps is 5, not 2"),
+    "no steps": (Hand(manifest=put(steps=0)), "its steps is 0, not 2"),
     "tokens below zero": (Hand(manifest=put(tokens=-5)), "tokens: -5 given"),
-    "missing fragment": (Hand(manifest=lambda m: m["payloads"].pop()), "it has not the 2 fragments"),
-    "fragment twice": (Hand(manifest=put_payload(fragment=0)), "it has not the 2 fragments"),
-    "fragments swapped": (Hand(manifest=lambda m: m["payloads"].reverse()), "it has not the 2 fragments"),
-    "one file for two": (
-        Hand(manifest=lambda m: m["payloads"][1].update(m["payloads"][0], fragment=1)),
-        "other tensors",
-    ),
+    "no payload": (Hand(manifest=put(payloads=[])), "it has not just fragment 1"),
+    "fragment twice": (Hand(manifest=twice), "it has not just fragment 1"),
+    "other fragment": (Hand(manifest=put_payload(fragment=0)), "it has not just fragment 1"),
     "path traversal": (Hand(manifest=put_payload(file="../../../contract.json")), "allowed: a plain file name"),
     "absolute path": (Hand(manifest=put_payload(file="/contract.json")), "allowed: a plain file name"),
     "payloads are no list": (Hand(manifest=put(payloads=2)), "payloads: 2 given"),
     "key missing": (Hand(manifest=lambda m: m.pop("metrics")), "has keys"),
     "other format": (Hand(manifest=put(format=2)), "format 2 given"),
 }
+BAD_INT4: dict[str, tuple[Hand, str]] = {
+    "values instead": (Hand(codec="fp32"), "parts ['values'] given; allowed: ['codes', 'scales']"),
+    "finer than agreed": (Hand(codec="int8"), "part codes of torch.uint8 ["),
+    "scale is NaN": (Hand(tensors=first_as(with_last(float("nan")), "scales")), "a scale is negative, infinite, NaN"),
+    "a scale too few": (Hand(tensors=first_as(lambda t: t[:-1], "scales")), "part scales of torch.bfloat16 ["),
+    "no code of int4": (Hand(tensors=first_as(with_last(0x80), "codes")), "a code of -8 given; allowed: -7 to 7"),
+    "no scales": (
+        Hand(tensors=lambda t: {name: value for name, value in t.items() if "/scales/" not in name}),
+        "parts ['codes'] given; allowed: ['codes', 'scales']",
+    ),
+}
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_a_bad_delivery_is_refused_and_the_round_goes_on(case: str, config: RunConfig) -> None:
-    hand, expected = BAD[case]
+def refused_then_taken(hand: Hand, expected: str, config: RunConfig) -> tuple[Aggregator, OuterState]:
+    """A bad delivery is refused with its reason, the aggregator waits on, takes a good one, and merges."""
     aggregator, state = start(config)
-    before = dict(times(state, 1))
+    local = times(state, 2)
     GOOD.deliver(config, "beta", state, times(state, 4), tokens=300)
-    hand.deliver(config, "alpha", state, times(state, 2))
+    hand.deliver(config, "alpha", state, local)
     folder = Path(config.store_url) / "silos" / "alpha" / "000001"
     manifest = (folder / "manifest.json").read_bytes()
     deliveries: list[Any] = []
@@ -320,18 +416,19 @@ def test_a_bad_delivery_is_refused_and_the_round_goes_on(case: str, config: RunC
     wait_for(folder / "refused-0.json", thread)
     refused = json.loads((folder / "refused-0.json").read_text())
     assert expected in refused["reason"]
+    assert "\n" not in refused["reason"]
     assert refused["manifest_sha256"] == sha256(manifest)
     assert not (folder / "manifest.json").exists()
     assert thread.is_alive()  # waits on
-    if (folder / "001.safetensors").is_dir():
-        (folder / "001.safetensors").rmdir()
-    GOOD.deliver(config, "alpha", state, times(state, 2), tokens=100)
+    if (folder / "000001.safetensors").is_dir():
+        (folder / "000001.safetensors").rmdir()
+    GOOD.deliver(config, "alpha", state, local, tokens=100)
     thread.join(30)
     assert [delivery.manifest.silo for delivery in deliveries] == ["alpha", "beta"]
-    divisor, _ = aggregator.merge(state, deliveries)
+    _, divisor, _ = aggregator.merge(state, deliveries)
     assert divisor == 400
-    assert all(torch.equal(state.parameters[n], (v.double() * 2.875).float()) for n, v in before.items())
     assert not (folder / "refused-1.json").exists()
+    return aggregator, state
 
 
 def wait_for(path: Path, thread: threading.Thread) -> None:
@@ -341,6 +438,21 @@ def wait_for(path: Path, thread: threading.Thread) -> None:
         assert time.monotonic() < deadline, f"no {path.name}"
         time.sleep(0.01)
     time.sleep(0.02)  # the other half of a refusal
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_delivery_is_refused_and_the_version_goes_on(case: str, config: RunConfig) -> None:
+    _, state = refused_then_taken(*BAD[case], config)
+    for name in fragment_names(config, state, 1):
+        before = stored(config, 0, "parameter-001.safetensors")[f"parameter/values/{name}"]
+        assert torch.equal(state.parameters[name], (before.double() * 2.875).float())
+
+
+@pytest.mark.parametrize("case", BAD_INT4)
+def test_a_badly_coded_delivery_is_refused(case: str, tmp_path: Path, tiny_config: TinyConfig) -> None:
+    config = tiny_config(tmp_path, inner=ROUNDS, outer=OUTER | {"codec": "int4"})
+    _, state = refused_then_taken(*BAD_INT4[case], config)
+    assert all(value.isfinite().all() for value in state.parameters.values())
 
 
 def test_what_is_no_manifest_is_refused(config: RunConfig) -> None:

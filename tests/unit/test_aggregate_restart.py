@@ -11,13 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pretrain import aggregate as module
-from pretrain.aggregate import aggregate
-from pretrain.config import RunConfig
+from pretrain.aggregate import OuterState, aggregate
+from pretrain.config import CODECS, RunConfig
+from pretrain.exchange.store import StoreExchange
 from pretrain.journal import Journal
+from pretrain.outer.digest import digest_tensors
 from pretrain.trust.ledger import RefusedError
 from tests.conftest import TinyConfig
 from tests.support import one_line_error
-from tests.unit.test_aggregate import GOOD, OUTER, ROUNDS, one_round, sha256, start, times
+from tests.unit.test_aggregate import GOOD, OUTER, ROUNDS, one_version, plus_noise, sha256, start
 
 
 @pytest.fixture
@@ -25,83 +27,133 @@ def config(tmp_path: Path, tiny_config: TinyConfig) -> RunConfig:
     return tiny_config(tmp_path, inner=ROUNDS, outer=OUTER)
 
 
-def two_rounds(config: RunConfig) -> tuple[Path, dict[str, torch.Tensor]]:
-    """A finished run of two rounds; returns its store and parameters."""
+CODED = {"codec": "int8", "downlink_codec": "int4", "num_fragments": 3}
+STREAMS = {
+    "one fragment": OUTER | {"num_fragments": 1},
+    "two fragments, sgd": {"optimizer": "sgd", "lr": 0.7, "num_fragments": 2},
+    "three coded fragments": OUTER | CODED,
+    "two sparse fragments, sgd": {"optimizer": "sgd", "lr": 1.0, "codec": "topk", "num_fragments": 2}
+    | {"downlink_codec": "topk"},
+}
+
+
+def deliver_all(config: RunConfig, state: OuterState) -> None:
+    for index, silo in enumerate(("alpha", "beta")):
+        GOOD.deliver(config, silo, state, plus_noise(state, seed=index), tokens=3 + index)
+
+
+def two_versions(config: RunConfig) -> tuple[Path, OuterState]:
+    """A run of two versions; returns its store and state."""
     aggregator, state = start(config)
-    for factor in (2.0, 0.5):
-        GOOD.deliver(config, "alpha", state, times(state, factor))
-        GOOD.deliver(config, "beta", state, times(state, factor + 1))
-        one_round(aggregator, state)
-    return Path(config.store_url), state.parameters
+    for _ in range(2):
+        deliver_all(config, state)
+        one_version(aggregator, state)
+    return Path(config.store_url), state
 
 
-def test_restart_loads_the_newest_version(config: RunConfig) -> None:
-    store, parameters = two_rounds(config)
+def assert_same_state(found: OuterState, expected: OuterState) -> None:
+    assert found.version == expected.version
+    for kind in ("parameters", "target", "velocity"):
+        assert digest_tensors(getattr(found, kind).items()) == digest_tensors(getattr(expected, kind).items()), kind
+    assert found.rows == expected.rows
+    assert (found.target is found.parameters) == (expected.target is expected.parameters)
+
+
+def test_restart_writes_nothing_and_ends_when_all_is_done(config: RunConfig) -> None:
+    aggregator, state = start(config)
+    while state.version < config.schedule.num_versions:
+        deliver_all(config, state)
+        one_version(aggregator, state)
+    store = Path(config.store_url)
     before = sorted((str(p), p.stat().st_mtime_ns) for p in store.rglob("*"))
     _, again = start(config)
-    assert again.version == 2
-    assert again.parameters.keys() == parameters.keys()
-    assert all(torch.equal(again.parameters[name], value) for name, value in parameters.items())
+    assert_same_state(again, state)
     assert sorted((str(p), p.stat().st_mtime_ns) for p in store.rglob("*")) == before
     aggregate(config, Journal(config, "aggregator", silo=None))  # has nothing left to do, and returns
 
 
-def test_killed_after_every_round_it_comes_to_the_same_ledger(tmp_path: Path, tiny_config: TinyConfig) -> None:
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("stream", STREAMS)
+def test_a_restart_at_every_version_is_the_uninterrupted_state(
+    stream: str, pruned: bool, tmp_path: Path, tiny_config: TinyConfig
+) -> None:
+    config = tiny_config(tmp_path, inner=ROUNDS, outer=STREAMS[stream], exchange={"keep_versions": 1})
+    aggregator, state = start(config)
+    exchange = StoreExchange(config.store_url)
+    for version in range(1, config.schedule.num_versions + 1):
+        assert_same_state(start(config)[1], state)
+        deliver_all(config, state)
+        for silo in ("alpha", "beta") if pruned else ():
+            exchange.mark_resumable(silo, version - 1)  # a checkpoint after every version
+        one_version(aggregator, state)
+    assert_same_state(start(config)[1], state)
+    with_tensors = {int(file.parent.name) for file in Path(config.store_url, "global").rglob("*.safetensors")}
+    first_kept = version - config.outer.num_fragments if pruned else 0
+    assert with_tensors == set(range(first_kept, version + 1))
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_killed_again_and_again_it_comes_to_the_same_ledger(
+    stream: str, tmp_path: Path, tiny_config: TinyConfig
+) -> None:
     ledgers = []
     for name in ("whole", "restarted"):
         # The same run at two places: the contract holds no directory.
-        config = tiny_config(tmp_path / name, inner=ROUNDS, outer=OUTER)
+        config = tiny_config(tmp_path / name, inner=ROUNDS, outer=STREAMS[stream])
         aggregator, state = start(config)
-        for factor in (2.0, 0.5):
-            GOOD.deliver(config, "alpha", state, times(state, factor), tokens=3)
-            GOOD.deliver(config, "beta", state, times(state, factor + 1), tokens=4)
+        while state.version < config.schedule.num_versions:
+            deliver_all(config, state)
             if name == "restarted":
-                aggregator.collect(state)  # verified, and killed before the commit
+                aggregator.merge(state, aggregator.collect(state))  # verified and merged, and killed before the commit
                 aggregator, state = start(config)
-            one_round(aggregator, state)
+            one_version(aggregator, state)
             if name == "restarted":
                 aggregator, state = start(config)
-        ledgers.append(
-            [(Path(config.store_url) / "global" / f"00000{v}" / "commit.json").read_bytes() for v in range(3)]
-        )
+        files = sorted(Path(config.store_url, "global").rglob("*"))
+        ledgers.append([(file.parent.name, file.name, file.read_bytes()) for file in files if file.is_file()])
     assert ledgers[0] == ledgers[1]
+    assert sum(name == "commit.json" for _, name, _ in ledgers[0]) == config.schedule.num_versions + 1
 
 
 def test_a_version_without_commit_is_made_again(config: RunConfig) -> None:
-    store, _ = two_rounds(config)
+    store, _ = two_versions(config)
     commit = (store / "global" / "000002" / "commit.json").read_bytes()
     (store / "global" / "000002" / "commit.json").unlink()  # killed between the last payload and the commit
     aggregator, state = start(config)
     assert state.version == 1
-    one_round(aggregator, state)
+    one_version(aggregator, state)
     assert (store / "global" / "000002" / "commit.json").read_bytes() == commit
 
 
-def resealed(store: Path, version: int, change: Callable[[dict[str, torch.Tensor]], None], stem: str) -> None:
-    """Change a payload and give it the right checksum in its commit, as a forger would."""
+def resealed(store: Path, version: int, stem: str) -> None:
+    """Add 1 to a tensor and give its payload the right checksum in its commit, as a forger would."""
     folder = store / "global" / f"{version:06d}"
-    file = folder / f"{stem}-000.safetensors"
+    file = folder / f"{stem}.safetensors"
     tensors = load_file(file)
-    change(tensors)
+    tensors[min(tensors)] += 1
     save_file(tensors, file)
     commit = json.loads((folder / "commit.json").read_text())
-    rows = commit["payloads"] if stem == "parameters" else commit["state_payloads"]
-    rows[0]["sha256"], rows[0]["num_bytes"] = sha256(file.read_bytes()), file.stat().st_size
+    for row in commit["payloads"] + commit["state_payloads"]:
+        if row["file"] == file.name:
+            row["sha256"], row["num_bytes"] = sha256(file.read_bytes()), file.stat().st_size
     (folder / "commit.json").write_text(json.dumps(commit))
 
 
-def add_one(tensors: dict[str, torch.Tensor]) -> None:
-    tensors[min(tensors)] += 1
+PARAMETERS, OUTER_STATE = "its parameters do not have the digest", "its outer state does not have the digest"
 
 
 @pytest.mark.parametrize(
     ("spoil", "expected"),
     [
-        (lambda store: resealed(store, 2, add_one, "parameters"), "version 2: its parameters do not have the digest"),
-        (lambda store: resealed(store, 2, add_one, "outer"), "version 2: its outer state does not have the digest"),
-        (lambda store: resealed(store, 0, add_one, "parameters"), "commit 1 follows"),
-        (lambda store: (store / "global/000002/outer-001.safetensors").unlink(), "outer-001.safetensors is missing"),
-        (lambda store: (store / "global/000002/parameters-000.safetensors").write_bytes(b"x"), "truncated"),
+        (lambda store: resealed(store, 2, "parameter-000"), f"version 2: {PARAMETERS}"),
+        (lambda store: resealed(store, 2, "velocity-000"), f"version 2: {OUTER_STATE}"),
+        (lambda store: resealed(store, 1, "parameter-001"), "commit 2 follows"),
+        (lambda store: resealed(store, 0, "parameter-000"), "commit 1 follows"),
+        (
+            lambda store: (store / "global/000001/velocity-001.safetensors").unlink(),
+            "velocity-001.safetensors is missing",
+        ),
+        (lambda store: (store / "global/000001/parameter-001.safetensors").write_bytes(b"x"), "truncated"),
         (lambda store: (store / "global/000001/commit.json").write_text("{"), "not JSON"),
         (
             lambda store: shutil.copy(store / "global/000001/commit.json", store / "global/000002"),
@@ -113,9 +165,23 @@ def add_one(tensors: dict[str, torch.Tensor]) -> None:
 def test_a_store_that_was_tampered_with_is_refused(
     config: RunConfig, spoil: Callable[[Path], object], expected: str
 ) -> None:
-    store, _ = two_rounds(config)
+    store, _ = two_versions(config)
     spoil(store)
     with pytest.raises(RefusedError, match=rf"^[^\n]*{expected}[^\n]*$"):
+        start(config)
+
+
+@pytest.mark.parametrize(
+    ("stem", "expected"),
+    [("parameter-002", PARAMETERS), ("target-002", OUTER_STATE), ("velocity-002", OUTER_STATE)],
+)
+def test_a_coded_store_that_was_tampered_with_is_refused(
+    stem: str, expected: str, tmp_path: Path, tiny_config: TinyConfig
+) -> None:
+    config = tiny_config(tmp_path, inner=ROUNDS, outer=OUTER | CODED)
+    store, _ = two_versions(config)
+    resealed(store, 2, stem)
+    with pytest.raises(RefusedError, match=f"^version 2: {expected} of its commit$"):
         start(config)
 
 
@@ -126,7 +192,7 @@ def test_an_outer_step_beyond_fp32_is_one_line_and_no_commit(tmp_path: Path, tin
     for silo in ("alpha", "beta"):
         GOOD.deliver(config, silo, state, {n: torch.full_like(v, 3e38) for n, v in state.parameters.items()})
     with pytest.raises(RefusedError, match=r"^[^\n]*fp32[^\n]*$"):
-        one_round(aggregator, state)
+        one_version(aggregator, state)
     assert not (Path(config.store_url) / "global" / "000001" / "commit.json").exists()
 
 
@@ -170,8 +236,9 @@ def test_versions_without_a_contract(config: RunConfig) -> None:
 
 
 def test_more_fragments_than_tensors(tmp_path: Path, tiny_config: TinyConfig) -> None:
-    message = one_line_error(start, tiny_config(tmp_path, outer={"num_fragments": 1000}))
-    assert message.startswith("outer.num_fragments: 1000 given; allowed: 1 to ")
+    rounds, outer = {"num_steps": 1000}, {"num_fragments": 1000, "sync_interval_steps": 1000}
+    message = one_line_error(start, tiny_config(tmp_path, inner=rounds, outer=outer))
+    assert message == "outer.num_fragments: 1000 given; allowed: 1 to 21, the number of tensors"
 
 
 @pytest.mark.parametrize(
@@ -199,3 +266,17 @@ def test_the_program_says_a_mistake_in_one_line(
     assert error.startswith("atoll: ")
     assert expected in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_an_outer_step_that_is_too_long_for_fp32_is_one_line(
+    codec: str, tmp_path: Path, tiny_config: TinyConfig
+) -> None:
+    """From 3e38 to -3e38: both are finite, the change is not."""
+    outer = {"optimizer": "sgd", "lr": 1.0, "downlink_codec": codec}
+    aggregator, state = start(config := tiny_config(tmp_path, silos={"beta": None}, outer=outer))
+    GOOD.deliver(config, "alpha", state, {n: torch.full_like(v, 3e38) for n, v in state.parameters.items()})
+    one_version(aggregator, state)
+    GOOD.deliver(config, "alpha", state, {n: torch.full_like(v, -3e38) for n, v in state.parameters.items()})
+    with pytest.raises(RefusedError, match=r"^version 2: [^\n]*: the outer step leaves the range of fp32$"):
+        one_version(aggregator, state)

@@ -54,7 +54,14 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     (["inner.optimizer=lion"], ["inner.optimizer: 'lion' given; allowed: adamw, sgd"]),
     (["inner.schedule=linear"], ["inner.schedule: 'linear' given; allowed: cosine, wsd, constant"]),
     (["outer.optimizer=adam"], ["outer.optimizer: 'adam' given; allowed: nesterov, sgd"]),
-    (["outer.codec=int8"], ["outer.codec: 'int8' given; allowed: fp32, bf16"]),
+    (["outer.codec=fp8"], ["outer.codec: 'fp8' given; allowed: fp32, bf16, int8, int4, e3m0, topk"]),
+    (["outer.downlink_codec=fp8"], ["outer.downlink_codec: 'fp8' given; allowed: fp32, bf16, int8"]),
+    (["outer.overlap_steps=4"], ["outer.overlap_steps: 4 given; allowed: below outer.sync_interval_steps=4"]),
+    (["outer.overlap_steps=-1"], ["outer.overlap_steps: -1 given; allowed: 0 or more"]),
+    (["outer.num_fragments=5"], ["outer.num_fragments: 5 given; allowed: 1 to outer.sync_interval_steps=4"]),
+    (["outer.mixing=1.5"], ["outer.mixing: 1.5 given; allowed: 0 to 1"]),
+    (["outer.codec=topk", "outer.error_feedback=2"], ["outer.error_feedback: 2.0 given; allowed: null, or 0 to 1"]),
+    (["outer.error_feedback=0.9"], ["outer.error_feedback: 0.9 given; allowed: null or 0: codec fp32 leaves nothing"]),
     (["exchange.kind=s3"], ["exchange.kind: 's3' given; allowed: store, none"]),
     (["wandb.mode=maybe"], ["wandb.mode: 'maybe' given; allowed: offline, online, disabled"]),
     (["silos.beta.precision=fp16"], ["silos.beta.precision: 'fp16' given; allowed: fp32, bf16"]),
@@ -241,7 +248,7 @@ def test_there_are_shipped_configurations() -> None:
 def test_every_shipped_configuration_loads_or_merges(path: Path, minimal: Path) -> None:
     given = yaml.safe_load(path.read_text()) or {}
     # A number of steps that every shipped sync interval divides.
-    assert isinstance(load_config([minimal, path], ["inner.num_steps=1000"]), RunConfig)
+    assert isinstance(load_config([minimal, path], ["inner.num_steps=3000"]), RunConfig)
     if given.get("silos") and given.get("model"):  # a complete run
         assert isinstance(load_config([path]), RunConfig)
 

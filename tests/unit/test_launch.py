@@ -392,7 +392,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def make_store(root: Path) -> None:
-    write_json(root / "contract.json", {"roster": ["law", "medicine"], "num_rounds": 4})
+    write_json(root / "contract.json", {"roster": ["law", "medicine"], "num_versions": 4})
     write_json(root / "global/000000/commit.json", {"version": 0, "contributors": []})
     both = [{"silo": "law", "tokens": 100}, {"silo": "medicine", "tokens": 50}]
     write_json(root / "global/000001/commit.json", {"version": 1, "contributors": both})
@@ -406,19 +406,19 @@ def make_store(root: Path) -> None:
 def test_store_status(tmp_path: Path) -> None:
     make_store(tmp_path)
     status = store_status(str(tmp_path))
-    assert (status.version, status.num_rounds) == (1, 4)
+    assert (status.version, status.num_versions) == (1, 4)
     law, medicine = status.silos["law"], status.silos["medicine"]
     assert (law.newest_delivery, law.tokens_total, law.tokens_contributed, law.has_delivered) == (2, 200, 100, True)
     assert (medicine.newest_delivery, medicine.num_commits, medicine.has_delivered) == (1, 1, False)
     assert medicine.refusals == ["sha256 of fragment 0 differs"]
-    assert status.waiting_for == "delivery of round 2 from medicine"
+    assert status.waiting_for == "delivery for version 2 from medicine"
     assert status.newest_object_unix_seconds == pytest.approx(time.time(), abs=60)
     console = Console(record=True, width=120, file=open(os.devnull, "w"))  # noqa: SIM115
     print_status(str(tmp_path), console)
     text = console.export_text()
     assert "version 1 of 4" in text
     assert "refused: sha256 of fragment 0 differs" in text
-    assert "waiting for delivery of round 2 from medicine" in text
+    assert "waiting for delivery for version 2 from medicine" in text
     write_json(tmp_path / "silos/medicine/000002/manifest.json", {"tokens_total": 100})
     assert store_status(str(tmp_path)).waiting_for == "commit 2 from the aggregator"
     write_json(tmp_path / "global/000004/commit.json", {"version": 4, "contributors": []})
@@ -431,7 +431,7 @@ def test_store_status_of_what_is_no_store(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         store_status("nosuchprotocol://bucket")
     write_json(tmp_path / "contract.json", {})
-    with pytest.raises(ConfigError, match="no roster or num_rounds"):
+    with pytest.raises(ConfigError, match="no roster or num_versions"):
         store_status(str(tmp_path))
 
 

@@ -25,7 +25,7 @@ PAYLOAD = Payload(fragment=0, file="000.safetensors", sha256="ab" * 32, num_byte
 MANIFEST = Manifest(
     contract_sha256="c0" * 32,
     silo="law",
-    round=3,
+    version=3,
     base_version=2,
     base_digest="d0" * 32,
     codec="fp32",
@@ -75,6 +75,10 @@ def put(*path: Any) -> Change:
     return change
 
 
+def without(name: str) -> Change:
+    return lambda loaded: loaded.pop(name)
+
+
 def refusal(kind: type[Record], data: bytes) -> str:
     with pytest.raises(RefusedError) as caught:
         kind.from_bytes(data)
@@ -112,10 +116,10 @@ MALFORMED_MANIFESTS: dict[str, tuple[Change, str]] = {
     "format is a text": (put("format", "1"), "format 1 given"),
     "format is true": (put("format", True), "format: True given"),
     "format is 1.0": (put("format", 1.0), "format: 1.0 given"),
-    "round is a text": (put("round", "3"), "round: '3' given"),
-    "round is a fraction": (put("round", 3.0), "round: 3.0 given"),
-    "round is true": (put("round", True), "round: True given"),
-    "round is null": (put("round", None), "round: None given"),
+    "version is a text": (put("version", "3"), "version: '3' given"),
+    "version is a fraction": (put("version", 3.0), "version: 3.0 given"),
+    "version is true": (put("version", True), "version: True given"),
+    "version is null": (put("version", None), "version: None given"),
     "tokens below zero": (put("tokens", -1), "tokens: -1 given"),
     "tokens beyond any reader": (put("tokens", 10**400), "tokens: 1000"),
     "silo is a number": (put("silo", 3), "silo: 3 given"),
@@ -148,7 +152,7 @@ def test_malformed_manifests_are_refused(case: str) -> None:
 @pytest.mark.parametrize("record", [MANIFEST, COMMIT], ids=["manifest", "commit"])
 def test_no_key_may_be_missing(record: Record) -> None:
     for field in dataclasses.fields(record):
-        assert "has keys" in refusal(type(record), changed(record, lambda loaded, name=field.name: loaded.pop(name)))
+        assert "has keys" in refusal(type(record), changed(record, without(field.name)))
 
 
 @pytest.mark.parametrize("file", BAD_FILE_NAMES)

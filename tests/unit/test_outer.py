@@ -14,9 +14,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pretrain.outer.codec import CODECS, key
-from pretrain.outer.digest import digest_tensors, tensor_sha256
-from pretrain.outer.fragments import cut_fragments
+from pretrain.outer.digest import digest_rows, digest_tensors, tensor_row, tensor_sha256
 from pretrain.outer.merge import mean_cosine, weighted_mean
 from pretrain.outer.optimizer import outer_step
 
@@ -175,113 +173,6 @@ def test_mean_cosine_by_hand(vectors: list[tuple[int, int]], expected: float) ->
     assert mean_cosine(squared, len(vectors)) == pytest.approx(expected, abs=1e-12)
 
 
-# ---- codecs
-
-NEAR = st.floats(-(2**28), 2**28).map(lambda factor: math.copysign(max(abs(factor), 2**-28), factor))
-
-
-@given(FLOATS, NEAR)
-@example(2.0**-149, 1.0)  # the smallest number there is
-@example(1.0, 2.0**-28)
-@example(3.4e38, -1.0)
-def test_fp32_leads_back_to_the_local_value(base_value: float, factor: float) -> None:
-    base = torch.tensor([base_value], dtype=torch.float32)
-    local = (base.double() * factor).float()
-    assume(torch.isfinite(local).item() and (base_value == 0 or abs(local.item()) >= 2**-29 * abs(base_value)))
-    codec = CODECS["fp32"]
-    coded = codec.encode(base, local)
-    assert coded.dtype == codec.dtype == torch.float32
-    decoded = codec.decode(base, coded)
-    assert decoded.dtype == torch.float64
-    assert (base.double() - decoded).float().item() == local.item()
-    alone, _ = outer_step(base, decoded, None, lr=1.0, momentum=0.0)
-    assert alone.item() == local.item()  # one silo, outer SGD of lr 1: as if it were alone
-
-
-def test_fp32_is_exact_for_zeros_and_denormals() -> None:
-    values = [0.0, -0.0, 2.0**-149, -(2.0**-149), 2.0**-126, 1.0, -1.0, 2.0**127]
-    for base_value in values:
-        for local_value in values:
-            ratio = abs(local_value / base_value) if base_value else 1.0
-            if local_value and ratio < 2**-29:
-                continue  # beyond the limit that the next test shows
-            base, local = torch.tensor([base_value]), torch.tensor([local_value])
-            back = base.double() - CODECS["fp32"].decode(base, CODECS["fp32"].encode(base, local))
-            assert back.float().item() == local_value  # as numbers: a negative zero comes back as a positive one
-
-
-def test_negative_zero_comes_back_as_zero() -> None:
-    """The one pair of equal numbers with different bits: the digest after the merge is of +0.0 for everybody."""
-    base, local = torch.tensor([1.0]), torch.tensor([-0.0])
-    back = (base.double() - CODECS["fp32"].decode(base, local)).float()
-    assert same_bits(back, torch.tensor([0.0]))
-    assert not same_bits(back, local)
-
-
-def test_the_limit_of_fp32_is_a_factor_of_2_to_the_minus_29() -> None:
-    """24 bits of the local value and 29 of distance fill the 53 bits of a float64; below a power of two it has 54."""
-    odd = 1 + 2**-23  # needs all 24 bits
-    base = torch.tensor([1.0])
-    for exponent, exact in ((-29, True), (-30, True), (-31, False)):
-        local = torch.tensor([odd * 2.0**exponent])
-        back = (base.double() - CODECS["fp32"].decode(base, local)).float()
-        assert (back.item() == local.item()) == exact
-        assert back.item() == pytest.approx(local.item(), abs=2**-53)
-
-
-@given(FLOATS, FLOATS)
-def test_bf16_error_is_half_a_bit_in_eight(base_value: float, local_value: float) -> None:
-    base, local = torch.tensor([base_value]), torch.tensor([local_value])
-    difference = (base - local).item()
-    assume(abs(difference) < 3.3e38)  # bf16's largest number is 3.39e38
-    coded = CODECS["bf16"].encode(base, local)
-    assert coded.dtype == CODECS["bf16"].dtype == torch.bfloat16
-    decoded = CODECS["bf16"].decode(base, coded)
-    assert decoded.dtype == torch.float64
-    assert decoded.item() == pytest.approx(difference, rel=2**-8, abs=2**-133)
-
-
-def test_coding_keeps_shapes_and_makes_rows_contiguous() -> None:
-    local = torch.arange(6.0).reshape(2, 3).T
-    for codec in CODECS.values():
-        coded = codec.encode(torch.zeros(3, 2), local)
-        assert coded.is_contiguous() or coded.dtype == torch.bfloat16
-        assert torch.equal(codec.decode(torch.zeros(3, 2), coded), -local.double())
-    assert key("lm_head.weight") == "parameter/lm_head.weight"
-
-
-# ---- fragments
-
-SIZES = st.dictionaries(st.text("abc.", min_size=1, max_size=6), st.integers(1, 1000), min_size=1, max_size=30)
-
-
-def test_fragments_by_hand() -> None:
-    # Largest first: e to 0, d to 1, c to 1 (4 < 5), b to 0 (5 < 7), a to 0 (7 = 7: the first)
-    assert cut_fragments({"a": 1, "b": 2, "c": 3, "d": 4, "e": 5}, 2) == [["a", "b", "e"], ["c", "d"]]
-
-
-@given(SIZES, st.data(), st.randoms())
-def test_fragments_cover_every_name_once_and_are_balanced(
-    sizes: dict[str, int], data: st.DataObject, random: Any
-) -> None:
-    num_fragments = data.draw(st.integers(1, len(sizes)))
-    fragments = cut_fragments(sizes, num_fragments)
-    assert len(fragments) == num_fragments
-    assert sorted(name for fragment in fragments for name in fragment) == sorted(sizes)
-    assert all(fragment and fragment == sorted(fragment) for fragment in fragments)
-    totals = [sum(sizes[name] for name in fragment) for fragment in fragments]
-    assert max(totals) - min(totals) <= max(sizes.values())
-    shuffled = dict(random.sample(sorted(sizes.items()), len(sizes)))
-    assert cut_fragments(shuffled, num_fragments) == fragments  # every party cuts alike
-
-
-@pytest.mark.parametrize("num_fragments", [0, 3, -1])
-def test_too_many_fragments_say_what_is_allowed(num_fragments: int) -> None:
-    with pytest.raises(ValueError, match="1 to 2") as caught:
-        cut_fragments({"a": 1, "b": 2}, num_fragments)
-    assert str(caught.value) == (f"outer.num_fragments: {num_fragments} given; allowed: 1 to 2, the number of tensors")
-
-
 # ---- digests
 
 
@@ -320,3 +211,13 @@ def test_digest_depends_on_neither_order_nor_memory_layout() -> None:
     assert digest_tensors([("e", torch.zeros(0, 3))]) != digest_tensors([("e", torch.zeros(3, 0))])
     parameter = torch.nn.Parameter(a.clone())
     assert digest_tensors([("a", parameter)]) == digest_tensors([("a", a)])
+
+
+def test_a_digest_of_rows_needs_only_the_tensors_that_have_changed() -> None:
+    tensors = {"a": torch.arange(6.0), "b": torch.tensor(2.0), "c": torch.zeros(2, 2)}
+    rows = {name: tensor_row(name, value) for name, value in tensors.items()}
+    assert digest_rows(rows.values()) == digest_tensors(tensors.items())
+    tensors["b"].add_(1)
+    assert digest_rows(rows.values()) != digest_tensors(tensors.items())
+    rows["b"] = tensor_row("b", tensors["b"])
+    assert digest_rows(reversed(rows.values())) == digest_tensors(tensors.items())

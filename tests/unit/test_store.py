@@ -87,7 +87,7 @@ def exchange(url: str) -> StoreExchange:
     return StoreExchange(url)
 
 
-def make_file(directory: Path, data: bytes, name: str = "000.safetensors") -> Path:
+def make_file(directory: Path, data: bytes, name: str = "000001.safetensors") -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / name).write_bytes(data)
     return directory / name
@@ -210,7 +210,7 @@ def test_an_unknown_kind_of_url_is_one_line(given: str) -> None:
 MANIFEST = Manifest(
     contract_sha256="",
     silo="law",
-    round=1,
+    version=1,
     base_version=0,
     base_digest="d0",
     codec="fp32",
@@ -238,7 +238,7 @@ def make_commit(version: int, previous: bytes | None, payloads: list[Payload], c
 
 
 def publish(exchange: StoreExchange, version: int, scratch: Path) -> Commit:
-    file = make_file(scratch, f"version {version}".encode(), "parameters-000.safetensors")
+    file = make_file(scratch, f"version {version}".encode(), "parameter-000.safetensors")
     payload = file_payload(file, 0)
     previous = exchange.commit_bytes(version - 1) if version else None
     commit = make_commit(version, previous, [payload], exchange.contract_sha256)
@@ -246,10 +246,10 @@ def publish(exchange: StoreExchange, version: int, scratch: Path) -> Commit:
     return commit
 
 
-def deliver(exchange: StoreExchange, silo: str, round: int, data: bytes, scratch: Path) -> Manifest:
-    file = make_file(scratch, data)
+def deliver(exchange: StoreExchange, silo: str, version: int, data: bytes, scratch: Path) -> Manifest:
+    file = make_file(scratch, data, f"{version:06d}.safetensors")
     payload = file_payload(file, 0)
-    manifest = dataclasses.replace(MANIFEST, silo=silo, round=round, payloads=[payload])
+    manifest = dataclasses.replace(MANIFEST, silo=silo, version=version, payloads=[payload])
     exchange.deliver(manifest, [(payload, file)])
     return manifest
 
@@ -288,7 +288,7 @@ def test_publish_and_read_back(exchange: StoreExchange, tmp_path: Path) -> None:
 
 def test_a_version_is_there_when_its_commit_is(exchange: StoreExchange, tmp_path: Path) -> None:
     publish(exchange, 0, tmp_path)
-    exchange.objects.write("global/000001/parameters-000.safetensors", b"left by one that died")
+    exchange.objects.write("global/000001/parameter-000.safetensors", b"left by one that died")
     assert exchange.newest_version() == exchange.newest_version(0) == 0
     commit = publish(exchange, 1, tmp_path)
     assert exchange.newest_version() == 1
@@ -298,12 +298,12 @@ def test_a_version_is_there_when_its_commit_is(exchange: StoreExchange, tmp_path
 def test_a_version_is_published_once(exchange: StoreExchange, tmp_path: Path) -> None:
     publish(exchange, 0, tmp_path)
     before = exchange.commit_bytes(0)
-    file = make_file(tmp_path, b"another", "parameters-000.safetensors")
+    file = make_file(tmp_path, b"another", "parameter-000.safetensors")
     other = make_commit(0, None, [file_payload(file, 0)])
     with pytest.raises(FileExistsError, match="another aggregator works on this store"):
         exchange.publish(other, [(other.payloads[0], file)])
     assert exchange.commit_bytes(0) == before
-    assert exchange.objects.read("global/000000/parameters-000.safetensors") == b"version 0"
+    assert exchange.objects.read("global/000000/parameter-000.safetensors") == b"version 0"
 
 
 def test_broken_chain_is_refused(exchange: StoreExchange, tmp_path: Path) -> None:
@@ -352,7 +352,7 @@ def test_a_delivery_that_stands_is_not_replaced(exchange: StoreExchange, tmp_pat
     other = dataclasses.replace(first, payloads=[payload])
     assert exchange.deliver(other, [(payload, file)]) == first.to_bytes()
     assert exchange.delivery("law", 1) == first.to_bytes()
-    assert exchange.objects.read("silos/law/000001/000.safetensors") == b"first"
+    assert exchange.objects.read("silos/law/000001/000001.safetensors") == b"first"
 
 
 def test_every_refusal_counts_also_of_the_same_bytes(exchange: StoreExchange, tmp_path: Path) -> None:
@@ -367,11 +367,12 @@ def test_every_refusal_counts_also_of_the_same_bytes(exchange: StoreExchange, tm
 
 # ---- pruning
 
+ROSTER = ["law", "medicine"]
+
 
 def tensors(exchange: StoreExchange) -> list[str]:
     """Folders that still hold tensors."""
-    folders = [version_path(v) for v in range(10)]
-    folders += [delivery_path(silo, r) for silo in ("law", "medicine") for r in range(10)]
+    folders = [version_path(v) for v in range(10)] + [delivery_path(silo, v) for silo in ROSTER for v in range(10)]
     return [f for f in folders if any(name.endswith(".safetensors") for name in exchange.objects.names(f))]
 
 
@@ -384,13 +385,8 @@ def fill(exchange: StoreExchange, num_versions: int, scratch: Path) -> None:
 
 
 def kept(first: int, num_versions: int) -> list[str]:
-    rounds = range(max(first, 1), num_versions)
-    return [version_path(v) for v in range(first, num_versions)] + [
-        delivery_path(silo, r) for silo in ("law", "medicine") for r in rounds
-    ]
-
-
-ROSTER = ["law", "medicine"]
+    delivered = [delivery_path(silo, v) for silo in ROSTER for v in range(max(first, 1), num_versions)]
+    return [version_path(v) for v in range(first, num_versions)] + delivered
 
 
 def test_pruning_keeps_versions_and_what_a_resume_needs(exchange: StoreExchange, tmp_path: Path) -> None:
@@ -407,7 +403,7 @@ def test_pruning_keeps_versions_and_what_a_resume_needs(exchange: StoreExchange,
     assert tensors(exchange) == kept(4, 6)
     assert exchange.prune(ROSTER, 5, 2) == []
     assert [exchange.read_commit(version).version for version in range(6)] == list(range(6))  # the ledger stays
-    assert all(exchange.delivery(silo, round) for silo in ROSTER for round in range(1, 6))
+    assert all(exchange.delivery(silo, version) for silo in ROSTER for version in range(1, 6))
 
 
 def test_the_aggregator_ignores_marks_that_are_no_versions(exchange: StoreExchange, tmp_path: Path) -> None:
@@ -427,7 +423,7 @@ def test_marking_goes_up_only_and_twice_is_once(exchange: StoreExchange) -> None
 def test_pruning_that_was_killed_is_finished_the_next_time(tmp_path: Path) -> None:
     """Killed before its first, second, ... deletion: the next pruning comes to the same store every time."""
     fill(StoreExchange(str(tmp_path / "full")), 4, tmp_path)
-    num_deletions = 3 + 2 * 2  # versions 0 to 2, and two silos' deliveries for rounds 1 and 2
+    num_deletions = 3 + 2 * 2  # versions 0 to 2, and two silos' deliveries for versions 1 and 2
     for killed_before in range(num_deletions):
         copy = tmp_path / f"killed-{killed_before}"
         shutil.copytree(tmp_path / "full", copy)
@@ -454,3 +450,48 @@ class Dying(Objects):
             raise KeyboardInterrupt
         self._lives -= 1
         super().delete(name)
+
+
+# ---- fragments
+
+
+def publish_fragment(exchange: StoreExchange, version: int, codec: str, scratch: Path) -> None:
+    """As the aggregator does with three fragments and Nesterov: version 0 has all, every other one changes one."""
+    codec = codec if version else "fp32"
+    coded, whole = ("parameter", ["velocity"]) if codec == "fp32" else ("change", ["velocity", "parameter"])
+    payloads: list[tuple[Payload, Path]] = []
+    for kind in (coded, *whole):
+        for fragment in [version % 3] if version else range(3):
+            file = make_file(scratch, f"{kind} of version {version}".encode(), f"{kind}-{fragment:03d}.safetensors")
+            payloads.append((file_payload(file, fragment), file))
+    rows = [payload for payload, _ in payloads]
+    num_coded = len(rows) // (1 + len(whole))
+    commit = make_commit(version, exchange.commit_bytes(version - 1) if version else None, rows[:num_coded])
+    exchange.publish(dataclasses.replace(commit, codec=codec, state_payloads=rows[num_coded:]), payloads)
+
+
+def made_of(exchange: StoreExchange, version: int, scratch: Path) -> list[tuple[str, str]]:
+    """File and content of all that a version is made of."""
+    rows = []
+    for changed, payload in exchange.newest_state(version, 3):
+        exchange.fetch(version_path(changed), payload, scratch / "copy")
+        rows.append((payload.file, (scratch / "copy").read_text()))
+    return sorted(rows)
+
+
+@pytest.mark.parametrize("codec", ["fp32", "int4"])
+def test_a_version_is_made_of_each_fragments_last_change(codec: str, tmp_path: Path) -> None:
+    exchange = StoreExchange(str(tmp_path / "store"))
+    last_changes = [(0, 0, 0), (0, 1, 0), (0, 1, 2), (3, 1, 2), (3, 4, 2), (3, 4, 5), (6, 4, 5)]
+    for version, last_change in enumerate(last_changes):
+        publish_fragment(exchange, version, codec, tmp_path)
+        assert made_of(exchange, version, tmp_path) == [
+            (f"{kind}-{fragment:03d}.safetensors", f"{kind} of version {changed}")
+            for kind in ("parameter", "velocity")
+            for fragment, changed in enumerate(last_change)
+        ]
+    before = [made_of(exchange, version, tmp_path) for version in (5, 6)]
+    for silo, version in (("law", 6), ("medicine", 5)):
+        exchange.mark_resumable(silo, version)
+    assert exchange.prune(ROSTER, 6, 1, num_fragments=3) == [2, 1, 0]  # 5 and 6 are made of 3 to 6
+    assert [made_of(exchange, version, tmp_path) for version in (5, 6)] == before

@@ -1,0 +1,70 @@
+"""Streaming fragments, overlap, mixing and coded exchange, with real processes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.config import CODECS
+from pretrain.outer.fragments import cut_fragments
+from pretrain.silo.data import PackedTokens
+from pretrain.silo.model import build_initial, token_losses
+from tests.conftest import TinyConfig
+from tests.distributed.federation import Outcome, federate
+from tests.support import VOCAB_SIZE
+
+KEEP_ALL = {"keep_versions": 100}
+
+
+def sent(run: Outcome, silo: str) -> list[dict[str, int]]:
+    """The silo's sync records."""
+    return [record for record in run.records if record["kind"] == "sync" and record["silo"] == silo]
+
+
+def test_mixing_1_is_never_syncing(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    alone = federate(tiny_config(tmp_path / "alone", silos={"beta": None}, exchange={"kind": "none"}))
+    outer = {"num_fragments": 2, "overlap_steps": 1, "mixing": 1.0}
+    run = federate(tiny_config(tmp_path / "mixed", outer=outer))
+    assert run.by_step("alpha", "loss") == alone.by_step("alpha", "loss")
+    assert run.held_out("alpha")[3] != alone.held_out("alpha")[3]  # the global model is the mean of both silos
+
+
+def test_fragments_split_the_bytes_and_not_more(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    runs = {
+        num_fragments: federate(tiny_config(tmp_path / str(num_fragments), outer={"num_fragments": num_fragments}))
+        for num_fragments in (1, 3)
+    }
+    whole, parts = (sent(run, "alpha") for run in runs.values())
+    model = build_initial(runs[1].config.model, VOCAB_SIZE)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    largest = max(sum(sizes[name] for name in names) for names in cut_fragments(sizes, 3))
+    header = 12_000  # of a safetensors file, at most
+    for direction in ("bytes_sent", "bytes_received"):
+        a_round = [record[direction] for record in parts if record["round"] == 2]
+        assert len(a_round) == 3
+        assert abs(sum(a_round) - whole[1][direction]) < 2 * header
+        assert max(a_round) <= 4 * largest + header
+    assert [(r["version"], r["fragment"], r["step"]) for r in parts] == [
+        *((1, 1, 1), (2, 2, 2), (3, 0, 4), (4, 1, 5), (5, 2, 6), (6, 0, 8), (7, 1, 9), (8, 2, 10), (9, 0, 12)),
+        *((10, 1, 12), (11, 2, 12)),  # at the end all that has trained since is synced once more
+    ]
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_every_silo_holds_what_the_digest_names(codec: str, tmp_path: Path, tiny_config: TinyConfig) -> None:
+    """Every adoption compares the digest; here the global model that a silo evaluates is that of the commit, too."""
+    stage_2 = {"processes_per_node": 2, "micro_batch_sequences": 2, "deepspeed": {"zero_optimization": {"stage": 2}}}
+    bf16 = {"precision": "bf16", "deepspeed": {"zero_optimization": {"stage": 3}}}
+    outer = {"codec": codec, "downlink_codec": codec, "num_fragments": 2, "overlap_steps": 1, "mixing": 0.5}
+    run = federate(tiny_config(tmp_path, silos={"alpha": stage_2, "beta": bf16}, outer=outer, exchange=KEEP_ALL))
+    last = run.config.schedule.num_versions
+    model = build_initial(run.config.model, VOCAB_SIZE)
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(run.parameters(last)[name])
+    for silo, settings in run.config.silos.items():
+        tokens = PackedTokens([Path(settings.valid[silo])], sequence_tokens=16)
+        input_ids, targets = tokens.batch(range(8))
+        with torch.no_grad():
+            plain = token_losses(model, input_ids, targets).mean().item()
+        tolerance = 1e-2 if settings.precision == "bf16" else 1e-6
+        assert run.held_out(silo)[3][silo] == pytest.approx(plain, rel=tolerance)
