@@ -46,9 +46,11 @@ class InnerConfig:
     num_steps: int = 1000
     """Inner steps of the whole run, the same for every silo; a multiple of the sync interval."""
     optimizer: str = "adamw"
-    """adamw or sgd."""
+    """adamw, sgd, or muon: Muon for the matrices inside the layers, AdamW for all else."""
     lr: float = 3e-4
     """Peak learning rate."""
+    muon_lr: float = 0.02
+    """Peak learning rate of the matrices that Muon trains; follows the same schedule as `lr`."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     """AdamW's two decay rates."""
     eps: float = 1e-8
@@ -343,7 +345,7 @@ def _require(ok: bool, key: str, given: object, allowed: str) -> None:
 def check_config(config: RunConfig) -> None:
     """Check the values; raises ConfigError naming the key."""
     one_of = {
-        "inner.optimizer": (config.inner.optimizer, ("adamw", "sgd")),
+        "inner.optimizer": (config.inner.optimizer, ("adamw", "sgd", "muon")),
         "inner.schedule": (config.inner.schedule, ("cosine", "wsd", "constant")),
         "outer.optimizer": (config.outer.optimizer, ("nesterov", "sgd")),
         "outer.codec": (config.outer.codec, CODECS),
@@ -369,6 +371,7 @@ def check_config(config: RunConfig) -> None:
         _require(number >= minimum, key, number, f"{minimum} or more")
     positive = {
         "inner.lr": config.inner.lr,
+        "inner.muon_lr": config.inner.muon_lr,
         "inner.eps": config.inner.eps,
         "outer.lr": config.outer.lr,
         "exchange.poll_seconds": config.exchange.poll_seconds,
@@ -395,6 +398,24 @@ def check_config(config: RunConfig) -> None:
     _check_streaming(config.outer)
     _check_model(config.model)
     _check_roster(config)
+    for name, silo in config.silos.items() if config.inner.optimizer == "muon" else ():
+        _check_muon(name, silo.deepspeed.get("zero_optimization", {}))
+
+
+def _check_muon(name: str, zero: dict[str, Any]) -> None:
+    """Refuse what splits the matrices, or the work on them, in ways that Muon does not follow."""
+    offload = zero.get("offload_optimizer") or {}
+    refused = {
+        "offload_optimizer.ratio": offload.get("ratio", 1) != 1,
+        "offload_optimizer.super_offload": offload.get("super_offload"),
+        "zenflow": zero.get("zenflow"),
+        "mics_shard_size": zero.get("mics_shard_size", 0) > 0,
+    }
+    for key in filter(refused.get, refused):
+        raise ConfigError(
+            f"inner.optimizer: 'muon' given with silos.{name}.deepspeed.zero_optimization.{key} at stage "
+            f"{zero.get('stage', 0)}; allowed: any stage, on the device or with offload_optimizer to cpu, without {key}"
+        )
 
 
 def _check_streaming(outer: OuterConfig) -> None:

@@ -1,6 +1,7 @@
 """DeepSpeed: build, step, and read and write fp32 parameters at every ZeRO stage.
 
-All that knows DeepSpeed's inner names is in this file (`_refresh_module`, `_fp32_masters`, `_forget_initial_step`).
+All that knows DeepSpeed's inner names is in this file (`_refresh_module`, `_fp32_masters`, `_forget_initial_step`,
+`_pieces`).
 """
 
 import logging
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from pretrain.config import ConfigError, InnerConfig, ModelConfig, SiloConfig
 from pretrain.silo.model import build_empty, check_document_masking, restore_buffers, token_losses
-from pretrain.silo.optim import build_optimizer
+from pretrain.silo.optim import MuonAdamW, Piece, build_optimizer
 from pretrain.silo.ranks import Ranks
 
 
@@ -26,6 +27,7 @@ def deepspeed_config(silo: SiloConfig, inner: InnerConfig) -> dict[str, Any]:
     return {
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
+        "zero_force_ds_cpu_optimizer": inner.optimizer != "muon",  # its AdamW is DeepSpeed's, inside of ours
         **silo.deepspeed,
         "train_batch_size": silo.global_batch_sequences,
         "train_micro_batch_size_per_gpu": silo.micro_batch_sequences,
@@ -61,7 +63,7 @@ class Engine:
         if silo.activation_checkpointing:
             module.gradient_checkpointing_enable()  # type: ignore[operator]
         offloaded = zero.get("offload_optimizer", {}).get("device") == "cpu"
-        optimizer = build_optimizer(module.parameters(), inner, on_cpu=offloaded)
+        optimizer = build_optimizer(module.named_parameters(), inner, on_cpu=offloaded)
         self._deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self._deepspeed.module.train()
         if partitioned:
@@ -71,6 +73,8 @@ class Engine:
         self._ranks = ranks
         self._mask_at = mask_at
         _forget_initial_step(optimizer)
+        if isinstance(optimizer, MuonAdamW) and self.stage:
+            optimizer.place(_pieces(self._deepspeed, optimizer, self.stage), ranks.device)
 
     @property
     def module(self) -> nn.Module:
@@ -85,10 +89,11 @@ class Engine:
     def step(self, micro_batches: Iterable[tuple[Tensor, Tensor]], lr: float) -> tuple[float, float]:
         """One inner step over this rank's micro batches of (input_ids, targets), each (num_sequences, sequence_tokens).
 
+        `lr` is the schedule's; Muon's matrices take it times muon_lr / lr of the configuration.
         Returns this rank's mean loss in nats and the gradient's L2 norm before clipping.
         """
         for group in self._deepspeed.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_factor"]
         losses = []
         for input_ids, targets in micro_batches:
             loss = self.token_losses(input_ids, targets).mean()
@@ -190,6 +195,29 @@ def _forget_initial_step(optimizer: torch.optim.Optimizer) -> None:
     for state in optimizer.state.values():
         if "step" in state:
             state["step"] = torch.zeros_like(state["step"]) if isinstance(state["step"], Tensor) else 0
+
+
+def _pieces(engine: Any, optimizer: MuonAdamW, stage: int) -> dict[Tensor, list[Piece]]:
+    """ZeRO 1, 2 and 3: what this rank's flat fp32 partitions hold of Muon's matrices."""
+    pieces: dict[Tensor, list[Piece]] = {}
+    matrix: Any
+    for matrix in optimizer.matrices:
+        start = offset = num_elements = 0
+        if stage == 3:
+            shape = matrix.ds_shape
+            group, offset, num_padded = engine.optimizer.grad_position[engine.optimizer.get_param_id(matrix)]
+            partition = engine.optimizer.fp32_partitioned_groups_flat[group]
+            start = min(dist.get_rank() * num_padded, shape.numel())
+            num_elements = min(num_padded, shape.numel() - start)
+        else:
+            shape = matrix.shape
+            (partition,) = next(group["params"] for group in optimizer.param_groups if group["muon"])
+            if (mapping := matrix._hp_mapping) is not None:
+                start, offset = mapping.lp_fragment_address.start, mapping.hp_fragment_address.start
+                num_elements = mapping.lp_fragment_address.numel
+        piece = Piece(shape=shape, start=start, offset=offset, num_elements=num_elements)
+        pieces.setdefault(partition, []).append(piece)
+    return pieces
 
 
 def _refresh_module(engine: Any, stage: int) -> None:

@@ -1,12 +1,18 @@
 """Inner optimizers, and the learning rate as a pure function of the cumulative inner step."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from pretrain.config import InnerConfig
+from pretrain.config import ConfigError, InnerConfig
+
+# https://arxiv.org/abs/2505.23725 (MuLoCo); the other settings are torch.optim.Muon's.
+MUON_MOMENTUM = 0.95
 
 
 def learning_rate(step: int, inner: InnerConfig) -> float:
@@ -23,21 +29,128 @@ def learning_rate(step: int, inner: InnerConfig) -> float:
     return inner.lr
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], inner: InnerConfig, *, on_cpu: bool) -> torch.optim.Optimizer:
-    """AdamW or SGD; matrices are decayed, vectors are not. `on_cpu`: optimizer states are offloaded to the host."""
-    trained = [p for p in parameters if p.requires_grad]
-    matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) >= 2]  # ZeRO-3 flattens p itself
-    vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) < 2]
-    groups = [
-        {"params": group, "weight_decay": decay}
+def is_muon_matrix(name: str, shape: Sequence[int]) -> bool:
+    """Whether Muon trains this parameter: a matrix in a numbered layer (`layers.3.mlp.up`), not embeddings or head."""
+    return len(shape) == 2 and any(part.isdecimal() for part in name.split("."))
+
+
+def build_optimizer(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], inner: InnerConfig, *, on_cpu: bool
+) -> torch.optim.Optimizer:
+    """AdamW, SGD, or Muon beside AdamW; matrices are decayed, vectors are not.
+
+    Each group's learning rate is the schedule's times the group's `lr_factor`. `on_cpu`: optimizer states are offloaded
+    to the host. Raises ConfigError if there is nothing for Muon to train.
+    """
+    for_muon: list[nn.Parameter] = []
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    for name, parameter in named_parameters:
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 flattens the parameter itself
+        if parameter.requires_grad and inner.optimizer == "muon" and is_muon_matrix(name, shape):
+            for_muon.append(parameter)
+        elif parameter.requires_grad:
+            (matrices if len(shape) >= 2 else vectors).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": group, "weight_decay": decay, "lr_factor": 1.0, "muon": False}
         for group, decay in ((matrices, inner.weight_decay), (vectors, 0.0))
         if group
     ]
     if inner.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=inner.lr)
+    if inner.optimizer == "muon" and not for_muon:
+        raise ConfigError(
+            "inner.optimizer: 'muon' given; allowed for a model without matrices in numbered layers: adamw, sgd"
+        )
+    adamw = _adamw(groups, inner, on_cpu)
+    if inner.optimizer == "adamw":
+        return adamw
+    factor = inner.muon_lr / inner.lr
+    matrix_group = {"params": for_muon, "weight_decay": inner.weight_decay, "lr_factor": factor, "muon": True}
+    return MuonAdamW(matrix_group | {"lr": inner.muon_lr}, adamw)
+
+
+def _adamw(groups: list[dict[str, Any]], inner: InnerConfig, on_cpu: bool) -> torch.optim.Optimizer:
     betas = (inner.betas[0], inner.betas[1])
     if on_cpu:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, lr=inner.lr, betas=betas, eps=inner.eps, adamw_mode=True)
     return torch.optim.AdamW(groups, lr=inner.lr, betas=betas, eps=inner.eps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """What a rank's flat partition holds of a matrix, which may be nothing. Places are counted in elements."""
+
+    shape: torch.Size
+    """Of the whole matrix."""
+    start: int
+    """Where the piece begins in the flattened matrix."""
+    offset: int
+    """Where it begins in the partition."""
+    num_elements: int
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for the group of matrices and AdamW for the rest, as the one optimizer that DeepSpeed takes.
+
+    Muon needs whole matrices, and ZeRO hands its optimizer flat partitions: each matrix in turn is put together from
+    all ranks' pieces, every rank runs torch.optim.Muon on it, and keeps its own piece of the change. DeepSpeed's own
+    Muon orthogonalizes the gradient before it is clipped, so that `clip_norm` would shrink the change itself.
+    """
+
+    def __init__(self, matrix_group: dict[str, Any], adamw: torch.optim.Optimizer) -> None:
+        """`matrix_group`: the parameters for Muon and their settings; `adamw` trains all others."""
+        self.matrices: list[nn.Parameter] = list(matrix_group["params"])
+        self._adamw = adamw
+        self._pieces: Mapping[Tensor, Sequence[Piece]] = {}
+        self._device: torch.device | None = None
+        super().__init__([matrix_group, *adamw.param_groups], {})
+
+    def place(self, pieces: Mapping[Tensor, Sequence[Piece]], device: torch.device) -> None:
+        """Say what each flat partition of this rank holds, all matrices in the same order on all ranks.
+
+        Without it a flat partition does not change. `device` is where ranks talk and matrices are computed.
+        """
+        self._pieces = pieces
+        self._device = device
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step of all groups, all ranks together."""
+        for group in self.param_groups:
+            for parameter in group["params"] if group["muon"] else ():
+                if parameter.grad is not None:
+                    self._step_muon(parameter, parameter.grad, group["lr"], group["weight_decay"])
+        # DeepSpeed steps group by group and, when it loads a checkpoint, replaces groups and state.
+        self._adamw.param_groups = [group for group in self.param_groups if not group["muon"]]
+        self._adamw.state = self.state
+        self._adamw.step()
+
+    def _step_muon(self, parameter: Tensor, gradient: Tensor, lr: float, weight_decay: float) -> None:
+        momentum = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+        momentum.lerp_(gradient, 1 - MUON_MOMENTUM)
+        direction = gradient.lerp(momentum, MUON_MOMENTUM)  # Nesterov
+        change = _muon_change(direction) if parameter.ndim == 2 else self._change_of_pieces(parameter, direction)
+        parameter.mul_(1 - lr * weight_decay).add_(change, alpha=lr)
+
+    def _change_of_pieces(self, partition: Tensor, direction: Tensor) -> Tensor:
+        change = torch.zeros_like(direction)
+        for piece in self._pieces.get(partition, ()):
+            in_matrix = slice(piece.start, piece.start + piece.num_elements)
+            in_partition = slice(piece.offset, piece.offset + piece.num_elements)
+            matrix = torch.zeros(piece.shape.numel(), device=self._device)
+            matrix[in_matrix] = direction[in_partition].to(matrix.device)
+            dist.all_reduce(matrix)  # the pieces do not overlap, so the sum is exact
+            whole = _muon_change(matrix.view(piece.shape))
+            change[in_partition] = whole.flatten()[in_matrix].to(change.device)
+        return change
+
+
+def _muon_change(direction: Tensor) -> Tensor:
+    """What torch.optim.Muon adds to a matrix at learning rate 1, the momentum being in `direction` already."""
+    matrix = nn.Parameter(torch.zeros_like(direction))
+    matrix.grad = direction
+    torch.optim.Muon([matrix], lr=1.0, weight_decay=0.0, momentum=0.0, nesterov=False).step()
+    return matrix.detach()

@@ -20,34 +20,62 @@ MODEL = ModelConfig(
     config={
         "model_type": "llama",
         "hidden_size": 32,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 3,  # so that ZeRO 1 and 2 cut a matrix in two
         "num_attention_heads": 2,
         "intermediate_size": 48,
         "tie_word_embeddings": True,
     }
 )
 INNER = InnerConfig(lr=0.01, clip_norm=1.0, num_steps=6)
+MUON = dataclasses.replace(INNER, optimizer="muon", muon_lr=0.03)
 BATCHES = torch.randint(0, VOCAB_SIZE, (6, 4, 13), generator=torch.Generator().manual_seed(1))
 END = 0  # the end-of-text token, where documents are kept apart
 DOCUMENTS = torch.where(BATCHES < VOCAB_SIZE // 5, END, BATCHES)
 
 
-def plain_losses(
-    values: dict[str, torch.Tensor], num_steps: int, batches: torch.Tensor = BATCHES, mask_at: int | None = None
-) -> list[float]:
-    """A plain loop: transformers and torch alone, fp32, from `values`."""
+def plain_optimizers(model: torch.nn.Module, inner: InnerConfig) -> list[torch.optim.Optimizer]:
+    """What torch alone has."""
+    if inner.optimizer != "muon":
+        return [build_optimizer(model.named_parameters(), inner, on_cpu=False)]
+    named = dict(model.named_parameters())
+    matrices = {name for name, p in named.items() if ".layers." in name and p.ndim == 2}
+    vectors = [p for p in named.values() if p.ndim == 1]
+    others = [p for name, p in named.items() if name not in matrices and p.ndim == 2]
+    groups = [{"params": others, "weight_decay": inner.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [
+        torch.optim.Muon([named[name] for name in matrices], lr=inner.muon_lr, weight_decay=inner.weight_decay),
+        torch.optim.AdamW(groups, lr=inner.lr, betas=(inner.betas[0], inner.betas[1]), eps=inner.eps),
+    ]
+
+
+def plain_loop(
+    values: dict[str, torch.Tensor],
+    num_steps: int,
+    batches: torch.Tensor = BATCHES,
+    mask_at: int | None = None,
+    inner: InnerConfig = INNER,
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """A plain loop: transformers and torch alone, fp32, from `values`; losses and final parameters."""
     model = build_initial(MODEL, VOCAB_SIZE)
     for name, parameter in model.named_parameters():
         parameter.data.copy_(values[name])
-    optimizer, losses = build_optimizer(model.parameters(), INNER, on_cpu=False), []
+    optimizers, losses = plain_optimizers(model, inner), []
     for batch in batches[:num_steps]:
-        optimizer.zero_grad()
+        model.zero_grad()
         loss = token_losses(model, batch[:, :-1], batch[:, 1:], mask_at).mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), INNER.clip_norm)
-        optimizer.step()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), inner.clip_norm)
+        for optimizer in optimizers:
+            optimizer.step()
         losses.append(loss.item())
-    return losses
+    return losses, {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def way_off(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], initial: dict[str, torch.Tensor]
+) -> float:
+    """The largest distance of a tensor to where it should be, as a share of the way it should have made."""
+    return max(((found[n] - expected[n]).norm() / (expected[n] - initial[n]).norm()).item() for n in initial)
 
 
 def plain_loss(values: dict[str, torch.Tensor], dtype: torch.dtype, batch: torch.Tensor) -> float:
@@ -74,8 +102,8 @@ def read_all(engine: Engine) -> dict[str, torch.Tensor]:
     return {name: engine.read(name).cpu().clone() for name in engine.shapes}
 
 
-def check(stage: int, precision: str, ranks: Ranks, directory: Path) -> dict[str, object]:
-    """What the test asserts for one stage and precision."""
+def check(stage: int, precision: str, inner: InnerConfig, ranks: Ranks, directory: Path) -> dict[str, object]:
+    """What the test asserts for one stage, precision and optimizer."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     silo = SiloConfig(
         global_batch_sequences=4,
@@ -85,13 +113,15 @@ def check(stage: int, precision: str, ranks: Ranks, directory: Path) -> dict[str
     )
 
     def build() -> Engine:
-        return Engine(MODEL, silo, INNER, vocab_size=VOCAB_SIZE, ranks=ranks)
+        return Engine(MODEL, silo, inner, vocab_size=VOCAB_SIZE, ranks=ranks)
 
     initial = {name: p.detach() * 1.5 for name, p in build_initial(MODEL, VOCAB_SIZE).named_parameters()}
     engine = build()
     engine.write(iter(initial.items()) if ranks.is_leader else None)
     written_back = all(torch.equal(engine.read(name).cpu(), initial[name]) for name in engine.shapes)
     before_merge = steps(engine, ranks, range(2))
+    expected_before_merge, expected = plain_loop(initial, 2, inner=inner)
+    off = way_off(read_all(engine), expected, initial)
 
     # A merge in the middle of training: new parameters in, and the very next loss is theirs.
     merged = {name: value * 0.75 + 0.01 for name, value in read_all(engine).items()}
@@ -100,7 +130,7 @@ def check(stage: int, precision: str, ranks: Ranks, directory: Path) -> dict[str
     expected_next = sum(plain_loss(merged, dtype, part) for part in BATCHES[2].chunk(ranks.num_ranks)) / ranks.num_ranks
     after_merge = steps(engine, ranks, range(2, 3))
 
-    checkpoints = Checkpoints(directory / f"{stage}-{precision}", keep=1, contract_sha256="c")
+    checkpoints = Checkpoints(directory / f"{inner.optimizer}-{stage}-{precision}", keep=1, contract_sha256="c")
     saved = Progress(step=3, position=12)
     checkpoints.save(saved, engine, ranks, {"global": initial})
     uninterrupted = steps(engine, ranks, range(3, 6))
@@ -109,12 +139,14 @@ def check(stage: int, precision: str, ranks: Ranks, directory: Path) -> dict[str
     progress = checkpoints.load(resumed_engine, ranks, {"global": global_parameters})
     resumed = steps(resumed_engine, ranks, range(3, 6))
     return {
+        "optimizer": inner.optimizer,
         "stage": stage,
         "precision": precision,
         "written_back": written_back,
         "merged_back": merged_back,
         "before_merge": before_merge,
-        "expected_before_merge": plain_losses(initial, 2),
+        "expected_before_merge": expected_before_merge,
+        "way_off": off,
         "next_loss": after_merge[0],
         "expected_next_loss": expected_next,
         "progress_restored": progress is not None and dataclasses.asdict(progress) == dataclasses.asdict(saved),
@@ -140,16 +172,16 @@ def check_masking(ranks: Ranks) -> dict[str, object]:
     engine.check_masking()
     return {
         "losses": steps(engine, ranks, range(3), DOCUMENTS),
-        "expected": plain_losses(initial, 3, DOCUMENTS, END),
-        "without": plain_losses(initial, 3, DOCUMENTS),
+        "expected": plain_loop(initial, 3, DOCUMENTS, END)[0],
+        "without": plain_loop(initial, 3, DOCUMENTS)[0],
     }
 
 
 def main() -> None:
     """All stages and precisions, and masking."""
     ranks = Ranks()
-    for stage, precision in itertools.product((0, 1, 2, 3), ("fp32", "bf16")):
-        result = check(stage, precision, ranks, Path(sys.argv[1]))
+    for inner, stage, precision in itertools.product((INNER, MUON), (0, 1, 2, 3), ("fp32", "bf16")):
+        result = check(stage, precision, inner, ranks, Path(sys.argv[1]))
         everywhere = ranks.sum([float(result["parameters_equal"] is True), float(result["written_back"] is True)])
         result["ranks_agree"] = everywhere == [ranks.num_ranks] * 2
         if ranks.is_leader:

@@ -1,6 +1,7 @@
-"""The learning rate by hand, and which parameters are decayed."""
+"""The learning rate by hand, which parameters are decayed, and which are Muon's."""
 
 import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.config import InnerConfig, load_config
-from pretrain.silo.optim import build_optimizer, learning_rate
+from pretrain.config import ConfigError, InnerConfig, load_config
+from pretrain.silo.model import build_initial
+from pretrain.silo.optim import build_optimizer, is_muon_matrix, learning_rate
 from tests.conftest import TinyConfig
 
 # cos of 0, 30, 60, 90, 120 and 150 degrees is 1, sqrt(3)/2, 1/2, 0, -1/2, -sqrt(3)/2.
@@ -79,7 +81,7 @@ def test_depends_on_the_cumulative_step_only(tmp_path: Path, tiny_config: TinyCo
 def test_matrices_are_decayed_and_vectors_are_not() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
     model[1].bias.requires_grad_(False)
-    optimizer = build_optimizer(model.parameters(), InnerConfig(weight_decay=0.5), on_cpu=False)
+    optimizer = build_optimizer(model.named_parameters(), InnerConfig(weight_decay=0.5), on_cpu=False)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     expected = {id(model[0].weight): 0.5, id(model[0].bias): 0.0, id(model[1].weight): 0.0}
     assert decay == expected
@@ -87,7 +89,97 @@ def test_matrices_are_decayed_and_vectors_are_not() -> None:
 
 def test_sgd_step_by_hand() -> None:
     weight = torch.nn.Parameter(torch.tensor([[2.0]]))
-    optimizer = build_optimizer([weight], InnerConfig(optimizer="sgd", lr=0.5, weight_decay=0.25), on_cpu=False)
+    optimizer = build_optimizer(
+        [("weight", weight)], InnerConfig(optimizer="sgd", lr=0.5, weight_decay=0.25), on_cpu=False
+    )
     weight.grad = torch.tensor([[1.0]])
     optimizer.step()
     assert weight.item() == 2.0 - 0.5 * (1.0 + 0.25 * 2.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("model.layers.0.self_attn.q_proj.weight", (64, 64), True),
+        ("transformer.h.11.mlp.c_fc.weight", (64, 256), True),
+        ("model.layers.0.input_layernorm.weight", (64,), False),
+        ("model.layers.0.mlp.experts.gate_up_proj", (8, 64, 256), False),
+        ("model.embed_tokens.weight", (96, 64), False),
+        ("transformer.wpe.weight", (96, 64), False),
+        ("lm_head.weight", (96, 64), False),
+    ],
+)
+def test_muon_trains_the_matrices_inside_the_layers(name: str, shape: tuple[int, ...], expected: bool) -> None:
+    assert is_muon_matrix(name, shape) is expected
+
+
+def test_muon_beside_adamw_is_torch_s_two_optimizers(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    config = tiny_config(tmp_path)
+    inner = InnerConfig(optimizer="muon", lr=0.004, muon_lr=0.02, weight_decay=0.5)
+    ours, theirs = build_initial(config.model, 64), build_initial(config.model, 64)
+    named = dict(theirs.named_parameters())
+    hidden = {name for name, p in named.items() if is_muon_matrix(name, p.shape)}
+    others = [{"params": p, "weight_decay": 0.5 * (p.ndim > 1)} for name, p in named.items() if name not in hidden]
+    muon = torch.optim.Muon([named[name] for name in hidden], weight_decay=0.5)
+    adamw = torch.optim.AdamW(others, betas=(0.9, 0.95))
+    optimizer = build_optimizer(ours.named_parameters(), inner, on_cpu=False)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(4):
+        lr = inner.lr / (step + 1)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_factor"]
+        muon.param_groups[0]["lr"] = 5 * lr  # muon_lr / lr
+        for group in adamw.param_groups:
+            group["lr"] = lr
+        for parameter, own in zip(theirs.parameters(), ours.parameters(), strict=True):
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+            own.grad = parameter.grad.clone()
+        for each in (optimizer, muon, adamw):
+            each.step()
+    assert hidden
+    assert len(hidden) < len(named)
+    for own, parameter in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(own, parameter, rtol=1e-6, atol=1e-7)
+
+
+def test_muon_needs_layers() -> None:
+    model = torch.nn.Embedding(4, 2)
+    message = "inner.optimizer: 'muon' given; allowed for a model without matrices in numbered layers: adamw, sgd"
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        build_optimizer(model.named_parameters(), InnerConfig(optimizer="muon"), on_cpu=False)
+
+
+@pytest.mark.parametrize(
+    ("key", "zero"),
+    [
+        ("offload_optimizer.ratio", {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}),
+        (
+            "offload_optimizer.super_offload",
+            {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}},
+        ),
+        ("zenflow", {"stage": 3, "zenflow": {"topk_ratio": 0.1}}),
+        ("mics_shard_size", {"stage": 3, "mics_shard_size": 2}),
+    ],
+)
+def test_muon_refuses_what_it_cannot_follow(
+    tmp_path: Path, tiny_config: TinyConfig, key: str, zero: dict[str, object]
+) -> None:
+    settings = {"silo": {"deepspeed": {"zero_optimization": zero}}, "inner": {"optimizer": "adamw"}}
+    tiny_config(tmp_path, **settings)  # AdamW may
+    message = (
+        f"inner.optimizer: 'muon' given with silos.alpha.deepspeed.zero_optimization.{key} at stage 3; "
+        f"allowed: any stage, on the device or with offload_optimizer to cpu, without {key}"
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        load_config([tmp_path / "tiny.yaml"], ["inner.optimizer=muon"])
+
+
+@pytest.mark.parametrize("zero", [{}, {"stage": 2}, {"stage": 3, "offload_optimizer": {"device": "cpu"}}])
+def test_muon_serves_every_stage(tmp_path: Path, tiny_config: TinyConfig, zero: dict[str, object]) -> None:
+    deepspeed = {"zero_optimization": zero}
+    assert tiny_config(tmp_path, silo={"deepspeed": deepspeed}, inner={"optimizer": "muon"}).inner.muon_lr == 0.02
+
+
+def test_muon_lr_is_above_0(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    with pytest.raises(ConfigError, match=r"^inner\.muon_lr: 0\.0 given; allowed: above 0$"):
+        tiny_config(tmp_path, inner={"muon_lr": 0})
