@@ -23,7 +23,7 @@ from pretrain.exchange.store import StoreExchange, delivery_path, file_payload, 
 from pretrain.journal import Journal
 from pretrain.lock import lock_directory
 from pretrain.outer.codec import apply_change, check, decoded, encode
-from pretrain.outer.digest import digest_rows, digest_tensors, tensor_row
+from pretrain.outer.digest import Row, digest_rows, digest_tensors, tensor_row
 from pretrain.outer.fragments import cut_fragments
 from pretrain.outer.merge import mean_cosine, weighted_mean
 from pretrain.outer.optimizer import outer_step
@@ -44,7 +44,7 @@ class OuterState:
     """Where the outer steps have led; the same tensors as `parameters` unless the downlink's codec leaves some out."""
     velocity: dict[str, Tensor]
     """Empty for sgd."""
-    rows: dict[str, list[object]] = field(default_factory=dict)
+    rows: dict[str, Row] = field(default_factory=dict)
     """Of the parameters' digest, one a tensor."""
 
     @property
@@ -175,7 +175,7 @@ class Aggregator:
     def _verify(self, silo: str, data: bytes, state: OuterState) -> Delivery:
         """Check manifest, checksums, names, shapes, dtypes and values; raises RefusedError."""
         manifest, version = Manifest.from_bytes(data), state.version + 1
-        fragment, steps = self._schedule.fragment(version), self._schedule.steps(version)
+        fragment = self._schedule.fragment(version)
         names = self._fragments[fragment]
         expected = {
             "silo": silo,
@@ -184,7 +184,7 @@ class Aggregator:
             "base_digest": digest_rows(state.rows[name] for name in names),
             "contract_sha256": self._exchange.contract_sha256,
             "codec": self._config.outer.codec,
-            "steps": steps,
+            "steps": self._schedule.steps(version),
         }
         for term, value in expected.items():
             if getattr(manifest, term) != value:

@@ -77,6 +77,7 @@ class SiloSync:
         self._outbox, self._inbox = self._directory / "outbox", self._directory / "inbox"
         decay = config.outer.error_feedback
         self._decay = FEEDBACK_DECAY[config.outer.codec] if decay is None else decay
+        self._fragments: list[list[str]] = []  # cut when the engine is known
         self._flights: dict[int, Flight] = {}
         self._pool = ThreadPoolExecutor(2 * self.schedule.num_fragments, thread_name_prefix="sync")
         self._closing = threading.Event()
@@ -164,8 +165,10 @@ class SiloSync:
         return found
 
     def _names(self, engine: Engine, version: int) -> list[str]:
-        sizes = {name: shape.numel() for name, shape in engine.shapes.items()}
-        return cut_fragments(sizes, self.schedule.num_fragments)[self.schedule.fragment(version)]
+        if not self._fragments:
+            sizes = {name: shape.numel() for name, shape in engine.shapes.items()}
+            self._fragments = cut_fragments(sizes, self.schedule.num_fragments)
+        return self._fragments[self.schedule.fragment(version)]
 
     def _take_off(self, version: int, delivered: "Future[tuple[Manifest, Path]]", wait_seconds: float = 0.0) -> None:
         received = self._pool.submit(self._receive, version, delivered)

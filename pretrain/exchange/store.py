@@ -189,10 +189,8 @@ class StoreExchange:
         """
         for version in range(max(0, newest - num_fragments + 1), newest + 1):
             commit = self.read_commit(version)
-            if newest < num_fragments and version == 0:
-                changed = {v % num_fragments for v in range(1, newest + 1)}
-            else:
-                changed = set()
+            # Version 0 has every fragment; which of them have changed since?
+            changed = set() if version else {later % num_fragments for later in range(1, newest + 1)}
             whole = commit.state_payloads + (commit.payloads if commit.codec == "fp32" else [])
             yield from ((version, payload) for payload in whole if payload.fragment not in changed)
 

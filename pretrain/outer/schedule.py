@@ -8,6 +8,7 @@ offset 0, and at the last step all fragments that have trained since leave once 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from pretrain.outer.fragments import sync_offsets
@@ -38,8 +39,11 @@ class Schedule:
     def sent(self, version: int) -> int:
         """The inner step after which the silos send what version is made of."""
         cycle, fragment = divmod(version, self.num_fragments)
-        offset = sync_offsets(self.num_fragments, self.sync_interval_steps)[fragment]
-        return min(cycle * self.sync_interval_steps + offset, self.num_steps)
+        return min(cycle * self.sync_interval_steps + self._offsets[fragment], self.num_steps)
+
+    @cached_property  # the loop asks after every inner step
+    def _offsets(self) -> list[int]:
+        return sync_offsets(self.num_fragments, self.sync_interval_steps)
 
     def adopted(self, version: int) -> int:
         """The inner step after which the silos adopt version."""

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
@@ -14,7 +15,10 @@ from safetensors.torch import load_file
 from launch.local import CommandBuilder, launch_local
 from pretrain.config import RunConfig
 from pretrain.exchange.store import StoreExchange, version_path
+from pretrain.silo.data import PackedTokens
+from pretrain.silo.model import build_initial, token_losses
 from pretrain.trust.ledger import Commit
+from tests.support import VOCAB_SIZE
 
 
 @dataclass(kw_only=True)
@@ -91,3 +95,18 @@ def assert_same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tenso
     different = [name for name in left if not torch.equal(left[name], right[name])]
     assert left
     assert not different
+
+
+def assert_evaluated_last(run: Outcome) -> None:
+    """Each silo's last held-out loss is that of a plain transformers model with the last version's parameters."""
+    model = build_initial(run.config.model, VOCAB_SIZE)
+    parameters = run.parameters(run.config.schedule.num_versions)
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(parameters[name])
+    for silo, settings in run.config.silos.items():
+        tokens = PackedTokens([Path(settings.valid[silo])], sequence_tokens=16)
+        input_ids, targets = tokens.batch(range(8))
+        with torch.no_grad():
+            plain = token_losses(model, input_ids, targets).mean().item()
+        tolerance = 1e-2 if settings.precision == "bf16" else 1e-6
+        assert run.held_out(silo)[run.config.num_rounds][silo] == pytest.approx(plain, rel=tolerance)

@@ -10,7 +10,7 @@ from pretrain.silo.data import Order, PackedTokens
 from pretrain.silo.model import build_initial, token_losses
 from pretrain.silo.optim import learning_rate
 from tests.conftest import TinyConfig
-from tests.distributed.federation import Outcome, assert_same_bits, federate
+from tests.distributed.federation import Outcome, assert_evaluated_last, assert_same_bits, federate
 from tests.support import VOCAB_SIZE, TinyText
 
 KEEP_ALL = {"keep_versions": 100}
@@ -125,16 +125,7 @@ def test_the_first_nesterov_step_is_lr_times_one_plus_momentum(mixed: Outcome) -
 
 def test_every_silo_evaluates_the_model_of_the_commit(mixed: Outcome) -> None:
     # Each silo's held-out loss after the last sync is that of a plain transformers model with the merged parameters.
-    model = build_initial(mixed.config.model, VOCAB_SIZE)
-    for name, parameter in model.named_parameters():
-        parameter.data.copy_(mixed.parameters(3)[name])
-    for silo, settings in mixed.config.silos.items():
-        tokens = PackedTokens([Path(settings.valid[silo])], sequence_tokens=16)
-        input_ids, targets = tokens.batch(range(8))
-        with torch.no_grad():
-            plain = token_losses(model, input_ids, targets).mean().item()
-        tolerance = 1e-2 if settings.precision == "bf16" else 1e-6
-        assert mixed.held_out(silo)[3][silo] == pytest.approx(plain, rel=tolerance)
+    assert_evaluated_last(mixed)
 
 
 def test_every_line_of_the_file_contract_is_there(mixed: Outcome) -> None:

@@ -3,14 +3,12 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from pretrain.config import CODECS
 from pretrain.outer.fragments import cut_fragments
-from pretrain.silo.data import PackedTokens
-from pretrain.silo.model import build_initial, token_losses
+from pretrain.silo.model import build_initial
 from tests.conftest import TinyConfig
-from tests.distributed.federation import Outcome, federate
+from tests.distributed.federation import Outcome, assert_evaluated_last, federate
 from tests.support import VOCAB_SIZE
 
 KEEP_ALL = {"keep_versions": 100}
@@ -57,14 +55,4 @@ def test_every_silo_holds_what_the_digest_names(codec: str, tmp_path: Path, tiny
     bf16 = {"precision": "bf16", "deepspeed": {"zero_optimization": {"stage": 3}}}
     outer = {"codec": codec, "downlink_codec": codec, "num_fragments": 2, "overlap_steps": 1, "mixing": 0.5}
     run = federate(tiny_config(tmp_path, silos={"alpha": stage_2, "beta": bf16}, outer=outer, exchange=KEEP_ALL))
-    last = run.config.schedule.num_versions
-    model = build_initial(run.config.model, VOCAB_SIZE)
-    for name, parameter in model.named_parameters():
-        parameter.data.copy_(run.parameters(last)[name])
-    for silo, settings in run.config.silos.items():
-        tokens = PackedTokens([Path(settings.valid[silo])], sequence_tokens=16)
-        input_ids, targets = tokens.batch(range(8))
-        with torch.no_grad():
-            plain = token_losses(model, input_ids, targets).mean().item()
-        tolerance = 1e-2 if settings.precision == "bf16" else 1e-6
-        assert run.held_out(silo)[3][silo] == pytest.approx(plain, rel=tolerance)
+    assert_evaluated_last(run)
