@@ -181,7 +181,7 @@ class PlainDisplay:
             text += f"  update norm {norm:.4g}"
         if (cosine := record.get("cosine_mean")) is not None:
             text += f"  cosine between silos {cosine:+.2f}"
-        self._line(AGGREGATOR, text)
+        self._line(AGGREGATOR if self.config.exchange.kind == "store" else "all", text)
 
     def _say_long_wait(self, name: str, status: ProcessStatus) -> None:
         if status.phase != "waiting" or not status.waiting_for:

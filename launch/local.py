@@ -67,9 +67,9 @@ def launch_local(
 
 
 def local_commands(config: RunConfig, config_path: Path) -> list[ChildCommand]:
-    """The aggregator's command, unless silos train alone, and one torchrun per silo."""
+    """The aggregator's command, if there is one, and one torchrun per silo."""
     commands = []
-    if config.exchange.kind != "none":
+    if config.exchange.kind == "store":
         commands.append(
             ChildCommand(
                 name=AGGREGATOR,

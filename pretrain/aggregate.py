@@ -22,28 +22,23 @@ from pretrain.config import ConfigError, RunConfig, load_config
 from pretrain.exchange.store import StoreExchange, delivery_path, file_payload, version_path
 from pretrain.journal import Journal
 from pretrain.lock import lock_directory
-from pretrain.outer.codec import apply_change, check, decoded, encode
-from pretrain.outer.digest import Row, digest_rows, digest_tensors, tensor_row
+from pretrain.merging import contributor, outer_optimizer, read_delivery
+from pretrain.outer.codec import check, decoded, encode
+from pretrain.outer.digest import Row, digest_rows, tensor_row
 from pretrain.outer.fragments import cut_fragments
 from pretrain.outer.merge import mean_cosine, weighted_mean
-from pretrain.outer.optimizer import outer_step
 from pretrain.outer.quantize import Parts
-from pretrain.payload import PARAMETER, TARGET, VELOCITY, Tensors, save_tensors
+from pretrain.outer.state import OuterTensors, kept_at_start, kept_kinds
+from pretrain.payload import PARAMETER, Tensors, save_tensors
 from pretrain.trust.contract import build_contract, check_same_contract, contract_bytes
 from pretrain.trust.ledger import Commit, Contributor, Manifest, Payload, RefusedError, sha256_bytes
 
 
 @dataclass(kw_only=True)
-class OuterState:
-    """The global parameters and the outer optimizer's state, fp32, in host memory: 8 to 12 bytes a parameter."""
+class OuterState(OuterTensors):
+    """The global parameters and the outer optimizer's state."""
 
     version: int
-    parameters: dict[str, Tensor]
-    """As published: what every silo holds, to the last bit."""
-    target: dict[str, Tensor]
-    """Where the outer steps have led; the same tensors as `parameters` unless the downlink's codec leaves some out."""
-    velocity: dict[str, Tensor]
-    """Empty for sgd."""
     rows: dict[str, Row] = field(default_factory=dict)
     """Of the parameters' digest, one a tensor."""
 
@@ -58,7 +53,7 @@ class Delivery:
     """One silo's verified delivery: its manifest, its payload on disk, and the norm of its pseudo-gradient."""
 
     manifest: Manifest
-    manifest_sha256: str
+    manifest_bytes: bytes
     tensors: Tensors
     norm: float
 
@@ -68,11 +63,12 @@ class Aggregator:
 
     def __init__(self, config: RunConfig, journal: Journal) -> None:
         self._config, self._journal, self._schedule = config, journal, config.schedule
+        if config.exchange.kind != "store":
+            raise ConfigError(f"exchange.kind: {config.exchange.kind!r} given; an aggregator serves only 'store'")
         self._exchange = StoreExchange(config.store_url)
         self._scratch = Path(config.directory) / "aggregator"
         self._roster = config.full_roster
         self._fragments: list[list[str]] = []
-        self._lossy = config.outer.downlink_codec != "fp32"
 
     # ---- start
 
@@ -91,19 +87,14 @@ class Aggregator:
 
     def _create(self) -> OuterState:
         """Version 0: the contract's initial parameters and an outer state of zeros."""
-        from tokenizers import Tokenizer
+        from pretrain.silo.model import initial_parameters
 
-        from pretrain.silo.model import build_initial
-
-        vocab_size = Tokenizer.from_file(str(self._config.tokenizer_file)).get_vocab_size()
-        model = build_initial(self._config.model, vocab_size)
-        parameters = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-        with_velocity = self._config.outer.optimizer == "nesterov"
+        parameters = initial_parameters(self._config)
+        outer = self._config.outer
         state = OuterState(
             version=-1,
             parameters=parameters,
-            target={n: p.clone() for n, p in parameters.items()} if self._lossy else parameters,
-            velocity={n: torch.zeros_like(p) for n, p in parameters.items()} if with_velocity else {},
+            kept=kept_at_start(parameters, outer.optimizer, outer.downlink_codec),
             rows={n: tensor_row(n, p) for n, p in parameters.items()},
         )
         self._cut(parameters)
@@ -122,7 +113,8 @@ class Aggregator:
         """Restart: check the chain of commits, then load what the newest version is made of and compare the digests."""
         for version in range(newest + 1):
             commit = self._exchange.read_commit(version)
-        found: dict[str, dict[str, Tensor]] = {PARAMETER: {}, TARGET: {}, VELOCITY: {}}
+        kinds = kept_kinds(self._config.outer.optimizer, self._config.outer.downlink_codec)
+        found: dict[str, dict[str, Tensor]] = {kind: {} for kind in (PARAMETER, *kinds)}
         for version, payload in self._exchange.newest_state(newest, self._schedule.num_fragments):
             file = self._scratch / "inbox" / payload.file
             self._exchange.fetch(version_path(version), payload, file)
@@ -130,17 +122,16 @@ class Aggregator:
             tensors = Tensors(file, kind)
             found[kind] |= {name: tensors.parts(name)["values"].clone() for name in tensors.names}
             file.unlink()
-        parameters = found[PARAMETER]
+        parameters = found.pop(PARAMETER)
         state = OuterState(
             version=newest,
             parameters=parameters,
-            target=found[TARGET] if self._lossy else parameters,
-            velocity=found[VELOCITY],
+            kept=found,
             rows={name: tensor_row(name, value) for name, value in parameters.items()},
         )
         if state.parameters_digest != commit.parameters_digest:
             raise RefusedError(f"version {newest}: its parameters do not have the digest of its commit")
-        if _outer_digest(state) != commit.outer_digest:
+        if state.kept_digest != commit.outer_digest:
             raise RefusedError(f"version {newest}: its outer state does not have the digest of its commit")
         self._cut(parameters)
         return state
@@ -174,25 +165,16 @@ class Aggregator:
 
     def _verify(self, silo: str, data: bytes, state: OuterState) -> Delivery:
         """Check manifest, checksums, names, shapes, dtypes and values; raises RefusedError."""
-        manifest, version = Manifest.from_bytes(data), state.version + 1
-        fragment = self._schedule.fragment(version)
-        names = self._fragments[fragment]
-        expected = {
-            "silo": silo,
-            "version": version,
-            "base_version": self._schedule.base(version),
-            "base_digest": digest_rows(state.rows[name] for name in names),
-            "contract_sha256": self._exchange.contract_sha256,
-            "codec": self._config.outer.codec,
-            "steps": self._schedule.steps(version),
-        }
-        for term, value in expected.items():
-            if getattr(manifest, term) != value:
-                raise RefusedError(f"its {term} is {getattr(manifest, term)!r}, not {value!r}")
-        if manifest.tokens < 1:
-            raise RefusedError(f"it counts {manifest.tokens} tokens")
-        if [payload.fragment for payload in manifest.payloads] != [fragment]:
-            raise RefusedError(f"it has not just fragment {fragment}")
+        version = state.version + 1
+        names = self._fragments[self._schedule.fragment(version)]
+        manifest = read_delivery(
+            data,
+            silo=silo,
+            version=version,
+            base_digest=digest_rows(state.rows[name] for name in names),
+            config=self._config,
+            contract_sha256=self._exchange.contract_sha256,
+        )
         file = self._scratch / "inbox" / f"{silo}.safetensors"
         self._exchange.fetch(delivery_path(silo, version), manifest.payloads[0], file)
         try:
@@ -202,7 +184,7 @@ class Aggregator:
             raise RefusedError(f"its payload is no safetensors file: {error}") from None
         except ValueError as error:
             raise RefusedError(str(error)) from None
-        return Delivery(manifest=manifest, manifest_sha256=sha256_bytes(data), tensors=tensors, norm=norm)
+        return Delivery(manifest=manifest, manifest_bytes=data, tensors=tensors, norm=norm)
 
     def _check_values(self, tensors: Tensors, names: list[str], state: OuterState) -> float:
         """Check a payload's tensors; returns the norm of the pseudo-gradient in it. Raises ValueError."""
@@ -223,28 +205,23 @@ class Aggregator:
 
         Returns the coded changes of the published parameters, the divisor and the metrics.
         """
-        outer = self._config.outer
+        outer, version = self._config.outer, state.version + 1
+        optimizer, lr, count = outer_optimizer(outer), self._config.outer_lr(version), self._schedule.count(version)
         changes: dict[str, Parts] = {}
         update_squared, units_squared, divisor = 0.0, 0.0, 0
-        for name in self._fragments[self._schedule.fragment(state.version + 1)]:
+        for name in self._fragments[self._schedule.fragment(version)]:
             base = state.parameters[name]
             units = torch.zeros(base.shape, dtype=torch.float64)  # sum of the silos' directions, for the cosine
             merged, divisor = weighted_mean(self._weighted(deliveries, name, base, units), base.shape)
-            target, velocity = outer_step(
-                state.target[name], merged, state.velocity.get(name), lr=outer.lr, momentum=outer.momentum
-            )
-            change = target - state.target[name]  # not finite where the target is not
-            if not (change.isfinite() & (target - base).isfinite()).all():
-                raise RefusedError(f"version {state.version + 1}: {name}: the outer step leaves the range of fp32")
-            update_squared += torch.linalg.vector_norm(change, dtype=torch.float64).item() ** 2
+            try:
+                changes[name], norm_squared = state.step(
+                    name, merged, optimizer, lr=lr, count=count, codec=outer.downlink_codec
+                )
+            except ValueError as error:
+                raise RefusedError(f"version {version}: {name}: {error}") from None
+            update_squared += norm_squared
             units_squared += torch.linalg.vector_norm(units).item() ** 2
-            changes[name] = encode(outer.downlink_codec, base, target)  # what it leaves out stays in the target
-            apply_change(outer.downlink_codec, base, changes[name])
             state.rows[name] = tensor_row(name, base)
-            if self._lossy:
-                state.target[name].copy_(target)
-            if velocity is not None:
-                state.velocity[name].copy_(velocity)
         metrics = {"update_norm": update_squared**0.5, "cosine_mean": mean_cosine(units_squared, len(deliveries))}
         return changes, divisor, metrics
 
@@ -267,17 +244,7 @@ class Aggregator:
         metrics: dict[str, float],
     ) -> None:
         """Publish the next version, record it, prune what nobody can need again."""
-        contributors = [
-            Contributor(
-                silo=d.manifest.silo,
-                manifest_sha256=d.manifest_sha256,
-                tokens=d.manifest.tokens,
-                tokens_total=d.manifest.tokens_total,
-                steps=d.manifest.steps,
-                weight=d.manifest.tokens,
-            )
-            for d in deliveries
-        ]
+        contributors = [contributor(delivery.manifest, delivery.manifest_bytes) for delivery in deliveries]
         fragment = self._schedule.fragment(state.version + 1)
         codec = self._config.outer.downlink_codec
         self._commit(state, [fragment], changes, codec, contributors, divisor=divisor, metrics=metrics)
@@ -327,12 +294,9 @@ class Aggregator:
             names = self._fragments[fragment]
             coded = {name: changes[name] for name in names}
             payloads.append(write(PARAMETER if codec == "fp32" else "change", PARAMETER, fragment, coded))
-            kinds = {VELOCITY: state.velocity} | ({TARGET: state.target} if self._lossy else {})
-            kinds |= {PARAMETER: state.parameters} if codec != "fp32" else {}
-            for kind, values in kinds.items():
-                if values:
-                    whole = {name: {"values": values[name]} for name in names}
-                    state_payloads.append(write(kind, kind, fragment, whole))
+            for kind, values in (state.kept | ({PARAMETER: state.parameters} if codec != "fp32" else {})).items():
+                whole = {name: {"values": values[name]} for name in names}
+                state_payloads.append(write(kind, kind, fragment, whole))
         commit = Commit(
             contract_sha256=self._exchange.contract_sha256,
             version=version,
@@ -343,17 +307,11 @@ class Aggregator:
             contributors=contributors,
             divisor=divisor,
             parameters_digest=state.parameters_digest,
-            outer_digest=_outer_digest(state),
+            outer_digest=state.kept_digest,
             metrics=metrics,
         )
         self._exchange.publish(commit, payloads + state_payloads)
         state.version = version
-
-
-def _outer_digest(state: OuterState) -> str:
-    """Digest of the outer optimizer's state, and of the target where the published parameters differ from it."""
-    kinds = {VELOCITY: state.velocity} | ({TARGET: state.target} if state.target is not state.parameters else {})
-    return digest_tensors((f"{kind}/{name}", value) for kind, values in kinds.items() for name, value in values.items())
 
 
 def aggregate(config: RunConfig, journal: Journal) -> None:

@@ -7,8 +7,6 @@ trust/contract.py); `silo` holds the defaults of every silo of this file and `si
 
 import dataclasses
 import difflib
-import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,13 +16,9 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pretrain.check import ConfigError, check_config
+from pretrain.outer.learning_rate import scheduled_lr
 from pretrain.outer.schedule import Schedule
-
-CODECS = ("fp32", "bf16", "int8", "int4", "e3m0", "topk")
-
-
-class ConfigError(ValueError):
-    """A user's mistake, said in one line: what was given, what is allowed, which key to change."""
 
 
 @dataclass(kw_only=True)
@@ -76,11 +70,23 @@ class OuterConfig:
     sync_interval_steps: int = 500
     """H: inner steps between two syncs."""
     optimizer: str = "nesterov"
-    """nesterov or sgd."""
+    """nesterov, sgd or adam."""
     lr: float = 0.7
-    """Outer learning rate; sgd with 1.0 is plain averaging."""
+    """Outer learning rate at its peak; sgd with 1.0 is plain averaging."""
     momentum: float = 0.9
-    """Nesterov momentum; unused by sgd."""
+    """Nesterov's momentum."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """Adam's two decay rates."""
+    eps: float = 0.1
+    """Adam's epsilon: small ones are unstable here (arXiv 2311.08105)."""
+    schedule: str = "constant"
+    """How `lr` changes, in rounds: constant, cosine or wsd (warm-up, stable, linear decay)."""
+    warmup_rounds: int = 0
+    """Linear warm-up; always harmful where it was measured (arXiv 2509.10439)."""
+    decay_rounds: int = 0
+    """Length of wsd's decay at the end."""
+    min_lr_ratio: float = 0.1
+    """Final learning rate divided by `lr` (cosine and wsd)."""
     codec: str = "fp32"
     """How a pseudo-gradient is coded on its way up: fp32, bf16, int8, int4, e3m0 or topk (docs/formats.md)."""
     downlink_codec: str = "fp32"
@@ -100,11 +106,18 @@ class ExchangeConfig:
     """How bytes travel between silos and aggregator."""
 
     kind: str = "store"
-    """store, or none: a silo that trains alone and never syncs."""
+    """store; collective: the silos among themselves, without aggregator; none: a silo that trains alone."""
     url: str = ""
-    """Any fsspec URL (directory, s3://, gs://, ...); empty means `store` inside the run directory."""
+    """Any fsspec URL (directory, s3://, gs://, ...), empty for `store` inside the run directory; for a collective
+    tcp://HOST:PORT, where the first silo of the roster (sorted) listens and all others find it."""
     poll_seconds: float = 0.5
     """How often a waiting process looks into the store."""
+    num_lanes: int = 1
+    """Ranks of each silo that carry its bytes in a collective."""
+    dead_seconds: float = 30.0
+    """In a collective, a silo of which nothing was heard for this long is taken for dead, and all others stop."""
+    hung_seconds: float = 1800.0
+    """The same for one that is there but does not go on: above its longest evaluation, checkpoint or logged step."""
     keep_versions: int = 2
     """Newest versions of the global parameters that pruning always keeps."""
 
@@ -208,6 +221,19 @@ class RunConfig:
         """The round, from 1, at whose steps a version is sent; 0 for version 0."""
         return min(-(-version // self.outer.num_fragments), self.num_rounds)
 
+    def outer_lr(self, version: int) -> float:
+        """The outer learning rate of the step that makes a version."""
+        outer = self.outer
+        return scheduled_lr(
+            self.round_of(version) - 1,
+            lr=outer.lr,
+            num_steps=self.num_rounds,
+            schedule=outer.schedule,
+            warmup=outer.warmup_rounds,
+            decay=outer.decay_rounds,
+            min_ratio=outer.min_lr_ratio,
+        )
+
     def round_at(self, step: int) -> int:
         """The round, from 1, that inner step number `step` belongs to."""
         return max(1, -(-step // self.outer.sync_interval_steps))
@@ -222,6 +248,12 @@ class RunConfig:
         """Where the store is: `exchange.url`, or `store` inside the run directory."""
         return self.exchange.url or str(Path(self.directory).absolute() / "store")
 
+    def ledger_url(self, silo: str) -> str:
+        """Where the commits are that a silo of this machine has seen: the store, or its own record of a collective."""
+        if self.exchange.kind == "collective":
+            return str(self.silo_directory(silo).absolute() / "ledger")
+        return self.store_url
+
     def silo_directory(self, silo: str) -> Path:
         """A silo's own folder in the run directory."""
         return Path(self.directory) / "silos" / silo
@@ -235,21 +267,6 @@ class RunConfig:
         """The tokenizer.json of `tokenizer`."""
         path = Path(self.tokenizer)
         return path / "tokenizer.json" if path.is_dir() else path
-
-
-SILO_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
-
-# Keys of DeepSpeed's configuration that are computed from ours; giving them twice could only contradict.
-OWNED_DEEPSPEED_KEYS = {
-    "train_batch_size": "global_batch_sequences",
-    "train_micro_batch_size_per_gpu": "micro_batch_sequences",
-    "gradient_accumulation_steps": "accumulation_steps",
-    "gradient_clipping": "inner.clip_norm",
-    "bf16": "precision",
-    "fp16": "precision",
-    "optimizer": "inner.optimizer",
-    "scheduler": "inner.schedule",
-}
 
 
 def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> RunConfig:
@@ -335,163 +352,3 @@ def _spread_silo_defaults(given: dict[Any, Any]) -> None:
         str(name): OmegaConf.to_container(OmegaConf.merge(defaults, silo or {}))
         for name, silo in (given.get("silos") or {}).items()
     }
-
-
-def _require(ok: bool, key: str, given: object, allowed: str) -> None:
-    if not ok:
-        raise ConfigError(f"{key}: {given!r} given; allowed: {allowed}")
-
-
-def check_config(config: RunConfig) -> None:
-    """Check the values; raises ConfigError naming the key."""
-    one_of = {
-        "inner.optimizer": (config.inner.optimizer, ("adamw", "sgd", "muon")),
-        "inner.schedule": (config.inner.schedule, ("cosine", "wsd", "constant")),
-        "outer.optimizer": (config.outer.optimizer, ("nesterov", "sgd")),
-        "outer.codec": (config.outer.codec, CODECS),
-        "outer.downlink_codec": (config.outer.downlink_codec, CODECS),
-        "exchange.kind": (config.exchange.kind, ("store", "none")),
-        "wandb.mode": (config.wandb.mode, ("offline", "online", "disabled")),
-    }
-    for key, (value, allowed) in one_of.items():
-        _require(value in allowed, key, value, ", ".join(allowed))
-    at_least = {
-        "sequence_tokens": (config.sequence_tokens, 2),
-        "inner.num_steps": (config.inner.num_steps, 1),
-        "inner.warmup_steps": (config.inner.warmup_steps, 0),
-        "inner.decay_steps": (config.inner.decay_steps, 0),
-        "inner.weight_decay": (config.inner.weight_decay, 0),
-        "inner.clip_norm": (config.inner.clip_norm, 0),
-        "outer.sync_interval_steps": (config.outer.sync_interval_steps, 1),
-        "outer.num_fragments": (config.outer.num_fragments, 1),
-        "outer.overlap_steps": (config.outer.overlap_steps, 0),
-        "exchange.keep_versions": (config.exchange.keep_versions, 1),
-    }
-    for key, (number, minimum) in at_least.items():
-        _require(number >= minimum, key, number, f"{minimum} or more")
-    positive = {
-        "inner.lr": config.inner.lr,
-        "inner.muon_lr": config.inner.muon_lr,
-        "inner.eps": config.inner.eps,
-        "outer.lr": config.outer.lr,
-        "exchange.poll_seconds": config.exchange.poll_seconds,
-    }
-    for key, rate in positive.items():
-        _require(0 < rate < math.inf, key, rate, "above 0")
-    _require(0 <= config.inner.min_lr_ratio <= 1, "inner.min_lr_ratio", config.inner.min_lr_ratio, "0 to 1")
-    betas = config.inner.betas
-    _require(len(betas) == 2 and all(0 <= b < 1 for b in betas), "inner.betas", betas, "two numbers from 0 to below 1")
-    ramp_steps = config.inner.warmup_steps + (config.inner.decay_steps if config.inner.schedule == "wsd" else 0)
-    _require(
-        ramp_steps <= config.inner.num_steps,
-        "inner.warmup_steps",
-        ramp_steps,
-        f"warm-up and decay within inner.num_steps={config.inner.num_steps}",
-    )
-    _require(0 <= config.outer.momentum < 1, "outer.momentum", config.outer.momentum, "0 to below 1")
-    _require(
-        config.inner.num_steps % config.outer.sync_interval_steps == 0 or config.exchange.kind == "none",
-        "inner.num_steps",
-        config.inner.num_steps,
-        f"a multiple of outer.sync_interval_steps={config.outer.sync_interval_steps}",
-    )
-    _check_streaming(config.outer)
-    _check_model(config.model)
-    _check_roster(config)
-    for name, silo in config.silos.items() if config.inner.optimizer == "muon" else ():
-        _check_muon(name, silo.deepspeed.get("zero_optimization", {}))
-
-
-def _check_muon(name: str, zero: dict[str, Any]) -> None:
-    """Refuse what splits the matrices, or the work on them, in ways that Muon does not follow."""
-    offload = zero.get("offload_optimizer") or {}
-    refused = {
-        "offload_optimizer.ratio": offload.get("ratio", 1) != 1,
-        "offload_optimizer.super_offload": offload.get("super_offload"),
-        "zenflow": zero.get("zenflow"),
-        "mics_shard_size": zero.get("mics_shard_size", 0) > 0,
-    }
-    for key in filter(refused.get, refused):
-        raise ConfigError(
-            f"inner.optimizer: 'muon' given with silos.{name}.deepspeed.zero_optimization.{key} at stage "
-            f"{zero.get('stage', 0)}; allowed: any stage, on the device or with offload_optimizer to cpu, without {key}"
-        )
-
-
-def _check_streaming(outer: OuterConfig) -> None:
-    interval = outer.sync_interval_steps
-    gap = f"outer.sync_interval_steps={interval}"
-    _require(outer.num_fragments <= interval, "outer.num_fragments", outer.num_fragments, f"1 to {gap}")
-    _require(
-        outer.overlap_steps < interval,
-        "outer.overlap_steps",
-        outer.overlap_steps,
-        f"below {gap}, the steps between two syncs of a fragment",
-    )
-    _require(0 <= outer.mixing <= 1, "outer.mixing", outer.mixing, "0 to 1")
-    decay = outer.error_feedback
-    _require(decay is None or 0 <= decay <= 1, "outer.error_feedback", decay, "null, or 0 to 1")
-    _require(
-        not decay or outer.codec != "fp32", "outer.error_feedback", decay, "null or 0: codec fp32 leaves nothing out"
-    )
-
-
-def _check_model(model: ModelConfig) -> None:
-    _require(
-        bool(model.config) != bool(model.checkpoint),
-        "model",
-        {"config": model.config, "checkpoint": model.checkpoint},
-        "either model.config or model.checkpoint",
-    )
-    if model.config:
-        _require("model_type" in model.config, "model.config", model.config, "a mapping with model_type")
-
-
-def _check_roster(config: RunConfig) -> None:
-    _require(bool(config.silos), "silos", {}, "at least one silo")
-    _require(len(set(config.roster)) == len(config.roster), "roster", config.roster, "each name once")
-    for name in config.full_roster:
-        key = "roster" if config.roster else "silos"
-        _require(bool(SILO_NAME.fullmatch(name)), key, name, "names of a-z, 0-9, _ and -")
-    for name, silo in config.silos.items():
-        _require(name in config.full_roster, "silos", name, f"names of the roster: {', '.join(config.full_roster)}")
-        _check_silo(name, silo)
-
-
-def _check_silo(name: str, silo: SiloConfig) -> None:
-    key = f"silos.{name}"
-    for unit in (
-        *("num_nodes", "processes_per_node", "num_threads"),
-        *("global_batch_sequences", "micro_batch_sequences", "accumulation_steps"),
-        *("checkpoint_interval_steps", "keep_checkpoints", "log_interval_steps"),
-    ):
-        _require(getattr(silo, unit) >= 1, f"{key}.{unit}", getattr(silo, unit), "1 or more")
-    for unit in ("eval_interval_rounds", "eval_sequences", "prefetch_batches"):
-        _require(getattr(silo, unit) >= 0, f"{key}.{unit}", getattr(silo, unit), "0 or more")
-    weights = silo.data_weights
-    _require(
-        len(weights) in (0, len(silo.data)),
-        f"{key}.data_weights",
-        weights,
-        f"none, or one weight for each of the {len(silo.data)} entries of {key}.data",
-    )
-    _require(all(0 < weight < math.inf for weight in weights), f"{key}.data_weights", weights, "numbers above 0")
-    _require(silo.precision in ("fp32", "bf16"), f"{key}.precision", silo.precision, "fp32, bf16")
-    for owned, ours in OWNED_DEEPSPEED_KEYS.items():
-        if owned in silo.deepspeed:
-            raise ConfigError(f"{key}.deepspeed.{owned}: {silo.deepspeed[owned]!r} given; set {ours} instead")
-    zero = silo.deepspeed.get("zero_optimization", {})
-    _require(isinstance(zero, dict), f"{key}.deepspeed.zero_optimization", zero, "a mapping")
-    stage = zero.get("stage", 0)
-    _require(stage in (0, 1, 2, 3), f"{key}.deepspeed.zero_optimization.stage", stage, "0, 1, 2, 3")
-    check_batch(name, silo, silo.num_nodes * silo.processes_per_node)
-
-
-def check_batch(name: str, silo: SiloConfig, num_ranks: int) -> None:
-    """`global batch = micro batch x accumulation x ranks`, all four numbers in the message."""
-    micro, accumulation = silo.micro_batch_sequences, silo.accumulation_steps
-    if silo.global_batch_sequences != micro * accumulation * num_ranks:
-        raise ConfigError(
-            f"silos.{name}.global_batch_sequences: {silo.global_batch_sequences} given; allowed: micro_batch_sequences "
-            f"{micro} x accumulation_steps {accumulation} x ranks {num_ranks} = {micro * accumulation * num_ranks}"
-        )

@@ -34,7 +34,7 @@ def load_global_model(config: RunConfig, version: int | None = None) -> tuple[nn
     vocab_size = Tokenizer.from_file(str(config.tokenizer_file)).get_vocab_size()
     model = build_empty(config.model, vocab_size, dtype=torch.float32)
     parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    fill = _fill_from_store if config.exchange.kind == "store" else _fill_from_silo
+    fill = _fill_from_silo if config.exchange.kind == "none" else _fill_from_store
     provenance = {
         "run": config.name,
         "sequence_tokens": config.sequence_tokens,
@@ -44,9 +44,10 @@ def load_global_model(config: RunConfig, version: int | None = None) -> tuple[nn
 
 
 def _fill_from_store(config: RunConfig, parameters: dict[str, Tensor], version: int | None) -> dict[str, Any]:
-    exchange = StoreExchange(config.store_url)
+    url = config.ledger_url(min(config.silos))
+    exchange = StoreExchange(url)
     if exchange.read_contract() is None:
-        raise ConfigError(f"exchange.url: {config.store_url} given; there is no contract.json, so no run, in it")
+        raise ConfigError(f"exchange.url: {url} given; there is no contract.json, so no run, in it")
     newest = exchange.newest_version()
     version = newest if version is None else version
     if not 0 <= version <= newest:

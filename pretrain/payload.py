@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from pretrain.outer.quantize import Parts
 
-PARAMETER, VELOCITY, TARGET = "parameter", "velocity", "target"  # kinds, and beginnings of file names
+PARAMETER = "parameter"  # a kind, and the beginning of a file name
 
 
 def save_tensors(coded: Mapping[str, Parts], file: Path, kind: str = PARAMETER) -> None:

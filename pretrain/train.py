@@ -18,7 +18,9 @@ from pathlib import Path
 
 import torch
 
-from pretrain.config import ConfigError, RunConfig, SiloConfig, check_batch, load_config
+from pretrain.check import check_batch
+from pretrain.config import ConfigError, RunConfig, SiloConfig, load_config
+from pretrain.exchange.base import Exchange
 from pretrain.journal import Journal
 from pretrain.lock import lock_directory
 from pretrain.preflight import check_silo
@@ -32,6 +34,8 @@ from pretrain.silo.ranks import Ranks
 from pretrain.silo.shards import tokenizer_sha256, verify_shards
 from pretrain.steplog import StepLog
 from pretrain.sync import SiloSync, StopRequested
+from pretrain.sync_collective import AmongSilos
+from pretrain.sync_store import ThroughStore
 
 STOPPED = 75  # EX_TEMPFAIL: stopped on request with a checkpoint; start it again to go on
 
@@ -154,7 +158,8 @@ def train(silo: Silo) -> None:
         progress.step += 1
         progress.position = silo.batches.state()
         if silo.agreement_due():  # the ranks share their losses and stop requests
-            progress.loss, stop = ranks.sum([loss / ranks.num_ranks, float(silo.asked_to_stop())])
+            asked = sync.asked_to_stop() if sync else silo.asked_to_stop()
+            progress.loss, stop = ranks.sum([loss / ranks.num_ranks, float(asked)])
             log.check_finite(engine.num_skipped_steps, silo.checkpoints.newest)
         log.step(lr, grad_norm)
         if stop:
@@ -170,7 +175,8 @@ def prepare(config: RunConfig, name: str, ranks: Ranks, journal: Journal | None)
     mixture, held_out = _open_data(config, name)
     packed = mixture.corpora[0].manifests[0]
     reading = _read_in_background(config, name) if ranks.is_leader else Future[str]()
-    sync = SiloSync(config, name, ranks, journal, asked_to_stop) if config.exchange.kind == "store" else None
+    exchange = _exchange(config, name, ranks)
+    sync = SiloSync(config, name, ranks, journal, exchange, asked_to_stop=asked_to_stop) if exchange else None
     contract_sha256 = sync.join() if sync else ""
     torch.manual_seed(zlib.crc32(f"{config.model.seed}/{name}/{ranks.rank}".encode()))  # dropout
     silo = Silo(
@@ -202,7 +208,7 @@ def prepare(config: RunConfig, name: str, ranks: Ranks, journal: Journal | None)
         silo.progress = resumed
         silo.batches.restore(resumed.position)
         if sync:
-            sync.resume(resumed)
+            sync.resume(silo.engine, resumed)
     elif sync:
         sync.start(silo.engine, silo.progress)
     else:
@@ -213,6 +219,13 @@ def prepare(config: RunConfig, name: str, ranks: Ranks, journal: Journal | None)
     if not resumed:
         silo.evaluate()
     return silo
+
+
+def _exchange(config: RunConfig, name: str, ranks: Ranks) -> Exchange | None:
+    kind, num_lanes = config.exchange.kind, config.exchange.num_lanes
+    if kind == "collective":
+        return AmongSilos(config, name, ranks.group(num_lanes) if num_lanes > 1 else None)
+    return ThroughStore(config, name) if kind == "store" else None
 
 
 def _batches(settings: SiloConfig, mixture: Mixture, ranks: Ranks) -> Prefetch:
@@ -280,17 +293,21 @@ def run(config: RunConfig, name: str, journal: Journal | None) -> int:
         silo = prepare(config, name, ranks, journal)
     except StopRequested:
         return STOPPED
+    ended = "has failed"
     try:
         train(silo)
+        ended = ""
     except StopRequested:
+        ended = "was stopped"
         silo.save()
         if journal:
-            print(f"stopped on request after step {silo.progress.step}; all is saved, start again to go on", flush=True)
+            why = (silo.sync and silo.sync.lost) or "on request"
+            print(f"stopped after step {silo.progress.step}: {why}; all is saved, start again to go on", flush=True)
         return STOPPED
     finally:
         silo.batches.close()
         if silo.sync:
-            silo.sync.close()
+            silo.sync.close(ended)
     if not silo.sync:
         silo.check_data()
         save_parameters(config.final_parameters(name), silo.engine, ranks)

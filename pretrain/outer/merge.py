@@ -30,3 +30,10 @@ def mean_cosine(sum_of_unit_vectors_norm_squared: float, num_silos: int) -> floa
     if num_silos < 2:
         return 1.0
     return (sum_of_unit_vectors_norm_squared - num_silos) / (num_silos * (num_silos - 1))
+
+
+def unit_sum_squared(gram: Tensor) -> float:
+    """|sum of unit pseudo-gradients|^2 from all scalar products, (num_silos, num_silos) in float64; zeros have none."""
+    norms = gram.diagonal().sqrt()
+    norms = torch.where(norms > 0, norms, torch.inf)
+    return (gram / norms / norms[:, None]).sum().item()

@@ -36,6 +36,10 @@ class Schedule:
         """The version that changed the same fragment before."""
         return max(0, version - self.num_fragments)
 
+    def count(self, version: int) -> int:
+        """Outer steps of version's fragment so far, this one included."""
+        return -(-version // self.num_fragments)
+
     def sent(self, version: int) -> int:
         """The inner step after which the silos send what version is made of."""
         cycle, fragment = divmod(version, self.num_fragments)

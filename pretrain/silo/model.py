@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.initialization import no_init_weights
 
-from pretrain.config import ConfigError, ModelConfig
+from pretrain.config import ConfigError, ModelConfig, RunConfig
 
 # What masking may leave of the influence of the document before: 0, or a few roundings where experts take turns. Of the
 # types that do not mask, every one left a tenth or more.
@@ -48,6 +49,13 @@ def build_initial(settings: ModelConfig, vocab_size: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def initial_parameters(config: RunConfig) -> dict[str, Tensor]:
+    """What version 0 holds: the trained parameters of `build_initial`, by name."""
+    vocab_size = Tokenizer.from_file(str(config.tokenizer_file)).get_vocab_size()
+    named = build_initial(config.model, vocab_size).named_parameters()
+    return {name: parameter.detach() for name, parameter in named if parameter.requires_grad}
 
 
 def build_empty(

@@ -1,6 +1,5 @@
-"""Inner optimizers, and the learning rate as a pure function of the cumulative inner step."""
+"""Inner optimizers and their learning rate."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pretrain.config import ConfigError, InnerConfig
+from pretrain.outer.learning_rate import scheduled_lr
 
 # https://arxiv.org/abs/2505.23725 (MuLoCo); the other settings are torch.optim.Muon's.
 MUON_MOMENTUM = 0.95
@@ -17,16 +17,15 @@ MUON_MOMENTUM = 0.95
 
 def learning_rate(step: int, inner: InnerConfig) -> float:
     """Learning rate of inner step `step` (from 0), whatever the rounds, syncs and restarts before it."""
-    if step < inner.warmup_steps:
-        return inner.lr * (step + 1) / inner.warmup_steps
-    final = inner.lr * inner.min_lr_ratio
-    if inner.schedule == "cosine":
-        progress = (step - inner.warmup_steps) / max(1, inner.num_steps - inner.warmup_steps)
-        return final + (inner.lr - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    decay_start = inner.num_steps - inner.decay_steps
-    if inner.schedule == "wsd" and step >= decay_start:
-        return final + (inner.lr - final) * max(0.0, (inner.num_steps - step) / inner.decay_steps)
-    return inner.lr
+    return scheduled_lr(
+        step,
+        lr=inner.lr,
+        num_steps=inner.num_steps,
+        schedule=inner.schedule,
+        warmup=inner.warmup_steps,
+        decay=inner.decay_steps,
+        min_ratio=inner.min_lr_ratio,
+    )
 
 
 def is_muon_matrix(name: str, shape: Sequence[int]) -> bool:

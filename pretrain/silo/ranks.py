@@ -50,6 +50,10 @@ class Ranks:
         dist.broadcast(data, src=0, group=self._control)
         return json.loads(bytes(data.numpy()))
 
+    def group(self, num_ranks: int) -> dist.ProcessGroup:
+        """A gloo group of the first ranks for messages between any two of them; all ranks must call it."""
+        return dist.new_group(range(num_ranks), backend="gloo", timeout=timedelta(days=1))
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.num_ranks > 1:

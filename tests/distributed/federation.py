@@ -49,9 +49,14 @@ class Outcome:
     @cached_property
     def exchange(self) -> StoreExchange:
         """The run's store."""
-        exchange = StoreExchange(self.config.store_url)
+        exchange = StoreExchange(self.ledger)
         assert exchange.read_contract() is not None
         return exchange
+
+    @property
+    def ledger(self) -> str:
+        """Where the versions are: the store, or the first silo's own record of a collective."""
+        return self.config.ledger_url(min(self.config.silos))
 
     def commit(self, version: int) -> Commit:
         """A commit, its link to the one before checked."""
@@ -62,7 +67,7 @@ class Outcome:
         found: dict[str, torch.Tensor] = {}
         for changed, payload in self.exchange.newest_state(version, self.config.outer.num_fragments):
             if payload.file.startswith("parameter"):
-                file = Path(self.config.store_url) / version_path(changed) / payload.file
+                file = Path(self.ledger) / version_path(changed) / payload.file
                 found |= {name.removeprefix("parameter/values/"): t for name, t in load_file(file).items()}
         return found
 

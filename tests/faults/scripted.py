@@ -2,8 +2,9 @@
 
     python -m tests.faults.scripted pretrain.aggregate DIRECTORY '[["before_merge", 2], ...]' [the module's arguments]
 
-A fault is SIGKILL, or for `corrupt_payload` a flipped bit in what was just delivered. It leaves an empty file
-DIRECTORY/POINT-NUMBER before it strikes: the test asserts that it fired.
+A fault is SIGKILL, or for `corrupt_payload` a flipped bit in what was just delivered, or for `corrupt_version` another
+value in what was just merged. It leaves an empty file DIRECTORY/POINT-NUMBER before it strikes: the test asserts that
+it fired.
 """
 
 import importlib
@@ -38,7 +39,7 @@ POINTS: dict[str, tuple[str, str, str, Callable[..., int | None]]] = {
         lambda self, name, data: manifest(name),
     ),
     "after_manifest": ("pretrain.exchange.objects", "Objects.write", "after", lambda self, name, data: manifest(name)),
-    "adopting": ("pretrain.sync", "SiloSync._apply", "before", lambda self, received, names: received.commit.version),
+    "adopting": ("pretrain.sync", "SiloSync._take_over", "before", lambda self, received: received.commit.version),
     "saving": ("pretrain.silo.engine", "Engine.save", "after", lambda self, directory: int(directory.name[6:14])),
     "before_contract": (
         "pretrain.exchange.objects",
@@ -52,6 +53,16 @@ POINTS: dict[str, tuple[str, str, str, Callable[..., int | None]]] = {
     "mid_publish": ("pretrain.exchange.objects", "Objects.upload", "after", lambda self, file, name: version(name)),
     "before_commit": ("pretrain.exchange.objects", "Objects.write", "before", lambda self, name, data: commit(name)),
     "after_commit": ("pretrain.exchange.objects", "Objects.write", "after", lambda self, name, data: commit(name)),
+    "before_keep": ("pretrain.own_ledger", "OwnLedger.keep", "before", lambda self, version, kept: version),
+    "after_keep": ("pretrain.own_ledger", "OwnLedger.keep", "after", lambda self, version, kept: version),
+    "before_publish": ("pretrain.own_ledger", "OwnLedger.publish", "before", lambda self, draft, files: draft.version),
+    "after_publish": ("pretrain.own_ledger", "OwnLedger.publish", "after", lambda self, draft, files: draft.version),
+    "corrupt_version": (
+        "pretrain.sync_collective",
+        "AmongSilos._apply",
+        "after",
+        lambda self, merged, parts, base: self._ledger.newest + 1,
+    ),
     "pruning": ("pretrain.exchange.objects", "Objects.delete", "after", lambda self, name: version(name)),
 }
 
@@ -98,6 +109,9 @@ def arm(point: str, when: int, fired: Path) -> None:
         result = original(*args, **kwargs)
         if due and point == "corrupt_payload":
             corrupt(fired, Path(args[0]._path(args[2])))
+        elif due and point == "corrupt_version":
+            fired.touch()
+            next(iter(result.values())).view(-1)[0] += 1
         elif due:
             die(fired)
         return result

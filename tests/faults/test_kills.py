@@ -16,7 +16,9 @@ from tests.distributed.federation import Outcome, assert_same_bits, federate
 Faults = dict[str, list[tuple[Any, ...]]]
 
 
-def make_config(tiny_config: TinyConfig, directory: Path, **outer: Any) -> RunConfig:
+def make_config(
+    tiny_config: TinyConfig, directory: Path, exchange: dict[str, Any] | None = None, **outer: Any
+) -> RunConfig:
     """Checkpoints at steps that are no multiple of H, so that a resume starts in the middle of a round."""
     alpha = {"processes_per_node": 2, "micro_batch_sequences": 2, "deepspeed": {"zero_optimization": {"stage": 2}}}
     return tiny_config(
@@ -24,6 +26,7 @@ def make_config(tiny_config: TinyConfig, directory: Path, **outer: Any) -> RunCo
         outer={"optimizer": "nesterov"} | outer,
         silo={"checkpoint_interval_steps": 3},
         silos={"alpha": alpha},
+        exchange=exchange or {},
     )
 
 

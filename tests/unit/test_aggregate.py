@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pretrain.aggregate import Aggregator, OuterState
-from pretrain.config import CODECS, RunConfig
+from pretrain.check import CODECS
+from pretrain.config import RunConfig
 from pretrain.journal import Journal
 from pretrain.outer.codec import apply_change, decoded, encode
 from pretrain.outer.digest import digest_tensors
@@ -146,8 +147,8 @@ def test_version_0_is_the_seeded_model_and_a_state_of_zeros(config: RunConfig) -
     assert (commit["version"], commit["previous"], commit["contributors"], commit["divisor"]) == (0, None, [], 0)
     assert [p["file"] for p in commit["payloads"]] == ["parameter-000.safetensors", "parameter-001.safetensors"]
     assert [p["file"] for p in commit["state_payloads"]] == ["velocity-000.safetensors", "velocity-001.safetensors"]
-    assert state.parameters.keys() == state.velocity.keys()
-    assert all(not value.any() for value in state.velocity.values())
+    assert state.parameters.keys() == state.kept["velocity"].keys()
+    assert all(not value.any() for value in state.kept["velocity"].values())
     assert all(value.dtype == torch.float32 for value in state.parameters.values())
     found = {n: v for p in commit["payloads"] for n, v in stored(config, 0, p["file"]).items()}
     assert found.keys() == {f"parameter/values/{name}" for name in state.parameters}
@@ -168,7 +169,7 @@ def test_two_good_versions_by_hand(config: RunConfig) -> None:
         assert state.version == version
         for name in changed:
             assert torch.equal(state.parameters[name], (before[name] * 2.875).float())
-            assert torch.equal(state.velocity[name], (before[name] * -2.5).float())
+            assert torch.equal(state.kept["velocity"][name], (before[name] * -2.5).float())
         assert all(torch.equal(state.parameters[name], value) for name, value in others.items())
         check_commit(config, state, changed, before)
 

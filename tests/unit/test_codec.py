@@ -11,10 +11,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save, save_file
 from torch import Tensor
 
-from pretrain import config
+from pretrain import check as config_check
 from pretrain.outer.codec import CODECS, FEEDBACK_DECAY, apply_change, check, decoded, encode
 from pretrain.outer.digest import digest_tensors, tensor_sha256
-from pretrain.outer.optimizer import outer_step
+from pretrain.outer.optimizer import OuterOptimizer
 from pretrain.outer.quantize import BLOCK, Parts
 from pretrain.payload import Tensors, save_tensors
 
@@ -37,7 +37,7 @@ def travelled(parts: Parts) -> Parts:
 
 
 def test_the_configuration_knows_the_same_codecs() -> None:
-    assert config.CODECS == CODECS  # written once more there, because it imports no torch
+    assert config_check.CODECS == CODECS  # written once more there, because it imports no torch
     assert {codec for codec, decay in FEEDBACK_DECAY.items() if decay} == {"topk"}
     assert FEEDBACK_DECAY.keys() == set(CODECS)
 
@@ -61,7 +61,7 @@ def test_fp32_leads_back_to_the_local_value(base_value: float, factor: float) ->
     difference = decoded("fp32", base, parts)
     assert difference.dtype == torch.float64
     assert (base.double() - difference).float().item() == local.item()
-    alone, _ = outer_step(base, difference, None, lr=1.0, momentum=0.0)
+    alone, _ = OuterOptimizer(name="sgd").step(base, difference, {}, lr=1.0, count=1)
     assert alone.item() == local.item()  # one silo, outer SGD of lr 1: as if it were alone
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pretrain.config import OWNED_DEEPSPEED_KEYS, RunConfig, check_batch, load_config, save_config
+from pretrain.check import OWNED_DEEPSPEED_KEYS, check_batch
+from pretrain.config import RunConfig, load_config, save_config
 from pretrain.preflight import check_silo
 from pretrain.silo.shards import read_manifest
 from tests.conftest import TinyConfig
@@ -53,7 +54,7 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     # enumerations
     (["inner.optimizer=lion"], ["inner.optimizer: 'lion' given; allowed: adamw, sgd"]),
     (["inner.schedule=linear"], ["inner.schedule: 'linear' given; allowed: cosine, wsd, constant"]),
-    (["outer.optimizer=adam"], ["outer.optimizer: 'adam' given; allowed: nesterov, sgd"]),
+    (["outer.optimizer=lamb"], ["outer.optimizer: 'lamb' given; allowed: nesterov, sgd, adam"]),
     (["outer.codec=fp8"], ["outer.codec: 'fp8' given; allowed: fp32, bf16, int8, int4, e3m0, topk"]),
     (["outer.downlink_codec=fp8"], ["outer.downlink_codec: 'fp8' given; allowed: fp32, bf16, int8"]),
     (["outer.overlap_steps=4"], ["outer.overlap_steps: 4 given; allowed: below outer.sync_interval_steps=4"]),
@@ -62,7 +63,16 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     (["outer.mixing=1.5"], ["outer.mixing: 1.5 given; allowed: 0 to 1"]),
     (["outer.codec=topk", "outer.error_feedback=2"], ["outer.error_feedback: 2.0 given; allowed: null, or 0 to 1"]),
     (["outer.error_feedback=0.9"], ["outer.error_feedback: 0.9 given; allowed: null or 0: codec fp32 leaves nothing"]),
-    (["exchange.kind=s3"], ["exchange.kind: 's3' given; allowed: store, none"]),
+    (["exchange.kind=s3"], ["exchange.kind: 's3' given; allowed: store, collective, none"]),
+    (["exchange.kind=collective"], ["exchange.url: '' given; allowed: tcp://HOST:PORT with exchange.kind=collective"]),
+    (["exchange={kind: collective, url: 'tcp://a/b:1'}"], ["exchange.url: 'tcp://a/b:1' given; allowed: tcp://HOST:"]),
+    (
+        ["exchange={kind: collective, url: 'tcp://a:1', num_lanes: 2}"],
+        ["exchange.num_lanes: 2 given; allowed: 1 to the 1 ranks of silo alpha"],
+    ),
+    (["outer.schedule=linear"], ["outer.schedule: 'linear' given; allowed: cosine, wsd, constant"]),
+    (["outer.betas=[0.9]"], ["outer.betas: [0.9] given; allowed: two numbers from 0 to below 1"]),
+    (["outer.warmup_rounds=4"], ["outer.warmup_rounds: 4 given; allowed: warm-up and decay within the 3 rounds"]),
     (["wandb.mode=maybe"], ["wandb.mode: 'maybe' given; allowed: offline, online, disabled"]),
     (["silos.beta.precision=fp16"], ["silos.beta.precision: 'fp16' given; allowed: fp32, bf16"]),
     (
@@ -257,3 +267,12 @@ def test_configuration_imports_no_torch() -> None:
     code = "import sys, pretrain.config; print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout == "[]\n"
+
+
+def test_the_outer_learning_rate_follows_rounds(minimal: Path) -> None:
+    settings = "outer={schedule: wsd, lr: 0.5, warmup_rounds: 1, decay_rounds: 2, min_lr_ratio: 0, num_fragments: 2}"
+    config = load_config([minimal], ["inner.num_steps=16", settings])
+    # Four rounds; fragment 1 leaves half a round earlier than fragment 0, and once more at the end.
+    lrs = [config.outer_lr(version) for version in range(1, config.schedule.num_versions + 1)]
+    assert lrs == [0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25]
+    assert load_config([minimal]).outer_lr(1) == load_config([minimal]).outer.lr

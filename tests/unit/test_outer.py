@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections.abc import Callable
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from pretrain.outer.digest import digest_rows, digest_tensors, tensor_row, tensor_sha256
 from pretrain.outer.merge import mean_cosine, weighted_mean
-from pretrain.outer.optimizer import outer_step
+from pretrain.outer.optimizer import MOMENTS, OuterOptimizer
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "outer_step.json"
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -34,16 +35,16 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 # ---- outer step
 
 
-def history(case: dict[str, Any]) -> list[dict[str, float | None]]:
-    """Parameter and velocity after each outer step of a golden case."""
+def history(case: dict[str, Any]) -> list[dict[str, float]]:
+    """Parameter and moments after each outer step of a golden case."""
     parameter = torch.tensor([case["start"]], dtype=torch.float32)
-    velocity = torch.zeros(1) if case["momentum"] is not None else None
+    settings = {key: case[key] for key in ("momentum", "betas", "eps") if key in case}
+    optimizer = OuterOptimizer(name=case["optimizer"], **settings)
+    moments = {kind: torch.zeros(1) for kind in MOMENTS[case["optimizer"]]}
     rows = []
-    for pseudo_gradient in case["pseudo_gradients"]:
-        parameter, velocity = outer_step(
-            parameter, double(pseudo_gradient), velocity, lr=case["lr"], momentum=case["momentum"] or 0.0
-        )
-        rows.append({"parameter": parameter.item(), "velocity": None if velocity is None else velocity.item()})
+    for count, pseudo_gradient in enumerate(case["pseudo_gradients"], 1):
+        parameter, moments = optimizer.step(parameter, double(pseudo_gradient), moments, lr=case["lr"], count=count)
+        rows.append({"parameter": parameter.item()} | {kind: value.item() for kind, value in moments.items()})
     return rows
 
 
@@ -60,46 +61,49 @@ def test_golden_history_starts_as_by_hand() -> None:
     """lr 0.5, momentum 0.5, from 8, pseudo-gradients 1, 2: the file cannot have been renewed to something wrong."""
     # Step 1: v = 1, step = 1 + 0.5 * 1 = 1.5, 8 - 0.5 * 1.5 = 7.25
     # Step 2: v = 0.5 * 1 + 2 = 2.5, step = 2 + 0.5 * 2.5 = 3.25, 7.25 - 0.5 * 3.25 = 5.625
-    case = {"start": 8.0, "lr": 0.5, "momentum": 0.5, "pseudo_gradients": [1.0, 2.0]}
+    case = {"optimizer": "nesterov", "start": 8.0, "lr": 0.5, "momentum": 0.5, "pseudo_gradients": [1.0, 2.0]}
     assert history(case) == [{"parameter": 7.25, "velocity": 1.0}, {"parameter": 5.625, "velocity": 2.5}]
 
 
-@pytest.mark.parametrize(("lr", "momentum"), [(0.7, 0.9), (1.0, 0.0), (0.5, 0.5)])
-def test_follows_torch_sgd_nesterov(lr: float, momentum: float) -> None:
+REFERENCES: dict[str, Callable[[Tensor], torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD([p], lr=0.7),
+    "nesterov": lambda p: torch.optim.SGD([p], lr=0.7, momentum=0.9, nesterov=True),
+    "adam": lambda p: torch.optim.Adam([p], lr=0.7, betas=(0.8, 0.9), eps=0.1),
+}
+BUFFERS = {"velocity": "momentum_buffer", "mean": "exp_avg", "variance": "exp_avg_sq"}
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_follows_torch(name: str) -> None:
     generator = torch.Generator().manual_seed(1)
     reference = torch.nn.Parameter(torch.randn(50, generator=generator).double())
-    optimizer = torch.optim.SGD([reference], lr=lr, momentum=momentum, nesterov=momentum > 0)
-    parameter, velocity = reference.detach().float(), torch.zeros(50)
-    for _ in range(20):
+    theirs = REFERENCES[name](reference)
+    ours = OuterOptimizer(name=name, momentum=0.9, betas=(0.8, 0.9), eps=0.1)
+    parameter = reference.detach().float()
+    moments = {kind: torch.zeros(50) for kind in MOMENTS[name]}
+    for count in range(1, 21):
         pseudo_gradient = torch.randn(50, generator=generator, dtype=torch.float64)
-        before = parameter.clone(), velocity.clone()
+        before = {"parameter": parameter, **moments}
+        copies = {kind: value.clone() for kind, value in before.items()}
         reference.grad = pseudo_gradient
-        optimizer.step()
-        new, new_velocity = outer_step(parameter, pseudo_gradient, velocity, lr=lr, momentum=momentum)
-        assert new_velocity is not None
-        assert same_bits(parameter, before[0])  # the inputs are left as they are
-        assert same_bits(velocity, before[1])
-        parameter, velocity = new, new_velocity
+        theirs.step()
+        parameter, moments = ours.step(parameter, pseudo_gradient, moments, lr=0.7, count=count)
+        assert all(same_bits(before[kind], value) for kind, value in copies.items())  # the inputs are left as they are
         torch.testing.assert_close(parameter.double(), reference.detach(), rtol=0, atol=2e-5)
-    if momentum:
-        buffer = optimizer.state[reference]["momentum_buffer"]
-        torch.testing.assert_close(velocity.double(), buffer, rtol=0, atol=2e-6)
+    assert tuple(moments) == MOMENTS[name]
+    for kind, value in moments.items():
+        torch.testing.assert_close(value.double(), theirs.state[reference][BUFFERS[kind]], rtol=0, atol=2e-6)
 
 
 @given(FLOATS, FLOATS, st.floats(2**-6, 2), st.floats(0, 0.99))
 def test_first_nesterov_step(start: float, gradient: float, lr: float, momentum: float) -> None:
     assume(abs(start) < 1e30 and abs(gradient) < 1e30)
-    new, velocity = outer_step(torch.tensor([start]), double(gradient), torch.zeros(1), lr=lr, momentum=momentum)
-    assert velocity is not None
-    assert velocity.item() == gradient
+    optimizer = OuterOptimizer(name="nesterov", momentum=momentum)
+    new, moments = optimizer.step(torch.tensor([start]), double(gradient), {"velocity": torch.zeros(1)}, lr=lr, count=1)
+    assert moments["velocity"].item() == gradient
     expected = start - lr * (1 + momentum) * gradient
     scale = abs(start) + abs(lr * (1 + momentum) * gradient)
     assert new.item() == pytest.approx(expected, rel=0, abs=2**-23 * scale + 2**-149)
-
-
-def test_sgd_has_no_velocity() -> None:
-    new, velocity = outer_step(torch.tensor([8.0]), double(3.0), None, lr=0.5, momentum=0.9)
-    assert (new.item(), new.dtype, velocity) == (6.5, torch.float32, None)
 
 
 # ---- merge

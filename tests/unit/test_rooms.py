@@ -13,7 +13,8 @@ ALL_FILES = sorted(path for folder in OURS for path in (ROOT / folder).rglob("*.
 
 # Room (a prefix of module names) to the modules of ours that it may import; the longest prefix that fits counts.
 ALLOWED = {
-    "pretrain.config": ("pretrain.outer.schedule",),
+    "pretrain.config": ("pretrain.check", "pretrain.outer.learning_rate", "pretrain.outer.schedule"),
+    "pretrain.check": ("pretrain.config",),
     "pretrain.lock": ("pretrain.config",),
     "pretrain.journal": ("pretrain.config",),
     "pretrain.outer": ("pretrain.outer",),
@@ -29,10 +30,12 @@ ALLOWED = {
 }
 WITHOUT_TORCH = (
     "pretrain.config",
+    "pretrain.check",
     "pretrain.lock",
     "pretrain.journal",
     "pretrain.trust",
-    "pretrain.exchange",
+    "pretrain.exchange.objects",
+    "pretrain.exchange.store",
     "launch",
 )
 

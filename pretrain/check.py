@@ -1,0 +1,213 @@
+"""What values a configuration may have. Imports no torch; a mistake is said before anything starts."""
+
+import math
+import re
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pretrain.config import ModelConfig, OuterConfig, RunConfig, SiloConfig
+
+SCHEDULES = ("cosine", "wsd", "constant")
+CODECS = ("fp32", "bf16", "int8", "int4", "e3m0", "topk")
+SILO_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+
+# Keys of DeepSpeed's configuration that are computed from ours; giving them twice could only contradict.
+OWNED_DEEPSPEED_KEYS = {
+    "train_batch_size": "global_batch_sequences",
+    "train_micro_batch_size_per_gpu": "micro_batch_sequences",
+    "gradient_accumulation_steps": "accumulation_steps",
+    "gradient_clipping": "inner.clip_norm",
+    "bf16": "precision",
+    "fp16": "precision",
+    "optimizer": "inner.optimizer",
+    "scheduler": "inner.schedule",
+}
+
+
+class ConfigError(ValueError):
+    """A user's mistake, said in one line: what was given, what is allowed, which key to change."""
+
+
+def _require(ok: bool, key: str, given: object, allowed: str) -> None:
+    if not ok:
+        raise ConfigError(f"{key}: {given!r} given; allowed: {allowed}")
+
+
+def check_config(config: "RunConfig") -> None:
+    """Check the values; raises ConfigError naming the key."""
+    one_of = {
+        "inner.optimizer": (config.inner.optimizer, ("adamw", "sgd", "muon")),
+        "inner.schedule": (config.inner.schedule, SCHEDULES),
+        "outer.optimizer": (config.outer.optimizer, ("nesterov", "sgd", "adam")),
+        "outer.schedule": (config.outer.schedule, SCHEDULES),
+        "outer.codec": (config.outer.codec, CODECS),
+        "outer.downlink_codec": (config.outer.downlink_codec, CODECS),
+        "exchange.kind": (config.exchange.kind, ("store", "collective", "none")),
+        "wandb.mode": (config.wandb.mode, ("offline", "online", "disabled")),
+    }
+    for key, (value, allowed) in one_of.items():
+        _require(value in allowed, key, value, ", ".join(allowed))
+    at_least = {
+        "sequence_tokens": (config.sequence_tokens, 2),
+        "inner.num_steps": (config.inner.num_steps, 1),
+        "inner.warmup_steps": (config.inner.warmup_steps, 0),
+        "inner.decay_steps": (config.inner.decay_steps, 0),
+        "inner.weight_decay": (config.inner.weight_decay, 0),
+        "inner.clip_norm": (config.inner.clip_norm, 0),
+        "outer.sync_interval_steps": (config.outer.sync_interval_steps, 1),
+        "outer.warmup_rounds": (config.outer.warmup_rounds, 0),
+        "outer.decay_rounds": (config.outer.decay_rounds, 0),
+        "outer.num_fragments": (config.outer.num_fragments, 1),
+        "outer.overlap_steps": (config.outer.overlap_steps, 0),
+        "exchange.keep_versions": (config.exchange.keep_versions, 1),
+    }
+    for key, (number, minimum) in at_least.items():
+        _require(number >= minimum, key, number, f"{minimum} or more")
+    positive = {
+        "inner.lr": config.inner.lr,
+        "inner.muon_lr": config.inner.muon_lr,
+        "inner.eps": config.inner.eps,
+        "outer.lr": config.outer.lr,
+        "outer.eps": config.outer.eps,
+        "exchange.poll_seconds": config.exchange.poll_seconds,
+        "exchange.dead_seconds": config.exchange.dead_seconds,
+        "exchange.hung_seconds": config.exchange.hung_seconds,
+    }
+    for key, rate in positive.items():
+        _require(0 < rate < math.inf, key, rate, "above 0")
+    _check_rates(config)
+    _require(0 <= config.outer.momentum < 1, "outer.momentum", config.outer.momentum, "0 to below 1")
+    _require(
+        config.inner.num_steps % config.outer.sync_interval_steps == 0 or config.exchange.kind == "none",
+        "inner.num_steps",
+        config.inner.num_steps,
+        f"a multiple of outer.sync_interval_steps={config.outer.sync_interval_steps}",
+    )
+    _check_streaming(config.outer)
+    _check_model(config.model)
+    _check_roster(config)
+    _check_collective(config)
+    for name, silo in config.silos.items() if config.inner.optimizer == "muon" else ():
+        _check_muon(name, silo.deepspeed.get("zero_optimization", {}))
+
+
+def _check_rates(config: "RunConfig") -> None:
+    inner, outer = config.inner, config.outer
+    for section, settings in (("inner", inner), ("outer", outer)):
+        ratio, betas = settings.min_lr_ratio, settings.betas
+        _require(0 <= ratio <= 1, f"{section}.min_lr_ratio", ratio, "0 to 1")
+        fits = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
+        _require(fits, f"{section}.betas", betas, "two numbers from 0 to below 1")
+    ramp_steps = inner.warmup_steps + (inner.decay_steps if inner.schedule == "wsd" else 0)
+    fitting = f"warm-up and decay within inner.num_steps={inner.num_steps}"
+    _require(ramp_steps <= inner.num_steps, "inner.warmup_steps", ramp_steps, fitting)
+    ramp_rounds = outer.warmup_rounds + (outer.decay_rounds if outer.schedule == "wsd" else 0)
+    fitting = f"warm-up and decay within the {config.num_rounds} rounds"
+    _require(ramp_rounds <= config.num_rounds, "outer.warmup_rounds", ramp_rounds, fitting)
+
+
+def _check_muon(name: str, zero: dict[str, Any]) -> None:
+    """Refuse what splits the matrices, or the work on them, in ways that Muon does not follow."""
+    offload = zero.get("offload_optimizer") or {}
+    refused = {
+        "offload_optimizer.ratio": offload.get("ratio", 1) != 1,
+        "offload_optimizer.super_offload": offload.get("super_offload"),
+        "zenflow": zero.get("zenflow"),
+        "mics_shard_size": zero.get("mics_shard_size", 0) > 0,
+    }
+    for key in filter(refused.get, refused):
+        raise ConfigError(
+            f"inner.optimizer: 'muon' given with silos.{name}.deepspeed.zero_optimization.{key} at stage "
+            f"{zero.get('stage', 0)}; allowed: any stage, on the device or with offload_optimizer to cpu, without {key}"
+        )
+
+
+def _check_streaming(outer: "OuterConfig") -> None:
+    interval = outer.sync_interval_steps
+    gap = f"outer.sync_interval_steps={interval}"
+    _require(outer.num_fragments <= interval, "outer.num_fragments", outer.num_fragments, f"1 to {gap}")
+    _require(
+        outer.overlap_steps < interval,
+        "outer.overlap_steps",
+        outer.overlap_steps,
+        f"below {gap}, the steps between two syncs of a fragment",
+    )
+    _require(0 <= outer.mixing <= 1, "outer.mixing", outer.mixing, "0 to 1")
+    decay = outer.error_feedback
+    _require(decay is None or 0 <= decay <= 1, "outer.error_feedback", decay, "null, or 0 to 1")
+    _require(
+        not decay or outer.codec != "fp32", "outer.error_feedback", decay, "null or 0: codec fp32 leaves nothing out"
+    )
+
+
+def _check_model(model: "ModelConfig") -> None:
+    _require(
+        bool(model.config) != bool(model.checkpoint),
+        "model",
+        {"config": model.config, "checkpoint": model.checkpoint},
+        "either model.config or model.checkpoint",
+    )
+    if model.config:
+        _require("model_type" in model.config, "model.config", model.config, "a mapping with model_type")
+
+
+def _check_roster(config: "RunConfig") -> None:
+    _require(bool(config.silos), "silos", {}, "at least one silo")
+    _require(len(set(config.roster)) == len(config.roster), "roster", config.roster, "each name once")
+    for name in config.full_roster:
+        key = "roster" if config.roster else "silos"
+        _require(bool(SILO_NAME.fullmatch(name)), key, name, "names of a-z, 0-9, _ and -")
+    for name, silo in config.silos.items():
+        _require(name in config.full_roster, "silos", name, f"names of the roster: {', '.join(config.full_roster)}")
+        _check_silo(name, silo)
+
+
+def _check_collective(config: "RunConfig") -> None:
+    exchange = config.exchange
+    if exchange.kind != "collective":
+        return
+    fits = re.fullmatch(r"tcp://([^/:]+|\[[0-9a-fA-F:]+\]):[1-9]\d{0,4}", exchange.url)
+    _require(bool(fits), "exchange.url", exchange.url, "tcp://HOST:PORT with exchange.kind=collective")
+    for name, silo in config.silos.items():
+        num_ranks = silo.num_nodes * silo.processes_per_node
+        lanes = f"1 to the {num_ranks} ranks of silo {name}"
+        _require(1 <= exchange.num_lanes <= num_ranks, "exchange.num_lanes", exchange.num_lanes, lanes)
+
+
+def _check_silo(name: str, silo: "SiloConfig") -> None:
+    key = f"silos.{name}"
+    for unit in (
+        *("num_nodes", "processes_per_node", "num_threads"),
+        *("global_batch_sequences", "micro_batch_sequences", "accumulation_steps"),
+        *("checkpoint_interval_steps", "keep_checkpoints", "log_interval_steps"),
+    ):
+        _require(getattr(silo, unit) >= 1, f"{key}.{unit}", getattr(silo, unit), "1 or more")
+    for unit in ("eval_interval_rounds", "eval_sequences", "prefetch_batches"):
+        _require(getattr(silo, unit) >= 0, f"{key}.{unit}", getattr(silo, unit), "0 or more")
+    weights = silo.data_weights
+    _require(
+        len(weights) in (0, len(silo.data)),
+        f"{key}.data_weights",
+        weights,
+        f"none, or one weight for each of the {len(silo.data)} entries of {key}.data",
+    )
+    _require(all(0 < weight < math.inf for weight in weights), f"{key}.data_weights", weights, "numbers above 0")
+    _require(silo.precision in ("fp32", "bf16"), f"{key}.precision", silo.precision, "fp32, bf16")
+    for owned, ours in OWNED_DEEPSPEED_KEYS.items():
+        if owned in silo.deepspeed:
+            raise ConfigError(f"{key}.deepspeed.{owned}: {silo.deepspeed[owned]!r} given; set {ours} instead")
+    zero = silo.deepspeed.get("zero_optimization", {})
+    _require(isinstance(zero, dict), f"{key}.deepspeed.zero_optimization", zero, "a mapping")
+    stage = zero.get("stage", 0)
+    _require(stage in (0, 1, 2, 3), f"{key}.deepspeed.zero_optimization.stage", stage, "0, 1, 2, 3")
+    check_batch(name, silo, silo.num_nodes * silo.processes_per_node)
+
+
+def check_batch(name: str, silo: "SiloConfig", num_ranks: int) -> None:
+    """`global batch = micro batch x accumulation x ranks`, all four numbers in the message."""
+    micro, accumulation = silo.micro_batch_sequences, silo.accumulation_steps
+    if silo.global_batch_sequences != micro * accumulation * num_ranks:
+        raise ConfigError(
+            f"silos.{name}.global_batch_sequences: {silo.global_batch_sequences} given; allowed: micro_batch_sequences "
+            f"{micro} x accumulation_steps {accumulation} x ranks {num_ranks} = {micro * accumulation * num_ranks}"
+        )

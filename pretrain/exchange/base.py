@@ -1,0 +1,74 @@
+"""What a silo asks of an exchange, whichever it is: a few verbs, called on the silo's leader, beside training."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from pretrain.outer.digest import Row
+from pretrain.outer.pieces import Piece
+from pretrain.trust.ledger import Commit, Manifest
+
+
+class StopWaitingError(Exception):
+    """The exchange was closed while it waited for others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Received:
+    """A version: its commit, and the new values of the tensors that it changes, fp32, with their digest rows."""
+
+    commit: Commit
+    values: dict[str, Tensor]
+    rows: dict[str, Row]
+    bytes_sent: int
+    bytes_received: int
+
+
+class Exchange(Protocol):
+    """How one silo's pseudo-gradients reach the others, and what was merged comes back."""
+
+    @property
+    def contract_sha256(self) -> str:
+        """sha256 of the contract, once joined."""
+
+    @property
+    def concurrent(self) -> bool:
+        """Whether `receive` may run for several versions at once; if not, it is called in their order."""
+
+    @property
+    def lost(self) -> str:
+        """Why the silo has to stop, once it has to: another one is gone that this exchange cannot do without."""
+
+    @property
+    def waiting_for(self) -> str:
+        """Who has to do something before what we wait for can come, as far as we know."""
+
+    def join(self) -> None:
+        """Wait until the contract is there, compare it with our configuration, take our name. Once, at the start."""
+
+    def assist(self, rank: int) -> None:
+        """On every rank but the leader, once that has joined."""
+
+    def initial(self) -> Received:
+        """Version 0, all tensors. Once, by a silo that has no checkpoint."""
+
+    def pieces(self, names: Sequence[str], base: Mapping[str, Tensor]) -> list[Piece]:
+        """In which pieces a fragment's tensors are coded and sent."""
+
+    def deliver(self, manifest: Manifest, file: Path) -> None:
+        """Give away a coded fragment, as often as need be: what was delivered first stands."""
+
+    def receive(self, version: int, manifest: Manifest, file: Path, base: Mapping[str, Tensor]) -> Received:
+        """Wait until a version is merged; `base` has the tensors that it changes, as they are before."""
+
+    def checkpointed(self, version: int) -> None:
+        """A checkpoint holds `version`: what is older is not needed any more."""
+
+    def moved(self) -> None:
+        """The main loop goes on."""
+
+    def close(self, reason: str) -> None:
+        """The silo's process ends: `reason` says why, in the past tense, or is empty when all is done."""

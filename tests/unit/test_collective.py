@@ -1,0 +1,105 @@
+"""Meeting, talking and passing bytes in a collective, each silo a thread with connections of its own."""
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain.config import ConfigError
+from pretrain.exchange.collective import MESSAGE_BYTES, Collective, PeerLostError
+
+ROSTER = ["alpha", "beta", "gamma"]
+
+
+@pytest.fixture
+def url() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return f"tcp://127.0.0.1:{server.getsockname()[1]}"
+
+
+def in_all(silos: list[Collective], call: Callable[[Collective], Any]) -> list[Any]:
+    with ThreadPoolExecutor(len(silos)) as pool:
+        return list(pool.map(call, silos))
+
+
+@pytest.fixture
+def silos(url: str) -> Iterator[list[Collective]]:
+    """Three silos that have met."""
+    made = [Collective(url, ROSTER, silo, dead_seconds=2.0, hung_seconds=60.0) for silo in ROSTER]
+    in_all(made, lambda silo: silo.join(f"directory-of-{silo.silo}/1"))
+    yield made
+    in_all(made, lambda silo: silo.close("was stopped by the test"))
+
+
+def test_words_and_bytes_reach_everybody(silos: list[Collective]) -> None:
+    told = in_all(silos, lambda silo: silo.share("greeting", f"I am {silo.silo}"))
+    assert told == [{name: f"I am {name}".encode() for name in ROSTER}] * 3
+    sizes = [0, 5, 2 * MESSAGE_BYTES + 7]  # what each sends to whoever comes after it
+
+    def swap(silo: Collective) -> list[torch.Tensor]:
+        me = ROSTER.index(silo.silo)
+        out = [torch.full((sizes[me],), 10 * me + peer, dtype=torch.uint8) for peer in range(3)]
+        into = [torch.empty(sizes[peer], dtype=torch.uint8) for peer in range(3)]
+        silo.first_lane().swap(out, into)
+        return into
+
+    for me, into in enumerate(in_all(silos, swap)):
+        for peer in set(range(3)) - {me}:
+            assert (into[peer] == 10 * peer + me).all()
+
+
+def test_all_are_told_who_stopped_and_why(silos: list[Collective]) -> None:
+    alpha, beta, gamma = silos
+    gamma.close("silo gamma was stopped")
+    for silo in (alpha, beta):
+        with pytest.raises(PeerLostError, match=r"^silo gamma was stopped$"):
+            silo.share("version 3", "")
+        assert silo.lost == "silo gamma was stopped"
+
+
+def test_silence_is_noticed_in_the_stated_time(silos: list[Collective]) -> None:
+    alpha, beta, gamma = silos
+    gamma._closing.set()  # its thread falls silent, as that of a process which is gone
+    began = time.monotonic()
+    with pytest.raises(PeerLostError, match=r"^silo gamma is lost: nothing was heard of it for 2 s$"):
+        alpha.share("version 3", "")
+    assert time.monotonic() - began < 2 + 3
+    with pytest.raises(PeerLostError, match="gamma"):
+        beta.share("version 3", "")
+
+
+def test_a_loop_that_stands_still_is_hung(url: str) -> None:
+    made = [Collective(url, ROSTER[:2], silo, dead_seconds=60.0, hung_seconds=2.0) for silo in ROSTER[:2]]
+    in_all(made, lambda silo: silo.join(f"directory-of-{silo.silo}/1"))
+    deadline = time.monotonic() + 10
+    while not made[0].lost and time.monotonic() < deadline:
+        made[0].moved()
+        time.sleep(0.1)
+    assert made[0].lost == "silo beta is lost: its training did not go on for 2 s"
+    in_all(made, lambda silo: silo.close("silo was stopped"))
+
+
+def test_another_run_directory_cannot_take_a_name(silos: list[Collective], url: str) -> None:
+    other = Collective(url, ROSTER, "gamma", dead_seconds=2.0, hung_seconds=60.0)
+    with pytest.raises(ConfigError, match=r"^silos: .gamma. given; another run directory takes part under "):
+        other.join("another-directory/1")
+    assert not silos[0].lost
+
+
+def test_a_silo_that_starts_again_ends_the_meeting_it_left(silos: list[Collective], url: str) -> None:
+    again = Collective(url, ROSTER, "gamma", dead_seconds=2.0, hung_seconds=60.0)
+    assert not again._take_place("directory-of-gamma/2")  # the meeting of its first start is not over yet
+    with pytest.raises(PeerLostError, match=r"^silo gamma was started again$"):
+        silos[0].share("version 3", "")
+
+
+def test_an_address_in_use_is_one_line(url: str) -> None:
+    with socket.create_server(("", int(url.rsplit(":", 1)[1]))):
+        made = Collective(url, ROSTER, "alpha", dead_seconds=2.0, hung_seconds=60.0)
+        with pytest.raises(ConfigError, match=r"^exchange.url: 'tcp:.*' given; this silo cannot ") as caught:
+            made.join("directory/1")
+        assert "\n" not in str(caught.value)

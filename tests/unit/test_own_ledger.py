@@ -1,0 +1,100 @@
+"""A silo's own record of a collective: the same bytes in every silo, and one line for what cannot be gone on from."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.config import RunConfig
+from pretrain.outer.digest import digest_rows
+from pretrain.own_ledger import OwnLedger
+from pretrain.sync_collective import AmongSilos
+from pretrain.trust.contract import build_contract
+from pretrain.trust.ledger import Commit
+from tests.conftest import TinyConfig
+from tests.support import one_line_error
+
+EXCHANGE = {"kind": "collective", "url": "tcp://127.0.0.1:1"}
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_config: TinyConfig) -> RunConfig:
+    return tiny_config(tmp_path, exchange=EXCHANGE, outer={"optimizer": "nesterov", "num_fragments": 2})
+
+
+def opened(config: RunConfig, silo: str) -> OwnLedger:
+    ledger = OwnLedger(config, silo)
+    ledger.open(build_contract(config))
+    return ledger
+
+
+def next_version(config: RunConfig, ledger: OwnLedger) -> tuple[Commit, list[Path]]:
+    """A draft of the next version in which the fragment's parameters are one higher."""
+    version, schedule = ledger.newest + 1, config.schedule
+    rows, kept = ledger.load()
+    payload = next(p for p in ledger.received(0).commit.payloads if p.fragment == schedule.fragment(version))
+    values = {name: value + version for name, value in ledger._tensors(0, payload).items()}
+    mine = {kind: {key: value + version for key, value in of.items()} for kind, of in kept.items()}
+    in_fragment = {kind: {k: v for k, v in of.items() if k.split("[")[0] in values} for kind, of in mine.items()}
+    ledger.keep(version, in_fragment)
+    return ledger.draft(
+        version, {payload.fragment: values}, parameters_digest=digest_rows(rows.values()), outer_digest="0" * 64
+    )
+
+
+def test_every_silo_begins_with_the_same_bytes(config: RunConfig) -> None:
+    ledgers = [opened(config, silo) for silo in ("alpha", "beta")]
+    assert ledgers[0].words(0) == ledgers[1].words(0)
+    rows, kept = ledgers[0].load()
+    assert digest_rows(rows.values()) == ledgers[0].received(0).commit.parameters_digest
+    other = ledgers[1].load()[1]
+    assert kept.keys() == other.keys() == {"velocity"}
+    assert not kept["velocity"].keys() & other["velocity"].keys()  # each keeps its own part
+    shares = [sum(map(torch.numel, of["velocity"].values())) for of in (kept, other)]
+    assert sum(shares) == sum(value.numel() for value in ledgers[0].received(0).values.values())
+
+
+def test_goes_on_with_its_part_of_the_outer_state(config: RunConfig) -> None:
+    ledger = opened(config, "alpha")
+    for _ in range(3):
+        ledger.publish(*next_version(config, ledger))
+    again = opened(config, "alpha")
+    assert again.newest == 3
+    _, kept = again.load()
+    found = sorted({value.view(-1)[0].item() for value in kept["velocity"].values()})
+    assert found == [2.0, 1.0 + 3.0]  # fragment 0: version 2; fragment 1: versions 1 and 3
+
+
+def test_takes_from_another_what_its_commit_names_and_nothing_else(config: RunConfig) -> None:
+    giver, taker = (opened(config, silo) for silo in ("alpha", "beta"))
+    commit, files = next_version(config, giver)
+    giver.publish(commit, files)
+    data = giver.payload(1)
+    message = one_line_error(taker.take, commit, data[:-1] + bytes([data[-1] ^ 1]))
+    assert message == "silos: another silo's version 1 is not what its commit says"
+    assert taker.newest == 0
+    taker.take(commit, data)
+    assert (taker.newest, taker.words(1), taker.payload(1)) == (1, giver.words(1), data)
+
+
+def test_a_lost_outer_state_is_one_line(config: RunConfig) -> None:
+    ledger = opened(config, "alpha")
+    ledger.publish(*next_version(config, ledger))
+    file = config.silo_directory("alpha") / "kept" / "000001-velocity.safetensors"
+    file.unlink()
+    message = one_line_error(ledger.load)
+    assert message == f"run directory: {file} is missing, outer state of version 1; restore it"
+
+
+def test_a_ledger_of_another_contract_is_one_line(config: RunConfig, tmp_path: Path, tiny_config: TinyConfig) -> None:
+    opened(config, "alpha")
+    other = tiny_config(tmp_path, exchange=EXCHANGE, outer={"optimizer": "nesterov", "num_fragments": 2, "lr": 0.5})
+    assert "outer.lr is 0.5 here and 0.7 there" in one_line_error(opened, other, "alpha")
+
+
+def test_two_versions_behind_is_one_line(config: RunConfig) -> None:
+    silo = AmongSilos(config, "alpha", None)
+    assert one_line_error(silo._catch_up, {"alpha": 4, "beta": 2}) == (
+        "silos: 'beta' has version 2 in its run directory where 'alpha' has 4; restore its run directory, or start all "
+        "silos anew in others"
+    )
