@@ -168,15 +168,21 @@ def train(silo: Silo) -> None:
     log.summary(engine, ranks, silo.mixture)
 
 
-def prepare(config: RunConfig, name: str, ranks: Ranks, journal: Journal | None) -> Silo:
+def prepare(
+    config: RunConfig,
+    name: str,
+    ranks: Ranks,
+    journal: Journal | None,
+    sync: SiloSync | None = None,
+    *,
+    asked_to_stop: Callable[[], bool] = lambda: False,
+) -> Silo:
     """Check the data, join the federation, build the engine; resume from the newest checkpoint, or start anew."""
-    settings, asked_to_stop = config.silos[name], _stop_signals()
+    settings = config.silos[name]
     check_batch(name, settings, ranks.num_ranks)
     mixture, held_out = _open_data(config, name)
     packed = mixture.corpora[0].manifests[0]
     reading = _read_in_background(config, name) if ranks.is_leader else Future[str]()
-    exchange = _exchange(config, name, ranks)
-    sync = SiloSync(config, name, ranks, journal, exchange, asked_to_stop=asked_to_stop) if exchange else None
     contract_sha256 = sync.join() if sync else ""
     torch.manual_seed(zlib.crc32(f"{config.model.seed}/{name}/{ranks.rank}".encode()))  # dropout
     silo = Silo(
@@ -288,27 +294,28 @@ def _stop_signals() -> Callable[[], bool]:
 
 def run(config: RunConfig, name: str, journal: Journal | None) -> int:
     """Prepare and train; returns 0 when done, STOPPED when stopped with everything saved."""
-    ranks = Ranks()
+    ranks, asked_to_stop = Ranks(), _stop_signals()
+    exchange = _exchange(config, name, ranks)
+    sync = SiloSync(config, name, ranks, journal, exchange, asked_to_stop=asked_to_stop) if exchange else None
+    silo, ended = None, "has failed"
     try:
-        silo = prepare(config, name, ranks, journal)
-    except StopRequested:
-        return STOPPED
-    ended = "has failed"
-    try:
+        silo = prepare(config, name, ranks, journal, sync, asked_to_stop=asked_to_stop)
         train(silo)
         ended = ""
     except StopRequested:
         ended = "was stopped"
-        silo.save()
-        if journal:
-            why = (silo.sync and silo.sync.lost) or "on request"
-            print(f"stopped after step {silo.progress.step}: {why}; all is saved, start again to go on", flush=True)
+        if silo:
+            silo.save()
+            if journal:
+                why = (sync and sync.lost) or "on request"
+                print(f"stopped after step {silo.progress.step}: {why}; all is saved, start again to go on", flush=True)
         return STOPPED
     finally:
-        silo.batches.close()
-        if silo.sync:
-            silo.sync.close(ended)
-    if not silo.sync:
+        if silo:
+            silo.batches.close()
+        if sync:
+            sync.close(ended)
+    if not sync:
         silo.check_data()
         save_parameters(config.final_parameters(name), silo.engine, ranks)
     ranks.close()

@@ -1,12 +1,14 @@
 """A collective whose silos die, hang or differ: all stop with a name and a checkpoint, and go on bit-equal."""
 
+import json
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -26,13 +28,14 @@ DEAD_SECONDS = 3.0
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_config: TinyConfig) -> Outcome:
-    """The run that nothing happens to: two silos, int4 both ways, two fragments, overlap, error feedback."""
+    """The run that nothing happens to: two silos, top-k up, int8 down, two fragments, overlap, error feedback."""
     return federate(streaming(tiny_config, tmp_path_factory.mktemp("undisturbed")))
 
 
 def streaming(tiny_config: TinyConfig, directory: Path) -> RunConfig:
     exchange = collective(dead_seconds=DEAD_SECONDS)
-    return make_config(tiny_config, directory, exchange=exchange, **STREAMING)
+    outer = STREAMING | {"codec": "topk", "downlink_codec": "int8"}
+    return make_config(tiny_config, directory, exchange=exchange, **outer)
 
 
 # Whoever dies between its step and its commit is one version behind those that have it.
@@ -53,13 +56,13 @@ def test_killed_and_restarted_equals_undisturbed(undisturbed: Outcome, tmp_path:
 
 
 @contextmanager
-def started(config: RunConfig) -> Iterator[dict[str, subprocess.Popen]]:
+def started(config: RunConfig, silos: Sequence[str]) -> Iterator[dict[str, subprocess.Popen]]:
     """The silos' processes without a launcher that watches them, as in several institutions."""
     path = Path(config.directory) / "config.yaml"
     save_config(config, path)
     children = {}
     try:
-        for command in local_commands(config, path):
+        for command in [command for command in local_commands(config, path) if command.name in silos]:
             with (Path(config.directory) / f"{command.name}.log").open("a") as log:
                 children[command.name] = subprocess.Popen(
                     command.argv, env=os.environ | command.environment, stdout=log, stderr=log
@@ -86,7 +89,7 @@ def test_the_others_stop_in_time_with_a_name_and_a_checkpoint(
 ) -> None:
     config = streaming(tiny_config, tmp_path)
     metrics = Path(config.directory) / "metrics.jsonl"
-    with started(config) as children:
+    with started(config, ["alpha", "beta"]) as children:
         wait_for(metrics, '"version": 2')
         for process in psutil.Process(children["beta"].pid).children(recursive=True):
             process.send_signal(how)
@@ -101,6 +104,19 @@ def test_the_others_stop_in_time_with_a_name_and_a_checkpoint(
     assert (config.silo_directory("alpha") / "checkpoints").is_dir()
 
     check_same(federate(config), undisturbed)
+
+
+@pytest.mark.parametrize("exchange", [{}, collective()], ids=["store", "collective"])
+def test_a_silo_that_waits_for_the_others_stops_when_asked(
+    tmp_path: Path, tiny_config: TinyConfig, exchange: dict[str, Any]
+) -> None:
+    config = tiny_config(tmp_path, exchange=exchange)
+    status = config.silo_directory("alpha") / "status.json"
+    with started(config, ["alpha"]) as children:
+        wait_for(status, '"waiting_for": "the contract from ')
+        children["alpha"].send_signal(signal.SIGTERM)
+        children["alpha"].wait(20)
+        assert json.loads(status.read_text())["phase"] == "stopped"
 
 
 def test_a_silo_with_another_result_is_named(tmp_path: Path, tiny_config: TinyConfig, tiny_text: TinyText) -> None:

@@ -19,11 +19,14 @@ Faults = dict[str, list[tuple[Any, ...]]]
 def make_config(
     tiny_config: TinyConfig, directory: Path, exchange: dict[str, Any] | None = None, **outer: Any
 ) -> RunConfig:
-    """Checkpoints at steps that are no multiple of H, so that a resume starts in the middle of a round."""
+    """Checkpoints at steps that are no multiple of H, so that a resume starts in the middle of a round.
+
+    Here and in the other settings, of streaming and of the collective, every codec has its turn.
+    """
     alpha = {"processes_per_node": 2, "micro_batch_sequences": 2, "deepspeed": {"zero_optimization": {"stage": 2}}}
     return tiny_config(
         directory,
-        outer={"optimizer": "nesterov"} | outer,
+        outer={"optimizer": "nesterov", "downlink_codec": "bf16"} | outer,
         silo={"checkpoint_interval_steps": 3},
         silos={"alpha": alpha},
         exchange=exchange or {},
@@ -102,7 +105,7 @@ STREAMING = {
     "overlap_steps": 1,
     "mixing": 0.25,
     "codec": "int4",
-    "downlink_codec": "int4",
+    "downlink_codec": "e3m0",
     "error_feedback": 0.9,
 }
 # Seven versions: fragment 1 leaves at steps 2, 6, 10 and 12, fragment 0 at 4, 8 and 12. What left at step 6 is in
