@@ -200,6 +200,10 @@ def _check_silo(name: str, silo: "SiloConfig") -> None:
     _require(isinstance(zero, dict), f"{key}.deepspeed.zero_optimization", zero, "a mapping")
     stage = zero.get("stage", 0)
     _require(stage in (0, 1, 2, 3), f"{key}.deepspeed.zero_optimization.stage", stage, "0, 1, 2, 3")
+    # DeepSpeed 0.19 reorders the parameters, but not where it says that their fp32 values are.
+    turns = zero.get("round_robin_gradients", False)
+    allowed = "false, at ZeRO stages 1 and 2"
+    _require(not turns or stage in (0, 3), f"{key}.deepspeed.zero_optimization.round_robin_gradients", turns, allowed)
     check_batch(name, silo, silo.num_nodes * silo.processes_per_node)
 
 

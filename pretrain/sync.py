@@ -96,8 +96,7 @@ class SiloSync:
 
     def close(self, reason: str = "") -> None:
         """End the threads; what was delivered stays delivered. `reason`: why, in the past tense, unless all is done."""
-        if self.ranks.is_leader:
-            self._exchange.close(self.lost or reason)
+        self._exchange.close(self.lost or reason)
         for pool in (self._sender, self._receivers):
             pool.shutdown(cancel_futures=True)
 
@@ -162,6 +161,7 @@ class SiloSync:
             value = engine.read(name)
             if self.ranks.is_leader:
                 found[name] = value.to("cpu", copy=True)
+            del value  # before the next one is gathered
         return found
 
     def _names(self, engine: Engine, version: int) -> list[str]:
@@ -282,6 +282,7 @@ class SiloSync:
             found = engine.read(name)
             if self.ranks.is_leader and not torch.equal(found.cpu(), values[name]):
                 raise RuntimeError(f"{name} in the engine differs from what was just written")
+            del found
 
     @contextmanager
     def global_model(self, engine: Engine) -> Iterator[None]:

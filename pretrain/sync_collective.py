@@ -125,17 +125,15 @@ class AmongSilos:
     def assist(self, rank: int) -> None:
         """Carry a lane's bytes, beside training."""
         settings = self._config.exchange
-        if rank >= settings.num_lanes:
-            return
 
-        def serve() -> None:
-            store, group = connect(settings.url, is_host=False), self._lane_group
-            lane = Lane(store, settings.url, self._roster, self._silo, lane=rank, dead_seconds=settings.dead_seconds)
-            assert group
-            carry(lane, group, len(self._roster))
+        def make_lane() -> Lane:
+            store, dead_seconds = connect(settings.url, is_host=False), settings.dead_seconds
+            return Lane(store, settings.url, self._roster, self._silo, lane=rank, dead_seconds=dead_seconds)
 
-        self._carrier = threading.Thread(target=serve, name="lane", daemon=True)
-        self._carrier.start()
+        if rank < settings.num_lanes:
+            arguments = (make_lane, self._lane_group, len(self._roster))
+            self._carrier = threading.Thread(target=carry, args=arguments, name="lane", daemon=True)
+            self._carrier.start()
 
     def initial(self) -> Received:
         """Our own: everybody starts from the contract's parameters."""

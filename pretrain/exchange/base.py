@@ -71,4 +71,4 @@ class Exchange(Protocol):
         """The main loop goes on."""
 
     def close(self, reason: str) -> None:
-        """The silo's process ends: `reason` says why, in the past tense, or is empty when all is done."""
+        """On every rank, when it ends: `reason` says why, in the past tense, or is empty when all is done."""

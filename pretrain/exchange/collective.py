@@ -32,7 +32,10 @@ class PeerLostError(Exception):
 
 
 class Lane:
-    """Passes bytes between the processes that carry the same lane, one in each silo."""
+    """Passes bytes between the processes that carry the same lane, one in each silo.
+
+    Made by all of them at once; raises PeerLostError.
+    """
 
     def __init__(
         self, store: dist.Store, url: str, roster: Sequence[str], silo: str, *, lane: int, dead_seconds: float
@@ -42,7 +45,10 @@ class Lane:
         options._timeout = self._timeout
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=_own_address(url))]
         prefixed = dist.PrefixStore(f"lane/{lane}", store)
-        self._group = dist.ProcessGroupGloo(prefixed, self._me, len(roster), options)
+        try:
+            self._group = dist.ProcessGroupGloo(prefixed, self._me, len(roster), options)
+        except RuntimeError as error:
+            raise PeerLostError(f"silo {silo} cannot connect lane {lane} with all others: {error}") from None
 
     def swap(self, out: Sequence[Tensor], into: Sequence[Tensor]) -> None:
         """Send each silo its bytes, `out`, and fill `into` with theirs, both in the roster's order; ours are left out.

@@ -1,6 +1,6 @@
 """Several lanes: the leader deals its bytes out to the first ranks of its silo, each of which passes its share on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -48,8 +48,12 @@ class Lanes:
             dist.send(torch.full((2 * num_silos,), OVER), lane, self._group)
 
 
-def carry(lane: Lane, group: dist.ProcessGroup, num_silos: int) -> None:
-    """What a rank other than the leader does: pass on what the leader deals out, until it is over."""
+def carry(make_lane: Callable[[], Lane], group: dist.ProcessGroup, num_silos: int) -> None:
+    """What a rank other than the leader does: pass on what the leader deals out, until it is over.
+
+    The lane is made when there is something to pass; whatever goes wrong with it, the leader is told.
+    """
+    lane = None
     while True:
         sizes = torch.empty(2 * num_silos, dtype=torch.int64)
         dist.recv(sizes, 0, group)
@@ -60,8 +64,9 @@ def carry(lane: Lane, group: dist.ProcessGroup, num_silos: int) -> None:
         into = torch.empty(sum(in_sizes), dtype=torch.uint8)
         error = b""
         try:
+            lane = lane or make_lane()
             lane.swap(out, into.split(in_sizes))
-        except PeerLostError as lost:
+        except (PeerLostError, dist.DistError) as lost:
             error = str(lost).encode()
         dist.send(torch.tensor([len(error)]), 0, group)
         _send(torch.frombuffer(bytearray(error), dtype=torch.uint8) if error else into, 0, group)

@@ -1,7 +1,7 @@
 """DeepSpeed: build, step, and read and write fp32 parameters at every ZeRO stage.
 
 All that knows DeepSpeed's inner names is in this file (`_refresh_module`, `_fp32_masters`, `_forget_initial_step`,
-`_pieces`).
+`_pieces`, `_own_piece`).
 """
 
 import logging
@@ -150,17 +150,21 @@ class Engine:
             if self._ranks.num_ranks > 1:
                 dist.broadcast(buffer, src=0)
             self._write_one(name, buffer)
+            del buffer  # before the next one is made
         _refresh_module(self._deepspeed, self.stage)
 
     def _write_one(self, name: str, value: Tensor) -> None:
         parameter = self._parameters[name]
-        if self.stage:
+        if self.stage == 3:  # DeepSpeed's own setter fails where the ranks' parts are not equal
+            partition, piece = _own_piece(self._deepspeed, parameter)
+            own = value.flatten()[piece.start : piece.start + piece.num_elements]
+            partition.data[piece.offset : piece.offset + piece.num_elements] = own
+        elif self.stage:
             safe_set_full_fp32_param(parameter, value)
-            return
-        with torch.no_grad():
-            parameter.copy_(value)
+        else:
+            parameter.data.copy_(value)
             if name in self._masters:
-                self._masters[name].copy_(value)
+                self._masters[name].data.copy_(value)
 
     def evaluating(self, on: bool) -> None:
         """Switch dropout and the like off or on again."""
@@ -202,22 +206,26 @@ def _pieces(engine: Any, optimizer: MuonAdamW, stage: int) -> dict[Tensor, list[
     pieces: dict[Tensor, list[Piece]] = {}
     matrix: Any
     for matrix in optimizer.matrices:
-        start = offset = num_elements = 0
         if stage == 3:
-            shape = matrix.ds_shape
-            group, offset, num_padded = engine.optimizer.grad_position[engine.optimizer.get_param_id(matrix)]
-            partition = engine.optimizer.fp32_partitioned_groups_flat[group]
-            start = min(dist.get_rank() * num_padded, shape.numel())
-            num_elements = min(num_padded, shape.numel() - start)
+            partition, piece = _own_piece(engine, matrix)
         else:
-            shape = matrix.shape
             (partition,) = next(group["params"] for group in optimizer.param_groups if group["muon"])
+            start = offset = num_elements = 0
             if (mapping := matrix._hp_mapping) is not None:
                 start, offset = mapping.lp_fragment_address.start, mapping.hp_fragment_address.start
                 num_elements = mapping.lp_fragment_address.numel
-        piece = Piece(shape=shape, start=start, offset=offset, num_elements=num_elements)
+            piece = Piece(shape=matrix.shape, start=start, offset=offset, num_elements=num_elements)
         pieces.setdefault(partition, []).append(piece)
     return pieces
+
+
+def _own_piece(engine: Any, parameter: Any) -> tuple[Tensor, Piece]:
+    """ZeRO-3: the flat fp32 partition with this rank's piece of a parameter, the last ranks' shorter than its room."""
+    optimizer, num_elements = engine.optimizer, parameter.ds_shape.numel()
+    group, offset, room = optimizer.grad_position[optimizer.get_param_id(parameter)]
+    start = min(dist.get_rank(parameter.ds_process_group) * room, num_elements)
+    piece = Piece(shape=parameter.ds_shape, start=start, offset=offset, num_elements=min(room, num_elements - start))
+    return optimizer.fp32_partitioned_groups_flat[group], piece
 
 
 def _refresh_module(engine: Any, stage: int) -> None:

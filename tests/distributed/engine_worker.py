@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.device_memory import Created
 from pretrain.config import InnerConfig, ModelConfig, SiloConfig
 from pretrain.silo.checkpoint import Checkpoints, Progress
 from pretrain.silo.engine import Engine
@@ -15,14 +16,15 @@ from pretrain.silo.model import build_empty, build_initial, token_losses
 from pretrain.silo.optim import build_optimizer
 from pretrain.silo.ranks import Ranks
 
-VOCAB_SIZE = 96
+VOCAB_SIZE = 97  # odd sizes: two ranks have no equal parts of most parameters, which ZeRO-3 pads
 MODEL = ModelConfig(
     config={
         "model_type": "llama",
-        "hidden_size": 32,
+        "hidden_size": 33,
         "num_hidden_layers": 3,  # so that ZeRO 1 and 2 cut a matrix in two
-        "num_attention_heads": 2,
-        "intermediate_size": 48,
+        "num_attention_heads": 3,
+        "head_dim": 8,
+        "intermediate_size": 51,
         "tie_word_embeddings": True,
     }
 )
@@ -102,6 +104,17 @@ def read_all(engine: Engine) -> dict[str, torch.Tensor]:
     return {name: engine.read(name).cpu().clone() for name in engine.shapes}
 
 
+def most_held_bytes(engine: Engine, values: dict[str, torch.Tensor], ranks: Ranks) -> int:
+    """Device memory beside the engine's own that reading all parameters, one at a time, and writing them takes."""
+    with Created(patience_seconds=0.1) as created:
+        engine.write(iter(values.items()) if ranks.is_leader else None)  # what it keeps is counted from here on
+        own_bytes = created.peak_bytes = created.num_bytes
+        for name in engine.shapes:
+            engine.read(name)
+        engine.write(iter(values.items()) if ranks.is_leader else None)
+    return created.peak_bytes - own_bytes
+
+
 def check(stage: int, precision: str, inner: InnerConfig, ranks: Ranks, directory: Path) -> dict[str, object]:
     """What the test asserts for one stage, precision and optimizer."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -118,6 +131,7 @@ def check(stage: int, precision: str, inner: InnerConfig, ranks: Ranks, director
     initial = {name: p.detach() * 1.5 for name, p in build_initial(MODEL, VOCAB_SIZE).named_parameters()}
     engine = build()
     engine.write(iter(initial.items()) if ranks.is_leader else None)
+    held_bytes = most_held_bytes(engine, initial, ranks)
     written_back = all(torch.equal(engine.read(name).cpu(), initial[name]) for name in engine.shapes)
     before_merge = steps(engine, ranks, range(2))
     expected_before_merge, expected = plain_loop(initial, 2, inner=inner)
@@ -143,6 +157,8 @@ def check(stage: int, precision: str, inner: InnerConfig, ranks: Ranks, director
         "stage": stage,
         "precision": precision,
         "written_back": written_back,
+        "held_bytes": held_bytes,
+        "largest_bytes": max(4 * shape.numel() for shape in engine.shapes.values()),
         "merged_back": merged_back,
         "before_merge": before_merge,
         "expected_before_merge": expected_before_merge,

@@ -68,6 +68,12 @@ def test_parameters_read_back_as_written(results: dict, optimizer: str, stage: i
 
 
 @pytest.mark.parametrize(("optimizer", "stage", "precision"), CASES)
+def test_reading_and_writing_hold_one_tensor(results: dict, optimizer: str, stage: int, precision: str) -> None:
+    row, padding = results[optimizer, stage, precision], 4
+    assert 0 < row["held_bytes"] <= row["largest_bytes"] + padding
+
+
+@pytest.mark.parametrize(("optimizer", "stage", "precision"), CASES)
 def test_trains_like_a_plain_loop(results: dict, optimizer: str, stage: int, precision: str) -> None:
     row = results[optimizer, stage, precision]
     tolerance = {("adamw", "fp32"): 2e-6, ("muon", "fp32"): 2e-5}.get((optimizer, precision), 5e-3)

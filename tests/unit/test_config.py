@@ -79,6 +79,16 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
         ["silo.deepspeed={zero_optimization: {stage: 7}}"],
         ["silos.alpha.deepspeed.zero_optimization.stage: 7 given; allowed: 0, 1, 2, 3"],
     ),
+    *(
+        (
+            [f"silo.deepspeed={{zero_optimization: {{stage: {stage}, round_robin_gradients: true}}}}"],
+            [
+                "silos.alpha.deepspeed.zero_optimization.round_robin_gradients: True given; "
+                "allowed: false, at ZeRO stages 1 and 2"
+            ],
+        )
+        for stage in (1, 2)
+    ),
     # ranges
     (["outer.sync_interval_steps=0"], ["outer.sync_interval_steps: 0 given; allowed: 1 or more"]),
     (["inner.num_steps=0"], ["inner.num_steps: 0 given; allowed: 1 or more"]),
