@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from pretrain.silo.extensions import load_extension
+
 
 class Ranks:
     """The process group of one silo; rank 0 is the leader, the only one that talks to the exchange."""
@@ -22,6 +24,7 @@ class Ranks:
         # DeepSpeed calls collectives by names that torch has since renamed: one warning a parameter, none of them ours.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
         backend = "gloo" if self.device.type == "cpu" else get_accelerator().communication_backend_name()
+        load_extension("ShareMemCommBuilder")
         deepspeed.init_distributed(dist_backend=backend, verbose=False)
         self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
         self._control = dist.new_group(backend="gloo", timeout=timedelta(days=1))
