@@ -36,7 +36,7 @@ from pretrain.journal import Journal
 from pretrain.outer.fragments import cut_fragments
 from pretrain.silo.engine import Engine
 from pretrain.silo.ranks import Ranks
-from pretrain.sync import SiloSync
+from pretrain.sync_elastic import ElasticSync
 from pretrain.sync_store import ThroughStore
 from pretrain.train import prepare, train
 
@@ -170,7 +170,7 @@ def measure(config: RunConfig, ranks: Ranks) -> tuple[list[int], int]:
     journal = Journal(config, "silos/bench", silo="bench") if ranks.is_leader else None
     with aggregator(config) if ranks.is_leader else nullcontext():
         exchange = ThroughStore(config, "bench")
-        sync = SiloSync(config, "bench", ranks, journal, exchange, asked_to_stop=lambda: False)
+        sync = ElasticSync(config, "bench", ranks, journal, exchange, asked_to_stop=lambda: False)
         silo = prepare(config, "bench", ranks, journal, sync)
         meter = Meter(silo.engine, ranks.device)
         for _ in range(config.inner.num_steps):

@@ -9,7 +9,6 @@ import argparse
 import resource
 import shutil
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from pretrain.collect import Collector, Delivery
 from pretrain.config import ConfigError, RunConfig, load_config
 from pretrain.exchange.store import StoreExchange, delivery_path, file_payload, version_path
 from pretrain.journal import Journal
@@ -28,10 +28,11 @@ from pretrain.outer.digest import Row, digest_rows, tensor_row
 from pretrain.outer.fragments import cut_fragments
 from pretrain.outer.merge import mean_cosine, weighted_mean
 from pretrain.outer.quantize import Parts
+from pretrain.outer.robust import clip_factors, coordinate_median, krum, trimmed_mean
 from pretrain.outer.state import OuterTensors, kept_at_start, kept_kinds
 from pretrain.payload import PARAMETER, Tensors, save_tensors
 from pretrain.trust.contract import build_contract, check_same_contract, contract_bytes
-from pretrain.trust.ledger import Commit, Contributor, Manifest, Payload, RefusedError, sha256_bytes
+from pretrain.trust.ledger import Commit, Contributor, Payload, RefusedError, sha256_bytes
 
 
 @dataclass(kw_only=True)
@@ -48,16 +49,6 @@ class OuterState(OuterTensors):
         return digest_rows(self.rows.values())
 
 
-@dataclass(kw_only=True)
-class Delivery:
-    """One silo's verified delivery: its manifest, its payload on disk, and the norm of its pseudo-gradient."""
-
-    manifest: Manifest
-    manifest_bytes: bytes
-    tensors: Tensors
-    norm: float
-
-
 class Aggregator:
     """Merges the silos of one store. Memory: the outer state and a few single tensors, however many silos there are."""
 
@@ -69,6 +60,7 @@ class Aggregator:
         self._scratch = Path(config.directory) / "aggregator"
         self._roster = config.full_roster
         self._fragments: list[list[str]] = []
+        self._collector = Collector(config, self._exchange, journal)
 
     # ---- start
 
@@ -83,7 +75,9 @@ class Aggregator:
         else:
             check_same_contract(ours, stored, self._config.store_url)
         newest = self._exchange.newest_version()
-        return self._load(newest) if newest >= 0 else self._create()
+        state = self._load(newest) if newest >= 0 else self._create()
+        self._collector.start(newest)
+        return state
 
     def _create(self) -> OuterState:
         """Version 0: the contract's initial parameters and an outer state of zeros."""
@@ -139,80 +133,91 @@ class Aggregator:
     # ---- one version
 
     def collect(self, state: OuterState) -> list[Delivery]:
-        """Wait for every silo of the roster; verify each delivery as it comes; refuse what is not as it should be."""
-        version = state.version + 1
-        arrived: dict[str, Delivery] = {}
-        announced: list[str] = []
-        while len(arrived) < len(self._roster):
-            for silo in self._roster:
-                manifest = self._exchange.delivery(silo, version) if silo not in arrived else None
-                if manifest is None:
-                    continue
-                try:
-                    arrived[silo] = self._verify(silo, manifest, state)
-                except RefusedError as error:
-                    print(f"version {version}: refused the delivery of silo {silo}: {error}", flush=True)
-                    self._exchange.refuse(silo, version, manifest, str(error))
-            missing = [silo for silo in self._roster if silo not in arrived]
-            if missing and missing != announced:
-                what = f"silo {', '.join(missing)}: delivery for version {version}"
-                self._journal.status("waiting", round=self._config.round_of(version), waiting_for=what)
-                print(f"version {version}: waiting for {what}", flush=True)
-                announced = missing
-            if missing:
-                time.sleep(self._config.exchange.poll_seconds)
-        return [arrived[silo] for silo in sorted(arrived)]
+        """Wait until a version's deliveries are there, as many as the contract asks for."""
+        return self._collector.collect(
+            state.version + 1, lambda silo, data, version: self._verify(silo, data, state, version)
+        )
 
-    def _verify(self, silo: str, data: bytes, state: OuterState) -> Delivery:
+    def _verify(self, silo: str, data: bytes, state: OuterState, version: int) -> Delivery:
         """Check manifest, checksums, names, shapes, dtypes and values; raises RefusedError."""
-        version = state.version + 1
         names = self._fragments[self._schedule.fragment(version)]
+        late = None if version > state.version else self._late_base(version)
+        rows = [tensor_row(name, late.parts(name)["values"]) if late else state.rows[name] for name in names]
         manifest = read_delivery(
             data,
             silo=silo,
             version=version,
-            base_digest=digest_rows(state.rows[name] for name in names),
+            base_digest=digest_rows(rows),
             config=self._config,
             contract_sha256=self._exchange.contract_sha256,
         )
-        file = self._scratch / "inbox" / f"{silo}.safetensors"
+        file = self._scratch / "inbox" / f"{silo}-{version:06d}.safetensors"
         self._exchange.fetch(delivery_path(silo, version), manifest.payloads[0], file)
         try:
             tensors = Tensors(file)
-            norm = self._check_values(tensors, names, state)
+            delivery = Delivery(manifest=manifest, manifest_bytes=data, tensors=tensors, norm=0.0, base=late)
+            delivery.norm = self._check_values(delivery, names, state)
         except SafetensorError as error:
             raise RefusedError(f"its payload is no safetensors file: {error}") from None
         except ValueError as error:
             raise RefusedError(str(error)) from None
-        return Delivery(manifest=manifest, manifest_bytes=data, tensors=tensors, norm=norm)
+        finally:
+            file.unlink()  # what is open stays readable
+        return delivery
 
-    def _check_values(self, tensors: Tensors, names: list[str], state: OuterState) -> float:
+    def _late_base(self, version: int) -> Tensors:
+        """The fragment that a late delivery for `version` builds on, as it was then."""
+        base = self._schedule.base(version)
+        payload = self._exchange.whole(base, self._schedule.fragment(version))
+        file = self._scratch / "inbox" / f"base-{base:06d}.safetensors"
+        self._exchange.fetch(version_path(base), payload, file)
+        return Tensors(file)
+
+    def _check_values(self, delivery: Delivery, names: list[str], state: OuterState) -> float:
         """Check a payload's tensors; returns the norm of the pseudo-gradient in it. Raises ValueError."""
-        if tensors.names != sorted(names):
+        if delivery.tensors.names != sorted(names):
             raise ValueError("it holds other tensors than those of its fragment")
-        norm_squared, codec = 0.0, self._config.outer.codec
+        norm_squared = 0.0
         for name in names:
-            parts, base = tensors.parts(name), state.parameters[name]
             try:
-                check(codec, parts, base.shape)
+                check(self._config.outer.codec, delivery.tensors.parts(name), state.parameters[name].shape)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
-            norm_squared += torch.linalg.vector_norm(decoded(codec, base, parts)).item() ** 2
+            norm_squared += torch.linalg.vector_norm(self._pseudo_gradient(delivery, name, state)).item() ** 2
         return norm_squared**0.5
 
-    def merge(self, state: OuterState, deliveries: list[Delivery]) -> tuple[dict[str, Parts], int, dict[str, float]]:
+    def _pseudo_gradient(self, delivery: Delivery, name: str, state: OuterState) -> Tensor:
+        """One tensor of a delivery, decoded, float64."""
+        base = delivery.base.parts(name)["values"] if delivery.base else state.parameters[name]
+        return decoded(self._config.outer.codec, base, delivery.tensors.parts(name))
+
+    def merge(
+        self, state: OuterState, deliveries: list[Delivery]
+    ) -> tuple[dict[str, Parts], list[int], dict[str, float]]:
         """Merge and take the outer step in place, one tensor at a time.
 
-        Returns the coded changes of the published parameters, the divisor and the metrics.
+        Returns the coded changes of the published parameters, each delivery's weight and the metrics.
         """
         outer, version = self._config.outer, state.version + 1
         optimizer, lr, count = outer_optimizer(outer), self._config.outer_lr(version), self._schedule.count(version)
+        names = self._fragments[self._schedule.fragment(version)]
         changes: dict[str, Parts] = {}
-        update_squared, units_squared, divisor = 0.0, 0.0, 0
-        for name in self._fragments[self._schedule.fragment(version)]:
+        update_squared, units_squared = 0.0, 0.0
+        weights, factors = self._shares(state, deliveries, names)
+        for name in names:
             base = state.parameters[name]
             units = torch.zeros(base.shape, dtype=torch.float64)  # sum of the silos' directions, for the cosine
-            merged, divisor = weighted_mean(self._weighted(deliveries, name, base, units), base.shape)
+            each = self._each(state, deliveries, factors, name, units)
+            if outer.merge in ("trimmed_mean", "median"):
+                stacked = torch.stack(list(each))
+                merged = (
+                    coordinate_median(stacked)
+                    if outer.merge == "median"
+                    else trimmed_mean(stacked, outer.num_malicious)
+                )
+            else:
+                counted = ((weight, value) for weight, value in zip(weights, each, strict=True) if weight)
+                merged, _ = weighted_mean(counted, base.shape)
             try:
                 changes[name], norm_squared = state.step(
                     name, merged, optimizer, lr=lr, count=count, codec=outer.downlink_codec
@@ -223,28 +228,49 @@ class Aggregator:
             units_squared += torch.linalg.vector_norm(units).item() ** 2
             state.rows[name] = tensor_row(name, base)
         metrics = {"update_norm": update_squared**0.5, "cosine_mean": mean_cosine(units_squared, len(deliveries))}
-        return changes, divisor, metrics
+        return changes, weights, metrics
 
-    def _weighted(
-        self, deliveries: list[Delivery], name: str, base: Tensor, units: Tensor
-    ) -> Iterator[tuple[int, Tensor]]:
-        """Weight and pseudo-gradient of one tensor, silo after silo; adds each one's direction to `units`."""
-        for delivery in deliveries:
-            pseudo_gradient = decoded(self._config.outer.codec, base, delivery.tensors.parts(name))
+    def _shares(self, state: OuterState, deliveries: list[Delivery], names: list[str]) -> tuple[list[int], list[float]]:
+        """The weight of each delivery in the merge, and what it is multiplied by."""
+        outer, rules = self._config.outer, self._config.membership
+        ones = [1.0] * len(deliveries)
+        if outer.merge in ("trimmed_mean", "median"):
+            return [1] * len(deliveries), ones
+        if outer.merge == "krum":
+            gram = torch.zeros(len(deliveries), len(deliveries), dtype=torch.float64)
+            for name in names:
+                flat = torch.stack([self._pseudo_gradient(delivery, name, state).flatten() for delivery in deliveries])
+                gram += flat @ flat.T
+            chosen = krum(gram, outer.num_malicious)
+            return [int(index == chosen) for index in range(len(deliveries))], ones
+        weights = [max(1, round(d.manifest.tokens * (rules.stale_weight if d.base else 1.0))) for d in deliveries]
+        return weights, clip_factors([d.norm for d in deliveries]) if outer.merge == "clip" else ones
+
+    def _each(
+        self, state: OuterState, deliveries: list[Delivery], factors: list[float], name: str, units: Tensor
+    ) -> Iterator[Tensor]:
+        """The pseudo-gradient of one tensor, silo after silo; adds each one's direction to `units`."""
+        for delivery, factor in zip(deliveries, factors, strict=True):
+            pseudo_gradient = self._pseudo_gradient(delivery, name, state)
             if delivery.norm:
                 units.add_(pseudo_gradient, alpha=1 / delivery.norm)
-            yield delivery.manifest.tokens, pseudo_gradient
+            yield pseudo_gradient if factor == 1 else pseudo_gradient * factor
 
     def commit(
         self,
         state: OuterState,
         changes: dict[str, Parts],
         deliveries: list[Delivery],
-        divisor: int,
+        weights: list[int],
         metrics: dict[str, float],
     ) -> None:
         """Publish the next version, record it, prune what nobody can need again."""
-        contributors = [contributor(delivery.manifest, delivery.manifest_bytes) for delivery in deliveries]
+        contributors = [
+            contributor(delivery.manifest, delivery.manifest_bytes, weight)
+            for delivery, weight in zip(deliveries, weights, strict=True)
+        ]
+        divisor = sum(weights)
+        metrics |= self._facts(deliveries)
         fragment = self._schedule.fragment(state.version + 1)
         codec = self._config.outer.downlink_codec
         self._commit(state, [fragment], changes, codec, contributors, divisor=divisor, metrics=metrics)
@@ -265,9 +291,24 @@ class Aggregator:
             **metrics,
             digest=state.parameters_digest,
         )
+        self._collector.committed(self._exchange.read_commit(state.version))
         self._exchange.prune(
-            self._roster, state.version, self._config.exchange.keep_versions, self._schedule.num_fragments
+            self._collector.members(),
+            state.version,
+            self._config.exchange.keep_versions,
+            self._schedule.num_fragments * (2 if self._config.membership.stale_weight else 1),
         )
+
+    def _facts(self, deliveries: list[Delivery]) -> dict[str, float]:
+        """What later rounds need to know of the silos in this one."""
+        rules, facts = self._config.membership, {}
+        for delivery in deliveries:
+            silo = delivery.manifest.silo
+            if rules.max_norm_ratio and not delivery.base:
+                facts[f"norm/{silo}"] = delivery.norm
+            if rules.steps == "speed":
+                facts[f"seconds_per_step/{silo}"] = delivery.manifest.metrics["seconds_per_step"]
+        return facts
 
     def _commit(
         self,
@@ -321,8 +362,8 @@ def aggregate(config: RunConfig, journal: Journal) -> None:
     while state.version < config.schedule.num_versions:
         deliveries = aggregator.collect(state)
         journal.status("merging", round=config.round_of(state.version + 1))
-        changes, divisor, metrics = aggregator.merge(state, deliveries)
-        aggregator.commit(state, changes, deliveries, divisor, metrics)
+        changes, weights, metrics = aggregator.merge(state, deliveries)
+        aggregator.commit(state, changes, deliveries, weights, metrics)
 
 
 def main() -> int:

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from pretrain.config import ModelConfig, OuterConfig, RunConfig, SiloConfig
 
 SCHEDULES = ("cosine", "wsd", "constant")
+MERGES = ("mean", "clip", "trimmed_mean", "median", "krum")
 CODECS = ("fp32", "bf16", "int8", "int4", "e3m0", "topk")
 SILO_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 
@@ -40,6 +41,8 @@ def check_config(config: "RunConfig") -> None:
         "inner.schedule": (config.inner.schedule, SCHEDULES),
         "outer.optimizer": (config.outer.optimizer, ("nesterov", "sgd", "adam")),
         "outer.schedule": (config.outer.schedule, SCHEDULES),
+        "outer.merge": (config.outer.merge, MERGES),
+        "membership.steps": (config.membership.steps, ("equal", "speed")),
         "outer.codec": (config.outer.codec, CODECS),
         "outer.downlink_codec": (config.outer.downlink_codec, CODECS),
         "exchange.kind": (config.exchange.kind, ("store", "collective", "none")),
@@ -86,9 +89,8 @@ def check_config(config: "RunConfig") -> None:
     _check_streaming(config.outer)
     _check_model(config.model)
     _check_roster(config)
-    _check_collective(config)
-    for name, silo in config.silos.items() if config.inner.optimizer == "muon" else ():
-        _check_muon(name, silo.deepspeed.get("zero_optimization", {}))
+    for check in (_check_collective, _check_membership, _check_merge, _check_muon):
+        check(config)
 
 
 def _check_rates(config: "RunConfig") -> None:
@@ -106,7 +108,12 @@ def _check_rates(config: "RunConfig") -> None:
     _require(ramp_rounds <= config.num_rounds, "outer.warmup_rounds", ramp_rounds, fitting)
 
 
-def _check_muon(name: str, zero: dict[str, Any]) -> None:
+def _check_muon(config: "RunConfig") -> None:
+    for name, silo in config.silos.items() if config.inner.optimizer == "muon" else ():
+        _check_muon_silo(name, silo.deepspeed.get("zero_optimization", {}))
+
+
+def _check_muon_silo(name: str, zero: dict[str, Any]) -> None:
     """Refuse what splits the matrices, or the work on them, in ways that Muon does not follow."""
     offload = zero.get("offload_optimizer") or {}
     refused = {
@@ -162,6 +169,53 @@ def _check_roster(config: "RunConfig") -> None:
         _check_silo(name, silo)
 
 
+def _check_membership(config: "RunConfig") -> None:
+    """Raises ConfigError too for rules that mean nothing without a quorum."""
+    rules, key = config.membership, "membership"
+    for name, (number, minimum) in {
+        "deadline_mads": (rules.deadline_mads, 0),
+        "deadline_floor_seconds": (rules.deadline_floor_seconds, 0),
+        "deadline_ceiling_seconds": (rules.deadline_ceiling_seconds, rules.deadline_floor_seconds),
+        "away_after_versions": (rules.away_after_versions, 1),
+        "rejoin_warmup_steps": (rules.rejoin_warmup_steps, 0),
+    }.items():
+        _require(minimum <= number < math.inf, f"{key}.{name}", number, f"{minimum} or more")
+    for name in ("max_norm_ratio", "max_loss_rise"):
+        limit = getattr(rules, name)
+        _require(limit is None or 0 < limit < math.inf, f"{key}.{name}", limit, "null, or above 0")
+    _require(0 <= rules.stale_weight <= 1, f"{key}.stale_weight", rules.stale_weight, "0 to 1")
+    roster = len(config.full_roster)
+    fits = rules.sample is None or 1 <= rules.sample <= roster
+    _require(fits, f"{key}.sample", rules.sample, f"null, or 1 to the {roster} silos of the roster")
+    if config.outer.num_fragments > 1 or config.outer.overlap_steps > 0:
+        allowed = "with outer.num_fragments above 1 or outer.overlap_steps above 0"
+        _require(rules.sample is None, f"{key}.sample", rules.sample, f"null {allowed}")
+        _require(rules.steps == "equal", f"{key}.steps", rules.steps, f"equal {allowed}")
+    most = roster if rules.sample is None else rules.sample
+    if rules.quorum is not None:
+        what = f"the {roster} silos of the roster" if rules.sample is None else f"{key}.sample={most}"
+        _require(1 <= rules.quorum <= most, f"{key}.quorum", rules.quorum, f"null, or 1 to {what}")
+        return
+    for name, field in type(rules).__dataclass_fields__.items():
+        if name.startswith(("deadline_", "away_", "stale_", "rejoin_", "max_loss_")):
+            given = getattr(rules, name)
+            _require(given == field.default, f"{key}.{name}", given, f"{field.default} without {key}.quorum")
+
+
+def _check_merge(config: "RunConfig") -> None:
+    """A robust merge stands `num_malicious` silos only among enough others, in the smallest commit too."""
+    outer, rules = config.outer, config.membership
+    if outer.merge == "mean":
+        return
+    _require(config.exchange.kind != "collective", "outer.merge", outer.merge, "mean with exchange.kind=collective")
+    _require(outer.num_malicious >= 1, "outer.num_malicious", outer.num_malicious, "1 or more")
+    fewest = rules.quorum or rules.sample or len(config.full_roster)
+    needed = 2 * outer.num_malicious + (3 if outer.merge == "krum" else 1)
+    key = "membership.quorum" if rules.quorum else "membership.sample" if rules.sample else "silos"
+    allowed = f"{needed} or more with outer.merge={outer.merge} and outer.num_malicious={outer.num_malicious}"
+    _require(fewest >= needed, key, fewest, allowed)
+
+
 def _check_collective(config: "RunConfig") -> None:
     exchange = config.exchange
     if exchange.kind != "collective":
@@ -172,6 +226,9 @@ def _check_collective(config: "RunConfig") -> None:
         num_ranks = silo.num_nodes * silo.processes_per_node
         lanes = f"1 to the {num_ranks} ranks of silo {name}"
         _require(1 <= exchange.num_lanes <= num_ranks, "exchange.num_lanes", exchange.num_lanes, lanes)
+    for name, field in type(config.membership).__dataclass_fields__.items():
+        given, allowed = getattr(config.membership, name), f"{field.default} with exchange.kind=collective"
+        _require(given == field.default, f"membership.{name}", given, allowed)
 
 
 def _check_silo(name: str, silo: "SiloConfig") -> None:

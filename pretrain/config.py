@@ -1,8 +1,8 @@
 """The typed configuration of a run. Imports no torch, so a login node can validate it in a second.
 
 Order: the defaults below < YAML files in the order given < `key=value` on the command line. Sections `model`,
-`tokenizer`, `sequence_tokens`, `document_masking`, `inner` and `outer` are what all silos must agree on (see
-trust/contract.py); `silo` holds the defaults of every silo of this file and `silos.NAME` what differs for one.
+`tokenizer`, `sequence_tokens`, `document_masking`, `inner`, `outer` and `membership` are what all silos must agree on
+(see trust/contract.py); `silo` holds the defaults of every silo of this file and `silos.NAME` what differs for one.
 """
 
 import dataclasses
@@ -87,6 +87,10 @@ class OuterConfig:
     """Length of wsd's decay at the end."""
     min_lr_ratio: float = 0.1
     """Final learning rate divided by `lr` (cosine and wsd)."""
+    merge: str = "mean"
+    """mean by tokens; clip (norms to their median), trimmed_mean, median or krum where silos may send anything."""
+    num_malicious: int = 1
+    """Silos that clip, trimmed_mean, median or krum must stand; ignored by mean."""
     codec: str = "fp32"
     """How a pseudo-gradient is coded on its way up: fp32, bf16, int8, int4, e3m0 or topk (docs/formats.md)."""
     downlink_codec: str = "fp32"
@@ -99,6 +103,44 @@ class OuterConfig:
     """Inner steps between the delivery of a fragment and the adoption of what was merged; below H."""
     mixing: float = 0.0
     """Share of the local parameters that stays when merged ones are adopted; 0 takes the merged, 1 never syncs."""
+
+
+@dataclass(kw_only=True)
+class MembershipConfig:
+    """Who must have delivered before a version is committed, and what becomes of silos that are late, slow or away."""
+
+    quorum: int | None = None
+    """Silos that are enough for a commit once its deadline has passed; null: all of the roster, however long it takes.
+    With a quorum, silos may join at any version, leave, and come back."""
+    deadline_mads: float = 8.0
+    """The deadline is the median of earlier arrivals plus this many median absolute deviations ..."""
+    deadline_floor_seconds: float = 60.0
+    """... but not below this, counted from the commit before, ..."""
+    deadline_ceiling_seconds: float = 7200.0
+    """... nor above this, which holds too while no arrival has been observed."""
+    away_after_versions: int = 3
+    """Nobody waits for a silo that missed as many commits in a row, until it delivers or joins again."""
+    stale_weight: float = 0.0
+    """Share of its weight with which a delivery that came too late counts in the next commit of its fragment; 0 drops
+    it."""
+    sample: int | None = None
+    """Silos that train in a round, drawn anew for each; null: all."""
+    sample_seed: int = 0
+    """Seed of that draw."""
+    steps: str = "equal"
+    """equal: H inner steps a round for every silo; speed: for the fastest, and for others by their measured speed."""
+    rejoin_warmup_steps: int = 0
+    """Linear warm-up of the inner learning rate after a silo has joined or caught up, in inner steps."""
+    max_norm_ratio: float | None = None
+    """A pseudo-gradient with a norm above this many times the median of its round, and of the silo's own last ones, is
+    refused; null refuses only what is not finite."""
+    max_loss_rise: float | None = None
+    """A silo whose loss is not finite, or this far above its running mean, in nats, goes back to the last commit."""
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether a commit can do without a silo of the roster."""
+        return self.quorum is not None
 
 
 @dataclass(kw_only=True)
@@ -193,6 +235,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     inner: InnerConfig = field(default_factory=InnerConfig)
     outer: OuterConfig = field(default_factory=OuterConfig)
+    membership: MembershipConfig = field(default_factory=MembershipConfig)
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
     silo: SiloConfig = field(default_factory=SiloConfig)
     """Defaults of every silo of this file."""

@@ -17,11 +17,17 @@ def read_delivery(
         "base_digest": base_digest,
         "contract_sha256": contract_sha256,
         "codec": config.outer.codec,
-        "steps": schedule.steps(version),
     }
+    most, rules = schedule.steps(version), config.membership
+    if not rules.is_elastic and rules.steps == "equal":
+        expected["steps"] = most
     for term, value in expected.items():
         if getattr(manifest, term) != value:
             raise RefusedError(f"its {term} is {getattr(manifest, term)!r}, not {value!r}")
+    if not 1 <= manifest.steps <= most:
+        raise RefusedError(f"it counts {manifest.steps} steps, not 1 to {most}")
+    if rules.steps == "speed" and not manifest.metrics.get("seconds_per_step", 0) > 0:
+        raise RefusedError("it does not say its seconds_per_step")
     if manifest.tokens < 1:
         raise RefusedError(f"it counts {manifest.tokens} tokens")
     fragment = schedule.fragment(version)
@@ -30,15 +36,16 @@ def read_delivery(
     return manifest
 
 
-def contributor(manifest: Manifest, manifest_bytes: bytes) -> Contributor:
-    """A delivery's part in its commit: its weight is the tokens behind it."""
+def contributor(manifest: Manifest, manifest_bytes: bytes, weight: int) -> Contributor:
+    """A delivery's part in its commit."""
     return Contributor(
         silo=manifest.silo,
+        version=manifest.version,
         manifest_sha256=sha256_bytes(manifest_bytes),
         tokens=manifest.tokens,
         tokens_total=manifest.tokens_total,
         steps=manifest.steps,
-        weight=manifest.tokens,
+        weight=weight,
     )
 
 

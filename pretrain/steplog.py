@@ -13,6 +13,8 @@ from pretrain.silo.data import Mixture
 from pretrain.silo.engine import Engine
 from pretrain.silo.ranks import Ranks
 
+PACE = 0.2  # share of the newest step in the running mean of a step's seconds
+
 
 class StepLog:
     """Keeps the clock of training; only the leader, who has a journal, writes."""
@@ -22,11 +24,12 @@ class StepLog:
         self._interval_steps = config.silos[name].log_interval_steps
         self._tokens_logged = progress.position * config.sequence_tokens
         self._since = self._logged = time.monotonic()
+        self._step = progress.step
 
     def resume_training(self) -> None:
         """The clock of training starts here again; what went before was syncing, evaluating or saving."""
         self._since = self._logged = time.monotonic()
-        self._tokens_logged = self._progress.position * self._config.sequence_tokens
+        self._tokens_logged, self._step = self._progress.position * self._config.sequence_tokens, self._progress.step
         if self._journal:
             self._journal.status(
                 "training", step=self._progress.step, round=self._config.round_at(self._progress.step + 1)
@@ -35,9 +38,11 @@ class StepLog:
     def step(self, lr: float, grad_norm: float) -> None:
         """Account for one inner step."""
         progress, now = self._progress, time.monotonic()
-        progress.seconds_training += now - self._since
-        self._since = now
-        if not self._journal or progress.step % self._interval_steps:
+        seconds, before = now - self._since, self._step
+        progress.seconds_training += seconds
+        progress.seconds_per_step += (seconds - progress.seconds_per_step) * (PACE if progress.seconds_per_step else 1)
+        self._since, self._step = now, progress.step
+        if not self._journal or before // self._interval_steps == progress.step // self._interval_steps:
             return
         tokens, round = progress.position * self._config.sequence_tokens, self._config.round_at(progress.step)
         tokens_per_second = (tokens - self._tokens_logged) / max(now - self._logged, 1e-9)

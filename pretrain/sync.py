@@ -4,6 +4,7 @@ What takes time runs beside training: one thread codes and delivers, others wait
 loop comes back for the result when the schedule says so.
 """
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,10 +22,10 @@ from pretrain.config import ConfigError, RunConfig
 from pretrain.exchange.base import Exchange, Received
 from pretrain.exchange.store import file_payload
 from pretrain.journal import Journal
-from pretrain.outer.codec import FEEDBACK_DECAY, encode
+from pretrain.outer.codec import FEEDBACK_DECAY, decoded, encode
 from pretrain.outer.digest import Row, digest_rows, tensor_row
 from pretrain.outer.fragments import cut_fragments
-from pretrain.payload import save_tensors
+from pretrain.payload import Tensors, save_tensors
 from pretrain.silo.checkpoint import HostTensors, Progress
 from pretrain.silo.engine import Engine
 from pretrain.silo.ranks import Ranks
@@ -41,7 +42,8 @@ class Flight:
 
     wait_seconds: float
     """Time that training stood still for it."""
-    delivered: Future[tuple[Manifest, Path]]
+    coded: "Future[tuple[Manifest, Path] | None]"
+    """Our part of it, in the outbox; None if we have none."""
     received: Future[Received]
 
 
@@ -65,13 +67,14 @@ class SiloSync:
         self.silo, self.config, self.ranks, self.journal = silo, config, ranks, journal
         self.schedule = config.schedule
         self._exchange, self._asked_to_stop = exchange, asked_to_stop
+        self._last_commit: Commit | None = None
         self._directory = config.silo_directory(silo)
         self._outbox = self._directory / "outbox"
         decay = config.outer.error_feedback
         self._decay = FEEDBACK_DECAY[config.outer.codec] if decay is None else decay
         self._fragments: list[list[str]] = []  # cut when the engine is known
         self._flights: dict[int, Flight] = {}
-        self._sender = ThreadPoolExecutor(1, thread_name_prefix="send")
+        self._coder = ThreadPoolExecutor(1, thread_name_prefix="code")
         num_receivers = self.schedule.num_fragments if exchange.concurrent else 1
         self._receivers = ThreadPoolExecutor(num_receivers, thread_name_prefix="receive")
         self._rows: dict[str, Row] = {}  # of the digest, one a parameter
@@ -97,7 +100,7 @@ class SiloSync:
     def close(self, reason: str = "") -> None:
         """End the threads; what was delivered stays delivered. `reason`: why, in the past tense, unless all is done."""
         self._exchange.close(self.lost or reason)
-        for pool in (self._sender, self._receivers):
+        for pool in (self._coder, self._receivers):
             pool.shutdown(cancel_futures=True)
 
     # ---- before the first round
@@ -125,8 +128,11 @@ class SiloSync:
                     "do all parties have the same version of transformers?"
                 )
             self._take_over(received)
+            self._check_digest(received.commit)
+            progress.version = received.commit.version
+        progress.version = self.ranks.from_leader(progress.version)
         self._write(engine, list(engine.shapes), self.global_parameters)
-        progress.version = progress.sent = 0
+        self._go_on_from(progress, progress.version)
 
     def resume(self, engine: Engine, progress: Progress) -> None:
         """After a checkpoint was loaded: wait again for what was in flight when it was written."""
@@ -134,23 +140,31 @@ class SiloSync:
             return
         self._rows = {name: tensor_row(name, value) for name, value in self.global_parameters.items()}
         for version in range(progress.version + 1, progress.sent + 1):
-            file = self._outbox / f"{version:06d}.safetensors"
-            manifest = Manifest.from_bytes(file.with_suffix(".json").read_bytes())
-            delivered: Future[tuple[Manifest, Path]] = Future()
-            delivered.set_result((manifest, file))
-            self._take_off(version, self._names(engine, version), delivered)
+            coded: Future[tuple[Manifest, Path] | None] = Future()
+            coded.set_result(self._outgoing(version))
+            self._take_off(version, self._names(engine, version), coded)
 
     # ---- one sync
 
     def deliver(self, engine: Engine, progress: Progress, version: int) -> None:
-        """Copy a fragment's local parameters to the host; coding and delivering them goes on beside training."""
+        """Copy a fragment's local parameters to the host; coding and delivering them goes on beside training.
+
+        A silo that has not trained the fragment since it was sent before, as it has just come, delivers nothing.
+        """
         began, names = time.monotonic(), self._names(engine, version)
-        local = self._read(engine, names)
+        fragment = self.schedule.fragment(version)
+        num_sequences = progress.position - progress.sent_positions.get(str(fragment), 0)
+        local = self._read(engine, names) if num_sequences else {}
         seconds = time.monotonic() - began
         if self.ranks.is_leader:
-            facts = (progress.position * self.config.sequence_tokens, progress.loss)
-            delivered = self._sender.submit(self._send, version, local, *facts)
-            self._take_off(version, names, delivered, wait_seconds=seconds)
+            coded: Future[tuple[Manifest, Path] | None] = Future()
+            if num_sequences:
+                coded = self._coder.submit(self._code, version, local, num_sequences, dataclasses.replace(progress))
+                progress.unsettled.append(version)
+            else:
+                coded.set_result(None)
+            self._take_off(version, names, coded, wait_seconds=seconds)
+        progress.sent_positions[str(fragment)] = progress.position
         progress.seconds_waiting += seconds
         progress.sent = version
 
@@ -174,21 +188,31 @@ class SiloSync:
         self,
         version: int,
         names: Sequence[str],
-        delivered: "Future[tuple[Manifest, Path]]",
+        coded: "Future[tuple[Manifest, Path] | None]",
         *,
         wait_seconds: float = 0.0,
     ) -> None:
         base = {name: self.global_parameters[name] for name in names}
 
         def receive() -> Received:
-            manifest, file = delivered.result()
-            return self._exchange.receive(version, manifest, file, base)
+            sent = coded.result()
+            if sent:
+                self._exchange.deliver(*sent)
+            return self._exchange.receive(version, sent, base)
 
         received = self._receivers.submit(receive)
-        self._flights[version] = Flight(wait_seconds=wait_seconds, delivered=delivered, received=received)
+        self._flights[version] = Flight(wait_seconds=wait_seconds, coded=coded, received=received)
 
-    def _send(self, version: int, local: dict[str, Tensor], tokens_total: int, loss: float) -> tuple[Manifest, Path]:
-        """Code a fragment against the global parameters, write it to the outbox, deliver it."""
+    def _outgoing(self, version: int) -> tuple[Manifest, Path] | None:
+        """What lies in the outbox for a version."""
+        file = self._outbox / f"{version:06d}.safetensors"
+        manifest = file.with_suffix(".json")
+        return (Manifest.from_bytes(manifest.read_bytes()), file) if manifest.is_file() else None
+
+    def _code(
+        self, version: int, local: dict[str, Tensor], num_sequences: int, progress: Progress
+    ) -> tuple[Manifest, Path]:
+        """Code a fragment against the global parameters and write it to the outbox."""
         coded, norm_squared, outer = {}, 0.0, self.config.outer
         base_digest = digest_rows(self._rows[name] for name in local)
         for piece in self._exchange.pieces(list(local), self.global_parameters):
@@ -205,6 +229,8 @@ class SiloSync:
                 ) from None
         file = self._outbox / f"{version:06d}.safetensors"
         save_tensors(coded, file)
+        by_speed = self.config.membership.steps == "speed"
+        speed = {"seconds_per_step": progress.seconds_per_step} if by_speed else {}
         manifest = Manifest(
             contract_sha256=self._exchange.contract_sha256,
             silo=self.silo,
@@ -213,18 +239,13 @@ class SiloSync:
             base_digest=base_digest,
             codec=outer.codec,
             payloads=[file_payload(file, self.schedule.fragment(version))],
-            tokens=self.schedule.steps(version) * self._step_tokens,
-            steps=self.schedule.steps(version),
-            tokens_total=tokens_total,
-            metrics={"loss": loss, "pseudo_gradient_norm": math.sqrt(norm_squared)},
+            tokens=num_sequences * self.config.sequence_tokens,
+            steps=num_sequences // self.config.silos[self.silo].global_batch_sequences,
+            tokens_total=progress.position * self.config.sequence_tokens,
+            metrics={"loss": progress.loss, "pseudo_gradient_norm": math.sqrt(norm_squared)} | speed,
         )
         file.with_suffix(".json").write_bytes(manifest.to_bytes())
-        self._exchange.deliver(manifest, file)
         return manifest, file
-
-    @property
-    def _step_tokens(self) -> int:
-        return self.config.silos[self.silo].global_batch_sequences * self.config.sequence_tokens
 
     def wait(self, progress: Progress, version: int) -> None:
         """Wait until a version has come. Raises StopRequested on all ranks, and what went wrong beside training."""
@@ -237,9 +258,9 @@ class SiloSync:
             flight.wait_seconds += seconds
 
     def settle(self) -> None:
-        """Wait until everything that was sent is coded and delivered, so that a checkpoint can hold what is kept."""
+        """Wait until everything that was sent lies coded in the outbox, so that a checkpoint can hold what is kept."""
         for flight in self._flights.values():
-            flight.delivered.result()
+            flight.coded.result()
 
     def adopt(self, engine: Engine, progress: Progress, version: int) -> None:
         """Take over a version: check it, apply it to the host copy and, mixed with what is local, to the engine.
@@ -251,6 +272,8 @@ class SiloSync:
         if self.ranks.is_leader:
             received = self._flights[version].received.result()
             self._take_over(received)
+            self._check_digest(received.commit)
+            self._settle(progress, received.commit, refused=received.refused)
         new = {name: self.global_parameters[name] for name in names} if self.ranks.is_leader else {}
         if mixing:
             local = self._read(engine, names)
@@ -265,15 +288,19 @@ class SiloSync:
             self._record(progress, flight, received)
 
     def _take_over(self, received: Received) -> None:
-        """Put a version into the host copy; raises ConfigError unless it then has the commit's digest."""
+        """Put a version's changes into the host copy."""
         self.global_parameters |= received.values
         self._rows |= received.rows
-        commit, digest = received.commit, digest_rows(self._rows.values())
+
+    def _check_digest(self, commit: Commit) -> None:
+        """Raise ConfigError unless the host copy is what a commit says."""
+        digest = digest_rows(self._rows.values())
         if digest != commit.parameters_digest:
             raise ConfigError(
                 f"silo {self.silo}: version {commit.version} cannot be used: its parameters have digest {digest[:12]}, "
                 f"not {commit.parameters_digest[:12]}"
             )
+        self._last_commit = commit
 
     def _write(self, engine: Engine, names: Sequence[str], values: dict[str, Tensor]) -> None:
         """Write parameters into the engine, the leader's values, and read them back."""
@@ -303,7 +330,7 @@ class SiloSync:
 
     def _record(self, progress: Progress, flight: Flight, received: Received) -> None:
         assert self.journal
-        commit, (manifest, _) = received.commit, flight.delivered.result()
+        commit, sent = received.commit, flight.coded.result()
         self.journal.record(
             "sync",
             step=progress.step,
@@ -313,18 +340,50 @@ class SiloSync:
             bytes_sent=received.bytes_sent,
             bytes_received=received.bytes_received,
             wait_seconds=flight.wait_seconds,
-            pseudo_gradient_norm=manifest.metrics["pseudo_gradient_norm"],
+            pseudo_gradient_norm=sent[0].metrics["pseudo_gradient_norm"] if sent else 0.0,
         )
         if self.config.exchange.kind == "collective" and self.silo == min(self.config.silos):
             self.journal.record("commit", **commit_record(self.config, commit))
 
-    def checkpointed(self, version: int) -> None:
-        """Our newest checkpoint holds `version`: what was sent for it is not needed again."""
+    def checkpointed(self, progress: Progress) -> None:
+        """Our newest checkpoint holds where we are: what was sent before is not needed again."""
         if self.ranks.is_leader:
-            self._exchange.checkpointed(version)
+            self._exchange.checkpointed(progress.version)
             for file in self._outbox.glob("*.*"):
-                if int(file.name.split(".")[0]) <= version:
+                version = int(file.name.split(".")[0])
+                if version <= progress.version and version not in progress.unsettled:
                     file.unlink()
+
+    def _go_on_from(self, progress: Progress, newest: int) -> None:
+        """Set the place in the schedule at which all silos adopt version `newest`."""
+        progress.version, progress.step = newest, self.schedule.adopted(newest) if newest else 0
+        progress.sent = max(progress.sent, self.schedule.newest_sent(progress.step))
+        progress.sent_positions = {str(f): progress.position for f in range(self.schedule.num_fragments)}
+        progress.joined_step = progress.step
+
+    def _settle(self, progress: Progress, commit: Commit, *, refused: bool) -> None:
+        """What a commit of a fragment, or the next one, does not have of what we sent goes back to the feedback.
+
+        What was refused as absurd does not: the feedback of its fragment starts anew.
+        """
+        merged = {c.version for c in commit.contributors if c.silo == self.silo}
+        for version in list(progress.unsettled):
+            same_fragment = self.schedule.fragment(version) == self.schedule.fragment(commit.version)
+            if version > commit.version or not same_fragment:
+                continue
+            if version not in merged and version == commit.version and self.config.membership.stale_weight:
+                continue  # it may be in the next one
+            progress.unsettled.remove(version)
+            outgoing = self._outgoing(version)
+            if version in merged or not self._decay or not outgoing:
+                continue
+            coded = Tensors(outgoing[1])
+            for name in coded.names:
+                residual = self.residuals[name]
+                if refused:
+                    residual.zero_()
+                else:
+                    residual += decoded(self.config.outer.codec, residual, coded.parts(name)).float()
 
     def _poll(self, future: "Future[Any] | None", what: str, progress: Progress) -> None:
         """Ask the leader, who has the future, again and again, so that a stop reaches all ranks while they wait."""

@@ -169,10 +169,12 @@ class AmongSilos:
     def deliver(self, manifest: Manifest, file: Path) -> None:
         """Nothing leaves before all are there."""
 
-    def receive(self, version: int, manifest: Manifest, file: Path, base: Mapping[str, Tensor]) -> Received:
+    def receive(self, version: int, sent: tuple[Manifest, Path] | None, base: Mapping[str, Tensor]) -> Received:
         """Merge a version with the others; one that is in our ledger already is taken from there."""
         if version <= self._ledger.newest:
             return self._ledger.received(version)
+        assert sent  # nobody sits out a round of a collective
+        manifest, file = sent
         with self._passing, self._naming_the_lost():
             return self._merge(version, manifest, Tensors(file), base)
 
@@ -198,7 +200,7 @@ class AmongSilos:
         merged[self._index] = change
         values = self._apply(merged, parts, base)
         rows = {name: tensor_row(name, value) for name, value in values.items()}
-        contributors = [contributor(manifests[silo], told[silo]) for silo in self._roster]
+        contributors = [contributor(manifests[silo], told[silo], manifests[silo].tokens) for silo in self._roster]
         self._commit(version, values, rows, contributors, stepped)
         self._rows |= rows
         for kind, tensors in outer.kept.items():

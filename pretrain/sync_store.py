@@ -1,9 +1,10 @@
 """The exchange through a store, as a silo sees it: deliver objects, wait for the aggregator's commits."""
 
+import dataclasses
 import json
 import threading
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -17,7 +18,7 @@ from pretrain.outer.digest import tensor_row
 from pretrain.outer.pieces import Piece
 from pretrain.payload import Tensors
 from pretrain.trust.contract import build_contract, check_same_contract
-from pretrain.trust.ledger import Manifest, RefusedError
+from pretrain.trust.ledger import Commit, Manifest, RefusedError
 
 MAX_REFUSALS = 3
 
@@ -31,6 +32,7 @@ class ThroughStore:
 
     def __init__(self, config: RunConfig, silo: str) -> None:
         self._config, self._silo = config, silo
+        self._rules = config.membership
         self._store = StoreExchange(config.store_url)
         self._directory = config.silo_directory(silo)
         self._closing = threading.Event()
@@ -51,52 +53,131 @@ class ThroughStore:
         """The leader does it all."""
 
     def initial(self) -> Received:
-        """Wait for the aggregator's version 0."""
-        while self._store.newest_version() < 0:
+        """Wait for the aggregator's version 0; with a quorum, take the newest."""
+        while (newest := self._store.newest_version()) < 0:
             self._pause()
-        return self._download(0, {})
+        if not self._rules.is_elastic or not newest:
+            return self._download(0, {})
+        found = list(self.changes(-1, newest, {}))
+        return Received(
+            commit=found[-1].commit,
+            values={name: value for received in found for name, value in received.values.items()},
+            rows={name: row for received in found for name, row in received.rows.items()},
+            bytes_sent=0,
+            bytes_received=sum(received.bytes_received for received in found),
+        )
 
     def pieces(self, names: Sequence[str], base: Mapping[str, Tensor]) -> list[Piece]:
         """Whole tensors."""
         return [Piece(name) for name in names]
 
     def deliver(self, manifest: Manifest, file: Path) -> None:
-        """Write the payload and its manifest into the store."""
+        """Write the payload and its manifest into the store; what comes too late to count is not sent."""
+        version = manifest.version
+        if self._rules.is_elastic and not self._rules.stale_weight and self._is_committed(version):
+            return
         if self._store.deliver(manifest, [(payload, file) for payload in manifest.payloads]) != manifest.to_bytes():
             print(
-                f"version {manifest.version}: this pseudo-gradient differs from the one delivered before the restart "
+                f"version {version}: this pseudo-gradient differs from the one delivered before the restart "
                 "(kernels that are not deterministic); the delivered one stands",
                 flush=True,
             )
 
-    def receive(self, version: int, manifest: Manifest, file: Path, base: Mapping[str, Tensor]) -> Received:
+    def receive(self, version: int, sent: tuple[Manifest, Path] | None, base: Mapping[str, Tensor]) -> Received:
         """Wait until the commit is there, delivering again what the aggregator refused; then download it.
 
-        Raises ConfigError after MAX_REFUSALS refusals.
+        Raises ConfigError after MAX_REFUSALS refusals, or one for good, unless the others may go on without us.
         """
-        num_refused = len(self._store.refusals(self._silo, version))
-        missed_before = False
-        while self._store.newest_version(version - 1) < version:
-            if self._store.delivery(self._silo, version) is None:
+        refused = self._wait_for_commit(version, sent)
+        num_bytes = sum(payload.num_bytes for payload in sent[0].payloads) if sent else 0
+        return dataclasses.replace(self._download(version, base), bytes_sent=num_bytes, refused=refused)
+
+    def _wait_for_commit(self, version: int, sent: tuple[Manifest, Path] | None) -> bool:
+        """Whether our delivery was refused for good."""
+        refusals = self._store.refusals(self._silo, version)
+        num_refused, missed_before = len(refusals), False
+        while not self._is_committed(version):
+            if sent and self._store.delivery(self._silo, version) is None:
                 refusals = self._store.refusals(self._silo, version)
                 if len(refusals) > num_refused:
                     num_refused = len(refusals)
-                    print(f"version {version}: the aggregator refused our delivery: {refusals[-1]}", flush=True)
+                    print(f"version {version}: the aggregator refused our delivery: {refusals[-1].reason}", flush=True)
                 elif not missed_before:  # the reason is written just after the manifest is removed: look once more
                     missed_before = True
                     self._pause()
                     continue
                 missed_before = False
-                if num_refused >= MAX_REFUSALS:
-                    raise ConfigError(
-                        f"silo {self._silo}: version {version} was refused {num_refused} times: {refusals[-1]}"
-                    )
-                if self._store.newest_version(version - 1) < version:
-                    self.deliver(manifest, file)
+                if refusals and (refusals[-1].final or num_refused >= MAX_REFUSALS):
+                    if not self._rules.is_elastic:
+                        raise ConfigError(
+                            f"silo {self._silo}: version {version} was refused {num_refused} times: "
+                            f"{refusals[-1].reason}"
+                        )
+                    sent = None  # the commit comes without us
+                elif not self._is_committed(version):
+                    self.deliver(*sent)
             self._pause()
-        return self._download(version, base, bytes_sent=sum(payload.num_bytes for payload in manifest.payloads))
+        return any(refusal.final for refusal in refusals)
 
-    def _download(self, version: int, base: Mapping[str, Tensor], bytes_sent: int = 0) -> Received:
+    def _is_committed(self, version: int) -> bool:
+        return self._store.newest_version(version - 1) >= version
+
+    # ---- where the others may go on without us
+
+    def newest(self, version: int) -> int:
+        """The newest version that is committed, where `version` is known to be."""
+        return self._store.newest_version(version)
+
+    def commit(self, version: int) -> Commit:
+        """The commit of a version that is there. Raises ConfigError."""
+        try:
+            return self._store.read_commit(version)
+        except RefusedError as error:
+            raise ConfigError(f"silo {self._silo}: version {version} in the store cannot be used: {error}") from None
+
+    def announce(self, version: int) -> None:
+        """Say that we take part from `version` on."""
+        self._store.announce(self._silo, left=False, version=version)
+
+    def wait_for(self, version: int) -> None:
+        """Wait for a commit in which we have no part."""
+        self._wait_for_commit(version, None)
+
+    def changes(self, version: int, newest: int, base: Mapping[str, Tensor]) -> Iterator[Received]:
+        """What makes version `newest` of `version`, whose tensors are `base`, one fragment after another.
+
+        Each fragment comes as the coded changes that were missed, or whole if these are gone or not smaller. The last
+        commit is in all of them. Raises ConfigError.
+        """
+        last, num_fragments = self.commit(newest), self._config.outer.num_fragments
+        for fragment in range(num_fragments):
+            missed = [v for v in range(max(version, 0) + 1, newest + 1) if v % num_fragments == fragment]
+            if not missed and version >= 0:
+                continue
+            try:
+                yield self._changed(missed[-1] if missed else 0, missed if version >= 0 else [], last, base, fragment)
+            except (RefusedError, SafetensorError) as error:
+                raise ConfigError(f"silo {self._silo}: version {newest} in the store cannot be used: {error}") from None
+
+    def _changed(
+        self, newest: int, missed: list[int], last: Commit, base: Mapping[str, Tensor], fragment: int
+    ) -> Received:
+        """One fragment as version `newest` made it, from the changes of `missed` or whole."""
+        whole = self._store.whole(newest, fragment)
+        changes = self._store.changes(missed, fragment, below_bytes=whole.num_bytes)
+        values: dict[str, Tensor] = {}
+        for number, payload, codec in changes or [(newest, whole, "")]:
+            file = self._directory / "inbox" / f"{number:06d}-{fragment:03d}.safetensors"
+            self._store.fetch(version_path(number), payload, file)
+            tensors = Tensors(file)
+            before = values or {name: base[name] for name in tensors.names} if codec else {}
+            values = changed_tensors(tensors, codec, before)
+            file.unlink()
+        rows = {name: tensor_row(name, value) for name, value in values.items()}
+        num_bytes = sum(payload.num_bytes for _, payload, _ in changes) or whole.num_bytes
+        return Received(commit=last, values=values, rows=rows, bytes_sent=0, bytes_received=num_bytes)
+
+    def _download(self, version: int, base: Mapping[str, Tensor]) -> Received:
         """Fetch a commit's payloads and check them before a byte is decoded."""
         values: dict[str, Tensor] = {}
         num_bytes = 0
@@ -110,7 +191,7 @@ class ThroughStore:
         except (RefusedError, SafetensorError) as error:
             raise ConfigError(f"silo {self._silo}: version {version} in the store cannot be used: {error}") from None
         rows = {name: tensor_row(name, value) for name, value in values.items()}
-        return Received(commit=commit, values=values, rows=rows, bytes_sent=bytes_sent, bytes_received=num_bytes)
+        return Received(commit=commit, values=values, rows=rows, bytes_sent=0, bytes_received=num_bytes)
 
     def _pause(self) -> None:
         if self._closing.wait(self._config.exchange.poll_seconds):

@@ -23,6 +23,7 @@ from pretrain.config import ConfigError, RunConfig, SiloConfig, load_config
 from pretrain.exchange.base import Exchange
 from pretrain.journal import Journal
 from pretrain.lock import lock_directory
+from pretrain.outer.rounds import next_step
 from pretrain.preflight import check_silo
 from pretrain.silo.checkpoint import Checkpoints, Progress, save_parameters
 from pretrain.silo.data import BadTokenError, Batches, Mixture, PackedTokens, Prefetch
@@ -33,8 +34,9 @@ from pretrain.silo.optim import learning_rate
 from pretrain.silo.ranks import Ranks
 from pretrain.silo.shards import tokenizer_sha256, verify_shards
 from pretrain.steplog import StepLog
-from pretrain.sync import SiloSync, StopRequested
+from pretrain.sync import StopRequested
 from pretrain.sync_collective import AmongSilos
+from pretrain.sync_elastic import ElasticSync
 from pretrain.sync_store import ThroughStore
 
 STOPPED = 75  # EX_TEMPFAIL: stopped on request with a checkpoint; start it again to go on
@@ -53,7 +55,7 @@ class Silo:
     mixture: Mixture
     held_out: dict[str, PackedTokens]
     checkpoints: Checkpoints
-    sync: SiloSync | None  # None: trains alone
+    sync: ElasticSync | None  # None: trains alone
     asked_to_stop: Callable[[], bool]
     progress: Progress
     reading: Future[str]  # what is wrong with the shards' bytes; the leader's
@@ -100,16 +102,35 @@ class Silo:
             shown = "  ".join(f"{corpus} {loss:.4f}" for corpus, loss in losses.items())
             print(f"round {progress.round:5d}  held-out {shown}", flush=True)
 
-    def agreement_due(self) -> bool:
-        """Whether the ranks talk after this step: when it is logged, and before anything is delivered or saved."""
-        step, settings = self.progress.step, self.config.silos[self.name]
+    def end_round(self) -> None:
+        """A round, or several that went on without us, has ended: evaluate if it is time."""
+        progress, interval = self.progress, self.config.silos[self.name].eval_interval_rounds
+        progress.round = progress.step // self.config.outer.sync_interval_steps
+        if self.sync:
+            self.sync.set_pace(progress)
+        if progress.step == self.config.inner.num_steps or (interval and progress.round % interval == 0):
+            self.evaluate()
+
+    def agreement_due(self, before: int) -> bool:
+        """Whether the ranks talk after this step: when it is logged, and before anything is delivered or saved.
+
+        `before` is the step before this one: a silo that makes fewer steps than others passes several at a time.
+        """
+        progress, settings = self.progress, self.config.silos[self.name]
         return (
-            step % settings.log_interval_steps == 0
-            or step % self.config.outer.sync_interval_steps == 0
-            or self.config.schedule.is_due(step)
-            or step % settings.checkpoint_interval_steps == 0
-            or step == self.config.inner.num_steps
+            passes(before, progress.step, settings.log_interval_steps)
+            or passes(before, progress.step, self.config.outer.sync_interval_steps)
+            or self.config.schedule.is_due(progress.step)
+            or passes(before, progress.step, settings.checkpoint_interval_steps)
+            or progress.step == self.config.inner.num_steps
         )
+
+    def warmed_up(self) -> float:
+        """What the learning rate is multiplied by after the silo has come back to a run that went on without it."""
+        progress, warmup_steps = self.progress, self.config.membership.rejoin_warmup_steps
+        if not progress.joined_step or not warmup_steps:
+            return 1.0
+        return min(1.0, (progress.step - progress.joined_step + 1) / warmup_steps)
 
     def save(self) -> None:
         """Write a checkpoint, and tell the store which version it holds."""
@@ -118,19 +139,26 @@ class Silo:
             self.sync.settle()
         self.checkpoints.save(self.progress, self.engine, self.ranks, self.sync.host_tensors if self.sync else {})
         if self.sync:
-            self.sync.checkpointed(self.progress.version)
+            self.sync.checkpointed(self.progress)
+
+
+def passes(before: int, step: int, interval_steps: int) -> bool:
+    """Whether a multiple of an interval lies after one step, up to another."""
+    return step // interval_steps > before // interval_steps
 
 
 def train(silo: Silo) -> None:
     """Train to the end of the run. Raises StopRequested on all ranks alike; ConfigError when the loss is not finite."""
-    config, progress, engine, sync, ranks = silo.config, silo.progress, silo.engine, silo.sync, silo.ranks
-    settings, inner, schedule = config.silos[silo.name], config.inner, config.schedule
+    config, progress, engine, sync = silo.config, silo.progress, silo.engine, silo.sync
+    schedule, interval_steps = config.schedule, config.silos[silo.name].checkpoint_interval_steps
     log = StepLog(config, silo.name, silo.journal, progress)
+    if sync:
+        sync.catch_up(engine, progress)
     log.resume_training()
-    saved_step, stop = progress.step, 0.0
+    saved_step = progress.step
 
     while True:
-        if sync:
+        if sync and schedule.is_due(progress.step):
             for what, version in schedule.due(progress.step, sent=progress.sent, adopted=progress.version):
                 silo.check_data()
                 if what == "deliver":
@@ -138,34 +166,40 @@ def train(silo: Silo) -> None:
                 else:
                     sync.wait(progress, version)  # for the aggregator's commit
                     sync.adopt(engine, progress, version)  # what was merged, checked against the commit's digest
-                log.resume_training()
-        if progress.step // schedule.sync_interval_steps > progress.round:  # the end of a round
-            progress.round += 1
-            last, interval = progress.step == inner.num_steps, settings.eval_interval_rounds
-            if last or (interval and progress.round % interval == 0):
-                silo.evaluate()
+            sync.catch_up(engine, progress)  # if others have gone on without us
             log.resume_training()
-        finished = progress.step == inner.num_steps
-        if progress.step != saved_step and (finished or progress.step % settings.checkpoint_interval_steps == 0):
+        if progress.step // schedule.sync_interval_steps > progress.round:
+            silo.end_round()
+            log.resume_training()
+        finished = progress.step == config.inner.num_steps
+        if progress.step != saved_step and (finished or passes(saved_step, progress.step, interval_steps)):
             silo.save()
             saved_step = progress.step
             log.resume_training()
         if finished:
             break
+        inner_step(silo, log)
 
-        lr = learning_rate(progress.step, inner)
-        loss, grad_norm = engine.step((next(silo.batches) for _ in range(settings.accumulation_steps)), lr)
-        progress.step += 1
-        progress.position = silo.batches.state()
-        if silo.agreement_due():  # the ranks share their losses and stop requests
-            asked = sync.asked_to_stop() if sync else silo.asked_to_stop()
-            progress.loss, stop = ranks.sum([loss / ranks.num_ranks, float(asked)])
+    log.summary(engine, silo.ranks, silo.mixture)
+
+
+def inner_step(silo: Silo, log: StepLog) -> None:
+    """One inner step. Where it is due, the ranks share their losses and stop requests; raises as `train` does."""
+    config, progress, engine, sync = silo.config, silo.progress, silo.engine, silo.sync
+    interval, before, stop = config.outer.sync_interval_steps, progress.step, 0.0
+    lr = learning_rate(progress.step, config.inner) * silo.warmed_up()
+    num_batches = config.silos[silo.name].accumulation_steps
+    loss, grad_norm = engine.step((next(silo.batches) for _ in range(num_batches)), lr)
+    progress.step = next_step(before, interval, progress.round_steps or interval)
+    progress.position = silo.batches.state()
+    if silo.agreement_due(before):
+        asked = sync.asked_to_stop() if sync else silo.asked_to_stop()
+        progress.loss, stop = silo.ranks.sum([loss / silo.ranks.num_ranks, float(asked)])
+        if not (sync and sync.went_back(engine, progress)):
             log.check_finite(engine.num_skipped_steps, silo.checkpoints.newest)
-        log.step(lr, grad_norm)
-        if stop:
-            raise StopRequested
-
-    log.summary(engine, ranks, silo.mixture)
+    log.step(lr, grad_norm)
+    if stop:
+        raise StopRequested
 
 
 def prepare(
@@ -173,7 +207,7 @@ def prepare(
     name: str,
     ranks: Ranks,
     journal: Journal | None,
-    sync: SiloSync | None = None,
+    sync: ElasticSync | None = None,
     *,
     asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> Silo:
@@ -296,7 +330,7 @@ def run(config: RunConfig, name: str, journal: Journal | None) -> int:
     """Prepare and train; returns 0 when done, STOPPED when stopped with everything saved."""
     ranks, asked_to_stop = Ranks(), _stop_signals()
     exchange = _exchange(config, name, ranks)
-    sync = SiloSync(config, name, ranks, journal, exchange, asked_to_stop=asked_to_stop) if exchange else None
+    sync = ElasticSync(config, name, ranks, journal, exchange, asked_to_stop=asked_to_stop) if exchange else None
     silo, ended = None, "has failed"
     try:
         silo = prepare(config, name, ranks, journal, sync, asked_to_stop=asked_to_stop)

@@ -25,6 +25,8 @@ class Received:
     rows: dict[str, Row]
     bytes_sent: int
     bytes_received: int
+    refused: bool = False
+    """Whether our delivery for it was refused for good."""
 
 
 class Exchange(Protocol):
@@ -53,7 +55,7 @@ class Exchange(Protocol):
         """On every rank but the leader, once that has joined."""
 
     def initial(self) -> Received:
-        """Version 0, all tensors. Once, by a silo that has no checkpoint."""
+        """Version 0, or with a quorum the newest, all tensors. Once, by a silo that has no checkpoint."""
 
     def pieces(self, names: Sequence[str], base: Mapping[str, Tensor]) -> list[Piece]:
         """In which pieces a fragment's tensors are coded and sent."""
@@ -61,8 +63,10 @@ class Exchange(Protocol):
     def deliver(self, manifest: Manifest, file: Path) -> None:
         """Give away a coded fragment, as often as need be: what was delivered first stands."""
 
-    def receive(self, version: int, manifest: Manifest, file: Path, base: Mapping[str, Tensor]) -> Received:
-        """Wait until a version is merged; `base` has the tensors that it changes, as they are before."""
+    def receive(self, version: int, sent: "tuple[Manifest, Path] | None", base: Mapping[str, Tensor]) -> Received:
+        """Wait until a version is merged; `sent` is our part in it, if we have one, and `base` the tensors that it
+        changes, as they are before.
+        """
 
     def checkpointed(self, version: int) -> None:
         """A checkpoint holds `version`: what is older is not needed any more."""

@@ -9,7 +9,9 @@
     silos/NAME/identity.json                 which run directory holds this name
     silos/NAME/000017/000017.safetensors     the coded fragment of the pseudo-gradient for version 17
     silos/NAME/000017/manifest.json          written last: the delivery is there when this is
-    silos/NAME/000017/refused-0.json         why the aggregator did not take it; the silo delivers again
+    silos/NAME/000017/refused-0.json         why the aggregator did not take it; the silo delivers again, unless final
+    silos/NAME/membership/000003.json        the silo has joined or left, and which version was the newest then
+    waiting/000017.json                      whom the aggregator waits for, and how long at most; gone when it commits
     silos/NAME/resumable/000016              the silo has a checkpoint that holds version 16
 
 Version 17 is what outer step 17 made of one fragment (outer/schedule.py); with one fragment, versions are rounds.
@@ -18,6 +20,7 @@ Version 17 is what outer step 17 made of one fragment (outer/schedule.py); with 
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.config import ConfigError
@@ -42,6 +45,22 @@ def file_payload(file: Path, fragment: int) -> Payload:
     with file.open("rb") as opened:
         sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
     return Payload(fragment=fragment, file=file.name, sha256=sha256, num_bytes=file.stat().st_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """Why a delivery was not taken, and whether another one for the same version would not be either."""
+
+    reason: str
+    final: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Membership:
+    """A silo's last word on whether it takes part, and the newest version when it said it."""
+
+    left: bool
+    version: int
 
 
 class StoreExchange:
@@ -132,11 +151,45 @@ class StoreExchange:
         self.objects.write(f"{folder}/manifest.json", manifest.to_bytes())
         return manifest.to_bytes()
 
-    def refusals(self, silo: str, version: int) -> list[str]:
+    def refusals(self, silo: str, version: int) -> list[Refusal]:
         """The aggregator's reasons for refusing deliveries for this version, oldest first."""
         folder = delivery_path(silo, version)
         names = [name for name in self.objects.names(folder) if name.startswith("refused-")]
-        return [json.loads(self.objects.read(f"{folder}/{name}"))["reason"] for name in names]
+        records = [json.loads(self.objects.read(f"{folder}/{name}")) for name in names]
+        return [Refusal(reason=record["reason"], final=record["final"]) for record in records]
+
+    def announce(self, silo: str, *, left: bool, version: int) -> None:
+        """Say that a silo joins or leaves, where `version` is the newest that it has seen."""
+        folder = f"silos/{silo}/membership"
+        number = max((int(name[:6]) for name in self.objects.names(folder)), default=-1) + 1
+        record = {"left": left, "version": version}
+        self.objects.write(f"{folder}/{number:06d}.json", (json.dumps(record) + "\n").encode())
+
+    def whole(self, version: int, fragment: int) -> Payload:
+        """The payload that holds a fragment's tensors themselves as `version` made them. Raises RefusedError."""
+        commit = self.read_commit(version)
+        for payload in commit.payloads + commit.state_payloads:
+            if payload.fragment == fragment and payload.file.startswith("parameter-"):
+                return payload
+        raise RefusedError(f"version {version} does not hold fragment {fragment}")
+
+    def changes(self, versions: Iterable[int], fragment: int, *, below_bytes: int) -> list[tuple[int, Payload, str]]:
+        """A fragment's coded changes of several versions, oldest first: version, payload and codec.
+
+        Empty if one is no change but a whole value, is not there any more, or all are not below a size.
+        """
+        found: list[tuple[int, Payload, str]] = []
+        for version in versions:
+            commit = self.read_commit(version)
+            payload = next((payload for payload in commit.payloads if payload.fragment == fragment), None)
+            if commit.codec == "fp32" or not payload:
+                return []
+            found.append((version, payload, commit.codec))
+            if sum(payload.num_bytes for _, payload, _ in found) >= below_bytes:
+                return []
+            if not self.objects.exists(f"{version_path(version)}/{payload.file}"):
+                return []
+        return found
 
     def mark_resumable(self, silo: str, version: int) -> None:
         """Say that this silo has a checkpoint holding `version`, so that older versions may be pruned."""
@@ -160,17 +213,33 @@ class StoreExchange:
         name = f"{delivery_path(silo, version)}/manifest.json"
         return self.objects.read(name) if self.objects.exists(name) else None
 
-    def refuse(self, silo: str, version: int, manifest: bytes, reason: str) -> None:
-        """Remove a delivery's manifest so that the silo delivers again, and record why it was not taken.
+    def refuse(self, silo: str, version: int, manifest: bytes, reason: str, *, final: bool = False) -> None:
+        """Remove a delivery's manifest so that the silo delivers again, unless this is final, and record the reason.
 
         In this order: whoever is killed in between loses a reason, but every refusal that stands is counted once, and
         a silo that delivers the same bytes again and again comes to the end of its tries.
         """
         folder = delivery_path(silo, version)
         refused = [name for name in self.objects.names(folder) if name.startswith("refused-")]
-        record = {"reason": reason, "manifest_sha256": sha256_bytes(manifest)}
+        record = {"reason": reason, "final": final, "manifest_sha256": sha256_bytes(manifest)}
         self.objects.delete(f"{folder}/manifest.json")
         self.objects.write(f"{folder}/refused-{len(refused)}.json", json.dumps(record).encode())
+
+    def membership(self, silo: str) -> Membership | None:
+        """Whether a silo has joined or left, by its last word; None if it never said one."""
+        folder = f"silos/{silo}/membership"
+        names = self.objects.names(folder)
+        if not names:
+            return None
+        record = json.loads(self.objects.read(f"{folder}/{names[-1]}"))
+        return Membership(left=bool(record["left"]), version=int(record["version"]))
+
+    def say_waiting(self, version: int, silos: list[str], *, deadline_seconds: float | None) -> None:
+        """Leave word of whom a version waits for; the store's own clock tells since when."""
+        name = f"waiting/{version:06d}.json"
+        record = json.dumps({"silos": silos, "deadline_seconds": deadline_seconds}).encode()
+        if not self.objects.exists(name):
+            self.objects.write(name, record)
 
     def publish(self, commit: Commit, files: Iterable[tuple[Payload, Path]]) -> None:
         """Write the payloads of a version, then its commit. Raises FileExistsError if the version was committed."""
@@ -181,6 +250,7 @@ class StoreExchange:
             self.objects.delete(f"{folder}/{payload.file}")  # left by an aggregator that died before its commit
             self.objects.upload(file, f"{folder}/{payload.file}")
         self.objects.write(f"{folder}/commit.json", commit.to_bytes())
+        self.objects.delete(f"waiting/{commit.version:06d}.json")
 
     def newest_state(self, newest: int, num_fragments: int) -> Iterator[tuple[int, Payload]]:
         """What version `newest` is made of: each fragment's last change. Yields the payloads that hold whole tensors.

@@ -72,6 +72,10 @@ class Schedule:
         """Whether anything is delivered or adopted after this inner step."""
         return any(step in (self.sent(version), self.adopted(version)) for version in self._near(step))
 
+    def newest_sent(self, step: int) -> int:
+        """The newest version that was sent up to this inner step, this one included."""
+        return max((version for version in self._near(step) if self.sent(version) <= step), default=0)
+
     def _near(self, step: int) -> range:
         """All versions that can be sent or adopted at a step: those of its own round and of the one before."""
         cycle = step // self.sync_interval_steps

@@ -13,7 +13,7 @@ import dataclasses
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ class Progress:
     """Where a silo is."""
 
     step: int = 0
-    """Inner steps done."""
+    """Inner steps done, as the contract's schedule counts them."""
     version: int = -1
     """Newest version of the global parameters that the silo has adopted; -1 before it has any."""
     sent: int = 0
@@ -45,6 +45,18 @@ class Progress:
     """Sequences consumed."""
     loss: float = 0.0
     """Training loss of the last inner step, in nats."""
+    sent_positions: dict[str, int] = field(default_factory=dict)
+    """`position` when each fragment was sent last."""
+    unsettled: list[int] = field(default_factory=list)
+    """Versions that we delivered for and do not know yet whether it counted."""
+    joined_step: int = 0
+    """The inner step at which the silo has joined, or caught up with the others."""
+    round_steps: int = 0
+    """Inner steps that this silo makes in the present round, where that depends on its speed; else 0."""
+    seconds_per_step: float = 0.0
+    """Running mean of what an inner step takes."""
+    mean_loss: float = 0.0
+    """Running mean of the training loss; 0 before there is one."""
     seconds_training: float = 0.0
     seconds_waiting: float = 0.0
     seconds_evaluating: float = 0.0

@@ -72,6 +72,7 @@ class Engine:
         self._masters = _fp32_masters(self._deepspeed)
         self._ranks = ranks
         self._mask_at = mask_at
+        self._optimizer = optimizer
         _forget_initial_step(optimizer)
         if isinstance(optimizer, MuonAdamW) and self.stage:
             optimizer.place(_pieces(self._deepspeed, optimizer, self.stage), ranks.device)
@@ -109,6 +110,14 @@ class Engine:
         if self.stage or self._masters or not self._deepspeed.is_gradient_accumulation_boundary():
             return None
         return torch.nn.utils.get_total_norm([p.grad for p in self._parameters.values() if p.grad is not None]).item()
+
+    def forget_optimizer(self) -> None:
+        """Start the inner optimizer anew: what it remembers of gradients is zero."""
+        for state in self._optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    value.zero_()
+        _forget_initial_step(self._optimizer)
 
     @property
     def num_skipped_steps(self) -> int:

@@ -13,7 +13,7 @@ FORMAT = 1
 
 
 def build_contract(config: RunConfig) -> dict[str, Any]:
-    """The contract of a configuration: model, tokenizer, sequences, inner and outer settings, roster."""
+    """The contract of a configuration: model, tokenizer, sequences, inner and outer settings, roster and its rules."""
     return {
         "format": FORMAT,
         "name": config.name,
@@ -23,6 +23,7 @@ def build_contract(config: RunConfig) -> dict[str, Any]:
         "document_masking": config.document_masking,
         "inner": dataclasses.asdict(config.inner),
         "outer": dataclasses.asdict(config.outer),
+        "membership": dataclasses.asdict(config.membership),
         "num_versions": config.schedule.num_versions,
         "roster": config.full_roster,
         "signature": None,

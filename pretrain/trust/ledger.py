@@ -111,9 +111,11 @@ class Manifest(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Contributor:
-    """One silo's part in a commit; its weight is in tokens."""
+    """One silo's part in a commit. Its weight is in tokens, or a count where a merge counts every silo alike."""
 
     silo: str
+    version: int
+    """The version that it delivered for: an older one if it came too late for that."""
     manifest_sha256: str
     tokens: int
     tokens_total: int

@@ -41,8 +41,8 @@ def start(config: RunConfig) -> tuple[Aggregator, OuterState]:
 
 def one_version(aggregator: Aggregator, state: OuterState) -> None:
     deliveries = aggregator.collect(state)
-    changes, divisor, metrics = aggregator.merge(state, deliveries)
-    aggregator.commit(state, changes, deliveries, divisor, metrics)
+    changes, weights, metrics = aggregator.merge(state, deliveries)
+    aggregator.commit(state, changes, deliveries, weights, metrics)
 
 
 def times(state: OuterState, factor: float) -> Tensors:
@@ -241,8 +241,8 @@ def test_arrival_order_does_not_matter(tmp_path: Path, tiny_config: TinyConfig) 
         thread.join(30)
         deliveries = box[0]
         assert [delivery.manifest.silo for delivery in deliveries] == names
-        changes, divisor, metrics = aggregator.merge(state, deliveries)
-        aggregator.commit(state, changes, deliveries, divisor, metrics)
+        changes, weights, metrics = aggregator.merge(state, deliveries)
+        aggregator.commit(state, changes, deliveries, weights, metrics)
         digests.append(state.parameters_digest)
     assert digests[0] == digests[1]
 
@@ -426,8 +426,8 @@ def refused_then_taken(hand: Hand, expected: str, config: RunConfig) -> tuple[Ag
     GOOD.deliver(config, "alpha", state, local, tokens=100)
     thread.join(30)
     assert [delivery.manifest.silo for delivery in deliveries] == ["alpha", "beta"]
-    _, divisor, _ = aggregator.merge(state, deliveries)
-    assert divisor == 400
+    _, weights, _ = aggregator.merge(state, deliveries)
+    assert weights == [100, 300]
     assert not (folder / "refused-1.json").exists()
     return aggregator, state
 

@@ -43,7 +43,7 @@ COMMIT = Commit(
     payloads=[PAYLOAD],
     state_payloads=[],
     contributors=[
-        Contributor(silo="law", manifest_sha256="f0" * 32, tokens=512, tokens_total=512, steps=4, weight=512)
+        Contributor(silo="law", version=1, manifest_sha256="f0" * 32, tokens=512, tokens_total=512, steps=4, weight=512)
     ],
     divisor=512,
     parameters_digest="d1" * 32,

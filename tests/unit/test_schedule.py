@@ -17,6 +17,7 @@ def events(schedule: Schedule, *, start: int = 0, sent: int = 0, adopted: int = 
         for what, version in schedule.due(step, sent=sent, adopted=adopted):
             done.append((step, what, version))
             sent, adopted = (version, adopted) if what == "deliver" else (sent, version)
+        assert schedule.newest_sent(step) == sent
     return done
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.exchange.objects import BLOCK_BYTES, Objects
-from pretrain.exchange.store import StoreExchange, delivery_path, file_payload, version_path
+from pretrain.exchange.store import Refusal, StoreExchange, delivery_path, file_payload, version_path
 from pretrain.trust.ledger import Commit, Manifest, Payload, RefusedError, sha256_bytes
 from tests.support import one_line_error
 
@@ -338,7 +338,7 @@ def test_deliver_refuse_deliver_again(exchange: StoreExchange, tmp_path: Path) -
     assert exchange.delivery("law", 1) == first.to_bytes()
     exchange.refuse("law", 1, first.to_bytes(), "its codec is odd")
     assert exchange.delivery("law", 1) is None
-    assert exchange.refusals("law", 1) == ["its codec is odd"]
+    assert exchange.refusals("law", 1) == [Refusal(reason="its codec is odd", final=False)]
     second = deliver(exchange, "law", 1, b"good", tmp_path)  # replaces the refused payload
     assert exchange.delivery("law", 1) == second.to_bytes()
     exchange.fetch(delivery_path("law", 1), second.payloads[0], tmp_path / "copy")
@@ -360,9 +360,9 @@ def test_every_refusal_counts_also_of_the_same_bytes(exchange: StoreExchange, tm
     for count in range(1, 4):
         manifest = deliver(exchange, "law", 1, b"bad", tmp_path)
         exchange.refuse("law", 1, manifest.to_bytes(), "not finite")
-        assert exchange.refusals("law", 1) == ["not finite"] * count
+        assert exchange.refusals("law", 1) == [Refusal(reason="not finite", final=False)] * count
     record = json.loads(exchange.objects.read("silos/law/000001/refused-2.json"))
-    assert record == {"reason": "not finite", "manifest_sha256": sha256_bytes(manifest.to_bytes())}
+    assert record == {"reason": "not finite", "final": False, "manifest_sha256": sha256_bytes(manifest.to_bytes())}
 
 
 # ---- pruning
