@@ -43,7 +43,7 @@ WAYS = {
     "collective int4": ("collective", INT4),
     "collective streaming overlap int4": ("collective", STREAMING),
 }
-# Two million parameters and short steps: plain DiLoCo in fp32 is bound by the link, as a large model is by a fast one.
+# 1.6 million parameters and short steps: plain DiLoCo in fp32 is bound by the link, as a large model is by a fast one.
 SETTINGS = [
     "model.config.hidden_size=192",
     "model.config.intermediate_size=512",

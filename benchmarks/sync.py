@@ -33,7 +33,7 @@ WAYS: dict[str, tuple[str, tuple[str, ...]]] = {
     "fp32": (BOTH_WAYS.format("fp32"), (AVERAGING, NESTEROV)),
     "int8": (BOTH_WAYS.format("int8"), (AVERAGING, NESTEROV)),
     "int4": (BOTH_WAYS.format("int4"), (AVERAGING, NESTEROV)),
-    "e3m0": (BOTH_WAYS.format("e3m0"), (AVERAGING, NESTEROV)),
+    "e3m0": (BOTH_WAYS.format("e3m0"), (AVERAGING, NESTEROV, f"{AVERAGING} outer.error_feedback=1.0")),
     "streaming": (f"{BOTH_WAYS.format('fp32')} {FRAGMENTS}", (AVERAGING, NESTEROV)),
     "streaming overlap int4": (
         f"{BOTH_WAYS.format('int4')} {FRAGMENTS} outer.overlap_steps=2",
@@ -42,6 +42,10 @@ WAYS: dict[str, tuple[str, tuple[str, ...]]] = {
     "sparse": (
         "outer.codec=topk outer.downlink_codec=int4",
         (AVERAGING, "outer.optimizer=sgd outer.lr=2.0", f"{AVERAGING} outer.error_feedback=1.0"),
+    ),
+    "sparse h5": (
+        "outer.codec=topk outer.downlink_codec=int4 outer.sync_interval_steps=5",
+        (AVERAGING, "outer.optimizer=sgd outer.lr=2.0"),
     ),
     "muon": (
         f"{BOTH_WAYS.format('fp32')} inner.optimizer=muon",

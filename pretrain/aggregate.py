@@ -9,7 +9,8 @@ import argparse
 import resource
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from torch import Tensor
 
 from pretrain.collect import Collector, Delivery
 from pretrain.config import ConfigError, RunConfig, load_config
+from pretrain.disk import full_disk
+from pretrain.exchange.lease import Lease
+from pretrain.exchange.objects import Objects
 from pretrain.exchange.store import StoreExchange, delivery_path, file_payload, version_path
 from pretrain.journal import Journal
 from pretrain.lock import lock_directory
@@ -52,11 +56,10 @@ class OuterState(OuterTensors):
 class Aggregator:
     """Merges the silos of one store. Memory: the outer state and a few single tensors, however many silos there are."""
 
-    def __init__(self, config: RunConfig, journal: Journal) -> None:
-        self._config, self._journal, self._schedule = config, journal, config.schedule
-        if config.exchange.kind != "store":
-            raise ConfigError(f"exchange.kind: {config.exchange.kind!r} given; an aggregator serves only 'store'")
-        self._exchange = StoreExchange(config.store_url)
+    def __init__(self, config: RunConfig, journal: Journal, *, check_lease: Callable[[], None] = lambda: None) -> None:
+        """`check_lease` raises ConfigError before a commit if another aggregator works on this store by now."""
+        self._config, self._journal, self._schedule, self._check_lease = config, journal, config.schedule, check_lease
+        self._exchange = StoreExchange(config.store_url, retry_seconds=config.exchange.retry_seconds)
         self._scratch = Path(config.directory) / "aggregator"
         self._roster = config.full_roster
         self._fragments: list[list[str]] = []
@@ -351,19 +354,25 @@ class Aggregator:
             outer_digest=state.kept_digest,
             metrics=metrics,
         )
+        self._check_lease()
         self._exchange.publish(commit, payloads + state_payloads)
         state.version = version
 
 
 def aggregate(config: RunConfig, journal: Journal) -> None:
     """Commit one version after another until the last."""
-    aggregator = Aggregator(config, journal)
+    exchange = config.exchange
+    if exchange.kind != "store":
+        raise ConfigError(f"exchange.kind: {exchange.kind!r} given; an aggregator serves only 'store'")
+    lease = Lease(Objects(config.store_url, retry_seconds=exchange.retry_seconds), seconds=exchange.lease_seconds)
+    aggregator = Aggregator(config, journal, check_lease=lease.check)
     state = aggregator.start()
     while state.version < config.schedule.num_versions:
         deliveries = aggregator.collect(state)
         journal.status("merging", round=config.round_of(state.version + 1))
         changes, weights, metrics = aggregator.merge(state, deliveries)
         aggregator.commit(state, changes, deliveries, weights, metrics)
+    lease.release()
 
 
 def main() -> int:
@@ -380,11 +389,15 @@ def main() -> int:
         journal.status("starting")
         torch.set_num_threads(1)
         aggregate(config, journal)
-    except (ConfigError, RefusedError) as error:
-        print(f"atoll: {error}", file=sys.stderr, flush=True)
-        if journal:
-            journal.error(str(error))
-            journal.status("failed")
+    except Exception as error:
+        message = str(error)
+        if not isinstance(error, ConfigError | RefusedError) and not (message := full_disk(error, config.directory)):
+            raise
+        print(f"atoll: {message}", file=sys.stderr, flush=True)
+        with suppress(OSError):  # the disk may be full
+            if journal:
+                journal.error(message)
+                journal.status("failed")
         return 2
     peak_memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     journal.record("aggregator", peak_memory_bytes=peak_memory_bytes)

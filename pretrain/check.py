@@ -62,6 +62,7 @@ def check_config(config: "RunConfig") -> None:
         "outer.decay_rounds": (config.outer.decay_rounds, 0),
         "outer.num_fragments": (config.outer.num_fragments, 1),
         "outer.overlap_steps": (config.outer.overlap_steps, 0),
+        "exchange.retry_seconds": (config.exchange.retry_seconds, 0),
         "exchange.keep_versions": (config.exchange.keep_versions, 1),
     }
     for key, (number, minimum) in at_least.items():
@@ -73,6 +74,7 @@ def check_config(config: "RunConfig") -> None:
         "outer.lr": config.outer.lr,
         "outer.eps": config.outer.eps,
         "exchange.poll_seconds": config.exchange.poll_seconds,
+        "exchange.lease_seconds": config.exchange.lease_seconds,
         "exchange.dead_seconds": config.exchange.dead_seconds,
         "exchange.hung_seconds": config.exchange.hung_seconds,
     }

@@ -154,6 +154,10 @@ class ExchangeConfig:
     tcp://HOST:PORT, where the first silo of the roster (sorted) listens and all others find it."""
     poll_seconds: float = 0.5
     """How often a waiting process looks into the store."""
+    retry_seconds: float = 600.0
+    """How long a store that is in trouble (unreachable, slow, full) is tried again before a process stops."""
+    lease_seconds: float = 30.0
+    """An aggregator that has not been heard of in the store for this long may be replaced by another."""
     num_lanes: int = 1
     """Ranks of each silo that carry its bytes in a collective."""
     dead_seconds: float = 30.0

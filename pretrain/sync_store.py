@@ -5,13 +5,16 @@ import json
 import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 from torch import Tensor
 
 from pretrain.config import ConfigError, RunConfig
-from pretrain.exchange.base import Received, StopWaitingError
+from pretrain.exchange.base import Received
+from pretrain.exchange.objects import StopWaitingError, StoreTroubleError
 from pretrain.exchange.store import StoreExchange, version_path
 from pretrain.outer.codec import apply_change, check
 from pretrain.outer.digest import tensor_row
@@ -27,15 +30,18 @@ class ThroughStore:
     """One silo's exchange through the store; see exchange/base.py for the verbs."""
 
     concurrent = True
-    lost = ""
     waiting_for = "the aggregator"
 
     def __init__(self, config: RunConfig, silo: str) -> None:
         self._config, self._silo = config, silo
         self._rules = config.membership
-        self._store = StoreExchange(config.store_url)
-        self._directory = config.silo_directory(silo)
         self._closing = threading.Event()
+        self._store = StoreExchange(
+            config.store_url, retry_seconds=config.exchange.retry_seconds, closing=self._closing
+        )
+        self._directory = config.silo_directory(silo)
+        self._marking = ThreadPoolExecutor(1, thread_name_prefix="mark")
+        self.lost = ""
 
     @property
     def contract_sha256(self) -> str:
@@ -73,24 +79,35 @@ class ThroughStore:
 
     def deliver(self, manifest: Manifest, file: Path) -> None:
         """Write the payload and its manifest into the store; what comes too late to count is not sent."""
-        version = manifest.version
-        if self._rules.is_elastic and not self._rules.stale_weight and self._is_committed(version):
-            return
-        if self._store.deliver(manifest, [(payload, file) for payload in manifest.payloads]) != manifest.to_bytes():
-            print(
-                f"version {version}: this pseudo-gradient differs from the one delivered before the restart "
-                "(kernels that are not deterministic); the delivered one stands",
-                flush=True,
-            )
+        with self._noticing_the_end():
+            version = manifest.version
+            if self._rules.is_elastic and not self._rules.stale_weight and self._is_committed(version):
+                return
+            if self._store.deliver(manifest, [(payload, file) for payload in manifest.payloads]) != manifest.to_bytes():
+                print(
+                    f"version {version}: this pseudo-gradient differs from the one delivered before the restart "
+                    "(kernels that are not deterministic); the delivered one stands",
+                    flush=True,
+                )
 
     def receive(self, version: int, sent: tuple[Manifest, Path] | None, base: Mapping[str, Tensor]) -> Received:
         """Wait until the commit is there, delivering again what the aggregator refused; then download it.
 
         Raises ConfigError after MAX_REFUSALS refusals, or one for good, unless the others may go on without us.
         """
-        refused = self._wait_for_commit(version, sent)
-        num_bytes = sum(payload.num_bytes for payload in sent[0].payloads) if sent else 0
-        return dataclasses.replace(self._download(version, base), bytes_sent=num_bytes, refused=refused)
+        with self._noticing_the_end():
+            refused = self._wait_for_commit(version, sent)
+            num_bytes = sum(payload.num_bytes for payload in sent[0].payloads) if sent else 0
+            return dataclasses.replace(self._download(version, base), bytes_sent=num_bytes, refused=refused)
+
+    @contextmanager
+    def _noticing_the_end(self) -> Iterator[None]:
+        """When the store stays away for longer than is tried, all ranks have to stop, and can still save."""
+        try:
+            yield
+        except StoreTroubleError as error:
+            self.lost = str(error)
+            raise StopWaitingError from None
 
     def _wait_for_commit(self, version: int, sent: tuple[Manifest, Path] | None) -> bool:
         """Whether our delivery was refused for good."""
@@ -126,7 +143,8 @@ class ThroughStore:
 
     def newest(self, version: int) -> int:
         """The newest version that is committed, where `version` is known to be."""
-        return self._store.newest_version(version)
+        with self._noticing_the_end():
+            return self._store.newest_version(version)
 
     def commit(self, version: int) -> Commit:
         """The commit of a version that is there. Raises ConfigError."""
@@ -137,11 +155,13 @@ class ThroughStore:
 
     def announce(self, version: int) -> None:
         """Say that we take part from `version` on."""
-        self._store.announce(self._silo, left=False, version=version)
+        with self._noticing_the_end():
+            self._store.announce(self._silo, left=False, version=version)
 
     def wait_for(self, version: int) -> None:
         """Wait for a commit in which we have no part."""
-        self._wait_for_commit(version, None)
+        with self._noticing_the_end():
+            self._wait_for_commit(version, None)
 
     def changes(self, version: int, newest: int, base: Mapping[str, Tensor]) -> Iterator[Received]:
         """What makes version `newest` of `version`, whose tensors are `base`, one fragment after another.
@@ -198,14 +218,15 @@ class ThroughStore:
             raise StopWaitingError
 
     def checkpointed(self, version: int) -> None:
-        """Say so in the store, for its pruning."""
-        self._store.mark_resumable(self._silo, version)
+        """Say so in the store, for its pruning; training goes on meanwhile."""
+        self._marking.submit(self._store.mark_resumable, self._silo, version)
 
     def moved(self) -> None:
         """Nobody waits for us without end: the aggregator does not ask."""
 
     def close(self, reason: str) -> None:
-        """End what waits."""
+        """End what waits; when all is done, the last checkpoint's word comes first."""
+        self._marking.shutdown(wait=not reason, cancel_futures=bool(reason))
         self._closing.set()
 
 

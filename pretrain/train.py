@@ -12,7 +12,7 @@ import time
 import zlib
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ import torch
 
 from pretrain.check import check_batch
 from pretrain.config import ConfigError, RunConfig, SiloConfig, load_config
+from pretrain.disk import full_disk
 from pretrain.exchange.base import Exchange
 from pretrain.journal import Journal
 from pretrain.lock import lock_directory
@@ -374,16 +375,21 @@ def main() -> int:
             journal = Journal(config, f"silos/{arguments.silo}", silo=arguments.silo)
             journal.status("starting")
         code = run(config, arguments.silo, journal)
-    except ConfigError as error:
-        code = 2
-        if is_leader or isinstance(error, BadTokenError):
-            print(f"atoll: {error}", file=sys.stderr, flush=True)
-        if journal:
-            journal.error(str(error))
-        elif isinstance(error, BadTokenError):  # the leader does not know what ended this rank
-            (config.silo_directory(arguments.silo) / "error.txt").write_text(f"{error}\n")
+    except Exception as error:
+        code, message = 2, str(error)
+        if not isinstance(error, ConfigError) and not (message := full_disk(error, config.directory)):
+            raise
+        only_ours = isinstance(error, BadTokenError) or not isinstance(error, ConfigError)
+        if is_leader or only_ours:
+            print(f"atoll: {message}", file=sys.stderr, flush=True)
+        with suppress(OSError):  # the disk may be full
+            if journal:
+                journal.error(message)
+            elif only_ours:  # the leader does not know what ended this rank
+                (config.silo_directory(arguments.silo) / "error.txt").write_text(f"{message}\n")
     if journal:
-        journal.status({0: "finished", STOPPED: "stopped"}.get(code, "failed"))
+        with suppress(OSError):
+            journal.status({0: "finished", STOPPED: "stopped"}.get(code, "failed"))
         journal.close()
     return code
 

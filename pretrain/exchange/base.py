@@ -12,10 +12,6 @@ from pretrain.outer.pieces import Piece
 from pretrain.trust.ledger import Commit, Manifest
 
 
-class StopWaitingError(Exception):
-    """The exchange was closed while it waited for others."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Received:
     """A version: its commit, and the new values of the tensors that it changes, fp32, with their digest rows."""

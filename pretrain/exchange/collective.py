@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pretrain.config import ConfigError
-from pretrain.exchange.base import StopWaitingError
+from pretrain.exchange.objects import StopWaitingError
 
 MESSAGE_BYTES = 4 << 20  # a peer that passes less than one in `dead_seconds` counts as dead
 CONNECT_SECONDS = 5.0

@@ -19,6 +19,7 @@ Version 17 is what outer step 17 made of one fragment (outer/schedule.py); with 
 
 import hashlib
 import json
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,9 +67,9 @@ class Membership:
 class StoreExchange:
     """Silos and aggregator meet only in the store; each may be killed and started again at any instant."""
 
-    def __init__(self, url: str) -> None:
-        """Raises ConfigError for a URL that fsspec cannot serve."""
-        self.objects = Objects(url)
+    def __init__(self, url: str, *, retry_seconds: float = 0.0, closing: threading.Event | None = None) -> None:
+        """Raises ConfigError for a URL that fsspec cannot serve; see Objects for the rest."""
+        self.objects = Objects(url, retry_seconds=retry_seconds, closing=closing)
         self.contract_sha256 = ""
 
     # ---- both

@@ -1,0 +1,19 @@
+"""A full disk, said in one line: every library that writes says it in its own way. No torch."""
+
+import errno
+import shutil
+
+FULL_BYTES = 1 << 20  # what is left when a write of any size may have failed for want of room
+
+
+def full_disk(error: BaseException, directory: str) -> str:
+    """One line if `error` came of a disk without room below `directory`, else nothing."""
+    says_so = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    says_so = says_so or "No space left on device" in str(error)
+    # torch and DeepSpeed only say that a write failed.
+    if says_so or shutil.disk_usage(directory).free < FULL_BYTES:
+        return (
+            f"directory: {directory!r} given; there is no space left on its disk; make room and start again: "
+            "everything up to the last checkpoint is there"
+        )
+    return ""
