@@ -24,6 +24,7 @@ app.add_typer(data_app, name="data")
 
 Config = Annotated[list[Path], typer.Option("--config", "-c", help="YAML file; several are merged in order.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, merged last.")]
+LEASE_SECONDS = 30.0
 RunDirectory = Annotated[Path, typer.Argument(help="Run directory.")]
 
 
@@ -117,8 +118,56 @@ def status(
     """
     from launch.status import print_status
 
-    inside = Path(where) / "store"
-    print_status(str(inside) if inside.is_dir() else where)
+    print_status(_store_of(where))
+
+
+@app.command()
+def rollback(
+    where: Annotated[str, typer.Argument(help="URL of the store, or a run directory with one in it.")],
+    to: Annotated[int, typer.Option(help="Version that becomes the newest again.")],
+    reason: Annotated[str, typer.Option(help="Why; goes into the record.")] = "",
+) -> None:
+    """Roll a run back to a version that is still kept; stop it first.
+
+    Later commits are kept aside, recorded, and never used again. Silos go on from a checkpoint that is old enough, or
+    from the version itself.
+
+    [bold]Example:[/bold] atoll rollback runs/demo --to 12 --reason "loss rose"
+    """
+    from pretrain.exchange.lease import Lease
+    from pretrain.exchange.store import StoreExchange
+    from pretrain.rollback import roll_back
+
+    exchange = StoreExchange(_store_of(where))
+    if exchange.read_contract() is None:
+        raise ConfigError(f"store: {where!r} given; there is no run in it (no contract.json)")
+    lease = Lease(exchange.objects, seconds=LEASE_SECONDS)  # no aggregator works meanwhile
+    try:
+        roll_back(exchange, to, reason)
+    finally:
+        lease.release()
+    print(f"version {to} is the newest again")
+
+
+@app.command()
+def leave(
+    where: Annotated[str, typer.Argument(help="URL of the store, or a run directory with one in it.")],
+    silo: Annotated[str, typer.Option(help="Which silo leaves.")],
+) -> None:
+    """Say that a silo leaves a run with a quorum: nobody waits for it any more. Stop it first.
+
+    Start it again and it takes part again.
+
+    [bold]Example:[/bold] atoll leave s3://bucket/run --silo law
+    """
+    from pretrain.exchange.store import StoreExchange
+
+    exchange = StoreExchange(_store_of(where))
+    exchange.read_contract()
+    member = exchange.membership(silo)
+    if member is None or member.left:
+        raise ConfigError(f"--silo: {silo!r} given; {'it has left already' if member else 'it has never joined'}")
+    exchange.announce(silo, left=True, version=exchange.newest_version())
 
 
 @app.command()
@@ -173,6 +222,11 @@ def evaluate(
     )
     for path, loss in losses.items():
         print(f"{loss:.6f}  {path}")
+
+
+def _store_of(where: str) -> str:
+    inside = Path(where) / "store"
+    return str(inside) if inside.is_dir() else where
 
 
 def _resolved(directory: Path) -> RunConfig:

@@ -35,6 +35,7 @@ from pretrain.outer.quantize import Parts
 from pretrain.outer.robust import clip_factors, coordinate_median, krum, trimmed_mean
 from pretrain.outer.state import OuterTensors, kept_at_start, kept_kinds
 from pretrain.payload import PARAMETER, Tensors, save_tensors
+from pretrain.rollback import finish_rollbacks
 from pretrain.trust.contract import build_contract, check_same_contract, contract_bytes
 from pretrain.trust.ledger import Commit, Contributor, Payload, RefusedError, sha256_bytes
 
@@ -77,6 +78,7 @@ class Aggregator:
             self._exchange.write_contract(contract_bytes(ours))
         else:
             check_same_contract(ours, stored, self._config.store_url)
+            finish_rollbacks(self._exchange)
         newest = self._exchange.newest_version()
         state = self._load(newest) if newest >= 0 else self._create()
         self._collector.start(newest)

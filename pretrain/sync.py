@@ -29,7 +29,7 @@ from pretrain.payload import Tensors, save_tensors
 from pretrain.silo.checkpoint import HostTensors, Progress
 from pretrain.silo.engine import Engine
 from pretrain.silo.ranks import Ranks
-from pretrain.trust.ledger import Commit, Manifest
+from pretrain.trust.ledger import Commit, Manifest, sha256_bytes
 
 
 class StopRequested(Exception):
@@ -116,6 +116,22 @@ class SiloSync:
             self._exchange.assist(self.ranks.rank)
         return contract_sha256
 
+    def is_ours(self, version: int, commit_sha256: str) -> bool:
+        """Whether a checkpoint with this version can go on; not if the run was rolled back since.
+
+        Raises ConfigError if it is of another history: an older copy of the store or of the run directory.
+        """
+        found = self._exchange.explain(version, commit_sha256)
+        if found == "foreign":
+            raise ConfigError(
+                f"silo {self.silo}: its checkpoint holds version {version} with commit {commit_sha256[:12]}, which "
+                f"{self.config.store_url} does not have: an old copy was restored, or it is another run; restore the "
+                "newer copy, or name another run directory"
+            )
+        if found == "rolled back":
+            print(f"the run was rolled back: the checkpoint with version {version} is dropped", flush=True)
+        return found == "same"
+
     def start(self, engine: Engine, progress: Progress) -> None:
         """Wait for version 0 and take it over, all fragments."""
         initial = self._receivers.submit(self._exchange.initial) if self.ranks.is_leader else None
@@ -128,7 +144,7 @@ class SiloSync:
                     "do all parties have the same version of transformers?"
                 )
             self._take_over(received)
-            self._check_digest(received.commit)
+            self._check_digest(progress, received.commit)
             progress.version = received.commit.version
         progress.version = self.ranks.from_leader(progress.version)
         self._write(engine, list(engine.shapes), self.global_parameters)
@@ -272,7 +288,7 @@ class SiloSync:
         if self.ranks.is_leader:
             received = self._flights[version].received.result()
             self._take_over(received)
-            self._check_digest(received.commit)
+            self._check_digest(progress, received.commit)
             self._settle(progress, received.commit, refused=received.refused)
         new = {name: self.global_parameters[name] for name in names} if self.ranks.is_leader else {}
         if mixing:
@@ -292,7 +308,7 @@ class SiloSync:
         self.global_parameters |= received.values
         self._rows |= received.rows
 
-    def _check_digest(self, commit: Commit) -> None:
+    def _check_digest(self, progress: Progress, commit: Commit) -> None:
         """Raise ConfigError unless the host copy is what a commit says."""
         digest = digest_rows(self._rows.values())
         if digest != commit.parameters_digest:
@@ -300,7 +316,7 @@ class SiloSync:
                 f"silo {self.silo}: version {commit.version} cannot be used: its parameters have digest {digest[:12]}, "
                 f"not {commit.parameters_digest[:12]}"
             )
-        self._last_commit = commit
+        self._last_commit, progress.commit_sha256 = commit, sha256_bytes(commit.to_bytes())
 
     def _write(self, engine: Engine, names: Sequence[str], values: dict[str, Tensor]) -> None:
         """Write parameters into the engine, the leader's values, and read them back."""

@@ -127,7 +127,7 @@ class ElasticSync(SiloSync):
         for received in self._store.changes(progress.version, newest, self.global_parameters):
             self._take_over(received)
             num_bytes += received.bytes_received
-        self._check_digest(commit)
+        self._check_digest(progress, commit)
         for version in [version for version in self._flights if version <= newest]:
             flight = self._flights.pop(version)
             flight.coded.result()

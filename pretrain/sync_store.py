@@ -13,13 +13,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from pretrain.config import ConfigError, RunConfig
-from pretrain.exchange.base import Received
+from pretrain.exchange.base import History, Received
 from pretrain.exchange.objects import StopWaitingError, StoreTroubleError
 from pretrain.exchange.store import StoreExchange, version_path
 from pretrain.outer.codec import apply_change, check
 from pretrain.outer.digest import tensor_row
 from pretrain.outer.pieces import Piece
 from pretrain.payload import Tensors
+from pretrain.rollback import explain
 from pretrain.trust.contract import build_contract, check_same_contract
 from pretrain.trust.ledger import Commit, Manifest, RefusedError
 
@@ -42,6 +43,7 @@ class ThroughStore:
         self._directory = config.silo_directory(silo)
         self._marking = ThreadPoolExecutor(1, thread_name_prefix="mark")
         self.lost = ""
+        self._was_rolled_back = False
 
     @property
     def contract_sha256(self) -> str:
@@ -58,11 +60,17 @@ class ThroughStore:
     def assist(self, rank: int) -> None:
         """The leader does it all."""
 
+    def explain(self, version: int, commit_sha256: str) -> History:
+        """Ask the ledger."""
+        found = explain(self._store, version, commit_sha256)
+        self._was_rolled_back |= found == "rolled back"
+        return found
+
     def initial(self) -> Received:
-        """Wait for the aggregator's version 0; with a quorum, take the newest."""
+        """Wait for the aggregator's version 0; with a quorum, and after a rollback, take the newest."""
         while (newest := self._store.newest_version()) < 0:
             self._pause()
-        if not self._rules.is_elastic or not newest:
+        if not newest or not (self._rules.is_elastic or self._was_rolled_back):
             return self._download(0, {})
         found = list(self.changes(-1, newest, {}))
         return Received(

@@ -244,6 +244,8 @@ def prepare(
         progress=Progress(),
         reading=reading,
     )
+    if sync and ranks.is_leader:
+        silo.checkpoints.keep_only(sync.is_ours)
     resumed = silo.checkpoints.load(silo.engine, ranks, sync.host_tensors if sync else {})
     if resumed:
         silo.progress = resumed

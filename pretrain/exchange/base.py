@@ -3,13 +3,16 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
 from pretrain.outer.digest import Row
 from pretrain.outer.pieces import Piece
 from pretrain.trust.ledger import Commit, Manifest
+
+History = Literal["same", "rolled back", "foreign"]
+"""A commit that somebody has seen is the run's own; or was, before a rollback; or is of another run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +53,11 @@ class Exchange(Protocol):
     def assist(self, rank: int) -> None:
         """On every rank but the leader, once that has joined."""
 
+    def explain(self, version: int, commit_sha256: str) -> History:
+        """What the newest commit that a checkpoint holds is to the others."""
+
     def initial(self) -> Received:
-        """Version 0, or with a quorum the newest, all tensors. Once, by a silo that has no checkpoint."""
+        """All tensors of version 0, or with a quorum and after a rollback the newest; for a silo without checkpoint."""
 
     def pieces(self, names: Sequence[str], base: Mapping[str, Tensor]) -> list[Piece]:
         """In which pieces a fragment's tensors are coded and sent."""

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ class Progress:
     """Inner steps done, as the contract's schedule counts them."""
     version: int = -1
     """Newest version of the global parameters that the silo has adopted; -1 before it has any."""
+    commit_sha256: str = ""
+    """Of that version's commit."""
     sent: int = 0
     """Newest version that the silo has delivered its part for."""
     round: int = 0
@@ -78,6 +81,14 @@ class Checkpoints:
     def newest(self) -> Path | None:
         """The checkpoint that a resume starts from."""
         return (self.all() or [None])[-1]  # type: ignore[list-item]
+
+    def keep_only(self, is_kept: Callable[[int, str], bool]) -> None:
+        """Remove the newest until one is kept, by its version and that commit's sha256; only the leader calls this."""
+        for directory in reversed(self.all()):
+            state = json.loads((directory / "state.json").read_text())
+            if is_kept(state["version"], state["commit_sha256"]):
+                return
+            shutil.rmtree(directory)
 
     def save(self, progress: Progress, engine: Engine, ranks: Ranks, host: HostTensors) -> None:
         """Write a checkpoint, all ranks together; it appears under its name when everybody's part is on disk.

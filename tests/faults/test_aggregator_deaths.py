@@ -1,0 +1,117 @@
+"""The aggregator dies once at every point of its loop; paused and slow processes change nothing; NaN never leaves."""
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from launch.local import launch_local
+from pretrain.config import RunConfig
+from pretrain.exchange.store import StoreExchange
+from tests.conftest import TinyConfig
+from tests.distributed.federation import Outcome, federate
+from tests.faults.scripted import AGGREGATOR_POINTS
+from tests.faults.test_kills import Faults, check_same, with_faults
+
+NUM_VERSIONS = 6
+
+
+def make_config(tiny_config: TinyConfig, directory: Path) -> RunConfig:
+    """Six versions, so that old ones are pruned, with a target and a velocity beside each."""
+    return tiny_config(
+        directory,
+        inner={"num_steps": 4 * NUM_VERSIONS},
+        outer={"optimizer": "nesterov", "downlink_codec": "bf16"},
+        silo={"checkpoint_interval_steps": 3},
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_config: TinyConfig) -> Outcome:
+    """The run that nothing happens to."""
+    return federate(make_config(tiny_config, tmp_path_factory.mktemp("undisturbed")))
+
+
+# In the order in which they strike. The numbers of before_merge and after_merge are those of the version before. At
+# commit 4 the versions 1 and 2 are pruned, at commit 5 what is left of them and 3, at commit 6 the rest and 4.
+DEATHS: Faults = {
+    "aggregator": [
+        ("starting", 0),
+        ("contract_read", 0),
+        ("before_contract", 0),
+        ("after_contract", 0),
+        ("before_upload", 0),
+        ("mid_publish", 0),
+        ("before_commit", 0),
+        ("after_commit", 0),
+        ("version_read", 0),
+        ("version_loaded", 0),
+        ("reading_delivery", 1),
+        ("delivery_read", 1),
+        ("verified", 1),
+        ("before_merge", 0),
+        ("after_commit", 1),
+        ("before_refusal", 2),
+        ("merging", 2),
+        ("after_merge", 1),
+        ("uploading", 3),
+        ("velocity_uploaded", 3),
+        ("target_uploaded", 3),
+        ("before_pruning", 3),
+        ("committing", 4),
+        ("delivery_pruned", 1),
+        ("pruning", 2),
+        ("after_pruning", 6),
+        ("finishing", 0),
+    ],
+    "beta": [("corrupt_payload", 2)],  # for the aggregator to refuse
+}
+
+
+def expected(faults: Faults) -> set[str]:
+    return {f"{point}-{when}" for chain in faults.values() for point, when, *_ in chain}
+
+
+@pytest.mark.timeout(600)
+def test_killed_at_every_point_of_its_loop_and_restarted(
+    undisturbed: Outcome, tmp_path: Path, tiny_config: TinyConfig
+) -> None:
+    assert {point for point, _ in DEATHS["aggregator"]} == set(AGGREGATOR_POINTS)
+    fired = tmp_path / "fired"
+    fired.mkdir()
+    build, num_deaths = with_faults(DEATHS, fired), len(DEATHS["aggregator"])
+    run = federate(make_config(tiny_config, tmp_path), max_restarts=num_deaths, build_commands=build)
+    assert {path.name for path in fired.iterdir()} == expected(DEATHS)
+    log = (Path(run.config.directory) / "logs" / "latest" / "aggregator.log").read_text()
+    assert log.count("\n--- start ") == num_deaths
+    check_same(run, undisturbed)
+    assert StoreExchange(run.config.store_url).objects.names("global") == [f"{v:06d}" for v in range(NUM_VERSIONS + 1)]
+
+
+def test_paused_and_slow_processes_change_nothing(
+    undisturbed: Outcome, tmp_path: Path, tiny_config: TinyConfig
+) -> None:
+    faults: Faults = {
+        "alpha": [("step", 5, 0, "pause", 3.0)],
+        "beta": [("step", 10, 0, "slow", 0.2)],
+        "aggregator": [("verified", 1, 0, "pause", 1.0), ("before_merge", 3, 0, "slow", 0.5)],
+    }
+    run = federate(make_config(tiny_config, tmp_path), build_commands=with_faults(faults, tmp_path))
+    assert all((tmp_path / name).exists() for name in expected(faults))
+    alpha, beta = run.by_step("alpha", "time"), run.by_step("beta", "time")
+    assert alpha[6] - alpha[5] > 2.9
+    assert beta[24] - beta[10] > 14 * 0.2
+    check_same(run, undisturbed)
+
+
+def test_what_is_not_finite_never_leaves_a_silo(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    config, log = make_config(tiny_config, tmp_path), tmp_path / "console"
+    build = with_faults({"beta": [("sending", 2, 0, "nan")]}, tmp_path)
+    with log.open("w") as file:
+        assert launch_local(config, build_commands=build, console=Console(file=file, width=200)) == 2
+    assert (tmp_path / "sending-2").exists()
+    assert "error: beta: silo beta: version 2: " in log.read_text()
+    assert "infinite or NaN given; allowed: finite values; nothing was sent" in log.read_text()
+    store = StoreExchange(config.store_url)
+    assert store.newest_version() == 1
+    assert store.delivery("beta", 2) is None
