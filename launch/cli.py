@@ -24,7 +24,6 @@ app.add_typer(data_app, name="data")
 
 Config = Annotated[list[Path], typer.Option("--config", "-c", help="YAML file; several are merged in order.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, merged last.")]
-LEASE_SECONDS = 30.0
 RunDirectory = Annotated[Path, typer.Argument(help="Run directory.")]
 
 
@@ -118,56 +117,43 @@ def status(
     """
     from launch.status import print_status
 
-    print_status(_store_of(where))
+    print_status(_store(where))
 
 
 @app.command()
 def rollback(
     where: Annotated[str, typer.Argument(help="URL of the store, or a run directory with one in it.")],
-    to: Annotated[int, typer.Option(help="Version that becomes the newest again.")],
-    reason: Annotated[str, typer.Option(help="Why; goes into the record.")] = "",
+    to: Annotated[int, typer.Option(help="Version to go back to; it must still be kept.")],
+    reason: Annotated[str, typer.Option(help="Why, for the record.")] = "",
 ) -> None:
-    """Roll a run back to a version that is still kept; stop it first.
+    """Take a run back to an earlier version, for ever. [bold]Stop all its silos and its aggregator first.[/bold]
 
-    Later commits are kept aside, recorded, and never used again. Silos go on from a checkpoint that is old enough, or
-    from the version itself.
+    What came later is discarded; its commits and manifests are kept under rolled-back/. Started again, the run goes on
+    from there.
 
-    [bold]Example:[/bold] atoll rollback runs/demo --to 12 --reason "loss rose"
+    [bold]Example:[/bold] atoll rollback s3://bucket/run --to 12 --reason "corrupted text since version 13"
     """
-    from pretrain.exchange.lease import Lease
-    from pretrain.exchange.store import StoreExchange
-    from pretrain.rollback import roll_back
+    from pretrain.rollback import roll_back_store
 
-    exchange = StoreExchange(_store_of(where))
-    if exchange.read_contract() is None:
-        raise ConfigError(f"store: {where!r} given; there is no run in it (no contract.json)")
-    lease = Lease(exchange.objects, seconds=LEASE_SECONDS)  # no aggregator works meanwhile
-    try:
-        roll_back(exchange, to, reason)
-    finally:
-        lease.release()
-    print(f"version {to} is the newest again")
+    done = roll_back_store(_store(where), to=to, reason=reason)
+    print(f"rolled back from version {done.from_version} to {done.to_version}")
 
 
 @app.command()
 def leave(
-    where: Annotated[str, typer.Argument(help="URL of the store, or a run directory with one in it.")],
-    silo: Annotated[str, typer.Option(help="Which silo leaves.")],
+    config: Config,
+    silo: Annotated[str, typer.Option(help="Which silo of the roster leaves.")],
+    overrides: Overrides = None,
 ) -> None:
-    """Say that a silo leaves a run with a quorum: nobody waits for it any more. Stop it first.
+    """Say that a silo takes part no more, so that nobody waits for it. [bold]Stop the silo first.[/bold]
 
-    Start it again and it takes part again.
+    Starting it again joins again.
 
-    [bold]Example:[/bold] atoll leave s3://bucket/run --silo law
+    [bold]Example:[/bold] atoll leave --config run.yaml --silo law
     """
-    from pretrain.exchange.store import StoreExchange
+    from pretrain.leave import say_left
 
-    exchange = StoreExchange(_store_of(where))
-    exchange.read_contract()
-    member = exchange.membership(silo)
-    if member is None or member.left:
-        raise ConfigError(f"--silo: {silo!r} given; {'it has left already' if member else 'it has never joined'}")
-    exchange.announce(silo, left=True, version=exchange.newest_version())
+    print(f"silo {silo} left at version {say_left(load_config(config, overrides or []), silo)}")
 
 
 @app.command()
@@ -224,7 +210,8 @@ def evaluate(
         print(f"{loss:.6f}  {path}")
 
 
-def _store_of(where: str) -> str:
+def _store(where: str) -> str:
+    """A store's URL: what is given, or the store in a run directory."""
     inside = Path(where) / "store"
     return str(inside) if inside.is_dir() else where
 

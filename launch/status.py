@@ -50,6 +50,8 @@ class StoreStatus:
     """The roster."""
     newest_object_unix_seconds: float | None
     """When the store last changed, by its own clock; None if it does not tell."""
+    rollbacks: list[str] = field(default_factory=list)
+    """What was taken back, oldest first, each in words."""
 
     @property
     def is_finished(self) -> bool:
@@ -88,7 +90,8 @@ def store_status(url: str) -> StoreStatus:
     commit_paths = {number: path for path, number in _numbered(listing, r"global/(\d+)/commit\.json")}
     version = max(commit_paths, default=None)
     silos = {str(name): _silo_objects(listing, str(name), version) for name in contract["roster"]}
-    wanted = [*commit_paths.values(), *(path for _, paths in silos.values() for path in paths)]
+    rollback_paths = sorted(path for path, _ in _numbered(listing, r"rollbacks/(\d+)\.json"))
+    wanted = [*commit_paths.values(), *rollback_paths, *(path for _, paths in silos.values() for path in paths)]
     objects = _read(filesystem, root, wanted)
     for name, (silo, paths) in silos.items():
         for path in paths:
@@ -103,6 +106,9 @@ def store_status(url: str) -> StoreStatus:
         num_versions=contract["num_versions"],
         silos={name: silo for name, (silo, _) in silos.items()},
         newest_object_unix_seconds=max((found for found in listing.values() if found is not None), default=None),
+        rollbacks=[
+            _rollback_words(objects[path], path.replace(".json", ".done") in listing) for path in rollback_paths
+        ],
     )
 
 
@@ -115,6 +121,8 @@ def show_status(status: StoreStatus, console: Console) -> None:
     """Print a status that was read before."""
     version = "no version yet" if status.version is None else f"version {status.version} of {status.num_versions}"
     console.print(Text(f"{status.url}: {version}"), soft_wrap=True)
+    for words in status.rollbacks:
+        console.print(Text(words), soft_wrap=True)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold dim")
     table.add_column("silo", no_wrap=True)
     headings = ["newest delivery", "tokens trained", "commits", "tokens contributed"]
@@ -165,6 +173,12 @@ def _silo_objects(listing: Iterable[str], name: str, version: int | None) -> tup
         refusals = _numbered(listing, folder + r"(\d+)/refused-\d+\.json")
         paths += sorted(path for path, number in refusals if number == version + 1)
     return silo, paths
+
+
+def _rollback_words(record: dict[str, Any], is_done: bool) -> str:
+    reason = f": {record['reason']}" if record.get("reason") else ""
+    unfinished = "" if is_done else " (interrupted; the aggregator completes it when it starts)"
+    return f"rolled back from {record.get('from_version')} to {record.get('to_version')}{reason}{unfinished}"
 
 
 def _count_contributions(silo: SiloStatus, name: str, commits: Iterable[dict[str, Any]]) -> None:

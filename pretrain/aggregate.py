@@ -22,7 +22,6 @@ from pretrain.collect import Collector, Delivery
 from pretrain.config import ConfigError, RunConfig, load_config
 from pretrain.disk import full_disk
 from pretrain.exchange.lease import Lease
-from pretrain.exchange.objects import Objects
 from pretrain.exchange.store import StoreExchange, delivery_path, file_payload, version_path
 from pretrain.journal import Journal
 from pretrain.lock import lock_directory
@@ -356,8 +355,7 @@ class Aggregator:
             outer_digest=state.kept_digest,
             metrics=metrics,
         )
-        self._check_lease()
-        self._exchange.publish(commit, payloads + state_payloads)
+        self._exchange.publish(commit, payloads + state_payloads, check=self._check_lease)
         state.version = version
 
 
@@ -366,15 +364,18 @@ def aggregate(config: RunConfig, journal: Journal) -> None:
     exchange = config.exchange
     if exchange.kind != "store":
         raise ConfigError(f"exchange.kind: {exchange.kind!r} given; an aggregator serves only 'store'")
-    lease = Lease(Objects(config.store_url, retry_seconds=exchange.retry_seconds), seconds=exchange.lease_seconds)
-    aggregator = Aggregator(config, journal, check_lease=lease.check)
-    state = aggregator.start()
-    while state.version < config.schedule.num_versions:
-        deliveries = aggregator.collect(state)
-        journal.status("merging", round=config.round_of(state.version + 1))
-        changes, weights, metrics = aggregator.merge(state, deliveries)
-        aggregator.commit(state, changes, deliveries, weights, metrics)
-    lease.release()
+    store = StoreExchange(config.store_url, retry_seconds=exchange.retry_seconds)
+    lease = Lease(store.objects, seconds=exchange.lease_seconds)
+    try:
+        aggregator = Aggregator(config, journal, check_lease=lease.check)
+        state = aggregator.start()
+        while state.version < config.schedule.num_versions:
+            deliveries = aggregator.collect(state)
+            journal.status("merging", round=config.round_of(state.version + 1))
+            changes, weights, metrics = aggregator.merge(state, deliveries)
+            aggregator.commit(state, changes, deliveries, weights, metrics)
+    finally:
+        lease.release()
 
 
 def main() -> int:

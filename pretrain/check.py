@@ -66,7 +66,7 @@ def check_config(config: "RunConfig") -> None:
         "exchange.keep_versions": (config.exchange.keep_versions, 1),
     }
     for key, (number, minimum) in at_least.items():
-        _require(number >= minimum, key, number, f"{minimum} or more")
+        _require(minimum <= number < math.inf, key, number, f"{minimum} or more")
     positive = {
         "inner.lr": config.inner.lr,
         "inner.muon_lr": config.inner.muon_lr,

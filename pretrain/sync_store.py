@@ -20,7 +20,7 @@ from pretrain.outer.codec import apply_change, check
 from pretrain.outer.digest import tensor_row
 from pretrain.outer.pieces import Piece
 from pretrain.payload import Tensors
-from pretrain.rollback import explain
+from pretrain.rollback import explain, is_rolling_back
 from pretrain.trust.contract import build_contract, check_same_contract
 from pretrain.trust.ledger import Commit, Manifest, RefusedError
 
@@ -55,6 +55,8 @@ class ThroughStore:
         while (stored := self._store.read_contract()) is None:
             self._pause()
         check_same_contract(build_contract(self._config), stored, self._store.objects.url)
+        while is_rolling_back(self._store):
+            self._pause()
         self._store.claim_name(self._silo, own_identity(self._directory))
 
     def assist(self, rank: int) -> None:
@@ -72,6 +74,12 @@ class ThroughStore:
             self._pause()
         if not newest or not (self._rules.is_elastic or self._was_rolled_back):
             return self._download(0, {})
+        outer = self._config.outer
+        if not self._rules.is_elastic and (outer.num_fragments > 1 or outer.overlap_steps):
+            raise ConfigError(
+                f"silo {self._silo}: the run was rolled back to version {newest}, and no checkpoint here is as old; "
+                "with fragments in turn or overlap, and no quorum, roll back only as far as silo.keep_checkpoints reach"
+            )
         found = list(self.changes(-1, newest, {}))
         return Received(
             commit=found[-1].commit,

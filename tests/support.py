@@ -5,7 +5,9 @@ The fixtures of conftest.py hand these out; a test that starts processes uses `w
 
 import json
 import random
-from collections.abc import Callable, Mapping
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,3 +133,17 @@ def one_line_error(function: Callable[..., Any], *arguments: object, **named: ob
     assert message
     assert "\n" not in message
     return message
+
+
+@contextmanager
+def mounted(directory: Path, *, num_bytes: int) -> Iterator[Path]:
+    """A file system of its own in memory, of a size that can be filled; skips the test where only root may mount."""
+    directory.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs", str(directory)]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    if found.returncode != 0:
+        pytest.skip(f"a small file system to fill cannot be mounted: {found.stderr.strip()}")
+    try:
+        yield directory
+    finally:
+        subprocess.run(["umount", "--lazy", str(directory)], check=True)

@@ -1,9 +1,11 @@
 """Objects below one fsspec URL: a directory, a shared file system, S3, GCS, Azure. No torch.
 
 Every write is atomic and nothing is ever overwritten: a reader sees a whole object or none, and two writers of one
-name cannot both succeed. What fails for a reason that may pass is tried again.
+name cannot both succeed, unless they write the same.
 """
 
+import copy
+import errno
 import hashlib
 import os
 import random
@@ -14,7 +16,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NoReturn, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -22,13 +24,19 @@ from fsspec.implementations.local import LocalFileSystem
 from pretrain.config import ConfigError
 
 BLOCK_BYTES = 1 << 20
-LONGEST_PAUSE_SECONDS = 10.0
-# What will not be better in a minute; by name, as the packages that raise them may not be there.
-CERTAIN = ("PermissionError", "NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "InvalidURL")
+# Exponential back-off with full jitter: https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter
+FIRST_DELAY_SECONDS = 0.25
+LONGEST_DELAY_SECONDS = 10.0
+ANSWERS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
+CERTAIN = (PermissionError, ValueError, TypeError, ImportError, NotImplementedError)
+# Of botocore and google.auth, which may not be there.
+CERTAIN_NAMES = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "ParamValidationError")
+
+T = TypeVar("T")
 
 
 class StoreTroubleError(ConfigError):
-    """The store cannot be reached, or does not do what it should, for a reason that may pass."""
+    """The store could not be used for a reason that may pass, however long it was tried again."""
 
 
 class StopWaitingError(Exception):
@@ -38,13 +46,22 @@ class StopWaitingError(Exception):
 class Objects:
     """Named objects below `url`; names are relative, with / between their parts.
 
-    Every verb raises ConfigError in one line for what a user must change, and StoreTroubleError for what did not pass
-    within `retry_seconds`; StopWaitingError if `closing` is set meanwhile.
+    With `retry_seconds`, whatever may pass (unreachable, slow, throttled, out of space) is tried again for so long,
+    counted from a call's first failure, and then raises StoreTroubleError. After a failure, and where a library has
+    retries of its own, an object that is there already with the very bytes to be written counts as written: an earlier
+    try got through unnoticed. Once `closing` is set, nothing is tried again and StopWaitingError is raised.
     """
 
-    def __init__(self, url: str, *, retry_seconds: float = 0.0, closing: threading.Event | None = None) -> None:
-        """Raises ConfigError if the URL's kind of file system is unknown or its package is missing."""
+    def __init__(
+        self, url: str, *, anchor: str = "", retry_seconds: float = 0.0, closing: threading.Event | None = None
+    ) -> None:
+        """`anchor` is an object that nobody ever deletes: a directory that had it and now has not is in trouble.
+
+        Raises ConfigError if the URL's kind of file system is unknown or its package is missing.
+        """
         self.url, self._retry_seconds, self._closing = url, retry_seconds, closing or threading.Event()
+        self._anchor = anchor
+        self._jitter = random.Random()  # not the one whose state belongs to training
         try:
             self._fs, self._root = fsspec.core.url_to_fs(url, use_listings_cache=False)
         except (ValueError, ImportError) as error:
@@ -52,24 +69,32 @@ class Objects:
         self._local = isinstance(self._fs, LocalFileSystem)
         self._was_there = False
 
-    def _path(self, name: str) -> str:
-        return f"{self._root.rstrip('/')}/{name}"
+    def at_once(self) -> "Objects":
+        """The same objects, without retries."""
+        quick = copy.copy(self)
+        quick._retry_seconds = 0.0
+        return quick
 
     def exists(self, name: str) -> bool:
         """Whether the object is there."""
-        return self._until_it_works(name, "read", lambda: bool(self._fs.exists(self._path(name))))
+
+        def ask() -> bool:
+            with suppress(FileNotFoundError, NotADirectoryError):
+                self._fs.info(self._path(name))  # some kinds' own `exists` takes every trouble for a no
+                return True
+            return False
+
+        return self._try(name, "read", ask)
 
     def read(self, name: str) -> bytes:
         """The bytes of a small object. Raises FileNotFoundError."""
-        return self._until_it_works(name, "read", lambda: bytes(self._fs.cat_file(self._path(name))))
+        return self._try(name, "read", lambda: bytes(self._fs.cat_file(self._path(name))))
 
     def names(self, prefix: str) -> list[str]:
         """Sorted last parts of the names directly below `prefix`; empty if there are none."""
         fresh = {} if self._local else {"refresh": True}  # never from a cache
         try:
-            listed = self._until_it_works(
-                prefix, "listed", lambda: self._fs.ls(self._path(prefix), detail=False, **fresh)
-            )
+            listed = self._try(prefix, "listed", lambda: self._fs.ls(self._path(prefix), detail=False, **fresh))
         except (FileNotFoundError, NotADirectoryError):
             return []
         names = [str(path).rstrip("/").rsplit("/", 1)[-1] for path in listed]
@@ -77,138 +102,209 @@ class Objects:
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small new object. Raises FileExistsError if the name is taken."""
-
-        def create() -> None:
-            if not self._local:
-                self._fs.pipe_file(self._path(name), data, mode="create")
-                return
-            with self._new_local_file(name) as temporary:
-                temporary.write_bytes(data)
-
-        self._until_it_works(name, "written", create, is_ours=lambda: self.read(name) == data)
+        self._create(
+            name,
+            lambda temporary: temporary.write_bytes(data),
+            lambda path: self._fs.pipe_file(path, data, mode="create"),
+            lambda: bool(self._fs.cat_file(self._path(name)) == data),
+        )
 
     def upload(self, file: Path, name: str) -> None:
         """Copy a local file to a new object. Raises FileExistsError if the name is taken."""
 
-        def create() -> None:
-            if not self._local:
-                self._fs.put_file(str(file), self._path(name), mode="create")
-                return
-            with self._new_local_file(name) as temporary:
-                shutil.copyfile(file, temporary)
+        def is_same() -> bool:
+            size = file.stat().st_size
+            with self._fs.open(self._path(name), "rb") as theirs, file.open("rb") as ours:
+                return _sha256(theirs, size) == _sha256(ours, size)
 
-        def is_ours() -> bool:
-            with file.open("rb") as ours, self._fs.open(self._path(name), "rb") as theirs:
-                return hashlib.file_digest(ours, "sha256").digest() == hashlib.file_digest(theirs, "sha256").digest()
-
-        self._until_it_works(name, "written", create, is_ours=is_ours)
+        self._create(
+            name,
+            lambda temporary: shutil.copyfile(file, temporary),
+            lambda path: self._fs.put_file(str(file), path, mode="create"),
+            is_same,
+        )
 
     def download(self, name: str, file: Path, *, limit_bytes: int) -> tuple[str, int]:
         """Copy an object to a local file, block by block; returns sha256 and size of what was read.
 
         Stops soon after `limit_bytes`: what is longer than announced must not fill the disk. Raises FileNotFoundError.
         """
-        file.parent.mkdir(parents=True, exist_ok=True)
 
-        def copy() -> tuple[str, int]:
+        def copy_it() -> tuple[str, int]:
             digest, num_bytes = hashlib.sha256(), 0
-            with self._fs.open(self._path(name), "rb") as source, file.open("wb") as target:
-                while num_bytes <= limit_bytes and (block := source.read(BLOCK_BYTES)):
+            with self._fs.open(self._path(name), "rb") as source, _removed_if_broken_off(file) as target:
+                for block in _blocks(source, limit_bytes):
                     digest.update(block)
                     num_bytes += len(block)
                     target.write(block)
             return digest.hexdigest(), num_bytes
 
-        return self._until_it_works(name, "read", copy)
+        return self._try(name, "read", copy_it)
 
     def delete(self, name: str) -> None:
         """Delete an object, if it is there."""
         with suppress(FileNotFoundError):
-            self._until_it_works(name, "deleted", lambda: self._fs.rm_file(self._path(name)))
+            self._try(name, "deleted", lambda: self._fs.rm_file(self._path(name)))
+
+    # ---- creating
+
+    def _path(self, name: str) -> str:
+        return f"{self._root.rstrip('/')}/{name}"
+
+    def _create(
+        self,
+        name: str,
+        fill: Callable[[Path], object],
+        put: Callable[[str], object],
+        is_same: Callable[[], bool],
+    ) -> None:
+        temporary = f".{name.rsplit('/', 1)[-1]}.{uuid.uuid4().hex}.tmp"  # one for all tries, so the last one clears up
+
+        num_tries = 0
+
+        def create() -> None:
+            nonlocal num_tries
+            num_tries += 1
+            try:
+                if not self._local:
+                    put(self._path(name))
+                    return
+                with self._new_local_file(name, temporary) as file:
+                    fill(file)
+            except FileExistsError:
+                may_be_ours = self._retry_seconds and (num_tries > 1 or not self._local)
+                if not may_be_ours or not is_same():
+                    raise
+
+        self._try(name, "written", create)
 
     @contextmanager
-    def _new_local_file(self, name: str) -> Iterator[Path]:
+    def _new_local_file(self, name: str, temporary_name: str) -> Iterator[Path]:
         """A temporary file beside the final name, linked to it when the block ends: atomic, and fails if it exists."""
-        final = Path(self._path(name))
-        final.parent.mkdir(parents=True, exist_ok=True)
-        temporary = final.with_name(f".{final.name}.{uuid.uuid4().hex}.tmp")
+        folder = Path(self._root)
+        if not self._was_there:
+            folder.mkdir(parents=True, exist_ok=True)
+        for part in name.split("/")[:-1]:  # not its parents: a store that is gone must not be made anew
+            folder /= part
+            folder.mkdir(exist_ok=True)
+        temporary = folder / temporary_name
         try:
             yield temporary
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
-            os.link(temporary, final)
-            directory = os.open(final.parent, os.O_RDONLY)
+            os.link(temporary, self._path(name))
+            directory = os.open(folder, os.O_RDONLY)
             os.fsync(directory)
             os.close(directory)
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
 
-    def _until_it_works(
-        self, name: str, verb: str, attempt: Callable[[], Any], *, is_ours: Callable[[], bool] = lambda: False
-    ) -> Any:
-        """Try again with growing pauses, drawn at random so that not all come back at once.
+    # ---- trouble
 
-        A create that seemed to fail may have succeeded: `is_ours` then tells our object from another's.
+    def _try(self, name: str, verb: str, attempt: Callable[[], T]) -> T:
+        """What `attempt` returns or raises in the end; one line when trouble begins and one when it is over.
+
+        Every kind of file system has exceptions of its own, few of them OSErrors: all but answers become a ConfigError.
         """
-        began, pause, num_failed = time.monotonic(), 0.1, 0
+        began, num_failures = 0.0, 0
         while True:
             try:
-                with self._saying_what_failed(name, verb):
-                    result = attempt()
-                break
-            except FileExistsError:
-                if num_failed and is_ours():
-                    result = None
-                    break
-                raise
-            except StoreTroubleError as error:
-                if time.monotonic() - began >= self._retry_seconds:
-                    raise
-                if not num_failed:
-                    print(f"{error}; trying again for {self._retry_seconds:g} s", flush=True)
-                num_failed += 1
-            if self._closing.wait(random.uniform(0, pause)):
-                raise StopWaitingError
-            pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
-        if num_failed:
-            print(f"{name} was {verb} after {time.monotonic() - began:.1f} s", flush=True)
-        return result
+                answer = self._answer(attempt)
+            except ANSWERS as error:
+                self._say_over(name, verb, num_failures, began)
+                self._raise_answer(name, verb, error)
+            except Exception as error:
+                line, now = self._line(name, verb, error), time.monotonic()
+                if isinstance(error, CERTAIN) or type(error).__name__ in CERTAIN_NAMES:
+                    raise ConfigError(line) from error
+                began = began if num_failures else now
+                left_seconds = began + self._retry_seconds - now
+                if left_seconds <= 0:
+                    tried = f"; tried for {self._retry_seconds:g} s (exchange.retry_seconds)"
+                    raise StoreTroubleError(line + tried if self._retry_seconds else line) from error
+                if not num_failures:
+                    print(f"{line}; trying again for {self._retry_seconds:g} s", flush=True)
+                self._pause(num_failures, left_seconds)
+                num_failures += 1
+            else:
+                self._say_over(name, verb, num_failures, began)
+                return answer
 
-    @contextmanager
-    def _saying_what_failed(self, name: str, verb: str) -> Iterator[None]:
-        """One line for whatever a file system raises: every kind has exceptions of its own, few of them OSErrors.
-
-        A directory that was there and is gone, as when a disk is not mounted, is trouble, and is not made anew.
-        """
+    def _answer(self, attempt: Callable[[], T]) -> T:
+        """What `attempt` answers; a no of a directory that was there and now is not is none."""
+        if not self._local:
+            return attempt()
+        self._check_is_there()
         try:
-            self._check_directory()
-            yield
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-            self._check_directory()
-            if verb != "written":
-                raise
-            raise self._error(name, verb, error) from None
-        except FileExistsError as error:
-            # A parent that is a file, not a directory, reads as "exists" too; only the object itself is a clash.
-            if not self._local or Path(self._path(name)).exists():
-                raise FileExistsError(f"{self.url}/{name} exists already; nothing is ever overwritten") from None
-            raise self._error(name, verb, error) from None
-        except StoreTroubleError:
+            answer = attempt()
+        except OSError:
+            self._check_is_there()
             raise
-        except Exception as error:
-            raise self._error(name, verb, error) from error
+        if not answer:
+            self._check_is_there()
+        return answer
 
-    def _check_directory(self) -> None:
-        if self._local:
-            is_there = Path(self._root).is_dir()
-            if self._was_there and not is_there:
-                raise StoreTroubleError(f"exchange.url: {self.url} given; this directory is not there any more")
-            self._was_there = is_there
+    def _check_is_there(self) -> None:
+        """Raise OSError if the store's directory was moved away or its file system is not mounted any more."""
+        try:
+            os.stat(f"{self._root}/{self._anchor}")
+        except (FileNotFoundError, NotADirectoryError):
+            if self._was_there:
+                raise OSError("this directory is not there any more") from None
+        else:
+            self._was_there = True
 
-    def _error(self, name: str, verb: str, error: Exception) -> ConfigError:
-        what = " ".join(str(error).split()) or type(error).__name__
-        kinds = {kind.__name__ for kind in type(error).__mro__}
-        no_bucket = isinstance(error, FileNotFoundError) and not self._local
-        certain = no_bucket or isinstance(error, ValueError | TypeError | ImportError) or kinds & set(CERTAIN)
-        kind = ConfigError if certain else StoreTroubleError
-        return kind(f"exchange.url: {self.url} given; {name} cannot be {verb}: {what}")
+    def _pause(self, num_failures: int, left_seconds: float) -> None:
+        longest = min(LONGEST_DELAY_SECONDS, FIRST_DELAY_SECONDS * 2 ** min(num_failures, 10))
+        if self._closing.wait(min(self._jitter.uniform(0, longest), left_seconds)):
+            raise StopWaitingError
+
+    def _say_over(self, name: str, verb: str, num_failures: int, began: float) -> None:
+        if num_failures:
+            print(f"{name or self.url} was {verb} after {time.monotonic() - began:.1f} s", flush=True)
+
+    def _raise_answer(self, name: str, verb: str, error: Exception) -> NoReturn:
+        if not isinstance(error, FileExistsError):
+            if verb != "written":
+                raise error
+            raise ConfigError(self._line(name, verb, error)) from None
+        # A parent that is a file, not a directory, reads as "exists" too; only the object itself is a clash.
+        if not self._local or Path(self._path(name)).exists():
+            raise FileExistsError(f"{self.url}/{name} exists already; nothing is ever overwritten") from None
+        raise ConfigError(self._line(name, verb, error)) from None
+
+    def _line(self, name: str, verb: str, error: Exception) -> str:
+        # Of a write, `name` says all; the path of a temporary file would only mislead.
+        short = error.strerror if verb == "written" and isinstance(error, OSError) else ""
+        what = " ".join((short or str(error)).split()) or type(error).__name__
+        return f"exchange.url: {self.url} given; {name} cannot be {verb}: {what}"
+
+
+def _blocks(source: IO[bytes] | Any, limit_bytes: int) -> Iterator[bytes]:
+    """What can be read, until soon after `limit_bytes`."""
+    num_bytes = 0
+    while num_bytes <= limit_bytes and (block := source.read(BLOCK_BYTES)):
+        num_bytes += len(block)
+        yield block
+
+
+def _sha256(source: IO[bytes] | Any, limit_bytes: int) -> bytes:
+    digest = hashlib.sha256()
+    for block in _blocks(source, limit_bytes):
+        digest.update(block)
+    return digest.digest()
+
+
+@contextmanager
+def _removed_if_broken_off(file: Path) -> Iterator[IO[bytes]]:
+    """A new local file, away again unless the block ends well. A full disk is named: it is this machine's."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with file.open("wb") as target:
+            yield target
+    except BaseException as error:
+        file.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(error.errno, error.strerror, str(file)) from None
+        raise

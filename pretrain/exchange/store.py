@@ -13,6 +13,8 @@
     silos/NAME/membership/000003.json        the silo has joined or left, and which version was the newest then
     waiting/000017.json                      whom the aggregator waits for, and how long at most; gone when it commits
     silos/NAME/resumable/000016              the silo has a checkpoint that holds version 16
+    rollbacks/, rolled-back/                 versions that were taken back (rollback.py)
+    aggregator/000003.json                   who is the store's one aggregator (lease.py)
 
 Version 17 is what outer step 17 made of one fragment (outer/schedule.py); with one fragment, versions are rounds.
 """
@@ -20,7 +22,8 @@ Version 17 is what outer step 17 made of one fragment (outer/schedule.py); with 
 import hashlib
 import json
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,7 +72,7 @@ class StoreExchange:
 
     def __init__(self, url: str, *, retry_seconds: float = 0.0, closing: threading.Event | None = None) -> None:
         """Raises ConfigError for a URL that fsspec cannot serve; see Objects for the rest."""
-        self.objects = Objects(url, retry_seconds=retry_seconds, closing=closing)
+        self.objects = Objects(url, anchor=CONTRACT, retry_seconds=retry_seconds, closing=closing)
         self.contract_sha256 = ""
 
     # ---- both
@@ -83,13 +86,13 @@ class StoreExchange:
         return data
 
     def newest_version(self, start: int = -1) -> int:
-        """The newest committed version, looked for from `start` upwards; -1 if there is none."""
+        """The newest committed version, looked for from `start` upwards; -1 if there is none.
+
+        One by one, also after a listing: that may not have the newest yet.
+        """
         if start < 0:
-            numbers = [int(name) for name in self.objects.names("global") if name.isdigit()]
-            committed = (
-                n for n in sorted(numbers, reverse=True) if self.objects.exists(f"{version_path(n)}/commit.json")
-            )
-            return next(committed, -1)
+            numbers = sorted((int(name) for name in self.objects.names("global") if name.isdigit()), reverse=True)
+            start = next((n for n in numbers if self.objects.exists(f"{version_path(n)}/commit.json")), -1)
         while self.objects.exists(f"{version_path(start + 1)}/commit.json"):
             start += 1
         return start
@@ -242,14 +245,21 @@ class StoreExchange:
         if not self.objects.exists(name):
             self.objects.write(name, record)
 
-    def publish(self, commit: Commit, files: Iterable[tuple[Payload, Path]]) -> None:
-        """Write the payloads of a version, then its commit. Raises FileExistsError if the version was committed."""
+    def publish(
+        self, commit: Commit, files: Iterable[tuple[Payload, Path]], *, check: Callable[[], None] = lambda: None
+    ) -> None:
+        """Write the payloads of a version, then its commit. Raises FileExistsError if the version was committed.
+
+        `check` is called before every write, and raises if this process may not write any more.
+        """
         folder = version_path(commit.version)
         if self.objects.exists(f"{folder}/commit.json"):
             raise FileExistsError(f"{folder}/commit.json exists already; another aggregator works on this store")
         for payload, file in files:
+            check()
             self.objects.delete(f"{folder}/{payload.file}")  # left by an aggregator that died before its commit
             self.objects.upload(file, f"{folder}/{payload.file}")
+        check()
         self.objects.write(f"{folder}/commit.json", commit.to_bytes())
         self.objects.delete(f"waiting/{commit.version:06d}.json")
 
@@ -289,3 +299,35 @@ class StoreExchange:
 
     def _tensors(self, folder: str) -> list[str]:
         return [name for name in self.objects.names(folder) if name.endswith(".safetensors")]
+
+    # ---- taking versions back
+
+    def is_kept(self, version: int, num_fragments: int) -> bool:
+        """Whether all is there that a version is made of: its commits, as they should be, and their tensors."""
+        try:
+            state = list(self.newest_state(version, num_fragments))
+        except RefusedError:
+            return False
+        return all(self.objects.exists(f"{version_path(made)}/{payload.file}") for made, payload in state)
+
+    def versions_above(self, version: int) -> list[int]:
+        """All newer versions, committed or not, of which anything is there; the newest first."""
+        silos = self.objects.names("silos")
+        places = ["global", "waiting", *(f"silos/{silo}{inner}" for silo in silos for inner in ("", "/resumable"))]
+        stems = {name.removesuffix(".json") for place in places for name in self.objects.names(place)}
+        return sorted((int(stem) for stem in stems if stem.isdigit() and int(stem) > version), reverse=True)
+
+    def take_back(self, version: int, folder: str) -> None:
+        """Remove all there is of a version, its commit first; what is no tensor is copied below `folder` before."""
+        silos = self.objects.names("silos")
+        for place in (version_path(version), *(delivery_path(silo, version) for silo in silos)):
+            tensors = self._tensors(place)
+            for name in (name for name in self.objects.names(place) if name not in tensors):
+                with suppress(FileExistsError):  # copied before an interruption
+                    self.objects.write(f"{folder}/{place}/{name}", self.objects.read(f"{place}/{name}"))
+                self.objects.delete(f"{place}/{name}")
+            for name in tensors:
+                self.objects.delete(f"{place}/{name}")
+        for silo in silos:
+            self.objects.delete(f"silos/{silo}/resumable/{version:06d}")
+        self.objects.delete(f"waiting/{version:06d}.json")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 from safetensors.torch import load_file
 
 from launch.local import local_commands
@@ -82,6 +83,7 @@ STREAMING = {
 }
 
 
+@pytest.mark.timeout(600)
 def test_one_joins_late_is_killed_and_comes_back(tmp_path: Path, tiny_config: TinyConfig, tiny_text: TinyText) -> None:
     changes: dict[str, Any] = {
         "inner": {"num_steps": 200},

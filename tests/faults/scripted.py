@@ -55,6 +55,7 @@ SILO_POINTS: dict[str, Point] = {
 }
 
 AGGREGATOR_POINTS: dict[str, Point] = {  # as its loop comes to them
+    "lease_taken": ("pretrain.exchange.lease", "Lease._take", "after", lambda self: 0),
     "starting": (AGGREGATE, "Aggregator.start", "before", lambda self: 0),
     "contract_read": (STORE, "StoreExchange.read_contract", "after", lambda self: 0),
     "before_contract": (OBJECTS, "Objects.write", "before", lambda self, name, data: contract(name)),
@@ -91,6 +92,7 @@ AGGREGATOR_POINTS: dict[str, Point] = {  # as its loop comes to them
     "delivery_pruned": (OBJECTS, "Objects.delete", "after", lambda self, name: pruned(self, name, delivery(name))),
     "pruning": (OBJECTS, "Objects.delete", "after", lambda self, name: pruned(self, name, version(name))),
     "after_pruning": (STORE, "StoreExchange.prune", "after", lambda self, roster, newest, *settings: newest),
+    "releasing": ("pretrain.exchange.lease", "Lease.release", "before", lambda self: 0),
     "finishing": (
         "pretrain.journal",
         "Journal.record",

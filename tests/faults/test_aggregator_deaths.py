@@ -14,6 +14,7 @@ from tests.faults.scripted import AGGREGATOR_POINTS
 from tests.faults.test_kills import Faults, check_same, with_faults
 
 NUM_VERSIONS = 6
+pytestmark = pytest.mark.soak
 
 
 def make_config(tiny_config: TinyConfig, directory: Path) -> RunConfig:
@@ -36,6 +37,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_config: TinyConfi
 # commit 4 the versions 1 and 2 are pruned, at commit 5 what is left of them and 3, at commit 6 the rest and 4.
 DEATHS: Faults = {
     "aggregator": [
+        ("lease_taken", 0),
         ("starting", 0),
         ("contract_read", 0),
         ("before_contract", 0),
@@ -62,6 +64,7 @@ DEATHS: Faults = {
         ("delivery_pruned", 1),
         ("pruning", 2),
         ("after_pruning", 6),
+        ("releasing", 0),
         ("finishing", 0),
     ],
     "beta": [("corrupt_payload", 2)],  # for the aggregator to refuse

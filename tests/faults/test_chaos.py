@@ -8,6 +8,7 @@ from benchmarks.chaos import chaos
 from tests.support import TinyText
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(600)
 def test_killed_at_random_instants(tmp_path: Path, tiny_text: TinyText) -> None:
     problems = chaos(

@@ -117,6 +117,7 @@ STREAMING_DEATHS: Faults = {
 }
 
 
+@pytest.mark.timeout(600)
 def test_streaming_with_a_fragment_in_flight_resumes_exactly(tmp_path: Path, tiny_config: TinyConfig) -> None:
     undisturbed = federate(make_config(tiny_config, tmp_path / "undisturbed", **STREAMING))
     fired = tmp_path / "fired"
