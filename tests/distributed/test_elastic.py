@@ -83,6 +83,7 @@ STREAMING = {
 }
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(600)
 def test_one_joins_late_is_killed_and_comes_back(tmp_path: Path, tiny_config: TinyConfig, tiny_text: TinyText) -> None:
     changes: dict[str, Any] = {

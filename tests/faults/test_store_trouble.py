@@ -56,6 +56,7 @@ def logs(run: Outcome) -> str:
     return "".join(file.read_text() for file in sorted((Path(run.config.directory) / "logs" / "latest").iterdir()))
 
 
+@pytest.mark.soak
 def test_an_outage_in_mid_run(undisturbed: Outcome, tmp_path: Path, tiny_config: TinyConfig) -> None:
     config = make_config(tiny_config, tmp_path)
     store = Path(config.store_url)
