@@ -25,7 +25,7 @@ from pretrain.exchange.lease import Lease
 from pretrain.exchange.store import StoreExchange, delivery_path, file_payload, version_path
 from pretrain.journal import Journal
 from pretrain.lock import lock_directory
-from pretrain.merging import contributor, outer_optimizer, read_delivery
+from pretrain.merging import commit_record, contributor, outer_optimizer, read_delivery
 from pretrain.outer.codec import check, decoded, encode
 from pretrain.outer.digest import Row, digest_rows, tensor_row
 from pretrain.outer.fragments import cut_fragments
@@ -79,9 +79,7 @@ class Aggregator:
             check_same_contract(ours, stored, self._config.store_url)
             finish_rollbacks(self._exchange)
         newest = self._exchange.newest_version()
-        state = self._load(newest) if newest >= 0 else self._create()
-        self._collector.start(newest)
-        return state
+        return self._load(newest) if newest >= 0 else self._create()
 
     def _create(self) -> OuterState:
         """Version 0: the contract's initial parameters and an outer state of zeros."""
@@ -111,6 +109,7 @@ class Aggregator:
         """Restart: check the chain of commits, then load what the newest version is made of and compare the digests."""
         for version in range(newest + 1):
             commit = self._exchange.read_commit(version)
+            self._collector.committed(commit)
         kinds = kept_kinds(self._config.outer.optimizer, self._config.outer.downlink_codec)
         found: dict[str, dict[str, Tensor]] = {kind: {} for kind in (PARAMETER, *kinds)}
         for version, payload in self._exchange.newest_state(newest, self._schedule.num_fragments):
@@ -277,25 +276,14 @@ class Aggregator:
         metrics |= self._facts(deliveries)
         fragment = self._schedule.fragment(state.version + 1)
         codec = self._config.outer.downlink_codec
-        self._commit(state, [fragment], changes, codec, contributors, divisor=divisor, metrics=metrics)
+        commit = self._commit(state, [fragment], changes, codec, contributors, divisor=divisor, metrics=metrics)
         print(
             f"commit {state.version:5d}/{self._schedule.num_versions}  fragment {fragment}  "
             f"silos {', '.join(c.silo for c in contributors)}  divisor {divisor}  update {metrics['update_norm']:.4f}  "
             f"cosine {metrics['cosine_mean']:+.3f}  digest {state.parameters_digest[:12]}",
             flush=True,
         )
-        self._journal.record(
-            "commit",
-            version=state.version,
-            round=self._config.round_of(state.version),
-            fragment=fragment,
-            silos=[c.silo for c in contributors],
-            weights=[c.weight for c in contributors],
-            divisor=divisor,
-            **metrics,
-            digest=state.parameters_digest,
-        )
-        self._collector.committed(self._exchange.read_commit(state.version))
+        self._journal.record("commit", **commit_record(self._config, commit))
         self._exchange.prune(
             self._collector.members(),
             state.version,
@@ -324,7 +312,7 @@ class Aggregator:
         *,
         divisor: int,
         metrics: dict[str, float],
-    ) -> None:
+    ) -> Commit:
         version, outbox = state.version + 1, self._scratch / "outbox"
         shutil.rmtree(outbox, ignore_errors=True)
         payloads: list[tuple[Payload, Path]] = []
@@ -357,6 +345,8 @@ class Aggregator:
         )
         self._exchange.publish(commit, payloads + state_payloads, check=self._check_lease)
         state.version = version
+        self._collector.committed(commit)
+        return commit
 
 
 def aggregate(config: RunConfig, journal: Journal) -> None:

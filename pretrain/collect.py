@@ -46,17 +46,12 @@ class Collector:
         self._rules, self._schedule, self._roster = config.membership, config.schedule, config.full_roster
         self._file = Path(config.directory) / "aggregator" / "arrivals.json"
         self._arrivals: deque[float] = deque(maxlen=ARRIVALS)
-        self._commits: deque[Commit] = deque(maxlen=max(NORMS, self._rules.away_after_versions) * 2 * len(self._roster))
-
-    def start(self, newest: int) -> None:
-        """Remember what earlier commits tell, after `newest`."""
-        for version in range(max(0, newest + 1 - (self._commits.maxlen or 0)), newest + 1):
-            self._commits.append(self._exchange.read_commit(version))
         if self._rules.is_elastic and self._file.is_file():
             self._arrivals.extend(json.loads(self._file.read_text()))
+        self._commits: deque[Commit] = deque(maxlen=max(NORMS, self._rules.away_after_versions) * 2 * len(self._roster))
 
     def committed(self, commit: Commit) -> None:
-        """A version was committed."""
+        """A version was committed, now or before this process started; in their order."""
         self._commits.append(commit)
 
     def collect(self, version: int, verify: Verify) -> list[Delivery]:
@@ -65,7 +60,7 @@ class Collector:
         Returns them sorted by silo, those that came too late for the commit before after all others.
         """
         rules, began = self._rules, time.monotonic()
-        chosen = participants(self._roster, self._config.round_of(version), sample=rules.sample, seed=rules.sample_seed)
+        chosen = self._drawn(version)
         needed = rules.quorum or len(chosen)
         deadline = deadline_seconds(
             self._arrivals,
@@ -81,7 +76,7 @@ class Collector:
                 if silo not in arrived and silo not in refused and (found := self._look(silo, version, verify)):
                     arrived[silo] = found
                     self._arrivals.append(time.monotonic() - began)
-            missing = [silo for silo in self._awaited(version, chosen) if silo not in arrived and silo not in refused]
+            missing = [silo for silo in self._awaited(chosen) if silo not in arrived and silo not in refused]
             waited = time.monotonic() - began
             if len(arrived) >= needed and (not missing or (rules.is_elastic and waited >= deadline)):
                 absurd = self._absurd(version, arrived)
@@ -107,16 +102,15 @@ class Collector:
 
     def members(self) -> list[str]:
         """The silos for whose resuming the store keeps what they need: those of the roster that are not away."""
-        newest = self._commits[-1].version if self._commits else 0
-        return self._awaited(newest + 1, self._roster)
+        return self._awaited(self._roster)
 
-    def _awaited(self, version: int, chosen: list[str]) -> list[str]:
-        """Whose delivery a version waits for: with a quorum, those who have joined and are not away."""
+    def _awaited(self, chosen: list[str]) -> list[str]:
+        """Whose delivery is waited for: with a quorum, those who have joined and are not away."""
         if not self._rules.is_elastic:
             return chosen
-        return [silo for silo in chosen if self._is_there(silo, version)]
+        return [silo for silo in chosen if self._is_there(silo)]
 
-    def _is_there(self, silo: str, version: int) -> bool:
+    def _is_there(self, silo: str) -> bool:
         event = self._exchange.membership(silo)
         if event is None or event.left:
             return False
@@ -124,12 +118,12 @@ class Collector:
         for commit in reversed(self._commits):
             if commit.version <= event.version or silo in {c.silo for c in commit.contributors}:
                 break
-            rules = self._rules
-            drawn = participants(
-                self._roster, self._config.round_of(commit.version), sample=rules.sample, seed=rules.sample_seed
-            )
-            missed += silo in drawn
+            missed += silo in self._drawn(commit.version)
         return missed < self._rules.away_after_versions
+
+    def _drawn(self, version: int) -> list[str]:
+        round, rules = self._config.round_of(version), self._rules
+        return participants(self._roster, round, sample=rules.sample, seed=rules.sample_seed)
 
     def _words(self, version: int, missing: list[str], num_arrived: int, deadline: float) -> str:
         """What is waited for, and until when."""

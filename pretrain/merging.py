@@ -1,8 +1,10 @@
 """What merging takes, whoever merges: the deliveries' terms, the outer optimizer, the commit's contributors."""
 
+from typing import Any
+
 from pretrain.config import OuterConfig, RunConfig
 from pretrain.outer.optimizer import OuterOptimizer
-from pretrain.trust.ledger import Contributor, Manifest, RefusedError, sha256_bytes
+from pretrain.trust.ledger import Commit, Contributor, Manifest, RefusedError, sha256_bytes
 
 
 def read_delivery(
@@ -53,3 +55,17 @@ def outer_optimizer(outer: OuterConfig) -> OuterOptimizer:
     """The outer optimizer of a configuration."""
     first, second = outer.betas
     return OuterOptimizer(name=outer.optimizer, momentum=outer.momentum, betas=(first, second), eps=outer.eps)
+
+
+def commit_record(config: RunConfig, commit: Commit) -> dict[str, Any]:
+    """What metrics.jsonl says of a commit."""
+    return {
+        "version": commit.version,
+        "round": config.round_of(commit.version),
+        "fragment": config.schedule.fragment(commit.version),
+        "silos": [contributor.silo for contributor in commit.contributors],
+        "weights": [contributor.weight for contributor in commit.contributors],
+        "divisor": commit.divisor,
+        **commit.metrics,
+        "digest": commit.parameters_digest,
+    }

@@ -22,6 +22,7 @@ from pretrain.config import ConfigError, RunConfig
 from pretrain.exchange.base import Exchange, Received
 from pretrain.exchange.store import file_payload
 from pretrain.journal import Journal
+from pretrain.merging import commit_record
 from pretrain.outer.codec import FEEDBACK_DECAY, decoded, encode
 from pretrain.outer.digest import Row, digest_rows, tensor_row
 from pretrain.outer.fragments import cut_fragments
@@ -30,6 +31,8 @@ from pretrain.silo.checkpoint import HostTensors, Progress
 from pretrain.silo.engine import Engine
 from pretrain.silo.ranks import Ranks
 from pretrain.trust.ledger import Commit, Manifest, sha256_bytes
+
+Coded = Future[tuple[Manifest, Path] | None]
 
 
 class StopRequested(Exception):
@@ -42,7 +45,7 @@ class Flight:
 
     wait_seconds: float
     """Time that training stood still for it."""
-    coded: "Future[tuple[Manifest, Path] | None]"
+    coded: "Coded"
     """Our part of it, in the outbox; None if we have none."""
     received: Future[Received]
 
@@ -156,9 +159,7 @@ class SiloSync:
             return
         self._rows = {name: tensor_row(name, value) for name, value in self.global_parameters.items()}
         for version in range(progress.version + 1, progress.sent + 1):
-            coded: Future[tuple[Manifest, Path] | None] = Future()
-            coded.set_result(self._outgoing(version))
-            self._take_off(version, self._names(engine, version), coded)
+            self._take_off(version, self._names(engine, version), done(self._outgoing(version)))
 
     # ---- one sync
 
@@ -173,12 +174,10 @@ class SiloSync:
         local = self._read(engine, names) if num_sequences else {}
         seconds = time.monotonic() - began
         if self.ranks.is_leader:
-            coded: Future[tuple[Manifest, Path] | None] = Future()
+            coded = done(None)
             if num_sequences:
                 coded = self._coder.submit(self._code, version, local, num_sequences, dataclasses.replace(progress))
                 progress.unsettled.append(version)
-            else:
-                coded.set_result(None)
             self._take_off(version, names, coded, wait_seconds=seconds)
         progress.sent_positions[str(fragment)] = progress.position
         progress.seconds_waiting += seconds
@@ -204,7 +203,7 @@ class SiloSync:
         self,
         version: int,
         names: Sequence[str],
-        coded: "Future[tuple[Manifest, Path] | None]",
+        coded: "Coded",
         *,
         wait_seconds: float = 0.0,
     ) -> None:
@@ -415,15 +414,8 @@ class SiloSync:
                 wait([future], timeout=self.config.exchange.poll_seconds)
 
 
-def commit_record(config: RunConfig, commit: Commit) -> dict[str, Any]:
-    """What metrics.jsonl says of a commit."""
-    return {
-        "version": commit.version,
-        "round": config.round_of(commit.version),
-        "fragment": config.schedule.fragment(commit.version),
-        "silos": [contributor.silo for contributor in commit.contributors],
-        "weights": [contributor.weight for contributor in commit.contributors],
-        "divisor": commit.divisor,
-        **commit.metrics,
-        "digest": commit.parameters_digest,
-    }
+def done(coded: tuple[Manifest, Path] | None) -> Coded:
+    """What is coded already, or never will be."""
+    future: Coded = Future()
+    future.set_result(coded)
+    return future

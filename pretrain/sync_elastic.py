@@ -2,8 +2,6 @@
 
 import math
 import time
-from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +9,8 @@ import torch
 from pretrain.outer.rounds import participants, steps_of_round
 from pretrain.silo.checkpoint import Progress
 from pretrain.silo.engine import Engine
-from pretrain.sync import SiloSync
+from pretrain.sync import SiloSync, done
 from pretrain.sync_store import ThroughStore
-from pretrain.trust.ledger import Manifest
 
 LOSS_DECAY = 0.9  # of the running mean that a loss is compared with
 
@@ -108,9 +105,7 @@ class ElasticSync(SiloSync):
         self._go_on_from(progress, newest)
         for version in range(newest + 1, progress.sent + 1):
             if self.ranks.is_leader and version not in self._flights:
-                coded: Future[tuple[Manifest, Path] | None] = Future()
-                coded.set_result(None)
-                self._take_off(version, self._names(engine, version), coded)
+                self._take_off(version, self._names(engine, version), done(None))
         progress.seconds_waiting += time.monotonic() - began
         if self._store and not self._has_started:
             self._store.announce(newest)

@@ -72,10 +72,10 @@ class ThroughStore:
         """Wait for the aggregator's version 0; with a quorum, and after a rollback, take the newest."""
         while (newest := self._store.newest_version()) < 0:
             self._pause()
-        if not newest or not (self._rules.is_elastic or self._was_rolled_back):
-            return self._download(0, {})
+        if not (self._rules.is_elastic or self._was_rolled_back):
+            newest = 0
         outer = self._config.outer
-        if not self._rules.is_elastic and (outer.num_fragments > 1 or outer.overlap_steps):
+        if newest and not self._rules.is_elastic and (outer.num_fragments > 1 or outer.overlap_steps):
             raise ConfigError(
                 f"silo {self._silo}: the run was rolled back to version {newest}, and no checkpoint here is as old; "
                 "with fragments in turn or overlap, and no quorum, roll back only as far as silo.keep_checkpoints reach"
