@@ -5,9 +5,10 @@ The fixtures of conftest.py hand these out; a test that starts processes uses `w
 
 import json
 import random
+import socket
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,14 @@ from pretrain.config import ConfigError
 CORPORA = ("alpha", "beta", "gamma")
 VOCAB_SIZE = 300
 SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprst" for vowel in "aeiou"]
+
+
+def free_port() -> int:
+    """A loopback port that nobody serves, outside the range out of which connections that leave are given theirs."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,8 @@ here is encrypted, and whoever reaches the port can take part. What arrives is b
 import socket
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import count
 from typing import Any
@@ -58,15 +58,21 @@ class Lane:
         work: list[tuple[int, dist.Work]] = []
         group: Any = self._group  # torch's types leave send and recv out
         for peer in (peer for peer in range(len(self._roster)) if peer != self._me):
-            for pass_on, data in ((group.recv, into[peer]), (group.send, out[peer])):
-                messages = data.split(MESSAGE_BYTES) if len(data) else ()
-                work += [(peer, pass_on([message], peer, tag)) for tag, message in enumerate(messages)]
+            with self._naming(peer):  # of a peer that is known to be gone, nothing more is taken
+                for pass_on, data in ((group.recv, into[peer]), (group.send, out[peer])):
+                    messages = data.split(MESSAGE_BYTES) if len(data) else ()
+                    work += [(peer, pass_on([message], peer, tag)) for tag, message in enumerate(messages)]
         for peer, passing in work:
-            try:
+            with self._naming(peer):
                 passing.wait(self._timeout)
-            except RuntimeError as error:
-                reason = str(error).split("] ")[-1].split(". ")[0]
-                raise PeerLostError(f"silo {self._roster[peer]} is lost: {reason}") from None
+
+    @contextmanager
+    def _naming(self, peer: int) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).split("] ")[-1].split(". ")[0]
+            raise PeerLostError(f"silo {self._roster[peer]} is lost: {reason}") from None
 
 
 class Collective:

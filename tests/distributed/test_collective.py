@@ -1,6 +1,5 @@
 """Silos among themselves: the same bits as through a store, the promised bytes, and nobody's death unnoticed."""
 
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +10,12 @@ from pretrain.exchange.store import StoreExchange
 from pretrain.silo.model import build_initial
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, assert_evaluated_last, assert_same_bits, federate
-from tests.support import VOCAB_SIZE, TinyText, tiny_silo
-
-
-def free_url() -> str:
-    """An address on this machine that nobody serves."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return f"tcp://127.0.0.1:{server.getsockname()[1]}"
+from tests.support import VOCAB_SIZE, TinyText, free_port, tiny_silo
 
 
 def collective(**exchange: Any) -> dict[str, Any]:
     """The section of a collective that notices a death within seconds."""
-    return {"kind": "collective", "url": free_url(), "dead_seconds": 5.0, **exchange}
+    return {"kind": "collective", "url": f"tcp://127.0.0.1:{free_port()}", "dead_seconds": 5.0, **exchange}
 
 
 WAYS: dict[str, dict[str, Any]] = {

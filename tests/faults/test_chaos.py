@@ -11,21 +11,15 @@ from tests.support import TinyText
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
-    ("num_silos", "num_rounds", "num_kills", "streaming"),
-    [(2, 8, 4, True), (3, 30, 60, False), (3, 30, 60, True)],
+    ("size", "streaming"),
+    [
+        ({"num_silos": 2, "num_rounds": 8, "num_kills": 4}, True),
+        ({"num_silos": 3, "num_rounds": 30, "num_kills": 60}, False),
+        ({"num_silos": 3, "num_rounds": 30, "num_kills": 60}, True),
+    ],
     ids=["small", "plain", "streaming"],
 )
-def test_killed_at_random_instants(
-    tmp_path: Path, tiny_text: TinyText, num_silos: int, num_rounds: int, num_kills: int, streaming: bool
-) -> None:
-    problems = chaos(
-        tmp_path,
-        tiny_text.tokenizer,
-        list(tiny_text.packed.values()),
-        num_silos=num_silos,
-        num_rounds=num_rounds,
-        num_kills=num_kills,
-        seed=0,
-        streaming=streaming,
-    )
+def test_killed_at_random_instants(tmp_path: Path, tiny_text: TinyText, size: dict[str, int], streaming: bool) -> None:
+    packed = list(tiny_text.packed.values())
+    problems = chaos(tmp_path, tiny_text.tokenizer, packed, **size, seed=0, streaming=streaming)
     assert not problems

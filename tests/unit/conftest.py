@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support import free_port
+
 
 @pytest.fixture(scope="module")
 def s3_url() -> Iterator[str]:
@@ -19,9 +21,7 @@ def s3_url() -> Iterator[str]:
             pytest.skip(f"{package} is not installed: pip install 'atoll[test,s3]' to test against an S3 API")
     import s3fs
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("AWS_")]:
             patch.delenv(name)

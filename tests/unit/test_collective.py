@@ -1,5 +1,8 @@
 """Meeting, talking and passing bytes in a collective, each silo a thread with connections of its own."""
 
+import multiprocessing
+import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -10,15 +13,15 @@ import pytest
 import torch
 
 from pretrain.config import ConfigError
-from pretrain.exchange.collective import MESSAGE_BYTES, Collective, PeerLostError
+from pretrain.exchange.collective import MESSAGE_BYTES, Collective, Lane, PeerLostError, connect
+from tests.support import free_port
 
 ROSTER = ["alpha", "beta", "gamma"]
 
 
 @pytest.fixture
 def url() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return f"tcp://127.0.0.1:{server.getsockname()[1]}"
+    return f"tcp://127.0.0.1:{free_port()}"
 
 
 def in_all(silos: list[Collective], call: Callable[[Collective], Any]) -> list[Any]:
@@ -103,3 +106,35 @@ def test_an_address_in_use_is_one_line(url: str) -> None:
         with pytest.raises(ConfigError, match=r"^exchange.url: 'tcp:.*' given; this silo cannot ") as caught:
             made.join("directory/1")
         assert "\n" not in str(caught.value)
+
+
+def first_lane(silo: str, url: str) -> Lane:
+    return Lane(connect(url, is_host=silo == "alpha"), url, ["alpha", "beta"], silo, lane=0, dead_seconds=5)
+
+
+def pass_one_byte_and_die(url: str) -> None:
+    nothing = torch.empty(0, dtype=torch.uint8)
+    first_lane("beta", url).swap(
+        [torch.ones(1, dtype=torch.uint8), nothing], [torch.empty(1, dtype=torch.uint8), nothing]
+    )
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_silo_that_died_before_the_bytes_were_given_to_the_connection_is_named(url: str) -> None:
+    beta = multiprocessing.get_context("spawn").Process(target=pass_one_byte_and_die, args=(url,))
+    beta.start()
+    lane, out, into = (
+        first_lane("alpha", url),
+        torch.ones(2, 1, dtype=torch.uint8),
+        torch.empty(2, 1, dtype=torch.uint8),
+    )
+
+    def swap() -> None:
+        lane.swap([*out], [*into])
+
+    swap()
+    beta.join()
+    assert beta.exitcode == -signal.SIGKILL
+    for _ in range(2):
+        with pytest.raises(PeerLostError, match="silo beta is lost: "):
+            swap()
