@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 
 from launch.demo import comparison_configs, federated_config, prepare_text
-from launch.local import launch_local
+from launch.local import CommandBuilder, launch_local
 from pretrain.config import RunConfig
 
 CENTRAL = "central"
@@ -99,12 +99,12 @@ def main() -> None:
     plot(results, directory / "sync.svg")
 
 
-def finished(config: RunConfig, log_file: Path) -> dict[str, Any]:
+def finished(config: RunConfig, log_file: Path, build_commands: CommandBuilder | None = None) -> dict[str, Any]:
     """The summary of a run, which is made first unless it was."""
     directory = Path(config.directory)
     if not (directory / "summary.json").exists():
         with log_file.open("a") as log:
-            if launch_local(config, console=Console(file=log, width=120)):
+            if launch_local(config, build_commands=build_commands, console=Console(file=log, width=120)):
                 raise SystemExit(f"{directory} failed: see {log_file}")
     return json.loads((directory / "summary.json").read_text())
 

@@ -3,18 +3,26 @@
     python -m tests.faults.scripted pretrain.aggregate DIRECTORY '[["before_merge", 2], ...]' [the module's arguments]
 
 A fault is a list: the point, the number of the round, version or step there (0 where there is none), the rank, the
-action and its seconds; rank 0 and "kill" are meant where it ends before. The actions:
+action and its amount; rank 0 and "kill" are meant where it ends before. The actions:
 
-    kill    SIGKILL
-    pause   SIGSTOP; a helper process sends SIGCONT some seconds later
-    slow    sleep some seconds, there and at every larger number
-    nan     the first value of a silo's local parameters becomes NaN; for the point `sending`
+    kill     SIGKILL
+    pause    SIGSTOP; a helper process sends SIGCONT some seconds later
+    slow     sleep some seconds, there and at every larger number
+    fill     a file takes all room that is left in a folder
+    drop     nothing is done, there and at every second larger number; for the point `delivering`
+    nan      the first value of a silo's local parameters becomes NaN; for the point `sending`, as the rest
+    flip     the silo sends the opposite of its pseudo-gradient, there and at every larger number
+    scale    and this sends a multiple of it
+    noise    and this adds normal noise to it, of a multiple of its size
 
 Two points have a fault of their own: `corrupt_payload` flips a bit in what was just delivered, `corrupt_version`
 changes a value in what was just merged. A fault leaves an empty file DIRECTORY/POINT-NUMBER before it strikes, so that
-a test can assert that it did; only `slow` strikes again, no other does, in later starts of the process neither.
+a test can assert that it did; those of all larger numbers strike again, no other does, in later starts of the process
+neither.
 """
 
+import contextlib
+import dataclasses
 import importlib
 import json
 import os
@@ -27,6 +35,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from launch.local import CommandBuilder, local_commands
+from launch.processes import ChildCommand
+from pretrain.config import RunConfig
+
+Faults = dict[str, list[tuple[Any, ...]]]
+"""Silo, or `aggregator`, to its faults."""
+FILLER = "filler"
+LASTING = ("slow", "flip", "scale", "noise")
+
 # point: (module, attribute, before or after the call, number of the round, version or step from the call's arguments)
 Point = tuple[str, str, str, Callable[..., int | None]]
 OBJECTS = "pretrain.exchange.objects"
@@ -36,6 +53,7 @@ AGGREGATE = "pretrain.aggregate"
 SILO_POINTS: dict[str, Point] = {
     "step": ("pretrain.train", "learning_rate", "before", lambda step, inner: step),
     "sending": ("pretrain.sync", "SiloSync._code", "before", lambda self, version, *facts: version),
+    "delivering": (STORE, "StoreExchange.deliver", "before", lambda self, manifest, files: manifest.version),
     "before_payload": (OBJECTS, "Objects.upload", "before", lambda self, file, name: delivery(name)),
     "corrupt_payload": (OBJECTS, "Objects.upload", "after", lambda self, file, name: delivery(name)),
     "before_manifest": (OBJECTS, "Objects.write", "before", lambda self, name, data: manifest(name)),
@@ -104,6 +122,22 @@ AGGREGATOR_POINTS: dict[str, Point] = {  # as its loop comes to them
 POINTS = SILO_POINTS | AGGREGATOR_POINTS
 
 
+def with_faults(faults: Faults, directory: Path) -> CommandBuilder:
+    """A command builder that runs each process with its faults, which leave their files in `directory`."""
+
+    def build(config: RunConfig, config_path: Path) -> list[ChildCommand]:
+        commands = []
+        for command in local_commands(config, config_path):
+            module = "pretrain.aggregate" if command.name == "aggregator" else "pretrain.train"
+            at = command.argv.index(module)
+            scripted = ["tests.faults.scripted", module, str(directory), json.dumps(faults.get(command.name, []))]
+            argv = command.argv[:at] + scripted + command.argv[at + 1 :]
+            commands.append(dataclasses.replace(command, argv=argv))
+        return commands
+
+    return build
+
+
 def number(pattern: str, name: str) -> int | None:
     """The six digits in an object's name that fits `pattern`."""
     found = re.fullmatch(pattern, name)
@@ -145,7 +179,7 @@ def pruned(objects: Any, name: str, version: int | None) -> int | None:
     return version if committed else None
 
 
-def arm(point: str, when: int, fired: Path, action: str, seconds: float) -> None:
+def arm(point: str, when: int, fired: Path, action: str, amount: Any) -> None:
     """Replace the point's function by one that strikes before or after the call whose number is `when`."""
     module_name, path, side, number_of = POINTS[point]
     owner: Any = importlib.import_module(module_name)
@@ -155,14 +189,17 @@ def arm(point: str, when: int, fired: Path, action: str, seconds: float) -> None
     original = getattr(owner, attribute)
 
     def is_due(found: int | None) -> bool:
-        if action == "slow":
-            return found is not None and found >= when
+        if found is None or action in (*LASTING, "drop"):
+            return found is not None and found >= when and (action != "drop" or (found - when) % 2 == 0)
         return found == when and not fired.exists()
 
     def faulty(*args: Any, **kwargs: Any) -> Any:
         due = is_due(number_of(*args, **kwargs))
+        if due and action == "drop":
+            fired.touch()
+            return args[1].to_bytes()  # as if it had come through
         if due and side == "before":
-            strike(action, seconds, fired, args)
+            strike(action, amount, fired, args)
         result = original(*args, **kwargs)
         if due and point == "corrupt_payload":
             corrupt(fired, Path(args[0]._path(args[2])))
@@ -170,25 +207,49 @@ def arm(point: str, when: int, fired: Path, action: str, seconds: float) -> None
             fired.touch()
             next(iter(result.values())).view(-1)[0] += 1
         elif due and side == "after":
-            strike(action, seconds, fired, args)
+            strike(action, amount, fired, args)
         return result
 
     setattr(owner, attribute, faulty)
 
 
-def strike(action: str, seconds: float, fired: Path, args: tuple[Any, ...]) -> None:
+def strike(action: str, amount: Any, fired: Path, args: tuple[Any, ...]) -> None:
     fired.touch()
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif action == "pause":
-        subprocess.Popen(["sh", "-c", f"sleep {seconds}; kill -CONT {os.getpid()}"], start_new_session=True)
+        subprocess.Popen(["sh", "-c", f"sleep {amount}; kill -CONT {os.getpid()}"], start_new_session=True)
         os.kill(os.getpid(), signal.SIGSTOP)
     elif action == "slow":
-        time.sleep(seconds)
+        time.sleep(amount)
+    elif action == "fill":
+        fill(Path(amount))
     else:
-        assert action == "nan", action
-        _, _, local, *_ = args  # of SiloSync._send
-        next(iter(local.values())).view(-1)[0] = float("nan")
+        sync, _, local, *_ = args  # of SiloSync._code
+        for name, value in local.items():
+            spoil(action, amount, value, sync.global_parameters[name])
+
+
+def fill(directory: Path) -> None:
+    """Leave no room: of a block, then of single bytes."""
+    with (directory / FILLER).open("wb", buffering=0) as filler:
+        for data in (bytes(1 << 16), bytes(1)):
+            with contextlib.suppress(OSError):
+                while True:
+                    filler.write(data)
+
+
+def spoil(action: str, amount: float, local: Any, base: Any) -> None:
+    """Change a tensor of a silo's local parameters, as trained from `base`, in place."""
+    import torch
+
+    change = local - base
+    if action == "nan":
+        local.view(-1)[0] = float("nan")
+    elif action == "noise":
+        local += torch.randn_like(change) * change.square().mean().sqrt() * amount
+    else:
+        local.copy_(base + change * (-1.0 if action == "flip" else amount))
 
 
 def corrupt(fired: Path, payload: Path) -> None:
@@ -202,9 +263,9 @@ def main() -> None:
     which, directory, faults, *arguments = sys.argv[1:]
     module = importlib.import_module(which)
     for point, when, *more in json.loads(faults):
-        rank, action, seconds = [*more, *(0, "kill", 0.0)[len(more) :]]
+        rank, action, amount = [*more, *(0, "kill", 0.0)[len(more) :]]
         if str(rank) == os.environ.get("RANK", "0"):
-            arm(point, when, Path(directory) / f"{point}-{when}", action, seconds)
+            arm(point, when, Path(directory) / f"{point}-{when}", action, amount)
     sys.argv = [which, *arguments]
     sys.exit(module.main())
 

@@ -10,8 +10,8 @@ from pretrain.config import RunConfig
 from pretrain.exchange.store import StoreExchange
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, federate
-from tests.faults.scripted import AGGREGATOR_POINTS
-from tests.faults.test_kills import Faults, check_same, with_faults
+from tests.faults.scripted import AGGREGATOR_POINTS, Faults, with_faults
+from tests.faults.test_kills import check_same
 
 NUM_VERSIONS = 6
 pytestmark = pytest.mark.soak

@@ -20,7 +20,8 @@ from pretrain.exchange.store import StoreExchange
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, federate
 from tests.distributed.test_collective import collective
-from tests.faults.test_kills import STREAMING, Faults, check_same, make_config, with_faults
+from tests.faults.scripted import Faults, with_faults
+from tests.faults.test_kills import STREAMING, check_same, make_config
 from tests.support import TinyText, tiny_silo
 
 DEAD_SECONDS = 3.0

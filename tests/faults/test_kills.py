@@ -1,19 +1,15 @@
 """Kill anything at any step and start it again: bit-equal parameters, losses and ledger (design, exactness 6)."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launch.local import local_commands
-from launch.processes import ChildCommand
 from pretrain.config import RunConfig
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, assert_same_bits, federate
-
-Faults = dict[str, list[tuple[Any, ...]]]
+from tests.faults.scripted import Faults, with_faults
 
 
 def make_config(
@@ -31,22 +27,6 @@ def make_config(
         silos={"alpha": alpha},
         exchange=exchange or {},
     )
-
-
-def with_faults(faults: Faults, directory: Path) -> Any:
-    """A command builder that runs each process through scripted.py."""
-
-    def build(config: RunConfig, config_path: Path) -> list[ChildCommand]:
-        commands = []
-        for command in local_commands(config, config_path):
-            module = "pretrain.aggregate" if command.name == "aggregator" else "pretrain.train"
-            at = command.argv.index(module)
-            killed = ["tests.faults.scripted", module, str(directory), json.dumps(faults.get(command.name, []))]
-            argv = command.argv[:at] + killed + command.argv[at + 1 :]
-            commands.append(dataclasses.replace(command, argv=argv))
-        return commands
-
-    return build
 
 
 def check_same(run: Outcome, undisturbed: Outcome) -> None:
