@@ -1,75 +1,19 @@
 """Silos that join late, die, stay away and come back: real processes, a quorum of two of three."""
 
-import os
-import subprocess
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from safetensors.torch import load_file
 
-from launch.local import local_commands
-from pretrain.config import RunConfig, save_config
+from benchmarks.elastic import Guest, final_digest, wait_until
 from pretrain.exchange.store import StoreExchange
-from pretrain.outer.digest import digest_tensors
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, assert_evaluated_last, federate
 from tests.support import TinyText, tiny_silo
 
 ROSTER = ["alpha", "beta", "gamma"]
 RULES = {"quorum": 2, "deadline_floor_seconds": 0.5, "deadline_ceiling_seconds": 20.0, "away_after_versions": 2}
-
-
-class Guest:
-    """A silo with a run directory of its own, started and killed by the test."""
-
-    def __init__(self, config: RunConfig, name: str) -> None:
-        self.config, self.name = config, name
-        path = Path(config.directory) / "config.yaml"
-        save_config(config, path)
-        self._command = next(command for command in local_commands(config, path) if command.name == name)
-        self._log = Path(config.directory) / "guest.log"
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                self._command.argv,
-                env=os.environ | self._command.environment,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-
-    def kill(self) -> None:
-        assert self._process
-        agent = psutil.Process(self._process.pid)
-        for process in [agent, *agent.children(recursive=True)]:  # the workers have process groups of their own
-            process.kill()
-        self._process.wait()
-
-    def wait(self) -> str:
-        assert self._process
-        code = self._process.wait(timeout=120)
-        text = self._log.read_text()
-        assert code == 0, text[-5000:]
-        return text
-
-
-def wait_until(what: Any, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
-def final_digest(config: RunConfig, silo: str) -> str:
-    """Of the global parameters that a silo's last checkpoint holds."""
-    newest = max((config.silo_directory(silo) / "checkpoints").glob("step-*"))
-    return digest_tensors(load_file(newest / "global.safetensors").items())
 
 
 STREAMING = {
@@ -106,20 +50,20 @@ def test_one_joins_late_is_killed_and_comes_back(tmp_path: Path, tiny_config: Ti
         return [v for v in versions if "gamma" in {c.silo for c in store.read_commit(v).contributors}]
 
     def come_and_go() -> None:
-        wait_until(lambda: store.newest_version() >= 3)
+        wait_until(lambda: store.newest_version() >= 3, 120)
         guest.start()
-        wait_until(lambda: len(contributed()) >= 2)
+        wait_until(lambda: len(contributed()) >= 2, 120)
         guest.kill()
         present.extend([contributed()[0], contributed()[-1]])
         before = store.newest_version()
-        wait_until(lambda: store.newest_version() >= before + 4)
+        wait_until(lambda: store.newest_version() >= before + 4, 120)
         guest.start()
 
     visitor = threading.Thread(target=come_and_go)
     visitor.start()
     run = federate(config)
     visitor.join()
-    said = guest.wait()
+    said = guest.wait(120)
 
     last = config.schedule.num_versions
     joined, left = present

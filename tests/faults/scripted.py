@@ -262,8 +262,9 @@ def corrupt(fired: Path, payload: Path) -> None:
 def main() -> None:
     which, directory, faults, *arguments = sys.argv[1:]
     module = importlib.import_module(which)
-    for point, when, *more in json.loads(faults):
-        rank, action, amount = [*more, *(0, "kill", 0.0)[len(more) :]]
+    defaults: list[Any] = [None, None, 0, "kill", 0.0]
+    for fault in json.loads(faults):
+        point, when, rank, action, amount = fault + defaults[len(fault) :]
         if str(rank) == os.environ.get("RANK", "0"):
             arm(point, when, Path(directory) / f"{point}-{when}", action, amount)
     sys.argv = [which, *arguments]
