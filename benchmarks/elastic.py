@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 
 from benchmarks.sync import PLAIN, finished, mean_loss
 from launch.demo import federated_config, prepare_text
-from launch.local import launch_local, local_commands
+from launch.local import CommandBuilder, launch_local, local_commands
 from pretrain.config import RunConfig, save_config
 from pretrain.exchange.store import StoreExchange
 from pretrain.leave import say_left
@@ -56,14 +56,14 @@ RULES = ["membership.quorum=2", "membership.deadline_floor_seconds=2", "membersh
 
 
 class Guest:
-    """A silo with a run directory of its own, which comes and goes without a launcher that watches it."""
+    """A silo with a run directory of its own, or an aggregator, which comes and goes without a launcher's watch."""
 
-    def __init__(self, config: RunConfig, name: str) -> None:
+    def __init__(self, config: RunConfig, name: str, build_commands: CommandBuilder = local_commands) -> None:
         self.config, self.name = config, name
         path = Path(config.directory) / "config.yaml"
         save_config(config, path)
-        self._command = next(command for command in local_commands(config, path) if command.name == name)
-        self._log = Path(config.directory) / "guest.log"
+        self._command = next(command for command in build_commands(config, path) if command.name == name)
+        self._log = Path(config.directory).with_suffix(f".{name}.log")
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -75,8 +75,9 @@ class Guest:
             )
 
     def kill(self) -> None:
-        """SIGKILL torchrun and all ranks."""
-        assert self._process
+        """SIGKILL all its processes, if it runs."""
+        if not self._process or self._process.poll() is not None:
+            return
         agent = psutil.Process(self._process.pid)
         for process in [agent, *agent.children(recursive=True)]:  # the workers have process groups of their own
             process.kill()
@@ -88,11 +89,11 @@ class Guest:
         self._process.send_signal(signal.SIGTERM)
         self._process.wait()
 
-    def wait(self, seconds: float) -> str:
-        """Wait until it has ended well; returns all that it printed."""
+    def wait(self, seconds: float, *, code: int = 0) -> str:
+        """Wait until it has ended, with an exit code; returns all that it printed."""
         assert self._process
-        code, text = self._process.wait(seconds), self._log.read_text()
-        assert code == 0, text[-5000:]
+        ended, text = self._process.wait(seconds), self._log.read_text()
+        assert ended == code, text[-5000:]
         return text
 
 

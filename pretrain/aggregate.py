@@ -6,6 +6,7 @@ All its state is in the store: killed at any point, it goes on with the same ver
 """
 
 import argparse
+import json
 import resource
 import shutil
 import sys
@@ -34,7 +35,7 @@ from pretrain.outer.quantize import Parts
 from pretrain.outer.robust import clip_factors, coordinate_median, krum, trimmed_mean
 from pretrain.outer.state import OuterTensors, kept_at_start, kept_kinds
 from pretrain.payload import PARAMETER, Tensors, save_tensors
-from pretrain.rollback import finish_rollbacks
+from pretrain.rollback import explain, finish_rollbacks, foreign
 from pretrain.trust.contract import build_contract, check_same_contract, contract_bytes
 from pretrain.trust.ledger import Commit, Contributor, Payload, RefusedError, sha256_bytes
 
@@ -61,6 +62,7 @@ class Aggregator:
         self._config, self._journal, self._schedule, self._check_lease = config, journal, config.schedule, check_lease
         self._exchange = StoreExchange(config.store_url, retry_seconds=config.exchange.retry_seconds)
         self._scratch = Path(config.directory) / "aggregator"
+        self._newest_file = self._scratch / "newest.json"
         self._roster = config.full_roster
         self._fragments: list[list[str]] = []
         self._collector = Collector(config, self._exchange, journal)
@@ -71,6 +73,7 @@ class Aggregator:
         """Write or compare the contract; load the newest version, or write version 0."""
         ours = build_contract(self._config)
         stored = self._exchange.read_contract()
+        self._check_history()
         if stored is None:
             if self._exchange.newest_version() >= 0:
                 raise ConfigError(f"exchange.url: {self._config.store_url} given; it has versions but no contract.json")
@@ -80,6 +83,15 @@ class Aggregator:
             finish_rollbacks(self._exchange)
         newest = self._exchange.newest_version()
         return self._load(newest) if newest >= 0 else self._create()
+
+    def _check_history(self) -> None:
+        """Raise ConfigError if the store lacks the newest commit that was made from this run directory."""
+        if not self._newest_file.is_file():
+            return
+        known = json.loads(self._newest_file.read_text())
+        version, commit_sha256 = int(known["version"]), str(known["commit_sha256"])
+        if explain(self._exchange, version, commit_sha256) == "foreign":
+            raise ConfigError(foreign("this aggregator", version, commit_sha256, self._exchange))
 
     def _create(self) -> OuterState:
         """Version 0: the contract's initial parameters and an outer state of zeros."""
@@ -131,6 +143,8 @@ class Aggregator:
         if state.kept_digest != commit.outer_digest:
             raise RefusedError(f"version {newest}: its outer state does not have the digest of its commit")
         self._cut(parameters)
+        if newest:  # whoever committed it may have died before it wrote this
+            self._journal.record("commit", **commit_record(self._config, commit))
         return state
 
     # ---- one version
@@ -344,6 +358,10 @@ class Aggregator:
             metrics=metrics,
         )
         self._exchange.publish(commit, payloads + state_payloads, check=self._check_lease)
+        known = {"version": version, "commit_sha256": sha256_bytes(commit.to_bytes())}
+        temporary = self._newest_file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(known))
+        temporary.replace(self._newest_file)
         state.version = version
         self._collector.committed(commit)
         return commit

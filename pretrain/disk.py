@@ -6,10 +6,14 @@ import shutil
 FULL_BYTES = 1 << 20  # what is left when a write of any size may have failed for want of room
 
 
+def is_full(error: BaseException) -> bool:
+    """Whether the operating system says that there is no room."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 def full_disk(error: BaseException, directory: str) -> str:
     """One line if `error` came of a disk without room below `directory`, else nothing."""
-    says_so = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    says_so = says_so or "No space left on device" in str(error)
+    says_so = is_full(error) or "No space left on device" in str(error)
     # torch and DeepSpeed only say that a write failed.
     if says_so or shutil.disk_usage(directory).free < FULL_BYTES:
         return (

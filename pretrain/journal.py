@@ -1,8 +1,10 @@
 """What a process tells the outside: metrics records, its status, its last error, and Weights & Biases. No torch."""
 
+import errno
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ class Journal:
         self.directory = Path(config.directory) / part
         self.directory.mkdir(parents=True, exist_ok=True)
         (self.directory / "error.txt").unlink(missing_ok=True)
+        self._end_broken_line()
         self._wandb: Any = None
         if config.wandb.mode != "disabled":
             import wandb
@@ -34,20 +37,33 @@ class Journal:
             )
 
     def record(self, kind: str, **values: Any) -> None:
-        """Append one line to metrics.jsonl. One write in append mode: lines of several processes do not mix."""
+        """Append one line to metrics.jsonl. One write in append mode: lines of several processes do not mix.
+
+        Raises OSError on a full disk; what it still took of the line is ended by the next start.
+        """
         head: dict[str, Any] = {"kind": kind, "time": time.time()}
         if self._silo:
             head["silo"] = self._silo
-        line = json.dumps(head | values) + "\n"
-        descriptor = os.open(self._metrics, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(descriptor, line.encode())
-        finally:
-            os.close(descriptor)
+        self._append((json.dumps(head | values) + "\n").encode())
         if self._wandb:
             numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
             numbers |= {f"{kind}/{corpus}": loss for corpus, loss in values.get("val_loss", {}).items()}
             self._wandb.log(numbers)
+
+    def _append(self, line: bytes) -> None:
+        descriptor = os.open(self._metrics, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            if os.write(descriptor, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._metrics))
+        finally:
+            os.close(descriptor)
+
+    def _end_broken_line(self) -> None:
+        """A disk that was full, or a machine that lost power, can have left a part of one, which readers pass over."""
+        with suppress(OSError), self._metrics.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                self._append(b"\n")
 
     def status(self, phase: str, *, step: int = 0, round: int = 0, waiting_for: str | None = None) -> None:
         """Replace status.json: what this process does, and since when."""

@@ -12,14 +12,17 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pretrain.config import ConfigError, ExchangeConfig
-from pretrain.exchange.base import History
 from pretrain.exchange.lease import Lease
 from pretrain.exchange.store import StoreExchange, version_path
 from pretrain.trust.ledger import Record, RefusedError, sha256_bytes
 
 FOLDER = "rollbacks"
+
+History = Literal["same", "rolled back", "foreign"]
+"""A commit that somebody has seen is the run's own; or was, before a rollback; or is of another run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +117,15 @@ def explain(exchange: StoreExchange, version: int, commit_sha256: str) -> Histor
     if _commit_sha256(exchange, version) == commit_sha256:
         return "same"
     return "rolled back" if any(commit_sha256 in record.discarded for record, _ in rollbacks) else "foreign"
+
+
+def foreign(who: str, version: int, commit_sha256: str, exchange: StoreExchange) -> str:
+    """What to tell the user about a commit that the store explains as foreign."""
+    return (
+        f"exchange.url: {exchange.objects.url} given, whose newest version is {exchange.newest_version()}; {who} holds "
+        f"version {version} with commit {commit_sha256[:12]}, which is not there: an old copy was restored, or it is "
+        "another run; restore the newer copy, or name another run directory"
+    )
 
 
 def _read(exchange: StoreExchange) -> list[tuple[Rollback, bool]]:

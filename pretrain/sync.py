@@ -124,16 +124,10 @@ class SiloSync:
 
         Raises ConfigError if it is of another history: an older copy of the store or of the run directory.
         """
-        found = self._exchange.explain(version, commit_sha256)
-        if found == "foreign":
-            raise ConfigError(
-                f"silo {self.silo}: its checkpoint holds version {version} with commit {commit_sha256[:12]}, which "
-                f"{self.config.store_url} does not have: an old copy was restored, or it is another run; restore the "
-                "newer copy, or name another run directory"
-            )
-        if found == "rolled back":
+        ours = self._exchange.is_ours(version, commit_sha256)
+        if not ours:
             print(f"the run was rolled back: the checkpoint with version {version} is dropped", flush=True)
-        return found == "same"
+        return ours
 
     def start(self, engine: Engine, progress: Progress) -> None:
         """Wait for version 0 and take it over, all fragments."""

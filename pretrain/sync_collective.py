@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pretrain.config import ConfigError, RunConfig
-from pretrain.exchange.base import History, Received
+from pretrain.exchange.base import Received
 from pretrain.exchange.collective import Collective, Lane, PeerLostError, connect
 from pretrain.exchange.lanes import Lanes, carry
 from pretrain.merging import contributor, outer_optimizer, read_delivery
@@ -135,9 +135,9 @@ class AmongSilos:
             self._carrier = threading.Thread(target=carry, args=arguments, name="lane", daemon=True)
             self._carrier.start()
 
-    def explain(self, version: int, commit_sha256: str) -> History:
+    def is_ours(self, version: int, commit_sha256: str) -> bool:
         """Our ledger lies beside the checkpoint, and is compared with the others' when we join."""
-        return "same"
+        return True
 
     def initial(self) -> Received:
         """Our own: everybody starts from the contract's parameters."""

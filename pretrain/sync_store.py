@@ -13,14 +13,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from pretrain.config import ConfigError, RunConfig
-from pretrain.exchange.base import History, Received
+from pretrain.exchange.base import Received
 from pretrain.exchange.objects import StopWaitingError, StoreTroubleError
 from pretrain.exchange.store import StoreExchange, version_path
 from pretrain.outer.codec import apply_change, check
 from pretrain.outer.digest import tensor_row
 from pretrain.outer.pieces import Piece
 from pretrain.payload import Tensors
-from pretrain.rollback import explain, is_rolling_back
+from pretrain.rollback import explain, foreign, is_rolling_back
 from pretrain.trust.contract import build_contract, check_same_contract
 from pretrain.trust.ledger import Commit, Manifest, RefusedError
 
@@ -62,11 +62,13 @@ class ThroughStore:
     def assist(self, rank: int) -> None:
         """The leader does it all."""
 
-    def explain(self, version: int, commit_sha256: str) -> History:
+    def is_ours(self, version: int, commit_sha256: str) -> bool:
         """Ask the ledger."""
         found = explain(self._store, version, commit_sha256)
+        if found == "foreign":
+            raise ConfigError(foreign(f"silo {self._silo}'s checkpoint", version, commit_sha256, self._store))
         self._was_rolled_back |= found == "rolled back"
-        return found
+        return found == "same"
 
     def initial(self) -> Received:
         """Wait for the aggregator's version 0; with a quorum, and after a rollback, take the newest."""

@@ -3,16 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
 from pretrain.outer.digest import Row
 from pretrain.outer.pieces import Piece
 from pretrain.trust.ledger import Commit, Manifest
-
-History = Literal["same", "rolled back", "foreign"]
-"""A commit that somebody has seen is the run's own; or was, before a rollback; or is of another run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +50,11 @@ class Exchange(Protocol):
     def assist(self, rank: int) -> None:
         """On every rank but the leader, once that has joined."""
 
-    def explain(self, version: int, commit_sha256: str) -> History:
-        """What the newest commit that a checkpoint holds is to the others."""
+    def is_ours(self, version: int, commit_sha256: str) -> bool:
+        """Whether the newest commit that a checkpoint holds is the run's still; False if it was rolled back.
+
+        Raises ConfigError if it never was: an old copy of the store or of the run directory, or another run.
+        """
 
     def initial(self) -> Received:
         """All tensors of version 0, or with a quorum and after a rollback the newest; for a silo without checkpoint."""

@@ -22,6 +22,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from pretrain.config import ConfigError
+from pretrain.disk import is_full
 
 BLOCK_BYTES = 1 << 20
 # Exponential back-off with full jitter: https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter
@@ -215,6 +216,8 @@ class Objects:
                 self._say_over(name, verb, num_failures, began)
                 self._raise_answer(name, verb, error)
             except Exception as error:
+                if verb == "read" and is_full(error):
+                    raise  # our own disk, on which it was written
                 line, now = self._line(name, verb, error), time.monotonic()
                 if isinstance(error, CERTAIN) or type(error).__name__ in CERTAIN_NAMES:
                     raise ConfigError(line) from error

@@ -1,6 +1,5 @@
 """Run a federation with real processes, and read back what it left."""
 
-import json
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +12,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from launch.local import CommandBuilder, launch_local
+from launch.metrics import MetricsReader
 from pretrain.config import RunConfig
 from pretrain.exchange.store import StoreExchange, version_path
 from pretrain.silo.data import PackedTokens
@@ -30,8 +30,7 @@ class Outcome:
     @cached_property
     def records(self) -> list[dict[str, Any]]:
         """metrics.jsonl."""
-        lines = (Path(self.config.directory) / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
+        return MetricsReader(Path(self.config.directory) / "metrics.jsonl").read_new()
 
     def by_step(self, silo: str, value: str) -> dict[int, float]:
         """Inner step to `value` of a silo's step records; a step that was done again must have come out the same."""

@@ -35,7 +35,7 @@ def check_same(run: Outcome, undisturbed: Outcome) -> None:
     assert_same_bits(run.parameters(last), undisturbed.parameters(last))
     for version in range(last + 1):
         assert run.exchange.commit_bytes(version) == undisturbed.exchange.commit_bytes(version)
-    for silo in ("alpha", "beta"):
+    for silo in run.config.silos:
         for value in ("loss", "lr", "tokens", "grad_norm"):
             assert run.by_step(silo, value) == undisturbed.by_step(silo, value)
         assert run.held_out(silo) == undisturbed.held_out(silo)
