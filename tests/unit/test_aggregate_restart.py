@@ -44,12 +44,18 @@ def deliver_all(config: RunConfig, state: OuterState) -> None:
 
 
 def two_versions(config: RunConfig) -> tuple[Path, OuterState]:
-    """A run of two versions; returns its store and state."""
+    """A run of two versions, found by an aggregator that has not made them; returns its store and state."""
     aggregator, state = start(config)
     for _ in range(2):
         deliver_all(config, state)
         one_version(aggregator, state)
+    newest_file(config).unlink()
     return Path(config.store_url), state
+
+
+def newest_file(config: RunConfig) -> Path:
+    """What an aggregator notes of its newest commit."""
+    return Path(config.directory) / "aggregator" / "newest.json"
 
 
 def assert_same_state(found: OuterState, expected: OuterState) -> None:
@@ -125,6 +131,28 @@ def test_a_version_without_commit_is_made_again(config: RunConfig) -> None:
     assert state.version == 1
     one_version(aggregator, state)
     assert (store / "global" / "000002" / "commit.json").read_bytes() == commit
+
+
+def test_an_old_copy_of_the_store_is_refused_by_whoever_knows_a_newer_version(config: RunConfig) -> None:
+    aggregator, state = start(config)
+    store, backup = Path(config.store_url), Path(config.directory) / "backup"
+    shutil.copytree(store, backup)
+    deliver_all(config, state)
+    one_version(aggregator, state)
+    _, again = start(config)
+    assert again.version == 1
+    commit_sha256 = json.loads(newest_file(config).read_text())["commit_sha256"]
+    shutil.rmtree(store)
+    shutil.copytree(backup, store)
+    for newest in (0, -1):  # a backup, and nothing at all
+        assert one_line_error(start, config) == (
+            f"exchange.url: {store} given, whose newest version is {newest}; this aggregator holds version 1 with "
+            f"commit {commit_sha256[:12]}, which is not there: an old copy was restored, or it is another run; restore "
+            "the newer copy, or name another run directory"
+        )
+        shutil.rmtree(store, ignore_errors=True)
+    newest_file(config).unlink()
+    assert start(config)[1].version == 0
 
 
 def resealed(store: Path, version: int, stem: str) -> None:

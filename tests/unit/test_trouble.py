@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from pretrain.config import ConfigError
+from pretrain.disk import full_disk
 from pretrain.exchange.objects import Objects, StopWaitingError, StoreTroubleError
 from tests.conftest import TinyConfig
 from tests.support import mounted, one_line_error
@@ -217,20 +218,20 @@ def test_a_full_disk_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_a_full_disk_of_our_own_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A download's target is no part of the store."""
+    """A download's target is no part of the store: nothing is tried again, and the user learns which disk it is."""
     objects = store_of(tmp_path / "store", retry_seconds=60)
     with mounted(tmp_path / "disk", num_bytes=2 << 20) as disk:
         copy = disk / "inbox" / "copy"
         copy.parent.mkdir()
         filler = fill(disk)
-        message = one_line_error(objects.at_once().download, "a/big", copy, limit_bytes=len(BIG))
-        assert message.endswith(f"a/big cannot be read: [Errno 28] No space left on device: '{copy}'")
+        with pytest.raises(OSError, match=rf"No space left on device: '{copy}'$") as raised:
+            objects.download("a/big", copy, limit_bytes=len(BIG))
+        assert full_disk(raised.value, str(disk)).startswith(f"directory: '{disk}' given; there is no space left")
         assert not copy.exists()
-        timer = after(OUTAGE_SECONDS, filler.unlink)
+        filler.unlink()
         assert objects.download("a/big", copy, limit_bytes=len(BIG)) == (sha256(BIG), len(BIG))
-        timer.join()
         assert copy.read_bytes() == BIG
-    assert [len(lines) for lines in lines_of(capsys)] == [1, 1]
+    assert [len(lines) for lines in lines_of(capsys)] == [0, 0]
 
 
 # ---- what is certain
