@@ -8,8 +8,11 @@ import pytest
 
 from benchmarks.elastic import Guest, final_digest, wait_until
 from pretrain.exchange.store import StoreExchange
+from pretrain.outer.rounds import participants
+from pretrain.silo.optim import learning_rate
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, assert_evaluated_last, federate
+from tests.faults.scripted import Faults, with_faults
 from tests.support import TinyText, tiny_silo
 
 ROSTER = ["alpha", "beta", "gamma"]
@@ -25,6 +28,69 @@ STREAMING = {
     "downlink_codec": "int4",
     "error_feedback": 1.0,
 }
+
+
+def test_a_sample_of_the_silos_trains_and_one_whose_loss_explodes_goes_back(
+    tmp_path: Path, tiny_config: TinyConfig, tiny_text: TinyText
+) -> None:
+    rules = {"quorum": 2, "sample": 2, "sample_seed": 1, "max_loss_rise": 0.5}
+    config = tiny_config(
+        tmp_path, inner={"num_steps": 20}, membership=rules, silos={"gamma": tiny_silo(tiny_text, "gamma")}
+    )
+    drawn = [participants(ROSTER, round, sample=2, seed=1) for round in range(1, 6)]
+    assert drawn == [["beta", "gamma"], ["alpha", "gamma"], ["alpha", "gamma"], ["alpha", "beta"], ["alpha", "gamma"]]
+    faults: Faults = {"gamma": [("step", 4, 0, "times", 1e4)]}  # the learning rate of round 2's first step
+    run = federate(config, build_commands=with_faults(faults, tmp_path))
+    assert (tmp_path / "step-4").exists()
+    commits = [run.commit(version) for version in range(1, 6)]
+    assert [[contributor.silo for contributor in commit.contributors] for commit in commits] == drawn
+    assert len(run.by_step("gamma", "loss")) == 4 * 4  # and none of the round for which it was not drawn
+    (back,) = [record for record in run.records if record["kind"] == "went_back"]
+    assert (back["silo"], back["version"]) == ("gamma", 1)
+    assert back["step"] in (6, 7)
+    all_tokens, forgotten = 2 * 4 * 4 * 16, (back["step"] - 4) * 4 * 16  # what it trained before it went back
+    assert [commit.divisor for commit in commits] == [all_tokens, all_tokens - forgotten, *[all_tokens] * 3]
+    losses = run.by_step("gamma", "loss")
+    assert losses[back["step"]] > losses[4] + 0.5 > losses[8]
+    assert len({run.held_out(silo)[5][silo] for silo in ROSTER}) == 3
+    assert_evaluated_last(run)
+
+
+@pytest.mark.soak
+def test_what_comes_too_late_counts_half_in_the_next_commit(
+    tmp_path: Path, tiny_config: TinyConfig, tiny_text: TinyText
+) -> None:
+    rules = {"quorum": 2, "deadline_mads": 0.0, "deadline_floor_seconds": 1.0, "stale_weight": 0.5}
+    changes: dict[str, Any] = {
+        "inner": {"num_steps": 40},
+        "outer": {"optimizer": "sgd", "lr": 1.0},
+        "membership": rules | {"rejoin_warmup_steps": 4, "away_after_versions": 100},
+        "exchange": {"keep_versions": 100},
+        "silos": {"gamma": tiny_silo(tiny_text, "gamma")},
+    }
+    config = tiny_config(tmp_path, **changes)
+    slow: Faults = {
+        "alpha": [("step", 0, 0, "slow", 0.3)],
+        "beta": [("step", 0, 0, "slow", 0.3)],
+        "gamma": [("step", 8, 0, "slow", 0.5)],
+    }
+    run = federate(config, build_commands=with_faults(slow, tmp_path))
+    late = []
+    for version in range(1, config.schedule.num_versions + 1):
+        commit = run.commit(version)
+        assert commit.divisor == sum(c.weight for c in commit.contributors)
+        late += [(c.silo, c.version, version, c.tokens, c.weight) for c in commit.contributors if c.version < version]
+    assert "gamma" in {silo for silo, *_ in late}
+    assert all(of == into - 1 and 2 * weight == tokens for _, of, into, tokens, weight in late)
+    counted = [(c.silo, c.version) for version in range(1, 11) for c in run.commit(version).contributors]
+    assert len(counted) == len(set(counted))  # used once at most
+    caught_up = [record["step"] for record in run.records if record["kind"] == "catch_up"]
+    rates = run.by_step("gamma", "lr")
+    warmed = [step for step in caught_up if step + 1 in rates]
+    assert warmed
+    for step in warmed:
+        assert rates[step + 1] == pytest.approx(learning_rate(step, config.inner) / 4)
+    assert_evaluated_last(run)
 
 
 @pytest.mark.soak

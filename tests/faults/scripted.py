@@ -9,6 +9,7 @@ action and its amount; rank 0 and "kill" are meant where it ends before. The act
     pause    SIGSTOP; a helper process sends SIGCONT some seconds later
     slow     sleep some seconds, there and at every larger number
     fill     a file takes all room that is left in a folder
+    times    what the call returns is multiplied
     drop     nothing is done, there and at every second larger number; for the point `delivering`
     nan      the first value of a silo's local parameters becomes NaN; for the point `sending`, as the rest
     flip     the silo sends the opposite of its pseudo-gradient, there and at every larger number
@@ -201,7 +202,7 @@ def arm(point: str, when: int, fired: Path, action: str, amount: Any) -> None:
         if due and action == "drop":
             fired.touch()
             return args[1].to_bytes()  # as if it had come through
-        if due and side == "before":
+        if due and side == "before" and action != "times":
             strike(action, amount, fired, args)
         result = original(*args, **kwargs)
         if due and point == "corrupt_payload":
@@ -209,6 +210,9 @@ def arm(point: str, when: int, fired: Path, action: str, amount: Any) -> None:
         elif due and point == "corrupt_version":
             fired.touch()
             next(iter(result.values())).view(-1)[0] += 1
+        elif due and action == "times":
+            fired.touch()
+            return result * amount
         elif due and side == "after":
             strike(action, amount, fired, args)
         return result

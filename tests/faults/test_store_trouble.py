@@ -18,6 +18,7 @@ from pretrain.exchange.lease import Lease
 from pretrain.exchange.store import StoreExchange
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, federate
+from tests.faults.scripted import Faults, with_faults
 from tests.faults.test_kills import check_same, make_config
 from tests.support import mounted
 from tests.unit.test_aggregate import GOOD, plus_noise, start
@@ -52,6 +53,12 @@ def disturbed(store: Path, action: Callable[[], None]) -> Iterator[threading.Thr
         thread.join()
 
 
+def move_away_and_back(store: Path, seconds: float) -> None:
+    store.rename(store.with_name("away"))
+    time.sleep(seconds)
+    store.with_name("away").rename(store)  # fails if somebody has made a new one meanwhile
+
+
 def logs(run: Outcome) -> str:
     return "".join(file.read_text() for file in sorted((Path(run.config.directory) / "logs" / "latest").iterdir()))
 
@@ -61,17 +68,39 @@ def test_an_outage_in_mid_run(undisturbed: Outcome, tmp_path: Path, tiny_config:
     config = make_config(tiny_config, tmp_path)
     store = Path(config.store_url)
 
-    def move_away_and_back() -> None:
-        store.rename(store.with_name("away"))
-        time.sleep(OUTAGE_SECONDS)
-        store.with_name("away").rename(store)  # fails if somebody has made a new one meanwhile
-
-    with disturbed(store, move_away_and_back):
+    with disturbed(store, lambda: move_away_and_back(store, OUTAGE_SECONDS)):
         run = federate(config)
     for name in ("aggregator", "alpha", "beta"):  # it struck, in every process
         log = (Path(config.directory) / "logs" / "latest" / f"{name}.log").read_text()
         assert "this directory is not there any more; trying again for 600 s" in log
         assert log.count("; trying again for ") == len(OVER.findall(log))
+    check_same(run, undisturbed)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_with_overlap_the_silos_train_on_in_an_outage_of_two_minutes(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    """What leaves at step 8 is needed at step 10, where nothing but the store is missing."""
+    overlap = {"overlap_steps": 2, "codec": "int4", "downlink_codec": "int4", "error_feedback": 0.9}
+    undisturbed = federate(make_config(tiny_config, tmp_path / "undisturbed", **overlap))
+    config, times = make_config(tiny_config, tmp_path, **overlap), []
+
+    def go_away() -> None:
+        while (Path(config.directory) / "metrics.jsonl").read_text().count('"kind": "sync"') < len(config.silos):
+            time.sleep(0.02)  # until all have version 1
+        times.append(time.time())
+        move_away_and_back(Path(config.store_url), 120.0)
+        times.append(time.time())
+
+    slow: Faults = {silo: [("step", 0, 0, "slow", 0.5)] for silo in config.silos}
+    with disturbed(Path(config.store_url), go_away):
+        run = federate(config, build_commands=with_faults(slow, tmp_path))
+    began, ended = times
+    for silo in config.silos:
+        steps = [r for r in run.records if r["kind"] == "step" and r["silo"] == silo and r["time"] < ended]
+        assert steps[-1]["step"] == 10
+        assert began < steps[-1]["time"] < began + 20
+    assert "this directory is not there any more; trying again for 600 s" in logs(run)
     check_same(run, undisturbed)
 
 
