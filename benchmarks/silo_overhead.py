@@ -17,7 +17,7 @@ from pretrain.config import RunConfig, load_config
 from pretrain.journal import Journal
 from pretrain.silo.model import token_losses
 from pretrain.silo.ranks import Ranks
-from pretrain.sync import StopRequested
+from pretrain.stopping import StopRequested
 from pretrain.train import Silo, prepare, train
 
 DEMO = Path(__file__).parent.parent / "configs" / "run" / "demo.yaml"

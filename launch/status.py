@@ -1,115 +1,15 @@
-"""Where a run stands, read from its store alone: what `atoll status` prints on any machine that can read the store."""
+"""What `atoll status` prints: who is alive, who takes part, what each contributed, and what is being waited for."""
 
-import json
-import re
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Any
 
-import fsspec
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from launch.display import format_seconds
 from launch.report import format_count
-from pretrain.config import ConfigError
-
-
-@dataclass(kw_only=True)
-class SiloStatus:
-    """One silo, as the store shows it."""
-
-    newest_delivery: int | None = None
-    """The newest round it delivered; None when there is none, or it was pruned."""
-    tokens_total: int | None = None
-    """Tokens it had trained on at that delivery."""
-    num_commits: int = 0
-    """Commits it contributed to."""
-    tokens_contributed: int = 0
-    """Tokens behind its contributions to all commits."""
-    has_delivered: bool = False
-    """Whether its pseudo-gradient for the round in progress is there."""
-    refusals: list[str] = field(default_factory=list)
-    """Why deliveries for the round in progress were refused, oldest first."""
-
-
-@dataclass(kw_only=True)
-class StoreStatus:
-    """A run, as its store shows it."""
-
-    url: str
-    """The store."""
-    version: int | None
-    """The newest version of the global parameters; None before version 0 is there."""
-    num_versions: int
-    """Rounds of the whole run."""
-    silos: dict[str, SiloStatus]
-    """The roster."""
-    newest_object_unix_seconds: float | None
-    """When the store last changed, by its own clock; None if it does not tell."""
-    rollbacks: list[str] = field(default_factory=list)
-    """What was taken back, oldest first, each in words."""
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether the last outer step is taken."""
-        return self.version is not None and self.version >= self.num_versions
-
-    @property
-    def waiting_for(self) -> str | None:
-        """What has to happen next, in words; None when the run is finished."""
-        if self.is_finished:
-            return None
-        if self.version is None:
-            return "version 0 from the aggregator"
-        missing = [name for name, silo in self.silos.items() if not silo.has_delivered]
-        if missing:
-            return f"delivery for version {self.version + 1} from {', '.join(missing)}"
-        return f"commit {self.version + 1} from the aggregator"
-
-
-def store_status(url: str) -> StoreStatus:
-    """Read a run's state from the store at an fsspec URL; reads JSON objects only, and writes nothing.
-
-    Raises ConfigError when there is no store, it cannot be reached, or its contract is unreadable.
-    """
-    try:
-        filesystem, root = fsspec.core.url_to_fs(url)
-        listing = _list(filesystem, root)
-    except Exception as error:  # every fsspec backend raises exceptions of its own
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"store: {url!r} given; it cannot be read: {reason}") from None
-    if "contract.json" not in listing:
-        raise ConfigError(f"store: {url!r} given; there is no run in it (no contract.json)")
-    contract = _read(filesystem, root, ["contract.json"])["contract.json"]
-    if not isinstance(contract.get("roster"), list) or not isinstance(contract.get("num_versions"), int):
-        raise ConfigError(f"store: {url!r} given; its contract.json has no roster or num_versions")
-    commit_paths = {number: path for path, number in _numbered(listing, r"global/(\d+)/commit\.json")}
-    version = max(commit_paths, default=None)
-    silos = {str(name): _silo_objects(listing, str(name), version) for name in contract["roster"]}
-    rollback_paths = sorted(path for path, _ in _numbered(listing, r"rollbacks/(\d+)\.json"))
-    wanted = [*commit_paths.values(), *rollback_paths, *(path for _, paths in silos.values() for path in paths)]
-    objects = _read(filesystem, root, wanted)
-    for name, (silo, paths) in silos.items():
-        for path in paths:
-            if path.endswith("manifest.json"):
-                silo.tokens_total = objects[path].get("tokens_total")
-            else:
-                silo.refusals.append(str(objects[path].get("reason", "no reason given")))
-        _count_contributions(silo, name, (objects[path] for path in commit_paths.values()))
-    return StoreStatus(
-        url=url,
-        version=version,
-        num_versions=contract["num_versions"],
-        silos={name: silo for name, (silo, _) in silos.items()},
-        newest_object_unix_seconds=max((found for found in listing.values() if found is not None), default=None),
-        rollbacks=[
-            _rollback_words(objects[path], path.replace(".json", ".done") in listing) for path in rollback_paths
-        ],
-    )
+from launch.status_reader import SiloStatus, StoreStatus, store_status
+from pretrain.config import ExchangeConfig
 
 
 def print_status(url: str, console: Console | None = None) -> None:
@@ -123,111 +23,81 @@ def show_status(status: StoreStatus, console: Console) -> None:
     console.print(Text(f"{status.url}: {version}"), soft_wrap=True)
     for words in status.rollbacks:
         console.print(Text(words), soft_wrap=True)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold dim")
-    table.add_column("silo", no_wrap=True)
-    headings = ["newest delivery", "tokens trained", "commits", "tokens contributed"]
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    table.add_column("" if status.is_finished else f"round {(status.version or 0) + 1}")
-    for name, silo in status.silos.items():
-        if status.is_finished:
-            now = Text()
-        elif silo.has_delivered:
-            now = Text("delivered", style="green")
-        else:
-            now = (
-                Text("refused: " + silo.refusals[-1], style="red") if silo.refusals else Text("awaited", style="yellow")
-            )
-        table.add_row(
-            name,
-            "-" if silo.newest_delivery is None else f"round {silo.newest_delivery}",
-            "-" if silo.tokens_total is None else format_count(silo.tokens_total),
-            str(silo.num_commits),
-            format_count(silo.tokens_contributed),
-            now,
-        )
-    console.print(table)
+    console.print(Text(f"aggregator: {status.aggregator.words}"), soft_wrap=True)
+    console.print(_table(status))
+    silos = status.silos.values()
+    num_alive, num_participating = sum(s.life.is_alive for s in silos), sum(s.part == "yes" for s in silos)
+    num_tokens = sum(silo.tokens_contributed for silo in silos)
+    summary = f"alive {num_alive}, participating {num_participating}, tokens contributed {format_count(num_tokens)}"
+    console.print(Text(summary), soft_wrap=True)
     if status.waiting_for is None:
         console.print(Text("finished", style="bold green"))
     else:
-        console.print(Text(f"waiting for {status.waiting_for}{_since(status)}"), soft_wrap=True)
+        console.print(Text(f"waiting for {status.waiting_for}{_how_long(status)}{_until_when(status)}"), soft_wrap=True)
+    console.print(_how_old(status), soft_wrap=True)
 
 
-def _since(status: StoreStatus) -> str:
-    if status.newest_object_unix_seconds is None:
+def _table(status: StoreStatus) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold dim")
+    for heading in ("silo", "life", "takes part"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("tokens\ntrained", "commits", "newest", "tokens\ncontributed"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("" if status.is_finished else f"version {(status.version or 0) + 1}")
+    for name, silo in status.silos.items():
+        table.add_row(
+            Text(name),
+            Text(silo.life.words, style="green" if silo.life.is_alive else ""),
+            silo.part,
+            "-" if silo.tokens_total is None else format_count(silo.tokens_total),
+            str(silo.num_commits),
+            "-" if silo.newest_commit is None else str(silo.newest_commit),
+            format_count(silo.tokens_contributed),
+            Text() if status.is_finished else _progress(silo),
+        )
+    return table
+
+
+def _progress(silo: SiloStatus) -> Text:
+    if silo.has_delivered:
+        return Text("delivered", style="green")
+    if silo.refusals:
+        return Text("refused: " + silo.refusals[-1], style="red")
+    return Text("awaited", style="yellow") if silo.is_awaited else Text()
+
+
+def _how_long(status: StoreStatus) -> str:
+    if status.waited_seconds is None:
         return ""
-    clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(status.newest_object_unix_seconds))
+    since = "the contract was written" if status.version is None else f"commit {status.version}"
+    return f": {format_seconds(status.waited_seconds)} since {since}"
+
+
+def _until_when(status: StoreStatus) -> str:
+    if not status.waits_for_silos:
+        return ""
+    if status.quorum is None:
+        return "; without a quorum there is no deadline"
+    if status.deadline_unix_seconds is None or status.now_unix_seconds is None:
+        when = "after the deadline"
+    elif (seconds := status.deadline_unix_seconds - status.now_unix_seconds) > 0:
+        when = f"in {format_seconds(seconds)} (at {_clock(status.deadline_unix_seconds)} by the store's clock)"
+    else:
+        when = "by now"
+    return f"; {status.quorum} deliveries are enough {when}, so far: {status.num_delivered}"
+
+
+def _how_old(status: StoreStatus) -> Text:
+    """The one place where the store's clock meets this machine's: if all have died, the store's stands still."""
+    if status.now_unix_seconds is None:
+        return Text("this store does not tell when it changed")
     # The store's clock may be ahead of ours.
-    passed = max(0.0, time.time() - status.newest_object_unix_seconds)
-    return f", {format_seconds(passed)} since the store last changed ({clock})"
+    passed = max(0.0, time.time() - status.now_unix_seconds)
+    words = f"{format_seconds(passed)} since the store last changed ({_clock(status.now_unix_seconds)})"
+    if status.is_finished or passed <= ExchangeConfig().lease_seconds:
+        return Text(words, style="dim")
+    return Text(f"{words}: if this machine's clock is right, nobody is alive any more", style="red")
 
 
-def _silo_objects(listing: Iterable[str], name: str, version: int | None) -> tuple[SiloStatus, list[str]]:
-    """What the mere names of a silo's objects tell, and those that have to be read for the rest."""
-    folder = f"silos/{re.escape(name)}/"
-    deliveries = {number: path for path, number in _numbered(listing, folder + r"(\d+)/manifest\.json")}
-    silo = SiloStatus(newest_delivery=max(deliveries, default=None))
-    paths = [] if silo.newest_delivery is None else [deliveries[silo.newest_delivery]]
-    if version is not None:
-        silo.has_delivered = version + 1 in deliveries
-        refusals = _numbered(listing, folder + r"(\d+)/refused-\d+\.json")
-        paths += sorted(path for path, number in refusals if number == version + 1)
-    return silo, paths
-
-
-def _rollback_words(record: dict[str, Any], is_done: bool) -> str:
-    reason = f": {record['reason']}" if record.get("reason") else ""
-    unfinished = "" if is_done else " (interrupted; the aggregator completes it when it starts)"
-    return f"rolled back from {record.get('from_version')} to {record.get('to_version')}{reason}{unfinished}"
-
-
-def _count_contributions(silo: SiloStatus, name: str, commits: Iterable[dict[str, Any]]) -> None:
-    for commit in commits:
-        for contributor in commit.get("contributors") or []:
-            if contributor.get("silo") == name:
-                silo.num_commits += 1
-                silo.tokens_contributed += int(contributor.get("tokens") or 0)
-
-
-def _list(filesystem: Any, root: str) -> dict[str, float | None]:
-    """Every object below the root, relative to it, with the time of its last change in unix seconds."""
-    filesystem.invalidate_cache()
-    found = filesystem.find(root, detail=True)
-    prefix = root.rstrip("/") + "/"
-    return {path.removeprefix(prefix): _modified(entry) for path, entry in found.items() if path.startswith(prefix)}
-
-
-def _modified(entry: dict[str, Any]) -> float | None:
-    # Each backend has its own key: directories, S3, GCS, Azure, memory.
-    for key in ("mtime", "LastModified", "last_modified", "updated", "created"):
-        value = entry.get(key)
-        if isinstance(value, int | float):
-            return float(value)
-        if isinstance(value, str):
-            try:
-                value = datetime.fromisoformat(value.replace("Z", "+00:00"))
-            except ValueError:
-                continue
-        if isinstance(value, datetime):
-            return value.timestamp()
-    return None
-
-
-def _numbered(listing: Iterable[str], pattern: str) -> list[tuple[str, int]]:
-    """Paths that match the pattern, each with the number in its first group."""
-    return [(path, int(match[1])) for path in listing if (match := re.fullmatch(pattern, path))]
-
-
-def _read(filesystem: Any, root: str, paths: list[str]) -> dict[str, dict[str, Any]]:
-    """JSON objects by path; empty where one is unreadable or was pruned since the listing."""
-    full = {root.rstrip("/") + "/" + path: path for path in paths}
-    found = filesystem.cat(list(full), on_error="omit") if full else {}
-    objects: dict[str, dict[str, Any]] = {path: {} for path in paths}
-    for path, content in found.items():
-        try:
-            read = json.loads(content)
-        except ValueError:
-            continue
-        if isinstance(read, dict):
-            objects[full[path]] = read
-    return objects
+def _clock(unix_seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(unix_seconds))

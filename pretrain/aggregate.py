@@ -36,6 +36,7 @@ from pretrain.outer.robust import clip_factors, coordinate_median, krum, trimmed
 from pretrain.outer.state import OuterTensors, kept_at_start, kept_kinds
 from pretrain.payload import PARAMETER, Tensors, save_tensors
 from pretrain.rollback import explain, finish_rollbacks, foreign
+from pretrain.stopping import STOPPED, StopRequested, raise_at_signals
 from pretrain.trust.contract import build_contract, check_same_contract, contract_bytes
 from pretrain.trust.ledger import Commit, Contributor, Payload, RefusedError, sha256_bytes
 
@@ -387,7 +388,7 @@ def aggregate(config: RunConfig, journal: Journal) -> None:
 
 
 def main() -> int:
-    """Command line; returns the exit code: 0 done, 2 a user's mistake."""
+    """Command line; returns the exit code: 0 done, 2 a user's mistake, 75 stopped."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", action="append", required=True, help="YAML file; may be given several times")
     parser.add_argument("overrides", nargs="*", help="key=value")
@@ -399,7 +400,12 @@ def main() -> int:
         journal = Journal(config, "aggregator", silo=None)
         journal.status("starting")
         torch.set_num_threads(1)
+        raise_at_signals()
         aggregate(config, journal)
+    except StopRequested:
+        assert journal
+        journal.status("stopped")
+        return STOPPED
     except Exception as error:
         message = str(error)
         if not isinstance(error, ConfigError | RefusedError) and not (message := full_disk(error, config.directory)):

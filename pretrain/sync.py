@@ -30,13 +30,10 @@ from pretrain.payload import Tensors, save_tensors
 from pretrain.silo.checkpoint import HostTensors, Progress
 from pretrain.silo.engine import Engine
 from pretrain.silo.ranks import Ranks
+from pretrain.stopping import StopRequested
 from pretrain.trust.ledger import Commit, Manifest, sha256_bytes
 
 Coded = Future[tuple[Manifest, Path] | None]
-
-
-class StopRequested(Exception):
-    """A rank was told to stop (SIGTERM, SIGINT), or another silo is gone; all ranks agreed."""
 
 
 @dataclass(kw_only=True)

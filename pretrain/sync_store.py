@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pretrain.config import ConfigError, RunConfig
 from pretrain.exchange.base import Received
+from pretrain.exchange.beats import Beats
 from pretrain.exchange.objects import StopWaitingError, StoreTroubleError
 from pretrain.exchange.store import StoreExchange, version_path
 from pretrain.outer.codec import apply_change, check
@@ -42,6 +43,7 @@ class ThroughStore:
         )
         self._directory = config.silo_directory(silo)
         self._marking = ThreadPoolExecutor(1, thread_name_prefix="mark")
+        self._beats: Beats | None = None
         self.lost = ""
         self._was_rolled_back = False
 
@@ -51,13 +53,16 @@ class ThroughStore:
         return self._store.contract_sha256
 
     def join(self) -> None:
-        """Wait for the aggregator's contract."""
+        """Wait for the aggregator's contract; from then on the store shows that we are alive."""
         while (stored := self._store.read_contract()) is None:
             self._pause()
         check_same_contract(build_contract(self._config), stored, self._store.objects.url)
         while is_rolling_back(self._store):
             self._pause()
         self._store.claim_name(self._silo, own_identity(self._directory))
+        seconds = self._config.exchange.lease_seconds
+        content = (json.dumps({"lease_seconds": seconds}) + "\n").encode()
+        self._beats = Beats(self._store.objects, f"silos/{self._silo}/beats/", lease_seconds=seconds, content=content)
 
     def assist(self, rank: int) -> None:
         """The leader does it all."""
@@ -246,6 +251,8 @@ class ThroughStore:
         """End what waits; when all is done, the last checkpoint's word comes first."""
         self._marking.shutdown(wait=not reason, cancel_futures=bool(reason))
         self._closing.set()
+        if self._beats:
+            self._beats.stop(take_back=True)
 
 
 def changed_tensors(payload: Tensors, codec: str, base: Mapping[str, Tensor]) -> dict[str, Tensor]:

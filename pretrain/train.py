@@ -5,7 +5,6 @@ torchrun --nproc-per-node 2 -m pretrain.train --config run.yaml --silo law [key=
 
 import argparse
 import os
-import signal
 import sys
 import threading
 import time
@@ -35,12 +34,10 @@ from pretrain.silo.optim import learning_rate
 from pretrain.silo.ranks import Ranks
 from pretrain.silo.shards import tokenizer_sha256, verify_shards
 from pretrain.steplog import StepLog
-from pretrain.sync import StopRequested
+from pretrain.stopping import STOPPED, StopRequested, note_signals
 from pretrain.sync_collective import AmongSilos
 from pretrain.sync_elastic import ElasticSync
 from pretrain.sync_store import ThroughStore
-
-STOPPED = 75  # EX_TEMPFAIL: stopped on request with a checkpoint; start it again to go on
 
 
 @dataclass(kw_only=True)
@@ -321,17 +318,9 @@ def _read_in_background(config: RunConfig, name: str) -> Future[str]:
     return found
 
 
-def _stop_signals() -> Callable[[], bool]:
-    """Note SIGTERM, SIGINT and SIGUSR1; the loop asks at the end of every step, and the ranks agree."""
-    asked: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, lambda received, frame: asked.append(received))
-    return lambda: bool(asked)
-
-
 def run(config: RunConfig, name: str, journal: Journal | None) -> int:
     """Prepare and train; returns 0 when done, STOPPED when stopped with everything saved."""
-    ranks, asked_to_stop = Ranks(), _stop_signals()
+    ranks, asked_to_stop = Ranks(), note_signals()
     exchange = _exchange(config, name, ranks)
     sync = ElasticSync(config, name, ranks, journal, exchange, asked_to_stop=asked_to_stop) if exchange else None
     silo, ended = None, "has failed"

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import socket
-import threading
 import time
 import uuid
 from contextlib import suppress
@@ -20,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config import ConfigError
+from pretrain.exchange.beats import Beats
 from pretrain.exchange.objects import Objects
 
 FOLDER = "aggregator"
-BEATS_PER_LEASE = 5
 LOOKS_PER_LEASE = 20
 NAME = re.compile(r"(\d{6})\.(json|ended|beat-\d+)")
 
@@ -36,11 +35,15 @@ class Lease:
 
         Raises ConfigError if that is at work.
         """
-        self._objects, self._seconds, self._released = objects, seconds, threading.Event()
+        self._objects, self._seconds = objects, seconds
         self._term = self._take()
         self._clear()
-        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
-        self._thread.start()
+        self._beats = Beats(
+            objects,
+            f"{_prefix(self._term)}.beat-",
+            lease_seconds=seconds,
+            is_over=lambda at_once: at_once.exists(_record(self._term + 1)),
+        )
 
     def check(self) -> None:
         """Raise ConfigError if another aggregator has taken over: it took us for dead."""
@@ -50,8 +53,7 @@ class Lease:
 
     def release(self) -> None:
         """Let the next one start at once, unless the store is in trouble: then it has to watch us for a while."""
-        self._released.set()
-        self._thread.join(self._seconds)
+        self._beats.stop()
         with suppress(ConfigError, FileExistsError):
             self._objects.at_once().write(f"{_prefix(self._term)}.ended", b"{}\n")
 
@@ -121,23 +123,6 @@ class Lease:
             "nonce": uuid.uuid4().hex,  # no two starters write the same
         }
         return (json.dumps(record) + "\n").encode()
-
-    def _beat(self) -> None:
-        """Leave one sign of life after another until we release the lease, or lost it."""
-        objects, number, last = self._objects.at_once(), 0, ""
-        while True:
-            with suppress(ConfigError):  # a store in trouble: perhaps the next beat gets through
-                if objects.exists(_record(self._term + 1)):
-                    return
-                name = f"{_prefix(self._term)}.beat-{number:06d}"
-                number += 1
-                with suppress(FileExistsError):  # an earlier try of the library's own got through
-                    objects.write(name, b"{}\n")
-                if last:
-                    objects.delete(last)
-                last = name
-            if self._released.wait(self._seconds / BEATS_PER_LEASE):
-                return
 
     def _clear(self) -> None:
         """Delete what terms before the last two left, but for who held them."""

@@ -12,6 +12,7 @@
     silos/NAME/000017/refused-0.json         why the aggregator did not take it; the silo delivers again, unless final
     silos/NAME/membership/000003.json        the silo has joined or left, and which version was the newest then
     waiting/000017.json                      whom the aggregator waits for, and how long at most; gone when it commits
+    silos/NAME/beats/000017                  the silo's newest sign of life; gone when it ends (beats.py)
     silos/NAME/resumable/000016              the silo has a checkpoint that holds version 16
     rollbacks/, rolled-back/                 versions that were taken back (rollback.py)
     aggregator/000003.json                   who is the store's one aggregator (lease.py)

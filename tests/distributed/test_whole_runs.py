@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from launch.local import launch_local
+from launch.status_reader import store_status
 from pretrain.config import RunConfig, save_config
 from pretrain.export import evaluate_directory, export_global_model
 from tests.conftest import TinyConfig
@@ -63,11 +64,15 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(finished: Outcome, tmp_path: 
     aggregator = int((run_directory / "aggregator/lock").read_text())
     os.kill(aggregator, signal.SIGSTOP)
     wait_until(lambda: len(list(store.glob("silos/*/000001/manifest.json"))) == 2, process)
+    status = store_status(config.store_url)
+    assert (status.version, status.aggregator.is_alive, status.waiting_for) == (0, True, "commit 1 from the aggregator")
+    assert [(silo.life.words, silo.part) for silo in status.silos.values()] == [("alive", "yes")] * 2
     process.send_signal(signal.SIGINT)
     wait_until(lambda: len(list(run_directory.glob("silos/*/checkpoints/step-*/state.json"))) == 2, process)
     os.kill(aggregator, signal.SIGCONT)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 130, output
+    assert {silo.life.words for silo in store_status(config.store_url).silos.values()} == {"ended"}
     run = federate(config)
     assert_same_bits(run.parameters(3), finished.parameters(3))
     for silo in ("alpha", "beta"):

@@ -18,7 +18,6 @@ from launch.display import LiveDisplay, PlainDisplay, Progress, describe_setup, 
 from launch.local import hold_directory, launch_local, local_commands, log_tail, new_attempt
 from launch.metrics import MetricsReader, ProcessStatus, last_of_each, read_status
 from launch.processes import ChildCommand, Children
-from launch.status import print_status, store_status
 from pretrain.config import ConfigError, RunConfig, SiloConfig, save_config
 
 # Leaves its pid behind, has a child of its own in another session, as torchrun has, and waits to be stopped.
@@ -384,55 +383,6 @@ def test_formats() -> None:
     assert [format_seconds(s) for s in (45, 185, 7800)] == ["45 s", "3:05 min", "2:10:00 h"]
     assert [format_bytes(b) for b in (12, 1.5e6, 2.3e9)] == ["12 B", "1.5 MB", "2.3 GB"]
     assert describe_setup(SiloConfig()) == "1 rank, ZeRO-0, fp32"
-
-
-def write_json(path: Path, content: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
-
-
-def make_store(root: Path) -> None:
-    write_json(root / "contract.json", {"roster": ["law", "medicine"], "num_versions": 4})
-    write_json(root / "global/000000/commit.json", {"version": 0, "contributors": []})
-    both = [{"silo": "law", "tokens": 100}, {"silo": "medicine", "tokens": 50}]
-    write_json(root / "global/000001/commit.json", {"version": 1, "contributors": both})
-    (root / "global/000002").mkdir()
-    write_json(root / "silos/law/000001/manifest.json", {"tokens_total": 100})
-    write_json(root / "silos/law/000002/manifest.json", {"tokens_total": 200})
-    write_json(root / "silos/medicine/000001/manifest.json", {"tokens_total": 50})
-    write_json(root / "silos/medicine/000002/refused-0.json", {"reason": "sha256 of fragment 0 differs"})
-
-
-def test_store_status(tmp_path: Path) -> None:
-    make_store(tmp_path)
-    status = store_status(str(tmp_path))
-    assert (status.version, status.num_versions) == (1, 4)
-    law, medicine = status.silos["law"], status.silos["medicine"]
-    assert (law.newest_delivery, law.tokens_total, law.tokens_contributed, law.has_delivered) == (2, 200, 100, True)
-    assert (medicine.newest_delivery, medicine.num_commits, medicine.has_delivered) == (1, 1, False)
-    assert medicine.refusals == ["sha256 of fragment 0 differs"]
-    assert status.waiting_for == "delivery for version 2 from medicine"
-    assert status.newest_object_unix_seconds == pytest.approx(time.time(), abs=60)
-    console = Console(record=True, width=120, file=open(os.devnull, "w"))  # noqa: SIM115
-    print_status(str(tmp_path), console)
-    text = console.export_text()
-    assert "version 1 of 4" in text
-    assert "refused: sha256 of fragment 0 differs" in text
-    assert "waiting for delivery for version 2 from medicine" in text
-    write_json(tmp_path / "silos/medicine/000002/manifest.json", {"tokens_total": 100})
-    assert store_status(str(tmp_path)).waiting_for == "commit 2 from the aggregator"
-    write_json(tmp_path / "global/000004/commit.json", {"version": 4, "contributors": []})
-    assert store_status(str(tmp_path)).waiting_for is None
-
-
-def test_store_status_of_what_is_no_store(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no contract\.json"):
-        store_status(str(tmp_path / "missing"))
-    with pytest.raises(ConfigError, match="cannot be read"):
-        store_status("nosuchprotocol://bucket")
-    write_json(tmp_path / "contract.json", {})
-    with pytest.raises(ConfigError, match="no roster or num_versions"):
-        store_status(str(tmp_path))
 
 
 def test_the_launcher_needs_no_torch() -> None:

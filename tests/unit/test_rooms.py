@@ -26,6 +26,7 @@ ALLOWED = {
     "data_tools": ("data_tools", "pretrain.config", "pretrain.lock", "pretrain.silo.shards"),
     # The lock is the launcher's, too: one launcher a run directory.
     "launch": ("launch", "pretrain.config", "pretrain.lock"),
+    "launch.status_reader": ("launch", "pretrain.config", "pretrain.outer.rounds"),
     "launch.cli": ("launch", "pretrain", "data_tools"),
     "launch.demo": ("launch", "pretrain", "data_tools"),
 }
@@ -37,7 +38,9 @@ WITHOUT_TORCH = (
     "pretrain.lock",
     "pretrain.journal",
     "pretrain.rollback",
+    "pretrain.stopping",
     "pretrain.trust",
+    "pretrain.exchange.beats",
     "pretrain.exchange.lease",
     "pretrain.exchange.objects",
     "pretrain.exchange.store",
