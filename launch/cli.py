@@ -67,6 +67,30 @@ def launch_local_command(
     raise typer.Exit(launch_local(checked, max_restarts=max_restarts))
 
 
+@launch_app.command("slurm")
+def launch_slurm_command(
+    config: Config,
+    site: Annotated[list[Path], typer.Option(help="YAML file that describes the cluster; several are merged.")],
+    overrides: Overrides = None,
+    aggregator: Annotated[bool, typer.Option(help="Also submit the aggregator, unless it runs elsewhere.")] = True,
+    dry_run: Annotated[bool, typer.Option(help="Write and check the jobs, and submit nothing.")] = False,
+) -> None:
+    """Submit a job for each silo and one for the aggregator to SLURM.
+
+    They save before their time limit and go back into the queue until the run is done.
+
+    [bold]Example:[/bold] atoll launch slurm --config run.yaml --site configs/site/cpu.yaml --dry-run
+    """
+    from launch.slurm import launch_slurm, load_site
+    from pretrain.preflight import check_run
+
+    checked = load_config(config, overrides or [])
+    check_run(checked)
+    for name, what in launch_slurm(checked, load_site(site, checked), aggregator=aggregator, dry_run=dry_run).items():
+        print(f"{name}: {what}")
+    print(f"scripts, jobs.json and logs: {Path(checked.directory) / 'slurm'}")
+
+
 @app.command()
 def train(
     config: Config,

@@ -7,10 +7,10 @@ Order: the defaults below < YAML files in the order given < `key=value` on the c
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args
 
 import yaml
 from omegaconf import OmegaConf
@@ -19,6 +19,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pretrain.check import ConfigError, check_config
 from pretrain.outer.learning_rate import scheduled_lr
 from pretrain.outer.schedule import Schedule
+
+T = TypeVar("T")
+Section = dict[Any, Any]
+Prepare = Callable[[Section], None]
 
 
 @dataclass(kw_only=True)
@@ -321,6 +325,18 @@ def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> R
 
     Raises ConfigError for anything that a user can have got wrong.
     """
+    config = load_typed(RunConfig, paths, overrides, prepare=_spread_silo_defaults)
+    check_config(config)
+    return config
+
+
+def load_typed(
+    kind: type[T], paths: Sequence[str | Path], overrides: Sequence[str] = (), *, prepare: Prepare = lambda given: None
+) -> T:
+    """Merge defaults, YAML files and overrides into a dataclass; check keys and types. Raises ConfigError.
+
+    `prepare` changes what was given, in place, before it is typed.
+    """
     layers = [_read_yaml(Path(path)) for path in paths]
     for override in overrides:
         if "=" not in override:
@@ -335,16 +351,14 @@ def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> R
         raise ConfigError(f"{getattr(error, 'full_key', None) or 'configuration'}: {_first_line(error)}") from None
     if not isinstance(given, dict):
         raise ConfigError("configuration: a list given; allowed: a mapping of keys to values")
-    _check_keys(given, RunConfig, "")
-    _spread_silo_defaults(given)
+    _check_keys(given, kind, "")
+    prepare(given)
     try:
-        typed = OmegaConf.merge(OmegaConf.structured(RunConfig), given)
-        config = OmegaConf.to_object(typed)
+        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), given))
     except (OmegaConfBaseException, TypeError) as error:
         raise ConfigError(f"{getattr(error, 'full_key', None) or 'configuration'}: {_first_line(error)}") from None
-    assert isinstance(config, RunConfig)
-    check_config(config)
-    return config
+    assert isinstance(typed, kind)
+    return typed
 
 
 def save_config(config: RunConfig, path: Path) -> None:
@@ -385,17 +399,21 @@ def _check_keys(given: dict[Any, Any], schema: type, prefix: str) -> None:
             _check_keys(value, section, f"{prefix}{key}.")
         if str(kind).startswith("dict") and not isinstance(value, dict | None):
             raise ConfigError(f"{prefix}{key}: {value!r} given; allowed: a section of keys and values")
-        if key == "silos":
-            for name, silo in (value or {}).items():
-                if silo is not None and not isinstance(silo, dict):
-                    raise ConfigError(f"silos.{name}: {silo!r} given; allowed: a section of keys and values")
-                _check_keys(silo or {}, SiloConfig, f"silos.{name}.")
+        named = [of for of in get_args(kind) if isinstance(of, type) and dataclasses.is_dataclass(of)]
+        for name, entry in (value or {}).items() if named else ():
+            if entry is not None and not isinstance(entry, dict):
+                raise ConfigError(f"{key}.{name}: {entry!r} given; allowed: a section of keys and values")
+            _check_keys(entry or {}, named[0], f"{key}.{name}.")
+
+
+def spread(defaults: Section | None, sections: Section | None) -> Section:
+    """Named sections, each with the defaults where it does not say otherwise."""
+    return {
+        str(name): OmegaConf.to_container(OmegaConf.merge(defaults or {}, section or {}))
+        for name, section in (sections or {}).items()
+    }
 
 
 def _spread_silo_defaults(given: dict[Any, Any]) -> None:
     """Put the values of `silo` under every silo of the roster that does not say otherwise."""
-    defaults = given.get("silo") or {}
-    given["silos"] = {
-        str(name): OmegaConf.to_container(OmegaConf.merge(defaults, silo or {}))
-        for name, silo in (given.get("silos") or {}).items()
-    }
+    given["silos"] = spread(given.get("silo"), given.get("silos"))

@@ -1,0 +1,153 @@
+"""A real SLURM of four nodes on this machine, without systemd: munged, slurmctld, and one slurmd a node."""
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.support import free_port
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo")
+NUM_NODES = 4
+CONFIGURATION = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={directory}/munge.socket
+StateSaveLocation={directory}/state
+SlurmdSpoolDir={directory}/%n
+SlurmctldPidFile={directory}/slurmctld.pid
+SlurmdPidFile={directory}/%n.pid
+SlurmctldLogFile={directory}/slurmctld.log
+SlurmdLogFile={directory}/%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+JobAcctGatherType=jobacct_gather/none
+SchedulerType=sched/backfill
+SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+ReturnToService=2
+SlurmdTimeout=10
+KillWait=30
+RebootProgram=/bin/false
+NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=2 State=UNKNOWN
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=short Nodes=ALL MaxTime=10 State=UP
+"""
+
+
+@dataclass(kw_only=True)
+class Cluster:
+    """A running cluster; `environment` has what its commands need."""
+
+    directory: Path
+    daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    """`munged`, `slurmctld`, and the nodes' names."""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"SLURM_CONF": str(self.directory / "slurm.conf")}
+
+    def run(self, *command: str) -> str:
+        """Run one of SLURM's commands; returns what it prints."""
+        done = subprocess.run(command, env=os.environ | self.environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def start(self, name: str, *command: str) -> None:
+        log = (self.directory / f"{name}.out").open("ab")
+        self.daemons[name] = subprocess.Popen(
+            command, env=os.environ | self.environment, stdout=log, stderr=log, start_new_session=True
+        )
+
+    def start_node(self, name: str) -> None:
+        self.start(name, "slurmd", "-D", "-f", str(self.directory / "slurm.conf"), "-N", name)
+
+    def state(self, job: str) -> str:
+        """A job's state, as PENDING or RUNNING; "" once the cluster has forgotten it."""
+        command = ["squeue", "--noheader", "--states=all", "--jobs", job, "--format=%T"]
+        done = subprocess.run(command, env=os.environ | self.environment, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    def wait(self, jobs: list[str], *, seconds: float, states: tuple[str, ...] = ("COMPLETED",)) -> None:
+        """Wait until all jobs are in one of `states`."""
+        end = time.monotonic() + seconds
+        while True:
+            found = {job: self.state(job) for job in jobs}
+            if all(state in states for state in found.values()):
+                return
+            bad = [job for job, state in found.items() if state in ("FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT")]
+            assert not bad, f"{found}"
+            assert time.monotonic() < end, f"{found}: {self.run('squeue')}"
+            time.sleep(0.5)
+
+
+def missing() -> str:
+    """Why no cluster can be started here; "" if it can."""
+    found = [program for program in PROGRAMS if not shutil.which(program)]
+    if found:
+        return f"{', '.join(found)} not installed (Debian: apt-get install slurm-wlm munge)"
+    return "" if os.geteuid() == 0 else "only root can start a SLURM here"
+
+
+@contextmanager
+def cluster(directory: Path) -> Iterator[Cluster]:
+    """Start a cluster below `directory`; all its daemons and what they started end with the block."""
+    found = Cluster(directory=directory)
+    host, first = socket.gethostname().split(".")[0], free_port()
+    values = {"host": host, "port": free_port(), "directory": directory, "nodes": NUM_NODES}
+    text = CONFIGURATION.format(**values, first=first, last=first + NUM_NODES - 1)
+    (directory / "slurm.conf").write_text(text)
+    (directory / "state").mkdir()
+    key = directory / "munge.key"
+    key.write_bytes(os.urandom(128))
+    key.chmod(0o400)
+    files = {"socket": "munge.socket", "key-file": "munge.key", "pid-file": "munge.pid", "log-file": "munge.log"}
+    files |= {"seed-file": "munge.seed"}
+    with ExitStack() as ending:
+        ending.callback(_end, found)
+        options = [f"--{name}={directory / file}" for name, file in files.items()]
+        found.start("munged", "munged", "--foreground", "--force", *options)
+        _until((directory / "munge.socket").exists)
+        found.start("slurmctld", "slurmctld", "-D", "-f", str(directory / "slurm.conf"))
+        for number in range(NUM_NODES):
+            found.start_node(f"n{number + 1}")
+        _until(lambda: found.run("sinfo", "--noheader", "--format=%T").split() == ["idle"])
+        yield found
+
+
+def _until(what, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            if what():
+                return
+        except AssertionError:
+            pass  # the controller does not answer yet
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def _end(cluster: Cluster) -> None:
+    with_jobs = subprocess.run(
+        ["scancel", "--signal=KILL", "--full", "--user=root"], env=os.environ | cluster.environment, check=False
+    )
+    del with_jobs
+    for name in sorted(cluster.daemons, key=lambda name: name in ("munged", "slurmctld")):
+        cluster.daemons[name].terminate()
+        try:
+            cluster.daemons[name].wait(10)
+        except subprocess.TimeoutExpired:
+            cluster.daemons[name].kill()
+            cluster.daemons[name].wait()
