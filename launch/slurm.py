@@ -76,6 +76,7 @@ class Job:
 
     name: str
     script: Path
+    settings: JobConfig
 
 
 def load_site(paths: list[Path], config: RunConfig) -> SiteConfig:
@@ -124,13 +125,48 @@ def render_jobs(config: RunConfig, site: SiteConfig, *, aggregator: bool = True)
             port=FIRST_PORT + (zlib.crc32(str(directory).encode()) + number) % NUM_PORTS,
         )
         script.write_text(text)
-        jobs.append(Job(name=name, script=script))
+        jobs.append(Job(name=name, script=script, settings=job))
     return jobs
 
 
 def check_jobs(jobs: list[Job]) -> dict[str, str]:
     """What `sbatch --test-only` says of each job: when and where it would start. Raises ConfigError if it would not."""
-    return {job.name: _sbatch(job, "--test-only") for job in jobs}
+    said = {job.name: _sbatch(job, "--test-only") for job in jobs}
+    for job in jobs:
+        _check_time_limit(job)
+    return said
+
+
+def _check_time_limit(job: Job) -> None:
+    """Raise ConfigError for a limit above the partition's, which many clusters take, and never start."""
+    limit = job.settings.time_limit
+    partition = [f"--partition={job.settings.partition}"] if job.settings.partition else []
+    most = _run(["sinfo", "--noheader", "--format=%P %l", *partition]).split()
+    for name, allowed in zip(most[::2], most[1::2], strict=True):
+        is_ours = name.rstrip("*") == job.settings.partition or (name.endswith("*") and not partition)
+        if is_ours and limit and allowed != "infinite" and time_limit_seconds(limit) > time_limit_seconds(allowed):
+            raise ConfigError(
+                f"{job.name}: time_limit: {limit!r} given; allowed: up to {allowed}, the limit of partition "
+                f"{name.rstrip('*')}"
+            )
+
+
+def time_limit_seconds(limit: str) -> int:
+    """SLURM's ways to write a time: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S. Raises ConfigError."""
+    days, _, rest = limit.rpartition("-")
+    try:
+        parts = [int(part) for part in rest.split(":")]
+        if days:
+            hours, minutes, seconds = [*parts, 0, 0][:3]
+        else:
+            hours, minutes, seconds = [0, *parts, 0][:3] if len(parts) == 1 else [0, *parts][-3:]
+        return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+    except ValueError:
+        raise ConfigError(f"time_limit: {limit!r} given; allowed: as sbatch takes it, 1-12:00:00 for example") from None
+
+
+def _run(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
 def submit_jobs(jobs: list[Job], directory: Path) -> dict[str, str]:
@@ -176,9 +212,7 @@ def living_jobs(directory: Path) -> dict[str, str]:
 
 def job_state(job: str) -> str:
     """PENDING, RUNNING, COMPLETING ...; empty when it has ended."""
-    command = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
+    return _run(["squeue", "--noheader", f"--jobs={job}", "--format=%T"]).strip()
 
 
 def _sbatch(job: Job, *options: str) -> str:

@@ -1,6 +1,7 @@
 """A real SLURM of four nodes on this machine, without systemd: munged, slurmctld, and one slurmd a node."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -64,6 +65,14 @@ class Cluster:
         done = subprocess.run(command, env=os.environ | self.environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
+
+    def try_run(self, *command: str) -> None:
+        """Run one of SLURM's commands, which may come too late."""
+        subprocess.run(command, env=os.environ | self.environment, capture_output=True, check=False)
+
+    def num_restarts(self, job: str) -> int:
+        """How often a job was put back into the queue."""
+        return int(re.findall(r" Restarts=(\d+) ", self.run("scontrol", "show", "job", job, "--oneliner"))[0])
 
     def start(self, name: str, *command: str) -> None:
         log = (self.directory / f"{name}.out").open("ab")
@@ -140,10 +149,7 @@ def _until(what, seconds: float = 30.0) -> None:
 
 
 def _end(cluster: Cluster) -> None:
-    with_jobs = subprocess.run(
-        ["scancel", "--signal=KILL", "--full", "--user=root"], env=os.environ | cluster.environment, check=False
-    )
-    del with_jobs
+    cluster.try_run("scancel", "--signal=KILL", "--full", "--user=root")
     for name in sorted(cluster.daemons, key=lambda name: name in ("munged", "slurmctld")):
         cluster.daemons[name].terminate()
         try:

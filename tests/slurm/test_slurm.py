@@ -1,8 +1,12 @@
 """`atoll launch slurm` on a real SLURM of four nodes."""
 
+import dataclasses
 import os
+import re
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
+from launch.local import process_directory
+from launch.metrics import read_status
 from pretrain.config import RunConfig, save_config
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, federate
@@ -61,3 +67,83 @@ def test_two_silos_train_as_with_a_local_launch(slurm: Cluster, tmp_path: Path, 
     assert list(jobs) == ["aggregator", "alpha", "beta"]
     slurm.wait(list(jobs.values()), seconds=150)
     check_same(Outcome(config=config), local)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_preempted_and_stopped_by_time_limits_it_comes_to_the_same_bits(
+    slurm: Cluster, tmp_path: Path, tiny_config: TinyConfig
+) -> None:
+    long: dict[str, Any] = {"inner": {"num_steps": 1000}, "exchange": {"keep_versions": 2, "lease_seconds": 10}}
+    local = federate(make_config(tiny_config, tmp_path / "local", num_nodes=1, **long))
+    config = make_config(tiny_config, tmp_path / "slurm", num_nodes=2, **long)
+    # The shortest limit that there is: a silo has some twenty seconds until it is told to stop.
+    jobs = submitted(slurm, written(slurm, config, tmp_path, time_limit="1", warn_seconds=35))
+    preempted: list[str] = []
+    wanted = ["alpha", "beta", "aggregator", "alpha"]
+    end = time.monotonic() + 600
+    while not all(slurm.state(job) == "COMPLETED" for job in jobs.values()):
+        assert time.monotonic() < end, slurm.run("squeue")
+        for job in jobs.values():
+            if slurm.state(job) == "PENDING":  # SLURM holds back for two minutes what was requeued
+                slurm.try_run("scontrol", "update", f"JobId={job}", "StartTime=now")
+        if len(preempted) < len(wanted):
+            name = wanted[len(preempted)]
+            phase = read_status(process_directory(config, name) / "status.json").phase
+            if slurm.state(jobs[name]) == "RUNNING" and phase in ("training", "waiting", "merging"):
+                time.sleep(2)
+                slurm.run("scontrol", "requeue", jobs[name])
+                preempted.append(name)
+        time.sleep(0.5)
+    assert preempted == wanted
+    logs = "".join(file.read_text() for file in (Path(config.directory) / "slurm" / "logs").iterdir())
+    assert "has saved and stopped: job" in logs  # a time limit
+    assert "has crashed" not in logs
+    assert sum(slurm.num_restarts(job) for job in jobs.values()) > len(wanted)
+    check_same(Outcome(config=config), local)
+
+
+def test_a_dry_run_writes_checks_and_submits_nothing(slurm: Cluster, tmp_path: Path, tiny_config: TinyConfig) -> None:
+    config = make_config(tiny_config, tmp_path, num_nodes=2)
+    done = atoll(slurm, *written(slurm, config, tmp_path), "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("aggregator: sbatch: Job ")
+    assert slurm.run("squeue", "--noheader") == ""
+    scripts = sorted((Path(config.directory) / "slurm").glob("*.sbatch"))
+    assert [script.stem for script in scripts] == ["aggregator", "alpha", "beta"]
+    if shutil.which("shellcheck"):
+        subprocess.run(["shellcheck", *scripts], check=True)
+
+
+REFUSED = "sbatch does not take .*"
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "no such partition": ({"partition": "gpu"}, f"aggregator: {REFUSED}invalid partition specified: gpu"),
+    "too many nodes": ({}, f"alpha: {REFUSED}Requested node configuration is not available"),
+    "no such constraint": ({"constraint": "a100"}, f"aggregator: {REFUSED}Invalid feature specification"),
+    "no GPUs": ({"gpus_per_node": 4}, f"alpha: {REFUSED}Invalid generic resource"),
+    "a time limit above the partition's": (
+        {"partition": "short", "time_limit": "1:00:00"},
+        "aggregator: time_limit: '1:00:00' given; allowed: up to 10:00, the limit of partition short",
+    ),
+    "unknown key": ({"partitions": "main"}, "job.partitions: unknown key given; .*did you mean job.partition"),
+    "unknown silo": ({}, "silos.gamma: unknown silo given; allowed: alpha, beta"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_what_sbatch_would_not_take_is_one_line_and_nothing_is_submitted(
+    mistake: str, slurm: Cluster, tmp_path: Path, tiny_config: TinyConfig
+) -> None:
+    job, expected = MISTAKES[mistake]
+    config = make_config(tiny_config, tmp_path, num_nodes=2)
+    if mistake == "too many nodes":
+        five = {"num_nodes": 5, "global_batch_sequences": 5, "micro_batch_sequences": 1}
+        config.silos["alpha"] = dataclasses.replace(config.silos["alpha"], **five)
+    options = written(slurm, config, tmp_path, **job)
+    if mistake == "unknown silo":
+        (tmp_path / "site.yaml").write_text("silos: {gamma: {}}")
+    done = atoll(slurm, *options)
+    assert done.returncode == 2
+    assert re.fullmatch(f"atoll: {expected}.*\n", done.stderr), done.stderr
+    assert slurm.run("squeue", "--noheader") == ""
+    assert not (Path(config.directory) / "slurm" / "jobs.json").exists()
