@@ -74,19 +74,20 @@ def test_two_silos_train_as_with_a_local_launch(slurm: Cluster, tmp_path: Path, 
 def test_preempted_and_stopped_by_time_limits_it_comes_to_the_same_bits(
     slurm: Cluster, tmp_path: Path, tiny_config: TinyConfig
 ) -> None:
-    long: dict[str, Any] = {"inner": {"num_steps": 1000}, "exchange": {"keep_versions": 2, "lease_seconds": 10}}
+    long: dict[str, Any] = {"inner": {"num_steps": 2000}, "exchange": {"lease_seconds": 10}}
     local = federate(make_config(tiny_config, tmp_path / "local", num_nodes=1, **long))
     config = make_config(tiny_config, tmp_path / "slurm", num_nodes=2, **long)
-    # The shortest limit that there is: a silo has some twenty seconds until it is told to stop.
-    jobs = submitted(slurm, written(slurm, config, tmp_path, time_limit="1", warn_seconds=35))
-    preempted: list[str] = []
-    wanted = ["alpha", "beta", "aggregator", "alpha"]
-    end = time.monotonic() + 600
-    while not all(slurm.state(job) == "COMPLETED" for job in jobs.values()):
+    jobs = submitted(slurm, written(slurm, config, tmp_path, time_limit="2", warn_seconds=60))
+    wanted, preempted, freed = ["alpha", "beta", "aggregator", "alpha"], list[str](), set[tuple[str, int]]()
+    end = time.monotonic() + 800
+    while set(states := [slurm.state(job) for job in jobs.values()]) != {"COMPLETED"}:
         assert time.monotonic() < end, slurm.run("squeue")
-        for job in jobs.values():
-            if slurm.state(job) == "PENDING":  # SLURM holds back for two minutes what was requeued
-                slurm.try_run("scontrol", "update", f"JobId={job}", "StartTime=now")
+        assert not {"FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT"} & set(states)
+        for job, state in zip(jobs.values(), states, strict=True):
+            start = (job, slurm.num_restarts(job))
+            if state == "PENDING" and start not in freed:  # SLURM holds back for two minutes what was requeued
+                freed.add(start)
+                slurm.try_run("scontrol", "update", f"JobId={job}", "StartTime=now+5")
         if len(preempted) < len(wanted):
             name = wanted[len(preempted)]
             phase = read_status(process_directory(config, name) / "status.json").phase
