@@ -161,7 +161,8 @@ class ExchangeConfig:
     retry_seconds: float = 600.0
     """How long a store that is in trouble (unreachable, slow, full) is tried again before a process stops."""
     lease_seconds: float = 30.0
-    """An aggregator that has not been heard of in the store for this long may be replaced by another."""
+    """An aggregator that has not been heard of in the store for this long may be replaced by another; it and the silos
+    leave a sign of life five times as often."""
     num_lanes: int = 1
     """Ranks of each silo that carry its bytes in a collective."""
     dead_seconds: float = 30.0

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.support import free_port
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo")
+PROGRAMS = ("setpriv", "munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo")
 NUM_NODES = 4
 CONFIGURATION = """
 ClusterName=test
@@ -75,10 +75,15 @@ class Cluster:
         return int(re.findall(r" Restarts=(\d+) ", self.run("scontrol", "show", "job", job, "--oneliner"))[0])
 
     def start(self, name: str, *command: str) -> None:
-        log = (self.directory / f"{name}.out").open("ab")
-        self.daemons[name] = subprocess.Popen(
-            command, env=os.environ | self.environment, stdout=log, stderr=log, start_new_session=True
-        )
+        """Start a daemon, which ends at the latest when we do."""
+        with (self.directory / f"{name}.out").open("ab") as log:
+            self.daemons[name] = subprocess.Popen(
+                ["setpriv", "--pdeathsig", "TERM", *command],
+                env=os.environ | self.environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
 
     def start_node(self, name: str) -> None:
         self.start(name, "slurmd", "-D", "-f", str(self.directory / "slurm.conf"), "-N", name)

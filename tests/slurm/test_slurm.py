@@ -56,8 +56,8 @@ def make_config(tiny_config: TinyConfig, directory: Path, *, num_nodes: int, **c
     """Two silos: ZeRO-3 on two ranks, and one rank."""
     alpha = {"num_nodes": num_nodes, "processes_per_node": 2 // num_nodes, "micro_batch_sequences": 2}
     alpha["deepspeed"] = {"zero_optimization": {"stage": 3}}
-    silo = {"checkpoint_interval_steps": 3}
-    return tiny_config(directory, outer={"optimizer": "nesterov"}, silos={"alpha": alpha}, silo=silo, **changes)
+    usual: dict[str, Any] = {"outer": {"optimizer": "nesterov"}, "silo": {"checkpoint_interval_steps": 3}}
+    return tiny_config(directory, silos={"alpha": alpha}, **(usual | changes))
 
 
 def test_two_silos_train_as_with_a_local_launch(slurm: Cluster, tmp_path: Path, tiny_config: TinyConfig) -> None:
@@ -74,7 +74,12 @@ def test_two_silos_train_as_with_a_local_launch(slurm: Cluster, tmp_path: Path, 
 def test_preempted_and_stopped_by_time_limits_it_comes_to_the_same_bits(
     slurm: Cluster, tmp_path: Path, tiny_config: TinyConfig
 ) -> None:
-    long: dict[str, Any] = {"inner": {"num_steps": 2000}, "exchange": {"lease_seconds": 10}}
+    long: dict[str, Any] = {
+        "inner": {"num_steps": 1500},
+        "outer": {"optimizer": "nesterov", "sync_interval_steps": 50},
+        "silo": {"checkpoint_interval_steps": 70},
+        "exchange": {"lease_seconds": 10},
+    }
     local = federate(make_config(tiny_config, tmp_path / "local", num_nodes=1, **long))
     config = make_config(tiny_config, tmp_path / "slurm", num_nodes=2, **long)
     jobs = submitted(slurm, written(slurm, config, tmp_path, time_limit="2", warn_seconds=60))
