@@ -91,6 +91,31 @@ def launch_slurm_command(
     print(f"scripts, jobs.json and logs: {Path(checked.directory) / 'slurm'}")
 
 
+@launch_app.command("torchrun")
+def launch_torchrun_command(
+    config: Config,
+    overrides: Overrides = None,
+    *,
+    silo: Annotated[str, typer.Option(help="Which silo.")],
+    host: Annotated[list[str], typer.Option(help="Address of a node; once for each.")],
+    port: Annotated[int, typer.Option(help="At which the first node serves the rendezvous.")] = 29_400,
+    interface: Annotated[str | None, typer.Option(help="Network interface for NCCL and gloo.")] = None,
+    max_restarts: Annotated[int, typer.Option(help="How often crashed workers are started again.")] = 3,
+) -> None:
+    """Print the command that starts a silo on each of its nodes, where there is no scheduler.
+
+    [bold]Example:[/bold] atoll launch torchrun --config run.yaml --silo law --host 10.0.0.1 --host 10.0.0.2
+    """
+    from launch.torchrun import node_commands
+    from pretrain.preflight import check_silo
+
+    checked = load_config(config, overrides or [])
+    commands = node_commands(checked, silo, host, port=port, interface=interface, max_restarts=max_restarts)
+    check_silo(checked, silo)
+    for command in commands:
+        print(f"# {command.host}\n{command}")
+
+
 @app.command()
 def train(
     config: Config,

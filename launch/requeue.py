@@ -43,7 +43,7 @@ def main() -> int:
         if num_crashes > arguments.max_crashes:
             print(f"{arguments.name} has crashed {num_crashes} times: job {job} ends", flush=True)
             return 1
-        print(f"{arguments.name} has crashed, {num_crashes} of {arguments.max_crashes} times: job {job} is requeued")
+        print(f"{arguments.name} has crashed {num_crashes} times: job {job} goes back into the queue", flush=True)
     if job_state(job) == "RUNNING":  # else it was cancelled, or is put back already
         subprocess.run(["scontrol", "requeue", job], check=True)
     return 0

@@ -17,7 +17,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from launch.display import AGGREGATOR
-from launch.local import hold_directory
+from launch.local import hold_directory, process_directory
 from pretrain.config import ConfigError, RunConfig, Section, load_typed, save_config, spread
 
 TEMPLATES = Path(__file__).parent.parent / "slurm"
@@ -118,6 +118,7 @@ def render_jobs(config: RunConfig, site: SiteConfig, *, aggregator: bool = True)
             run=config.name,
             directory=directory,
             config_path=directory / "config.yaml",
+            status_path=process_directory(config, name).absolute() / "status.json",
             silo=config.silos.get(name),
             job=job,
             python=job.python or sys.executable,

@@ -405,6 +405,7 @@ def main() -> int:
     except StopRequested:
         assert journal
         journal.status("stopped")
+        journal.close()
         return STOPPED
     except Exception as error:
         message = str(error)

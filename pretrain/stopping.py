@@ -20,9 +20,11 @@ def note_signals() -> Callable[[], bool]:
 
 
 def raise_at_signals() -> None:
-    """From now on a signal raises StopRequested in the main thread, at whatever point it is."""
+    """From now on the first signal raises StopRequested in the main thread, at whatever point it is."""
 
     def stop(received: int, frame: object) -> None:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # the way out is not interrupted
         raise StopRequested
 
     for number in SIGNALS:

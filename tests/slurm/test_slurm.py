@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
+from benchmarks.elastic import wait_until
 from launch.local import process_directory
 from launch.metrics import read_status
 from pretrain.config import RunConfig, save_config
@@ -67,6 +69,34 @@ def test_two_silos_train_as_with_a_local_launch(slurm: Cluster, tmp_path: Path, 
     assert list(jobs) == ["aggregator", "alpha", "beta"]
     slurm.wait(list(jobs.values()), seconds=150)
     check_same(Outcome(config=config), local)
+
+
+@pytest.mark.soak
+def test_a_cancelled_job_saves_and_does_not_come_back(slurm: Cluster, tmp_path: Path, tiny_config: TinyConfig) -> None:
+    config = make_config(tiny_config, tmp_path, num_nodes=2, inner={"num_steps": 100_000})
+    jobs = submitted(slurm, written(slurm, config, tmp_path))
+    statuses = {name: process_directory(config, name) / "status.json" for name in jobs}
+    wait_until(lambda: read_status(statuses["alpha"]).step > 20, 120)
+    again = atoll(slurm, *written(slurm, config, tmp_path))
+    assert again.returncode == 2
+    assert f"its jobs {', '.join(jobs.values())} are still there" in again.stderr
+    slurm.run("scancel", *jobs.values())
+    wait_until(lambda: not slurm.run("squeue", "--noheader"), 60)
+    assert {read_status(path).phase for path in statuses.values()} == {"stopped"}
+    assert [slurm.num_restarts(job) for job in jobs.values()] == [0, 0, 0]
+    commands = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+    assert not [command for command in commands if config.directory in command]
+
+
+@pytest.mark.soak
+def test_a_job_that_crashes_again_and_again_ends(slurm: Cluster, tmp_path: Path, tiny_config: TinyConfig) -> None:
+    config = make_config(tiny_config, tmp_path, num_nodes=2)
+    process_directory(config, "aggregator").mkdir(parents=True)
+    (process_directory(config, "aggregator") / "status.json").write_text('{"phase": "stopped"}')  # by an earlier start
+    jobs = submitted(slurm, written(slurm, config, tmp_path, max_crashes=0, setup=["srun() { false; }"]))
+    wait_until(lambda: {slurm.state(job) for job in jobs.values()} == {"FAILED"}, 60)
+    log = Path(config.directory) / "slurm" / "logs" / f"alpha-{jobs['alpha']}.log"
+    assert log.read_text() == f"alpha has crashed 1 times: job {jobs['alpha']} ends\n"
 
 
 @pytest.mark.soak
