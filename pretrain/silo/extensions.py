@@ -7,6 +7,7 @@ ever. Here a lock that the kernel drops with its holder goes around the build, i
 import fcntl
 import os
 import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,11 +31,12 @@ def load_extension(builder_name: str) -> None:
 def building() -> Iterator[Path]:
     """The only process that builds, in the folder that it yields; what a dead one left behind no longer counts.
 
-    The folder lies in TORCH_EXTENSIONS_DIR, if that is set, or else where torch builds by default.
+    The folder lies in TORCH_EXTENSIONS_DIR, if that is set, or else where torch builds by default. Each environment has
+    its own: ninja builds again whatever another one, whose headers lie elsewhere, has built.
     """
     given = os.environ.get("TORCH_EXTENSIONS_DIR")
-    python = f"py{sys.version_info.major}{sys.version_info.minor}"
-    directory = Path(given or get_default_build_root()) / f"atoll-{python}-torch{torch.__version__}"
+    environment = f"torch{torch.__version__}-{zlib.crc32(sys.prefix.encode()):08x}"
+    directory = Path(given or get_default_build_root()) / f"atoll-{environment}"
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / "building").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
