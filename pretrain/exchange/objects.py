@@ -5,7 +5,6 @@ name cannot both succeed, unless they write the same.
 """
 
 import copy
-import errno
 import hashlib
 import os
 import random
@@ -308,6 +307,6 @@ def _removed_if_broken_off(file: Path) -> Iterator[IO[bytes]]:
             yield target
     except BaseException as error:
         file.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and is_full(error):
             raise OSError(error.errno, error.strerror, str(file)) from None
         raise
