@@ -81,14 +81,14 @@ def launch_slurm_command(
 
     [bold]Example:[/bold] atoll launch slurm --config run.yaml --site configs/site/cpu.yaml --dry-run
     """
-    from launch.slurm import launch_slurm, load_site
+    from launch.site import load_site
+    from launch.slurm import launch_slurm
     from pretrain.preflight import check_run
 
     checked = load_config(config, overrides or [])
     check_run(checked)
-    for name, what in launch_slurm(checked, load_site(site, checked), aggregator=aggregator, dry_run=dry_run).items():
-        print(f"{name}: {what}")
-    print(f"scripts, jobs.json and logs: {Path(checked.directory) / 'slurm'}")
+    jobs, notes = launch_slurm(checked, load_site(site, checked), aggregator=aggregator, dry_run=dry_run)
+    print("\n".join([*(f"{name}: {what}" for name, what in jobs.items()), *notes]))
 
 
 @launch_app.command("torchrun")
@@ -167,6 +167,38 @@ def status(
     from launch.status import print_status
 
     print_status(_store(where))
+
+
+@app.command()
+def logs(
+    directory: RunDirectory,
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Silos, or aggregator.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what comes, until Ctrl-C.")] = False,
+    num_lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="Last lines of each to begin with.")] = 20,
+) -> None:
+    """Show what the processes of the newest start print, of all silos or some.
+
+    [bold]Example:[/bold] atoll logs runs/run law --follow
+    """
+    from launch.logs import read_logs
+
+    try:
+        for line in read_logs(directory, names or [], num_lines=num_lines, follow=follow):
+            print(line, flush=True)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def stop(directory: RunDirectory) -> None:
+    """Save and stop all that this machine, or its SLURM, runs of a run; the command that started it goes on later.
+
+    [bold]Example:[/bold] atoll stop runs/run
+    """
+    from launch.stop import stop_run
+
+    stopped = stop_run(directory)
+    print(f"stopped: {', '.join(stopped)}" if stopped else "nothing runs")
 
 
 @app.command()

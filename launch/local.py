@@ -118,16 +118,27 @@ def hold_directory(directory: Path) -> Iterator[int]:
 
 def new_attempt(directory: Path) -> Path:
     """Make `logs/attempt-NNN`, the next number, and point `logs/latest` to it."""
+    attempt = make_attempt(directory)
+    point_latest(attempt)
+    return attempt
+
+
+def make_attempt(directory: Path) -> Path:
+    """Make `logs/attempt-NNN`, the next number."""
     logs = directory / "logs"
     logs.mkdir(exist_ok=True)
     numbers = [int(found[1]) for path in logs.iterdir() if (found := re.fullmatch(r"attempt-(\d+)", path.name))]
     attempt = logs / f"attempt-{max(numbers, default=0) + 1:03}"
     attempt.mkdir()
-    link = logs / "latest.new"
+    return attempt
+
+
+def point_latest(attempt: Path) -> None:
+    """Point `logs/latest` to an attempt."""
+    link = attempt.parent / "latest.new"
     link.unlink(missing_ok=True)
     link.symlink_to(attempt.name)
-    link.replace(logs / "latest")
-    return attempt
+    link.replace(attempt.parent / "latest")
 
 
 class StopSignals:

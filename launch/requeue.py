@@ -1,22 +1,31 @@
 """The last line of every batch script: whether its job is done, goes back into the queue, or has failed.
 
-    python -m launch.requeue --config run/config.yaml --name law --max-crashes 3
+    python -m launch.requeue --config run/config.yaml --name law --attempt run/logs/attempt-001 --code 1 ...
 
-Exit code 0: done, or back in the queue; 2: a user's mistake, which another start would only repeat; 1: crashed once too
-often. A job that somebody cancels is never put back.
+Exit code 0: done, stopped, or back in the queue; 2: a user's mistake, which another start would only repeat; 1: crashed
+once too often. A job that somebody cancels, or stops with `atoll stop`, is never put back. A node on which crashes
+begin is left out of later starts.
 """
 
 import argparse
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from launch.local import process_directory
 from launch.metrics import read_status
-from launch.slurm import job_state
+from launch.node import notes_directory
+from launch.slurm import STOP_FILE, job_state, run_command
 from pretrain.config import load_config
+
+UPDATE_TRIES = 20
 
 
 def main() -> int:
@@ -24,29 +33,65 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--name", required=True, help="the silo, or aggregator")
+    parser.add_argument("--attempt", type=Path, required=True, help="folder of the launch's logs")
+    parser.add_argument("--code", type=int, required=True, help="srun's exit code")
     parser.add_argument("--max-crashes", type=int, required=True)
+    parser.add_argument("--exclude-after", type=int, required=True)
     arguments = parser.parse_args()
-    directory = process_directory(load_config([arguments.config]), arguments.name)
+    config, name, job = load_config([arguments.config]), arguments.name, os.environ["SLURM_JOB_ID"]
+    directory = process_directory(config, name)
     directory.mkdir(parents=True, exist_ok=True)
-    phase, crashes_file = read_status(directory / "status.json").phase, directory / "crashes.json"
+    phase, excluded = read_status(directory / "status.json").phase, list[str]()
     if phase == "finished":
         return 0
-    if (directory / "error.txt").is_file():
+    if (directory / "error.txt").is_file() or arguments.code == 2:
         return 2
-    num_crashes = json.loads(crashes_file.read_text()) if crashes_file.is_file() else 0
-    job = os.environ["SLURM_JOB_ID"]
     if phase == "stopped":
-        print(f"{arguments.name} has saved and stopped: job {job} goes back into the queue", flush=True)
+        said = "has saved and stopped"
     else:
-        num_crashes += 1
-        crashes_file.write_text(json.dumps(num_crashes))
-        if num_crashes > arguments.max_crashes:
-            print(f"{arguments.name} has crashed {num_crashes} times: job {job} ends", flush=True)
+        found = _count_crash(directory / "crashes.json", notes_directory(config, name), job)
+        said = f"has crashed {found['crashes']} times"
+        if found["crashes"] > arguments.max_crashes:
+            print(f"{name} {said}: job {job} ends", flush=True)
             return 1
-        print(f"{arguments.name} has crashed {num_crashes} times: job {job} goes back into the queue", flush=True)
+        excluded = [node for node, number in found["nodes"].items() if number >= arguments.exclude_after]
+    if (arguments.attempt / STOP_FILE).exists():
+        print(f"{name} {said}: job {job} ends, as atoll stop asked for", flush=True)
+        return 0
     if job_state(job) == "RUNNING":  # else it was cancelled, or is put back already
-        subprocess.run(["scontrol", "requeue", job], check=True)
+        without = f", without {', '.join(excluded)}" if excluded else ""
+        print(f"{name} {said}: job {job} goes back into the queue{without}", flush=True)
+        _requeue(job, excluded)
     return 0
+
+
+def _count_crash(file: Path, notes: Path, job: str) -> dict[str, Any]:
+    """Crashes so far, and how many began on each node: where torchrun was the first to fail."""
+    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"crashes": 0, "nodes": {}}
+    start = f"{job}-{os.environ.get('SLURM_RESTART_COUNT', '0')}-"
+    failed = sorted((json.loads(note.read_text()) for note in notes.glob(f"{start}*")), key=lambda note: note["time"])
+    found["crashes"] += 1
+    if failed:
+        found["nodes"] = Counter(found["nodes"]) + Counter([failed[0]["node"]])
+    file.write_text(json.dumps(found))
+    return found
+
+
+def _requeue(job: str, excluded: list[str]) -> None:
+    """Put the job back; it can be told to avoid nodes only afterwards, while SLURM already ends this script."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    shown = run_command(["scontrol", "show", "job", job, "--oneliner"])
+    before = [nodes for nodes in re.findall(r" ExcNodeList=(\S+)", shown) if nodes != "(null)"]
+    subprocess.run(["scontrol", "requeue", job], check=True)
+    if not excluded:
+        return
+    update = ["scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join([*before, *excluded])}"]
+    for _ in range(UPDATE_TRIES):
+        done = subprocess.run(update, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return
+        time.sleep(0.5)
+    print(f"job {job} may start on {', '.join(excluded)} again: {done.stderr.strip()}", flush=True)
 
 
 if __name__ == "__main__":

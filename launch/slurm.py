@@ -1,8 +1,9 @@
 """`atoll launch slurm`: one batch job for each silo and one for the aggregator, from a site's description.
 
 A job is written, checked by `sbatch --test-only`, and only when all are in order is any submitted. Inside it, one srun
-starts torchrun on every node. Before the time limit, and when it is preempted, the silo saves and stops, and the job
-puts itself back into the queue (`launch/requeue.py`), so that a run of any length passes through limits of any length.
+starts torchrun on every node (`launch/node.py`). Before the time limit, and when it is preempted, the silo saves and
+stops, and the job puts itself back into the queue (`launch/requeue.py`), so that a run of any length passes through
+limits of any length.
 """
 
 import json
@@ -10,64 +11,26 @@ import os
 import shlex
 import subprocess
 import sys
-import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from launch.display import AGGREGATOR
-from launch.local import hold_directory, process_directory
-from pretrain.config import ConfigError, RunConfig, Section, load_typed, save_config, spread
+from launch.local import hold_directory, make_attempt, point_latest, process_directory
+from launch.site import JobConfig, SiteConfig
+from pretrain.config import ConfigError, RunConfig, save_config
 
 TEMPLATES = Path(__file__).parent.parent / "slurm"
-FIRST_PORT, NUM_PORTS = 20_000, 10_000
-
-
-@dataclass(kw_only=True)
-class JobConfig:
-    """How a site wants its jobs; every null leaves the choice to SLURM."""
-
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    time_limit: str | None = None
-    """As sbatch takes it; the run passes through it."""
-    gpus_per_node: int = 0
-    cpus_per_task: int | None = None
-    """CPU cores of a node that a silo's processes share; null: their threads."""
-    memory: str | None = None
-    """Of a node, as sbatch takes it."""
-    exclude: str | None = None
-    """Nodes that are not to be used."""
-    sbatch: list[str] = field(default_factory=list)
-    """More options of sbatch, each a whole one: `--mail-type=FAIL`."""
-    modules: list[str] = field(default_factory=list)
-    """Environment modules to load."""
-    environment: dict[str, str] = field(default_factory=dict)
-    """Variables for all processes of the job."""
-    setup: list[str] = field(default_factory=list)
-    """Lines of bash before anything starts."""
-    container: str | None = None
-    """Apptainer image in which the processes run; the run directory, data and tokenizer must be visible inside."""
-    python: str = ""
-    """Interpreter that has atoll; empty: the one that submits."""
-    interface: str | None = None
-    """Network interface for NCCL and gloo."""
-    warn_seconds: int = 120
-    """How long before its time limit a job is told to save and stop."""
-    max_crashes: int = 3
-    """How often a job that crashed puts itself back into the queue."""
-
-
-@dataclass(kw_only=True)
-class SiteConfig:
-    """One cluster: `job` for all jobs, and what is different for the aggregator and for single silos."""
-
-    job: JobConfig = field(default_factory=JobConfig)
-    aggregator: JobConfig = field(default_factory=JobConfig)
-    silos: dict[str, JobConfig] = field(default_factory=dict)
+JOBS_FILE = "jobs.json"
+"""In an attempt's folder: silo, or aggregator, to the id of its job."""
+STOP_FILE = "stop"
+"""In an attempt's folder: its jobs are not to come back."""
+OPTIONS = ("partition", "account", "qos", "constraint", "exclude")
+"""Keys of a job that sbatch and srun take as they are."""
+PROBE_SECONDS = 10
+# What a compute node lacks of the files given to it.
+PROBE = 'for file in "$@"; do [ -r "$file" ] || echo "$SLURMD_NODENAME $file"; done'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,27 +42,10 @@ class Job:
     settings: JobConfig
 
 
-def load_site(paths: list[Path], config: RunConfig) -> SiteConfig:
-    """A site for the silos of a run. Raises ConfigError."""
-
-    def prepare(given: Section) -> None:
-        unknown = sorted(set(given.get("silos") or {}) - set(config.full_roster))
-        if unknown:
-            raise ConfigError(f"silos.{unknown[0]}: unknown silo given; allowed: {', '.join(config.full_roster)}")
-        sections = spread(given.get("job"), {AGGREGATOR: given.get(AGGREGATOR), **(given.get("silos") or {})})
-        given[AGGREGATOR] = sections.pop(AGGREGATOR)
-        given["silos"] = spread(given.get("job"), dict.fromkeys(config.silos)) | sections
-
-    return load_typed(SiteConfig, paths, prepare=prepare)
-
-
-def render_jobs(config: RunConfig, site: SiteConfig, *, aggregator: bool = True) -> list[Job]:
-    """Write the resolved configuration and a script for each job into the run directory."""
+def render_jobs(config: RunConfig, site: SiteConfig, attempt: Path, *, aggregator: bool = True) -> list[Job]:
+    """Write the resolved configuration, and a script for each job into the attempt's folder."""
     directory = Path(config.directory).absolute()
     save_config(config, directory / "config.yaml")
-    folder = directory / "slurm"
-    folder.mkdir(exist_ok=True)
-    (folder / "logs").mkdir(exist_ok=True)
     templates = Environment(
         loader=FileSystemLoader(TEMPLATES),
         undefined=StrictUndefined,
@@ -109,22 +55,22 @@ def render_jobs(config: RunConfig, site: SiteConfig, *, aggregator: bool = True)
     )
     templates.filters["quote"] = lambda value: shlex.quote(str(value))
     jobs = []
-    names = ([AGGREGATOR] if aggregator and config.exchange.kind == "store" else []) + sorted(config.silos)
-    for number, name in enumerate(names):
+    for name in ([AGGREGATOR] if aggregator and config.exchange.kind == "store" else []) + sorted(config.silos):
         job = site.aggregator if name == AGGREGATOR else site.silos[name]
-        script = folder / f"{name}.sbatch"
+        python = job.python or sys.executable
         text = templates.get_template("aggregator.sbatch.j2" if name == AGGREGATOR else "silo.sbatch.j2").render(
             name=name,
             run=config.name,
-            directory=directory,
+            attempt=attempt.absolute(),
             config_path=directory / "config.yaml",
-            status_path=process_directory(config, name).absolute() / "status.json",
+            own_directory=process_directory(config, name).absolute(),
             silo=config.silos.get(name),
             job=job,
-            python=job.python or sys.executable,
-            # Jobs of one user on one node must not meet: each run's silos have ports of their own.
-            port=FIRST_PORT + (zlib.crc32(str(directory).encode()) + number) % NUM_PORTS,
+            options=OPTIONS,
+            python=python,
+            host_python=sys.executable if job.container else python,
         )
+        script = attempt.absolute() / f"{name}.sbatch"
         script.write_text(text)
         jobs.append(Job(name=name, script=script, settings=job))
     return jobs
@@ -139,10 +85,17 @@ def check_jobs(jobs: list[Job]) -> dict[str, str]:
 
 
 def _check_time_limit(job: Job) -> None:
-    """Raise ConfigError for a limit above the partition's, which many clusters take, and never start."""
-    limit = job.settings.time_limit
+    """Raise ConfigError for a limit above the partition's, which many clusters take, and never start, or one that
+    leaves no time to train.
+    """
+    limit, warn_seconds = job.settings.time_limit, job.settings.warn_seconds
+    if limit and time_limit_seconds(limit) <= warn_seconds:
+        raise ConfigError(
+            f"{job.name}: time_limit: {limit!r} given; allowed: above the {warn_seconds} seconds before it at which "
+            "warn_seconds stops the job"
+        )
     partition = [f"--partition={job.settings.partition}"] if job.settings.partition else []
-    most = _run(["sinfo", "--noheader", "--format=%P %l", *partition]).split()
+    most = run_command(["sinfo", "--noheader", "--format=%P %l", *partition]).split()
     for name, allowed in zip(most[::2], most[1::2], strict=True):
         is_ours = name.rstrip("*") == job.settings.partition or (name.endswith("*") and not partition)
         if is_ours and limit and allowed != "infinite" and time_limit_seconds(limit) > time_limit_seconds(allowed):
@@ -166,11 +119,28 @@ def time_limit_seconds(limit: str) -> int:
         raise ConfigError(f"time_limit: {limit!r} given; allowed: as sbatch takes it, 1-12:00:00 for example") from None
 
 
-def _run(command: list[str]) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+def check_nodes(config: RunConfig, jobs: list[Job]) -> str:
+    """Have free nodes look for what all must see; returns a note if none were free, and raises ConfigError if they lack
+    something.
+    """
+    job = max((job for job in jobs if job.name in config.silos), key=lambda job: config.silos[job.name].num_nodes)
+    silo = config.silos[job.name]
+    files = [job.script, config.tokenizer_file.absolute(), *(Path(path).absolute() for path in silo.data)]
+    files += [] if job.settings.container else [Path(job.settings.python or sys.executable)]
+    where = [f"--{key}={value}" for key in OPTIONS if (value := getattr(job.settings, key))]
+    srun = ["srun", f"--immediate={PROBE_SECONDS}", "--quiet", "--time=1", *where, *job.settings.sbatch]
+    command = [*srun, f"--nodes={silo.num_nodes}", "--ntasks-per-node=1", "bash", "-c", PROBE, "probe"]
+    done = subprocess.run([*command, *map(str, files)], capture_output=True, text=True, check=False, cwd="/")
+    if done.returncode:
+        reason = " ".join(done.stderr.split()).replace("srun: error: ", "")
+        return f"not checked whether compute nodes see {config.directory}: {reason or 'no answer'}"
+    for line in sorted(done.stdout.splitlines()):
+        node, file = line.split(" ", 1)
+        raise ConfigError(f"{job.name}: node {node} does not see {file}; allowed: a file system that all nodes share")
+    return ""
 
 
-def submit_jobs(jobs: list[Job], directory: Path) -> dict[str, str]:
+def submit_jobs(jobs: list[Job], attempt: Path) -> dict[str, str]:
     """Submit all; returns and writes down their job ids. Those submitted are cancelled if one cannot be."""
     submitted: dict[str, str] = {}
     try:
@@ -180,40 +150,56 @@ def submit_jobs(jobs: list[Job], directory: Path) -> dict[str, str]:
         if submitted:
             subprocess.run(["scancel", *submitted.values()], check=False)
         raise
-    (directory / "slurm" / "jobs.json").write_text(json.dumps(submitted, indent=1) + "\n")
+    (attempt / JOBS_FILE).write_text(json.dumps(submitted, indent=1) + "\n")
+    point_latest(attempt)
     return submitted
 
 
 def launch_slurm(
     config: RunConfig, site: SiteConfig, *, aggregator: bool = True, dry_run: bool = False
-) -> dict[str, str]:
-    """Write, check and submit the jobs; returns each one's id, or with `dry_run` what sbatch says of it.
+) -> tuple[dict[str, str], list[str]]:
+    """Write, check and submit the jobs.
 
-    Raises ConfigError, before anything is submitted, for what sbatch would not take and if jobs of this run directory
-    are still there.
+    Returns each one's id, or with `dry_run` what sbatch says of it, and notes for the user. Raises ConfigError, before
+    anything is submitted, for what sbatch would not take, nodes that do not see the files, and if jobs of this run
+    directory are still there.
     """
-    with hold_directory(Path(config.directory)):
-        running = living_jobs(Path(config.directory))
+    directory = Path(config.directory)
+    with hold_directory(directory):
+        running = living_jobs(directory)
         if running:
             raise ConfigError(
                 f"directory: {config.directory!r} given; its jobs {', '.join(running.values())} are still there; stop "
-                "them with scancel first"
+                "them with atoll stop first"
             )
-        jobs = render_jobs(config, site, aggregator=aggregator)
-        checked = check_jobs(jobs)
-        return checked if dry_run else submit_jobs(jobs, Path(config.directory).absolute())
+        attempt = make_attempt(directory)
+        jobs = render_jobs(config, site, attempt, aggregator=aggregator)
+        said = check_jobs(jobs)
+        notes = [f"scripts and logs: {attempt}"]
+        if note := check_nodes(config, jobs):
+            notes.append(note)
+        return (said if dry_run else submit_jobs(jobs, attempt)), notes
+
+
+def submitted_jobs(directory: Path) -> tuple[Path | None, dict[str, str]]:
+    """The last attempt that submitted jobs, and their ids; an attempt is made only when those before have ended."""
+    attempts = sorted((directory / "logs").glob(f"attempt-*/{JOBS_FILE}"), key=lambda file: file.stat().st_mtime)
+    return (attempts[-1].parent, json.loads(attempts[-1].read_text())) if attempts else (None, {})
 
 
 def living_jobs(directory: Path) -> dict[str, str]:
     """Silo, or aggregator, to the id of its job, for those that are in the queue or run."""
-    file = directory / "slurm" / "jobs.json"
-    submitted: dict[str, str] = json.loads(file.read_text()) if file.is_file() else {}
-    return {name: job for name, job in submitted.items() if job_state(job)}
+    return {name: job for name, job in submitted_jobs(directory)[1].items() if job_state(job)}
 
 
 def job_state(job: str) -> str:
     """PENDING, RUNNING, COMPLETING ...; empty when it has ended."""
-    return _run(["squeue", "--noheader", f"--jobs={job}", "--format=%T"]).strip()
+    return run_command(["squeue", "--noheader", f"--jobs={job}", "--format=%T"]).strip()
+
+
+def run_command(command: list[str]) -> str:
+    """What one of SLURM's commands prints, and nothing when it has nothing to say."""
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
 def _sbatch(job: Job, *options: str) -> str:

@@ -41,18 +41,37 @@ def node_commands(
         )
     if not 1024 <= port <= 65_535:
         raise ConfigError(f"--port: {port} given; allowed: 1024 to 65535")
-    path = Path(config.directory).absolute() / "config.yaml"
-    save_config(config, path)
+    save_config(config, Path(config.directory).absolute() / "config.yaml")
+    return [
+        node_command(config, silo, hosts, number, port=port, interface=interface, max_restarts=max_restarts)
+        for number in range(len(hosts))
+    ]
+
+
+def node_command(
+    config: RunConfig,
+    silo: str,
+    hosts: list[str],
+    number: int,
+    *,
+    port: int,
+    interface: str | None = None,
+    max_restarts: int = 0,
+    identity: str = "",
+    numa: str | None = None,
+    overrides: list[str] | None = None,
+) -> NodeCommand:
+    """The torchrun of node `number`; `identity` keeps the rendezvous apart from that of another start."""
+    settings = config.silos[silo]
     environment = {"OMP_NUM_THREADS": str(settings.num_threads), **KEEP_FREED_MEMORY}
     if interface:
         environment |= {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface}
-    commands = []
-    for number, host in enumerate(hosts):
-        torchrun = [sys.executable, "-m", "torch.distributed.run"]
-        torchrun += ["--nnodes", str(len(hosts)), "--nproc-per-node", str(settings.processes_per_node)]
-        torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{hosts[0]}:{port}"]
-        torchrun += ["--rdzv-id", f"{config.name}-{silo}", "--rdzv-conf", f"is_host={int(number == 0)}"]
-        torchrun += ["--local-addr", host, "--max-restarts", str(max_restarts)]
-        train = ["-m", "pretrain.train", "--config", str(path), "--silo", silo]
-        commands.append(NodeCommand(host=host, environment=environment, argv=[*torchrun, *train]))
-    return commands
+    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    torchrun += ["--nnodes", str(len(hosts)), "--nproc-per-node", str(settings.processes_per_node)]
+    torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{hosts[0]}:{port}"]
+    torchrun += ["--rdzv-id", f"{config.name}-{silo}-{identity}", "--rdzv-conf", f"is_host={int(number == 0)}"]
+    torchrun += ["--local-addr", hosts[number], "--max-restarts", str(max_restarts)]
+    torchrun += ["--numa-binding", numa] if numa else []
+    path = Path(config.directory).absolute() / "config.yaml"
+    train = ["-m", "pretrain.train", "--config", str(path), "--silo", silo, *(overrides or [])]
+    return NodeCommand(host=hosts[number], environment=environment, argv=[*torchrun, *train])

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,15 @@ import yaml
 from benchmarks.elastic import wait_until
 from launch.local import process_directory
 from launch.metrics import read_status
-from pretrain.config import RunConfig, save_config
+from launch.site import load_site
+from launch.slurm import launch_slurm
+from pretrain.config import RunConfig, load_config, save_config
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, federate
 from tests.faults.test_kills import check_same
-from tests.slurm.cluster import Cluster, cluster, missing
+from tests.slurm.cluster import Cluster, missing
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with cluster(tmp_path_factory.mktemp("slurm")) as found:
-        yield found
 
 
 def atoll(slurm: Cluster, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -51,7 +46,7 @@ def written(slurm: Cluster, config: RunConfig, directory: Path, **job: Any) -> l
 def submitted(slurm: Cluster, options: list[str | Path]) -> dict[str, str]:
     done = atoll(slurm, *options)
     assert done.returncode == 0, done.stderr
-    return dict(line.split(": ") for line in done.stdout.splitlines()[:-1])
+    return dict(re.findall(r"^(\S+): (\d+)$", done.stdout, re.MULTILINE))
 
 
 def make_config(tiny_config: TinyConfig, directory: Path, *, num_nodes: int, **changes: Any) -> RunConfig:
@@ -95,8 +90,9 @@ def test_a_job_that_crashes_again_and_again_ends(slurm: Cluster, tmp_path: Path,
     (process_directory(config, "aggregator") / "status.json").write_text('{"phase": "stopped"}')  # by an earlier start
     jobs = submitted(slurm, written(slurm, config, tmp_path, max_crashes=0, setup=["srun() { false; }"]))
     wait_until(lambda: {slurm.state(job) for job in jobs.values()} == {"FAILED"}, 60)
-    log = Path(config.directory) / "slurm" / "logs" / f"alpha-{jobs['alpha']}.log"
-    assert log.read_text() == f"alpha has crashed 1 times: job {jobs['alpha']} ends\n"
+    start, end = (Path(config.directory) / "logs" / "latest" / "alpha.log").read_text().splitlines()
+    assert start.startswith(f"--- start 1 of alpha: job {jobs['alpha']} on n")
+    assert end == f"alpha has crashed 1 times: job {jobs['alpha']} ends"
 
 
 @pytest.mark.soak
@@ -113,16 +109,13 @@ def test_preempted_and_stopped_by_time_limits_it_comes_to_the_same_bits(
     local = federate(make_config(tiny_config, tmp_path / "local", num_nodes=1, **long))
     config = make_config(tiny_config, tmp_path / "slurm", num_nodes=2, **long)
     jobs = submitted(slurm, written(slurm, config, tmp_path, time_limit="2", warn_seconds=60))
-    wanted, preempted, freed = ["alpha", "beta", "aggregator", "alpha"], list[str](), set[tuple[str, int]]()
+    wanted, preempted = ["alpha", "beta", "aggregator", "alpha"], list[str]()
     end = time.monotonic() + 800
     while set(states := [slurm.state(job) for job in jobs.values()]) != {"COMPLETED"}:
         assert time.monotonic() < end, slurm.run("squeue")
         assert not {"FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT"} & set(states)
-        for job, state in zip(jobs.values(), states, strict=True):
-            start = (job, slurm.num_restarts(job))
-            if state == "PENDING" and start not in freed:  # SLURM holds back for two minutes what was requeued
-                freed.add(start)
-                slurm.try_run("scontrol", "update", f"JobId={job}", "StartTime=now+5")
+        for job in jobs.values():
+            slurm.hurry(job)
         if len(preempted) < len(wanted):
             name = wanted[len(preempted)]
             phase = read_status(process_directory(config, name) / "status.json").phase
@@ -132,7 +125,7 @@ def test_preempted_and_stopped_by_time_limits_it_comes_to_the_same_bits(
                 preempted.append(name)
         time.sleep(0.5)
     assert preempted == wanted
-    logs = "".join(file.read_text() for file in (Path(config.directory) / "slurm" / "logs").iterdir())
+    logs = "".join(file.read_text() for file in (Path(config.directory) / "logs" / "latest").glob("*.log"))
     assert "has saved and stopped: job" in logs  # a time limit
     assert "has crashed" not in logs
     assert sum(slurm.num_restarts(job) for job in jobs.values()) > len(wanted)
@@ -145,7 +138,7 @@ def test_a_dry_run_writes_checks_and_submits_nothing(slurm: Cluster, tmp_path: P
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("aggregator: sbatch: Job ")
     assert slurm.run("squeue", "--noheader") == ""
-    scripts = sorted((Path(config.directory) / "slurm").glob("*.sbatch"))
+    scripts = sorted((Path(config.directory) / "logs" / "attempt-001").glob("*.sbatch"))
     assert [script.stem for script in scripts] == ["aggregator", "alpha", "beta"]
     if shutil.which("shellcheck"):
         subprocess.run(["shellcheck", *scripts], check=True)
@@ -153,13 +146,22 @@ def test_a_dry_run_writes_checks_and_submits_nothing(slurm: Cluster, tmp_path: P
 
 REFUSED = "sbatch does not take .*"
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
-    "no such partition": ({"partition": "gpu"}, f"aggregator: {REFUSED}invalid partition specified: gpu"),
+    "no such partition": ({"partition": "no"}, f"aggregator: {REFUSED}invalid partition specified: no"),
     "too many nodes": ({}, f"alpha: {REFUSED}Requested node configuration is not available"),
     "no such constraint": ({"constraint": "a100"}, f"aggregator: {REFUSED}Invalid feature specification"),
-    "no GPUs": ({"gpus_per_node": 4}, f"alpha: {REFUSED}Invalid generic resource"),
+    "no GPUs": ({"gpus_per_node": 4}, f"alpha: {REFUSED}Requested node configuration is not available"),
     "a time limit above the partition's": (
         {"partition": "short", "time_limit": "1:00:00"},
         "aggregator: time_limit: '1:00:00' given; allowed: up to 10:00, the limit of partition short",
+    ),
+    "a time limit that leaves no time": (
+        {"time_limit": "2"},
+        "aggregator: time_limit: '2' given; allowed: above the 120 seconds before it at which warn_seconds",
+    ),
+    "unknown runtime": ({"runtime": "docker"}, "aggregator: runtime: 'docker' given; allowed: apptainer, pyxis"),
+    "unknown binding": (
+        {"numa": "core"},
+        "aggregator: numa: 'core' given; allowed: null, node, socket, exclusive",
     ),
     "unknown key": ({"partitions": "main"}, "job.partitions: unknown key given; .*did you mean job.partition"),
     "unknown silo": ({}, "silos.gamma: unknown silo given; allowed: alpha, beta"),
@@ -182,4 +184,85 @@ def test_what_sbatch_would_not_take_is_one_line_and_nothing_is_submitted(
     assert done.returncode == 2
     assert re.fullmatch(f"atoll: {expected}.*\n", done.stderr), done.stderr
     assert slurm.run("squeue", "--noheader") == ""
-    assert not (Path(config.directory) / "slurm" / "jobs.json").exists()
+    assert not list(Path(config.directory).glob("logs/*/jobs.json"))
+
+
+CONFIGS = Path("configs").absolute()
+OVERLAYS = [None, *sorted(path for path in CONFIGS.glob("*/*.yaml") if path.parent.name != "site")]
+
+
+@pytest.mark.parametrize("site", sorted((CONFIGS / "site").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path and path.stem)
+def test_every_shipped_configuration_makes_jobs_that_sbatch_takes(
+    slurm: Cluster,
+    tmp_path: Path,
+    tiny_config: TinyConfig,
+    *,
+    overlay: Path | None,
+    site: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", slurm.environment["SLURM_CONF"])
+    tiny_config(tmp_path)
+    paths = [tmp_path / "tiny.yaml", *([overlay] if overlay else [])]
+    config = load_config(paths, ["inner.num_steps=3000", f"directory={tmp_path}/run"])
+    said, _ = launch_slurm(config, load_site([site], config), dry_run=True)
+    partitions = {"cpu": ("main", "main"), "gpu": ("gpu", "cpu")}[site.stem]
+    for name, words in said.items():
+        assert words.endswith(f"in partition {partitions[name == 'aggregator']}")
+    assert sorted(said) == sorted([*config.silos, *(["aggregator"] if config.exchange.kind == "store" else [])])
+    if shutil.which("shellcheck"):
+        subprocess.run(["shellcheck", *(tmp_path / "run" / "logs" / "attempt-001").glob("*.sbatch")], check=True)
+
+
+def test_all_options_of_a_site_render(slurm: Cluster, tmp_path: Path, tiny_config: TinyConfig) -> None:
+    config = make_config(tiny_config, tmp_path, num_nodes=2)
+    every = {
+        "modules": ["cuda/12"],
+        "sbatch": ["--comment=atoll"],
+        "container": "atoll image.sif",
+        "mounts": ["/data", "/a b:/c"],
+        "python": "/opt/atoll/bin/python",
+        "scratch": "$TMPDIR",
+        "numa": "node",
+        "interface": "ib0",
+        "memory": "0",
+    }
+    for runtime, expected in {
+        "apptainer": "apptainer exec --bind /data --bind '/a b:/c' 'atoll image.sif' /opt/atoll/bin/python",
+        "pyxis": "--container-image='atoll image.sif' --container-mounts='/data,/a b:/c' /opt/atoll/bin/python",
+    }.items():
+        done = atoll(slurm, *written(slurm, config, tmp_path, runtime=runtime, **every), "--dry-run")
+        assert done.returncode == 0, done.stderr
+        scripts = sorted((Path(config.directory) / "logs").glob("attempt-*/alpha.sbatch"))
+        assert expected in scripts[-1].read_text()
+        assert '--interface ib0 --numa node --scratch "$TMPDIR"' in scripts[-1].read_text()
+        assert f"exec {sys.executable} -m launch.requeue" in scripts[-1].read_text()  # scontrol is not in the container
+        if shutil.which("shellcheck"):
+            subprocess.run(["shellcheck", scripts[-1]], check=True)
+
+
+def test_nodes_that_do_not_see_the_run_directory_are_named(
+    slurm: Cluster, tmp_path: Path, tiny_config: TinyConfig
+) -> None:
+    config = make_config(tiny_config, tmp_path, num_nodes=2)
+    config.silos["alpha"] = dataclasses.replace(
+        config.silos["alpha"], num_nodes=4, global_batch_sequences=4, micro_batch_sequences=1
+    )
+    options = written(slurm, config, tmp_path)
+    try:
+        slurm.stop_node("n3")
+        hidden = f"mount -t tmpfs none {tmp_path} && exec " + '"$@"'
+        slurm.start_node("n3", "unshare", "--mount", "sh", "-c", hidden, "sh")
+        look = ("srun", "--nodelist=n3", "sh", "-c", f"ls {tmp_path}/run.yaml || echo sees nothing")
+        wait_until(lambda: "sees nothing" in slurm.run(*look), 30)
+        done = atoll(slurm, *options)
+    finally:
+        slurm.stop_node("n3")
+        slurm.start_node("n3")
+        wait_until(lambda: slurm.has_state("n3", "idle"), 30)
+    assert done.returncode == 2
+    script = Path(config.directory) / "logs" / "attempt-001" / "alpha.sbatch"
+    line = f"atoll: alpha: node n3 does not see {script}; allowed: a file system that all nodes share\n"
+    assert done.stderr == line
+    assert slurm.run("squeue", "--noheader") == ""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.slurm import load_site
+from launch.site import load_site
 from pretrain.check import OWNED_DEEPSPEED_KEYS, check_batch
 from pretrain.config import RunConfig, load_config, save_config
 from pretrain.preflight import check_silo

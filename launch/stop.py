@@ -1,0 +1,75 @@
+"""`atoll stop`: end what runs of a run directory on this machine and its cluster, with everything saved."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from launch.slurm import STOP_FILE, job_state, living_jobs, submitted_jobs
+from pretrain.config import ConfigError
+from pretrain.lock import lock_holder
+
+POLL_SECONDS = 0.5
+
+Say = Callable[[str], object]
+
+
+def stop_run(directory: Path, say: Say = print) -> list[str]:
+    """Ask the jobs, the launcher, and what was started without one to save and stop; wait until all have ended.
+
+    Returns what was stopped. Raises ConfigError if this is no run directory, or something of it runs elsewhere.
+    """
+    if not (directory / "config.yaml").is_file():
+        raise ConfigError(f"run directory: {str(directory)!r} given; there is no config.yaml in it")
+    return [*_stop_jobs(directory, say), *_stop_processes(directory, say)]
+
+
+def _stop_jobs(directory: Path, say: Say) -> list[str]:
+    attempt, jobs = submitted_jobs(directory)
+    living = living_jobs(directory)
+    if not attempt or not living:
+        return []
+    (attempt / STOP_FILE).touch()  # launch/requeue.py looks for it
+    asked: set[str] = set()
+    while living:
+        for name, job in living.items():
+            state = job_state(job)
+            if state == "PENDING":
+                subprocess.run(["scancel", "--state=PENDING", job], check=False)
+            elif state == "RUNNING" and job not in asked:
+                say(f"{name}: job {job} saves and stops")
+                # The same as before a time limit. What SIGTERM starts, SLURM ends after KillWait.
+                subprocess.run(["scancel", "--signal=USR1", job], check=False)
+                asked.add(job)
+        time.sleep(POLL_SECONDS)
+        living = {name: job for name, job in living.items() if job_state(job)}
+    return [f"{name} (job {job})" for name, job in jobs.items()]
+
+
+def _stop_processes(directory: Path, say: Say) -> list[str]:
+    """The launcher, which stops its children; then what holds a silo's folder, or the aggregator's, without one."""
+    stopped = []
+    for folder, what in _folders(directory):
+        holder = lock_holder(folder)
+        if holder is None:
+            continue
+        if holder.elsewhere:
+            raise ConfigError(
+                f"run directory: {str(directory)!r} given; {what} runs on another machine as process {holder.process}; "
+                "stop it there"
+            )
+        say(f"{what}: process {holder.process} saves and stops")
+        os.kill(holder.process, signal.SIGTERM)
+        while lock_holder(folder):
+            time.sleep(POLL_SECONDS)
+        stopped.append(f"{what} (process {holder.process})")
+    return stopped
+
+
+def _folders(directory: Path) -> Iterator[tuple[Path, str]]:
+    yield directory, "the launch"
+    yield directory / "aggregator", "aggregator"
+    for folder in sorted((directory / "silos").glob("*")):
+        yield folder, folder.name

@@ -1,0 +1,134 @@
+"""What a cluster does to a federation: nodes that die, nodes that are broken, and somebody who stops it all."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from benchmarks.elastic import wait_until
+from launch.local import process_directory
+from launch.metrics import read_status
+from pretrain.config import RunConfig
+from tests.conftest import TinyConfig
+from tests.distributed.federation import Outcome, federate
+from tests.faults.test_kills import check_same
+from tests.slurm.cluster import Cluster, missing
+from tests.slurm.test_slurm import atoll, make_config, submitted, written
+
+pytestmark = [pytest.mark.skipif(bool(missing()), reason=missing()), pytest.mark.soak, pytest.mark.timeout(600)]
+
+
+def command(slurm: Cluster, *arguments: str | Path) -> str:
+    line = [sys.executable, "-m", "launch.cli", *map(str, arguments)]
+    return subprocess.check_output(line, env=os.environ | slurm.environment | {"COLUMNS": "200"}, text=True)
+
+
+def step_of(config: RunConfig, name: str) -> int:
+    return read_status(process_directory(config, name) / "status.json").step
+
+
+def left_behind(config: RunConfig) -> list[str]:
+    """Command lines of living processes that belong to a run."""
+    commands = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+    return [line for line in commands if config.directory in line]
+
+
+@pytest.mark.parametrize("quorum", [None, 1])
+def test_a_node_dies_and_its_job_goes_on_on_others(
+    quorum: int | None, slurm: Cluster, tmp_path: Path, tiny_config: TinyConfig
+) -> None:
+    long: dict[str, Any] = {
+        "inner": {"num_steps": 1500 if quorum is None else 12_000},
+        "outer": {"optimizer": "nesterov", "sync_interval_steps": 50 if quorum is None else 200},
+        "silo": {"checkpoint_interval_steps": 70, "eval_interval_rounds": 0},
+    }
+    if quorum:
+        long["membership"] = {"quorum": 1, "deadline_floor_seconds": 2, "deadline_ceiling_seconds": 30}
+    config = make_config(tiny_config, tmp_path / "slurm", num_nodes=2, **long)
+    jobs = submitted(slurm, written(slurm, config, tmp_path))
+    wait_until(lambda: step_of(config, "alpha") > 300, 180)
+    nodes = slurm.run("squeue", "--noheader", "--jobs", jobs["alpha"], "--format=%N").strip()
+    first, last = slurm.run("scontrol", "show", "hostnames", nodes).split()
+    slurm.fail_node(last)
+    try:
+        wait_until(lambda: slurm.state(jobs["alpha"]) == "PENDING", 90)
+        if quorum is None:
+            wait_until(lambda: "waiting for alpha" in command(slurm, "status", config.directory), 60)
+            assert "without a quorum there is no deadline" in command(slurm, "status", config.directory)
+        else:
+            alone = lambda: [c for c in contributors(config) if c == ["beta"]]  # noqa: E731
+            wait_until(lambda: len(alone()) > 1, 120)
+            said = command(slurm, "status", config.directory)
+            assert "1 deliveries are enough" in said or "waiting for beta" in said
+        slurm.wait(list(jobs.values()), seconds=400)
+    finally:
+        slurm.start_node(last)
+        wait_until(lambda: slurm.has_state(last, "idle"), 60)
+    log = (Path(config.directory) / "logs" / "latest" / "alpha.log").read_text()
+    assert log.count("--- start ") == 2
+    assert last not in log[log.index("--- start 2") :].splitlines()[0]
+    if quorum is None:
+        check_same(Outcome(config=config), federate(make_config(tiny_config, tmp_path / "local", num_nodes=1, **long)))
+    else:
+        assert contributors(config)[-1] == ["alpha", "beta"]
+    assert first
+
+
+def contributors(config: RunConfig) -> list[list[str]]:
+    """Of each commit so far."""
+    outcome = Outcome(config=config)
+    newest = outcome.exchange.newest_version()
+    return [sorted(one.silo for one in outcome.commit(version).contributors) for version in range(1, newest + 1)]
+
+
+def test_a_broken_node_is_left_out(slurm: Cluster, tmp_path: Path, tiny_config: TinyConfig) -> None:
+    config = make_config(tiny_config, tmp_path / "slurm", num_nodes=2)
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if os.environ.get('SLURMD_NODENAME') == 'n2' and 'pretrain.train' in sys.orig_argv: os._exit(1)\n"
+    )
+    environment = {"PYTHONPATH": f"{tmp_path}:{Path.cwd()}", **slurm.environment}
+    jobs = submitted(slurm, written(slurm, config, tmp_path, environment=environment, max_crashes=5))
+    slurm.wait(list(jobs.values()), seconds=240)
+    log = (Path(config.directory) / "logs" / "latest" / "alpha.log").read_text()
+    assert "goes back into the queue, without n2" in log
+
+
+def test_stop_saves_all_and_the_same_command_goes_on(slurm: Cluster, tmp_path: Path, tiny_config: TinyConfig) -> None:
+    long: dict[str, Any] = {"inner": {"num_steps": 1500}, "outer": {"optimizer": "nesterov", "sync_interval_steps": 50}}
+    config = make_config(tiny_config, tmp_path / "slurm", num_nodes=2, **long)
+    options = written(slurm, config, tmp_path)
+    jobs = submitted(slurm, options)
+    wait_until(lambda: step_of(config, "alpha") > 120, 180)
+    slurm.run("scontrol", "requeue", jobs["beta"])  # so that one of them is in the queue
+    wait_until(lambda: slurm.state(jobs["beta"]) == "PENDING", 60)
+    again = atoll(slurm, *options)
+    assert again.returncode == 2
+    assert f"its jobs {', '.join(jobs.values())} are still there" in again.stderr
+    said = command(slurm, "stop", config.directory)
+    assert said.splitlines()[-1] == "stopped: " + ", ".join(f"{name} (job {job})" for name, job in jobs.items())
+    assert not slurm.run("squeue", "--noheader")
+    assert not left_behind(config)
+    assert {read_status(process_directory(config, name) / "status.json").phase for name in jobs} == {"stopped"}
+    assert command(slurm, "stop", config.directory) == "nothing runs\n"
+    jobs = submitted(slurm, options)
+    slurm.wait(list(jobs.values()), seconds=240)
+    lines = command(slurm, "logs", config.directory, "alpha", "--lines", "9999").splitlines()
+    assert lines[0].startswith(f"alpha | --- start 1 of alpha: job {jobs['alpha']} on n")
+    assert (Path(config.directory) / "logs" / "attempt-001" / "alpha.log").is_file()
+    check_same(Outcome(config=config), federate(make_config(tiny_config, tmp_path / "local", num_nodes=1, **long)))
+
+
+def test_shards_are_copied_to_the_node_and_removed(slurm: Cluster, tmp_path: Path, tiny_config: TinyConfig) -> None:
+    config = make_config(tiny_config, tmp_path / "slurm", num_nodes=2)
+    (tmp_path / "scratch").mkdir()
+    options = written(slurm, config, tmp_path, scratch="$NODE_DISK", setup=[f"export NODE_DISK={tmp_path}/scratch"])
+    jobs = submitted(slurm, options)
+    slurm.wait(list(jobs.values()), seconds=150)
+    assert not list((tmp_path / "scratch").iterdir())
+    assert f"copied to {tmp_path}/scratch/atoll-" in command(slurm, "logs", config.directory, "-n", "9999")
+    check_same(Outcome(config=config), federate(make_config(tiny_config, tmp_path / "local", num_nodes=1)))
