@@ -113,11 +113,15 @@ class Cluster:
 
     def fail_node(self, name: str) -> None:
         """End a node and all that runs on it at once, as a loss of power does."""
-        daemon = psutil.Process(self.daemons[name].pid)
-        for process in [daemon, *daemon.children(recursive=True)]:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        self.daemons[name].kill()
         self.daemons[name].wait()
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                variables = process.environ()
+                if variables.get("SLURMD_NODENAME") == name and self.environment.items() <= variables.items():
+                    for ours in (process.parent(), process):  # the first task's parent is slurmstepd
+                        if ours and ours.pid > 1:
+                            ours.kill()
 
     def has_state(self, node: str, state: str) -> bool:
         """Whether a node is idle, down ..."""

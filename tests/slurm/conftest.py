@@ -1,13 +1,21 @@
-"""One cluster for all tests of this folder."""
+"""One cluster for all tests of this folder; none leaves a job to the next."""
 
 from collections.abc import Iterator
 
 import pytest
 
+from benchmarks.elastic import wait_until
 from tests.slurm.cluster import Cluster, cluster
 
 
 @pytest.fixture(scope="session")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def whole_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with cluster(tmp_path_factory.mktemp("slurm")) as found:
         yield found
+
+
+@pytest.fixture
+def slurm(whole_cluster: Cluster) -> Iterator[Cluster]:
+    yield whole_cluster
+    whole_cluster.try_run("scancel", "--user=root")
+    wait_until(lambda: not whole_cluster.run("squeue", "--noheader"), 60)

@@ -33,11 +33,12 @@ def atoll(slurm: Cluster, *arguments: str | Path) -> subprocess.CompletedProcess
     return subprocess.run(command, env=os.environ | slurm.environment, capture_output=True, text=True, check=False)
 
 
-def written(slurm: Cluster, config: RunConfig, directory: Path, **job: Any) -> list[str | Path]:
+def written(slurm: Cluster, config: RunConfig, directory: Path, *, silos: Any = None, **job: Any) -> list[str | Path]:
     """Options that name the run and a site."""
     site = directory / "site.yaml"
     here = {"PYTHONPATH": str(Path.cwd()), **slurm.environment}
-    site.write_text(yaml.safe_dump({"job": {"environment": here, "time_limit": "10", **job}}))
+    settings = {"job": {"environment": here, "time_limit": "10", **job}, "silos": silos or {}}
+    site.write_text(yaml.safe_dump(settings))
     run = directory / "run.yaml"
     save_config(config, run)
     return ["--config", run, "--site", site]
