@@ -61,7 +61,7 @@ class Aggregator:
     def __init__(self, config: RunConfig, journal: Journal, *, check_lease: Callable[[], None] = lambda: None) -> None:
         """`check_lease` raises ConfigError before a commit if another aggregator works on this store by now."""
         self._config, self._journal, self._schedule, self._check_lease = config, journal, config.schedule, check_lease
-        self._exchange = StoreExchange(config.store_url, retry_seconds=config.exchange.retry_seconds)
+        self._exchange = StoreExchange.of_run(config)
         self._scratch = Path(config.directory) / "aggregator"
         self._newest_file = self._scratch / "newest.json"
         self._roster = config.full_roster
@@ -373,7 +373,7 @@ def aggregate(config: RunConfig, journal: Journal) -> None:
     exchange = config.exchange
     if exchange.kind != "store":
         raise ConfigError(f"exchange.kind: {exchange.kind!r} given; an aggregator serves only 'store'")
-    store = StoreExchange(config.store_url, retry_seconds=exchange.retry_seconds)
+    store = StoreExchange.of_run(config)
     lease = Lease(store.objects, seconds=exchange.lease_seconds)
     try:
         aggregator = Aggregator(config, journal, check_lease=lease.check)

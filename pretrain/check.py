@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 SCHEDULES = ("cosine", "wsd", "constant")
 MERGES = ("mean", "clip", "trimmed_mean", "median", "krum")
 CODECS = ("fp32", "bf16", "int8", "int4", "e3m0", "topk")
+# What s3fs, gcsfs, adlfs and the libraries under them call a secret, or a name that goes with one.
+SECRET_NAME = re.compile(r"secret|token|passw|credential|connection_string|authorization|username|key$|key_id$", re.I)
+SECRET_VALUE = re.compile(r"://[^/\s]*:[^/\s]*@")
 SILO_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 
 # Keys of DeepSpeed's configuration that are computed from ours; giving them twice could only contradict.
@@ -91,7 +94,7 @@ def check_config(config: "RunConfig") -> None:
     _check_streaming(config.outer)
     _check_model(config.model)
     _check_roster(config)
-    for check in (_check_collective, _check_membership, _check_merge, _check_muon):
+    for check in (_check_options, _check_collective, _check_membership, _check_merge, _check_muon):
         check(config)
 
 
@@ -231,6 +234,26 @@ def _check_collective(config: "RunConfig") -> None:
     for name, field in type(config.membership).__dataclass_fields__.items():
         given, allowed = getattr(config.membership, name), f"{field.default} with exchange.kind=collective"
         _require(given == field.default, f"membership.{name}", given, allowed)
+
+
+def _check_options(config: "RunConfig") -> None:
+    options, key = config.exchange.options, "exchange.options"
+    client = options.get("client_kwargs", {})
+    _require(isinstance(client, dict), f"{key}.client_kwargs", client, "a mapping")
+    _refuse_secrets(options, key)
+
+
+def _refuse_secrets(given: dict[str, Any], key: str) -> None:
+    """At any depth, and without showing them: configurations are copied and kept."""
+    for name, value in given.items():
+        inner = f"{key}.{name}"
+        if SECRET_NAME.search(str(name)) or (isinstance(value, str) and SECRET_VALUE.search(value)):
+            raise ConfigError(
+                f"{inner}: a secret given; allowed: none in a configuration; put it into the environment or a file "
+                "that the store's library reads, as AWS_SHARED_CREDENTIALS_FILE names"
+            )
+        if isinstance(value, dict):
+            _refuse_secrets(value, inner)
 
 
 def _check_silo(name: str, silo: "SiloConfig") -> None:

@@ -156,6 +156,11 @@ class ExchangeConfig:
     url: str = ""
     """Any fsspec URL (directory, s3://, gs://, ...), empty for `store` inside the run directory; for a collective
     tcp://HOST:PORT, where the first silo of the roster (sorted) listens and all others find it."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """How a store in a network is reached, passed through to fsspec: endpoint_url, config_kwargs, ... No secrets."""
+    ca_file: str = ""
+    """PEM file of the authorities whose certificates an s3:// store may show; empty: $AWS_CA_BUNDLE, or the public
+    ones."""
     poll_seconds: float = 0.5
     """How often a waiting process looks into the store."""
     retry_seconds: float = 600.0

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
 from pretrain.config import ConfigError, RunConfig
+from pretrain.exchange.options import store_options
 from pretrain.exchange.store import StoreExchange, version_path
 from pretrain.outer.digest import digest_tensors
 from pretrain.payload import PARAMETER
@@ -45,7 +46,7 @@ def load_global_model(config: RunConfig, version: int | None = None) -> tuple[nn
 
 def _fill_from_store(config: RunConfig, parameters: dict[str, Tensor], version: int | None) -> dict[str, Any]:
     url = config.ledger_url(min(config.silos))
-    exchange = StoreExchange(url)
+    exchange = StoreExchange(url, options=store_options(config.exchange, url))
     if exchange.read_contract() is None:
         raise ConfigError(f"exchange.url: {url} given; there is no contract.json, so no run, in it")
     newest = exchange.newest_version()

@@ -16,7 +16,7 @@ def say_left(config: RunConfig, silo: str) -> int:
         raise ConfigError(f"--silo: {silo!r} given; allowed: {', '.join(config.full_roster)}")
     if not config.membership.is_elastic:
         raise ConfigError("membership.quorum: null given; without a quorum every version waits for all of the roster")
-    exchange = StoreExchange(config.store_url, retry_seconds=config.exchange.retry_seconds)
+    exchange = StoreExchange.of_run(config)
     stored = exchange.read_contract()
     if stored is None:
         raise ConfigError(f"exchange.url: {config.store_url} given; there is no run in it (no contract.json)")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pretrain.config import ConfigError, RunConfig
 from pretrain.exchange.objects import Objects
+from pretrain.exchange.options import store_options
 from pretrain.silo.shards import check_a_sequence, check_enough, read_manifest, tokenizer_sha256
 
 
@@ -34,6 +35,7 @@ def check_silo(config: RunConfig, name: str) -> None:
 def check_store(config: RunConfig) -> None:
     """The store takes a write and a delete."""
     if config.exchange.kind == "store":
-        store, probe = Objects(config.store_url), f"probe-{uuid.uuid4().hex}"
+        options = store_options(config.exchange, config.store_url)
+        store, probe = Objects(config.store_url, options=options), f"probe-{uuid.uuid4().hex}"
         store.write(probe, b"")
         store.delete(probe)

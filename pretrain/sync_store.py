@@ -38,9 +38,7 @@ class ThroughStore:
         self._config, self._silo = config, silo
         self._rules = config.membership
         self._closing = threading.Event()
-        self._store = StoreExchange(
-            config.store_url, retry_seconds=config.exchange.retry_seconds, closing=self._closing
-        )
+        self._store = StoreExchange.of_run(config, closing=self._closing)
         self._directory = config.silo_directory(silo)
         self._marking = ThreadPoolExecutor(1, thread_name_prefix="mark")
         self._beats: Beats | None = None

@@ -12,7 +12,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn, TypeVar
@@ -22,6 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pretrain.config import ConfigError
 from pretrain.disk import is_full
+from pretrain.exchange.options import distrust
 
 BLOCK_BYTES = 1 << 20
 # Exponential back-off with full jitter: https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter
@@ -53,18 +54,25 @@ class Objects:
     """
 
     def __init__(
-        self, url: str, *, anchor: str = "", retry_seconds: float = 0.0, closing: threading.Event | None = None
+        self,
+        url: str,
+        *,
+        options: Mapping[str, Any] | None = None,
+        anchor: str = "",
+        retry_seconds: float = 0.0,
+        closing: threading.Event | None = None,
     ) -> None:
-        """`anchor` is an object that nobody ever deletes: a directory that had it and now has not is in trouble.
+        """`options` go to fsspec; `anchor` is an object that nobody ever deletes: a directory that had it and now has
+        not is in trouble.
 
-        Raises ConfigError if the URL's kind of file system is unknown or its package is missing.
+        Raises ConfigError if the URL's kind of file system is unknown, its package is missing or an option is unknown.
         """
         self.url, self._retry_seconds, self._closing = url, retry_seconds, closing or threading.Event()
         self._anchor = anchor
         self._jitter = random.Random()  # not the one whose state belongs to training
         try:
-            self._fs, self._root = fsspec.core.url_to_fs(url, use_listings_cache=False)
-        except (ValueError, ImportError) as error:
+            self._fs, self._root = fsspec.core.url_to_fs(url, **{**(options or {}), "use_listings_cache": False})
+        except (ValueError, TypeError, ImportError) as error:
             raise ConfigError(f"exchange.url: {url!r} given; {error}") from None
         self._local = isinstance(self._fs, LocalFileSystem)
         self._was_there = False
@@ -218,7 +226,7 @@ class Objects:
                 if verb == "read" and is_full(error):
                     raise  # our own disk, on which it was written
                 line, now = self._line(name, verb, error), time.monotonic()
-                if isinstance(error, CERTAIN) or type(error).__name__ in CERTAIN_NAMES:
+                if isinstance(error, CERTAIN) or type(error).__name__ in CERTAIN_NAMES or distrust(error):
                     raise ConfigError(line) from error
                 began = began if num_failures else now
                 left_seconds = began + self._retry_seconds - now
@@ -279,6 +287,8 @@ class Objects:
     def _line(self, name: str, verb: str, error: Exception) -> str:
         # Of a write, `name` says all; the path of a temporary file would only mislead.
         short = error.strerror if verb == "written" and isinstance(error, OSError) else ""
+        if reason := distrust(error):
+            short = f"its certificate is not trusted: {reason} (exchange.ca_file)"
         what = " ".join((short or str(error)).split()) or type(error).__name__
         return f"exchange.url: {self.url} given; {name} cannot be {verb}: {what}"
 

@@ -23,13 +23,15 @@ Version 17 is what outer step 17 made of one fragment (outer/schedule.py); with 
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from pretrain.config import ConfigError
+from pretrain.config import ConfigError, RunConfig
 from pretrain.exchange.objects import Objects
+from pretrain.exchange.options import store_options
 from pretrain.trust.ledger import Commit, Manifest, Payload, RefusedError, check_link, sha256_bytes
 
 CONTRACT = "contract.json"
@@ -71,10 +73,24 @@ class Membership:
 class StoreExchange:
     """Silos and aggregator meet only in the store; each may be killed and started again at any instant."""
 
-    def __init__(self, url: str, *, retry_seconds: float = 0.0, closing: threading.Event | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        options: Mapping[str, Any] | None = None,
+        retry_seconds: float = 0.0,
+        closing: threading.Event | None = None,
+    ) -> None:
         """Raises ConfigError for a URL that fsspec cannot serve; see Objects for the rest."""
-        self.objects = Objects(url, anchor=CONTRACT, retry_seconds=retry_seconds, closing=closing)
+        self.objects = Objects(url, options=options, anchor=CONTRACT, retry_seconds=retry_seconds, closing=closing)
         self.contract_sha256 = ""
+
+    @classmethod
+    def of_run(cls, config: RunConfig, *, closing: threading.Event | None = None) -> "StoreExchange":
+        """The store that a configuration names, reached and tried again as it says. Raises ConfigError."""
+        url, exchange = config.store_url, config.exchange
+        options = store_options(exchange, url)
+        return cls(url, options=options, retry_seconds=exchange.retry_seconds, closing=closing)
 
     # ---- both
 

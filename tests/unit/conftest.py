@@ -32,7 +32,7 @@ def s3_url() -> Iterator[str]:
         command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
         server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            _wait_for(port, server)
+            wait_for(port, server)
             s3fs.S3FileSystem.clear_instance_cache()
             s3fs.S3FileSystem().mkdir("atoll")
             yield "s3://atoll"
@@ -42,7 +42,8 @@ def s3_url() -> Iterator[str]:
             s3fs.S3FileSystem.clear_instance_cache()
 
 
-def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
+def wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
+    """Until moto's server takes connections."""
     deadline = time.monotonic() + 60
     while True:
         assert server.poll() is None, "moto's server ended"

@@ -43,6 +43,7 @@ WITHOUT_TORCH = (
     "pretrain.exchange.beats",
     "pretrain.exchange.lease",
     "pretrain.exchange.objects",
+    "pretrain.exchange.options",
     "pretrain.exchange.store",
     "launch",
 )

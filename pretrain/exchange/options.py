@@ -1,0 +1,44 @@
+"""How a store in a network is reached: what fsspec is told, and whose certificates are trusted. No torch."""
+
+import ssl
+from typing import Any
+
+import fsspec
+
+from pretrain.config import ConfigError, ExchangeConfig
+
+OF_DIRECTORIES = (None, "file", "local")
+OF_S3 = ("s3", "s3a")
+
+
+def store_options(exchange: ExchangeConfig, url: str) -> dict[str, Any]:
+    """`exchange.options` for the store at `url`, with `exchange.ca_file` among them; nothing for a directory.
+
+    Raises ConfigError for a file that holds no certificates, and for a kind of store that cannot be given one.
+    """
+    kind, _ = fsspec.core.split_protocol(url)
+    if kind in OF_DIRECTORIES:
+        return {}
+    if not exchange.ca_file:
+        return exchange.options
+    if kind not in OF_S3:
+        raise ConfigError(
+            f"exchange.ca_file: {exchange.ca_file!r} given with {url}; allowed: with s3://; for other kinds set "
+            "SSL_CERT_FILE and REQUESTS_CA_BUNDLE in the environment"
+        )
+    try:
+        ssl.create_default_context(cafile=exchange.ca_file)
+    except OSError as error:
+        reason = "it holds no certificates" if isinstance(error, ssl.SSLError) else error.strerror
+        raise ConfigError(f"exchange.ca_file: {exchange.ca_file!r} given; allowed: a PEM file; {reason}") from None
+    client = {**exchange.options.get("client_kwargs", {}), "verify": exchange.ca_file}
+    return {**exchange.options, "client_kwargs": client}
+
+
+def distrust(error: BaseException | None) -> str:
+    """Why a server's certificate was not accepted, if that is behind an error of whatever library; else nothing."""
+    while error:
+        if isinstance(error, ssl.SSLCertVerificationError) and hasattr(error, "verify_message"):
+            return error.verify_message  # which libraries' own kinds of it have not
+        error = error.__cause__ or error.__context__
+    return ""
