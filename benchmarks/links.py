@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +97,12 @@ def main() -> None:
 
 
 @contextlib.contextmanager
-def namespaces(silos: list[str], rate: str, *, forwarding: bool = True) -> Iterator[tuple[str, dict[str, str]]]:
+def namespaces(
+    silos: list[str], rate: str, *, forwarding: bool = True, offline: Collection[str] = ()
+) -> Iterator[tuple[str, dict[str, str]]]:
     """One for the hub and one for each silo, in the order of the roster: 10.77.i.2 behind 10.77.i.1.
 
-    Without `forwarding`, silos reach the hub and not one another.
+    Without `forwarding`, silos reach the hub and not one another; those of `offline` have no link at all.
     """
     hub = f"hub{os.getpid()}"
     spaces = {silo: f"silo{index}-{os.getpid()}" for index, silo in enumerate(sorted(silos))}
@@ -110,7 +112,9 @@ def namespaces(silos: list[str], rate: str, *, forwarding: bool = True) -> Itera
             run(f"ip -n {space} link set lo up")
         run(f"ip -n {hub} addr add {HUB_ADDRESS}/32 dev lo")
         run(f"ip netns exec {hub} sysctl -qw net.ipv4.ip_forward={int(forwarding)}")
-        for index, space in enumerate(spaces.values()):
+        for index, (silo, space) in enumerate(spaces.items()):
+            if silo in offline:
+                continue
             run(f"ip -n {hub} link add hub{index} type veth peer name silo netns {space}")
             for where, device, last in ((hub, f"hub{index}", 1), (space, "silo", 2)):
                 run(f"ip -n {where} addr add 10.77.{index}.{last}/30 dev {device}")

@@ -238,6 +238,23 @@ def leave(
 
 
 @app.command()
+def relay(
+    config: Config,
+    remote: Annotated[str, typer.Option(help="URL of the federation's store.")],
+    overrides: Overrides = None,
+) -> None:
+    """Copy between the directory that compute nodes share and a store that only this login node can reach.
+
+    exchange.url of the configuration is the directory. It ends with the run; after a stop the same command goes on.
+
+    [bold]Example:[/bold] atoll relay --config run.yaml --remote s3://bucket/run
+    """
+    from pretrain.relay import relay as run_relay
+
+    raise typer.Exit(run_relay(load_config(config, overrides or []), remote))
+
+
+@app.command()
 def report(directory: RunDirectory) -> None:
     """Write summary.json and report.html of a run.
 

@@ -16,12 +16,11 @@ def store_options(exchange: ExchangeConfig, url: str) -> dict[str, Any]:
 
     Raises ConfigError for a file that holds no certificates, and for a kind of store that cannot be given one.
     """
-    kind, _ = fsspec.core.split_protocol(url)
-    if kind in OF_DIRECTORIES:
+    if is_directory(url):
         return {}
     if not exchange.ca_file:
         return exchange.options
-    if kind not in OF_S3:
+    if fsspec.core.split_protocol(url)[0] not in OF_S3:
         raise ConfigError(
             f"exchange.ca_file: {exchange.ca_file!r} given with {url}; allowed: with s3://; for other kinds set "
             "SSL_CERT_FILE and REQUESTS_CA_BUNDLE in the environment"
@@ -33,6 +32,11 @@ def store_options(exchange: ExchangeConfig, url: str) -> dict[str, Any]:
         raise ConfigError(f"exchange.ca_file: {exchange.ca_file!r} given; allowed: a PEM file; {reason}") from None
     client = {**exchange.options.get("client_kwargs", {}), "verify": exchange.ca_file}
     return {**exchange.options, "client_kwargs": client}
+
+
+def is_directory(url: str) -> bool:
+    """Whether a store is a directory of this machine."""
+    return fsspec.core.split_protocol(url)[0] in OF_DIRECTORIES
 
 
 def distrust(error: BaseException | None) -> str:

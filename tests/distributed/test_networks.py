@@ -10,15 +10,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks.links import HUB_ADDRESS, S3_ENVIRONMENT, S3_PORT, in_namespaces, inside, namespaces, s3_server
+from benchmarks.links import HUB_ADDRESS, S3_ENVIRONMENT, S3_PORT, in_namespaces, inside, namespaces, run, s3_server
 from pretrain.config import RunConfig, save_config
 from tests.authority import Authority
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, federate
-from tests.faults.test_kills import check_same
+from tests.faults.test_kills import check_same, make_config
+from tests.faults.test_relay_deaths import behind_relay, relay_command
 from tests.support import TinyText, tiny_silo
 
 MISSING = [tool for tool in ("ip", "tc", "sysctl") if not shutil.which(tool)]
@@ -30,8 +32,9 @@ pytestmark = [
         bool(MISSING) or os.geteuid() != 0, reason=f"namespaces with an S3 API need root, and {MISSING}"
     ),
 ]
-SILOS = ("alpha", "beta", "gamma")
 RATE = "100mbit"
+URL = "s3://benchmark/run"
+OUTER = {"codec": "int4", "downlink_codec": "bf16", "error_feedback": 0.9}
 ENDPOINT = f"https://{HUB_ADDRESS}:{S3_PORT}"
 CREDENTIALS = {name: value for name, value in S3_ENVIRONMENT.items() if name != "AWS_ENDPOINT_URL"}
 ANSWER = "import socket; s = socket.create_server(('', 5002)); print(flush=True)\nwhile True: s.accept()[0].close()"
@@ -64,10 +67,10 @@ class Institutions:
         return Outcome(config=dataclasses.replace(config, exchange=dataclasses.replace(config.exchange, url=str(copy))))
 
 
-@pytest.fixture
-def institutions(tmp_path: Path) -> Iterator[Institutions]:
-    authority = Authority(tmp_path / "authority")
-    with namespaces(list(SILOS), RATE, forwarding=False) as (hub, spaces):
+@contextmanager
+def institutions(directory: Path, silos: tuple[str, ...], *, offline: tuple[str, ...] = ()) -> Iterator[Institutions]:
+    authority = Authority(directory / "authority")
+    with namespaces(list(silos), RATE, forwarding=False, offline=offline) as (hub, spaces):
         found = Institutions(hub=hub, spaces=spaces, authority=authority)
         with s3_server(hub, found.environment, authority.certify(HUB_ADDRESS)):
             yield found
@@ -85,40 +88,64 @@ def answering(space: str) -> Iterator[None]:
             process.kill()
 
 
-def three_silos(tiny_config: TinyConfig, tiny_text: TinyText, directory: Path, **exchange: object) -> RunConfig:
-    return tiny_config(
-        directory,
-        outer={"optimizer": "nesterov", "codec": "int4", "downlink_codec": "bf16", "error_feedback": 0.9},
-        silo={"checkpoint_interval_steps": 3},
-        silos={name: tiny_silo(tiny_text, name) for name in SILOS},
-        exchange=exchange,
-    )
+def in_bucket(found: Institutions) -> dict[str, Any]:
+    return {"url": URL, "options": {"endpoint_url": ENDPOINT}, "ca_file": str(found.authority.file)}
 
 
-def test_three_silos_that_reach_only_the_store(
-    institutions: Institutions, tmp_path: Path, tiny_config: TinyConfig, tiny_text: TinyText
-) -> None:
-    hub, spaces = institutions.hub, institutions.spaces
-    with answering(spaces["beta"]):
-        assert institutions.reaches(hub, "10.77.1.2", 5002)
-        assert institutions.reaches(spaces["alpha"], HUB_ADDRESS, S3_PORT)
-        assert not institutions.reaches(spaces["alpha"], "10.77.1.2", 5002)
-    url = "s3://benchmark/run"
-    exchange = {"url": url, "options": {"endpoint_url": ENDPOINT}, "ca_file": str(institutions.authority.file)}
-    config = three_silos(tiny_config, tiny_text, tmp_path / "apart", **exchange)
-
-    path = tmp_path / "without.yaml"
-    exchange_without = dataclasses.replace(config.exchange, ca_file="")
-    save_config(dataclasses.replace(config, directory=str(tmp_path / "without"), exchange=exchange_without), path)
-    command = [sys.executable, "-m", "launch.cli", "aggregate", "--config", str(path)]
+def without_authority(config: RunConfig, space: str, directory: Path) -> subprocess.CompletedProcess[str]:
+    """Start an aggregator that does not know the authority."""
+    exchange = dataclasses.replace(config.exchange, ca_file="")
+    save_config(dataclasses.replace(config, directory=str(directory), exchange=exchange), directory / "run.yaml")
+    command = [sys.executable, "-m", "launch.cli", "aggregate", "--config", str(directory / "run.yaml")]
     environment = os.environ | CREDENTIALS | {"AWS_MAX_ATTEMPTS": "1"}
-    without = subprocess.run(inside(hub, command), env=environment, capture_output=True, text=True, check=False)
-    assert without.returncode == 2
-    assert without.stderr == (
-        f"atoll: exchange.url: {url} given; aggregator cannot be listed: its certificate is not trusted: unable to get "
-        "local issuer certificate (exchange.ca_file)\n"
-    )
+    return subprocess.run(inside(space, command), env=environment, capture_output=True, text=True, check=False)
 
-    federate(config, build_commands=in_namespaces(hub, spaces, CREDENTIALS))
-    apart = institutions.outcome(config, url)
-    check_same(apart, federate(three_silos(tiny_config, tiny_text, tmp_path / "local")))
+
+def test_three_silos_that_reach_only_the_store(tmp_path: Path, tiny_config: TinyConfig, tiny_text: TinyText) -> None:
+    def configured(directory: Path, exchange: dict[str, Any]) -> RunConfig:
+        silos = {name: tiny_silo(tiny_text, name) for name in ("alpha", "beta", "gamma")}
+        return tiny_config(
+            directory, outer=OUTER, silo={"checkpoint_interval_steps": 3}, silos=silos, exchange=exchange
+        )
+
+    with institutions(tmp_path, ("alpha", "beta", "gamma")) as found:
+        hub, alpha, beta = found.hub, found.spaces["alpha"], found.spaces["beta"]
+        with answering(beta):
+            assert found.reaches(hub, "10.77.1.2", 5002)
+            assert found.reaches(alpha, HUB_ADDRESS, S3_PORT)
+            assert not found.reaches(alpha, "10.77.1.2", 5002)
+        config = configured(tmp_path / "apart", in_bucket(found))
+        refused = without_authority(config, hub, tmp_path / "without")
+        assert refused.returncode == 2
+        assert refused.stderr == (
+            f"atoll: exchange.url: {URL} given; aggregator cannot be listed: its certificate is not trusted: unable to "
+            "get local issuer certificate (exchange.ca_file)\n"
+        )
+        federate(config, build_commands=in_namespaces(hub, found.spaces, CREDENTIALS))
+        apart = found.outcome(config, URL)
+    check_same(apart, federate(configured(tmp_path / "local", {})))
+
+
+def test_compute_nodes_without_a_route_train_through_a_relay(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    """Alpha sees a directory and nothing else; the relay runs where the store can be reached."""
+    with institutions(tmp_path, ("alpha", "beta"), offline=("alpha",)) as found:
+        assert not run(f"ip -n {found.spaces['alpha']} route")
+        assert not found.reaches(found.spaces["alpha"], HUB_ADDRESS, S3_PORT)
+        config = make_config(tiny_config, tmp_path / "apart", in_bucket(found), **OUTER)
+        here, log = tmp_path / "site" / "store", tmp_path / "relay.log"
+        build = behind_relay(in_namespaces(found.hub, found.spaces, CREDENTIALS), "alpha", here)
+        command = inside(found.hub, relay_command(config, "alpha", here))
+        with log.open("wb") as file:
+            relay = subprocess.Popen(command, env=os.environ | CREDENTIALS, stdout=file, stderr=file)
+        try:
+            federate(config, build_commands=build)
+            assert relay.wait(60) == 0, log.read_text()
+        finally:
+            relay.kill()
+            relay.wait()
+        apart = found.outcome(config, URL)
+    for version in range(1, config.schedule.num_versions + 1):
+        assert f"version {version}: came, " in log.read_text()
+        assert f"version {version}: the delivery of silo alpha went, " in log.read_text()
+    assert apart.exchange.objects.names("silos/alpha/beats") == []  # it has ended, as seen from there
+    check_same(apart, federate(make_config(tiny_config, tmp_path / "local", **OUTER)))

@@ -37,6 +37,7 @@ WITHOUT_TORCH = (
     "pretrain.leave",
     "pretrain.lock",
     "pretrain.journal",
+    "pretrain.relay",
     "pretrain.rollback",
     "pretrain.stopping",
     "pretrain.trust",

@@ -417,7 +417,8 @@ def publish_fragment(exchange: StoreExchange, version: int, codec: str, scratch:
             payloads.append((file_payload(file, fragment), file))
     rows = [payload for payload, _ in payloads]
     num_coded = len(rows) // (1 + len(whole))
-    commit = make_commit(version, exchange.commit_bytes(version - 1) if version else None, rows[:num_coded])
+    previous = exchange.commit_bytes(version - 1) if version else None
+    commit = make_commit(version, previous, rows[:num_coded], exchange.contract_sha256)
     exchange.publish(dataclasses.replace(commit, codec=codec, state_payloads=rows[num_coded:]), payloads)
 
 
