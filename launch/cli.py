@@ -117,6 +117,41 @@ def launch_torchrun_command(
 
 
 @app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    *,
+    bandwidth: Annotated[str, typer.Option(help="Of a silo's link, in each direction: 100mbit, 2.5gbit.")],
+    latency: Annotated[float, typer.Option(help="Seconds to the store (or another silo) and back.")] = 0.05,
+    tokens_per_second: Annotated[float | None, typer.Option(help="That each silo trains on.")] = None,
+    measured: Annotated[
+        Path | None, typer.Option(help="Directory of an earlier run on these machines, instead of a number.")
+    ] = None,
+    tokens: Annotated[float | None, typer.Option(help="Budget of all silos; default: what the run trains on.")] = None,
+) -> None:
+    """Say what a run will take before it starts: bytes, seconds, memory; and which ways to sync would be better.
+
+    [bold]Example:[/bold] atoll plan --config run.yaml --bandwidth 100mbit --tokens-per-second 40000
+    """
+    from launch import plan as planning
+    from pretrain.plan import make_plan
+    from pretrain.plan_seconds import Given, parse_bandwidth
+
+    checked, bits_per_second = load_config(config, overrides or []), parse_bandwidth(bandwidth)
+    for option, number, minimum in (("--latency", latency, 0.0), ("--tokens", tokens, 1.0)):
+        if number is not None and not minimum <= number < float("inf"):
+            raise ConfigError(f"{option}: {number:g} given; allowed: {minimum:g} or more")
+    known, factor = planning.measured_run(measured) if measured else (None, 1.0)
+    given = Given(
+        link_bits_per_second=bits_per_second,
+        latency_seconds=latency,
+        tokens_per_second=planning.tokens_per_second(list(checked.silos), tokens_per_second, known),
+        work_factor=factor,
+    )
+    planning.print_plan(make_plan(checked, given, budget_tokens=round(tokens) if tokens else None))
+
+
+@app.command()
 def train(
     config: Config,
     silo: Annotated[str, typer.Option(help="Which of the configuration's silos this is.")],

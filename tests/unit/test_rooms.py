@@ -29,6 +29,7 @@ ALLOWED = {
     "launch.status_reader": ("launch", "pretrain.config", "pretrain.outer.rounds"),
     "launch.cli": ("launch", "pretrain", "data_tools"),
     "launch.demo": ("launch", "pretrain", "data_tools"),
+    "launch.plan": ("launch", "pretrain"),
 }
 WITHOUT_TORCH = (
     "pretrain.config",

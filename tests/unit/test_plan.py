@@ -1,0 +1,374 @@
+"""What `atoll plan` says: bytes against real files, seconds by hand, activations against autograd."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from launch.plan import measured_run, print_plan, tokens_per_second
+from pretrain.check import CODECS
+from pretrain.config import RunConfig, load_config, save_config
+from pretrain.outer.codec import encode
+from pretrain.own_ledger import all_pieces
+from pretrain.payload import save_tensors
+from pretrain.plan import make_plan
+from pretrain.plan_bytes import model_shapes, payload_bytes, traffic, vocabulary
+from pretrain.plan_memory import activation_bytes, silo_memory
+from pretrain.plan_seconds import Given, _waiting_seconds, parse_bandwidth, run_pace, work_factor
+from pretrain.silo.model import initial_parameters, model_config
+from pretrain.sync_collective import _pack
+from tests.conftest import TinyConfig
+from tests.support import one_line_error
+from tests.unit.test_aggregate import GOOD, one_version, plus_noise, start
+from tests.unit.test_cli import one_line, run
+
+LLAMA = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4}
+LLAMA |= {"vocab_size": 4096, "num_hidden_layers": 6}
+
+
+def told(config: RunConfig, *, speed: float = 1000.0, mbit: float = 20.0, work: float = 1.0) -> Given:
+    return Given(
+        link_bits_per_second=mbit * 1e6,
+        latency_seconds=0.0,
+        tokens_per_second=dict.fromkeys(config.silos, speed),
+        work_factor=work,
+    )
+
+
+def written(model: dict[str, Any], *overrides: str) -> RunConfig:
+    """A configuration of a model, before there is a tokenizer."""
+    text = ", ".join(f"{key}: {value}" for key, value in model.items())
+    settings = ["exchange.kind=store", "silos.one={}", "inner.num_steps=1000", f"model.config={{{text}}}"]
+    return load_config([], [*settings, *overrides])
+
+
+# ---- bytes
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    codec=st.sampled_from(CODECS),
+    shapes=st.dictionaries(
+        st.text('abé."0', min_size=1, max_size=12), st.lists(st.integers(1, 70), max_size=3), min_size=1, max_size=6
+    ),
+)
+def test_a_payload_is_as_long_as_its_file(codec: str, shapes: dict[str, list[int]], tmp_path_factory: Any) -> None:
+    file = tmp_path_factory.mktemp("payload") / "payload.safetensors"
+    tensors = {name: torch.ones(shape) for name, shape in shapes.items()}
+    save_tensors({name: encode(codec, value, -value) for name, value in tensors.items()}, file)
+    assert payload_bytes(codec, {n: value.shape for n, value in tensors.items()}) == file.stat().st_size
+
+
+@pytest.mark.parametrize("num_fragments", [1, 3])
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_run_through_the_store_moves_the_planned_bytes(
+    codec: str, num_fragments: int, tmp_path: Path, tiny_config: TinyConfig
+) -> None:
+    outer = {"codec": codec, "downlink_codec": codec, "num_fragments": num_fragments}
+    config = tiny_config(tmp_path, inner={"num_steps": 8}, outer=outer)
+    aggregator, state = start(config)
+    while state.version < config.schedule.num_versions:
+        for seed, silo in enumerate(config.silos):
+            GOOD.deliver(config, silo, state, plus_noise(state, seed))
+        one_version(aggregator, state)
+
+    plan, store = make_plan(config, told(config)), Path(config.store_url)
+    assert plan.num_parameters == sum(value.numel() for value in state.parameters.values())
+    commits = [json.loads(file.read_bytes()) for file in sorted(store.glob("global/*/commit.json"))]
+    assert plan.first_bytes == sum(payload["num_bytes"] for payload in commits[0]["payloads"])
+    for silo in config.silos:
+        manifests = [json.loads(file.read_bytes()) for file in sorted(store.glob(f"silos/{silo}/*/manifest.json"))]
+        sent = [manifest["payloads"][0]["num_bytes"] for manifest in manifests]
+        received = [commit["payloads"][0]["num_bytes"] for commit in commits[1:]]
+        moved = [plan.traffic[silo][commit["version"] % num_fragments] for commit in commits[1:]]
+        assert [one.sent_bytes for one in moved] == sent
+        assert [one.received_bytes for one in moved] == received
+        assert (plan.sent_bytes[silo], plan.received_bytes[silo]) == (sum(sent), sum(received))
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_collective_moves_the_planned_bytes(codec: str, tmp_path: Path, tiny_config: TinyConfig) -> None:
+    exchange = {"kind": "collective", "url": "tcp://127.0.0.1:29500"}
+    outer = {"codec": codec, "downlink_codec": "int8"}
+    config = tiny_config(tmp_path, exchange=exchange, outer=outer, silos={"gamma": {}})
+    values = initial_parameters(config)
+    roster, parts = config.full_roster, all_pieces(values, len(config.full_roster))
+    assert len(roster) == 3
+
+    def packed(of: str) -> list[int]:
+        coded = [[encode(of, p.of(values[p.name]), -p.of(values[p.name])) for p in part] for part in parts]
+        return [len(_pack(part)) for part in coded]
+
+    ups, downs = packed(codec), packed("int8")
+    for mine, silo in enumerate(roster):
+        (moved,) = traffic(config, model_shapes(config, vocabulary(config)), silo)
+        assert moved.before == (sum(ups) - ups[mine], ups[mine] * 2)
+        assert moved.after == (downs[mine] * 2, sum(downs) - downs[mine])
+        assert moved.sent_bytes == sum(ups) - ups[mine] + downs[mine] * 2
+        assert moved.received_bytes == ups[mine] * 2 + sum(downs) - downs[mine]
+
+
+@pytest.mark.parametrize("model", [{}, {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2}], ids=str)
+def test_names_and_shapes_are_those_of_version_0(
+    model: dict[str, Any], tmp_path: Path, tiny_config: TinyConfig
+) -> None:
+    config = tiny_config(tmp_path)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, config=model or config.model.config))
+    shapes = model_shapes(config, vocabulary(config))
+    assert shapes == {name: value.shape for name, value in initial_parameters(config).items()}
+
+
+# ---- seconds
+
+
+def by_hand(seconds: list[float], *outer: str) -> float:
+    """Waiting in ten rounds of ten steps of a second; stages as given, 1 to deliver and 2 to adopt."""
+    overrides = (f"outer.{setting}" for setting in ("sync_interval_steps=10", *outer))
+    schedule = written(LLAMA, "inner.num_steps=100", *overrides).schedule
+    number = schedule.num_fragments
+    return _waiting_seconds(schedule, [seconds] * number, [(1.0, 2.0)] * number, 1.0)
+
+
+def test_training_stands_still_for_what_overlap_does_not_hide() -> None:
+    assert by_hand([1, 2, 3]) == 10 * (1 + 6 + 2)
+    # Nine versions are hidden; the last is adopted at the step at which it is sent.
+    assert by_hand([1, 2, 3], "overlap_steps=6") == 10 * (1 + 2) + 6
+    assert by_hand([1, 2, 3], "overlap_steps=5") == 10 * (1 + 2) + 9 + 6
+    # Every 5 s a fragment of 7 s on the same link: the link is never free, and training waits for it.
+    link_bound = by_hand([7], "num_fragments=2", "overlap_steps=9")
+    assert 21 * 7 <= 100 + link_bound <= 21 * 7 + 21 * 3
+
+
+def test_a_sync_takes_the_link_both_ways() -> None:
+    config = written(LLAMA, "silos.two={}", "exchange.poll_seconds=0.5")
+    pace = run_pace(config, model_shapes(config, 4096), told(config, mbit=8, work=0.0))
+    (moved,) = traffic(config, model_shapes(config, 4096), "one")
+    assert pace.link_seconds == pytest.approx(2 * moved.sent_bytes / 1e6 * 1514 / 1448)  # 8 Mbit/s are 1 MB/s
+    assert pace.sync_seconds == pytest.approx(pace.link_seconds + 0.5)
+    rounds, step_seconds = config.num_rounds, 8 * 512 / 1000
+    assert pace.seconds == pytest.approx(1000 * step_seconds + rounds * pace.sync_seconds)
+    assert pace.utilisation == pytest.approx(1000 * step_seconds / pace.seconds)
+
+
+def test_the_slowest_silo_sets_the_pace(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    config = tiny_config(tmp_path)
+    shapes, fast = model_shapes(config, vocabulary(config)), told(config, mbit=1e9)
+    slow = dataclasses.replace(fast, tokens_per_second={"alpha": 1000.0, "beta": 250.0})
+    one, other = run_pace(config, shapes, fast), run_pace(config, shapes, slow)
+    assert other.seconds - one.seconds == pytest.approx(3 * config.inner.num_steps * 64 / 1000)
+    training = config.inner.num_steps * (64 / 1000 + 64 / 250) / 2
+    assert other.utilisation == pytest.approx(training / other.seconds)
+    by_speed = dataclasses.replace(config, membership=dataclasses.replace(config.membership, steps="speed"))
+    assert run_pace(by_speed, shapes, slow).utilisation > 0.9 > other.utilisation
+
+
+def test_days_follow_the_budget(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    config = tiny_config(tmp_path)
+    plan = make_plan(config, told(config), budget_tokens=10**9)
+    assert plan.tokens == 2 * config.inner.num_steps * 64
+    assert plan.budget_days == pytest.approx(plan.pace.seconds / plan.tokens * 1e9 / 86_400)
+    elsewhere = dataclasses.replace(config, roster=["alpha", "beta", "delta", "gamma"])
+    assert make_plan(elsewhere, told(config)).tokens == 2 * plan.tokens
+
+
+def test_neighbours_are_better_allowed_and_few() -> None:
+    config = written(LLAMA, "outer.sync_interval_steps=20", "silos.two={}")
+    plan = make_plan(config, told(config, speed=20_000))
+    assert 0 < len(plan.neighbours) <= 6
+    for neighbour in plan.neighbours:
+        assert neighbour.pace.utilisation > plan.pace.utilisation
+        changes = (f"{key}={value}" for key, value in neighbour.changes.items())
+        changed = written(LLAMA, "silos.two={}", "outer.sync_interval_steps=20", *changes)
+        again = make_plan(changed, told(changed, speed=20_000))
+        assert (again.sent_bytes["one"], again.pace) == (neighbour.sent_bytes, neighbour.pace)
+    streaming = next(n for n in plan.neighbours if n.changes.get("outer.num_fragments") == 3)
+    assert "outer.overlap_steps" in streaming.changes
+    assert any("int4 +0.04 %" in neighbour.loss for neighbour in plan.neighbours)
+    assert make_plan(config, told(config, mbit=1e6, speed=1.0)).neighbours == []
+
+
+# ---- memory
+
+
+def saved_bytes(config: RunConfig, dtype: torch.dtype) -> int:
+    """What a forward pass and its loss really keep for the backward pass."""
+    silo, of = config.silos["one"], model_config(config.model, 0)
+    of.use_cache = False
+    model = AutoModelForCausalLM.from_config(of, dtype=dtype).train()
+    if silo.activation_checkpointing:
+        model.gradient_checkpointing_enable()
+    own, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    ids = torch.zeros(silo.micro_batch_sequences, config.sequence_tokens, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits = model(input_ids=ids, use_cache=False).logits
+        F.cross_entropy(logits.float().flatten(0, 1), ids.flatten())
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"num_key_value_heads": 2},
+        {"model_type": "qwen3", "head_dim": 64, "num_key_value_heads": 2},
+        {"model_type": "gpt_neox", "intermediate_size": 1024},
+    ],
+    ids=str,
+)
+def test_activations_are_what_autograd_keeps(model: dict[str, Any], precision: str) -> None:
+    config = written(LLAMA | model, "sequence_tokens=64", f"silo.precision={precision}")
+    dtype, width = (torch.float32, 4) if precision == "fp32" else (torch.bfloat16, 2)
+    silo, shapes, of = config.silos["one"], model_shapes(config, 0), model_config(config.model, 0)
+    loss_after = 4096 * (8 * 64 * (4 if width == 4 else 6) + 256 * width)  # the gradients of logits and of the head
+    tolerance = 0.12 if of.model_type == "gpt_neox" else 0.01
+    planned = activation_bytes(of, shapes, silo, 64) - loss_after
+    assert planned == pytest.approx(saved_bytes(config, dtype), rel=tolerance)
+
+    again = dataclasses.replace(silo, activation_checkpointing=True)
+    # Of the one layer that is computed again nothing is kept yet at the end of the forward pass.
+    one_layer = (planned - activation_bytes(of, shapes, again, 64) + loss_after + 8 * 64 * width * 256 * 6) / 5
+    less = activation_bytes(of, shapes, again, 64) - loss_after - one_layer
+    kept = saved_bytes(dataclasses.replace(config, silos={"one": again}), dtype)
+    assert less == pytest.approx(kept, rel=tolerance)
+
+
+def test_zero_shares_out_and_offload_moves() -> None:
+    zero, halves = "silo.deepspeed.zero_optimization", "silo.precision=bf16"
+    small = [f"{zero}.reduce_bucket_size=1000", f"{zero}.stage=3", "sequence_tokens=16", halves]
+    four = [*small, "silo.processes_per_node=4", "silo.micro_batch_sequences=2", "silo.global_batch_sequences=8"]
+    two_sequences = ["silo.micro_batch_sequences=2", "silo.global_batch_sequences=2"]
+    shapes, of = model_shapes(written(LLAMA), 4096), model_config(written(LLAMA).model, 4096)
+    number = sum(shape.numel() for shape in shapes.values())
+    alone = silo_memory(written(LLAMA, *small, *two_sequences), "one", shapes, of).device_bytes
+    memory = silo_memory(written(LLAMA, *four), "one", shapes, of)
+    shared = memory.device_bytes
+    assert shared[0] == alone[0] > shared[1] == shared[2] > shared[3]
+    # bf16 parameters, fp32 masters, two moments, gradients: 16 bytes, of which three quarters are with other ranks.
+    assert alone[3] - shared[3] >= 3 / 4 * 16 * number
+
+    offload = [f"{zero}.offload_optimizer.device=cpu", f"{zero}.offload_param.device=cpu"]
+    moved = silo_memory(written(LLAMA, *four, *offload), "one", shapes, of)
+    # Masters, moments, their gradients and the parameters, of all four ranks.
+    assert moved.node_bytes - memory.node_bytes == pytest.approx((12 + 4 + 2) * number, abs=4)
+    assert moved.device_bytes[3] < shared[3]
+    assert moved.leader_bytes == memory.leader_bytes
+
+
+# ---- what a user meets
+
+
+def test_every_message_is_one_line(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    config = tiny_config(tmp_path)
+    said = one_line_error(parse_bandwidth, "fast")
+    assert said == "--bandwidth: 'fast' given; allowed: a number and its unit, bit, kbit, mbit, gbit, tbit: 100mbit"
+    assert one_line_error(parse_bandwidth, "0mbit").startswith("--bandwidth: '0mbit' given")
+    assert [parse_bandwidth(text) for text in ("100mbit", " 2.5Gbit", "64kbit")] == [1e8, 2.5e9, 64e3]
+    alone = dataclasses.replace(config, exchange=dataclasses.replace(config.exchange, kind="none"))
+    assert one_line_error(make_plan, alone, told(config)) == (
+        "exchange.kind: 'none' given; nothing is exchanged; allowed: store, collective"
+    )
+    missing = dataclasses.replace(config, tokenizer="nowhere.json")
+    assert one_line_error(vocabulary, missing).startswith("tokenizer: 'nowhere.json' given; allowed: a tokenizer.json")
+    many = dataclasses.replace(config, outer=dataclasses.replace(config.outer, num_fragments=999))
+    assert one_line_error(make_plan, many, told(config)).startswith("outer.num_fragments: 999 given; allowed: 1 to ")
+    for number, measured, expected in (
+        (None, None, "neither it nor --measured given; allowed: one of the two"),
+        (1.0, {"a": 1.0}, "it and --measured given; allowed: one of the two"),
+        (0.0, None, "0 given; allowed: above 0"),
+    ):
+        assert one_line_error(tokens_per_second, ["a"], number, measured) == f"--tokens-per-second: {expected}"
+    assert tokens_per_second(["a", "b"], None, {"b": 2.0, "c": 4.0}) == {"a": 3.0, "b": 2.0}
+
+
+def record_run(config: RunConfig, num_steps: int, wait_seconds: float = 1.0) -> Path:
+    """Metrics as silos write them: the first step and the first sync are slow, and the last silo is waited for."""
+    directory = Path(config.directory)
+    save_config(config, directory / "config.yaml")
+    lines: list[dict[str, Any]] = []
+    for index, silo in enumerate(config.silos):
+        speed = [10.0, *[1000.0, 500.0] * num_steps][:num_steps]
+        lines += [
+            {"kind": "step", "silo": silo, "step": step, "round": 1, "tokens": 64 * step, "tokens_per_second": of}
+            for step, of in enumerate(speed, start=1)
+        ]
+        lines += [
+            {"kind": "sync", "silo": silo, "version": version, "round": 1, "fragment": 0, "wait_seconds": seconds}
+            for version, seconds in ((1, 99.0), (2, wait_seconds + index), (3, wait_seconds + index))
+        ]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return directory
+
+
+def test_an_earlier_run_tells_speed_and_work(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    config = tiny_config(tmp_path)
+    shapes = model_shapes(config, vocabulary(config))
+    expected = run_pace(config, shapes, told(config, mbit=math.inf, work=2.5)).sync_seconds
+    speeds, factor = measured_run(record_run(config, 5, expected))
+    assert speeds == {silo: pytest.approx(2 / (1 / 1000 + 1 / 500)) for silo in config.silos}
+    assert factor == pytest.approx(2.5)
+    assert work_factor(config, [0.0]) == 0
+    assert work_factor(config, []) == 1
+    assert work_factor(dataclasses.replace(config, outer=dataclasses.replace(config.outer, overlap_steps=1)), [9]) == 1
+    directory = record_run(config, 1)
+    assert one_line_error(measured_run, directory) == (
+        f"--measured: {str(directory)!r} given; allowed: a run of which each silo logged two steps"
+    )
+
+
+def arguments(tmp_path: Path, *more: str) -> list[str]:
+    return ["plan", "--config", str(tmp_path / "tiny.yaml"), "--bandwidth", "1mbit", *more]
+
+
+def test_the_command_prints_the_plan(
+    tmp_path: Path, tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured = record_run(tiny_config(tmp_path), 5)
+    monkeypatch.setattr("sys.argv", ["atoll", *arguments(tmp_path, "--measured", str(measured), "--tokens", "1e9")])
+    from launch import cli
+
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    for words in ("tiny: ", "utilisation", "as configured", "1.00 G tokens", "aggregator", "ZeRO-3", "alpha", "beta"):
+        assert words in printed
+
+
+def test_a_mistake_is_one_line(
+    tmp_path: Path, tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_config(tmp_path)
+    for more, expected in {
+        ("--tokens-per-second", "5", "--bandwidth", "9"): "--bandwidth: '9' given; allowed: a number and its unit",
+        ("--tokens-per-second", "5", "--latency", "-1"): "--latency: -1 given; allowed: 0 or more",
+        ("--tokens-per-second", "5", "--tokens", "0"): "--tokens: 0 given; allowed: 1 or more",
+        ("--tokens-per-second", "5", "exchange.kind=none"): "exchange.kind: 'none' given; nothing is exchanged",
+        (): "--tokens-per-second: neither it nor --measured given",
+        ("--measured", str(tmp_path)): "it has no metrics.jsonl",
+    }.items():
+        code, error = run(arguments(tmp_path, *more), monkeypatch, capsys)
+        assert code == 2
+        assert expected in one_line(error)
+
+
+def test_all_of_it_is_shown_where_nothing_is_better(capsys: pytest.CaptureFixture[str]) -> None:
+    config = written(LLAMA, "exchange.kind=collective", "exchange.url=tcp://10.0.0.1:29500", "silos.two={}")
+    print_plan(make_plan(config, told(config, mbit=1e6, speed=1.0)))
+    printed = capsys.readouterr().out
+    assert "No way to sync near this one keeps the silos busier." in printed
+    assert "aggregator" not in printed
