@@ -20,14 +20,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from launch.demo import federated_config, prepare_text
-from launch.local import CommandBuilder, launch_local, local_commands
+from launch.local import launch_local, local_commands
 from launch.processes import ChildCommand
 from pretrain.config import RunConfig
 
@@ -76,33 +76,43 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, default=Path("runs/links"))
     parser.add_argument("overrides", nargs="*", help="key=value")
     arguments = parser.parse_intermixed_args()
-    missing = [tool for tool in ("ip", "tc", "sysctl") if not shutil.which(tool)]
-    missing += [package for package in ("moto", "flask", "s3fs") if not importlib.util.find_spec(package)]
-    if os.geteuid() or missing:
-        sys.exit(f"benchmarks.links: {'missing: ' + ', '.join(missing) if missing else 'it needs root'}")
+    check_machine()
     packed, tokenizer = prepare_text(arguments.directory, arguments.corpora)
     packed = dict(list(packed.items())[: arguments.silos])
     with namespaces(list(packed), arguments.rate) as (hub, spaces), s3_server(hub):
         for name, space in spaces.items():
             print(f"link of {name}: {measured_mbit(space, hub):.1f} Mbit/s", flush=True)
         for way in arguments.only:
-            kind, settings = WAYS[way]
-            url = f"s3://benchmark/{way.replace(' ', '-')}" if kind == "store" else f"tcp://10.77.0.2:{SILO_PORT}"
-            exchange = [f"exchange.kind={kind}", f"exchange.url={url}"]
             directory = arguments.directory / way.replace(" ", "-")
-            overrides = [*SETTINGS, *settings.split(), *exchange, *arguments.overrides]
-            config = federated_config(directory, packed, tokenizer, overrides)
-            silos = {name: dataclasses.replace(silo, **PLAIN) for name, silo in config.silos.items()}
-            print(result(way, dataclasses.replace(config, silos=silos), hub, spaces), flush=True)
+            config = configuration(way, directory, packed, tokenizer, arguments.overrides)
+            print(result(way, config, hub, spaces), flush=True)
+
+
+def check_machine() -> None:
+    """End the program if this machine has not what the namespaces and the S3 API need."""
+    missing = [tool for tool in ("ip", "tc", "sysctl") if not shutil.which(tool)]
+    missing += [package for package in ("moto", "flask", "s3fs") if not importlib.util.find_spec(package)]
+    if os.geteuid() or missing:
+        sys.exit(f"{sys.argv[0]}: {'missing: ' + ', '.join(missing) if missing else 'it needs root'}")
+
+
+def configuration(
+    way: str, directory: Path, packed: dict[str, Path], tokenizer: Path, overrides: list[str]
+) -> RunConfig:
+    """A run in `directory`, whose name is that of its bucket's folder."""
+    kind, settings = WAYS[way]
+    url = f"s3://benchmark/{directory.name}" if kind == "store" else f"tcp://10.77.0.2:{SILO_PORT}"
+    exchange = [f"exchange.kind={kind}", f"exchange.url={url}"]
+    config = federated_config(directory, packed, tokenizer, [*SETTINGS, *settings.split(), *exchange, *overrides])
+    silos = {name: dataclasses.replace(silo, **PLAIN) for name, silo in config.silos.items()}
+    return dataclasses.replace(config, silos=silos)
 
 
 @contextlib.contextmanager
-def namespaces(
-    silos: list[str], rate: str, *, forwarding: bool = True, offline: Collection[str] = ()
-) -> Iterator[tuple[str, dict[str, str]]]:
+def namespaces(silos: list[str], rate: str | None) -> Iterator[tuple[str, dict[str, str]]]:
     """One for the hub and one for each silo, in the order of the roster: 10.77.i.2 behind 10.77.i.1.
 
-    Without `forwarding`, silos reach the hub and not one another; those of `offline` have no link at all.
+    Without a rate the links are as fast as the machine.
     """
     hub = f"hub{os.getpid()}"
     spaces = {silo: f"silo{index}-{os.getpid()}" for index, silo in enumerate(sorted(silos))}
@@ -111,15 +121,14 @@ def namespaces(
             run(f"ip netns add {space}")
             run(f"ip -n {space} link set lo up")
         run(f"ip -n {hub} addr add {HUB_ADDRESS}/32 dev lo")
-        run(f"ip netns exec {hub} sysctl -qw net.ipv4.ip_forward={int(forwarding)}")
-        for index, (silo, space) in enumerate(spaces.items()):
-            if silo in offline:
-                continue
+        run(f"ip netns exec {hub} sysctl -qw net.ipv4.ip_forward=1")
+        for index, space in enumerate(spaces.values()):
             run(f"ip -n {hub} link add hub{index} type veth peer name silo netns {space}")
             for where, device, last in ((hub, f"hub{index}", 1), (space, "silo", 2)):
                 run(f"ip -n {where} addr add 10.77.{index}.{last}/30 dev {device}")
                 run(f"ip -n {where} link set {device} up")
-                run(f"tc -n {where} qdisc add dev {device} root tbf rate {rate} burst 1mbit latency 50ms")
+                if rate:
+                    run(f"tc -n {where} qdisc add dev {device} root tbf rate {rate} burst 1mbit latency 50ms")
             run(f"ip -n {space} route add default via 10.77.{index}.1")
         yield hub, spaces
     finally:
@@ -128,16 +137,10 @@ def namespaces(
 
 
 @contextlib.contextmanager
-def s3_server(
-    hub: str, changes: Mapping[str, str] | None = None, certificate: tuple[Path, Path] | None = None
-) -> Iterator[None]:
-    """moto's S3 API in the hub's namespace, with an empty bucket; over TLS with a certificate and its key.
-
-    `changes` of the environment are for the client that makes the bucket.
-    """
+def s3_server(hub: str) -> Iterator[None]:
+    """moto's S3 API in the hub's namespace, with an empty bucket."""
     argv = inside(hub, [sys.executable, "-m", "moto.server", "-H", "0.0.0.0", "-p", str(S3_PORT)])
-    argv += ["-c", str(certificate[0]), "-k", str(certificate[1])] if certificate else []
-    environment, silent = os.environ | S3_ENVIRONMENT | dict(changes or {}), subprocess.DEVNULL
+    environment, silent = os.environ | S3_ENVIRONMENT, subprocess.DEVNULL
     server = subprocess.Popen(argv, env=environment, stdout=silent, stderr=silent)
     make = "import s3fs, time\nfor _ in range(50):\n  try: s3fs.S3FileSystem().mkdir('benchmark'); break\n"
     make += "  except Exception: time.sleep(0.5)\nelse: raise SystemExit('no S3 API')"
@@ -151,16 +154,9 @@ def s3_server(
 
 def result(way: str, config: RunConfig, hub: str, spaces: dict[str, str]) -> str:
     """Train, and say what it took."""
-    directory = Path(config.directory)
-    shutil.rmtree(directory, ignore_errors=True)  # utilisation is of one whole run
     before = {silo: sent_bytes(space) for silo, space in spaces.items()}
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with (directory.parent / "launch.log").open("a") as log:
-        console, build = Console(file=log, width=120), in_namespaces(hub, spaces, S3_ENVIRONMENT)
-        if launch_local(config, build_commands=build, console=console):
-            raise SystemExit(f"{way} failed: see {log.name}")
+    summary = trained(config, hub, spaces)
     counted = sum(sent_bytes(space) - before[silo] for silo, space in spaces.items())
-    summary = json.loads((directory / "summary.json").read_text())
     training, waiting, sent = (summary[key] for key in ("seconds_training", "seconds_waiting", "bytes_sent"))
     loss = statistics.mean(summary["val_loss"].values())
     fewer = summary["bytes_data_parallel"] / sent
@@ -171,20 +167,26 @@ def result(way: str, config: RunConfig, hub: str, spaces: dict[str, str]) -> str
     )
 
 
-def in_namespaces(hub: str, spaces: Mapping[str, str], environment: Mapping[str, str]) -> CommandBuilder:
-    """Starts each silo in its namespace and the aggregator in the hub's, with what is added to the environment."""
+def trained(config: RunConfig, hub: str, spaces: dict[str, str]) -> dict[str, Any]:
+    """Train from the beginning to the end, each process in its namespace; returns what is in `summary.json`."""
+    directory = Path(config.directory)
+    shutil.rmtree(directory, ignore_errors=True)  # utilisation is of one whole run
 
-    def build(config: RunConfig, path: Path) -> list[ChildCommand]:
+    def in_namespaces(config: RunConfig, path: Path) -> list[ChildCommand]:
         return [
             dataclasses.replace(
                 command,
                 argv=inside(spaces.get(command.name, hub), command.argv),
-                environment={**command.environment, **environment},
+                environment=command.environment | S3_ENVIRONMENT,
             )
             for command in local_commands(config, path)
         ]
 
-    return build
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with (directory.parent / "launch.log").open("a") as log:
+        if launch_local(config, build_commands=in_namespaces, console=Console(file=log, width=120)):
+            raise SystemExit(f"{directory} failed: see {log.name}")
+    return json.loads((directory / "summary.json").read_text())
 
 
 def measured_mbit(space: str, hub: str, num_bytes: int = 5_000_000) -> float:
