@@ -383,6 +383,7 @@ def aggregate(config: RunConfig, journal: Journal) -> None:
             journal.status("merging", round=config.round_of(state.version + 1))
             changes, weights, metrics = aggregator.merge(state, deliveries)
             aggregator.commit(state, changes, deliveries, weights, metrics)
+            del deliveries, changes  # before the next ones come
     finally:
         lease.release()
 

@@ -87,10 +87,14 @@ class Objects:
         """Whether the object is there."""
 
         def ask() -> bool:
-            with suppress(FileNotFoundError, NotADirectoryError):
+            try:
                 self._fs.info(self._path(name))  # some kinds' own `exists` takes every trouble for a no
-                return True
-            return False
+            except (FileNotFoundError, NotADirectoryError) as error:
+                # fsspec's frame and its error hold each other and the frames above: what our callers have in hand, a
+                # model perhaps, would stay in memory until the garbage collector comes by.
+                error.with_traceback(None)
+                return False
+            return True
 
         return self._try(name, "read", ask)
 
@@ -103,7 +107,8 @@ class Objects:
         fresh = {} if self._local else {"refresh": True}  # never from a cache
         try:
             listed = self._try(prefix, "listed", lambda: self._fs.ls(self._path(prefix), detail=False, **fresh))
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError) as error:
+            error.with_traceback(None)  # as above
             return []
         names = [str(path).rstrip("/").rsplit("/", 1)[-1] for path in listed]
         return sorted(name for name in names if not name.startswith(".") and name != prefix.rsplit("/", 1)[-1])

@@ -1,10 +1,12 @@
 """The store on a directory, in memory, and on a real S3 API: atomic, never overwritten, prunable."""
 
 import dataclasses
+import gc
 import json
 import os
 import shutil
 import uuid
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -69,6 +71,25 @@ def test_write_read_list_delete(objects: Objects, tmp_path: Path) -> None:
     objects.delete("a/one")
     objects.delete("a/one")  # a second time is no error
     assert objects.names("a") == ["big", "deep", "two"]
+
+
+def test_a_no_keeps_nothing_in_memory(objects: Objects) -> None:
+    """Nothing that a caller has in hand while it asks, until the garbage collector comes by."""
+
+    class Held:
+        pass
+
+    def ask() -> weakref.ref[Held]:
+        held = Held()
+        assert not objects.exists("a/nothing")
+        assert objects.names("nothing") == []
+        return weakref.ref(held)
+
+    gc.disable()
+    try:
+        assert ask()() is None
+    finally:
+        gc.enable()
 
 
 def test_another_process_sees_it_at_once(url: str) -> None:
