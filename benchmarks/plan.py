@@ -29,6 +29,7 @@ from benchmarks.links import (
     trained,
 )
 from launch.demo import prepare_text
+from launch.metrics import MetricsReader
 from launch.plan import measured_run, tokens_per_second
 from launch.report import Run
 from pretrain.config import RunConfig
@@ -141,7 +142,8 @@ def measured_figures(config: RunConfig) -> Figures:
     tokens = (
         config.inner.num_steps * config.sequence_tokens * sum(s.global_batch_sequences for s in config.silos.values())
     )
-    aggregators = [end["peak_memory_bytes"] for end in run.records["aggregator"]]
+    records = MetricsReader(run.directory / "metrics.jsonl").read_new()
+    aggregators = [record["peak_memory_bytes"] for record in records if record["kind"] == "aggregator"]
     return {
         "utilisation": training / (training + waiting),
         "sync_seconds": 0.0 if config.outer.overlap_steps else statistics.median(waits),
