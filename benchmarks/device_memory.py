@@ -59,7 +59,9 @@ class Created(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         known = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in known | self._alive:
+            if not isinstance(leaf, Tensor) or leaf.is_meta:  # on the meta device nothing takes memory
+                continue
+            if leaf.untyped_storage()._cdata not in known | self._alive:
                 self._count(leaf.untyped_storage())
         return result
 

@@ -9,13 +9,14 @@ on a GPU the allocator's own count, on a CPU tensor by tensor (benchmarks.device
 import argparse
 
 import torch
+from torch import Tensor
 
 from benchmarks.device_memory import Created
 from pretrain.config import RunConfig, SiloConfig, load_config
 from pretrain.plan_bytes import model_shapes
 from pretrain.plan_memory import silo_memory
 from pretrain.silo.engine import Engine
-from pretrain.silo.model import model_config
+from pretrain.silo.model import build_initial, model_config
 from pretrain.silo.ranks import Ranks
 
 MIB = 1 << 20
@@ -58,20 +59,22 @@ def main() -> None:
 
 def counted_bytes(config: RunConfig, silo: SiloConfig, ranks: Ranks) -> int:
     """The most that this rank's device holds while an engine is built and trains."""
-    created = Created(patience_seconds=0.1)
+    parameters = {n: p.detach() for n, p in build_initial(config.model, VOCAB_SIZE).named_parameters()}
+    created = Created(patience_seconds=0.02 if ranks.num_ranks > 1 else 0.0)
     if ranks.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(ranks.device)
         before = torch.cuda.memory_allocated(ranks.device)
-        train(config, silo, ranks)
+        train(config, silo, ranks, parameters)
         return torch.cuda.max_memory_allocated(ranks.device) - before
     with created:
-        train(config, silo, ranks)
+        train(config, silo, ranks, parameters)
     return created.peak_bytes
 
 
-def train(config: RunConfig, silo: SiloConfig, ranks: Ranks) -> None:
-    """Three inner steps on text of zeros."""
+def train(config: RunConfig, silo: SiloConfig, ranks: Ranks, parameters: dict[str, Tensor]) -> None:
+    """Three inner steps on text of zeros, from these parameters on."""
     engine = Engine(config.model, silo, config.inner, vocab_size=VOCAB_SIZE, ranks=ranks)
+    engine.write(iter(parameters.items()) if ranks.is_leader else None)
     ids = torch.zeros(silo.micro_batch_sequences, config.sequence_tokens, dtype=torch.long, device=ranks.device)
     for _ in range(3):
         engine.step([(ids, ids)] * silo.accumulation_steps, config.inner.lr)

@@ -170,7 +170,7 @@ def aggregator_bytes(config: RunConfig, shapes: Shapes) -> int:
     kinds = kept_kinds(outer.optimizer, outer.downlink_codec)
     stacked = 8 * num_silos if outer.merge in ("trimmed_mean", "median", "krum") else 0
     largest = max(shape.numel() for shape in shapes.values())
-    # Deliveries are mapped files, and count as long as there is room.
+    # Deliveries are mapped files, and count as long as there is room. Version 0 is a model before it is a state.
     coded = fragment * (num_silos * QUANTIZERS[outer.codec].bits + QUANTIZERS[outer.downlink_codec].bits) / 8
-    state = 4 * (1 + len(kinds)) * _num_elements(shapes)
-    return round(AGGREGATOR_BYTES + _client_bytes(config) + state + coded + (MERGE_BYTES + stacked) * largest)
+    merging, state = coded + (MERGE_BYTES + stacked) * largest, 4 * (1 + len(kinds)) * _num_elements(shapes)
+    return round(AGGREGATOR_BYTES + _client_bytes(config) + state + max(merging, 4 * _num_elements(shapes)))
