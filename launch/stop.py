@@ -71,5 +71,6 @@ def _stop_processes(directory: Path, say: Say) -> list[str]:
 def _folders(directory: Path) -> Iterator[tuple[Path, str]]:
     yield directory, "the launch"
     yield directory / "aggregator", "aggregator"
+    yield directory / "relay", "relay"
     for folder in sorted((directory / "silos").glob("*")):
         yield folder, folder.name

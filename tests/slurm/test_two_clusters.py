@@ -14,7 +14,6 @@ import pytest
 from pretrain.config import load_config
 from tests.slurm.cluster import Cluster, cluster, missing
 from tests.support import write_corpus
-from tests.unit.conftest import s3_url  # noqa: F401
 
 pytestmark = [pytest.mark.skipif(bool(missing()), reason=missing()), pytest.mark.soak, pytest.mark.timeout(600)]
 PAGE = Path("docs/clusters.md").read_text().split("## Reference")[0]
@@ -44,11 +43,7 @@ class Site:
         return re.findall(r"^[a-z]+: (\d+)$", said, re.MULTILINE)
 
 
-def test_from_nothing_to_a_federation_of_two_clusters(
-    tmp_path: Path,
-    s3_url: str,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
-) -> None:
+def test_from_nothing_to_a_federation_of_two_clusters(tmp_path: Path, s3_url: str) -> None:
     import s3fs
 
     s3fs.S3FileSystem().mkdir("consortium")
