@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.elastic import wait_until
 from tests.slurm.cluster import Cluster, cluster
-from tests.unit.conftest import s3_url as s3_url
+from tests.unit.conftest import s3_url  # noqa: F401 - a fixture
 
 
 @pytest.fixture(scope="session")
