@@ -45,7 +45,7 @@ def main() -> int:
         if not arguments.config.is_file():
             raise ConfigError(f"{arguments.config} is not there; put the run directory where all nodes see it")
         config = load_config([arguments.config])
-        with staged(config, arguments.silo, arguments.scratch, job) as (overrides, environment):
+        with staged(config, arguments.silo, arguments.scratch, f"{job}-{node}") as (overrides, environment):
             command = node_command(
                 config,
                 arguments.silo,
@@ -64,7 +64,7 @@ def main() -> int:
         return 2
     if code and not signals:  # with signals it was ended, most likely because another node failed
         notes = notes_directory(config, arguments.silo)
-        notes.mkdir(exist_ok=True)
+        notes.mkdir(parents=True, exist_ok=True)
         (notes / f"{start}-{node}").write_text(json.dumps({"time": time.time(), "node": node}))
     return code
 
@@ -75,7 +75,9 @@ def notes_directory(config: RunConfig, silo: str) -> Path:
 
 
 @contextmanager
-def staged(config: RunConfig, silo: str, scratch: str | None, job: str) -> Iterator[tuple[list[str], dict[str, str]]]:
+def staged(
+    config: RunConfig, silo: str, scratch: str | None, identity: str
+) -> Iterator[tuple[list[str], dict[str, str]]]:
     """Copy a silo's shards into a folder of the node's own, removed at the end; overrides and variables that say so.
 
     Raises ConfigError if they do not fit there.
@@ -83,7 +85,7 @@ def staged(config: RunConfig, silo: str, scratch: str | None, job: str) -> Itera
     if not scratch:
         yield [], {}
         return
-    folder = Path(scratch) / f"atoll-{job}-{silo}"
+    folder = Path(scratch) / f"atoll-{identity}-{silo}"
     try:
         shutil.rmtree(folder, ignore_errors=True)  # of a start of this job that was ended in the middle
         yield _copy_shards(config.silos[silo], silo, folder), dict.fromkeys(CACHES, str(folder / "cache"))
