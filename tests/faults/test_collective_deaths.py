@@ -46,6 +46,7 @@ DEATHS: Faults = {
 }
 
 
+@pytest.mark.soak
 def test_killed_and_restarted_equals_undisturbed(undisturbed: Outcome, tmp_path: Path, tiny_config: TinyConfig) -> None:
     fired = tmp_path / "fired"
     fired.mkdir()

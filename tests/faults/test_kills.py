@@ -67,7 +67,7 @@ DEATHS: dict[str, Faults] = {
 }
 
 
-@pytest.mark.parametrize("who", DEATHS)
+@pytest.mark.parametrize("who", ["silos", pytest.param("aggregator", marks=pytest.mark.soak)])
 def test_killed_and_restarted_equals_undisturbed(
     undisturbed: Outcome, tmp_path: Path, tiny_config: TinyConfig, who: str
 ) -> None:
