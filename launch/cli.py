@@ -1,6 +1,5 @@
 """`atoll`: the one command. A user's mistake is one line on stderr and exit code 2."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -116,6 +115,25 @@ def launch_torchrun_command(
         print(f"# {command.host}\n{command}")
 
 
+@launch_app.command("join")
+def launch_join_command(
+    url: Annotated[str, typer.Argument(help="The federation's store.")],
+    config: Config,
+    overrides: Overrides = None,
+    site: Annotated[list[Path] | None, typer.Option(help="As for launch slurm; without, it starts here.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Check all and say what would happen; start nothing.")] = False,
+) -> None:
+    """Join a federation as one of its silos: show its contract, check this site, say what would happen, start.
+
+    The configuration holds what the contract does not: the silo, tokenizer, directory.
+
+    [bold]Example:[/bold] atoll launch join s3://bucket/run --config silo.yaml --dry-run
+    """
+    from launch.join import join
+
+    raise typer.Exit(join(_store(url), config, overrides or [], sites=site or [], dry_run=dry_run))
+
+
 @app.command()
 def plan(
     config: Config,
@@ -163,7 +181,7 @@ def train(
 
     [bold]Example:[/bold] atoll train --config run.yaml --silo law
     """
-    from launch.local import local_commands
+    from launch.local import train_here, write_resolved
     from pretrain.preflight import check_silo
 
     checked = load_config(config, overrides or [])
@@ -172,12 +190,7 @@ def train(
     if checked.silos[silo].num_nodes != 1:
         raise ConfigError(f"silos.{silo}.num_nodes: {checked.silos[silo].num_nodes} given; allowed: 1 with atoll train")
     check_silo(checked, silo)
-    path = _write_resolved(checked)
-    command = next(c for c in local_commands(checked, path) if c.name == silo)
-    code = subprocess.run(command.argv, env=os.environ | command.environment, check=False).returncode
-    if code and command.error_path and command.error_path.exists():
-        raise typer.Exit(2)
-    raise typer.Exit(code)
+    raise typer.Exit(train_here(checked, silo, write_resolved(checked)))
 
 
 @app.command()
@@ -186,7 +199,9 @@ def aggregate(config: Config, overrides: Overrides = None) -> None:
 
     [bold]Example:[/bold] atoll aggregate --config run.yaml
     """
-    path = _write_resolved(load_config(config, overrides or []))
+    from launch.local import write_resolved
+
+    path = write_resolved(load_config(config, overrides or []))
     command = [sys.executable, "-m", "pretrain.aggregate", "--config", str(path)]
     raise typer.Exit(subprocess.run(command, check=False).returncode)
 
@@ -354,18 +369,6 @@ def _resolved(directory: Path) -> RunConfig:
     if not path.is_file():
         raise ConfigError(f"run directory: {str(directory)!r} given; there is no config.yaml in it")
     return load_config([path])
-
-
-def _write_resolved(config: RunConfig) -> Path:
-    """The resolved configuration, written to the run directory before anything starts."""
-    from pretrain.config import save_config
-
-    path = Path(config.directory) / "config.yaml"
-    try:
-        save_config(config, path)
-    except OSError as error:
-        raise ConfigError(f"directory: {config.directory!r} given; it cannot be written: {error}") from None
-    return path
 
 
 def main() -> None:

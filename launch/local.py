@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -90,6 +91,23 @@ def local_commands(config: RunConfig, config_path: Path) -> list[ChildCommand]:
             )
         )
     return commands
+
+
+def train_here(config: RunConfig, silo: str, config_path: Path) -> int:
+    """Run one silo's torchrun on this machine to its end; returns the exit status, 2 for a user's mistake."""
+    command = next(command for command in local_commands(config, config_path) if command.name == silo)
+    code = subprocess.run(command.argv, env=os.environ | command.environment, check=False).returncode
+    return 2 if code and command.error_path and command.error_path.exists() else code
+
+
+def write_resolved(config: RunConfig) -> Path:
+    """The resolved configuration, written to the run directory before anything starts. Raises ConfigError."""
+    path = Path(config.directory) / "config.yaml"
+    try:
+        save_config(config, path)
+    except OSError as error:
+        raise ConfigError(f"directory: {config.directory!r} given; it cannot be written: {error}") from None
+    return path
 
 
 def process_directory(config: RunConfig, name: str) -> Path:

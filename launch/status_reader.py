@@ -6,11 +6,13 @@ while anybody leaves signs of life there.
 
 import json
 import re
+import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import pairwise
 from typing import Any
 
 import fsspec
@@ -90,6 +92,8 @@ class StoreStatus:
     """When the store last changed, by its own clock; None where it tells no times."""
     rollbacks: list[str]
     """What was taken back, oldest first, each in words."""
+    version_seconds: float | None = None
+    """Median time from one commit to the next; None before there are two, or where the store tells no times."""
 
     @property
     def is_finished(self) -> bool:
@@ -124,13 +128,15 @@ class StoreStatus:
         return f"delivery for version {self.version + 1} from {', '.join(awaited)}"
 
 
-def store_status(url: str) -> StoreStatus:
+def store_status(url: str, options: Mapping[str, Any] | None = None) -> StoreStatus:
     """Read a run's state from the store at an fsspec URL; reads JSON objects only, and writes nothing.
+
+    `options` go to fsspec.
 
     Raises ConfigError when there is no store, it cannot be reached, or its contract is unreadable.
     """
     try:
-        store = Listed(url)
+        store = Listed(url, options)
     except Exception as error:  # every fsspec backend raises exceptions of its own
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"store: {url!r} given; it cannot be read: {reason}") from None
@@ -156,10 +162,10 @@ def _terms(contract: Json, url: str) -> RunConfig:
 class Listed:
     """A store's objects as they were when it was listed."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, options: Mapping[str, Any] | None = None) -> None:
         """Raises whatever the URL's kind of file system raises."""
         self.url = url
-        self._filesystem, root = fsspec.core.url_to_fs(url)
+        self._filesystem, root = fsspec.core.url_to_fs(url, **(options or {}))
         self._filesystem.invalidate_cache()
         self._prefix = root.rstrip("/") + "/"
         self.times: dict[str, float | None] = {}
@@ -245,7 +251,13 @@ class Reader:
                 _rollback_words(self._objects[path], path.replace(".json", ".done") in store.times)
                 for path in store.numbered(ROLLBACK).values()
             ],
+            version_seconds=self._version_seconds(),
         )
+
+    def _version_seconds(self) -> float | None:
+        times = [self._store.times[path] for path in self._store.numbered("global/#/commit.json").values()]
+        known = [time for time in times if time is not None]
+        return statistics.median(b - a for a, b in pairwise(known)) if len(known) > 1 else None
 
     # ---- who is alive
 

@@ -37,7 +37,7 @@ from pretrain.outer.state import OuterTensors, kept_at_start, kept_kinds
 from pretrain.payload import PARAMETER, Tensors, save_tensors
 from pretrain.rollback import explain, finish_rollbacks, foreign
 from pretrain.stopping import STOPPED, StopRequested, raise_at_signals
-from pretrain.trust.contract import build_contract, check_same_contract, contract_bytes
+from pretrain.trust.contract import build_contract, check_same_contract, first_contract
 from pretrain.trust.ledger import Commit, Contributor, Payload, RefusedError, sha256_bytes
 
 
@@ -78,7 +78,7 @@ class Aggregator:
         if stored is None:
             if self._exchange.newest_version() >= 0:
                 raise ConfigError(f"exchange.url: {self._config.store_url} given; it has versions but no contract.json")
-            self._exchange.write_contract(contract_bytes(ours))
+            self._exchange.write_contract(first_contract(ours))
         else:
             check_same_contract(ours, stored, self._config.store_url)
             finish_rollbacks(self._exchange)

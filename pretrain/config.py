@@ -331,19 +331,31 @@ def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> R
 
     Raises ConfigError for anything that a user can have got wrong.
     """
-    config = load_typed(RunConfig, paths, overrides, prepare=_spread_silo_defaults)
+    config = load_unchecked(paths, overrides)
     check_config(config)
     return config
 
 
+def load_unchecked(
+    paths: Sequence[str | Path], overrides: Sequence[str] = (), *, below: Section | None = None
+) -> RunConfig:
+    """`load_config` without checking the values; `below` is merged before the files. Raises ConfigError."""
+    return load_typed(RunConfig, paths, overrides, below=below, prepare=_spread_silo_defaults)
+
+
 def load_typed(
-    kind: type[T], paths: Sequence[str | Path], overrides: Sequence[str] = (), *, prepare: Prepare = lambda given: None
+    kind: type[T],
+    paths: Sequence[str | Path],
+    overrides: Sequence[str] = (),
+    *,
+    below: Section | None = None,
+    prepare: Prepare = lambda given: None,
 ) -> T:
-    """Merge defaults, YAML files and overrides into a dataclass; check keys and types. Raises ConfigError.
+    """Merge defaults, `below`, YAML files and overrides into a dataclass; check keys and types. Raises ConfigError.
 
     `prepare` changes what was given, in place, before it is typed.
     """
-    layers = [_read_yaml(Path(path)) for path in paths]
+    layers = [below or {}, *(_read_yaml(Path(path)) for path in paths)]
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"command line: {override!r} given; allowed: key=value")

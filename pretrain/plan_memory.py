@@ -56,7 +56,7 @@ def _device_bytes(config: RunConfig, silo: SiloConfig, stage: int, shapes: Shape
     zero, width, num_elements = _zero(silo), _width(silo), _num_elements(shapes)
     share = num_elements / (_num_ranks(silo) if stage else 1)
     states_offloaded, parameters_offloaded = _offloads(silo) if stage else (False, False)
-    states = 0.0 if states_offloaded else _states_bytes(config, silo, stage, shapes) * share / num_elements
+    states = 0.0 if states_offloaded else states_bytes(config, silo, stage, shapes) * share / num_elements
     step = 0.0 if states_offloaded else STEP_BYTES[silo.precision][stage] * share
     backward = float(activation_bytes(hugging_face, shapes, silo, config.sequence_tokens))
     bucket = zero.get("reduce_bucket_size", REDUCE_BUCKET)
@@ -96,7 +96,7 @@ def _offloads(silo: SiloConfig) -> tuple[bool, bool]:
     return optimizer == "cpu", parameters == "cpu"
 
 
-def _states_bytes(config: RunConfig, silo: SiloConfig, stage: int, shapes: Shapes) -> int:
+def states_bytes(config: RunConfig, silo: SiloConfig, stage: int, shapes: Shapes) -> int:
     """fp32 masters and moments of the whole model. Without ZeRO fp32 parameters are their own masters."""
     optimizer = config.inner.optimizer
     masters = 4 if silo.precision == "bf16" or stage else 0
@@ -159,7 +159,7 @@ def _offloaded_bytes(config: RunConfig, silo: SiloConfig, shapes: Shapes) -> int
     stage, (optimizer, parameters) = _zero(silo).get("stage", 0), _offloads(silo)
     if not stage:
         return 0
-    found = _states_bytes(config, silo, stage, shapes) + 4 * _num_elements(shapes) if optimizer else 0
+    found = states_bytes(config, silo, stage, shapes) + 4 * _num_elements(shapes) if optimizer else 0
     found += _width(silo) * _num_elements(shapes) if parameters and stage == 3 else 0
     return found // _num_ranks(silo)
 

@@ -4,16 +4,21 @@ import uuid
 from pathlib import Path
 
 from pretrain.config import ConfigError, RunConfig
-from pretrain.exchange.objects import Objects
 from pretrain.exchange.options import store_options
+from pretrain.exchange.store import StoreExchange
 from pretrain.silo.shards import check_a_sequence, check_enough, read_manifest, tokenizer_sha256
+from pretrain.software import differences
+from pretrain.trust.contract import build_contract, check_same_contract, read_contract
+
+PROBE = "probe-"
 
 
 def check_run(config: RunConfig) -> None:
-    """Tokenizer, every silo's shards, and the store. Raises ConfigError."""
+    """Tokenizer, every silo's shards, and the store; prints how software differs. Raises ConfigError."""
     for name in config.silos:
         check_silo(config, name)
-    check_store(config)
+    for difference in check_store(config):
+        print(f"warning: {difference}", flush=True)
 
 
 def check_silo(config: RunConfig, name: str) -> None:
@@ -32,10 +37,18 @@ def check_silo(config: RunConfig, name: str) -> None:
         read_manifest(Path(directory), key=f"silos.{name}.valid.{corpus}", tokenizer_sha256=tokenizer)
 
 
-def check_store(config: RunConfig) -> None:
-    """The store takes a write and a delete."""
-    if config.exchange.kind == "store":
-        options = store_options(config.exchange, config.store_url)
-        store, probe = Objects(config.store_url, options=options), f"probe-{uuid.uuid4().hex}"
-        store.write(probe, b"")
-        store.delete(probe)
+def check_store(config: RunConfig) -> list[str]:
+    """The store takes a write and a delete, and if there is a run in it, it is this one.
+
+    Returns how the software here differs from that of the run. Raises ConfigError.
+    """
+    if config.exchange.kind != "store":
+        return []
+    store = StoreExchange(config.store_url, options=store_options(config.exchange, config.store_url))
+    probe = f"{PROBE}{uuid.uuid4().hex}"
+    store.objects.write(probe, b"")
+    store.objects.delete(probe)
+    if (stored := store.read_contract()) is None:
+        return []
+    check_same_contract(build_contract(config), stored, config.store_url)
+    return differences(read_contract(stored, config.store_url)[1])

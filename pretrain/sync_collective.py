@@ -28,6 +28,7 @@ from pretrain.config import ConfigError, RunConfig
 from pretrain.exchange.base import Received
 from pretrain.exchange.collective import Collective, Lane, PeerLostError, connect
 from pretrain.exchange.lanes import Lanes, carry
+from pretrain.identity import own_identity
 from pretrain.merging import contributor, outer_optimizer, read_delivery
 from pretrain.outer.codec import apply_change, check, decoded
 from pretrain.outer.digest import Row, digest_rows, tensor_row
@@ -37,8 +38,7 @@ from pretrain.outer.quantize import QUANTIZERS, Parts
 from pretrain.outer.state import OuterTensors
 from pretrain.own_ledger import Kept, OwnLedger, all_pieces
 from pretrain.payload import Tensors
-from pretrain.sync_store import own_identity
-from pretrain.trust.contract import build_contract, check_same_contract, contract_bytes
+from pretrain.trust.contract import build_contract, check_same_contract, first_contract
 from pretrain.trust.ledger import Commit, Contributor, Manifest, RefusedError, sha256_bytes
 
 SETTLE_SECONDS = 3.0  # for the watch to find out who broke a connection, and why
@@ -89,7 +89,7 @@ class AmongSilos:
         with self._passing, self._naming_the_lost():
             directory = self._config.silo_directory(self._silo)
             self._collective.join(f"{own_identity(directory)}/{uuid.uuid4().hex}")
-            facts = {"contract": contract_bytes(ours).decode(), "newest": self._ledger.newest}
+            facts = {"contract": first_contract(ours).decode(), "newest": self._ledger.newest}
             told = {s: json.loads(words) for s, words in self._collective.share("facts", json.dumps(facts)).items()}
             check_same_contract(ours, told[self._roster[0]]["contract"].encode(), self._config.exchange.url)
             self._lanes = Lanes(self._collective.first_lane(), self._config.exchange.num_lanes, self._lane_group)

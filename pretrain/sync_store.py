@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import threading
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,12 +16,14 @@ from pretrain.exchange.base import Received
 from pretrain.exchange.beats import Beats
 from pretrain.exchange.objects import StopWaitingError, StoreTroubleError
 from pretrain.exchange.store import StoreExchange, version_path
+from pretrain.identity import own_identity
 from pretrain.outer.codec import apply_change, check
 from pretrain.outer.digest import tensor_row
 from pretrain.outer.pieces import Piece
 from pretrain.payload import Tensors
 from pretrain.rollback import explain, foreign, is_rolling_back
-from pretrain.trust.contract import build_contract, check_same_contract
+from pretrain.software import differences
+from pretrain.trust.contract import build_contract, check_same_contract, read_contract
 from pretrain.trust.ledger import Commit, Manifest, RefusedError
 
 MAX_REFUSALS = 3
@@ -55,6 +56,8 @@ class ThroughStore:
         while (stored := self._store.read_contract()) is None:
             self._pause()
         check_same_contract(build_contract(self._config), stored, self._store.objects.url)
+        for line in differences(read_contract(stored, self._store.objects.url)[1]):
+            print(line, flush=True)
         while is_rolling_back(self._store):
             self._pause()
         self._store.claim_name(self._silo, own_identity(self._directory))
@@ -272,13 +275,3 @@ def changed_tensors(payload: Tensors, codec: str, base: Mapping[str, Tensor]) ->
         values[name] = before.clone()
         apply_change(codec, values[name], parts)
     return values
-
-
-def own_identity(directory: Path) -> str:
-    """A name for a silo's run directory, made once: it tells a restarted silo from another of the same name."""
-    file = directory / "identity.json"
-    if not file.exists():
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"identity": uuid.uuid4().hex}))
-        temporary.replace(file)
-    return json.loads(file.read_text())["identity"]

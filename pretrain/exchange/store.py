@@ -47,6 +47,10 @@ def delivery_path(silo: str, version: int) -> str:
     return f"silos/{silo}/{version:06d}"
 
 
+def _identity_path(silo: str) -> str:
+    return f"silos/{silo}/identity.json"
+
+
 def file_payload(file: Path, fragment: int) -> Payload:
     """Describe a file that is about to travel."""
     with file.open("rb") as opened:
@@ -147,15 +151,22 @@ class StoreExchange:
 
     def claim_name(self, silo: str, identity: str) -> None:
         """Take the silo's name for the run directory that knows `identity`. Raises ConfigError if another has it."""
-        name = f"silos/{silo}/identity.json"
         try:
-            self.objects.write(name, json.dumps({"identity": identity}).encode())
+            self.objects.write(_identity_path(silo), json.dumps({"identity": identity}).encode())
         except FileExistsError:
-            if json.loads(self.objects.read(name)).get("identity") != identity:
-                raise ConfigError(
-                    f"silos: {silo!r} given; another run directory takes part under this name in {self.objects.url}; "
-                    f"choose another name, or delete {name} there if that run directory is lost"
-                ) from None
+            self.has_name(silo, identity)
+
+    def has_name(self, silo: str, identity: str) -> bool:
+        """Whether the run directory that knows `identity` has taken the name. Raises ConfigError if another has."""
+        name = _identity_path(silo)
+        if not self.objects.exists(name):
+            return False
+        if json.loads(self.objects.read(name)).get("identity") != identity:
+            raise ConfigError(
+                f"silos: {silo!r} given; another run directory takes part under this name in {self.objects.url}; "
+                f"choose another name, or delete {name} there if that run directory is lost"
+            )
+        return True
 
     def deliver(self, manifest: Manifest, files: Iterable[tuple[Payload, Path]]) -> bytes:
         """Write the payloads, then the manifest; returns the manifest's bytes that stand.

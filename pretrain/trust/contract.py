@@ -8,25 +8,34 @@ from typing import Any
 
 from pretrain.config import ConfigError, RunConfig
 from pretrain.silo.shards import tokenizer_sha256
+from pretrain.software import VERSION, installed, minor
 
 FORMAT = 1
+SOFTWARE = "software"
+
+
+def agreed_settings(config: RunConfig) -> dict[str, Any]:
+    """Terms that are keys of the configuration, under their own names."""
+    return {
+        "name": config.name,
+        "sequence_tokens": config.sequence_tokens,
+        "document_masking": config.document_masking,
+        "inner": dataclasses.asdict(config.inner),
+        "outer": dataclasses.asdict(config.outer),
+        "membership": dataclasses.asdict(config.membership),
+        "roster": config.full_roster,
+    }
 
 
 def build_contract(config: RunConfig) -> dict[str, Any]:
     """The contract of a configuration: model, tokenizer, sequences, inner and outer settings, roster and its rules."""
     return {
         "format": FORMAT,
-        "name": config.name,
         "model": _model_terms(config),
         "tokenizer_sha256": tokenizer_sha256(config.tokenizer_file),
-        "sequence_tokens": config.sequence_tokens,
-        "document_masking": config.document_masking,
-        "inner": dataclasses.asdict(config.inner),
-        "outer": dataclasses.asdict(config.outer),
-        "membership": dataclasses.asdict(config.membership),
         "num_versions": config.schedule.num_versions,
-        "roster": config.full_roster,
         "signature": None,
+        **agreed_settings(config),
     }
 
 
@@ -52,12 +61,49 @@ def contract_bytes(contract: dict[str, Any]) -> bytes:
     return (json.dumps(contract, sort_keys=True, indent=1) + "\n").encode()
 
 
-def check_same_contract(ours: dict[str, Any], stored: bytes, where: str) -> None:
-    """Raise ConfigError that names every term in which our configuration differs from the contract in the store."""
+def first_contract(ours: dict[str, Any]) -> bytes:
+    """What is written at the beginning of a run: the terms, and what software their writer had.
+
+    That is a record and no term, as a site may upgrade in the middle of a run.
+    """
+    return contract_bytes(ours | {SOFTWARE: installed()})
+
+
+def read_contract(stored: bytes, where: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The terms in the store's contract.json, and the versions of software that its writer had.
+
+    Raises ConfigError if it is no contract, or one of another atoll than this.
+    """
     try:
-        theirs = json.loads(stored)
+        terms = json.loads(stored)
     except ValueError:
         raise ConfigError(f"exchange.url: {where} given; its contract.json is not JSON; name another store") from None
+    if not isinstance(terms, dict):
+        raise ConfigError(f"exchange.url: {where} given; its contract.json is no contract; name another store")
+    record = terms.pop(SOFTWARE, None)
+    software = {str(name): str(version) for name, version in record.items()} if isinstance(record, dict) else {}
+    theirs, format_version = software.get("atoll", VERSION), terms.get("format")
+    if minor(theirs) != minor(VERSION):
+        raise ConfigError(
+            f"exchange.url: {where} given; its run is of atoll {theirs}, and this is atoll {VERSION}; install "
+            f"{minor(theirs)} here"
+        )
+    if format_version != FORMAT:
+        raise ConfigError(
+            f"exchange.url: {where} given; its contract.json has format {_short(format_version)}, and this atoll "
+            f"({VERSION}) reads {FORMAT}; install the atoll that wrote it"
+        )
+    return terms, software
+
+
+def check_same_contract(ours: dict[str, Any], stored: bytes, where: str) -> None:
+    """Raise ConfigError that names every term in which our configuration differs from the contract in the store."""
+    theirs, _ = read_contract(stored, where)
+    check_same_terms(ours, theirs, where)
+
+
+def check_same_terms(ours: dict[str, Any], theirs: dict[str, Any], where: str) -> None:
+    """The same of terms that were read."""
     differences = [
         f"{key} is {_short(ours_value)} here and {_short(theirs_value)} there"
         for key, ours_value, theirs_value in _differences(ours, theirs, "")

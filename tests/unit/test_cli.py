@@ -77,6 +77,7 @@ def test_a_mistake_is_one_line_and_touches_nothing(
             ],
             "silos.alpha.num_nodes: 2 given; allowed: 1 with atoll train",
         ),
+        (["launch", "join", "nowhere", "--config", "tiny.yaml"], "there is no run in it (no contract.json)"),
         (["status", "nowhere"], "nowhere"),
         (["report", "nowhere"], "nowhere"),
         (["export", "nowhere", "--output", "model"], "run directory: 'nowhere' given; there is no config.yaml in it"),

@@ -17,10 +17,14 @@ ALLOWED = {
     "pretrain.check": ("pretrain.config",),
     "pretrain.lock": ("pretrain.config",),
     "pretrain.disk": (),
+    "pretrain.software": (),
     "pretrain.journal": ("pretrain.config",),
     "pretrain.outer": ("pretrain.outer",),
     "pretrain.silo": ("pretrain.config", "pretrain.outer", "pretrain.silo"),
-    "pretrain.trust": ("pretrain.config", "pretrain.outer", "pretrain.silo.shards", "pretrain.trust"),
+    "pretrain.trust": (
+        *("pretrain.config", "pretrain.outer", "pretrain.silo.shards", "pretrain.software"),
+        "pretrain.trust",
+    ),
     "pretrain.exchange": ("pretrain.config", "pretrain.disk", "pretrain.outer", "pretrain.trust", "pretrain.exchange"),
     "pretrain": ("pretrain",),
     "data_tools": ("data_tools", "pretrain.config", "pretrain.lock", "pretrain.silo.shards"),
@@ -29,6 +33,7 @@ ALLOWED = {
     "launch.status_reader": ("launch", "pretrain.config", "pretrain.outer.rounds"),
     "launch.cli": ("launch", "pretrain", "data_tools"),
     "launch.demo": ("launch", "pretrain", "data_tools"),
+    "launch.join": ("launch", "pretrain"),
     "launch.plan": ("launch", "pretrain"),
 }
 WITHOUT_TORCH = (
@@ -40,6 +45,7 @@ WITHOUT_TORCH = (
     "pretrain.journal",
     "pretrain.relay",
     "pretrain.rollback",
+    "pretrain.software",
     "pretrain.stopping",
     "pretrain.trust",
     "pretrain.exchange.beats",

@@ -1,0 +1,68 @@
+"""An institution joins with a URL and a short configuration, by the real command, and trains to the end."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+
+from benchmarks.elastic import Guest, final_digest, wait_until
+from pretrain.config import RunConfig, load_config
+from tests.conftest import TinyConfig
+from tests.distributed.federation import Outcome, federate
+from tests.support import TinyText, tiny_settings, tiny_silo
+
+
+@contextmanager
+def all_but_beta(config: RunConfig) -> Iterator[None]:
+    """Aggregator and alpha, which begin, wait for the block to have beta train, and then end well."""
+    with ExitStack() as ending:
+        others = [Guest(config, "aggregator"), Guest(config, "alpha")]
+        for process in others:
+            ending.callback(process.kill)
+            process.start()
+        wait_until((Path(config.store_url) / "global" / "000000" / "commit.json").exists, 120)
+        yield
+        for process in others:
+            process.wait(120)
+
+
+def join(
+    directory: Path, text: TinyText, url: str, *options: str | Path, environment: Mapping[str, str] | None = None
+) -> tuple[RunConfig, str]:
+    """Join as beta by the real command; returns the configuration that it has made, and what it said."""
+    settings = tiny_settings(directory, text)
+    own = {key: settings[key] for key in ("directory", "tokenizer", "exchange", "silo", "wandb")}
+    silo = directory / "silo.yaml"
+    directory.mkdir()
+    silo.write_text(yaml.safe_dump(own | {"silos": {"beta": tiny_silo(text, "beta")}}))
+    command = [sys.executable, "-m", "launch.cli", "launch", "join", url, "--config", str(silo), *map(str, options)]
+    done = subprocess.run(
+        command, env=os.environ | (environment or {}), capture_output=True, text=True, check=False, timeout=180
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return load_config([Path(settings["directory"]) / "config.yaml"]), done.stdout
+
+
+def check_joined(config: RunConfig, here: RunConfig, usual: Outcome) -> None:
+    """Every version is, to the byte, that of a federation whose silos were all configured by hand."""
+    run, last = Outcome(config=config), config.schedule.num_versions
+    for version in range(last + 1):
+        assert run.exchange.commit_bytes(version) == usual.exchange.commit_bytes(version)
+    assert final_digest(here, "beta") == final_digest(config, "alpha") == run.commit(last).parameters_digest
+
+
+@pytest.mark.soak
+def test_a_silo_that_joins_comes_to_the_bits_of_one_that_was_configured(
+    tmp_path: Path, tiny_config: TinyConfig, tiny_text: TinyText
+) -> None:
+    usual = federate(tiny_config(tmp_path / "usual"))
+    config = tiny_config(tmp_path / "there", exchange={"url": str(tmp_path / "store")})
+    with all_but_beta(config):
+        here, said = join(tmp_path / "here", tiny_text, config.store_url)
+    assert "\nenters     beta begins with version 0\n" in said
+    check_joined(config, here, usual)
