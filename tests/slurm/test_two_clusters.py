@@ -40,7 +40,7 @@ class Site:
         return done.stdout
 
     def jobs(self, said: str) -> list[str]:
-        return re.findall(r"^[a-z]+: (\d+)$", said, re.MULTILINE)
+        return re.findall(r"^(?:job +)?[a-z]+: (\d+)$", said, re.MULTILINE)
 
 
 def test_from_nothing_to_a_federation_of_two_clusters(tmp_path: Path, s3_url: str) -> None:
