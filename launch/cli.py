@@ -100,17 +100,35 @@ def launch_torchrun_command(
     port: Annotated[int, typer.Option(help="At which the first node serves the rendezvous.")] = 29_400,
     interface: Annotated[str | None, typer.Option(help="Network interface for NCCL and gloo.")] = None,
     max_restarts: Annotated[int, typer.Option(help="How often crashed workers are started again.")] = 3,
+    ssh: Annotated[
+        str | None, typer.Option(help="Start and watch the nodes through it: ssh, with its options.")
+    ] = None,
+    save_seconds: Annotated[int, typer.Option(min=1, help="With --ssh: how long a stop waits for a checkpoint.")] = 120,
 ) -> None:
-    """Print the command that starts a silo on each of its nodes, where there is no scheduler.
+    """Print the command that starts a silo on each of its nodes, where there is no scheduler; or run them by ssh.
 
-    [bold]Example:[/bold] atoll launch torchrun --config run.yaml --silo law --host 10.0.0.1 --host 10.0.0.2
+    By ssh, the nodes are checked first; Ctrl-C saves and stops; the same command goes on.
+
+    [bold]Example:[/bold] atoll launch torchrun --config run.yaml --silo law --host 10.0.0.1 --host 10.0.0.2 --ssh ssh
     """
+    from launch.ssh import launch_by_ssh
     from launch.torchrun import node_commands
-    from pretrain.preflight import check_silo
+    from pretrain.preflight import check_port, check_silo
 
     checked = load_config(config, overrides or [])
+    if ssh is not None:
+        code = launch_by_ssh(
+            *(checked, silo, host),
+            ssh=ssh,
+            port=port,
+            interface=interface,
+            max_restarts=max_restarts,
+            save_seconds=save_seconds,
+        )
+        raise typer.Exit(code)
     commands = node_commands(checked, silo, host, port=port, interface=interface, max_restarts=max_restarts)
     check_silo(checked, silo)
+    check_port(host[0], port, key="--port", given=port)
     for command in commands:
         print(f"# {command.host}\n{command}")
 
@@ -182,7 +200,7 @@ def train(
     [bold]Example:[/bold] atoll train --config run.yaml --silo law
     """
     from launch.local import train_here, write_resolved
-    from pretrain.preflight import check_silo
+    from pretrain.preflight import check_collective, check_silo
 
     checked = load_config(config, overrides or [])
     if silo not in checked.silos:
@@ -190,6 +208,7 @@ def train(
     if checked.silos[silo].num_nodes != 1:
         raise ConfigError(f"silos.{silo}.num_nodes: {checked.silos[silo].num_nodes} given; allowed: 1 with atoll train")
     check_silo(checked, silo)
+    check_collective(checked, silo)
     raise typer.Exit(train_here(checked, silo, write_resolved(checked)))
 
 

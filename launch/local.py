@@ -190,6 +190,10 @@ class Attempt:
     log_directory: Path
     max_restarts: int
     console: Console
+    grace_seconds: float = GRACE_SECONDS
+    """How long a stop waits for what is being saved."""
+    on_second_signal: str = "ends them at once, without saving"
+    """What Ctrl-C does while it waits."""
     failure: "Failure | None" = None
     """What went wrong, if something did."""
     signals: StopSignals = field(default_factory=StopSignals)
@@ -207,7 +211,7 @@ class Attempt:
         )
         with (
             self.signals,
-            Children(grace_seconds=GRACE_SECONDS, inherited_files=inherited_files) as children,
+            Children(grace_seconds=self.grace_seconds, inherited_files=inherited_files) as children,
         ):
             display = make_display(self.config, self.console)
             try:
@@ -248,7 +252,7 @@ class Attempt:
         if running and self.failure is not None:
             display.say(f"{self.failure.name} failed; stopping {', '.join(running)}", style="bold red")
         elif running and self.signals.first is not None:
-            again = "; Ctrl-C again ends them at once, without saving" if self.signals.first == signal.SIGINT else ""
+            again = f"; Ctrl-C again {self.on_second_signal}" if self.signals.first == signal.SIGINT else ""
             display.say(f"stopping: each silo finishes its step and saves a checkpoint{again}", style="bold yellow")
         count_before, next_display = self.signals.count, 0.0
 
@@ -263,14 +267,16 @@ class Attempt:
         self._update(children, display)
 
     def _update(self, children: Children, display: LiveDisplay | PlainDisplay) -> None:
-        statuses = {child.name: child_status(child, self.config) for child in children.all}
-        for name, status in statuses.items():
-            if status.phase == "failed" and (self.failure.name != name if self.failure else self.signals.first):
+        statuses = {}
+        for child in children.all:
+            status = child_status(child, self.config)
+            if status.phase == "failed" and (self.failure.name != child.name if self.failure else self.signals.first):
                 status.phase = "stopped"  # by us
+            statuses[child.command.process or child.name] = status
         display.update(self._metrics.read_new(), statuses)
 
-    def report(self) -> int:
-        """Say how it ended and where things are; returns the exit status."""
+    def report(self, *, write: bool = True) -> int:
+        """Say how it ended and where things are, and write the run's report; returns the exit status."""
         directory = Path(self.config.directory)
         if self.failure is not None:
             self.console.print(self.failure.text, soft_wrap=True, markup=False, highlight=False)
@@ -282,11 +288,11 @@ class Attempt:
                 highlight=False,
             )
             return 128 + self.signals.first
-        # Here and not above: what draws the report takes a second to import, and a failed start should say so at once.
-        from launch.report import write_report
-
         places = {"metrics": directory / "metrics.jsonl", "logs": self.log_directory, "silos": directory / "silos"}
-        if places["metrics"].is_file():
+        if write and places["metrics"].is_file():
+            # Here and not above: what draws it takes a second to import, and a failed start should say so at once.
+            from launch.report import write_report
+
             places = {"report": write_report(self.config), "summary": directory / "summary.json", **places}
         lines = [f"finished: {self.config.inner.num_steps:,} steps in each of {len(self.config.silos)} silos"]
         lines += [f"  {what:<8} {path}" for what, path in places.items()]
@@ -296,7 +302,8 @@ class Attempt:
 
 def child_status(child: Child, config: RunConfig) -> ProcessStatus:
     """What the child says it is doing, corrected by what its exit status tells."""
-    status = read_status(process_directory(config, child.name) / "status.json", child.started_unix_seconds)
+    directory = process_directory(config, child.command.process or child.name)
+    status = read_status(directory / "status.json", child.started_unix_seconds)
     if child.returncode is not None and status.phase not in ("finished", "stopped"):
         status.phase = "finished" if child.returncode == 0 else "failed"
     return status

@@ -3,7 +3,8 @@
 Three ways out, all leading to nothing left behind:
 
 - `Children.stop` (also on leaving the `with` block): SIGTERM to each child's leader, which lets torchrun pass it on to
-  its workers and a silo save a checkpoint; SIGKILL to whatever is left when the grace is over.
+  its workers and a silo save a checkpoint; SIGKILL to whatever is left when the grace is over. An ssh gets the end of
+  its input instead, which reaches the far end.
 - The launcher is killed with SIGKILL: the kernel sends each leader SIGTERM (PR_SET_PDEATHSIG), so the same happens.
 - A leader is killed: its workers are orphans in sessions of their own (torchrun gives each worker one), out of reach
   of a process-group kill. They are found by an environment variable that only our children inherit.
@@ -43,6 +44,10 @@ class ChildCommand:
     """Added to the launcher's own environment."""
     error_path: Path | None = None
     """File in which the child says in one line why it stopped, before it exits with code 2."""
+    process: str = ""
+    """The silo whose status.json tells of it, if not the one of its name."""
+    stops_at_end_of_input: bool = False
+    """It has an open standard input, and closing that asks it to stop, instead of SIGTERM."""
 
 
 class Child:
@@ -73,7 +78,7 @@ class Child:
             self.process = subprocess.Popen(
                 self.command.argv,
                 env=environment,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE if self.command.stops_at_end_of_input else subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -96,6 +101,13 @@ class Child:
         if path is None or not path.is_file():
             return None
         return " ".join(path.read_text().split()) or None
+
+    def ask_to_stop(self) -> None:
+        """SIGTERM to the leader, or the end of its input."""
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        else:
+            self.process.terminate()
 
     def members(self) -> list[int]:
         """Pids of every living process that this child's start brought about, the leader included."""
@@ -145,7 +157,7 @@ class Children:
         return child
 
     def stop(self, hurry: Callable[[], bool] = lambda: False) -> None:
-        """SIGTERM to each leader, wait, then SIGKILL to everything that is left.
+        """Ask each leader to stop, wait, then SIGKILL to everything that is left.
 
         `hurry` is called while waiting and ends the grace by returning True. A second call goes on with the grace of
         the first.
@@ -154,7 +166,7 @@ class Children:
             self._stop_deadline = time.monotonic() + self.grace_seconds
             for child in self.all:
                 if child.returncode is None:
-                    child.process.terminate()
+                    child.ask_to_stop()
         while any(child.returncode is None for child in self.all):
             if time.monotonic() >= self._stop_deadline or hurry():
                 break

@@ -31,6 +31,16 @@ def node_commands(
     Writes the resolved configuration into the run directory, which all nodes must see at the same place. Workers that
     crash are started again by torchrun, up to `max_restarts` times, and resume from the checkpoint. Raises ConfigError.
     """
+    check_options(config, silo, hosts, port)
+    save_config(config, config_path(config))
+    return [
+        node_command(config, silo, hosts, number, port=port, interface=interface, max_restarts=max_restarts)
+        for number in range(len(hosts))
+    ]
+
+
+def check_options(config: RunConfig, silo: str, hosts: list[str], port: int) -> None:
+    """Raise ConfigError for an unknown silo, as many hosts as it has no nodes, or a port that nobody may serve."""
     if silo not in config.silos:
         raise ConfigError(f"--silo: {silo!r} given; allowed: {', '.join(sorted(config.silos))}")
     settings = config.silos[silo]
@@ -41,11 +51,11 @@ def node_commands(
         )
     if not 1024 <= port <= 65_535:
         raise ConfigError(f"--port: {port} given; allowed: 1024 to 65535")
-    save_config(config, Path(config.directory).absolute() / "config.yaml")
-    return [
-        node_command(config, silo, hosts, number, port=port, interface=interface, max_restarts=max_restarts)
-        for number in range(len(hosts))
-    ]
+
+
+def config_path(config: RunConfig) -> Path:
+    """Where the nodes find the resolved configuration."""
+    return Path(config.directory).absolute() / "config.yaml"
 
 
 def node_command(
@@ -66,12 +76,15 @@ def node_command(
     environment = {"OMP_NUM_THREADS": str(settings.num_threads), **KEEP_FREED_MEMORY}
     if interface:
         environment |= {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface}
+    if max_restarts:
+        # Else workers that are started again find in the agents' store the addresses of those before them, and wait for
+        # them for ever (https://github.com/pytorch/pytorch/issues/135712).
+        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     torchrun = [sys.executable, "-m", "torch.distributed.run"]
     torchrun += ["--nnodes", str(len(hosts)), "--nproc-per-node", str(settings.processes_per_node)]
     torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{hosts[0]}:{port}"]
     torchrun += ["--rdzv-id", f"{config.name}-{silo}-{identity}", "--rdzv-conf", f"is_host={int(number == 0)}"]
     torchrun += ["--local-addr", hosts[number], "--max-restarts", str(max_restarts)]
     torchrun += ["--numa-binding", numa] if numa else []
-    path = Path(config.directory).absolute() / "config.yaml"
-    train = ["-m", "pretrain.train", "--config", str(path), "--silo", silo, *(overrides or [])]
+    train = ["-m", "pretrain.train", "--config", str(config_path(config)), "--silo", silo, *(overrides or [])]
     return NodeCommand(host=hosts[number], environment=environment, argv=[*torchrun, *train])

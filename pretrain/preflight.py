@@ -1,7 +1,11 @@
 """What can be checked before any process starts: a mistake is found in a second and touches nothing. No torch."""
 
+import errno
+import socket
 import uuid
+from contextlib import suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from pretrain.config import ConfigError, RunConfig
 from pretrain.exchange.options import store_options
@@ -14,9 +18,10 @@ PROBE = "probe-"
 
 
 def check_run(config: RunConfig) -> None:
-    """Tokenizer, every silo's shards, and the store; prints how software differs. Raises ConfigError."""
+    """Tokenizer, shards, and the store or the collective's port; prints how software differs. Raises ConfigError."""
     for name in config.silos:
         check_silo(config, name)
+        check_collective(config, name)
     for difference in check_store(config):
         print(f"warning: {difference}", flush=True)
 
@@ -52,3 +57,46 @@ def check_store(config: RunConfig) -> list[str]:
         return []
     check_same_contract(build_contract(config), stored, config.store_url)
     return differences(read_contract(stored, config.store_url)[1])
+
+
+def check_collective(config: RunConfig, name: str) -> None:
+    """The port at which silo `name` would serve a collective, if it is the one that does, and on this machine."""
+    if config.exchange.kind == "collective" and name == config.full_roster[0]:
+        parts = urlsplit(config.exchange.url)
+        assert parts.hostname
+        assert parts.port
+        check_port(parts.hostname, parts.port, key="exchange.url", given=config.exchange.url)
+
+
+def check_port(host: str, port: int, *, key: str, given: object) -> None:
+    """A port to serve at is free, if `host` is this machine; of another one, nothing can be said from here."""
+    if is_own_address(host) and port_is_taken(port):
+        raise ConfigError(f"{key}: {given!r} given; port {port} is taken on this machine; allowed: a free one")
+
+
+def is_own_address(host: str) -> bool:
+    """Whether a name or address is one of this machine's; not, if it cannot be resolved here."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return False
+    for family, kind, protocol, _, address in found:
+        with suppress(OSError), socket.socket(family, kind, protocol) as probe:
+            probe.bind(address)
+            return True
+    return False
+
+
+def port_is_taken(port: int) -> bool:
+    """Whether somebody serves at a port, of whichever of this machine's addresses.
+
+    Connections of an earlier server that still linger (TIME_WAIT) do not count: Python sets SO_REUSEADDR, as PyTorch's
+    store does.
+    """
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=dual).close()
+    except OSError as error:
+        return error.errno == errno.EADDRINUSE
+    return False

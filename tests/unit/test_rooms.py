@@ -35,6 +35,7 @@ ALLOWED = {
     "launch.demo": ("launch", "pretrain", "data_tools"),
     "launch.join": ("launch", "pretrain"),
     "launch.plan": ("launch", "pretrain"),
+    "launch.remote": ("launch", "pretrain"),
 }
 WITHOUT_TORCH = (
     "pretrain.config",
