@@ -12,10 +12,11 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from launch.local import process_directory
 from launch.metrics import read_status
 from launch.node import notes_directory
 from launch.slurm import STOP_FILE, job_state, run_command
-from pretrain.config import load_config
+from pretrain.config import ConfigError, load_config
 
+NUM_TRIES, TRY_SECONDS = 20, 15
 UPDATE_TRIES = 20
 
 
@@ -58,11 +60,24 @@ def main() -> int:
     if (arguments.attempt / STOP_FILE).exists():
         print(f"{name} {said}: job {job} ends, as atoll stop asked for", flush=True)
         return 0
-    if job_state(job) == "RUNNING":  # else it was cancelled, or is put back already
+    if _patiently(lambda: job_state(job)) == "RUNNING":  # else it was cancelled, or is put back already
         without = f", without {', '.join(excluded)}" if excluded else ""
         print(f"{name} {said}: job {job} goes back into the queue{without}", flush=True)
         _requeue(job, excluded)
     return 0
+
+
+def _patiently(ask: Callable[[], str]) -> str:
+    """What SLURM answers; its controller may be away for a while. Raises ConfigError in the end."""
+    for left in reversed(range(NUM_TRIES)):
+        try:
+            return ask()
+        except ConfigError as error:
+            print(f"{error}; {left} more tries", flush=True)
+            if not left:
+                raise
+            time.sleep(TRY_SECONDS)
+    raise AssertionError
 
 
 def _count_crash(file: Path, notes: Path, job: str) -> dict[str, Any]:
@@ -80,19 +95,22 @@ def _count_crash(file: Path, notes: Path, job: str) -> dict[str, Any]:
 def _requeue(job: str, excluded: list[str]) -> None:
     """Put the job back; it can be told to avoid nodes only afterwards, while SLURM already ends this script."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    shown = run_command(["scontrol", "show", "job", job, "--oneliner"])
+    shown = _patiently(lambda: run_command(["scontrol", "show", "job", job, "--oneliner"]))
     before = [nodes for nodes in re.findall(r" ExcNodeList=(\S+)", shown) if nodes != "(null)"]
-    subprocess.run(["scontrol", "requeue", job], check=True)
+    _patiently(lambda: run_command(["scontrol", "requeue", job]))
     if not excluded:
         return
     update = ["scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join([*before, *excluded])}"]
     for _ in range(UPDATE_TRIES):
-        done = subprocess.run(update, capture_output=True, text=True, check=False)
-        if done.returncode == 0:
+        with suppress(ConfigError):
+            run_command(update)
             return
         time.sleep(0.5)
-    print(f"job {job} may start on {', '.join(excluded)} again: {done.stderr.strip()}", flush=True)
+    print(f"job {job} may start on {', '.join(excluded)} again", flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except ConfigError as error:
+        sys.exit(f"launch.requeue: {error}")

@@ -9,6 +9,7 @@ limits of any length.
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ STOP_FILE = "stop"
 """In an attempt's folder: its jobs are not to come back."""
 OPTIONS = ("partition", "account", "qos", "constraint", "exclude")
 """Keys of a job that sbatch and srun take as they are."""
+FORGOTTEN = "Invalid job id"
+"""In what squeue says of a job that ended some minutes ago."""
 PROBE_SECONDS = 10
 # What a compute node lacks of the files given to it.
 PROBE = 'for file in "$@"; do [ -r "$file" ] || echo "$SLURMD_NODENAME $file"; done'
@@ -165,6 +168,8 @@ def launch_slurm(
     directory are still there.
     """
     directory = Path(config.directory)
+    if not shutil.which("sbatch"):
+        raise ConfigError("atoll launch slurm: sbatch is not installed here; run it on a login node")
     with hold_directory(directory):
         running = living_jobs(directory)
         if running:
@@ -193,20 +198,28 @@ def living_jobs(directory: Path) -> dict[str, str]:
 
 
 def job_state(job: str) -> str:
-    """PENDING, RUNNING, COMPLETING ...; empty when it has ended."""
-    return run_command(["squeue", "--noheader", f"--jobs={job}", "--format=%T"]).strip()
+    """PENDING, RUNNING, COMPLETING ...; empty when it has ended. Raises ConfigError if SLURM does not answer."""
+    try:
+        return run_command(["squeue", "--noheader", f"--jobs={job}", "--format=%T"]).strip()
+    except ConfigError as error:
+        if FORGOTTEN in str(error):
+            return ""
+        raise
 
 
 def run_command(command: list[str]) -> str:
-    """What one of SLURM's commands prints, and nothing when it has nothing to say."""
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    """What one of SLURM's commands prints. Raises ConfigError with what it says when it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise ConfigError(f"{command[0]} is not installed here; use a login node of the cluster") from None
+    if done.returncode:
+        raise ConfigError(f"{command[0]}: {' '.join((done.stderr or done.stdout).split()) or 'no answer'}")
+    return done.stdout
 
 
 def _sbatch(job: Job, *options: str) -> str:
-    try:
-        done = subprocess.run(["sbatch", *options, str(job.script)], capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        raise ConfigError("atoll launch slurm: sbatch is not installed here; run it on a login node") from None
+    done = subprocess.run(["sbatch", *options, str(job.script)], capture_output=True, text=True, check=False)
     said = " ".join((done.stdout + done.stderr).split())
     if done.returncode:
         reason = said.replace("sbatch: error: ", "").replace("allocation failure: ", "")
