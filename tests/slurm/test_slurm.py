@@ -18,12 +18,13 @@ from benchmarks.elastic import wait_until
 from launch.local import process_directory
 from launch.metrics import read_status
 from launch.site import load_site
-from launch.slurm import launch_slurm
+from launch.slurm import job_state, launch_slurm
 from pretrain.config import RunConfig, load_config, save_config
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, federate
 from tests.faults.test_kills import check_same
 from tests.slurm.cluster import Cluster, missing
+from tests.support import free_port, one_line_error
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
@@ -267,3 +268,15 @@ def test_nodes_that_do_not_see_the_run_directory_are_named(
     line = f"atoll: alpha: node n3 does not see {script}; allowed: a file system that all nodes share\n"
     assert done.stderr == line
     assert slurm.run("squeue", "--noheader") == ""
+
+
+@pytest.mark.soak
+def test_a_slurm_that_does_not_answer_is_no_job_that_has_ended(
+    slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", slurm.environment["SLURM_CONF"])
+    assert job_state("987654") == ""
+    silent = re.sub("SlurmctldPort=.*", f"SlurmctldPort={free_port()}", (slurm.directory / "slurm.conf").read_text())
+    (tmp_path / "slurm.conf").write_text(silent)
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
+    assert one_line_error(job_state, "987654").startswith("squeue: slurm_load_jobs error: Unable to contact")
