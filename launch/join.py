@@ -75,10 +75,7 @@ def _check_can_enter(status: StoreStatus, federation: Federation, *, is_back: bo
 def _start(config: RunConfig, silo: str, site: SiteConfig | None, *, dry_run: bool, says: "Says") -> int:
     if site:
         jobs, notes = launch_slurm(config, site, aggregator=False, dry_run=dry_run)
-        for name, what in jobs.items():
-            says.line("job", f"{name}: {what}")
-        for note in notes:
-            says.line("", note)
+        says.lines([*(f"{name}: {what}" for name, what in jobs.items()), *notes])  # as launch slurm does
         return 0
     path = write_resolved(config)
     if dry_run:
@@ -96,6 +93,10 @@ class Says:
     def line(self, what: str, text: str, style: str = "") -> None:
         """Print a thing and what it is."""
         self._console.print(Text.assemble((f"{what:<11}", "bold"), (text, style)), soft_wrap=True)
+
+    def lines(self, texts: list[str]) -> None:
+        """Print lines as they are."""
+        self._console.print(Text("\n".join(texts)), soft_wrap=True)
 
     def federation(self, federation: Federation, status: StoreStatus) -> None:
         """The contract, who is there, and how its software differs."""

@@ -24,7 +24,7 @@ def test_a_cluster_joins(slurm: Cluster, tmp_path: Path, tiny_config: TinyConfig
     site.write_text(yaml.safe_dump({"job": job}))
     with all_but_beta(config):
         here, said = join(tmp_path / "here", tiny_text, config.store_url, "--site", site, environment=slurm.environment)
-        (job_id,) = re.findall(r"^job +beta: (\d+)$", said, re.MULTILINE)
+        (job_id,) = re.findall(r"^beta: (\d+)$", said, re.MULTILINE)
         slurm.wait([job_id], seconds=120)
     assert "GPUs       none that the site's jobs have on a node: it computes on the CPU" in said
     check_joined(config, here, usual)
