@@ -175,7 +175,7 @@ def worker(config: RunConfig, rank: int) -> psutil.Process:
 @pytest.mark.soak
 @pytest.mark.timeout(600)
 @WITH_SSH
-def test_stopped_and_killed_it_leaves_nothing_and_goes_on_to_the_same_bits(
+def test_stopped_killed_or_without_a_node_it_leaves_nothing_and_goes_on_to_the_same_bits(
     undisturbed: Outcome, tmp_path: Path, tiny_config: TinyConfig
 ) -> None:
     config = make_config(tiny_config, tmp_path, num_nodes=2, **LONG)
@@ -197,6 +197,15 @@ def test_stopped_and_killed_it_leaves_nothing_and_goes_on_to_the_same_bits(
             assert read_status(status).phase == "stopped"
             newest = max(int(path.name[5:]) for path in checkpoints.glob("step-*"))
             assert f"stopped after step {newest}: on request" in log.read_text()
+        with launched(config, options) as launcher:
+            lost = [p for p in of_alpha(config) if p.environ().get(MARK, "").startswith("alpha-127.0.0.2-")]
+            for process in lost:
+                if process.name() != "ssh":
+                    process.kill()  # torchrun and its worker
+            said, _ = launcher.communicate(timeout=120)
+            assert launcher.returncode == 1
+            assert "error: alpha-127.0.0.2 failed with exit status 137" in said
+            assert not of_alpha(config)
         done = subprocess.run(command(config, *options), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
     assert not of_alpha(config)
