@@ -1,6 +1,5 @@
 """`atoll`: the one command. A user's mistake is one line on stderr and exit code 2."""
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -112,7 +111,7 @@ def launch_torchrun_command(
     [bold]Example:[/bold] atoll launch torchrun --config run.yaml --silo law --host 10.0.0.1 --host 10.0.0.2 --ssh ssh
     """
     from launch.ssh import launch_by_ssh
-    from launch.torchrun import node_commands
+    from launch.torchrun import check_options, node_commands
     from pretrain.preflight import check_port, check_silo
 
     checked = load_config(config, overrides or [])
@@ -126,9 +125,10 @@ def launch_torchrun_command(
             save_seconds=save_seconds,
         )
         raise typer.Exit(code)
-    commands = node_commands(checked, silo, host, port=port, interface=interface, max_restarts=max_restarts)
+    check_options(checked, silo, host, port)
     check_silo(checked, silo)
     check_port(host[0], port, key="--port", given=port)
+    commands = node_commands(checked, silo, host, port=port, interface=interface, max_restarts=max_restarts)
     for command in commands:
         print(f"# {command.host}\n{command}")
 
@@ -219,10 +219,11 @@ def aggregate(config: Config, overrides: Overrides = None) -> None:
     [bold]Example:[/bold] atoll aggregate --config run.yaml
     """
     from launch.local import write_resolved
+    from launch.processes import run_here
 
     path = write_resolved(load_config(config, overrides or []))
     command = [sys.executable, "-m", "pretrain.aggregate", "--config", str(path)]
-    raise typer.Exit(subprocess.run(command, check=False).returncode)
+    raise typer.Exit(run_here(command, {}))
 
 
 @app.command()

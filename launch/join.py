@@ -10,7 +10,7 @@ from launch.display import format_bytes
 from launch.local import train_here, write_resolved
 from launch.plan import format_seconds
 from launch.report import format_count
-from launch.site import SiteConfig, load_site
+from launch.site import SiteConfig, check_gpus, load_site
 from launch.slurm import launch_slurm
 from launch.status_reader import StoreStatus, store_status
 from pretrain import join as joining
@@ -152,7 +152,7 @@ class Says:
         num_processes = config.silos[silo].processes_per_node
         num = site.silos[silo].gpus_per_node if site else joining.num_gpus()
         where = "that the site's jobs have on a node" if site else "of this machine"
-        joining.check_gpus(silo, num_processes, num, where)
+        check_gpus(silo, num_processes, num, where)
         text = f"{num} {where}, processes: {num_processes}" if num else f"none {where}: it computes on the CPU"
         self.line("GPUs", text)
 

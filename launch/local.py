@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -17,7 +16,7 @@ from rich.console import Console
 
 from launch.display import AGGREGATOR, LiveDisplay, PlainDisplay, make_display
 from launch.metrics import MetricsReader, ProcessStatus, read_status
-from launch.processes import POLL_SECONDS, Child, ChildCommand, Children
+from launch.processes import POLL_SECONDS, STOP_SIGNALS, Child, ChildCommand, Children, run_here
 from pretrain.config import ConfigError, RunConfig, save_config
 from pretrain.lock import lock_directory
 
@@ -29,7 +28,6 @@ LOG_TAIL_LINES = 20
 # Activations are freed and allocated at every step; glibc's default hands them back to the kernel each time, which
 # costs training on a CPU up to a fifth of its speed (docs/benchmarks.md). Keep blocks up to 64 MiB, 256 MiB in all.
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(64 << 20), "MALLOC_TRIM_THRESHOLD_": str(256 << 20)}
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 CommandBuilder = Callable[[RunConfig, Path], list[ChildCommand]]
 
@@ -96,7 +94,7 @@ def local_commands(config: RunConfig, config_path: Path) -> list[ChildCommand]:
 def train_here(config: RunConfig, silo: str, config_path: Path) -> int:
     """Run one silo's torchrun on this machine to its end; returns the exit status, 2 for a user's mistake."""
     command = next(command for command in local_commands(config, config_path) if command.name == silo)
-    code = subprocess.run(command.argv, env=os.environ | command.environment, check=False).returncode
+    code = run_here(command.argv, command.environment)
     return 2 if code and command.error_path and command.error_path.exists() else code
 
 

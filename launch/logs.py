@@ -15,7 +15,8 @@ def read_logs(directory: Path, names: list[str], *, num_lines: int, follow: bool
     Raises ConfigError if there are none.
     """
     latest = directory / "logs" / "latest"
-    found = sorted(path.stem for path in latest.glob("*.log"))
+    while not (found := sorted(path.stem for path in latest.glob("*.log"))) and follow and latest.is_dir():
+        time.sleep(POLL_SECONDS)  # jobs wait in the queue
     if not found:
         raise ConfigError(f"run directory: {str(directory)!r} given; there are no logs in {latest}")
     unknown = sorted(set(names) - set(found))

@@ -19,7 +19,9 @@ from pathlib import Path
 
 from launch.torchrun import node_command
 from pretrain.config import ConfigError, RunConfig, SiloConfig, load_config
+from pretrain.lock import lock_holder
 
+LOCK_SECONDS = 300
 CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 # SLURM signals all processes of a step; torchrun is the one that answers.
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
@@ -57,6 +59,10 @@ def main() -> int:
                 numa=arguments.numa,
                 overrides=overrides,
             )
+            if os.environ.get("SLURM_RESTART_COUNT"):
+                _wait_for_the_last_start(config.silo_directory(arguments.silo))
+            if signals:
+                return 128 + signals[0]
             variables = os.environ | command.environment | environment
             code = subprocess.run(command.argv, env=variables, check=False).returncode
     except ConfigError as error:
@@ -67,6 +73,13 @@ def main() -> int:
         notes.mkdir(parents=True, exist_ok=True)
         (notes / f"{start}-{node}").write_text(json.dumps({"time": time.time(), "node": node}))
     return code
+
+
+def _wait_for_the_last_start(directory: Path) -> None:
+    """A node that SLURM lost may go on for a while, and so may a file system's locks of it."""
+    end = time.monotonic() + LOCK_SECONDS
+    while lock_holder(directory) and time.monotonic() < end:
+        time.sleep(1)
 
 
 def notes_directory(config: RunConfig, silo: str) -> Path:
@@ -82,9 +95,11 @@ def staged(
 
     Raises ConfigError if they do not fit there.
     """
-    if not scratch:
+    if scratch is None:
         yield [], {}
         return
+    if not scratch:
+        raise ConfigError("scratch: it is empty on this node; allowed: a folder, or a variable that is set")
     folder = Path(scratch) / f"atoll-{identity}-{silo}"
     try:
         shutil.rmtree(folder, ignore_errors=True)  # of a start of this job that was ended in the middle

@@ -27,6 +27,7 @@ MARK = "ATOLL_CHILD"
 """Environment variable that every descendant of a child inherits; its value tells whose descendant it is."""
 
 POLL_SECONDS = 0.1
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
 
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
@@ -173,6 +174,20 @@ class Children:
             time.sleep(POLL_SECONDS)
         for child in self.all:
             child.kill()
+
+
+def run_here(argv: list[str], environment: dict[str, str]) -> int:
+    """Run a program to its end, and hand on to it what asks us to stop, once; returns its exit status.
+
+    Call it from the main thread.
+    """
+    variables = os.environ | environment
+    prepare = _die_with(os.getpid())
+    with subprocess.Popen(argv, env=variables, start_new_session=True, preexec_fn=prepare) as child:  # noqa: PLW1509
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, lambda number, _: child.send_signal(number))
+        return child.wait()
 
 
 def _die_with(launcher_pid: int) -> Callable[[], None]:

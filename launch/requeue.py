@@ -26,7 +26,7 @@ from launch.node import notes_directory
 from launch.slurm import STOP_FILE, job_state, run_command
 from pretrain.config import ConfigError, load_config
 
-NUM_TRIES, TRY_SECONDS = 20, 15
+TRY_SECONDS = 15
 UPDATE_TRIES = 20
 
 
@@ -43,46 +43,52 @@ def main() -> int:
     config, name, job = load_config([arguments.config]), arguments.name, os.environ["SLURM_JOB_ID"]
     directory = process_directory(config, name)
     directory.mkdir(parents=True, exist_ok=True)
+    os.listdir(directory)  # has NFS look again
     phase, excluded = read_status(directory / "status.json").phase, list[str]()
     if phase == "finished":
         return 0
-    if (directory / "error.txt").is_file() or arguments.code == 2:
+    if phase != "stopped" and ((directory / "error.txt").is_file() or arguments.code == 2):
         return 2
+    if (arguments.attempt / STOP_FILE).exists():
+        print(f"{name} has {'saved and ' if phase == 'stopped' else ''}stopped: job {job} ends", flush=True)
+        return 0
+    if _patiently(lambda: job_state(job, f"{config.name}-{name}")) != "RUNNING":
+        return 0  # it was cancelled, or is put back already
     if phase == "stopped":
         said = "has saved and stopped"
     else:
-        found = _count_crash(directory / "crashes.json", notes_directory(config, name), job)
+        found = _count_crash(directory, notes_directory(config, name), job)
         said = f"has crashed {found['crashes']} times"
         if found["crashes"] > arguments.max_crashes:
             print(f"{name} {said}: job {job} ends", flush=True)
             return 1
         excluded = [node for node, number in found["nodes"].items() if number >= arguments.exclude_after]
-    if (arguments.attempt / STOP_FILE).exists():
-        print(f"{name} {said}: job {job} ends, as atoll stop asked for", flush=True)
-        return 0
-    if _patiently(lambda: job_state(job)) == "RUNNING":  # else it was cancelled, or is put back already
-        without = f", without {', '.join(excluded)}" if excluded else ""
-        print(f"{name} {said}: job {job} goes back into the queue{without}", flush=True)
-        _requeue(job, excluded)
+    without = f", without {', '.join(excluded)}" if excluded else ""
+    print(f"{name} {said}: job {job} goes back into the queue{without}", flush=True)
+    _requeue(job, excluded)
     return 0
 
 
 def _patiently(ask: Callable[[], str]) -> str:
-    """What SLURM answers; its controller may be away for a while. Raises ConfigError in the end."""
-    for left in reversed(range(NUM_TRIES)):
+    """What SLURM answers; its controller may be away for as long as the job lives."""
+    while True:
         try:
             return ask()
         except ConfigError as error:
-            print(f"{error}; {left} more tries", flush=True)
-            if not left:
-                raise
+            print(error, flush=True)
             time.sleep(TRY_SECONDS)
-    raise AssertionError
 
 
-def _count_crash(file: Path, notes: Path, job: str) -> dict[str, Any]:
-    """Crashes so far, and how many began on each node: where torchrun was the first to fail."""
-    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"crashes": 0, "nodes": {}}
+def _count_crash(directory: Path, notes: Path, job: str) -> dict[str, Any]:
+    """Crashes of this job since anything was last saved, and how many of all began on each node: where torchrun was
+    the first to fail.
+    """
+    file, saved = directory / "crashes.json", _saved(directory)
+    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    if found.get("job") != job:
+        found = {"job": job, "crashes": 0, "nodes": {}}
+    if found.get("saved") != saved:
+        found |= {"saved": saved, "crashes": 0}
     start = f"{job}-{os.environ.get('SLURM_RESTART_COUNT', '0')}-"
     failed = sorted((json.loads(note.read_text()) for note in notes.glob(f"{start}*")), key=lambda note: note["time"])
     found["crashes"] += 1
@@ -90,6 +96,13 @@ def _count_crash(file: Path, notes: Path, job: str) -> dict[str, Any]:
         found["nodes"] = Counter(found["nodes"]) + Counter([failed[0]["node"]])
     file.write_text(json.dumps(found))
     return found
+
+
+def _saved(directory: Path) -> str:
+    """What tells one state of progress from another: a silo's newest checkpoint, the aggregator's newest commit."""
+    newest = directory / "newest.json"
+    checkpoints = [path.parent.name for path in (directory / "checkpoints").glob("step-*/state.json")]
+    return newest.read_text() if newest.is_file() else max(checkpoints, default="")
 
 
 def _requeue(job: str, excluded: list[str]) -> None:

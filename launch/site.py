@@ -40,7 +40,8 @@ class JobConfig:
     runtime: str = "apptainer"
     """What runs the container: apptainer or pyxis."""
     mounts: list[str] = field(default_factory=list)
-    """What of the node is visible in the container, as the runtime takes it: run directory, data and tokenizer."""
+    """What of the node is visible in the container, as the runtime takes it: run directory, data, tokenizer, and the
+    directory in which the launch is made."""
     python: str = ""
     """Interpreter that has atoll, in the container if there is one; empty: the one that submits."""
     scratch: str | None = None
@@ -85,3 +86,11 @@ def load_site(paths: list[Path], config: RunConfig) -> SiteConfig:
                 words = ", ".join(str(one or "null") for one in allowed)
                 raise ConfigError(f"{name}: {key}: {given!r} given; allowed: {words}")
     return site
+
+
+def check_gpus(silo: str, num_processes: int, num_gpus: int, where: str) -> None:
+    """Raise ConfigError if there are GPUs, but fewer than processes; where there are none, CPUs compute."""
+    if 0 < num_gpus < num_processes:
+        raise ConfigError(
+            f"silos.{silo}.processes_per_node: {num_processes} given; allowed: up to {num_gpus}, the GPUs {where}"
+        )

@@ -19,8 +19,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from launch.display import AGGREGATOR
 from launch.local import hold_directory, make_attempt, point_latest, process_directory
-from launch.site import JobConfig, SiteConfig
-from pretrain.config import ConfigError, RunConfig, save_config
+from launch.site import JobConfig, SiteConfig, check_gpus
+from pretrain.config import ConfigError, RunConfig, load_config, save_config
 
 TEMPLATES = Path(__file__).parent.parent / "slurm"
 JOBS_FILE = "jobs.json"
@@ -60,7 +60,6 @@ def render_jobs(config: RunConfig, site: SiteConfig, attempt: Path, *, aggregato
     jobs = []
     for name in ([AGGREGATOR] if aggregator and config.exchange.kind == "store" else []) + sorted(config.silos):
         job = site.aggregator if name == AGGREGATOR else site.silos[name]
-        python = job.python or sys.executable
         text = templates.get_template("aggregator.sbatch.j2" if name == AGGREGATOR else "silo.sbatch.j2").render(
             name=name,
             run=config.name,
@@ -70,13 +69,19 @@ def render_jobs(config: RunConfig, site: SiteConfig, attempt: Path, *, aggregato
             silo=config.silos.get(name),
             job=job,
             options=OPTIONS,
-            python=python,
-            host_python=sys.executable if job.container else python,
+            stop_file=attempt.absolute() / STOP_FILE,
+            python=job.python or sys.executable,
+            host_python=host_python(job),
         )
         script = attempt.absolute() / f"{name}.sbatch"
         script.write_text(text)
         jobs.append(Job(name=name, script=script, settings=job))
     return jobs
+
+
+def host_python(job: JobConfig) -> Path:
+    """The interpreter of what runs on a node beside a container."""
+    return Path(sys.executable if job.container or not job.python else job.python)
 
 
 def check_jobs(jobs: list[Job]) -> dict[str, str]:
@@ -92,10 +97,11 @@ def _check_time_limit(job: Job) -> None:
     leaves no time to train.
     """
     limit, warn_seconds = job.settings.time_limit, job.settings.warn_seconds
-    if limit and time_limit_seconds(limit) <= warn_seconds:
+    # SLURM may send the signal up to a minute early.
+    if limit and time_limit_seconds(limit) <= warn_seconds + 60:
         raise ConfigError(
-            f"{job.name}: time_limit: {limit!r} given; allowed: above the {warn_seconds} seconds before it at which "
-            "warn_seconds stops the job"
+            f"{job.name}: time_limit: {limit!r} given; allowed: more than a minute above the {warn_seconds} seconds "
+            "before it at which warn_seconds stops the job"
         )
     partition = [f"--partition={job.settings.partition}"] if job.settings.partition else []
     most = run_command(["sinfo", "--noheader", "--format=%P %l", *partition]).split()
@@ -123,20 +129,29 @@ def time_limit_seconds(limit: str) -> int:
 
 
 def check_nodes(config: RunConfig, jobs: list[Job]) -> str:
-    """Have free nodes look for what all must see; returns a note if none were free, and raises ConfigError if they lack
-    something.
+    """Have free nodes look for what all must see, for the largest silo of each kind of nodes.
+
+    Returns a note on those that were not free. Raises ConfigError if a node lacks something.
     """
-    job = max((job for job in jobs if job.name in config.silos), key=lambda job: config.silos[job.name].num_nodes)
+    largest: dict[tuple[str, ...], Job] = {}
+    for job in sorted(
+        (job for job in jobs if job.name in config.silos), key=lambda job: config.silos[job.name].num_nodes
+    ):
+        largest[tuple(getattr(job.settings, key) or "" for key in OPTIONS)] = job
+    return "; ".join(filter(None, (_probe(config, job) for job in largest.values())))
+
+
+def _probe(config: RunConfig, job: Job) -> str:
     silo = config.silos[job.name]
     files = [job.script, config.tokenizer_file.absolute(), *(Path(path).absolute() for path in silo.data)]
-    files += [] if job.settings.container else [Path(job.settings.python or sys.executable)]
+    files += [host_python(job.settings)]
     where = [f"--{key}={value}" for key in OPTIONS if (value := getattr(job.settings, key))]
     srun = ["srun", f"--immediate={PROBE_SECONDS}", "--quiet", "--time=1", *where, *job.settings.sbatch]
     command = [*srun, f"--nodes={silo.num_nodes}", "--ntasks-per-node=1", "bash", "-c", PROBE, "probe"]
     done = subprocess.run([*command, *map(str, files)], capture_output=True, text=True, check=False, cwd="/")
     if done.returncode:
         reason = " ".join(done.stderr.split()).replace("srun: error: ", "")
-        return f"not checked whether compute nodes see {config.directory}: {reason or 'no answer'}"
+        return f"not checked whether the nodes of {job.name} see {config.directory}: {reason or 'no answer'}"
     for line in sorted(done.stdout.splitlines()):
         node, file = line.split(" ", 1)
         raise ConfigError(f"{job.name}: node {node} does not see {file}; allowed: a file system that all nodes share")
@@ -149,11 +164,11 @@ def submit_jobs(jobs: list[Job], attempt: Path) -> dict[str, str]:
     try:
         for job in jobs:
             submitted[job.name] = _sbatch(job, "--parsable").split(";")[0]
-    except ConfigError:
+            (attempt / JOBS_FILE).write_text(json.dumps(submitted, indent=1) + "\n")
+    except BaseException:
         if submitted:
             subprocess.run(["scancel", *submitted.values()], check=False)
         raise
-    (attempt / JOBS_FILE).write_text(json.dumps(submitted, indent=1) + "\n")
     point_latest(attempt)
     return submitted
 
@@ -168,6 +183,9 @@ def launch_slurm(
     directory are still there.
     """
     directory = Path(config.directory)
+    for name, silo in config.silos.items():
+        job, where = site.silos[name], "that the site's jobs have on a node"
+        check_gpus(name, silo.processes_per_node, job.gpus_per_node, where)
     if not shutil.which("sbatch"):
         raise ConfigError("atoll launch slurm: sbatch is not installed here; run it on a login node")
     with hold_directory(directory):
@@ -194,13 +212,18 @@ def submitted_jobs(directory: Path) -> tuple[Path | None, dict[str, str]]:
 
 def living_jobs(directory: Path) -> dict[str, str]:
     """Silo, or aggregator, to the id of its job, for those that are in the queue or run."""
-    return {name: job for name, job in submitted_jobs(directory)[1].items() if job_state(job)}
+    jobs = submitted_jobs(directory)[1]
+    run = load_config([directory / "config.yaml"]).name if jobs else ""
+    return {name: job for name, job in jobs.items() if job_state(job, f"{run}-{name}")}
 
 
-def job_state(job: str) -> str:
-    """PENDING, RUNNING, COMPLETING ...; empty when it has ended. Raises ConfigError if SLURM does not answer."""
+def job_state(job: str, name: str) -> str:
+    """PENDING, RUNNING, COMPLETING ...; empty when it has ended. Raises ConfigError if SLURM does not answer.
+
+    A job with another name is another cluster's, or a later one.
+    """
     try:
-        return run_command(["squeue", "--noheader", f"--jobs={job}", "--format=%T"]).strip()
+        return run_command(["squeue", "--noheader", f"--jobs={job}", f"--name={name}", "--format=%T"]).strip()
     except ConfigError as error:
         if FORGOTTEN in str(error):
             return ""
@@ -224,4 +247,4 @@ def _sbatch(job: Job, *options: str) -> str:
     if done.returncode:
         reason = said.replace("sbatch: error: ", "").replace("allocation failure: ", "")
         raise ConfigError(f"{job.name}: sbatch does not take {os.path.relpath(job.script)}: {reason}")
-    return said
+    return done.stdout.strip() or said  # a site's own notes go to stderr, and so does what --test-only says

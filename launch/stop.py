@@ -5,9 +5,10 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
-from launch.slurm import STOP_FILE, job_state, living_jobs, submitted_jobs
+from launch.slurm import STOP_FILE, living_jobs, run_command, submitted_jobs
 from pretrain.config import ConfigError
 from pretrain.lock import lock_holder
 
@@ -27,25 +28,35 @@ def stop_run(directory: Path, say: Say = print) -> list[str]:
 
 
 def _stop_jobs(directory: Path, say: Say) -> list[str]:
-    attempt, jobs = submitted_jobs(directory)
+    attempt, _ = submitted_jobs(directory)
     living = living_jobs(directory)
     if not attempt or not living:
         return []
     (attempt / STOP_FILE).touch()  # launch/requeue.py looks for it
     asked: set[str] = set()
+    stopped = [f"{name} (job {job})" for name, job in living.items()]
     while living:
-        for name, job in living.items():
-            state = job_state(job)
-            if state == "PENDING":
-                subprocess.run(["scancel", "--state=PENDING", job], check=False)
-            elif state == "RUNNING" and job not in asked:
-                say(f"{name}: job {job} saves and stops")
-                # The same as before a time limit. What SIGTERM starts, SLURM ends after KillWait.
-                subprocess.run(["scancel", "--signal=USR1", job], check=False)
-                asked.add(job)
+        try:
+            for name, job in living.items():
+                if job not in asked and _ask(job):
+                    say(f"{name}: job {job} saves and stops")
+                    asked.add(job)
+            living = living_jobs(directory)
+        except ConfigError as error:  # SLURM does not answer at the moment
+            say(str(error))
         time.sleep(POLL_SECONDS)
-        living = {name: job for name, job in living.items() if job_state(job)}
-    return [f"{name} (job {job})" for name, job in jobs.items()]
+    return stopped
+
+
+def _ask(job: str) -> bool:
+    """Cancel a job that waits; ask one that runs to save and stop, as before its time limit. Whether it was asked.
+
+    One whose script has not come to its srun looks for the file. What SIGTERM starts, SLURM ends after KillWait.
+    """
+    subprocess.run(["scancel", "--state=PENDING", job], check=False)
+    steps = run_command(["squeue", "--steps", "--noheader", f"--jobs={job}", "--format=%i"]).split()
+    runs = any(step.rpartition(".")[2].isdigit() for step in steps)
+    return runs and subprocess.run(["scancel", "--signal=USR1", job], check=False).returncode == 0
 
 
 def _stop_processes(directory: Path, say: Say) -> list[str]:
@@ -61,7 +72,8 @@ def _stop_processes(directory: Path, say: Say) -> list[str]:
                 "stop it there"
             )
         say(f"{what}: process {holder.process} saves and stops")
-        os.kill(holder.process, signal.SIGTERM)
+        with suppress(ProcessLookupError):
+            os.kill(holder.process, signal.SIGTERM)
         while lock_holder(folder):
             time.sleep(POLL_SECONDS)
         stopped.append(f"{what} (process {holder.process})")

@@ -23,6 +23,7 @@ from pretrain.collect import Collector, Delivery
 from pretrain.config import ConfigError, RunConfig, load_config
 from pretrain.disk import full_disk
 from pretrain.exchange.lease import Lease
+from pretrain.exchange.objects import StoreTroubleError
 from pretrain.exchange.store import StoreExchange, delivery_path, file_payload, version_path
 from pretrain.journal import Journal
 from pretrain.lock import lock_directory
@@ -389,7 +390,7 @@ def aggregate(config: RunConfig, journal: Journal) -> None:
 
 
 def main() -> int:
-    """Command line; returns the exit code: 0 done, 2 a user's mistake, 75 stopped."""
+    """Command line; returns the exit code: 0 done, 2 a user's mistake, 75 stopped, or a store in trouble."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", action="append", required=True, help="YAML file; may be given several times")
     parser.add_argument("overrides", nargs="*", help="key=value")
@@ -413,11 +414,12 @@ def main() -> int:
         if not isinstance(error, ConfigError | RefusedError) and not (message := full_disk(error, config.directory)):
             raise
         print(f"atoll: {message}", file=sys.stderr, flush=True)
+        may_pass = isinstance(error, StoreTroubleError)
         with suppress(OSError):  # the disk may be full
             if journal:
                 journal.error(message)
-                journal.status("failed")
-        return 2
+                journal.status("stopped" if may_pass else "failed")
+        return STOPPED if may_pass else 2
     peak_memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     journal.record("aggregator", peak_memory_bytes=peak_memory_bytes)
     journal.status("finished", round=config.num_rounds)

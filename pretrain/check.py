@@ -168,7 +168,8 @@ def _check_roster(config: "RunConfig") -> None:
     _require(len(set(config.roster)) == len(config.roster), "roster", config.roster, "each name once")
     for name in config.full_roster:
         key = "roster" if config.roster else "silos"
-        _require(bool(SILO_NAME.fullmatch(name)), key, name, "names of a-z, 0-9, _ and -")
+        fits = SILO_NAME.fullmatch(name) and name != "aggregator"
+        _require(bool(fits), key, name, "names of a-z, 0-9, _ and -, and not aggregator")
     for name, silo in config.silos.items():
         _require(name in config.full_roster, "silos", name, f"names of the roster: {', '.join(config.full_roster)}")
         _check_silo(name, silo)

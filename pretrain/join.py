@@ -266,14 +266,6 @@ def num_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def check_gpus(silo: str, num_processes: int, num_gpus: int, where: str) -> None:
-    """Raise ConfigError if there are GPUs, but fewer than processes; where there are none, CPUs compute."""
-    if 0 < num_gpus < num_processes:
-        raise ConfigError(
-            f"silos.{silo}.processes_per_node: {num_processes} given; allowed: up to {num_gpus}, the GPUs {where}"
-        )
-
-
 def measure_link(federation: Federation) -> Link:
     """Write an object that cannot be compressed to the store, read it back, and delete it. Raises ConfigError."""
     objects, probe, data = federation.exchange.objects, f"{PROBE}{uuid.uuid4().hex}", os.urandom(PROBE_BYTES)

@@ -21,6 +21,7 @@ from pretrain.check import check_batch
 from pretrain.config import ConfigError, RunConfig, SiloConfig, load_config
 from pretrain.disk import full_disk
 from pretrain.exchange.base import Exchange
+from pretrain.exchange.objects import StoreTroubleError
 from pretrain.journal import Journal
 from pretrain.lock import lock_directory
 from pretrain.outer.rounds import next_step
@@ -349,7 +350,7 @@ def run(config: RunConfig, name: str, journal: Journal | None) -> int:
 
 
 def main() -> int:
-    """Command line; returns the exit code: 0 done, 2 a user's mistake, 75 stopped with a checkpoint."""
+    """Command line; returns the exit code: 0 done, 2 a user's mistake, 75 stopped, or a store in trouble."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", action="append", required=True, help="YAML file; may be given several times")
     parser.add_argument("--silo", required=True, help="which of the configuration's silos this is")
@@ -367,7 +368,7 @@ def main() -> int:
             journal.status("starting")
         code = run(config, arguments.silo, journal)
     except Exception as error:
-        code, message = 2, str(error)
+        code, message = STOPPED if isinstance(error, StoreTroubleError) else 2, str(error)
         if not isinstance(error, ConfigError) and not (message := full_disk(error, config.directory)):
             raise
         only_ours = isinstance(error, BadTokenError) or not isinstance(error, ConfigError)

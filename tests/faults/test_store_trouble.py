@@ -16,6 +16,7 @@ import pytest
 from pretrain.config import RunConfig, save_config
 from pretrain.exchange.lease import Lease
 from pretrain.exchange.store import StoreExchange
+from pretrain.stopping import STOPPED
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, federate
 from tests.faults.scripted import Faults, with_faults
@@ -141,7 +142,7 @@ def test_a_disk_that_stays_full_ends_in_one_line(tmp_path: Path, tiny_config: Ti
         exchange = {"url": str(disk / "store"), "retry_seconds": 0.5}  # version 0 does not fit
         process = aggregator(tiny_config(tmp_path, exchange=exchange))
         out, error = process.communicate(timeout=120)
-        assert process.returncode == 2
+        assert process.returncode == STOPPED
         assert error == (
             f"atoll: exchange.url: {disk}/store given; global/000000/parameter-000.safetensors cannot be written: "
             "No space left on device; tried for 0.5 s (exchange.retry_seconds)\n"

@@ -110,7 +110,7 @@ def test_preempted_and_stopped_by_time_limits_it_comes_to_the_same_bits(
     }
     local = federate(make_config(tiny_config, tmp_path / "local", num_nodes=1, **long))
     config = make_config(tiny_config, tmp_path / "slurm", num_nodes=2, **long)
-    jobs = submitted(slurm, written(slurm, config, tmp_path, time_limit="2", warn_seconds=60))
+    jobs = submitted(slurm, written(slurm, config, tmp_path, time_limit="2", warn_seconds=50))
     wanted, preempted = ["alpha", "beta", "aggregator", "alpha"], list[str]()
     end = time.monotonic() + 800
     while set(states := [slurm.state(job) for job in jobs.values()]) != {"COMPLETED"}:
@@ -135,8 +135,10 @@ def test_preempted_and_stopped_by_time_limits_it_comes_to_the_same_bits(
 
 
 def test_a_dry_run_writes_checks_and_submits_nothing(slurm: Cluster, tmp_path: Path, tiny_config: TinyConfig) -> None:
-    config = make_config(tiny_config, tmp_path, num_nodes=2)
-    done = atoll(slurm, *written(slurm, config, tmp_path), "--dry-run")
+    directory = tmp_path / "with a blank"
+    directory.mkdir()
+    config = make_config(tiny_config, directory, num_nodes=2)
+    done = atoll(slurm, *written(slurm, config, directory), "--dry-run")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("aggregator: sbatch: Job ")
     assert slurm.run("squeue", "--noheader") == ""
@@ -151,6 +153,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "no such partition": ({"partition": "no"}, f"aggregator: {REFUSED}invalid partition specified: no"),
     "too many nodes": ({}, f"alpha: {REFUSED}Requested node configuration is not available"),
     "no such constraint": ({"constraint": "a100"}, f"aggregator: {REFUSED}Invalid feature specification"),
+    "fewer GPUs than processes": (
+        {"gpus_per_node": 1},
+        "silos.alpha.processes_per_node: 2 given; allowed: up to 1, the GPUs that the site's jobs have on a node",
+    ),
     "no GPUs": ({"gpus_per_node": 4}, f"alpha: {REFUSED}Requested node configuration is not available"),
     "a time limit above the partition's": (
         {"partition": "short", "time_limit": "1:00:00"},
@@ -158,7 +164,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a time limit that leaves no time": (
         {"time_limit": "2"},
-        "aggregator: time_limit: '2' given; allowed: above the 120 seconds before it at which warn_seconds",
+        "aggregator: time_limit: '2' given; allowed: more than a minute above the 120 seconds",
     ),
     "unknown runtime": ({"runtime": "docker"}, "aggregator: runtime: 'docker' given; allowed: apptainer, pyxis"),
     "unknown binding": (
@@ -175,7 +181,7 @@ def test_what_sbatch_would_not_take_is_one_line_and_nothing_is_submitted(
     mistake: str, slurm: Cluster, tmp_path: Path, tiny_config: TinyConfig
 ) -> None:
     job, expected = MISTAKES[mistake]
-    config = make_config(tiny_config, tmp_path, num_nodes=2)
+    config = make_config(tiny_config, tmp_path, num_nodes=1 if mistake == "fewer GPUs than processes" else 2)
     if mistake == "too many nodes":
         five = {"num_nodes": 5, "global_batch_sequences": 5, "micro_batch_sequences": 1}
         config.silos["alpha"] = dataclasses.replace(config.silos["alpha"], **five)
@@ -231,8 +237,8 @@ def test_all_options_of_a_site_render(slurm: Cluster, tmp_path: Path, tiny_confi
         "memory": "0",
     }
     for runtime, expected in {
-        "apptainer": "apptainer exec --bind /data --bind '/a b:/c' 'atoll image.sif' /opt/atoll/bin/python",
-        "pyxis": "--container-image='atoll image.sif' --container-mounts='/data,/a b:/c' /opt/atoll/bin/python",
+        "apptainer": """apptainer exec --pwd "$PWD" --bind /data --bind '/a b:/c' 'atoll image.sif' /opt/atoll/""",
+        "pyxis": """='atoll image.sif' --container-workdir="$PWD" --container-mounts='/data,/a b:/c' /opt/atoll/""",
     }.items():
         done = atoll(slurm, *written(slurm, config, tmp_path, runtime=runtime, **every), "--dry-run")
         assert done.returncode == 0, done.stderr
@@ -275,8 +281,8 @@ def test_a_slurm_that_does_not_answer_is_no_job_that_has_ended(
     slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_CONF", slurm.environment["SLURM_CONF"])
-    assert job_state("987654") == ""
+    assert job_state("987654", "run-law") == ""
     silent = re.sub("SlurmctldPort=.*", f"SlurmctldPort={free_port()}", (slurm.directory / "slurm.conf").read_text())
     (tmp_path / "slurm.conf").write_text(silent)
     monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
-    assert one_line_error(job_state, "987654").startswith("squeue: slurm_load_jobs error: Unable to contact")
+    assert one_line_error(job_state, "987654", "run-law").startswith("squeue: slurm_load_jobs error: Unable to contact")

@@ -13,6 +13,7 @@ import yaml
 from rich.console import Console
 
 from launch.join import join
+from launch.site import check_gpus
 from pretrain import join as joining
 from pretrain import software
 from pretrain.config import RunConfig, load_config
@@ -353,8 +354,8 @@ def test_too_little_disk_and_too_few_gpus(tmp_path: Path, tiny_config: TinyConfi
     assert message.startswith(f"directory: '{tmp_path}/run' given; 1,152,921,504,606,846,976 bytes are needed there")
     assert not (tmp_path / "run").exists()
     for num_gpus in (0, 4, 8):
-        joining.check_gpus("law", 4, num_gpus, "of this machine")
-    assert one_line_error(joining.check_gpus, "law", 4, 2, "of this machine") == (
+        check_gpus("law", 4, num_gpus, "of this machine")
+    assert one_line_error(check_gpus, "law", 4, 2, "of this machine") == (
         "silos.law.processes_per_node: 4 given; allowed: up to 2, the GPUs of this machine"
     )
 
