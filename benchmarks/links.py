@@ -109,7 +109,7 @@ def configuration(
 
 
 @contextlib.contextmanager
-def namespaces(silos: list[str], rate: str | None) -> Iterator[tuple[str, dict[str, str]]]:
+def namespaces(silos: list[str], rate: str | None, *, burst: str = "1mbit") -> Iterator[tuple[str, dict[str, str]]]:
     """One for the hub and one for each silo, in the order of the roster: 10.77.i.2 behind 10.77.i.1.
 
     Without a rate the links are as fast as the machine.
@@ -128,7 +128,7 @@ def namespaces(silos: list[str], rate: str | None) -> Iterator[tuple[str, dict[s
                 run(f"ip -n {where} addr add 10.77.{index}.{last}/30 dev {device}")
                 run(f"ip -n {where} link set {device} up")
                 if rate:
-                    run(f"tc -n {where} qdisc add dev {device} root tbf rate {rate} burst 1mbit latency 50ms")
+                    run(f"tc -n {where} qdisc add dev {device} root tbf rate {rate} burst {burst} latency 50ms")
             run(f"ip -n {space} route add default via 10.77.{index}.1")
         yield hub, spaces
     finally:

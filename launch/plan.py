@@ -141,13 +141,14 @@ def _neighbours(plan: Plan) -> Table | Text:
 
 def _memory(plan: Plan) -> Table:
     stages = [f"device,\nZeRO-{stage}" for stage in range(4)]
-    table = _new_table("\nMemory, at its peak", *stages, "leader's\nprocess", "leader's\nnode")
+    table = _new_table("\nMemory, at its peak", *stages, "leader's\nprocess", "leader's\nnode", "all of it\non a CPU")
     for silo, memory in plan.memory.items():
         devices = [
             Text(format_bytes(peak), style="bold" if stage == memory.stage else "dim")
             for stage, peak in enumerate(memory.device_bytes)
         ]
-        table.add_row(Text(silo), *devices, format_bytes(memory.leader_bytes), format_bytes(memory.node_bytes))
+        hosts = (memory.leader_bytes, memory.node_bytes, memory.cpu_bytes)
+        table.add_row(Text(silo), *devices, *(format_bytes(number) for number in hosts))
     if plan.aggregator_memory_bytes:
-        table.add_row("aggregator", "", "", "", "", format_bytes(plan.aggregator_memory_bytes), "")
+        table.add_row("aggregator", "", "", "", "", format_bytes(plan.aggregator_memory_bytes), "", "")
     return table

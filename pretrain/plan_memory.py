@@ -14,8 +14,10 @@ from pretrain.outer.state import kept_kinds
 from pretrain.plan_bytes import Shapes, fragments
 from pretrain.silo.optim import is_muon_matrix
 
-# Resident memory with a model of 40 thousand parameters, on a CPU; what a client of an object store adds.
-SILO_BYTES, AGGREGATOR_BYTES, CLIENT_BYTES = 425 << 20, 390 << 20, 32 << 20
+# Resident memory with a model of 40 thousand parameters, on a CPU.
+SILO_BYTES, AGGREGATOR_BYTES = 425 << 20, 390 << 20
+CLIENT_BYTES, BLOCK_BYTES = 32 << 20, 50 << 20  # what a client of an object store adds, and the most it reads at once
+HEAP_SHARE = 0.8  # of the activations' bytes: what glibc's heap keeps beside what lives in it, where they are on a CPU
 MERGE_BYTES = 40  # of the tensor that is being merged, an element: float64 copies
 REDUCE_BUCKET, LIVE_PARAMETERS = 500_000_000, 1_000_000_000  # DeepSpeed's defaults, in elements
 # What a step of the optimizer needs beside what is kept, bytes a parameter of this rank's share, by stage.
@@ -34,17 +36,23 @@ class SiloMemory:
     """Host memory of the leader's process for syncing, and of the process itself."""
     node_bytes: int
     """Host memory of the leader's node: all its processes, and what is offloaded."""
+    cpu_bytes: int
+    """Of the leader's process where the CPU is the device."""
 
 
 def silo_memory(config: RunConfig, name: str, shapes: Shapes, hugging_face: Any) -> SiloMemory:
     """Memory of a silo; `hugging_face` is the model's `transformers` configuration."""
-    silo = config.silos[name]
-    leader, others = SILO_BYTES + _client_bytes(config) + _sync_bytes(config, shapes), silo.processes_per_node - 1
+    silo, stage = config.silos[name], _zero(config.silos[name]).get("stage", 0)
+    device = [_device_bytes(config, silo, stage, shapes, hugging_face) for stage in range(4)]
+    leader, others = SILO_BYTES + _sync_bytes(config, shapes), silo.processes_per_node - 1
+    offloaded = _offloaded_bytes(config, silo, shapes)
+    heap = round(HEAP_SHARE * activation_bytes(hugging_face, shapes, silo, config.sequence_tokens))
     return SiloMemory(
-        stage=_zero(silo).get("stage", 0),
-        device_bytes=[_device_bytes(config, silo, stage, shapes, hugging_face) for stage in range(4)],
+        stage=stage,
+        device_bytes=device,
         leader_bytes=leader,
-        node_bytes=leader + others * SILO_BYTES + silo.processes_per_node * _offloaded_bytes(config, silo, shapes),
+        node_bytes=leader + others * SILO_BYTES + silo.processes_per_node * offloaded,
+        cpu_bytes=leader + offloaded + device[stage] + heap,
     )
 
 
@@ -135,23 +143,27 @@ def activation_bytes(hugging_face: Any, shapes: Shapes, silo: SiloConfig, sequen
 
 
 def _sync_bytes(config: RunConfig, shapes: Shapes) -> int:
-    """The leader's fp32 copy of the model, error feedback, and of each version in flight what goes and what comes."""
+    """The client, the leader's fp32 copy of the model, error feedback, and the versions in flight, both ways."""
     outer, num_elements = config.outer, _num_elements(shapes)
     decay = FEEDBACK_DECAY[outer.codec] if outer.error_feedback is None else outer.error_feedback
     kept = 4 * num_elements * (2 if decay else 1)
     in_flight = min(outer.num_fragments, 1 + outer.overlap_steps * outer.num_fragments // outer.sync_interval_steps)
     coded = (QUANTIZERS[outer.codec].bits + QUANTIZERS[outer.downlink_codec].bits) / 8
-    if config.exchange.kind == "collective":  # a part of the outer state
+    if config.exchange.kind == "collective":  # version 0, which passes through, and a part of the outer state
+        kept += 4 * num_elements * 3
         kept += 4 * num_elements * len(kept_kinds(outer.optimizer, outer.downlink_codec)) // len(config.full_roster)
-    return round(kept + in_flight * _largest_fragment(config, shapes) * (4 + 4 + coded))
+    return round(_client_bytes(config, shapes) + kept + in_flight * _largest_fragment(config, shapes) * (4 + 4 + coded))
 
 
 def _largest_fragment(config: RunConfig, shapes: Shapes) -> int:
     return max(_num_elements(part) for part in fragments(config, shapes))
 
 
-def _client_bytes(config: RunConfig) -> int:
-    return CLIENT_BYTES if config.exchange.kind == "store" and "://" in config.store_url else 0
+def _client_bytes(config: RunConfig, shapes: Shapes) -> int:
+    """Of an object store's client, with the payload that passes through it, of version 0 in fp32."""
+    if config.exchange.kind != "store" or "://" not in config.store_url:
+        return 0
+    return CLIENT_BYTES + min(BLOCK_BYTES, 4 * _largest_fragment(config, shapes))
 
 
 def _offloaded_bytes(config: RunConfig, silo: SiloConfig, shapes: Shapes) -> int:
@@ -173,4 +185,4 @@ def aggregator_bytes(config: RunConfig, shapes: Shapes) -> int:
     # Deliveries are mapped files, and count as long as there is room. Version 0 is a model before it is a state.
     coded = fragment * (num_silos * QUANTIZERS[outer.codec].bits + QUANTIZERS[outer.downlink_codec].bits) / 8
     merging, state = coded + (MERGE_BYTES + stacked) * largest, 4 * (1 + len(kinds)) * _num_elements(shapes)
-    return round(AGGREGATOR_BYTES + _client_bytes(config) + state + max(merging, 4 * _num_elements(shapes)))
+    return round(AGGREGATOR_BYTES + _client_bytes(config, shapes) + state + max(merging, 4 * _num_elements(shapes)))
