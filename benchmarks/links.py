@@ -20,14 +20,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from launch.demo import federated_config, prepare_text
-from launch.local import launch_local, local_commands
+from launch.local import CommandBuilder, launch_local, local_commands
 from launch.processes import ChildCommand
 from pretrain.config import RunConfig
 
@@ -109,10 +109,18 @@ def configuration(
 
 
 @contextlib.contextmanager
-def namespaces(silos: list[str], rate: str | None, *, burst: str = "1mbit") -> Iterator[tuple[str, dict[str, str]]]:
+def namespaces(
+    silos: list[str],
+    rate: str | None,
+    *,
+    burst: str = "1mbit",
+    forwarding: bool = True,
+    offline: Collection[str] = (),
+) -> Iterator[tuple[str, dict[str, str]]]:
     """One for the hub and one for each silo, in the order of the roster: 10.77.i.2 behind 10.77.i.1.
 
-    Without a rate the links are as fast as the machine.
+    Without a rate the links are as fast as the machine. Without `forwarding`, silos reach the hub and not one another;
+    those of `offline` have no link at all.
     """
     hub = f"hub{os.getpid()}"
     spaces = {silo: f"silo{index}-{os.getpid()}" for index, silo in enumerate(sorted(silos))}
@@ -121,8 +129,10 @@ def namespaces(silos: list[str], rate: str | None, *, burst: str = "1mbit") -> I
             run(f"ip netns add {space}")
             run(f"ip -n {space} link set lo up")
         run(f"ip -n {hub} addr add {HUB_ADDRESS}/32 dev lo")
-        run(f"ip netns exec {hub} sysctl -qw net.ipv4.ip_forward=1")
-        for index, space in enumerate(spaces.values()):
+        run(f"ip netns exec {hub} sysctl -qw net.ipv4.ip_forward={int(forwarding)}")
+        for index, (silo, space) in enumerate(spaces.items()):
+            if silo in offline:
+                continue
             run(f"ip -n {hub} link add hub{index} type veth peer name silo netns {space}")
             for where, device, last in ((hub, f"hub{index}", 1), (space, "silo", 2)):
                 run(f"ip -n {where} addr add 10.77.{index}.{last}/30 dev {device}")
@@ -137,10 +147,16 @@ def namespaces(silos: list[str], rate: str | None, *, burst: str = "1mbit") -> I
 
 
 @contextlib.contextmanager
-def s3_server(hub: str) -> Iterator[None]:
-    """moto's S3 API in the hub's namespace, with an empty bucket."""
+def s3_server(
+    hub: str, changes: Mapping[str, str] | None = None, certificate: tuple[Path, Path] | None = None
+) -> Iterator[None]:
+    """moto's S3 API in the hub's namespace, with an empty bucket; over TLS with a certificate and its key.
+
+    `changes` of the environment are for the client that makes the bucket.
+    """
     argv = inside(hub, [sys.executable, "-m", "moto.server", "-H", "0.0.0.0", "-p", str(S3_PORT)])
-    environment, silent = os.environ | S3_ENVIRONMENT, subprocess.DEVNULL
+    argv += ["-c", str(certificate[0]), "-k", str(certificate[1])] if certificate else []
+    environment, silent = os.environ | S3_ENVIRONMENT | dict(changes or {}), subprocess.DEVNULL
     server = subprocess.Popen(argv, env=environment, stdout=silent, stderr=silent)
     make = "import s3fs, time\nfor _ in range(50):\n  try: s3fs.S3FileSystem().mkdir('benchmark'); break\n"
     make += "  except Exception: time.sleep(0.5)\nelse: raise SystemExit('no S3 API')"
@@ -171,22 +187,28 @@ def trained(config: RunConfig, hub: str, spaces: dict[str, str]) -> dict[str, An
     """Train from the beginning to the end, each process in its namespace; returns what is in `summary.json`."""
     directory = Path(config.directory)
     shutil.rmtree(directory, ignore_errors=True)  # utilisation is of one whole run
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with (directory.parent / "launch.log").open("a") as log:
+        console, build = Console(file=log, width=120), in_namespaces(hub, spaces, S3_ENVIRONMENT)
+        if launch_local(config, build_commands=build, console=console):
+            raise SystemExit(f"{directory} failed: see {log.name}")
+    return json.loads((directory / "summary.json").read_text())
 
-    def in_namespaces(config: RunConfig, path: Path) -> list[ChildCommand]:
+
+def in_namespaces(hub: str, spaces: Mapping[str, str], environment: Mapping[str, str]) -> CommandBuilder:
+    """Starts each silo in its namespace and the aggregator in the hub's, with what is added to the environment."""
+
+    def build(config: RunConfig, path: Path) -> list[ChildCommand]:
         return [
             dataclasses.replace(
                 command,
                 argv=inside(spaces.get(command.name, hub), command.argv),
-                environment=command.environment | S3_ENVIRONMENT,
+                environment={**command.environment, **environment},
             )
             for command in local_commands(config, path)
         ]
 
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with (directory.parent / "launch.log").open("a") as log:
-        if launch_local(config, build_commands=in_namespaces, console=Console(file=log, width=120)):
-            raise SystemExit(f"{directory} failed: see {log.name}")
-    return json.loads((directory / "summary.json").read_text())
+    return build
 
 
 def measured_mbit(space: str, hub: str, num_bytes: int = 5_000_000) -> float:
