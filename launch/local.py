@@ -95,7 +95,10 @@ def train_here(config: RunConfig, silo: str, config_path: Path) -> int:
     """Run one silo's torchrun on this machine to its end; returns the exit status, 2 for a user's mistake."""
     command = next(command for command in local_commands(config, config_path) if command.name == silo)
     code = run_here(command.argv, command.environment)
-    return 2 if code and command.error_path and command.error_path.exists() else code
+    if command.error_path and command.error_path.exists():
+        return 2 if code else 0
+    stopped = read_status(process_directory(config, silo) / "status.json").phase == "stopped"
+    return 0 if stopped else code  # torchrun takes it for a failure if only the silo was asked to stop
 
 
 def write_resolved(config: RunConfig) -> Path:
