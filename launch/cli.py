@@ -337,6 +337,34 @@ def report(directory: RunDirectory) -> None:
 
 
 @app.command()
+def compare(
+    config: Config,
+    overrides: Overrides = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
+    dry_run: Annotated[bool, typer.Option(help="Show the runs, and start none.")] = False,
+    table: Annotated[bool, typer.Option(help="Only write tables and plots of what is finished.")] = False,
+) -> None:
+    """Train central, isolated, federated and personalised models at equal tokens, and say how they compare.
+
+    What is interrupted goes on with the same command. See docs/learning.md for the configuration.
+
+    [bold]Example:[/bold] atoll compare --config compare.yaml --jobs 2
+    """
+    from launch.compare import compare as run_comparison
+    from launch.compare import load_comparison, plan_runs
+    from launch.compare_table import write_results
+
+    spec = load_comparison(config, overrides or [])
+    if dry_run:
+        for run in plan_runs(spec):
+            print(f"{run.directory}  {run.tokens:,} tokens  {'finished' if run.is_finished else 'to do'}")
+        return
+    code = 0 if table else run_comparison(spec, jobs=jobs)
+    print(write_results(spec))
+    raise typer.Exit(code)
+
+
+@app.command()
 def export(
     directory: RunDirectory,
     output: Annotated[Path, typer.Option(help="Directory to make; must not exist.")],

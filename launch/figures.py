@@ -253,3 +253,40 @@ def _svg(figure: Figure) -> str:
     text = buffer.getvalue()
     # Only the element: an XML declaration and a document type have no place inside a page.
     return text[text.index("<svg") :]
+
+
+def compared_losses(curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]]) -> str:
+    """Held-out loss against tokens: of every model one curve, the mean over seeds, and where they lie."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH_INCHES * 0.7, 4.0), layout="constrained")
+        axes = figure.subplots()
+        for number, (model, seeds) in enumerate(curves.items()):
+            points = list(zip(*(seed[1:] for seed in seeds), strict=False))  # without the untrained model
+            tokens = [same[0][0] for same in points]
+            losses = [[loss for _, loss in same] for same in points]
+            color = SILO_COLORS[number % len(SILO_COLORS)]
+            axes.plot(tokens, [sum(found) / len(found) for found in losses], label=model, color=color)
+            axes.fill_between(tokens, [min(f) for f in losses], [max(f) for f in losses], color=color, alpha=0.2, lw=0)
+        axes.set_title("held-out loss, nats")
+        axes.set_xlabel("tokens")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+        axes.legend()
+        return _svg(figure)
+
+
+def compared_silos(own: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """Each silo's loss on its own held-out text: a row a silo, a dot a model and seed."""
+    silos = sorted({silo for losses in own.values() for silo in losses})
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH_INCHES * 0.7, 0.6 * len(silos) + 1.4), layout="constrained")
+        axes = figure.subplots()
+        for number, (model, losses) in enumerate(own.items()):
+            points = [(loss, row) for row, silo in enumerate(silos) for loss in losses.get(silo, ())]
+            height = 0.6 * (number / max(1, len(own) - 1) - 0.5)
+            color = SILO_COLORS[number % len(SILO_COLORS)]
+            axes.plot([x for x, _ in points], [y + height for _, y in points], "o", label=model, color=color, ms=4)
+        axes.set_yticks(range(len(silos)), silos)
+        axes.invert_yaxis()
+        axes.set_title("held-out loss of each silo's own text, nats")
+        axes.legend(bbox_to_anchor=(1.01, 1), loc="upper left")
+        return _svg(figure)

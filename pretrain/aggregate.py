@@ -27,11 +27,12 @@ from pretrain.exchange.objects import StoreTroubleError
 from pretrain.exchange.store import StoreExchange, delivery_path, file_payload, version_path
 from pretrain.journal import Journal
 from pretrain.lock import lock_directory
-from pretrain.merging import commit_record, contributor, outer_optimizer, read_delivery
+from pretrain.merging import commit_record, contributor, outer_optimizer, read_delivery, shared_moments
 from pretrain.outer.codec import check, decoded, encode
 from pretrain.outer.digest import Row, digest_rows, tensor_row
 from pretrain.outer.fragments import cut_fragments
-from pretrain.outer.merge import mean_cosine, weighted_mean
+from pretrain.outer.merge import importance_mean, mean_cosine, weighted_mean
+from pretrain.outer.moments import check_factors, importance, merge_factors
 from pretrain.outer.quantize import Parts
 from pretrain.outer.robust import clip_factors, coordinate_median, krum, trimmed_mean
 from pretrain.outer.state import OuterTensors, kept_at_start, kept_kinds
@@ -109,7 +110,7 @@ class Aggregator:
         )
         self._cut(parameters)
         changes = {name: encode("fp32", value, value) for name, value in parameters.items()}
-        self._commit(state, range(len(self._fragments)), changes, "fp32", [], divisor=0, metrics={})
+        self._commit(state, range(len(self._fragments)), changes, [], factors={}, divisor=0, metrics={})
         return state
 
     def _cut(self, parameters: Mapping[str, Tensor]) -> None:
@@ -196,6 +197,8 @@ class Aggregator:
         """Check a payload's tensors; returns the norm of the pseudo-gradient in it. Raises ValueError."""
         if delivery.tensors.names != sorted(names):
             raise ValueError("it holds other tensors than those of its fragment")
+        shapes = {name: state.parameters[name].shape for name in names}
+        check_factors(delivery.tensors.factors, shared_moments(self._config, names, shapes))
         norm_squared = 0.0
         for name in names:
             try:
@@ -222,6 +225,7 @@ class Aggregator:
         names = self._fragments[self._schedule.fragment(version)]
         changes: dict[str, Parts] = {}
         update_squared, units_squared = 0.0, 0.0
+        moments = shared_moments(self._config, names, {name: state.parameters[name].shape for name in names})
         weights, factors = self._shares(state, deliveries, names)
         for name in names:
             base = state.parameters[name]
@@ -234,6 +238,9 @@ class Aggregator:
                     if outer.merge == "median"
                     else trimmed_mean(stacked, outer.num_malicious)
                 )
+            elif outer.merge == "importance" and name in moments:
+                said = (importance(delivery.tensors.factors[name]) for delivery in deliveries)
+                merged = importance_mean(zip(weights, each, said, strict=True), base.shape)
             else:
                 counted = ((weight, value) for weight, value in zip(weights, each, strict=True) if weight)
                 merged, _ = weighted_mean(counted, base.shape)
@@ -291,8 +298,10 @@ class Aggregator:
         divisor = sum(weights)
         metrics |= self._facts(deliveries)
         fragment = self._schedule.fragment(state.version + 1)
-        codec = self._config.outer.downlink_codec
-        commit = self._commit(state, [fragment], changes, codec, contributors, divisor=divisor, metrics=metrics)
+        factors = self._merge_factors(state, deliveries, weights)
+        commit = self._commit(
+            state, [fragment], changes, contributors, factors=factors, divisor=divisor, metrics=metrics
+        )
         print(
             f"commit {state.version:5d}/{self._schedule.num_versions}  fragment {fragment}  "
             f"silos {', '.join(c.silo for c in contributors)}  divisor {divisor}  update {metrics['update_norm']:.4f}  "
@@ -306,6 +315,19 @@ class Aggregator:
             self._config.exchange.keep_versions,
             self._schedule.num_fragments * (2 if self._config.membership.stale_weight else 1),
         )
+
+    def _merge_factors(self, state: OuterState, deliveries: list[Delivery], weights: list[int]) -> dict[str, Parts]:
+        """The second moments' factors that all silos go on with: weighted like the merge, or as robust."""
+        names = self._fragments[self._schedule.fragment(state.version + 1)]
+        shapes = {name: state.parameters[name].shape for name in names}
+        found = [
+            (weight, delivery.tensors.factors) for weight, delivery in zip(weights, deliveries, strict=True) if weight
+        ]
+        robust = self._config.outer.merge in ("clip", "trimmed_mean", "median")
+        return {
+            name: merge_factors([(weight, factors[name]) for weight, factors in found], shape, robust=robust)
+            for name, shape in shared_moments(self._config, names, shapes).items()
+        }
 
     def _facts(self, deliveries: list[Delivery]) -> dict[str, float]:
         """What later rounds need to know of the silos in this one."""
@@ -323,26 +345,29 @@ class Aggregator:
         state: OuterState,
         fragments: Sequence[int],
         changes: dict[str, Parts],
-        codec: str,
         contributors: list[Contributor],
         *,
+        factors: dict[str, Parts],
         divisor: int,
         metrics: dict[str, float],
     ) -> Commit:
         version, outbox = state.version + 1, self._scratch / "outbox"
+        codec = self._config.outer.downlink_codec if version else "fp32"
         shutil.rmtree(outbox, ignore_errors=True)
         payloads: list[tuple[Payload, Path]] = []
         state_payloads: list[tuple[Payload, Path]] = []
 
-        def write(stem: str, kind: str, fragment: int, values: Mapping[str, Parts]) -> tuple[Payload, Path]:
+        def write(
+            stem: str, kind: str, fragment: int, values: Mapping[str, Parts], beside: dict[str, Parts] | None = None
+        ) -> tuple[Payload, Path]:
             file = outbox / f"{stem}-{fragment:03d}.safetensors"
-            save_tensors(values, file, kind)
+            save_tensors(values, file, kind, factors=beside)
             return file_payload(file, fragment), file
 
         for fragment in fragments:
             names = self._fragments[fragment]
             coded = {name: changes[name] for name in names}
-            payloads.append(write(PARAMETER if codec == "fp32" else "change", PARAMETER, fragment, coded))
+            payloads.append(write(PARAMETER if codec == "fp32" else "change", PARAMETER, fragment, coded, factors))
             for kind, values in (state.kept | ({PARAMETER: state.parameters} if codec != "fp32" else {})).items():
                 whole = {name: {"values": values[name]} for name in names}
                 state_payloads.append(write(kind, kind, fragment, whole))

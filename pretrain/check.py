@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from pretrain.config import ModelConfig, OuterConfig, RunConfig, SiloConfig
 
 SCHEDULES = ("cosine", "wsd", "constant")
-MERGES = ("mean", "clip", "trimmed_mean", "median", "krum")
+MOMENTS = ("local", "shared")
+MERGES = ("mean", "importance", "clip", "trimmed_mean", "median", "krum")
 CODECS = ("fp32", "bf16", "int8", "int4", "e3m0", "topk")
 # What s3fs, gcsfs, adlfs and the libraries under them call a secret, or a name that goes with one.
 SECRET_NAME = re.compile(r"secret|token|passw|credential|connection_string|authorization|username|key$|key_id$", re.I)
@@ -47,6 +48,7 @@ def check_config(config: "RunConfig") -> None:
         "outer.merge": (config.outer.merge, MERGES),
         "membership.steps": (config.membership.steps, ("equal", "speed")),
         "outer.codec": (config.outer.codec, CODECS),
+        "outer.second_moments": (config.outer.second_moments, MOMENTS),
         "outer.downlink_codec": (config.outer.downlink_codec, CODECS),
         "exchange.kind": (config.exchange.kind, ("store", "collective", "none")),
         "wandb.mode": (config.wandb.mode, ("offline", "online", "disabled")),
@@ -92,6 +94,9 @@ def check_config(config: "RunConfig") -> None:
         f"a multiple of outer.sync_interval_steps={config.outer.sync_interval_steps}",
     )
     _check_streaming(config.outer)
+    moments = config.outer.second_moments
+    kept = moments == "local" or config.inner.optimizer != "sgd"
+    _require(kept, "outer.second_moments", moments, "local with inner.optimizer=sgd, which has none")
     _check_model(config.model)
     _check_roster(config)
     for check in (_check_options, _check_collective, _check_membership, _check_merge, _check_muon):
@@ -211,9 +216,17 @@ def _check_membership(config: "RunConfig") -> None:
 def _check_merge(config: "RunConfig") -> None:
     """A robust merge stands `num_malicious` silos only among enough others, in the smallest commit too."""
     outer, rules = config.outer, config.membership
-    if outer.merge == "mean":
+    if outer.merge == "importance":
+        given = outer.second_moments
+        _require(given == "shared", "outer.second_moments", given, "shared with outer.merge=importance")
+    if outer.merge in ("mean", "importance"):
         return
-    _require(config.exchange.kind != "collective", "outer.merge", outer.merge, "mean with exchange.kind=collective")
+    _require(
+        config.exchange.kind != "collective",
+        "outer.merge",
+        outer.merge,
+        "mean, importance with exchange.kind=collective",
+    )
     _require(outer.num_malicious >= 1, "outer.num_malicious", outer.num_malicious, "1 or more")
     fewest = rules.quorum or rules.sample or len(config.full_roster)
     needed = 2 * outer.num_malicious + (3 if outer.merge == "krum" else 1)

@@ -92,7 +92,8 @@ class OuterConfig:
     min_lr_ratio: float = 0.1
     """Final learning rate divided by `lr` (cosine and wsd)."""
     merge: str = "mean"
-    """mean by tokens; clip (norms to their median), trimmed_mean, median or krum where silos may send anything."""
+    """mean by tokens; importance: and, element by element, by the root of each silo's second moment; clip (norms to
+    their median), trimmed_mean, median or krum where silos may send anything."""
     num_malicious: int = 1
     """Silos that clip, trimmed_mean, median or krum must stand; ignored by mean."""
     codec: str = "fp32"
@@ -105,6 +106,8 @@ class OuterConfig:
     """Sets of whole tensors that take turns: each is synced every H steps, evenly apart (Streaming DiLoCo)."""
     overlap_steps: int = 0
     """Inner steps between the delivery of a fragment and the adoption of what was merged; below H."""
+    second_moments: str = "local"
+    """local: each silo has its own of AdamW's; shared: averaged at every sync, as means of rows and columns."""
     mixing: float = 0.0
     """Share of the local parameters that stays when merged ones are adopted; 0 takes the merged, 1 never syncs."""
 

@@ -85,7 +85,8 @@ def _fill_from_silo(config: RunConfig, parameters: dict[str, Tensor], version: i
 def _copy_file(file: Path, parameters: dict[str, Tensor], *, prefix: str) -> None:
     with safe_open(file, framework="pt") as tensors:
         for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
-            parameters[name.removeprefix(prefix)].copy_(tensors.get_tensor(name))
+            if name.startswith(prefix):
+                parameters[name.removeprefix(prefix)].copy_(tensors.get_tensor(name))
 
 
 def export_global_model(config: RunConfig, directory: Path, version: int | None = None) -> dict[str, Any]:

@@ -1,9 +1,13 @@
 """What merging takes, whoever merges: the deliveries' terms, the outer optimizer, the commit's contributors."""
 
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+import torch
 
 from pretrain.config import OuterConfig, RunConfig
 from pretrain.outer.optimizer import OuterOptimizer
+from pretrain.silo.optim import is_muon_matrix
 from pretrain.trust.ledger import Commit, Contributor, Manifest, RefusedError, sha256_bytes
 
 
@@ -49,6 +53,14 @@ def contributor(manifest: Manifest, manifest_bytes: bytes, weight: int) -> Contr
         steps=manifest.steps,
         weight=weight,
     )
+
+
+def shared_moments(config: RunConfig, names: Iterable[str], shapes: Mapping[str, torch.Size]) -> dict[str, torch.Size]:
+    """Of a fragment's tensors those whose second moments silos share: what AdamW trains, if the contract says so."""
+    if config.outer.second_moments != "shared":
+        return {}
+    muon = config.inner.optimizer == "muon"
+    return {name: shapes[name] for name in names if not (muon and is_muon_matrix(name, shapes[name]))}
 
 
 def outer_optimizer(outer: OuterConfig) -> OuterOptimizer:

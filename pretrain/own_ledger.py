@@ -18,6 +18,7 @@ from pretrain.exchange.store import StoreExchange, file_payload, version_path
 from pretrain.outer.digest import Row, digest_rows, tensor_row
 from pretrain.outer.fragments import cut_fragments
 from pretrain.outer.pieces import Piece, cut_pieces
+from pretrain.outer.quantize import Parts
 from pretrain.outer.state import OuterTensors, kept_at_start
 from pretrain.payload import PARAMETER, Tensors, save_tensors
 from pretrain.silo.model import initial_parameters
@@ -74,13 +75,14 @@ class OwnLedger:
         *,
         parameters_digest: str,
         outer_digest: str,
+        factors: Mapping[str, Parts] | None = None,
         contributors: Sequence[Contributor] = (),
         metrics: Mapping[str, float] | None = None,
     ) -> tuple[Commit, list[Path]]:
         """A commit that is not written yet, and the files that it names."""
         files = [self._file(fragment) for fragment in values]
         for file, tensors in zip(files, values.values(), strict=True):
-            save_tensors({name: {"values": value} for name, value in tensors.items()}, file)
+            save_tensors({name: {"values": value} for name, value in tensors.items()}, file, factors=factors)
         commit = Commit(
             contract_sha256=self.contract_sha256,
             version=version,
@@ -139,17 +141,23 @@ class OwnLedger:
     def received(self, version: int) -> Received:
         """A version that is there already."""
         commit = self._store.read_commit(version)
-        values = {name: value for payload in commit.payloads for name, value in self._tensors(version, payload).items()}
+        values: dict[str, Tensor] = {}
+        factors: dict[str, Parts] = {}
+        for payload in commit.payloads:
+            found, beside = self._tensors(version, payload)
+            values |= found
+            factors |= beside
         rows = {name: tensor_row(name, value) for name, value in values.items()}
-        return Received(commit=commit, values=values, rows=rows, bytes_sent=0, bytes_received=0)
+        return Received(commit=commit, values=values, rows=rows, factors=factors, bytes_sent=0, bytes_received=0)
 
-    def _tensors(self, version: int, payload: Payload) -> dict[str, Tensor]:
+    def _tensors(self, version: int, payload: Payload) -> tuple[dict[str, Tensor], dict[str, Parts]]:
         file = self._file(payload.fragment)
         self._store.fetch(version_path(version), payload, file)
         tensors = Tensors(file)
         values = {name: tensors.parts(name)["values"].clone() for name in tensors.names}
+        factors = tensors.factors
         file.unlink()
-        return values
+        return values, factors
 
     # ---- our part of the outer state
 
@@ -169,7 +177,7 @@ class OwnLedger:
         pieces: dict[str, Tensor] = {}
         num_silos, index = len(self._config.full_roster), self._config.full_roster.index(self._silo)
         for version, payload in self._store.newest_state(self.newest, self._schedule.num_fragments):
-            values = self._tensors(version, payload)
+            values, _ = self._tensors(version, payload)
             rows |= {name: tensor_row(name, value) for name, value in values.items()}
             mine = all_pieces(values, num_silos)[index]
             pieces |= {piece.key: piece.of(values[piece.name]).clone() for piece in mine}

@@ -14,7 +14,9 @@ import torch
 from tokenizers import Tokenizer
 
 from pretrain.config import ConfigError, RunConfig
+from pretrain.merging import shared_moments
 from pretrain.outer.fragments import cut_fragments
+from pretrain.outer.moments import SECOND_MOMENT, factor_bytes, layout
 from pretrain.outer.pieces import cut_pieces
 from pretrain.outer.quantize import QUANTIZERS
 from pretrain.payload import PARAMETER
@@ -79,8 +81,8 @@ def fragments(config: RunConfig, shapes: Shapes) -> list[dict[str, torch.Size]]:
     return [{name: shapes[name] for name in names} for names in cut]
 
 
-def payload_bytes(codec: str, shapes: Shapes) -> int:
-    """Bytes of the file that `payload.save_tensors` makes of these tensors in a codec.
+def payload_bytes(codec: str, shapes: Shapes, moments: Shapes | None = None) -> int:
+    """Bytes of the file that `payload.save_tensors` makes of these tensors in a codec, and the factors of `moments`.
 
     The layout is safetensors': eight bytes, a JSON header padded to eight, and the parts, wide types first, then by
     name: https://github.com/huggingface/safetensors#format
@@ -90,6 +92,9 @@ def payload_bytes(codec: str, shapes: Shapes) -> int:
         for part, (dtype, length) in QUANTIZERS[codec].layout(shape.numel()).items():
             sent = list(shape) if codec == "fp32" else [length]
             parts.append((-dtype.itemsize, f"{PARAMETER}/{part}/{name}", SAFETENSORS_NAMES[dtype], sent))
+    for name, shape in (moments or {}).items():
+        for part, size in layout(shape).items():
+            parts.append((-4, f"{SECOND_MOMENT}/{part}/{name}", "F32", list(size)))
     header, offset = {}, 0
     for negative_width, key, dtype_name, sent in sorted(parts):
         end = offset - negative_width * math.prod(sent)
@@ -104,13 +109,16 @@ def traffic(config: RunConfig, shapes: Shapes, silo: str) -> list[Traffic]:
     outer, roster, found = config.outer, config.full_roster, []
     for part in fragments(config, shapes):
         if config.exchange.kind == "store":
-            before, after = (payload_bytes(outer.codec, part), 0), (0, payload_bytes(outer.downlink_codec, part))
+            moments = shared_moments(config, part, part)
+            before = (payload_bytes(outer.codec, part, moments), 0)
+            after = (0, payload_bytes(outer.downlink_codec, part, moments))
         else:
             shares = cut_pieces({name: part[name].numel() for name in sorted(part)}, len(roster))
             ups = [num_bytes(outer.codec, pieces) for pieces in shares]
             downs = [num_bytes(outer.downlink_codec, pieces) for pieces in shares]
             mine, others = roster.index(silo), len(roster) - 1
-            before = (sum(ups) - ups[mine], ups[mine] * others)
+            factors = factor_bytes(shared_moments(config, part, part)) * others
+            before = (sum(ups) - ups[mine] + factors, ups[mine] * others + factors)
             after = (downs[mine] * others, sum(downs) - downs[mine])
         num_elements = sum(shape.numel() for shape in part.values())
         found.append(Traffic(num_elements=num_elements, before=before, after=after))

@@ -22,10 +22,12 @@ from pretrain.config import ConfigError, RunConfig
 from pretrain.exchange.base import Exchange, Received
 from pretrain.exchange.store import file_payload
 from pretrain.journal import Journal
-from pretrain.merging import commit_record
+from pretrain.merging import commit_record, shared_moments
 from pretrain.outer.codec import FEEDBACK_DECAY, decoded, encode
 from pretrain.outer.digest import Row, digest_rows, tensor_row
 from pretrain.outer.fragments import cut_fragments
+from pretrain.outer.moments import factor, unfactor
+from pretrain.outer.quantize import Parts
 from pretrain.payload import Tensors, save_tensors
 from pretrain.silo.checkpoint import HostTensors, Progress
 from pretrain.silo.engine import Engine
@@ -163,11 +165,13 @@ class SiloSync:
         fragment = self.schedule.fragment(version)
         num_sequences = progress.position - progress.sent_positions.get(str(fragment), 0)
         local = self._read(engine, names) if num_sequences else {}
+        factors = self._read_factors(engine, names) if num_sequences else {}
         seconds = time.monotonic() - began
         if self.ranks.is_leader:
             coded = done(None)
             if num_sequences:
-                coded = self._coder.submit(self._code, version, local, num_sequences, dataclasses.replace(progress))
+                now = dataclasses.replace(progress)
+                coded = self._coder.submit(self._code, version, local, factors, num_sequences, now)
                 progress.unsettled.append(version)
             self._take_off(version, names, coded, wait_seconds=seconds)
         progress.sent_positions[str(fragment)] = progress.position
@@ -181,6 +185,16 @@ class SiloSync:
             value = engine.read(name)
             if self.ranks.is_leader:
                 found[name] = value.to("cpu", copy=True)
+            del value  # before the next one is gathered
+        return found
+
+    def _read_factors(self, engine: Engine, names: Sequence[str]) -> dict[str, Parts]:
+        """What the others are told of the second moments, in the leader's host memory; empty on the other ranks."""
+        found = {}
+        for name in shared_moments(self.config, names, engine.shapes):
+            value = engine.read_second_moment(name)
+            if self.ranks.is_leader:
+                found[name] = {part: tensor.cpu() for part, tensor in factor(value).items()}
             del value  # before the next one is gathered
         return found
 
@@ -216,7 +230,12 @@ class SiloSync:
         return (Manifest.from_bytes(manifest.read_bytes()), file) if manifest.is_file() else None
 
     def _code(
-        self, version: int, local: dict[str, Tensor], num_sequences: int, progress: Progress
+        self,
+        version: int,
+        local: dict[str, Tensor],
+        factors: dict[str, Parts],
+        num_sequences: int,
+        progress: Progress,
     ) -> tuple[Manifest, Path]:
         """Code a fragment against the global parameters and write it to the outbox."""
         coded, norm_squared, outer = {}, 0.0, self.config.outer
@@ -234,7 +253,7 @@ class SiloSync:
                     f"silo {self.silo}: version {version}: {piece.name}: {error}; nothing was sent"
                 ) from None
         file = self._outbox / f"{version:06d}.safetensors"
-        save_tensors(coded, file)
+        save_tensors(coded, file, factors=factors)
         by_speed = self.config.membership.steps == "speed"
         speed = {"seconds_per_step": progress.seconds_per_step} if by_speed else {}
         manifest = Manifest(
@@ -285,6 +304,8 @@ class SiloSync:
             local = self._read(engine, names)
             new = {name: local[name] * mixing + merged * (1 - mixing) for name, merged in new.items()}
         self._write(engine, names, new)
+        for name in shared_moments(self.config, names, engine.shapes):
+            engine.write_second_moment(name, unfactor(received.factors[name]) if self.ranks.is_leader else None)
         seconds = time.monotonic() - began
         progress.seconds_waiting += seconds
         progress.version = version

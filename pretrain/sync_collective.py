@@ -11,6 +11,7 @@ step and its commit finds the step there and the commit with the others.
 """
 
 import json
+import math
 import threading
 import time
 import uuid
@@ -29,10 +30,11 @@ from pretrain.exchange.base import Received
 from pretrain.exchange.collective import Collective, Lane, PeerLostError, connect
 from pretrain.exchange.lanes import Lanes, carry
 from pretrain.identity import own_identity
-from pretrain.merging import contributor, outer_optimizer, read_delivery
+from pretrain.merging import contributor, outer_optimizer, read_delivery, shared_moments
 from pretrain.outer.codec import apply_change, check, decoded
 from pretrain.outer.digest import Row, digest_rows, tensor_row
-from pretrain.outer.merge import mean_cosine, unit_sum_squared, weighted_mean
+from pretrain.outer.merge import importance_mean, mean_cosine, unit_sum_squared, weighted_mean
+from pretrain.outer.moments import check_factors, importance, layout, merge_factors
 from pretrain.outer.pieces import Piece
 from pretrain.outer.quantize import QUANTIZERS, Parts
 from pretrain.outer.state import OuterTensors
@@ -195,7 +197,10 @@ class AmongSilos:
         out = [_pack([coded.parts(piece.key) for piece in part]) for part in parts]
         arrived = self._swap(out, [num_bytes(uplink, mine)] * len(parts))
         arrived[self._index] = out[self._index]
-        outer, changes, words = self._step(version, manifests, arrived, {piece: base[piece.name] for piece in mine})
+        told_factors, num_factor_bytes = self._swap_factors(coded.factors, base)
+        outer, changes, words = self._step(
+            version, manifests, arrived, {piece: base[piece.name] for piece in mine}, told_factors
+        )
         self._ledger.keep(version, outer.kept)  # before anybody can have what belongs to it
 
         stepped = self._collective.share(f"{version}/stepped", json.dumps(words))
@@ -205,7 +210,12 @@ class AmongSilos:
         values = self._apply(merged, parts, base)
         rows = {name: tensor_row(name, value) for name, value in values.items()}
         contributors = [contributor(manifests[silo], told[silo], manifests[silo].tokens) for silo in self._roster]
-        self._commit(version, values, rows, contributors, stepped)
+        tokens = [manifests[silo].tokens for silo in self._roster]
+        factors = {
+            name: merge_factors([(w, of[name]) for w, of in zip(tokens, told_factors, strict=True)], base[name].shape)
+            for name in told_factors[0]
+        }
+        self._commit(version, values, rows, contributors, stepped, factors=factors)
         self._rows |= rows
         for kind, tensors in outer.kept.items():
             self._kept[kind] |= tensors
@@ -215,8 +225,9 @@ class AmongSilos:
             commit=Commit.from_bytes(self._ledger.words(version).encode()),
             values=values,
             rows=rows,
-            bytes_sent=sent + len(change) * sum(others),
-            bytes_received=received,
+            factors=factors,
+            bytes_sent=sent + len(change) * sum(others) + num_factor_bytes,
+            bytes_received=received + num_factor_bytes,
         )
 
     def _read_manifests(self, version: int, told: Mapping[str, bytes], base_digest: str) -> dict[str, Manifest]:
@@ -244,7 +255,12 @@ class AmongSilos:
         )
 
     def _step(
-        self, version: int, manifests: Mapping[str, Manifest], arrived: Sequence[Tensor], base: Mapping[Piece, Tensor]
+        self,
+        version: int,
+        manifests: Mapping[str, Manifest],
+        arrived: Sequence[Tensor],
+        base: Mapping[Piece, Tensor],
+        told_factors: Sequence[Mapping[str, Parts]],
     ) -> tuple[OuterTensors, dict[str, Parts], dict[str, Any]]:
         """Merge our part and take the outer step of it; what we say of it is summed up by all."""
         settings = self._config.outer
@@ -264,7 +280,13 @@ class AmongSilos:
                 found.append((manifests[silo].tokens, decoded(settings.codec, published, parts[index])))
             stack = torch.stack([pseudo_gradient for _, pseudo_gradient in found])
             gram += stack @ stack.T
-            merged, _ = weighted_mean(found, published.shape)
+            if settings.merge == "importance" and piece.name in told_factors[0]:
+                said = (piece.of(importance(factors[piece.name])) for factors in told_factors)
+                merged = importance_mean(
+                    ((*one, other) for one, other in zip(found, said, strict=True)), published.shape
+                )
+            else:
+                merged, _ = weighted_mean(found, published.shape)
             try:
                 changes[piece.key], squared = outer.step(
                     piece.key, merged, optimizer, lr=lr, count=count, codec=settings.downlink_codec
@@ -284,6 +306,22 @@ class AmongSilos:
         except ValueError as error:
             raise PeerLostError(f"silo {silo} sent a {piece.name} that cannot be used: {error}") from None
 
+    def _swap_factors(self, own: Mapping[str, Parts], base: Mapping[str, Tensor]) -> tuple[list[dict[str, Parts]], int]:
+        """Every silo's factors of second moments, which all merge whole, as they are small; and the bytes sent."""
+        shapes = shared_moments(self._config, sorted(base), {name: value.shape for name, value in base.items()})
+        if not shapes:
+            return [{} for _ in self._roster], 0
+        mine = _pack([own[name] for name in shapes])
+        arrived = self._swap([mine] * len(self._roster), [len(mine)] * len(self._roster))
+        arrived[self._index] = mine
+        found = [unpack_factors(data, shapes) for data in arrived]
+        for silo, factors in zip(self._roster, found, strict=True):
+            try:
+                check_factors(factors, shapes)
+            except ValueError as error:
+                raise PeerLostError(f"silo {silo} sent what cannot be used: {error}") from None
+        return found, len(mine) * (len(self._roster) - 1)
+
     def _apply(
         self, merged: Sequence[Tensor], parts: Sequence[list[Piece]], base: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
@@ -302,6 +340,8 @@ class AmongSilos:
         rows: Mapping[str, Row],
         contributors: Sequence[Contributor],
         stepped: Mapping[str, bytes],
+        *,
+        factors: Mapping[str, Parts],
     ) -> None:
         """Draft the commit, compare its sha256 with the others', and write it into the ledger."""
         said = {silo: json.loads(words) for silo, words in stepped.items()}
@@ -309,6 +349,7 @@ class AmongSilos:
         commit, files = self._ledger.draft(
             version,
             {self._schedule.fragment(version): values},
+            factors=factors,
             parameters_digest=digest_rows((self._rows | dict(rows)).values()),
             outer_digest=sha256_bytes(json.dumps([words["kept_digest"] for words in said.values()]).encode()),
             contributors=contributors,
@@ -354,7 +395,7 @@ def _layout(codec: str, piece: Piece) -> list[tuple[str, torch.dtype, int]]:
 
 def _pack(coded: Sequence[Parts]) -> Tensor:
     """Coded pieces as bytes."""
-    parts = [parts[part].view(torch.uint8) for parts in coded for part in sorted(parts)]
+    parts = [parts[part].contiguous().view(torch.uint8).view(-1) for parts in coded for part in sorted(parts)]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
 
 
@@ -363,6 +404,16 @@ def _unpack(data: Tensor, codec: str, pieces: Sequence[Piece]) -> list[Parts]:
     layouts = [_layout(codec, piece) for piece in pieces]
     chunks = iter(data.split([size for layout in layouts for _, _, size in layout]))
     return [{part: next(chunks).clone().view(dtype) for part, dtype, _ in layout} for layout in layouts]
+
+
+def unpack_factors(data: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Parts]:
+    """Factors of second moments from bytes, as `_pack` lays them out."""
+    parts = [(name, part, size) for name, shape in shapes.items() for part, size in sorted(layout(shape).items())]
+    chunks = data.split([4 * math.prod(size) for _, _, size in parts])
+    found: dict[str, Parts] = {name: {} for name in shapes}
+    for (name, part, size), chunk in zip(parts, chunks, strict=True):
+        found[name][part] = chunk.clone().view(torch.float32).view(size)
+    return found
 
 
 def _bytes(data: bytes) -> Tensor:

@@ -17,9 +17,12 @@ from pretrain.exchange.beats import Beats
 from pretrain.exchange.objects import StopWaitingError, StoreTroubleError
 from pretrain.exchange.store import StoreExchange, version_path
 from pretrain.identity import own_identity
+from pretrain.merging import shared_moments
 from pretrain.outer.codec import apply_change, check
 from pretrain.outer.digest import tensor_row
+from pretrain.outer.moments import check_factors
 from pretrain.outer.pieces import Piece
+from pretrain.outer.quantize import Parts
 from pretrain.payload import Tensors
 from pretrain.rollback import explain, foreign, is_rolling_back
 from pretrain.software import differences
@@ -224,18 +227,25 @@ class ThroughStore:
     def _download(self, version: int, base: Mapping[str, Tensor]) -> Received:
         """Fetch a commit's payloads and check them before a byte is decoded."""
         values: dict[str, Tensor] = {}
+        factors: dict[str, Parts] = {}
         num_bytes = 0
         try:
             commit = self._store.read_commit(version)
             for payload in commit.payloads:
                 file = self._directory / "inbox" / f"{version:06d}-{payload.fragment:03d}.safetensors"
                 num_bytes += self._store.fetch(version_path(version), payload, file)
-                values |= changed_tensors(Tensors(file), commit.codec, base)
+                payload_tensors = Tensors(file)
+                values |= changed_tensors(payload_tensors, commit.codec, base)
+                factors |= payload_tensors.factors
                 file.unlink()
-        except (RefusedError, SafetensorError) as error:
+            shapes = {name: value.shape for name, value in values.items()}
+            check_factors(factors, shared_moments(self._config, values, shapes))
+        except (RefusedError, SafetensorError, ValueError) as error:
             raise ConfigError(f"silo {self._silo}: version {version} in the store cannot be used: {error}") from None
         rows = {name: tensor_row(name, value) for name, value in values.items()}
-        return Received(commit=commit, values=values, rows=rows, bytes_sent=0, bytes_received=num_bytes)
+        return Received(
+            commit=commit, values=values, rows=rows, factors=factors, bytes_sent=0, bytes_received=num_bytes
+        )
 
     def _pause(self) -> None:
         if self._closing.wait(self._config.exchange.poll_seconds):

@@ -1,7 +1,7 @@
 """What a silo asks of an exchange, whichever it is: a few verbs, called on the silo's leader, beside training."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pretrain.outer.digest import Row
 from pretrain.outer.pieces import Piece
+from pretrain.outer.quantize import Parts
 from pretrain.trust.ledger import Commit, Manifest
 
 
@@ -21,6 +22,8 @@ class Received:
     rows: dict[str, Row]
     bytes_sent: int
     bytes_received: int
+    factors: dict[str, Parts] = field(default_factory=dict)
+    """Of the second moments that all silos go on with, where these are shared."""
     refused: bool = False
     """Whether our delivery for it was refused for good."""
 

@@ -25,6 +25,21 @@ def weighted_mean(weighted: Iterable[tuple[int, Tensor]], shape: torch.Size) -> 
     return mean, divisor
 
 
+def importance_mean(weighted: Iterable[tuple[int, Tensor, Tensor]], shape: torch.Size) -> Tensor:
+    """Mean of pseudo-gradients, float64, in which every element has its own weights (https://arxiv.org/abs/2111.09832).
+
+    `weighted` yields (weight in tokens, pseudo-gradient, importance), the latter two float64 of `shape`, importance
+    above 0. Where one silo alone has a say, its step is taken whole, not divided by all. One is held at a time besides
+    the mean and the sum of weights; the mean of equal tensors is that tensor to the last bit.
+    """
+    mean, total = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+    for weight, pseudo_gradient, importance in weighted:
+        share = importance * weight
+        total.add_(share)
+        mean.add_((pseudo_gradient - mean) * share.div_(total))
+    return mean
+
+
 def mean_cosine(sum_of_unit_vectors_norm_squared: float, num_silos: int) -> float:
     """Mean cosine over all pairs of silos, from |sum of unit pseudo-gradients|^2 = K + sum over i != j of cos(i, j)."""
     if num_silos < 2:

@@ -165,7 +165,7 @@ class Engine:
     def _write_one(self, name: str, value: Tensor) -> None:
         parameter = self._parameters[name]
         if self.stage == 3:  # DeepSpeed's own setter fails where the ranks' parts are not equal
-            partition, piece = _own_piece(self._deepspeed, parameter)
+            partition, piece = _own_piece(self._deepspeed, parameter, self.stage)
             own = value.flatten()[piece.start : piece.start + piece.num_elements]
             partition.data[piece.offset : piece.offset + piece.num_elements] = own
         elif self.stage:
@@ -174,6 +174,47 @@ class Engine:
             parameter.data.copy_(value)
             if name in self._masters:
                 self._masters[name].data.copy_(value)
+
+    def read_second_moment(self, name: str) -> Tensor:
+        """The whole second moment of a parameter that AdamW trains, bias-corrected; fp32, on this rank's device."""
+        state, piece = self._state_of(name)
+        whole = torch.zeros(self.shapes[name].numel(), dtype=torch.float32, device=self._ranks.device)
+        if state:
+            own = state["exp_avg_sq"].flatten()[piece.offset : piece.offset + piece.num_elements]
+            whole[piece.start : piece.start + piece.num_elements] = own.to(whole.device) / self._bias_correction(state)
+        if self.stage:
+            dist.all_reduce(whole)  # the ranks' pieces do not overlap, so the sum is exact
+        return whole.view(self.shapes[name])
+
+    def write_second_moment(self, name: str, value: Tensor | None) -> None:
+        """Replace the second moment of a parameter by the leader's `value`, fp32, with Adam's bias correction.
+
+        Other ranks pass None. A parameter that was not trained yet has none, and keeps none.
+        """
+        buffer = torch.empty(self.shapes[name], dtype=torch.float32, device=self._ranks.device)
+        if value is not None:
+            buffer.copy_(value)
+        if self._ranks.num_ranks > 1:
+            dist.broadcast(buffer, src=0)
+        state, piece = self._state_of(name)
+        if state:
+            own = buffer.flatten()[piece.start : piece.start + piece.num_elements] * self._bias_correction(state)
+            state["exp_avg_sq"].view(-1)[piece.offset : piece.offset + piece.num_elements] = own
+
+    def _state_of(self, name: str) -> tuple[dict[str, Any], Piece]:
+        """This rank's state of the inner optimizer for a parameter, and which piece of it that has."""
+        parameter, shape = self._parameters[name], self.shapes[name]
+        if self.stage:
+            partition, piece = _own_piece(self._deepspeed, parameter, self.stage)
+        else:
+            partition = self._masters.get(name, parameter)
+            piece = Piece(shape=shape, start=0, offset=0, num_elements=shape.numel())
+        return self._optimizer.state.get(partition, {}), piece
+
+    def _bias_correction(self, state: dict[str, Any]) -> float:
+        """By which Adam divides its second moment; at least that of one step."""
+        decay = self._optimizer.param_groups[0].get("betas") or self._optimizer.param_groups[-1]["betas"]
+        return 1.0 - decay[1] ** max(1, int(state["step"]))
 
     def evaluating(self, on: bool) -> None:
         """Switch dropout and the like off or on again."""
@@ -213,24 +254,27 @@ def _forget_initial_step(optimizer: torch.optim.Optimizer) -> None:
 def _pieces(engine: Any, optimizer: MuonAdamW, stage: int) -> dict[Tensor, list[Piece]]:
     """ZeRO 1, 2 and 3: what this rank's flat fp32 partitions hold of Muon's matrices."""
     pieces: dict[Tensor, list[Piece]] = {}
-    matrix: Any
     for matrix in optimizer.matrices:
-        if stage == 3:
-            partition, piece = _own_piece(engine, matrix)
-        else:
-            (partition,) = next(group["params"] for group in optimizer.param_groups if group["muon"])
-            start = offset = num_elements = 0
-            if (mapping := matrix._hp_mapping) is not None:
-                start, offset = mapping.lp_fragment_address.start, mapping.hp_fragment_address.start
-                num_elements = mapping.lp_fragment_address.numel
-            piece = Piece(shape=matrix.shape, start=start, offset=offset, num_elements=num_elements)
+        partition, piece = _own_piece(engine, matrix, stage)
         pieces.setdefault(partition, []).append(piece)
     return pieces
 
 
-def _own_piece(engine: Any, parameter: Any) -> tuple[Tensor, Piece]:
-    """ZeRO-3: the flat fp32 partition with this rank's piece of a parameter, the last ranks' shorter than its room."""
-    optimizer, num_elements = engine.optimizer, parameter.ds_shape.numel()
+def _own_piece(engine: Any, parameter: Any, stage: int) -> tuple[Tensor, Piece]:
+    """ZeRO 1, 2 and 3: the flat fp32 partition with this rank's piece of a parameter, which may be empty.
+
+    At stage 3 the pieces of the last ranks are shorter than their room.
+    """
+    optimizer = engine.optimizer
+    if stage < 3:
+        group = next(i for i, found in enumerate(optimizer.bit16_groups) if any(p is parameter for p in found))
+        start = offset = num_elements = 0
+        if (mapping := parameter._hp_mapping) is not None:
+            start, offset = mapping.lp_fragment_address.start, mapping.hp_fragment_address.start
+            num_elements = mapping.lp_fragment_address.numel
+        piece = Piece(shape=parameter.shape, start=start, offset=offset, num_elements=num_elements)
+        return optimizer.single_partition_of_fp32_groups[group], piece
+    num_elements = parameter.ds_shape.numel()
     group, offset, room = optimizer.grad_position[optimizer.get_param_id(parameter)]
     start = min(dist.get_rank(parameter.ds_process_group) * room, num_elements)
     piece = Piece(shape=parameter.ds_shape, start=start, offset=offset, num_elements=min(room, num_elements - start))

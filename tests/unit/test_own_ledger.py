@@ -33,7 +33,7 @@ def next_version(config: RunConfig, ledger: OwnLedger) -> tuple[Commit, list[Pat
     version, schedule = ledger.newest + 1, config.schedule
     rows, kept = ledger.load()
     payload = next(p for p in ledger.received(0).commit.payloads if p.fragment == schedule.fragment(version))
-    values = {name: value + version for name, value in ledger._tensors(0, payload).items()}
+    values = {name: value + version for name, value in ledger._tensors(0, payload)[0].items()}
     mine = {kind: {key: value + version for key, value in of.items()} for kind, of in kept.items()}
     in_fragment = {kind: {k: v for k, v in of.items() if k.split("[")[0] in values} for kind, of in mine.items()}
     ledger.keep(version, in_fragment)

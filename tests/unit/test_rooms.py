@@ -32,6 +32,8 @@ ALLOWED = {
     "launch": ("launch", "pretrain.config", "pretrain.lock"),
     "launch.status_reader": ("launch", "pretrain.config", "pretrain.outer.rounds"),
     "launch.cli": ("launch", "pretrain", "data_tools"),
+    "launch.compare": ("launch", "pretrain"),
+    "launch.compare_table": ("launch", "pretrain.config"),
     "launch.demo": ("launch", "pretrain", "data_tools"),
     "launch.join": ("launch", "pretrain"),
     "launch.plan": ("launch", "pretrain"),
