@@ -55,6 +55,16 @@ def check_config(config: "RunConfig") -> None:
     }
     for key, (value, allowed) in one_of.items():
         _require(value in allowed, key, value, ", ".join(allowed))
+    _check_numbers(config)
+    _check_rates(config)
+    _check_streaming(config.outer)
+    _check_model(config.model)
+    _check_roster(config)
+    for check in (_check_options, _check_collective, _check_membership, _check_merge, _check_muon):
+        check(config)
+
+
+def _check_numbers(config: "RunConfig") -> None:
     at_least = {
         "sequence_tokens": (config.sequence_tokens, 2),
         "inner.num_steps": (config.inner.num_steps, 1),
@@ -85,7 +95,6 @@ def check_config(config: "RunConfig") -> None:
     }
     for key, rate in positive.items():
         _require(0 < rate < math.inf, key, rate, "above 0")
-    _check_rates(config)
     _require(0 <= config.outer.momentum < 1, "outer.momentum", config.outer.momentum, "0 to below 1")
     _require(
         config.inner.num_steps % config.outer.sync_interval_steps == 0 or config.exchange.kind == "none",
@@ -93,14 +102,6 @@ def check_config(config: "RunConfig") -> None:
         config.inner.num_steps,
         f"a multiple of outer.sync_interval_steps={config.outer.sync_interval_steps}",
     )
-    _check_streaming(config.outer)
-    moments = config.outer.second_moments
-    kept = moments == "local" or config.inner.optimizer != "sgd"
-    _require(kept, "outer.second_moments", moments, "local with inner.optimizer=sgd, which has none")
-    _check_model(config.model)
-    _check_roster(config)
-    for check in (_check_options, _check_collective, _check_membership, _check_merge, _check_muon):
-        check(config)
 
 
 def _check_rates(config: "RunConfig") -> None:
@@ -216,9 +217,11 @@ def _check_membership(config: "RunConfig") -> None:
 def _check_merge(config: "RunConfig") -> None:
     """A robust merge stands `num_malicious` silos only among enough others, in the smallest commit too."""
     outer, rules = config.outer, config.membership
+    shares = outer.second_moments == "shared"
+    allowed = "local with inner.optimizer=sgd, which has none"
+    _require(not shares or config.inner.optimizer != "sgd", "outer.second_moments", outer.second_moments, allowed)
     if outer.merge == "importance":
-        given = outer.second_moments
-        _require(given == "shared", "outer.second_moments", given, "shared with outer.merge=importance")
+        _require(shares, "outer.second_moments", outer.second_moments, "shared with outer.merge=importance")
     if outer.merge in ("mean", "importance"):
         return
     _require(

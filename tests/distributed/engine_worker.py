@@ -55,9 +55,14 @@ def plain_loop(
     num_steps: int,
     batches: torch.Tensor = BATCHES,
     mask_at: int | None = None,
+    *,
     inner: InnerConfig = INNER,
+    moments: dict[str, torch.Tensor] | None = None,
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """A plain loop: transformers and torch alone, fp32, from `values`; losses and final parameters."""
+    """A plain loop: transformers and torch alone, fp32, from `values`; losses and final parameters.
+
+    `moments` is filled with the bias-corrected second moments of what AdamW trains.
+    """
     model = build_initial(MODEL, VOCAB_SIZE)
     for name, parameter in model.named_parameters():
         parameter.data.copy_(values[name])
@@ -70,6 +75,11 @@ def plain_loop(
         for optimizer in optimizers:
             optimizer.step()
         losses.append(loss.item())
+    for optimizer in optimizers if moments is not None else ():
+        for name, parameter in model.named_parameters():
+            if "exp_avg_sq" in optimizer.state.get(parameter, {}):
+                state = optimizer.state[parameter]
+                moments[name] = state["exp_avg_sq"] / (1 - inner.betas[1] ** state["step"].item())
     return losses, {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
@@ -115,6 +125,18 @@ def most_held_bytes(engine: Engine, values: dict[str, torch.Tensor], ranks: Rank
     return created.peak_bytes - own_bytes
 
 
+def check_moments(engine: Engine, expected: dict[str, torch.Tensor], ranks: Ranks) -> dict[str, object]:
+    """How far off the second moments are at most, as a share of them, and whether others are read as written."""
+    found = {name: engine.read_second_moment(name).cpu() for name in expected}
+    off = max(((found[name] - moment).norm() / moment.norm()).item() for name, moment in expected.items())
+    for name, value in found.items():
+        engine.write_second_moment(name, value * 4 if ranks.is_leader else None)
+    back = all(torch.allclose(engine.read_second_moment(name).cpu(), value * 4) for name, value in found.items())
+    for name, value in found.items():
+        engine.write_second_moment(name, value if ranks.is_leader else None)
+    return {"num_moments": len(expected), "moments_off": off, "moments_back": back}
+
+
 def check(stage: int, precision: str, inner: InnerConfig, ranks: Ranks, directory: Path) -> dict[str, object]:
     """What the test asserts for one stage, precision and optimizer."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -134,16 +156,16 @@ def check(stage: int, precision: str, inner: InnerConfig, ranks: Ranks, director
     held_bytes = most_held_bytes(engine, initial, ranks)
     written_back = all(torch.equal(engine.read(name).cpu(), initial[name]) for name in engine.shapes)
     before_merge = steps(engine, ranks, range(2))
-    expected_before_merge, expected = plain_loop(initial, 2, inner=inner)
+    moments: dict[str, torch.Tensor] = {}
+    expected_before_merge, expected = plain_loop(initial, 2, inner=inner, moments=moments)
     off = way_off(read_all(engine), expected, initial)
-
+    moments_row = check_moments(engine, moments, ranks)
     # A merge in the middle of training: new parameters in, and the very next loss is theirs.
     merged = {name: value * 0.75 + 0.01 for name, value in read_all(engine).items()}
     engine.write(iter(merged.items()) if ranks.is_leader else None)
     merged_back = all(torch.equal(engine.read(name).cpu(), merged[name]) for name in engine.shapes)
     expected_next = sum(plain_loss(merged, dtype, part) for part in BATCHES[2].chunk(ranks.num_ranks)) / ranks.num_ranks
     after_merge = steps(engine, ranks, range(2, 3))
-
     checkpoints = Checkpoints(directory / f"{inner.optimizer}-{stage}-{precision}", keep=1, contract_sha256="c")
     saved = Progress(step=3, position=12)
     checkpoints.save(saved, engine, ranks, {"global": initial})
@@ -160,6 +182,7 @@ def check(stage: int, precision: str, inner: InnerConfig, ranks: Ranks, director
         "held_bytes": held_bytes,
         "largest_bytes": max(4 * shape.numel() for shape in engine.shapes.values()),
         "merged_back": merged_back,
+        **moments_row,
         "before_merge": before_merge,
         "expected_before_merge": expected_before_merge,
         "way_off": off,

@@ -251,7 +251,7 @@ MISTAKES = {
     "unknown merge": (
         {},
         {"merge": "mode"},
-        "outer.merge: 'mode' given; allowed: mean, clip, trimmed",
+        "outer.merge: 'mode' given; allowed: mean, importance, clip",
     ),
     "negative ratio": (
         {"max_norm_ratio": -1.0},

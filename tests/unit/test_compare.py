@@ -1,0 +1,206 @@
+"""`atoll compare`: what it runs, what it makes of what came out, and what it refuses."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from launch.compare import CompareConfig, Planned, compare, load_comparison, plan_runs
+from launch.compare_table import Interval, read_results, write_results
+from pretrain.config import save_config
+from tests.support import TinyText, one_line_error, tiny_settings, tiny_silo
+
+MODELS: dict[str, dict[str, Any]] = {
+    "central": {"kind": "central"},
+    "averaged": {"kind": "federated", "settings": ["outer.optimizer=sgd", "outer.lr=1.0"]},
+    "isolated": {"kind": "isolated"},
+    "personal": {"kind": "personalised", "of": "averaged", "steps": 6, "settings": ["inner.lr=0.0001"]},
+}
+
+
+@pytest.fixture
+def comparison(tmp_path: Path, tiny_text: TinyText) -> Path:
+    """A comparison's YAML file: two silos, of which the second has three times the batch."""
+    run = tiny_settings(tmp_path, tiny_text)
+    larger = tiny_silo(tiny_text, "beta") | {"global_batch_sequences": 12, "micro_batch_sequences": 12}
+    run["silos"] = {"alpha": tiny_silo(tiny_text, "alpha"), "beta": larger}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    file = tmp_path / "compare.yaml"
+    spec = {"directory": str(tmp_path / "all"), "run": [str(tmp_path / "run.yaml")], "seeds": [3, 4], "models": MODELS}
+    file.write_text(yaml.safe_dump(spec, sort_keys=False))
+    return file
+
+
+def by_model(spec: CompareConfig, seed: int) -> dict[str, list[Planned]]:
+    found: dict[str, list[Planned]] = {}
+    for planned in plan_runs(spec):
+        if planned.seed == seed:
+            found.setdefault(planned.model, []).append(planned)
+    return found
+
+
+def test_all_models_see_as_many_tokens(comparison: Path) -> None:
+    spec = load_comparison([comparison])
+    runs = by_model(spec, 3)
+    # 12 steps of 16 tokens: 4 sequences of alpha and 12 of beta
+    assert [planned.tokens for planned in runs["central"]] == [12 * 16 * 16]
+    assert [planned.tokens for planned in runs["averaged"]] == [12 * 16 * 16]
+    # alone, each has as many of its own as in the federation and afterwards
+    assert [planned.tokens for planned in runs["isolated"]] == [(12 + 6) * 16 * 4, (12 + 6) * 16 * 12]
+    assert [planned.tokens for planned in runs["personal"]] == [6 * 16 * 4, 6 * 16 * 12]
+
+
+def test_the_central_model_mixes_as_the_federation_does(comparison: Path) -> None:
+    (central,) = by_model(load_comparison([comparison]), 3)["central"]
+    (silo,) = central.config.silos.values()
+    assert silo.data_weights == [4.0, 12.0]
+    assert silo.global_batch_sequences == silo.micro_batch_sequences * silo.accumulation_steps == 16
+    assert sorted(silo.valid) == ["alpha", "beta"]
+
+
+def test_a_seed_is_the_same_for_all_models_and_another_for_each_silo(comparison: Path) -> None:
+    spec = load_comparison([comparison])
+    runs, others = by_model(spec, 3), by_model(spec, 4)
+    seeds = {name: silo.data_seed for name, silo in runs["averaged"][0].config.silos.items()}
+    assert len({*seeds.values(), *(silo.data_seed for silo in others["averaged"][0].config.silos.values())}) == 4
+    assert {p.silo: p.config.silos[p.silo].data_seed for p in runs["isolated"]} == seeds
+    assert {p.config.model.seed for found in runs.values() for p in found} == {3}
+
+
+def test_a_personalised_model_goes_on_from_the_federated_one(comparison: Path) -> None:
+    runs = by_model(load_comparison([comparison]), 3)
+    (federated,), personal = runs["averaged"], runs["personal"]
+    assert {p.config.model.checkpoint for p in personal} == {str(federated.directory / "model")}
+    assert {p.config.inner.lr for p in personal} == {0.0001}
+    assert {p.config.exchange.kind for p in personal} == {"none"}
+    assert list(federated.config.silos["alpha"].valid) == ["alpha", "beta"]
+    assert not federated.config.silos["beta"].valid  # all have the same model: one evaluates it
+
+
+def finish(planned: Planned, losses: dict[str, float], worst: float) -> None:
+    """What a run leaves that evaluates three times: first the worst, then the best, then half a nat above."""
+    steps, (name, *others) = planned.config.inner.num_steps, planned.config.silos
+    tokens = planned.tokens // len(planned.config.silos)
+    lines: list[dict[str, Any]] = [
+        {
+            "kind": "eval",
+            "silo": name,
+            "round": round,
+            "step": round,
+            "val_loss": {c: v + more for c, v in losses.items()},
+        }
+        for round, more in ((0, worst), (1, 0.0), (2, 0.5))
+    ]
+    for silo in (name, *others):
+        lines.append({"kind": "step", "silo": silo, "round": 2, "step": steps, "tokens": tokens})
+        lines.append({"kind": "sync", "silo": silo, "round": 1, "version": 1, "fragment": 0, "bytes_sent": 5_000_000})
+    planned.directory.mkdir(parents=True)
+    (planned.directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (planned.directory / "summary.json").write_text(json.dumps({"steps": steps}))
+    save_config(planned.config, planned.directory / "config.yaml")
+
+
+def write_all(spec: CompareConfig) -> None:
+    """Of two seeds: central 4.0 and 4.2, federated 1 % and 3 % above, alone half as good on the other's text."""
+    for planned in plan_runs(spec):
+        central = 4.0 if planned.seed == 3 else 4.2
+        base = {
+            "central": central,
+            "averaged": central * (1.01 if planned.seed == 3 else 1.03),
+            "isolated": central + 0.1,
+            "personal": central + (-0.1 if planned.silo == "alpha" else 0.3),
+        }[planned.model]
+        finish(planned, {c: base * (2 if planned.silo not in ("", c) else 1) for c in ("alpha", "beta")}, worst=2.0)
+
+
+def test_the_table(comparison: Path) -> None:
+    spec = load_comparison([comparison], ["choice=best"])
+    write_all(spec)
+    table = write_results(spec)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if "|" in line]
+    rows = {name: cells for name, *cells in lines}
+    assert "| averaged | 4.1830 ± 1.8170 | +2.0 % ± 12.7 | 2 | 3,072 | 5.0 |" in table
+    assert "| central | 4.1000 ± 1.2706 |  | 2 | 3,072 | 5.0 |" in table
+    # own text: personalised is 0.2 better than alone for alpha and 0.2 worse for beta
+    assert rows["personal"][0].startswith("4.0000")
+    assert rows["personal"][-1] == "beta"
+    assert rows["averaged"][-1] == "none"
+    for name in ("results.json", "table.md", "loss.svg", "own.svg"):
+        assert (Path(spec.directory) / name).stat().st_size > 100
+    assert (Path(spec.directory) / "table.md").read_text() == table
+
+
+def test_the_last_evaluation_counts_unless_the_best_is_asked_for(comparison: Path) -> None:
+    spec = load_comparison([comparison])
+    write_all(spec)
+    last, best = read_results(spec), read_results(dataclasses.replace(spec, choice="best"))
+    assert last["central"][3].all_text - best["central"][3].all_text == pytest.approx(0.5)
+    assert last["central"][3].curve[0][1] - last["central"][3].curve[1][1] == pytest.approx(2.0)
+
+
+def test_a_model_counts_when_all_its_runs_are_finished(comparison: Path) -> None:
+    spec = load_comparison([comparison])
+    for planned in plan_runs(spec)[:3]:
+        finish(planned, {"alpha": 4.0, "beta": 4.0}, worst=1.0)
+    assert {model: list(seeds) for model, seeds in read_results(spec).items()} == {"central": [3], "averaged": [3]}
+
+
+def test_nothing_is_left_to_do(comparison: Path) -> None:
+    spec = load_comparison([comparison])
+    write_all(spec)
+    assert compare(spec) == 0  # starts nothing: it would fail without the metrics of real runs
+
+
+def test_intervals() -> None:
+    assert str(Interval.of([4.0])) == "4.0000"
+    # mean 2, standard deviation 1: 4.303 / sqrt(3)
+    assert str(Interval.of([1.0, 2.0, 3.0])) == "2.0000 ± 2.4843"
+    assert Interval.of([0.01, 0.03]).percent == "+2.0 % ± 12.7"
+
+
+REFUSED = {
+    "no run": (["run=[]"], "run: [] given; allowed: the YAML files of the federated run"),
+    "no seed": (["seeds=[]"], "seeds: [] given; allowed: one or more, each once"),
+    "twice": (["seeds=[1,1]"], "seeds: [1, 1] given; allowed: one or more, each once"),
+    "choice": (["choice=first"], "choice: 'first' given; allowed: last, best"),
+    "reference": (["reference=centre"], "reference: 'centre' given; allowed: central, averaged, isolated, personal"),
+    "kind": (
+        ["models.central.kind=pooled"],
+        "models.central.kind: 'pooled' given; allowed: central, isolated, federated, ",
+    ),
+    "of": (["models.personal.of=central"], "models.personal.of: 'central' given; allowed: averaged"),
+    "steps": (["models.personal.steps=0"], "models.personal.steps: 0 given; allowed: 1 or more"),
+    "of without": (
+        ["models.central.of=averaged"],
+        "models.central.of, models.central.steps: given; allowed: with kind",
+    ),
+    "key": (["models.central.seed=1"], "models.central.seed: unknown key given; allowed: kind, settings, of, steps"),
+    "setting": (["settings=[outer.lr=-1]"], "outer.lr: -1.0 given; allowed: above 0"),
+    "nodes": (
+        ["settings=[silo.num_nodes=2,silo.micro_batch_sequences=2,silos.beta.micro_batch_sequences=6]"],
+        "silos.alpha.num_nodes: 2 given; allowed: 1 in a comparison",
+    ),
+}
+
+
+@pytest.mark.parametrize(("overrides", "message"), REFUSED.values(), ids=REFUSED)
+def test_mistakes(comparison: Path, overrides: list[str], message: str) -> None:
+    assert message in one_line_error(lambda: plan_runs(load_comparison([comparison], overrides)))
+
+
+def test_a_name_that_is_no_folder(comparison: Path) -> None:
+    spec = yaml.safe_load(comparison.read_text())
+    comparison.write_text(yaml.safe_dump(spec | {"models": {"a/b": {"kind": "central"}}, "reference": "a/b"}))
+    assert one_line_error(load_comparison, [comparison]) == "models: 'a/b' given; allowed: the name of a folder"
+
+
+def test_runs_with_other_settings_stay_what_they_are(comparison: Path) -> None:
+    spec = load_comparison([comparison])
+    write_all(spec)
+    before = {path: path.read_bytes() for path in Path(spec.directory).rglob("*") if path.is_file()}
+    message = one_line_error(compare, dataclasses.replace(spec, settings=["inner.lr=0.1"]))
+    assert message.endswith("holds a run with another inner.lr; delete it, or name another directory")
+    assert {path: path.read_bytes() for path in Path(spec.directory).rglob("*") if path.is_file()} == before
