@@ -17,6 +17,7 @@ from launch.plan import measured_run, print_plan, tokens_per_second
 from pretrain.check import CODECS
 from pretrain.config import RunConfig, load_config, save_config
 from pretrain.outer.codec import encode
+from pretrain.outer.moments import factor
 from pretrain.own_ledger import all_pieces
 from pretrain.payload import save_tensors
 from pretrain.plan import make_plan
@@ -63,8 +64,12 @@ def written(model: dict[str, Any], *overrides: str) -> RunConfig:
 def test_a_payload_is_as_long_as_its_file(codec: str, shapes: dict[str, list[int]], tmp_path_factory: Any) -> None:
     file = tmp_path_factory.mktemp("payload") / "payload.safetensors"
     tensors = {name: torch.ones(shape) for name, shape in shapes.items()}
-    save_tensors({name: encode(codec, value, -value) for name, value in tensors.items()}, file)
-    assert payload_bytes(codec, {n: value.shape for n, value in tensors.items()}) == file.stat().st_size
+    coded = {name: encode(codec, value, -value) for name, value in tensors.items()}
+    sizes = {name: value.shape for name, value in tensors.items()}
+    save_tensors(coded, file)
+    assert payload_bytes(codec, sizes) == file.stat().st_size
+    save_tensors(coded, file, factors={name: factor(value) for name, value in tensors.items()})
+    assert payload_bytes(codec, sizes, sizes) == file.stat().st_size
 
 
 @pytest.mark.parametrize("num_fragments", [1, 3])

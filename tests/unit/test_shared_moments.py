@@ -1,0 +1,116 @@
+"""Second moments that silos share, as the aggregator takes and publishes them; deliveries are written by hand."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pretrain.aggregate import OuterState
+from pretrain.config import RunConfig
+from pretrain.outer.moments import factor
+from pretrain.silo.optim import is_muon_matrix
+from tests.conftest import TinyConfig
+from tests.unit.test_aggregate import GOOD, Hand, one_version, refused_then_taken, start, stored, times
+
+Tensors = dict[str, Tensor]
+SHARED = {"optimizer": "sgd", "lr": 1.0, "second_moments": "shared"}
+
+
+def telling(state: OuterState, value: float, *, only: Callable[[str], bool] = lambda name: True) -> Hand:
+    """A delivery whose second moments are all `value`."""
+    told = {
+        f"second_moment/{part}/{name}": tensor.contiguous()
+        for name, parameter in state.parameters.items()
+        if only(name)
+        for part, tensor in factor(torch.full_like(parameter, value)).items()
+    }
+    return Hand(tensors=lambda tensors: tensors | told)
+
+
+def after_one_version(config: RunConfig, alpha: float, beta: float, **more: Any) -> tuple[Tensors, OuterState, Tensors]:
+    """Parameters before, the state after, and the payload, when alpha doubles its parameters and beta keeps them."""
+    aggregator, state = start(config)
+    before = {name: value.clone() for name, value in state.parameters.items()}
+    telling(state, alpha, **more).deliver(config, "alpha", state, times(state, 2), tokens=100)
+    telling(state, beta, **more).deliver(config, "beta", state, times(state, 1), tokens=300)
+    one_version(aggregator, state)
+    return before, state, stored(config, 1, "parameter-000.safetensors")
+
+
+def test_averaged_by_tokens_and_published_beside_the_parameters(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    before, state, payload = after_one_version(tiny_config(tmp_path, outer=SHARED), 4.0, 0.0)
+    told = {name: value for name, value in payload.items() if name.startswith("second_moment/")}
+    assert {name.split("/", 2)[2] for name in told} == set(before)
+    assert all(torch.equal(value, torch.ones_like(value)) for value in told.values())  # (100 * 4 + 300 * 0) / 400
+    for name, value in before.items():  # merge=mean: by tokens alone
+        assert torch.allclose(state.parameters[name], 1.25 * value)
+
+
+def test_importance_gives_the_step_to_the_silo_that_has_a_say(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    config = tiny_config(tmp_path, outer=SHARED | {"merge": "importance"})
+    before, state, _ = after_one_version(config, 4.0, 0.0)
+    for name, value in before.items():
+        assert torch.allclose(state.parameters[name], 2 * value)
+    other = tiny_config(tmp_path / "other", outer=SHARED | {"merge": "importance"})
+    before, state, _ = after_one_version(other, 9.0, 1.0)  # roots 3 and 1: 100 * 3 of 100 * 3 + 300 * 1
+    for name, value in before.items():
+        assert torch.allclose(state.parameters[name], 1.5 * value)
+
+
+def test_with_muon_only_what_adamw_trains(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    config = tiny_config(tmp_path, inner={"optimizer": "muon"}, outer=SHARED | {"merge": "importance"})
+    shapes = {name: value.shape for name, value in start(config)[1].parameters.items()}
+    before, state, payload = after_one_version(config, 4.0, 0.0, only=lambda n: not is_muon_matrix(n, shapes[n]))
+    matrices = {name for name in shapes if is_muon_matrix(name, shapes[name])}
+    assert 0 < len(matrices) < len(shapes)
+    assert {n.split("/", 2)[2] for n in payload if n.startswith("second_moment/")} == set(shapes) - matrices
+    for name, value in before.items():
+        assert torch.allclose(state.parameters[name], (1.25 if name in matrices else 2.0) * value)
+
+
+@pytest.mark.parametrize("merge", ["mean", "median"])
+def test_what_a_silo_that_lies_does_to_them(tmp_path: Path, tiny_config: TinyConfig, merge: str) -> None:
+    silos = {name: {} for name in ("alpha", "beta", "gamma")}
+    config = tiny_config(tmp_path, outer=SHARED | {"merge": merge}, silos=silos)
+    aggregator, state = start(config)
+    for silo, value in (("alpha", 1.0), ("beta", 1.0), ("gamma", 1e30)):
+        telling(state, value).deliver(config, silo, state, times(state, 1))
+    one_version(aggregator, state)
+    payload = stored(config, 1, "parameter-000.safetensors")
+    told = torch.cat([value.flatten() for name, value in payload.items() if name.startswith("second_moment/")])
+    assert bool((told == 1).all()) == (merge == "median")
+
+
+NOT_AGREED = "it holds the second moments of other tensors than are agreed"
+BAD: dict[str, tuple[Hand, str]] = {
+    "none": (GOOD, NOT_AGREED),
+    "one too few": (
+        Hand(tensors=lambda t: {n: v for n, v in t.items() if n != max(t)}),
+        NOT_AGREED,
+    ),
+}
+
+
+@pytest.mark.parametrize(("hand", "expected"), BAD.values(), ids=BAD)
+def test_a_silo_that_does_not_tell_them_is_refused(
+    tmp_path: Path, tiny_config: TinyConfig, hand: Hand, expected: str
+) -> None:
+    config = tiny_config(tmp_path, outer=SHARED)
+    aggregator, state = start(config)
+    good = telling(state, 1.0)
+    spoilt = Hand(tensors=lambda tensors: hand.tensors(tensors if hand is GOOD else dict(good.tensors(tensors))))
+    good.deliver(config, "beta", state, times(state, 1))
+    spoilt.deliver(config, "alpha", state, times(state, 1))
+    folder = Path(config.store_url) / "silos" / "alpha" / "000001"
+    assert aggregator._collector._look("alpha", 1, lambda s, d, v: aggregator._verify(s, d, state, v)) is None
+    assert expected in (folder / "refused-0.json").read_text()
+
+
+def test_a_silo_that_tells_what_was_not_asked_is_refused(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    config = tiny_config(tmp_path, outer={"optimizer": "sgd", "lr": 1.0, "num_fragments": 2}, inner={"num_steps": 8})
+    refused_then_taken(
+        Hand(tensors=lambda tensors: tensors | {"second_moment/values/x": torch.ones(1)}), NOT_AGREED, config
+    )
