@@ -60,7 +60,7 @@ def main() -> None:
     plain = [f"silos.{name}.{setting}" for name in packed for setting in PLAIN] + ["wandb.mode=disabled"]
     config = federated_config(arguments.directory, packed, tokenizer, [*plain, *arguments.overrides])
     central = 0.0
-    for label, other in comparison_configs(config, packed).items():
+    for label, other in comparison_configs(config).items():
         loss, tokens = mean_loss(other)
         central = central or loss
         print(f"RESULT {label:40} {loss:.4f}  x{loss / central:.4f} of central  {tokens:,} tokens", flush=True)

@@ -78,7 +78,7 @@ def main() -> None:
         overrides = [*seeded, *arguments.overrides, *settings.split()]
         config = federated_config(folder, packed, tokenizer, [*overrides, *WAYS.get(way, ("",))[0].split()])
         if way == CENTRAL:
-            config = comparison_configs(config, packed)[CENTRAL]
+            config = comparison_configs(config)[CENTRAL]
         else:
             silos = {name: dataclasses.replace(silo, **PLAIN) for name, silo in config.silos.items()}
             config = dataclasses.replace(config, silos=silos)

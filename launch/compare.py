@@ -155,7 +155,6 @@ def _runs_of(spec: CompareConfig, name: str, model: ModelSpec, seed: int) -> Ite
         if silo.num_nodes != 1:
             raise ConfigError(f"silos.{silo_name}.num_nodes: {silo.num_nodes} given; allowed: 1 in a comparison")
         silo.data_seed = zlib.crc32(f"{seed}/{silo_name}".encode())
-    valid = {corpus: path for silo in base.silos.values() for corpus, path in silo.valid.items()}
 
     def planned(config: RunConfig, silo: str = "") -> Planned:
         directory = place / silo / f"seed-{seed}"
@@ -165,14 +164,14 @@ def _runs_of(spec: CompareConfig, name: str, model: ModelSpec, seed: int) -> Ite
 
     if model.kind == "federated":
         first = min(base.silos)  # all silos hold the same global model: one evaluates it
-        silos = {n: dataclasses.replace(s, valid=valid if n == first else {}) for n, s in base.silos.items()}
+        valid = {first: all_held_out(base)}
+        silos = {n: dataclasses.replace(silo, valid=valid.get(n, {})) for n, silo in base.silos.items()}
         yield planned(dataclasses.replace(base, silos=silos))
     elif model.kind == "central":
         yield planned(central_config(base, seed=seed))
     else:
-        for silo_name, silo in base.silos.items():
-            alone = _alone(base, silo_name, dataclasses.replace(silo, valid=valid), num_steps=num_steps)
-            yield planned(alone, silo_name)
+        for silo_name in base.silos:
+            yield planned(isolated_config(base, silo_name, num_steps=num_steps), silo_name)
 
 
 def _alone(config: RunConfig, name: str, silo: SiloConfig, *, num_steps: int) -> RunConfig:
@@ -193,6 +192,17 @@ def _alone(config: RunConfig, name: str, silo: SiloConfig, *, num_steps: int) ->
     )
 
 
+def all_held_out(config: RunConfig) -> dict[str, str]:
+    """The held-out text of all silos."""
+    return {corpus: path for silo in config.silos.values() for corpus, path in silo.valid.items()}
+
+
+def isolated_config(config: RunConfig, name: str, *, num_steps: int | None = None) -> RunConfig:
+    """One silo alone: the same batch and steps, unless others are given, and everybody's held-out text."""
+    silo = dataclasses.replace(config.silos[name], valid=all_held_out(config))
+    return _alone(config, name, silo, num_steps=num_steps or config.inner.num_steps)
+
+
 def central_config(config: RunConfig, *, seed: int = 0) -> RunConfig:
     """One model on the text of all silos: as many tokens at every step, and of each silo's text the same share."""
     template = config.silos[min(config.silos)]
@@ -206,7 +216,7 @@ def central_config(config: RunConfig, *, seed: int = 0) -> RunConfig:
         data=[directory for silo in config.silos.values() for directory in silo.data],
         data_weights=shares,
         data_seed=zlib.crc32(f"{seed}/central".encode()),
-        valid={corpus: path for silo in config.silos.values() for corpus, path in silo.valid.items()},
+        valid=all_held_out(config),
         processes_per_node=num_ranks,
         global_batch_sequences=num_sequences,
         micro_batch_sequences=micro,

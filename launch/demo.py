@@ -7,9 +7,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from launch.compare import central_config, isolated_config
 from launch.local import launch_local
 from launch.report import summarize, write_report
-from pretrain.config import ConfigError, RunConfig, SiloConfig, load_config
+from pretrain.config import ConfigError, RunConfig, load_config
 
 SETTINGS = Path(__file__).parent.parent / "configs" / "run" / "demo.yaml"
 VOCAB_SIZE = 2048
@@ -34,7 +35,7 @@ def run_demo(directory: Path, *, corpora: Path | None, compare: bool, overrides:
     if code:
         return code
     comparisons = {}
-    for label, other in comparison_configs(config, packed).items() if compare else ():
+    for label, other in comparison_configs(config).items() if compare else ():
         console.print(f"[bold]2/4[/bold]  for comparison: {label}")
         code = launch_local(other)
         if code:
@@ -83,34 +84,15 @@ def federated_config(directory: Path, packed: dict[str, Path], tokenizer: Path, 
     return load_config([SETTINGS], [*here, *overrides])
 
 
-def comparison_configs(config: RunConfig, packed: dict[str, Path]) -> dict[str, RunConfig]:
+def comparison_configs(config: RunConfig) -> dict[str, RunConfig]:
     """One central model on the same total tokens, and each silo alone on the same number of its own tokens."""
-    valid = {name: str(path / "valid") for name, path in packed.items()}
-    template = next(iter(config.silos.values()))
-
-    def alone(name: str, data: list[str], global_batch: int) -> RunConfig:
-        silo: SiloConfig = dataclasses.replace(
-            template,
-            data=data,
-            valid=valid,
-            processes_per_node=2,
-            global_batch_sequences=global_batch,
-            micro_batch_sequences=global_batch // 2,
-            deepspeed={},
-        )
-        return dataclasses.replace(
-            config,
-            directory=f"{config.directory}/compare/{name}",
-            exchange=dataclasses.replace(config.exchange, kind="none", url=""),
-            silos={name: silo},
-            roster=[],
-        )
-
-    batches = {name: silo.global_batch_sequences for name, silo in config.silos.items()}
-    configs = {"central": alone("central", [str(path / "train") for path in packed.values()], sum(batches.values()))}
-    for name, path in packed.items():
-        configs[f"{name} alone"] = alone(f"alone-{name}", [str(path / "train")], batches[name])
-    return configs
+    configs = {"central": central_config(config)}
+    configs |= {f"{name} alone": isolated_config(config, name) for name in config.silos}
+    place = f"{config.directory}/compare"
+    return {
+        label: dataclasses.replace(other, directory=f"{place}/{label.replace(' ', '-')}")
+        for label, other in configs.items()
+    }
 
 
 def export_final(config: RunConfig) -> Path:
