@@ -27,7 +27,14 @@ from pretrain.exchange.objects import StoreTroubleError
 from pretrain.exchange.store import StoreExchange, delivery_path, file_payload, version_path
 from pretrain.journal import Journal
 from pretrain.lock import lock_directory
-from pretrain.merging import commit_record, contributor, outer_optimizer, read_delivery, shared_moments
+from pretrain.merging import (
+    commit_record,
+    contributor,
+    merge_weight,
+    outer_optimizer,
+    read_delivery,
+    shared_moments,
+)
 from pretrain.outer.codec import check, decoded, encode
 from pretrain.outer.digest import Row, digest_rows, tensor_row
 from pretrain.outer.fragments import cut_fragments
@@ -269,7 +276,10 @@ class Aggregator:
                 gram += flat @ flat.T
             chosen = krum(gram, outer.num_malicious)
             return [int(index == chosen) for index in range(len(deliveries))], ones
-        weights = [max(1, round(d.manifest.tokens * (rules.stale_weight if d.base else 1.0))) for d in deliveries]
+        weights = [
+            max(1, round(merge_weight(d.manifest.tokens, outer.weight_power) * (rules.stale_weight if d.base else 1.0)))
+            for d in deliveries
+        ]
         return weights, clip_factors([d.norm for d in deliveries]) if outer.merge == "clip" else ones
 
     def _each(

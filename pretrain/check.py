@@ -96,6 +96,7 @@ def _check_numbers(config: "RunConfig") -> None:
     for key, rate in positive.items():
         _require(0 < rate < math.inf, key, rate, "above 0")
     _require(0 <= config.outer.momentum < 1, "outer.momentum", config.outer.momentum, "0 to below 1")
+    _require(0 <= config.outer.weight_power <= 1, "outer.weight_power", config.outer.weight_power, "0 to 1")
     _require(
         config.inner.num_steps % config.outer.sync_interval_steps == 0 or config.exchange.kind == "none",
         "inner.num_steps",

@@ -94,6 +94,9 @@ class OuterConfig:
     merge: str = "mean"
     """mean by tokens; importance: and, element by element, by the root of each silo's second moment; clip (norms to
     their median), trimmed_mean, median or krum where silos may send anything."""
+    weight_power: float = 1.0
+    """A silo's weight in mean, importance and clip is its tokens to this power: 0 gives all the same, so that between 0
+    and 1 small silos count for more than their tokens."""
     num_malicious: int = 1
     """Silos that clip, trimmed_mean, median or krum must stand; ignored by mean."""
     codec: str = "fp32"

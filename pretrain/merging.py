@@ -55,6 +55,11 @@ def contributor(manifest: Manifest, manifest_bytes: bytes, weight: int) -> Contr
     )
 
 
+def merge_weight(tokens: int, power: float) -> int:
+    """A silo's weight in a merge: its tokens, or a thousand times a lower power of them."""
+    return tokens if power == 1 else round(1000 * tokens**power)
+
+
 def shared_moments(config: RunConfig, names: Iterable[str], shapes: Mapping[str, torch.Size]) -> dict[str, torch.Size]:
     """Of a fragment's tensors those whose second moments silos share: what AdamW trains, if the contract says so."""
     if config.outer.second_moments != "shared":

@@ -30,7 +30,7 @@ from pretrain.exchange.base import Received
 from pretrain.exchange.collective import Collective, Lane, PeerLostError, connect
 from pretrain.exchange.lanes import Lanes, carry
 from pretrain.identity import own_identity
-from pretrain.merging import contributor, outer_optimizer, read_delivery, shared_moments
+from pretrain.merging import contributor, merge_weight, outer_optimizer, read_delivery, shared_moments
 from pretrain.outer.codec import apply_change, check, decoded
 from pretrain.outer.digest import Row, digest_rows, tensor_row
 from pretrain.outer.merge import importance_mean, mean_cosine, unit_sum_squared, weighted_mean
@@ -209,10 +209,12 @@ class AmongSilos:
         merged[self._index] = change
         values = self._apply(merged, parts, base)
         rows = {name: tensor_row(name, value) for name, value in values.items()}
-        contributors = [contributor(manifests[silo], told[silo], manifests[silo].tokens) for silo in self._roster]
-        tokens = [manifests[silo].tokens for silo in self._roster]
+        weights = [self._weight(manifests[silo]) for silo in self._roster]
+        contributors = [
+            contributor(manifests[silo], told[silo], weight) for silo, weight in zip(self._roster, weights, strict=True)
+        ]
         factors = {
-            name: merge_factors([(w, of[name]) for w, of in zip(tokens, told_factors, strict=True)], base[name].shape)
+            name: merge_factors([(w, of[name]) for w, of in zip(weights, told_factors, strict=True)], base[name].shape)
             for name in told_factors[0]
         }
         self._commit(version, values, rows, contributors, stepped, factors=factors)
@@ -246,6 +248,9 @@ class AmongSilos:
                 raise PeerLostError(f"silo {silo}: its part of version {version}: {error}") from None
         return manifests
 
+    def _weight(self, manifest: Manifest) -> int:
+        return merge_weight(manifest.tokens, self._config.outer.weight_power)
+
     def _swap(self, out: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
         assert self._lanes
         none = torch.empty(0, dtype=torch.uint8)
@@ -277,7 +282,7 @@ class AmongSilos:
             found = []
             for silo, parts in zip(self._roster, unpacked, strict=True):
                 self._check(silo, settings.codec, parts[index], piece)
-                found.append((manifests[silo].tokens, decoded(settings.codec, published, parts[index])))
+                found.append((self._weight(manifests[silo]), decoded(settings.codec, published, parts[index])))
             stack = torch.stack([pseudo_gradient for _, pseudo_gradient in found])
             gram += stack @ stack.T
             if settings.merge == "importance" and piece.name in told_factors[0]:

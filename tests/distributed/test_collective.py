@@ -19,7 +19,7 @@ def collective(**exchange: Any) -> dict[str, Any]:
 
 
 WAYS: dict[str, dict[str, Any]] = {
-    "fp32": {"optimizer": "nesterov", "second_moments": "shared", "merge": "importance"},
+    "fp32": {"optimizer": "nesterov", "second_moments": "shared", "merge": "importance", "weight_power": 0.5},
     "streaming int4": {
         "optimizer": "adam",
         "lr": 0.1,

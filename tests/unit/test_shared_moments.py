@@ -13,7 +13,7 @@ from pretrain.config import RunConfig
 from pretrain.outer.moments import factor
 from pretrain.silo.optim import is_muon_matrix
 from tests.conftest import TinyConfig
-from tests.unit.test_aggregate import GOOD, Hand, one_version, refused_then_taken, start, stored, times
+from tests.unit.test_aggregate import GOOD, Hand, commit_of, one_version, refused_then_taken, start, stored, times
 
 Tensors = dict[str, Tensor]
 SHARED = {"optimizer": "sgd", "lr": 1.0, "second_moments": "shared"}
@@ -114,3 +114,18 @@ def test_a_silo_that_tells_what_was_not_asked_is_refused(tmp_path: Path, tiny_co
     refused_then_taken(
         Hand(tensors=lambda tensors: tensors | {"second_moment/values/x": torch.ones(1)}), NOT_AGREED, config
     )
+
+
+@pytest.mark.parametrize(("power", "share"), [(1.0, 9 / 10), (0.5, 3 / 4), (0.0, 1 / 2)])
+def test_small_silos_may_count_for_more_than_their_tokens(
+    tmp_path: Path, tiny_config: TinyConfig, power: float, share: float
+) -> None:
+    config = tiny_config(tmp_path, outer={"optimizer": "sgd", "lr": 1.0, "weight_power": power})
+    aggregator, state = start(config)
+    before = {name: value.clone() for name, value in state.parameters.items()}
+    GOOD.deliver(config, "alpha", state, times(state, 2), tokens=900)
+    GOOD.deliver(config, "beta", state, times(state, 1), tokens=100)
+    one_version(aggregator, state)
+    for name, value in before.items():
+        assert torch.allclose(state.parameters[name], (1 + share) * value)
+    assert commit_of(config, 1)["contributors"][0]["weight"] / commit_of(config, 1)["divisor"] == pytest.approx(share)
