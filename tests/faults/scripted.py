@@ -54,7 +54,7 @@ AGGREGATE = "pretrain.aggregate"
 SILO_POINTS: dict[str, Point] = {
     "step": ("pretrain.train", "learning_rate", "before", lambda step, inner: step),
     "sending": ("pretrain.sync", "SiloSync._code", "before", lambda self, version, *facts: version),
-    "coded": ("pretrain.sync", "save_tensors", "after", lambda coded, file: int(file.stem)),
+    "coded": ("pretrain.sync", "save_tensors", "after", lambda coded, file, **_: int(file.stem)),
     "delivering": (STORE, "StoreExchange.deliver", "before", lambda self, manifest, files: manifest.version),
     "before_payload": (OBJECTS, "Objects.upload", "before", lambda self, file, name: delivery(name)),
     "corrupt_payload": (OBJECTS, "Objects.upload", "after", lambda self, file, name: delivery(name)),

@@ -22,7 +22,8 @@ def make_config(
     alpha = {"processes_per_node": 2, "micro_batch_sequences": 2, "deepspeed": {"zero_optimization": {"stage": 2}}}
     return tiny_config(
         directory,
-        outer={"optimizer": "nesterov", "downlink_codec": "bf16"} | outer,
+        outer={"optimizer": "nesterov", "downlink_codec": "bf16", "second_moments": "shared", "merge": "importance"}
+        | outer,
         silo={"checkpoint_interval_steps": 3},
         silos={"alpha": alpha},
         exchange=exchange or {},
