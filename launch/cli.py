@@ -351,13 +351,12 @@ def compare(
     [bold]Example:[/bold] atoll compare --config compare.yaml --jobs 2
     """
     from launch.compare import compare as run_comparison
-    from launch.compare import load_comparison, plan_runs
+    from launch.compare import describe_runs, load_comparison, plan_runs
     from launch.compare_table import write_results
 
     spec = load_comparison(config, overrides or [])
     if dry_run:
-        for run in plan_runs(spec):
-            print(f"{run.directory}  {run.tokens:,} tokens  {'finished' if run.is_finished else 'to do'}")
+        print(describe_runs(plan_runs(spec)))
         return
     code = 0 if table else run_comparison(spec, jobs=jobs)
     print(write_results(spec))

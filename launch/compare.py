@@ -6,8 +6,6 @@ Every run is an ordinary run with a directory of its own, so an interrupted comp
 import dataclasses
 import json
 import math
-import signal
-import subprocess
 import sys
 import time
 import zlib
@@ -17,7 +15,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from launch.processes import POLL_SECONDS, STOP_SIGNALS
+from launch.local import GRACE_SECONDS, StopSignals
+from launch.metrics import read_status
+from launch.processes import POLL_SECONDS, Child, ChildCommand, Children
 from pretrain.check import check_config
 from pretrain.config import (
     ConfigError,
@@ -34,6 +34,8 @@ from pretrain.silo.shards import read_manifest
 KINDS = ("central", "isolated", "federated", "personalised")
 CHOICES = ("last", "best")
 ORIGIN = "model"  # the exported model beside a federated run that personalised ones go on from
+# A launch of a run ends what is left of it after GRACE_SECONDS, and then itself.
+LAUNCH_GRACE_SECONDS = GRACE_SECONDS + 10.0
 
 
 @dataclass(kw_only=True)
@@ -48,6 +50,8 @@ class ModelSpec:
     """personalised: the federated model that every silo goes on from."""
     steps: int = 0
     """personalised: for how many inner steps."""
+    seeds: list[int] = field(default_factory=list)
+    """Only these of the comparison's seeds; empty means all."""
 
 
 @dataclass(kw_only=True)
@@ -87,16 +91,31 @@ class Planned:
         return Path(self.config.directory)
 
     @property
+    def tokens_by_silo(self) -> dict[str, int]:
+        """What each of its silos trains on."""
+        tokens = self.config.inner.num_steps * self.config.sequence_tokens
+        return {name: silo.global_batch_sequences * tokens for name, silo in self.config.silos.items()}
+
+    @property
     def tokens(self) -> int:
         """What it trains on, all silos together."""
-        sequences = sum(silo.global_batch_sequences for silo in self.config.silos.values())
-        return sequences * self.config.inner.num_steps * self.config.sequence_tokens
+        return sum(self.tokens_by_silo.values())
 
     @property
     def is_finished(self) -> bool:
-        """Whether its last step is done and summed up."""
+        """Whether every silo has come to its end, the last evaluation included, and the run is summed up."""
         file = self.directory / "summary.json"
-        return file.is_file() and json.loads(file.read_text())["steps"] == self.config.inner.num_steps
+        if not file.is_file() or json.loads(file.read_text())["steps"] != self.config.inner.num_steps:
+            return False
+        statuses = [self.config.silo_directory(silo) / "status.json" for silo in self.config.silos]
+        return all(read_status(status).phase == "finished" for status in statuses)
+
+    @property
+    def state(self) -> str:
+        """finished, to resume or to do."""
+        if self.is_finished:
+            return "finished"
+        return "to resume" if (self.directory / "config.yaml").is_file() else "to do"
 
 
 def load_comparison(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> CompareConfig:
@@ -117,10 +136,11 @@ def load_comparison(paths: Sequence[str | Path], overrides: Sequence[str] = ()) 
 
 def _check_model(spec: CompareConfig, name: str, model: ModelSpec) -> None:
     key = f"models.{name}"
-    if not name or Path(name).name != name:
+    if not name or Path(name).name != name or name == "..":
         raise ConfigError(f"models: {name!r} given; allowed: the name of a folder")
     if model.kind not in KINDS:
         raise ConfigError(f"{key}.kind: {model.kind!r} given; allowed: {', '.join(KINDS)}")
+    _check_seeds(f"{key}.seeds", model.seeds, spec.seeds)
     if model.kind != "personalised":
         if model.of or model.steps:
             raise ConfigError(f"{key}.of, {key}.steps: given; allowed: with kind personalised")
@@ -130,6 +150,17 @@ def _check_model(spec: CompareConfig, name: str, model: ModelSpec) -> None:
         raise ConfigError(f"{key}.of: {model.of!r} given; allowed: {', '.join(federated) or 'a federated model'}")
     if model.steps < 1:
         raise ConfigError(f"{key}.steps: {model.steps} given; allowed: 1 or more")
+    _check_seeds(f"{key}.seeds", seeds_of(spec, model), seeds_of(spec, spec.models[model.of]))
+
+
+def _check_seeds(key: str, seeds: Sequence[int], allowed: Sequence[int]) -> None:
+    if not set(seeds) <= set(allowed):
+        raise ConfigError(f"{key}: {list(seeds)} given; allowed: {', '.join(map(str, allowed))}")
+
+
+def seeds_of(spec: CompareConfig, model: ModelSpec) -> list[int]:
+    """The seeds that a model is trained with."""
+    return model.seeds or spec.seeds
 
 
 # ---- what is to run
@@ -138,7 +169,25 @@ def _check_model(spec: CompareConfig, name: str, model: ModelSpec) -> None:
 def plan_runs(spec: CompareConfig) -> list[Planned]:
     """All runs, each after those that it goes on from. Raises ConfigError."""
     order = sorted(spec.models.items(), key=lambda item: item[1].kind == "personalised")
-    return [planned for seed in spec.seeds for name, model in order for planned in _runs_of(spec, name, model, seed)]
+    return [
+        planned
+        for seed in spec.seeds
+        for name, model in order
+        if seed in seeds_of(spec, model)
+        for planned in _runs_of(spec, name, model, seed)
+    ]
+
+
+def describe_runs(runs: Sequence[Planned]) -> str:
+    """A line for each run, with its tokens and whether it is finished, and one for all."""
+    lines = []
+    for planned in runs:
+        tokens = ", ".join(f"{silo} {count:,}" for silo, count in planned.tokens_by_silo.items())
+        lines.append(f"{planned.directory}  {planned.state}  {planned.tokens:,} tokens ({tokens})")
+    left = [planned for planned in runs if not planned.is_finished]
+    total, missing = sum(planned.tokens for planned in runs), sum(planned.tokens for planned in left)
+    lines.append(f"{len(runs)} runs, {total:,} tokens; left: {len(left)} runs, {missing:,} tokens")
+    return "\n".join(lines)
 
 
 def _runs_of(spec: CompareConfig, name: str, model: ModelSpec, seed: int) -> Iterator[Planned]:
@@ -154,6 +203,8 @@ def _runs_of(spec: CompareConfig, name: str, model: ModelSpec, seed: int) -> Ite
     for silo_name, silo in base.silos.items():
         if silo.num_nodes != 1:
             raise ConfigError(f"silos.{silo_name}.num_nodes: {silo.num_nodes} given; allowed: 1 in a comparison")
+        if not silo.valid:
+            raise ConfigError(f"silos.{silo_name}.valid: {{}} given; allowed: held-out text of its own in a comparison")
         silo.data_seed = zlib.crc32(f"{seed}/{silo_name}".encode())
 
     def planned(config: RunConfig, silo: str = "") -> Planned:
@@ -193,8 +244,16 @@ def _alone(config: RunConfig, name: str, silo: SiloConfig, *, num_steps: int) ->
 
 
 def all_held_out(config: RunConfig) -> dict[str, str]:
-    """The held-out text of all silos."""
-    return {corpus: path for silo in config.silos.values() for corpus, path in silo.valid.items()}
+    """The held-out text of all silos. Raises ConfigError if two mean different text by one name."""
+    found: dict[str, str] = {}
+    for name, silo in config.silos.items():
+        for corpus, path in silo.valid.items():
+            if found.setdefault(corpus, path) != path:
+                raise ConfigError(
+                    f"silos.{name}.valid.{corpus}: {path!r} given; another silo's {corpus} is {found[corpus]!r}; "
+                    "allowed: one text for each name"
+                )
+    return found
 
 
 def isolated_config(config: RunConfig, name: str, *, num_steps: int | None = None) -> RunConfig:
@@ -235,75 +294,80 @@ def _shares(silo: SiloConfig) -> list[float]:
 
 
 def compare(spec: CompareConfig, *, jobs: int = 1, console: Console | None = None) -> int:
-    """Run what is not finished, `jobs` runs at a time; returns the exit status of the first that fails, or 0.
+    """Run what is not finished, `jobs` runs at a time, until one fails or a signal comes.
 
-    Raises ConfigError if a finished or begun run has other settings than the comparison asks for now.
+    Returns the exit status: 0 finished, 1 a run crashed, 2 a user's mistake in a run, 128 + n stopped by signal n.
+    Whatever is running then saves and stops, and the next call goes on with it. Raises ConfigError if a finished or
+    begun run has other settings than the comparison asks for now. Call it from the main thread.
     """
     console = console or Console()
     runs = plan_runs(spec)
     for planned in runs:
         _check_same(planned)
-    todo = [planned for planned in runs if not planned.is_finished]
-    console.print(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished ({spec.directory})")
-    waiting, running = list(todo), dict[int, tuple[Planned, subprocess.Popen[bytes], float]]()
-    stopped: list[int] = []
-    before = {number: signal.signal(number, lambda number, _: stopped.append(number)) for number in STOP_SIGNALS}
-    code = 0
-    try:
-        while running or (waiting and not code and not stopped):
-            free = [planned for planned in waiting if _is_ready(planned, runs)] if not code and not stopped else []
-            for planned in free[: max(0, jobs - len(running))]:
-                waiting.remove(planned)
-                child = _start(planned)
-                running[child.pid] = (planned, child, time.monotonic())
-            for number in stopped[:1]:
-                for _, child, _ in running.values():
-                    child.send_signal(number)
-                stopped[:1] = [0]
-            for pid, (planned, child, began) in list(running.items()):
-                if child.poll() is not None:
-                    del running[pid]
-                    console.print(_outcome(planned, child.returncode, time.monotonic() - began))
-                    code = code or child.returncode
+    waiting = [planned for planned in runs if not planned.is_finished]
+    console.print(
+        f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished ({spec.directory})",
+        soft_wrap=True,
+        markup=False,
+        highlight=False,
+    )
+    running: list[tuple[Planned, Child]] = []
+    with StopSignals() as signals, Children(grace_seconds=LAUNCH_GRACE_SECONDS) as children:
+        while (waiting or running) and signals.first is None:
+            if waiting and len(running) < jobs:
+                ready = [planned for planned in waiting if _is_ready(planned, runs)]
+                for planned in ready[: jobs - len(running)]:
+                    waiting.remove(planned)
+                    running.append((planned, _start(planned, children)))
+            for planned, child in [(planned, child) for planned, child in running if child.returncode is not None]:
+                running.remove((planned, child))
+                console.print(_outcome(planned, child), soft_wrap=True, markup=False, highlight=False)
+                if not planned.is_finished:
+                    return child.returncode if child.returncode in (1, 2) else 1
             time.sleep(POLL_SECONDS)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return code
+        if signals.first is not None:
+            console.print(
+                "stopping: what is running saves; the same command goes on",
+                soft_wrap=True,
+                markup=False,
+                highlight=False,
+            )
+            count = signals.count
+            children.stop(lambda: signals.count > count)
+            return 128 + signals.first
+    return 0
 
 
 def _is_ready(planned: Planned, runs: Sequence[Planned]) -> bool:
     """Whether the model that a personalised one goes on from is there."""
-    origin = Path(planned.config.model.checkpoint or "")
-    return all(run.is_finished or run.directory != origin.parent for run in runs)
-
-
-def _start(planned: Planned) -> "subprocess.Popen[bytes]":
-    """A launch of its own, in a session of its own, so that a Ctrl-C reaches it once."""
-    _export_origin(planned)
-    asked = planned.directory.parent / f"{planned.directory.name}.yaml"
-    save_config(planned.config, asked)
-    with asked.with_suffix(".console").open("ab") as console:
-        command = [sys.executable, "-m", "launch.cli", "launch", "local", "--config", str(asked)]
-        return subprocess.Popen(command, stdout=console, stderr=subprocess.STDOUT, start_new_session=True)
-
-
-def _export_origin(planned: Planned) -> None:
-    """The federated model that a personalised one goes on from, as a `transformers` directory beside its run."""
     if planned.kind != "personalised":
-        return
-    from pretrain.export import export_global_model
-
+        return True
     origin = Path(str(planned.config.model.checkpoint))
-    if not origin.exists():
-        export_global_model(load_config([origin.parent / "config.yaml"]), origin)
+    return all(run.is_finished for run in runs if run.directory == origin.parent)
 
 
-def _outcome(planned: Planned, code: int, seconds: float) -> str:
+def _start(planned: Planned, children: Children) -> Child:
+    """A launch of its own, in a session of its own, so that a Ctrl-C reaches it once."""
+    log = planned.directory.parent / f"{planned.directory.name}.console"
+    asked = log.with_suffix(".yaml")
+    save_config(planned.config, asked)
+    atoll = [sys.executable, "-m", "launch.cli"]
+    if planned.kind == "personalised" and not (origin := Path(str(planned.config.model.checkpoint))).exists():
+        # A program of its own: this one stays without torch and its threads.
+        argv = [*atoll, "export", str(origin.parent), "--output", str(origin)]
+        export = children.start(ChildCommand(name="export", argv=argv), log)
+        if export.process.wait():
+            return export
+    return children.start(
+        ChildCommand(name=planned.model, argv=[*atoll, "launch", "local", "--config", str(asked)]), log
+    )
+
+
+def _outcome(planned: Planned, child: Child) -> str:
     name = " ".join(filter(None, (planned.model, planned.silo, f"seed {planned.seed}")))
-    if code == 0:
-        return f"{name}: finished in {seconds:,.0f} s"
-    return f"{name}: exit status {code}; see {planned.directory.parent / planned.directory.name}.console"
+    if planned.is_finished:
+        return f"{name}: finished in {time.time() - child.started_unix_seconds:,.0f} s"
+    return f"{name}: exit status {child.returncode} in {planned.directory}; see {child.log_path}"
 
 
 def _check_same(planned: Planned) -> None:

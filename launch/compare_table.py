@@ -1,20 +1,24 @@
-"""What came of a comparison: `results.json`, `table.md` and two plots, from the runs' `metrics.jsonl` alone."""
+"""What came of a comparison: `results.json`, tables and plots, from the runs' `metrics.jsonl` alone."""
 
 import json
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+import jinja2
 
 from launch.compare import CompareConfig, Planned, plan_runs
 from launch.report import Evaluation, Run, evaluations, summary_of
 from pretrain.config import load_config
 
-# Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom; then the normal distribution's.
+# Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom.
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 NORMAL_QUANTILE = 1.960
+TOGETHER = ("central", "federated")  # kinds whose one model is for all silos
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +34,7 @@ class Interval:
         freedom = len(values) - 1
         if not freedom:
             return cls(mean=values[0], half=None)
-        quantile = T_QUANTILES[freedom - 1] if freedom <= len(T_QUANTILES) else NORMAL_QUANTILE
-        half = quantile * statistics.stdev(values) / len(values) ** 0.5
+        half = t_quantile(freedom) * statistics.stdev(values) / len(values) ** 0.5
         return cls(mean=statistics.fmean(values), half=half)
 
     def __str__(self) -> str:
@@ -43,9 +46,18 @@ class Interval:
         return f"{100 * self.mean:+.1f} %" + ("" if self.half is None else f" ± {100 * self.half:.1f}")
 
 
+def t_quantile(freedom: int) -> float:
+    """Student's t, two-sided 95 %; beyond the table by the expansion in 1 / freedom, exact to 0.003."""
+    if freedom <= len(T_QUANTILES):
+        return T_QUANTILES[freedom - 1]
+    # Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.5.
+    z = NORMAL_QUANTILE
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+
+
 @dataclass(kw_only=True)
 class Result:
-    """What one model came to with one seed."""
+    """What one model came to with one seed; tokens, bytes and seconds with those of the model that it goes on from."""
 
     all_text: float
     """Mean held-out loss over all corpora, in nats; of models that each silo has for itself, the mean over these."""
@@ -58,6 +70,10 @@ class Result:
     tokens: int
     sent_bytes: float
     """By each silo, on average."""
+    sent_bytes_by_silo: dict[str, int]
+    received_bytes_by_silo: dict[str, int]
+    seconds: dict[str, float]
+    """training, waiting and evaluating, all silos together."""
 
 
 Results = dict[str, dict[int, Result]]
@@ -70,14 +86,19 @@ def read_results(spec: CompareConfig) -> Results:
     for planned in plan_runs(spec):
         runs[planned.model, planned.seed].append(planned)
     results: Results = {name: {} for name in spec.models}
-    for (model, seed), found in runs.items():
+    for (model, seed), found in runs.items():  # a personalised model after the one that it goes on from
         if all(planned.is_finished for planned in found):
-            results[model][seed] = _result(found, own, spec.choice)
+            origin = results.get(spec.models[model].of, {}).get(seed)
+            results[model][seed] = _result(found, own, spec.choice, origin)
     return {model: seeds for model, seeds in results.items() if seeds}
 
 
-def _result(runs: Sequence[Planned], own: Mapping[str, list[str]], choice: str) -> Result:
-    corpora, own_text, curves, tokens, sent = {}, {}, [], 0, 0.0
+def _result(runs: Sequence[Planned], own: Mapping[str, list[str]], choice: str, origin: Result | None) -> Result:
+    corpora, own_text, curves = {}, {}, []
+    tokens = origin.tokens if origin else 0
+    sent = defaultdict[str, int](int, origin.sent_bytes_by_silo if origin else {})
+    received = defaultdict[str, int](int, origin.received_bytes_by_silo if origin else {})
+    seconds = dict(origin.seconds) if origin else dict.fromkeys(("training", "waiting", "evaluating"), 0.0)
     for planned in runs:
         run = Run.read(planned.directory)
         matter = own[planned.silo] if planned.silo else sorted({corpus for found in own.values() for corpus in found})
@@ -89,7 +110,11 @@ def _result(runs: Sequence[Planned], own: Mapping[str, list[str]], choice: str) 
         curves.append([(one.tokens, mean_of(one, matter)) for one in found])
         summary = summary_of(run)
         tokens += summary["tokens"]
-        sent += summary["bytes_sent"] / len(planned.config.silos)
+        for silo in run.silos:
+            sent[silo] += sum(sync.get("bytes_sent") or 0 for sync in run.of_silo("sync", silo))
+            received[silo] += sum(sync.get("bytes_received") or 0 for sync in run.of_silo("sync", silo))
+        for what in seconds:
+            seconds[what] += summary[f"seconds_{what}"]
     points = [list(zip(*same, strict=True)) for same in zip(*curves, strict=False)]
     return Result(
         all_text=statistics.fmean(statistics.fmean(losses.values()) for losses in corpora.values()),
@@ -97,7 +122,10 @@ def _result(runs: Sequence[Planned], own: Mapping[str, list[str]], choice: str) 
         corpora=corpora,
         curve=[(sum(at), statistics.fmean(losses)) for at, losses in points],
         tokens=tokens,
-        sent_bytes=sent / len(runs),
+        sent_bytes=statistics.fmean(sent.values()),
+        sent_bytes_by_silo=sent,
+        received_bytes_by_silo=received,
+        seconds=seconds,
     )
 
 
@@ -109,39 +137,46 @@ def mean_of(evaluation: Evaluation, corpora: Iterable[str]) -> float:
 # ---- tables
 
 
-def table(spec: CompareConfig, results: Results) -> str:
-    """Both tables in Markdown: all silos' text, and each silo's own against what it reaches alone."""
-    return f"{_all_text(spec, results)}\n{_own_text(spec, results)}"
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table, before it is Markdown or HTML."""
+
+    caption: str
+    header: list[str]
+    rows: list[list[str]]
+
+    def __str__(self) -> str:
+        lines = [self.header, ["---"] * len(self.header), *self.rows]
+        return f"{self.caption}\n\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def _all_text(spec: CompareConfig, results: Results) -> str:
-    reference = results.get(spec.reference, {})
-    lines = [
+def all_text(spec: CompareConfig, results: Results) -> Table:
+    """Every model's loss over all corpora, and against the reference."""
+    caption = (
         f"Held-out loss in nats, mean over all corpora ({spec.choice} evaluation), ± 95 % over seeds; differences are "
-        "paired by seed.\n",
-        f"| model | loss | against {spec.reference} | seeds | tokens | MB sent by each silo |",
-        "|---|---|---|---|---|---|",
-    ]
+        "paired by seed."
+    )
+    kinds = {model.kind for model in spec.models.values()}
+    if {"isolated", "personalised"} <= kinds:
+        caption += " Isolated models have trained on as many of their own tokens as the personalised ones in all."
+    header = ["model", "loss", f"against {spec.reference}", "seeds", "tokens", "MB sent by each silo"]
+    reference, rows = results.get(spec.reference, {}), []
     for model, seeds in results.items():
         ratios = [one.all_text / reference[seed].all_text - 1 for seed, one in seeds.items() if seed in reference]
         against = Interval.of(ratios).percent if ratios and model != spec.reference else ""
         some = next(iter(seeds.values()))
-        lines.append(
-            f"| {model} | {Interval.of([one.all_text for one in seeds.values()])} | {against} | {len(seeds)} | "
-            f"{some.tokens:,} | {some.sent_bytes / 1e6:,.1f} |"
-        )
-    return "\n".join(lines) + "\n"
+        loss = Interval.of([one.all_text for one in seeds.values()])
+        sent = f"{some.sent_bytes / 1e6:,.1f}"
+        rows.append([model, str(loss), against, str(len(seeds)), f"{some.tokens:,}", sent])
+    return Table(caption=caption, header=header, rows=rows)
 
 
-def _own_text(spec: CompareConfig, results: Results) -> str:
+def own_text(spec: CompareConfig, results: Results) -> Table:
     """Below each silo, its loss, and the difference to the model that it trained alone."""
     silos = sorted({silo for seeds in results.values() for one in seeds.values() for silo in one.own_text})
     alone = next((name for name in results if spec.models[name].kind == "isolated"), None)
-    lines = [
-        "Each silo's own held-out text" + (f", and the difference to {alone}" if alone else "") + ".\n",
-        f"| model | {' | '.join(silos)} | mean | silos worse off than alone |",
-        "|---" * (len(silos) + 3) + "|",
-    ]
+    caption = "Each silo's own held-out text" + (f", and the difference to {alone}" if alone else "") + "."
+    rows = []
     for model, seeds in results.items():
         cells, worse = [], []
         for silo in silos:
@@ -157,39 +192,49 @@ def _own_text(spec: CompareConfig, results: Results) -> str:
                     worse += [silo] if statistics.fmean(ratios) >= 0 else []
             cells.append(cell)
         mean = Interval.of([statistics.fmean(one.own_text.values()) for one in seeds.values()])
-        left = "" if not alone or model == alone else ", ".join(worse) or "none"
-        lines.append(f"| {model} | {' | '.join(cells)} | {mean} | {left} |")
-    return "\n".join(lines) + "\n"
+        paired = alone and model != alone and any(seed in results[alone] for seed in seeds)
+        rows.append([model, *cells, str(mean), ", ".join(worse) or "none" if paired else ""])
+    return Table(caption=caption, header=["model", *silos, "mean", "silos worse off than alone"], rows=rows)
 
 
 # ---- plots
 
 
 def write_results(spec: CompareConfig) -> str:
-    """Write results.json, table.md, loss.svg and own.svg; returns the table."""
-    from launch import figures
-
+    """Write results.json, table.md, loss.svg, own.svg and compare.html; returns the tables in Markdown."""
     results, directory = read_results(spec), Path(spec.directory)
-    text = table(spec, results)
-    files = {"results.json": json.dumps(_plain(results), indent=1) + "\n", "table.md": text}
+    tables = [all_text(spec, results), own_text(spec, results)]
+    text = "\n".join(map(str, tables))
+    written = {"results.json": json.dumps(_plain(results), indent=1) + "\n", "table.md": text}
     if results:
-        curves = {
-            model: [one.curve for one in seeds.values() if one.curve]
-            for model, seeds in results.items()
-            if spec.models[model].kind in ("central", "federated")
-        }
-        own = {
-            model: {
-                silo: [one.own_text[silo] for one in seeds.values()] for silo in next(iter(seeds.values())).own_text
-            }
-            for model, seeds in results.items()
-        }
-        files |= {"loss.svg": figures.compared_losses(curves), "own.svg": figures.compared_silos(own)}
-    for name, content in files.items():
+        plots = draw(spec, results)
+        environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+        template = environment.from_string((files("launch") / "compare.html.j2").read_text())
+        page = template.render(name=directory.name, tables=tables, plots=plots.values())
+        written |= {**plots, "compare.html": page}
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, content in written.items():
         temporary = directory / f"{name}.tmp"
         temporary.write_text(content)
         temporary.replace(directory / name)
     return text
+
+
+def draw(spec: CompareConfig, results: Results) -> dict[str, str]:
+    """File name to SVG: loss against tokens of models for all, and each silo's loss on its own text of every model."""
+    # matplotlib takes a second to import; those who only want to run should not wait for it.
+    from launch import figures
+
+    curves = {
+        model: [one.curve for one in seeds.values()]
+        for model, seeds in results.items()
+        if spec.models[model].kind in TOGETHER
+    }
+    own = {
+        model: {silo: [one.own_text[silo] for one in seeds.values()] for silo in next(iter(seeds.values())).own_text}
+        for model, seeds in results.items()
+    }
+    return {"loss.svg": figures.compared_losses(curves), "own.svg": figures.compared_silos(own)}
 
 
 def _plain(results: Results) -> dict[str, Any]:

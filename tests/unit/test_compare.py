@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from launch.cli import app
 from launch.compare import CompareConfig, Planned, compare, load_comparison, plan_runs
-from launch.compare_table import Interval, read_results, write_results
+from launch.compare_table import Interval, read_results, t_quantile, write_results
 from pretrain.config import save_config
 from tests.support import TinyText, one_line_error, tiny_settings, tiny_silo
 
@@ -96,8 +98,11 @@ def finish(planned: Planned, losses: dict[str, float], worst: float) -> None:
     ]
     for silo in (name, *others):
         lines.append({"kind": "step", "silo": silo, "round": 2, "step": steps, "tokens": tokens})
-        lines.append({"kind": "sync", "silo": silo, "round": 1, "version": 1, "fragment": 0, "bytes_sent": 5_000_000})
-    planned.directory.mkdir(parents=True)
+        sync = {"kind": "sync", "silo": silo, "round": 1, "version": 1, "fragment": 0, "bytes_sent": 5_000_000}
+        lines.append(sync | {"bytes_received": 3_000_000})
+        lines.append({"kind": "summary", "silo": silo, "seconds_training": 30.0, "seconds_waiting": 2.0})
+        planned.config.silo_directory(silo).mkdir(parents=True)
+        (planned.config.silo_directory(silo) / "status.json").write_text('{"phase": "finished"}')
     (planned.directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (planned.directory / "summary.json").write_text(json.dumps({"steps": steps}))
     save_config(planned.config, planned.directory / "config.yaml")
@@ -128,9 +133,29 @@ def test_the_table(comparison: Path) -> None:
     assert rows["personal"][0].startswith("4.0000")
     assert rows["personal"][-1] == "beta"
     assert rows["averaged"][-1] == "none"
-    for name in ("results.json", "table.md", "loss.svg", "own.svg"):
+    assert "Isolated models have trained on as many of their own tokens as the personalised ones in all." in table
+    for name in ("results.json", "table.md", "loss.svg", "own.svg", "compare.html"):
         assert (Path(spec.directory) / name).stat().st_size > 100
     assert (Path(spec.directory) / "table.md").read_text() == table
+    page = (Path(spec.directory) / "compare.html").read_text()
+    assert page.count("<svg") == 2
+    assert "<td>4.1830 ± 1.8170</td><td>+2.0 % ± 12.7</td>" in page
+
+
+def test_results_have_bytes_and_seconds_of_every_silo(comparison: Path) -> None:
+    spec = load_comparison([comparison])
+    write_all(spec)
+    write_results(spec)
+    results = json.loads((Path(spec.directory) / "results.json").read_text())
+    for model in ("averaged", "isolated"):  # of one run, and of one run a silo
+        assert results[model]["3"]["sent_bytes_by_silo"] == {"alpha": 5_000_000, "beta": 5_000_000}
+        assert results[model]["3"]["received_bytes_by_silo"] == {"alpha": 3_000_000, "beta": 3_000_000}
+        assert results[model]["3"]["seconds"] == {"training": 60.0, "waiting": 4.0, "evaluating": 0.0}
+    assert results["isolated"]["3"]["corpora"]["alpha"] == {"alpha": 4.6, "beta": 8.7}
+    # with what the averaged model took, which it goes on from: so as many tokens as alone
+    assert results["personal"]["3"]["tokens"] == results["isolated"]["3"]["tokens"] == (12 + 6) * 16 * 16
+    assert results["personal"]["3"]["sent_bytes_by_silo"]["alpha"] == 2 * 5_000_000
+    assert results["personal"]["3"]["seconds"]["training"] == 2 * 60.0
 
 
 def test_the_last_evaluation_counts_unless_the_best_is_asked_for(comparison: Path) -> None:
@@ -148,6 +173,57 @@ def test_a_model_counts_when_all_its_runs_are_finished(comparison: Path) -> None
     assert {model: list(seeds) for model, seeds in read_results(spec).items()} == {"central": [3], "averaged": [3]}
 
 
+def test_a_run_is_finished_when_all_its_silos_are(comparison: Path) -> None:
+    spec = load_comparison([comparison])
+    (federated,) = by_model(spec, 3)["averaged"]
+    assert federated.state == "to do"
+    finish(federated, {"alpha": 4.0, "beta": 4.0}, worst=1.0)
+    assert federated.state == "finished"
+    # the other silo has made its last step, but neither merged nor evaluated
+    (federated.config.silo_directory("beta") / "status.json").write_text('{"phase": "stopped"}')
+    assert federated.state == "to resume"
+    assert not read_results(spec)
+
+
+def test_a_model_may_have_fewer_seeds(comparison: Path) -> None:
+    spec = load_comparison([comparison], ["models.averaged.seeds=[4]", "models.personal.seeds=[4]"])
+    assert set(by_model(spec, 3)) == {"central", "isolated"}
+    assert set(by_model(spec, 4)) == set(MODELS)
+    write_all(spec)
+    lines = [line.split(" | ") for line in write_results(spec).splitlines()]
+    (averaged, _) = [cells for cells in lines if cells[0] == "| averaged"]
+    assert averaged[1:4] == ["4.8260", "+2.7 %", "1"]  # 4.2 * 1.03 + 0.5 against 4.2 + 0.5
+
+
+def test_the_dry_run(comparison: Path) -> None:
+    spec = load_comparison([comparison])
+    first, second = plan_runs(spec)[:2]
+    finish(first, {"alpha": 4.0, "beta": 4.0}, worst=1.0)
+    save_config(second.config, second.directory / "config.yaml")
+    shown = CliRunner().invoke(app, ["compare", "--config", str(comparison), "--dry-run"])
+    lines = shown.stdout.splitlines()
+    assert lines[0] == f"{first.directory}  finished  3,072 tokens (central 3,072)"
+    assert lines[1] == f"{second.directory}  to resume  3,072 tokens (alpha 768, beta 2,304)"
+    assert lines[2].endswith("isolated/alpha/seed-3  to do  1,152 tokens (alpha 1,152)")
+    assert lines[-1] == "12 runs, 24,576 tokens; left: 11 runs, 21,504 tokens"
+
+
+def test_a_run_that_fails_ends_the_comparison(comparison: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    spec = load_comparison([comparison], ["settings=[tokenizer=nowhere]"])
+    assert compare(spec, jobs=2) == 2
+    first = plan_runs(spec)[0].directory
+    assert f"exit status 2 in {first}; see {first}.console" in capfd.readouterr().out
+    assert "tokenizer" in Path(f"{first}.console").read_text()
+    assert not (Path(spec.directory) / "runs" / "personal").exists()
+
+
+def test_the_documented_comparison(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "learning.md").read_text()
+    (documented,) = [block.split("```")[0] for block in text.split("```yaml")[1:]]
+    (file := tmp_path / "compare.yaml").write_text(documented)
+    assert len(load_comparison([file]).models) == 5
+
+
 def test_nothing_is_left_to_do(comparison: Path) -> None:
     spec = load_comparison([comparison])
     write_all(spec)
@@ -159,6 +235,9 @@ def test_intervals() -> None:
     # mean 2, standard deviation 1: 4.303 / sqrt(3)
     assert str(Interval.of([1.0, 2.0, 3.0])) == "2.0000 ± 2.4843"
     assert Interval.of([0.01, 0.03]).percent == "+2.0 % ± 12.7"
+    # beyond the table: 2.228 and 2.042 in any printed one
+    assert t_quantile(10) == pytest.approx(2.228, abs=0.003)
+    assert t_quantile(30) == pytest.approx(2.042, abs=0.001)
 
 
 REFUSED = {
@@ -177,7 +256,20 @@ REFUSED = {
         ["models.central.of=averaged"],
         "models.central.of, models.central.steps: given; allowed: with kind",
     ),
-    "key": (["models.central.seed=1"], "models.central.seed: unknown key given; allowed: kind, settings, of, steps"),
+    "key": (
+        ["models.central.seed=1"],
+        "models.central.seed: unknown key given; allowed: kind, settings, of, steps, seeds",
+    ),
+    "seeds": (["models.central.seeds=[5]"], "models.central.seeds: [5] given; allowed: 3, 4"),
+    "seeds of": (["models.averaged.seeds=[4]"], "models.personal.seeds: [3, 4] given; allowed: 4"),
+    "no text": (
+        ["settings=['silos.gamma.data=[elsewhere]']"],
+        "silos.gamma.valid: {} given; allowed: held-out text of its own in a comparison",
+    ),
+    "two texts": (
+        ["settings=[silos.beta.valid.alpha=elsewhere]"],
+        "silos.beta.valid.alpha: 'elsewhere' given; another silo's alpha is ",
+    ),
     "setting": (["settings=[outer.lr=-1]"], "outer.lr: -1.0 given; allowed: above 0"),
     "nodes": (
         ["settings=[silo.num_nodes=2,silo.micro_batch_sequences=2,silos.beta.micro_batch_sequences=6]"],
