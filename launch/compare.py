@@ -205,7 +205,8 @@ def _runs_of(spec: CompareConfig, name: str, model: ModelSpec, seed: int) -> Ite
             raise ConfigError(f"silos.{silo_name}.num_nodes: {silo.num_nodes} given; allowed: 1 in a comparison")
         if not silo.valid:
             raise ConfigError(f"silos.{silo_name}.valid: {{}} given; allowed: held-out text of its own in a comparison")
-        silo.data_seed = zlib.crc32(f"{seed}/{silo_name}".encode())
+        more = "/personalised" if model.kind == "personalised" else ""  # not the sequences that it began with again
+        silo.data_seed = zlib.crc32(f"{seed}/{silo_name}{more}".encode())
 
     def planned(config: RunConfig, silo: str = "") -> Planned:
         directory = place / silo / f"seed-{seed}"
