@@ -7,7 +7,7 @@ CORPORA is a folder of folders with train.jsonl.gz and valid.jsonl.gz, at least 
 tokenizer (BPE of 2,048), packed shards, and one YAML file for each comparison:
 
     four      every corpus a silo, below one epoch
-    ablation  one measure less, or one more, each
+    ablation  one measure less, each
     little    every corpus a silo with some 50,000 tokens of it: ten epochs and more
     two       the corpora in two silos
     eight     every corpus in two silos
@@ -63,11 +63,10 @@ MUON = ["inner.optimizer=muon"]
 SHARED = ["outer.second_moments=shared", "outer.merge=importance"]
 NESTEROV = ["outer.optimizer=nesterov", "outer.lr=0.8", "outer.momentum=0.5"]
 BEST = [*MUON, *SHARED, *NESTEROV]
-STREAMING = [f"outer.{s}" for s in ("codec=int4", "downlink_codec=int4", "num_fragments=4", "overlap_steps=2")]
-PERSONAL = [*MUON, "inner.lr=0.0012", "inner.muon_lr=0.004", "inner.warmup_steps=0", "inner.min_lr_ratio=0.0"]
-
-
-SETTINGS: dict[str, list[str]] = {"four": [], "ablation": [], "little": ["silo.eval_interval_rounds=3"]}
+INT4 = ["outer.codec=int4", "outer.downlink_codec=int4"]
+STREAMING = [*INT4, "outer.num_fragments=4", "outer.overlap_steps=2"]
+WITHOUT_WARMUP = [*MUON, "inner.warmup_steps=0", "inner.min_lr_ratio=0.0"]
+SETTINGS: dict[str, list[str]] = {"four": [], "little": ["silo.eval_interval_rounds=3"]}
 SHORT = ["inner.num_steps=600"]  # of all others
 
 
@@ -76,25 +75,37 @@ def federated(*settings: str) -> dict[str, Any]:
     return {"kind": "federated", "settings": list(settings)}
 
 
+def personalised(*settings: str) -> dict[str, Any]:
+    """The recommended model, with which every silo goes on alone."""
+    return {"kind": "personalised", "of": "recommended", "steps": 100, "settings": [*WITHOUT_WARMUP, *settings]}
+
+
 def every(steps: int) -> str:
     """The setting of the sync interval."""
     return f"outer.sync_interval_steps={steps}"
 
 
-USUAL = {
-    "central AdamW": {"kind": "central"},
+DIVIDED = {
     "central": {"kind": "central", "settings": MUON},
-    "plain averaging": federated(*PLAIN),
     "recommended": federated(*BEST),
     "isolated": {"kind": "isolated", "settings": MUON},
-    "personalised": {"kind": "personalised", "of": "recommended", "steps": 100, "settings": PERSONAL},
+    "personalised": personalised("inner.lr=0.0012", "inner.muon_lr=0.004"),
+    "personalised, bolder": personalised("inner.lr=0.003", "inner.muon_lr=0.01"),
 }
-DIVIDED = {name: model for name, model in USUAL.items() if name not in ("central AdamW", "plain averaging")}
-FOUR = USUAL | {
+ONE_SEED = {
+    "central AdamW": {"kind": "central"},
+    "plain averaging": federated(*PLAIN),
     "recommended, H 50": federated(*BEST, every(50)),
     "recommended, H 100": federated(*BEST, every(100)),
     "recommended, int4 streaming": federated(*BEST, *STREAMING),
+    "recommended, int4, H 5": federated(*BEST, *INT4, every(5), "silo.eval_interval_rounds=40"),
 }
+FOUR = DIVIDED | {
+    name: model | {"seeds": [0]}
+    for name, model in (DIVIDED | ONE_SEED).items()
+    if name not in ("central", "recommended")
+}
+UNEQUAL = DIVIDED | {"recommended, power 0.5": federated(*BEST, "outer.weight_power=0.5")}
 ABLATION = {
     "central": {"kind": "central", "settings": MUON},
     "recommended": federated(*BEST),
@@ -177,7 +188,7 @@ def main() -> None:
     comparisons: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "four": (whole, FOUR),
         "ablation": (whole, ABLATION),
-        "little": (silos_of("little", little), USUAL),
+        "little": (silos_of("little", little), DIVIDED),
         "two": (
             {
                 "first": batch(joined(whole[name] for name in names[:half]), 16),
@@ -186,7 +197,7 @@ def main() -> None:
             DIVIDED,
         ),
         "eight": ({name: batch(silo, 4) for name, silo in silos_of("halves", halves).items()}, DIVIDED),
-        "unequal": (unequal, DIVIDED),
+        "unequal": (unequal, UNEQUAL),
         "code": (whole | silos_of("code", [library]), DIVIDED),
     }
     for name, (silos, models) in comparisons.items():
@@ -195,7 +206,7 @@ def main() -> None:
         comparison = {
             "directory": str(directory / name),
             "run": [str(directory / f"{name}-run.yaml")],
-            "seeds": [0, 1, 2] if name in ("four", "little") else [0],
+            "seeds": [0, 1, 2] if name == "four" else [0],
             "choice": "best" if name == "little" else "last",
             "settings": SETTINGS.get(name, SHORT),
             "models": models,
