@@ -167,15 +167,18 @@ def seeds_of(spec: CompareConfig, model: ModelSpec) -> list[int]:
 
 
 def plan_runs(spec: CompareConfig) -> list[Planned]:
-    """All runs, each after those that it goes on from. Raises ConfigError."""
+    """All runs, each after those that it goes on from. Raises ConfigError, also for a begun run that is another."""
     order = sorted(spec.models.items(), key=lambda item: item[1].kind == "personalised")
-    return [
+    runs = [
         planned
         for seed in spec.seeds
         for name, model in order
         if seed in seeds_of(spec, model)
         for planned in _runs_of(spec, name, model, seed)
     ]
+    for planned in runs:
+        _check_begun(planned, runs)
+    return runs
 
 
 def describe_runs(runs: Sequence[Planned]) -> str:
@@ -298,13 +301,11 @@ def compare(spec: CompareConfig, *, jobs: int = 1, console: Console | None = Non
     """Run what is not finished, `jobs` runs at a time, until one fails or a signal comes.
 
     Returns the exit status: 0 finished, 1 a run crashed, 2 a user's mistake in a run, 128 + n stopped by signal n.
-    Whatever is running then saves and stops, and the next call goes on with it. Raises ConfigError if a finished or
-    begun run has other settings than the comparison asks for now. Call it from the main thread.
+    Whatever is running then saves and stops, and the next call goes on with it. Raises ConfigError as `plan_runs`
+    does. Call it from the main thread.
     """
     console = console or Console()
     runs = plan_runs(spec)
-    for planned in runs:
-        _check_same(planned)
     waiting = [planned for planned in runs if not planned.is_finished]
     console.print(
         f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished ({spec.directory})",
@@ -371,22 +372,29 @@ def _outcome(planned: Planned, child: Child) -> str:
     return f"{name}: exit status {child.returncode} in {planned.directory}; see {child.log_path}"
 
 
-def _check_same(planned: Planned) -> None:
-    """Raise ConfigError if the run's directory holds one with other settings."""
+def _check_begun(planned: Planned, runs: Sequence[Planned]) -> None:
+    """Raise ConfigError if the directory holds a run with other settings, or one that went on from a model now gone."""
     stored = planned.directory / "config.yaml"
     if not stored.is_file():
         return
-    theirs, ours = dataclasses.asdict(load_config([stored])), dataclasses.asdict(planned.config)
-    different = [key for key in _leaves(ours) if _leaves(ours)[key] != _leaves(theirs).get(key)]
+    theirs, ours = _leaves(dataclasses.asdict(load_config([stored]))), _leaves(dataclasses.asdict(planned.config))
+    different = sorted(key for key in theirs | ours if (key in theirs, theirs.get(key)) != (key in ours, ours.get(key)))
     if different:
+        more = f" and {len(different) - 4} more" if len(different) > 4 else ""
         raise ConfigError(
-            f"directory: {str(planned.directory)!r} holds a run with another {', '.join(sorted(different)[:4])}; "
+            f"directory: {str(planned.directory)!r} holds a run with another {', '.join(different[:4])}{more}; "
             "delete it, or name another directory"
+        )
+    if not _is_ready(planned, runs):
+        origin = Path(str(planned.config.model.checkpoint)).parent
+        raise ConfigError(
+            f"directory: {str(planned.directory)!r} holds a run that went on from {str(origin)!r}, which is not "
+            "finished; delete it, too, or name another directory"
         )
 
 
 def _leaves(section: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     found: dict[str, object] = {}
     for key, value in section.items():
-        found |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+        found |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found

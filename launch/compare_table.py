@@ -80,7 +80,7 @@ Results = dict[str, dict[int, Result]]
 
 
 def read_results(spec: CompareConfig) -> Results:
-    """Model to seed to what it came to, of those of which every run is finished."""
+    """Model to seed to what it came to, of those of which every run is finished. Raises ConfigError."""
     own = {name: list(silo.valid) for name, silo in load_config(spec.run, spec.settings).silos.items()}
     runs: dict[tuple[str, int], list[Planned]] = defaultdict(list)
     for planned in plan_runs(spec):

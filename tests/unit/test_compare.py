@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -211,9 +213,10 @@ def test_the_dry_run(comparison: Path) -> None:
 def test_a_run_that_fails_ends_the_comparison(comparison: Path, capfd: pytest.CaptureFixture[str]) -> None:
     spec = load_comparison([comparison], ["settings=[tokenizer=nowhere]"])
     assert compare(spec, jobs=2) == 2
-    first = plan_runs(spec)[0].directory
-    assert f"exit status 2 in {first}; see {first}.console" in capfd.readouterr().out
-    assert "tokenizer" in Path(f"{first}.console").read_text()
+    said = capfd.readouterr().out
+    started = [planned.directory for planned in plan_runs(spec)[:2]]  # either may be the first to fail
+    (failed,) = [place for place in started if f"exit status 2 in {place}; see {place}.console" in said]
+    assert "tokenizer" in Path(f"{failed}.console").read_text()
     assert not (Path(spec.directory) / "runs" / "personal").exists()
 
 
@@ -289,10 +292,40 @@ def test_a_name_that_is_no_folder(comparison: Path) -> None:
     assert one_line_error(load_comparison, [comparison]) == "models: 'a/b' given; allowed: the name of a folder"
 
 
-def test_runs_with_other_settings_stay_what_they_are(comparison: Path) -> None:
+USES: dict[str, Callable[[CompareConfig], object]] = {"run": compare, "show": plan_runs, "table": write_results}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_runs_with_other_settings_stay_what_they_are(comparison: Path, use: Callable[[CompareConfig], object]) -> None:
     spec = load_comparison([comparison])
     write_all(spec)
     before = {path: path.read_bytes() for path in Path(spec.directory).rglob("*") if path.is_file()}
-    message = one_line_error(compare, dataclasses.replace(spec, settings=["inner.lr=0.1"]))
+    message = one_line_error(use, dataclasses.replace(spec, settings=["inner.lr=0.1"]))
     assert message.endswith("holds a run with another inner.lr; delete it, or name another directory")
     assert {path: path.read_bytes() for path in Path(spec.directory).rglob("*") if path.is_file()} == before
+
+
+def test_what_a_run_has_no_more_is_another_setting_too(comparison: Path) -> None:
+    spec = load_comparison([comparison], ["reference=averaged"])
+    spec = dataclasses.replace(spec, models={"averaged": spec.models["averaged"]})
+    for planned in plan_runs(spec):
+        finish(planned, {"alpha": 4.0, "beta": 4.0}, worst=1.0)
+    file = Path(spec.run[0])
+    run = yaml.safe_load(file.read_text())
+    model = {key: value for key, value in run["model"]["config"].items() if key != "num_key_value_heads"}
+    file.write_text(yaml.safe_dump(run | {"model": {"config": model}}))
+    assert "with another model.config.num_key_value_heads; delete it" in one_line_error(plan_runs, spec)
+    file.write_text(yaml.safe_dump(run | {"silos": {"alpha": run["silos"]["alpha"]}}))
+    message = one_line_error(plan_runs, spec)
+    assert "with another silos.alpha.valid.beta, silos.beta." in message
+    assert "more; delete it" in message
+
+
+def test_a_personalised_model_does_not_outlive_the_one_that_it_went_on_from(comparison: Path) -> None:
+    spec = load_comparison([comparison])
+    write_all(spec)
+    origin = Path(spec.directory) / "runs" / "averaged" / "seed-3"
+    shutil.rmtree(origin)
+    message = one_line_error(plan_runs, spec)
+    assert "personal/alpha/seed-3' holds a run that went on from " in message
+    assert message.endswith(f"{str(origin)!r}, which is not finished; delete it, too, or name another directory")
