@@ -94,7 +94,7 @@ def test_killed_again_and_again(text: Path, tokenizer: Path, tmp_path: Path) -> 
         except subprocess.TimeoutExpired:
             workers |= {child.pid for child in psutil.Process(process.pid).children(recursive=True)}
             os.kill(process.pid, signal.SIGKILL)
-            assert process.wait() == -signal.SIGKILL
+        if process.wait() == -signal.SIGKILL:  # and did not end by itself just before
             num_kills += 1
             partial = output.with_name(output.name + ".partial")
             places.add(sum(file.stat().st_size for file in partial.rglob("*.bin")))
