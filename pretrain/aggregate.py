@@ -39,7 +39,7 @@ from pretrain.outer.codec import check, decoded, encode
 from pretrain.outer.digest import Row, digest_rows, tensor_row
 from pretrain.outer.fragments import cut_fragments
 from pretrain.outer.merge import importance_mean, mean_cosine, weighted_mean
-from pretrain.outer.moments import check_factors, importance, merge_factors
+from pretrain.outer.moments import Moment, SecondMoment, check_moments, importance
 from pretrain.outer.quantize import Parts
 from pretrain.outer.robust import clip_factors, coordinate_median, krum, trimmed_mean
 from pretrain.outer.state import OuterTensors, kept_at_start, kept_kinds
@@ -117,7 +117,7 @@ class Aggregator:
         )
         self._cut(parameters)
         changes = {name: encode("fp32", value, value) for name, value in parameters.items()}
-        self._commit(state, range(len(self._fragments)), changes, [], factors={}, divisor=0, metrics={})
+        self._commit(state, range(len(self._fragments)), changes, [], moments={}, divisor=0, metrics={})
         return state
 
     def _cut(self, parameters: Mapping[str, Tensor]) -> None:
@@ -204,8 +204,7 @@ class Aggregator:
         """Check a payload's tensors; returns the norm of the pseudo-gradient in it. Raises ValueError."""
         if delivery.tensors.names != sorted(names):
             raise ValueError("it holds other tensors than those of its fragment")
-        shapes = {name: state.parameters[name].shape for name in names}
-        check_factors(delivery.tensors.factors, shared_moments(self._config, names, shapes))
+        check_moments(delivery.tensors.moments, self._moments(state, names))
         norm_squared = 0.0
         for name in names:
             try:
@@ -232,7 +231,7 @@ class Aggregator:
         names = self._fragments[self._schedule.fragment(version)]
         changes: dict[str, Parts] = {}
         update_squared, units_squared = 0.0, 0.0
-        moments = shared_moments(self._config, names, {name: state.parameters[name].shape for name in names})
+        moments = self._moments(state, names)
         weights, factors = self._shares(state, deliveries, names)
         for name in names:
             base = state.parameters[name]
@@ -245,8 +244,8 @@ class Aggregator:
                     if outer.merge == "median"
                     else trimmed_mean(stacked, outer.num_malicious)
                 )
-            elif outer.merge == "importance" and name in moments:
-                said = (importance(delivery.tensors.factors[name]) for delivery in deliveries)
+            elif outer.merge == "importance" and isinstance(moment := moments.get(name), SecondMoment):
+                said = (importance(moment.decode(delivery.tensors.moments[name])) for delivery in deliveries)
                 merged = importance_mean(zip(weights, each, said, strict=True), base.shape)
             else:
                 counted = ((weight, value) for weight, value in zip(weights, each, strict=True) if weight)
@@ -308,9 +307,9 @@ class Aggregator:
         divisor = sum(weights)
         metrics |= self._facts(deliveries)
         fragment = self._schedule.fragment(state.version + 1)
-        factors = self._merge_factors(state, deliveries, weights)
+        moments = self._merge_moments(state, deliveries, weights)
         commit = self._commit(
-            state, [fragment], changes, contributors, factors=factors, divisor=divisor, metrics=metrics
+            state, [fragment], changes, contributors, moments=moments, divisor=divisor, metrics=metrics
         )
         print(
             f"commit {state.version:5d}/{self._schedule.num_versions}  fragment {fragment}  "
@@ -326,17 +325,19 @@ class Aggregator:
             self._schedule.num_fragments * (2 if self._config.membership.stale_weight else 1),
         )
 
-    def _merge_factors(self, state: OuterState, deliveries: list[Delivery], weights: list[int]) -> dict[str, Parts]:
-        """The second moments' factors that all silos go on with: weighted like the merge, or as robust."""
+    def _moments(self, state: OuterState, names: list[str]) -> dict[str, Moment]:
+        return shared_moments(self._config, names, {name: state.parameters[name].shape for name in names})
+
+    def _merge_moments(self, state: OuterState, deliveries: list[Delivery], weights: list[int]) -> dict[str, Parts]:
+        """What all silos are told of each other's gradients: weighted like the merge, or as robust."""
         names = self._fragments[self._schedule.fragment(state.version + 1)]
-        shapes = {name: state.parameters[name].shape for name in names}
-        found = [
-            (weight, delivery.tensors.factors) for weight, delivery in zip(weights, deliveries, strict=True) if weight
+        told = [
+            (weight, delivery.tensors.moments) for weight, delivery in zip(weights, deliveries, strict=True) if weight
         ]
         robust = self._config.outer.merge in ("clip", "trimmed_mean", "median")
         return {
-            name: merge_factors([(weight, factors[name]) for weight, factors in found], shape, robust=robust)
-            for name, shape in shared_moments(self._config, names, shapes).items()
+            name: moment.merge([(weight, moments[name]) for weight, moments in told], robust=robust)
+            for name, moment in self._moments(state, names).items()
         }
 
     def _facts(self, deliveries: list[Delivery]) -> dict[str, float]:
@@ -357,7 +358,7 @@ class Aggregator:
         changes: dict[str, Parts],
         contributors: list[Contributor],
         *,
-        factors: dict[str, Parts],
+        moments: dict[str, Parts],
         divisor: int,
         metrics: dict[str, float],
     ) -> Commit:
@@ -371,13 +372,13 @@ class Aggregator:
             stem: str, kind: str, fragment: int, values: Mapping[str, Parts], beside: dict[str, Parts] | None = None
         ) -> tuple[Payload, Path]:
             file = outbox / f"{stem}-{fragment:03d}.safetensors"
-            save_tensors(values, file, kind, factors=beside)
+            save_tensors(values, file, kind, moments=beside)
             return file_payload(file, fragment), file
 
         for fragment in fragments:
             names = self._fragments[fragment]
             coded = {name: changes[name] for name in names}
-            payloads.append(write(PARAMETER if codec == "fp32" else "change", PARAMETER, fragment, coded, factors))
+            payloads.append(write(PARAMETER if codec == "fp32" else "change", PARAMETER, fragment, coded, moments))
             for kind, values in (state.kept | ({PARAMETER: state.parameters} if codec != "fp32" else {})).items():
                 whole = {name: {"values": values[name]} for name in names}
                 state_payloads.append(write(kind, kind, fragment, whole))

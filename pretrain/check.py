@@ -95,6 +95,7 @@ def _check_numbers(config: "RunConfig") -> None:
     }
     for key, rate in positive.items():
         _require(0 < rate < math.inf, key, rate, "above 0")
+    _require(0 <= config.inner.muon_momentum < 1, "inner.muon_momentum", config.inner.muon_momentum, "0 to below 1")
     _require(0 <= config.outer.momentum < 1, "outer.momentum", config.outer.momentum, "0 to below 1")
     _require(0 <= config.outer.weight_power <= 1, "outer.weight_power", config.outer.weight_power, "0 to 1")
     _require(
@@ -221,6 +222,9 @@ def _check_merge(config: "RunConfig") -> None:
     shares = outer.second_moments == "shared"
     allowed = "local with inner.optimizer=sgd, which has none"
     _require(not shares or config.inner.optimizer != "sgd", "outer.second_moments", outer.second_moments, allowed)
+    share, muon = outer.control_variates, config.inner.optimizer == "muon"
+    allowed = "0 to 1" if muon else "0 unless inner.optimizer=muon"
+    _require(0 <= share <= int(muon), "outer.control_variates", share, allowed)
     if outer.merge == "importance":
         _require(shares, "outer.second_moments", outer.second_moments, "shared with outer.merge=importance")
     if outer.merge in ("mean", "importance"):

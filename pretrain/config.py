@@ -49,6 +49,8 @@ class InnerConfig:
     """Peak learning rate."""
     muon_lr: float = 0.02
     """Peak learning rate of the matrices that Muon trains; follows the same schedule as `lr`."""
+    muon_momentum: float = 0.95
+    """Muon's (Nesterov) momentum; all else is as in torch.optim.Muon."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     """AdamW's two decay rates."""
     eps: float = 1e-8
@@ -111,6 +113,9 @@ class OuterConfig:
     """Inner steps between the delivery of a fragment and the adoption of what was merged; below H."""
     second_moments: str = "local"
     """local: each silo has its own of AdamW's; shared: averaged at every sync, as means of rows and columns."""
+    control_variates: float = 0.0
+    """Share of (all silos' mean gradient of the last round - one's own) that Muon adds to each gradient of a matrix;
+    with 0 none is told."""
     mixing: float = 0.0
     """Share of the local parameters that stays when merged ones are adopted; 0 takes the merged, 1 never syncs."""
 

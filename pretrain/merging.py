@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from pretrain.config import OuterConfig, RunConfig
+from pretrain.outer.moments import MeanGradient, Moment, SecondMoment
 from pretrain.outer.optimizer import OuterOptimizer
 from pretrain.silo.optim import is_muon_matrix
 from pretrain.trust.ledger import Commit, Contributor, Manifest, RefusedError, sha256_bytes
@@ -60,12 +61,16 @@ def merge_weight(tokens: int, power: float) -> int:
     return tokens if power == 1 else round(1000 * tokens**power)
 
 
-def shared_moments(config: RunConfig, names: Iterable[str], shapes: Mapping[str, torch.Size]) -> dict[str, torch.Size]:
-    """Of a fragment's tensors those whose second moments silos share: what AdamW trains, if the contract says so."""
-    if config.outer.second_moments != "shared":
-        return {}
-    muon = config.inner.optimizer == "muon"
-    return {name: shapes[name] for name in names if not (muon and is_muon_matrix(name, shapes[name]))}
+def shared_moments(config: RunConfig, names: Iterable[str], shapes: Mapping[str, torch.Size]) -> dict[str, Moment]:
+    """What silos tell each other of the gradients of a fragment's tensors, as the contract says."""
+    moments: dict[str, Moment] = {}
+    for name in names:
+        if config.inner.optimizer == "muon" and is_muon_matrix(name, shapes[name]):
+            if config.outer.control_variates:
+                moments[name] = MeanGradient(shapes[name])
+        elif config.outer.second_moments == "shared":
+            moments[name] = SecondMoment(shapes[name])
+    return moments
 
 
 def outer_optimizer(outer: OuterConfig) -> OuterOptimizer:

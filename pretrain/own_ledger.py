@@ -75,14 +75,14 @@ class OwnLedger:
         *,
         parameters_digest: str,
         outer_digest: str,
-        factors: Mapping[str, Parts] | None = None,
+        moments: Mapping[str, Parts] | None = None,
         contributors: Sequence[Contributor] = (),
         metrics: Mapping[str, float] | None = None,
     ) -> tuple[Commit, list[Path]]:
         """A commit that is not written yet, and the files that it names."""
         files = [self._file(fragment) for fragment in values]
         for file, tensors in zip(files, values.values(), strict=True):
-            save_tensors({name: {"values": value} for name, value in tensors.items()}, file, factors=factors)
+            save_tensors({name: {"values": value} for name, value in tensors.items()}, file, moments=moments)
         commit = Commit(
             contract_sha256=self.contract_sha256,
             version=version,
@@ -142,22 +142,22 @@ class OwnLedger:
         """A version that is there already."""
         commit = self._store.read_commit(version)
         values: dict[str, Tensor] = {}
-        factors: dict[str, Parts] = {}
+        moments: dict[str, Parts] = {}
         for payload in commit.payloads:
             found, beside = self._tensors(version, payload)
             values |= found
-            factors |= beside
+            moments |= beside
         rows = {name: tensor_row(name, value) for name, value in values.items()}
-        return Received(commit=commit, values=values, rows=rows, factors=factors, bytes_sent=0, bytes_received=0)
+        return Received(commit=commit, values=values, rows=rows, moments=moments, bytes_sent=0, bytes_received=0)
 
     def _tensors(self, version: int, payload: Payload) -> tuple[dict[str, Tensor], dict[str, Parts]]:
         file = self._file(payload.fragment)
         self._store.fetch(version_path(version), payload, file)
         tensors = Tensors(file)
         values = {name: tensors.parts(name)["values"].clone() for name in tensors.names}
-        factors = tensors.factors
+        moments = dict(tensors.moments)
         file.unlink()
-        return values, factors
+        return values, moments
 
     # ---- our part of the outer state
 

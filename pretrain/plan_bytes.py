@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from pretrain.config import ConfigError, RunConfig
 from pretrain.merging import shared_moments
 from pretrain.outer.fragments import cut_fragments
-from pretrain.outer.moments import SECOND_MOMENT, factor_bytes, layout
+from pretrain.outer.moments import MOMENT, Moment
 from pretrain.outer.pieces import cut_pieces
 from pretrain.outer.quantize import QUANTIZERS
 from pretrain.payload import PARAMETER
@@ -81,8 +81,8 @@ def fragments(config: RunConfig, shapes: Shapes) -> list[dict[str, torch.Size]]:
     return [{name: shapes[name] for name in names} for names in cut]
 
 
-def payload_bytes(codec: str, shapes: Shapes, moments: Shapes | None = None) -> int:
-    """Bytes of the file that `payload.save_tensors` makes of these tensors in a codec, and the factors of `moments`.
+def payload_bytes(codec: str, shapes: Shapes, moments: Mapping[str, Moment] | None = None) -> int:
+    """Bytes of the file that `payload.save_tensors` makes of these tensors in a codec, and of `moments`.
 
     The layout is safetensors': eight bytes, a JSON header padded to eight, and the parts, wide types first, then by
     name: https://github.com/huggingface/safetensors#format
@@ -92,9 +92,9 @@ def payload_bytes(codec: str, shapes: Shapes, moments: Shapes | None = None) -> 
         for part, (dtype, length) in QUANTIZERS[codec].layout(shape.numel()).items():
             sent = list(shape) if codec == "fp32" else [length]
             parts.append((-dtype.itemsize, f"{PARAMETER}/{part}/{name}", SAFETENSORS_NAMES[dtype], sent))
-    for name, shape in (moments or {}).items():
-        for part, size in layout(shape).items():
-            parts.append((-4, f"{SECOND_MOMENT}/{part}/{name}", "F32", list(size)))
+    for name, moment in (moments or {}).items():
+        for part, (dtype, size) in moment.layout.items():
+            parts.append((-dtype.itemsize, f"{MOMENT}/{part}/{name}", SAFETENSORS_NAMES[dtype], list(size)))
     header, offset = {}, 0
     for negative_width, key, dtype_name, sent in sorted(parts):
         end = offset - negative_width * math.prod(sent)
@@ -117,8 +117,8 @@ def traffic(config: RunConfig, shapes: Shapes, silo: str) -> list[Traffic]:
             ups = [num_bytes(outer.codec, pieces) for pieces in shares]
             downs = [num_bytes(outer.downlink_codec, pieces) for pieces in shares]
             mine, others = roster.index(silo), len(roster) - 1
-            factors = factor_bytes(shared_moments(config, part, part)) * others
-            before = (sum(ups) - ups[mine] + factors, ups[mine] * others + factors)
+            told = sum(moment.num_bytes for moment in shared_moments(config, part, part).values()) * others
+            before = (sum(ups) - ups[mine] + told, ups[mine] * others + told)
             after = (downs[mine] * others, sum(downs) - downs[mine])
         num_elements = sum(shape.numel() for shape in part.values())
         found.append(Traffic(num_elements=num_elements, before=before, after=after))

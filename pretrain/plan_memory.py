@@ -111,7 +111,9 @@ def states_bytes(config: RunConfig, silo: SiloConfig, stage: int, shapes: Shapes
     found = masters * _num_elements(shapes)
     for name, shape in shapes.items():
         moments = 0 if optimizer == "sgd" else 8
-        found += shape.numel() * (4 if optimizer == "muon" and is_muon_matrix(name, shape) else moments)
+        if optimizer == "muon" and is_muon_matrix(name, shape):
+            moments = 16 if config.outer.control_variates else 4  # momentum; gradients' sum and mean, correction
+        found += shape.numel() * moments
     return found
 
 

@@ -26,7 +26,7 @@ from pretrain.merging import commit_record, shared_moments
 from pretrain.outer.codec import FEEDBACK_DECAY, decoded, encode
 from pretrain.outer.digest import Row, digest_rows, tensor_row
 from pretrain.outer.fragments import cut_fragments
-from pretrain.outer.moments import factor, unfactor
+from pretrain.outer.moments import SecondMoment
 from pretrain.outer.quantize import Parts
 from pretrain.payload import Tensors, save_tensors
 from pretrain.silo.checkpoint import HostTensors, Progress
@@ -165,13 +165,14 @@ class SiloSync:
         fragment = self.schedule.fragment(version)
         num_sequences = progress.position - progress.sent_positions.get(str(fragment), 0)
         local = self._read(engine, names) if num_sequences else {}
-        factors = self._read_factors(engine, names) if num_sequences else {}
+        num_steps = num_sequences // self.config.silos[self.silo].global_batch_sequences
+        moments = self._read_moments(engine, names, num_steps) if num_sequences else {}
         seconds = time.monotonic() - began
         if self.ranks.is_leader:
             coded = done(None)
             if num_sequences:
                 now = dataclasses.replace(progress)
-                coded = self._coder.submit(self._code, version, local, factors, num_sequences, now)
+                coded = self._coder.submit(self._code, version, local, moments, num_sequences, now)
                 progress.unsettled.append(version)
             self._take_off(version, names, coded, wait_seconds=seconds)
         progress.sent_positions[str(fragment)] = progress.position
@@ -188,13 +189,18 @@ class SiloSync:
             del value  # before the next one is gathered
         return found
 
-    def _read_factors(self, engine: Engine, names: Sequence[str]) -> dict[str, Parts]:
-        """What the others are told of the second moments, in the leader's host memory; empty on the other ranks."""
+    def _read_moments(self, engine: Engine, names: Sequence[str], num_steps: int) -> dict[str, Parts]:
+        """What the others are told of our gradients in the last steps, in the leader's host memory; else empty."""
         found = {}
-        for name in shared_moments(self.config, names, engine.shapes):
-            value = engine.read_second_moment(name)
+        for name, moment in shared_moments(self.config, names, engine.shapes).items():
+            is_second = isinstance(moment, SecondMoment)
+            value = engine.read_second_moment(name) if is_second else engine.take_mean_gradient(name, num_steps)
+            try:
+                coded = moment.encode(value) if self.ranks.is_leader else {}
+            except ValueError as error:
+                raise ConfigError(f"silo {self.silo}: mean gradient of {name}: {error}; nothing was sent") from None
             if self.ranks.is_leader:
-                found[name] = {part: tensor.cpu() for part, tensor in factor(value).items()}
+                found[name] = {part: tensor.cpu() for part, tensor in coded.items()}
             del value  # before the next one is gathered
         return found
 
@@ -233,7 +239,7 @@ class SiloSync:
         self,
         version: int,
         local: dict[str, Tensor],
-        factors: dict[str, Parts],
+        moments: dict[str, Parts],
         num_sequences: int,
         progress: Progress,
     ) -> tuple[Manifest, Path]:
@@ -253,7 +259,7 @@ class SiloSync:
                     f"silo {self.silo}: version {version}: {piece.name}: {error}; nothing was sent"
                 ) from None
         file = self._outbox / f"{version:06d}.safetensors"
-        save_tensors(coded, file, factors=factors)
+        save_tensors(coded, file, moments=moments)
         by_speed = self.config.membership.steps == "speed"
         speed = {"seconds_per_step": progress.seconds_per_step} if by_speed else {}
         manifest = Manifest(
@@ -304,8 +310,12 @@ class SiloSync:
             local = self._read(engine, names)
             new = {name: local[name] * mixing + merged * (1 - mixing) for name, merged in new.items()}
         self._write(engine, names, new)
-        for name in shared_moments(self.config, names, engine.shapes):
-            engine.write_second_moment(name, unfactor(received.factors[name]) if self.ranks.is_leader else None)
+        for name, moment in shared_moments(self.config, names, engine.shapes).items():
+            value = moment.decode(received.moments[name]) if self.ranks.is_leader else None
+            if isinstance(moment, SecondMoment):
+                engine.write_second_moment(name, value)
+            else:
+                engine.correct_gradients(name, value, self.config.outer.control_variates)
         seconds = time.monotonic() - began
         progress.seconds_waiting += seconds
         progress.version = version

@@ -34,7 +34,7 @@ from pretrain.merging import contributor, merge_weight, outer_optimizer, read_de
 from pretrain.outer.codec import apply_change, check, decoded
 from pretrain.outer.digest import Row, digest_rows, tensor_row
 from pretrain.outer.merge import importance_mean, mean_cosine, unit_sum_squared, weighted_mean
-from pretrain.outer.moments import check_factors, importance, layout, merge_factors
+from pretrain.outer.moments import Moment, SecondMoment, check_moments, importance
 from pretrain.outer.pieces import Piece
 from pretrain.outer.quantize import QUANTIZERS, Parts
 from pretrain.outer.state import OuterTensors
@@ -197,9 +197,9 @@ class AmongSilos:
         out = [_pack([coded.parts(piece.key) for piece in part]) for part in parts]
         arrived = self._swap(out, [num_bytes(uplink, mine)] * len(parts))
         arrived[self._index] = out[self._index]
-        told_factors, num_factor_bytes = self._swap_factors(coded.factors, base)
+        told_moments, num_moment_bytes = self._swap_moments(coded.moments, base)
         outer, changes, words = self._step(
-            version, manifests, arrived, {piece: base[piece.name] for piece in mine}, told_factors
+            version, manifests, arrived, {piece: base[piece.name] for piece in mine}, told_moments
         )
         self._ledger.keep(version, outer.kept)  # before anybody can have what belongs to it
 
@@ -213,11 +213,11 @@ class AmongSilos:
         contributors = [
             contributor(manifests[silo], told[silo], weight) for silo, weight in zip(self._roster, weights, strict=True)
         ]
-        factors = {
-            name: merge_factors([(w, of[name]) for w, of in zip(weights, told_factors, strict=True)], base[name].shape)
-            for name in told_factors[0]
+        moments = {
+            name: moment.merge([(weight, of[name]) for weight, of in zip(weights, told_moments, strict=True)])
+            for name, moment in self._moments(base).items()
         }
-        self._commit(version, values, rows, contributors, stepped, factors=factors)
+        self._commit(version, values, rows, contributors, stepped, moments=moments)
         self._rows |= rows
         for kind, tensors in outer.kept.items():
             self._kept[kind] |= tensors
@@ -227,9 +227,9 @@ class AmongSilos:
             commit=Commit.from_bytes(self._ledger.words(version).encode()),
             values=values,
             rows=rows,
-            factors=factors,
-            bytes_sent=sent + len(change) * sum(others) + num_factor_bytes,
-            bytes_received=received + num_factor_bytes,
+            moments=moments,
+            bytes_sent=sent + len(change) * sum(others) + num_moment_bytes,
+            bytes_received=received + num_moment_bytes,
         )
 
     def _read_manifests(self, version: int, told: Mapping[str, bytes], base_digest: str) -> dict[str, Manifest]:
@@ -265,11 +265,12 @@ class AmongSilos:
         manifests: Mapping[str, Manifest],
         arrived: Sequence[Tensor],
         base: Mapping[Piece, Tensor],
-        told_factors: Sequence[Mapping[str, Parts]],
+        told_moments: Sequence[Mapping[str, Parts]],
     ) -> tuple[OuterTensors, dict[str, Parts], dict[str, Any]]:
         """Merge our part and take the outer step of it; what we say of it is summed up by all."""
         settings = self._config.outer
         optimizer, lr, count = outer_optimizer(settings), self._config.outer_lr(version), self._schedule.count(version)
+        moments = self._moments({piece.name: of_whole for piece, of_whole in base.items()})
         outer = OuterTensors(
             parameters={piece.key: piece.of(tensor).clone() for piece, tensor in base.items()},
             kept={kind: {piece.key: of[piece.key].clone() for piece in base} for kind, of in self._kept.items()},
@@ -285,8 +286,8 @@ class AmongSilos:
                 found.append((self._weight(manifests[silo]), decoded(settings.codec, published, parts[index])))
             stack = torch.stack([pseudo_gradient for _, pseudo_gradient in found])
             gram += stack @ stack.T
-            if settings.merge == "importance" and piece.name in told_factors[0]:
-                said = (piece.of(importance(factors[piece.name])) for factors in told_factors)
+            if settings.merge == "importance" and isinstance(moment := moments.get(piece.name), SecondMoment):
+                said = (piece.of(importance(moment.decode(told[piece.name]))) for told in told_moments)
                 merged = importance_mean(
                     ((*one, other) for one, other in zip(found, said, strict=True)), published.shape
                 )
@@ -311,18 +312,21 @@ class AmongSilos:
         except ValueError as error:
             raise PeerLostError(f"silo {silo} sent a {piece.name} that cannot be used: {error}") from None
 
-    def _swap_factors(self, own: Mapping[str, Parts], base: Mapping[str, Tensor]) -> tuple[list[dict[str, Parts]], int]:
-        """Every silo's factors of second moments, which all merge whole, as they are small; and the bytes sent."""
-        shapes = shared_moments(self._config, sorted(base), {name: value.shape for name, value in base.items()})
-        if not shapes:
+    def _moments(self, base: Mapping[str, Tensor]) -> dict[str, Moment]:
+        return shared_moments(self._config, sorted(base), {name: value.shape for name, value in base.items()})
+
+    def _swap_moments(self, own: Mapping[str, Parts], base: Mapping[str, Tensor]) -> tuple[list[dict[str, Parts]], int]:
+        """Every silo's moments, which all merge whole, as they are small; and the bytes sent."""
+        moments = self._moments(base)
+        if not moments:
             return [{} for _ in self._roster], 0
-        mine = _pack([own[name] for name in shapes])
+        mine = _pack([own[name] for name in moments])
         arrived = self._swap([mine] * len(self._roster), [len(mine)] * len(self._roster))
         arrived[self._index] = mine
-        found = [unpack_factors(data, shapes) for data in arrived]
-        for silo, factors in zip(self._roster, found, strict=True):
+        found = [unpack_moments(data, moments) for data in arrived]
+        for silo, told in zip(self._roster, found, strict=True):
             try:
-                check_factors(factors, shapes)
+                check_moments(told, moments)
             except ValueError as error:
                 raise PeerLostError(f"silo {silo} sent what cannot be used: {error}") from None
         return found, len(mine) * (len(self._roster) - 1)
@@ -346,7 +350,7 @@ class AmongSilos:
         contributors: Sequence[Contributor],
         stepped: Mapping[str, bytes],
         *,
-        factors: Mapping[str, Parts],
+        moments: Mapping[str, Parts],
     ) -> None:
         """Draft the commit, compare its sha256 with the others', and write it into the ledger."""
         said = {silo: json.loads(words) for silo, words in stepped.items()}
@@ -354,7 +358,7 @@ class AmongSilos:
         commit, files = self._ledger.draft(
             version,
             {self._schedule.fragment(version): values},
-            factors=factors,
+            moments=moments,
             parameters_digest=digest_rows((self._rows | dict(rows)).values()),
             outer_digest=sha256_bytes(json.dumps([words["kept_digest"] for words in said.values()]).encode()),
             contributors=contributors,
@@ -411,14 +415,21 @@ def _unpack(data: Tensor, codec: str, pieces: Sequence[Piece]) -> list[Parts]:
     return [{part: next(chunks).clone().view(dtype) for part, dtype, _ in layout} for layout in layouts]
 
 
-def unpack_factors(data: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Parts]:
-    """Factors of second moments from bytes, as `_pack` lays them out."""
-    parts = [(name, part, size) for name, shape in shapes.items() for part, size in sorted(layout(shape).items())]
-    chunks = data.split([4 * math.prod(size) for _, _, size in parts])
-    found: dict[str, Parts] = {name: {} for name in shapes}
-    for (name, part, size), chunk in zip(parts, chunks, strict=True):
-        found[name][part] = chunk.clone().view(torch.float32).view(size)
-    return found
+def unpack_moments(data: Tensor, moments: Mapping[str, Moment]) -> dict[str, Parts]:
+    """Moments from bytes, as `_pack` lays them out."""
+    chunks = iter(data.split([size for moment in moments.values() for _, _, size in _moment_layout(moment)]))
+    return {
+        name: {part: next(chunks).clone().view(dtype).view(shape) for part, (dtype, shape), _ in _moment_layout(moment)}
+        for name, moment in moments.items()
+    }
+
+
+def _moment_layout(moment: Moment) -> list[tuple[str, tuple[torch.dtype, tuple[int, ...]], int]]:
+    """Name, dtype and shape, and bytes of each part, in the order in which they are sent."""
+    return [
+        (part, (dtype, shape), dtype.itemsize * math.prod(shape))
+        for part, (dtype, shape) in sorted(moment.layout.items())
+    ]
 
 
 def _bytes(data: bytes) -> Tensor:

@@ -20,7 +20,7 @@ from pretrain.identity import own_identity
 from pretrain.merging import shared_moments
 from pretrain.outer.codec import apply_change, check
 from pretrain.outer.digest import tensor_row
-from pretrain.outer.moments import check_factors
+from pretrain.outer.moments import check_moments
 from pretrain.outer.pieces import Piece
 from pretrain.outer.quantize import Parts
 from pretrain.payload import Tensors
@@ -227,7 +227,7 @@ class ThroughStore:
     def _download(self, version: int, base: Mapping[str, Tensor]) -> Received:
         """Fetch a commit's payloads and check them before a byte is decoded."""
         values: dict[str, Tensor] = {}
-        factors: dict[str, Parts] = {}
+        moments: dict[str, Parts] = {}
         num_bytes = 0
         try:
             commit = self._store.read_commit(version)
@@ -236,15 +236,15 @@ class ThroughStore:
                 num_bytes += self._store.fetch(version_path(version), payload, file)
                 payload_tensors = Tensors(file)
                 values |= changed_tensors(payload_tensors, commit.codec, base)
-                factors |= payload_tensors.factors
+                moments |= payload_tensors.moments
                 file.unlink()
             shapes = {name: value.shape for name, value in values.items()}
-            check_factors(factors, shared_moments(self._config, values, shapes))
+            check_moments(moments, shared_moments(self._config, values, shapes))
         except (RefusedError, SafetensorError, ValueError) as error:
             raise ConfigError(f"silo {self._silo}: version {version} in the store cannot be used: {error}") from None
         rows = {name: tensor_row(name, value) for name, value in values.items()}
         return Received(
-            commit=commit, values=values, rows=rows, factors=factors, bytes_sent=0, bytes_received=num_bytes
+            commit=commit, values=values, rows=rows, moments=moments, bytes_sent=0, bytes_received=num_bytes
         )
 
     def _pause(self) -> None:

@@ -230,6 +230,7 @@ def prepare(
             vocab_size=packed.vocab_size,
             ranks=ranks,
             mask_at=packed.end_of_text_id if config.document_masking else None,
+            sums_gradients=bool(sync and config.outer.control_variates),
         ),
         batches=_batches(settings, mixture, ranks),
         mixture=mixture,

@@ -22,8 +22,8 @@ class Received:
     rows: dict[str, Row]
     bytes_sent: int
     bytes_received: int
-    factors: dict[str, Parts] = field(default_factory=dict)
-    """Of the second moments that all silos go on with, where these are shared."""
+    moments: dict[str, Parts] = field(default_factory=dict)
+    """What was merged of the moments that silos share."""
     refused: bool = False
     """Whether our delivery for it was refused for good."""
 

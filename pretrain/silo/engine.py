@@ -5,7 +5,7 @@ All that knows DeepSpeed's inner names is in this file (`_refresh_module`, `_fp3
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,12 @@ class Engine:
         vocab_size: int,
         ranks: Ranks,
         mask_at: int | None = None,
+        sums_gradients: bool = False,
     ) -> None:
-        """Parameters must be written or loaded next. `mask_at`: see `model.token_losses`."""
+        """Parameters must be written or loaded next. `mask_at`: see `model.token_losses`.
+
+        `sums_gradients`: for `take_mean_gradient` and `correct_gradients`.
+        """
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         settings = deepspeed_config(silo, inner)
         zero = settings.get("zero_optimization", {})
@@ -63,7 +67,7 @@ class Engine:
         if silo.activation_checkpointing:
             module.gradient_checkpointing_enable()  # type: ignore[operator]
         offloaded = zero.get("offload_optimizer", {}).get("device") == "cpu"
-        optimizer = build_optimizer(module.named_parameters(), inner, on_cpu=offloaded)
+        optimizer = build_optimizer(module.named_parameters(), inner, on_cpu=offloaded, sums_gradients=sums_gradients)
         self._deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self._deepspeed.module.train()
         if partitioned:
@@ -177,29 +181,60 @@ class Engine:
 
     def read_second_moment(self, name: str) -> Tensor:
         """The whole second moment of a parameter that AdamW trains, bias-corrected; fp32, on this rank's device."""
-        state, piece = self._state_of(name)
-        whole = torch.zeros(self.shapes[name].numel(), dtype=torch.float32, device=self._ranks.device)
-        if state:
-            own = state["exp_avg_sq"].flatten()[piece.offset : piece.offset + piece.num_elements]
-            whole[piece.start : piece.start + piece.num_elements] = own.to(whole.device) / self._bias_correction(state)
-        if self.stage:
-            dist.all_reduce(whole)  # the ranks' pieces do not overlap, so the sum is exact
-        return whole.view(self.shapes[name])
+        return self._read_state(name, "exp_avg_sq", self._bias_correction)
 
     def write_second_moment(self, name: str, value: Tensor | None) -> None:
         """Replace the second moment of a parameter by the leader's `value`, fp32, with Adam's bias correction.
 
         Other ranks pass None. A parameter that was not trained yet has none, and keeps none.
         """
+        whole, (state, piece) = self._from_leader(name, value), self._state_of(name)
+        if state:
+            own = whole[piece.start : piece.start + piece.num_elements] * self._bias_correction(state)
+            state["exp_avg_sq"].view(-1)[piece.offset : piece.offset + piece.num_elements] = own
+
+    def take_mean_gradient(self, name: str, num_steps: int) -> Tensor:
+        """The mean of Muon's gradients of a matrix, clipped as they were, in the `num_steps` since it was last taken.
+
+        fp32, whole, on this rank's device.
+        """
+        state, piece = self._state_of(name)
+        if state:
+            own = state["gradient_sum"].view(-1)[piece.offset : piece.offset + piece.num_elements]
+            state["told"].view(-1)[piece.offset : piece.offset + piece.num_elements] = own / num_steps
+            own.zero_()
+        return self._read_state(name, "told", lambda _: 1.0)
+
+    def correct_gradients(self, name: str, mean: Tensor | None, share: float) -> None:
+        """From now on add `share` of (the leader's `mean` - the mean that was taken here) to each of a matrix.
+
+        Other ranks pass None. A matrix that was not trained yet is not corrected.
+        """
+        whole, (state, piece) = self._from_leader(name, mean), self._state_of(name)
+        if state:
+            here = slice(piece.offset, piece.offset + piece.num_elements)
+            own = state["told"].view(-1)[here]
+            others = whole[piece.start : piece.start + piece.num_elements].to(own.device)
+            state["correction"].view(-1)[here] = (others - own) * share
+
+    def _read_state(self, name: str, key: str, divisor: Callable[[dict[str, Any]], float]) -> Tensor:
+        state, piece = self._state_of(name)
+        whole = torch.zeros(self.shapes[name].numel(), dtype=torch.float32, device=self._ranks.device)
+        if state:
+            own = state[key].flatten()[piece.offset : piece.offset + piece.num_elements]
+            whole[piece.start : piece.start + piece.num_elements] = own.to(whole.device) / divisor(state)
+        if self.stage:
+            dist.all_reduce(whole)  # the ranks' pieces do not overlap, so the sum is exact
+        return whole.view(self.shapes[name])
+
+    def _from_leader(self, name: str, value: Tensor | None) -> Tensor:
+        """The leader's value for a parameter, flat, fp32, on every rank's device."""
         buffer = torch.empty(self.shapes[name], dtype=torch.float32, device=self._ranks.device)
         if value is not None:
             buffer.copy_(value)
         if self._ranks.num_ranks > 1:
             dist.broadcast(buffer, src=0)
-        state, piece = self._state_of(name)
-        if state:
-            own = buffer.flatten()[piece.start : piece.start + piece.num_elements] * self._bias_correction(state)
-            state["exp_avg_sq"].view(-1)[piece.offset : piece.offset + piece.num_elements] = own
+        return buffer.flatten()
 
     def _state_of(self, name: str) -> tuple[dict[str, Any], Piece]:
         """This rank's state of the inner optimizer for a parameter, and which piece of it that has."""

@@ -11,9 +11,6 @@ from torch import Tensor, nn
 from pretrain.config import ConfigError, InnerConfig
 from pretrain.outer.learning_rate import scheduled_lr
 
-# https://arxiv.org/abs/2505.23725 (MuLoCo); the other settings are torch.optim.Muon's.
-MUON_MOMENTUM = 0.95
-
 
 def learning_rate(step: int, inner: InnerConfig) -> float:
     """Learning rate of inner step `step` (from 0), whatever the rounds, syncs and restarts before it."""
@@ -34,12 +31,16 @@ def is_muon_matrix(name: str, shape: Sequence[int]) -> bool:
 
 
 def build_optimizer(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], inner: InnerConfig, *, on_cpu: bool
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    inner: InnerConfig,
+    *,
+    on_cpu: bool,
+    sums_gradients: bool = False,
 ) -> torch.optim.Optimizer:
     """AdamW, SGD, or Muon beside AdamW; matrices are decayed, vectors are not.
 
     Each group's learning rate is the schedule's times the group's `lr_factor`. `on_cpu`: optimizer states are offloaded
-    to the host. Raises ConfigError if there is nothing for Muon to train.
+    to the host; `sums_gradients`: see MuonAdamW. Raises ConfigError if there is nothing for Muon to train.
     """
     for_muon: list[nn.Parameter] = []
     matrices: list[nn.Parameter] = []
@@ -64,9 +65,15 @@ def build_optimizer(
     adamw = _adamw(groups, inner, on_cpu)
     if inner.optimizer == "adamw":
         return adamw
-    factor = inner.muon_lr / inner.lr
-    matrix_group = {"params": for_muon, "weight_decay": inner.weight_decay, "lr_factor": factor, "muon": True}
-    return MuonAdamW(matrix_group | {"lr": inner.muon_lr}, adamw)
+    matrix_group = {
+        "params": for_muon,
+        "muon": True,
+        "lr": inner.muon_lr,
+        "lr_factor": inner.muon_lr / inner.lr,
+        "momentum": inner.muon_momentum,
+        "weight_decay": inner.weight_decay,
+    }
+    return MuonAdamW(matrix_group, adamw, sums_gradients)
 
 
 def _adamw(groups: list[dict[str, Any]], inner: InnerConfig, on_cpu: bool) -> torch.optim.Optimizer:
@@ -100,10 +107,16 @@ class MuonAdamW(torch.optim.Optimizer):
     Muon needs whole matrices, and ZeRO hands its optimizer flat partitions: each matrix in turn is put together from
     all ranks' pieces, every rank runs torch.optim.Muon on it, and keeps its own piece of the change. DeepSpeed's own
     Muon orthogonalizes the gradient before it is clipped, so that `clip_norm` would shrink the change itself.
+
+    With `sums_gradients` a matrix's gradients are summed up, and a `correction` is added to each after that (control
+    variates). Whoever takes the sum divides it, has the mean put down as `told`, and sets the correction.
     """
 
-    def __init__(self, matrix_group: dict[str, Any], adamw: torch.optim.Optimizer) -> None:
+    def __init__(
+        self, matrix_group: dict[str, Any], adamw: torch.optim.Optimizer, sums_gradients: bool = False
+    ) -> None:
         """`matrix_group`: the parameters for Muon and their settings; `adamw` trains all others."""
+        self._sums_gradients = sums_gradients
         self.matrices: list[nn.Parameter] = list(matrix_group["params"])
         self._adamw = adamw
         self._pieces: Mapping[Tensor, Sequence[Piece]] = {}
@@ -124,18 +137,24 @@ class MuonAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"] if group["muon"] else ():
                 if parameter.grad is not None:
-                    self._step_muon(parameter, parameter.grad, group["lr"], group["weight_decay"])
+                    self._step_muon(parameter, parameter.grad, group)
         # DeepSpeed steps group by group and, when it loads a checkpoint, replaces groups and state.
         self._adamw.param_groups = [group for group in self.param_groups if not group["muon"]]
         self._adamw.state = self.state
         self._adamw.step()
 
-    def _step_muon(self, parameter: Tensor, gradient: Tensor, lr: float, weight_decay: float) -> None:
-        momentum = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
-        momentum.lerp_(gradient, 1 - MUON_MOMENTUM)
-        direction = gradient.lerp(momentum, MUON_MOMENTUM)  # Nesterov
+    def _step_muon(self, parameter: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
+        state = self.state[parameter]
+        if self._sums_gradients:
+            for part in ("gradient_sum", "told", "correction"):
+                state.setdefault(part, torch.zeros_like(parameter))
+            state["gradient_sum"].add_(gradient)
+            gradient = gradient + state["correction"]
+        momentum = state.setdefault("momentum_buffer", torch.zeros_like(parameter))
+        momentum.lerp_(gradient, 1 - group["momentum"])
+        direction = gradient.lerp(momentum, group["momentum"])  # Nesterov
         change = _muon_change(direction) if parameter.ndim == 2 else self._change_of_pieces(parameter, direction)
-        parameter.mul_(1 - lr * weight_decay).add_(change, alpha=lr)
+        parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(change, alpha=group["lr"])
 
     def _change_of_pieces(self, partition: Tensor, direction: Tensor) -> Tensor:
         change = torch.zeros_like(direction)

@@ -13,7 +13,7 @@ from pretrain.config import InnerConfig, ModelConfig, SiloConfig
 from pretrain.silo.checkpoint import Checkpoints, Progress
 from pretrain.silo.engine import Engine
 from pretrain.silo.model import build_empty, build_initial, token_losses
-from pretrain.silo.optim import build_optimizer
+from pretrain.silo.optim import build_optimizer, is_muon_matrix
 from pretrain.silo.ranks import Ranks
 
 VOCAB_SIZE = 97  # odd sizes: two ranks have no equal parts of most parameters, which ZeRO-3 pads
@@ -58,10 +58,12 @@ def plain_loop(
     *,
     inner: InnerConfig = INNER,
     moments: dict[str, torch.Tensor] | None = None,
+    gradients: dict[str, torch.Tensor] | None = None,
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """A plain loop: transformers and torch alone, fp32, from `values`; losses and final parameters.
 
-    `moments` is filled with the bias-corrected second moments of what AdamW trains.
+    `moments` is filled with the bias-corrected second moments of what AdamW trains, `gradients` with the
+    means of all clipped gradients.
     """
     model = build_initial(MODEL, VOCAB_SIZE)
     for name, parameter in model.named_parameters():
@@ -72,6 +74,8 @@ def plain_loop(
         loss = token_losses(model, batch[:, :-1], batch[:, 1:], mask_at).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), inner.clip_norm)
+        for name, parameter in model.named_parameters() if gradients is not None else ():
+            gradients[name] = gradients.get(name, 0) + parameter.grad / num_steps
         for optimizer in optimizers:
             optimizer.step()
         losses.append(loss.item())
@@ -137,6 +141,21 @@ def check_moments(engine: Engine, expected: dict[str, torch.Tensor], ranks: Rank
     return {"num_moments": len(expected), "moments_off": off, "moments_back": back}
 
 
+def check_gradients(engine: Engine, expected: dict[str, torch.Tensor], ranks: Ranks) -> dict[str, object]:
+    """How far off the mean gradients are at most, as a share of them, and whether the correction is as asked for.
+
+    It stays, for the steps that follow.
+    """
+    found = {name: engine.take_mean_gradient(name, 2).cpu() for name in expected}
+    off = max(((found[name] - mean).norm() / mean.norm()).item() for name, mean in expected.items())
+    for name, value in found.items():
+        engine.correct_gradients(name, value * 3 if ranks.is_leader else None, 0.5)
+    corrections = {name: engine._read_state(name, "correction", lambda _: 1.0).cpu() for name in found}
+    right = all(torch.equal(corrections[name], (value * 3 - value) * 0.5) for name, value in found.items())
+    anew = all(not engine._read_state(name, "gradient_sum", lambda _: 1.0).any() for name in found)
+    return {"num_gradients": len(expected), "gradients_off": off, "corrected": right and anew}
+
+
 def check(stage: int, precision: str, inner: InnerConfig, ranks: Ranks, directory: Path) -> dict[str, object]:
     """What the test asserts for one stage, precision and optimizer."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -148,7 +167,7 @@ def check(stage: int, precision: str, inner: InnerConfig, ranks: Ranks, director
     )
 
     def build() -> Engine:
-        return Engine(MODEL, silo, inner, vocab_size=VOCAB_SIZE, ranks=ranks)
+        return Engine(MODEL, silo, inner, vocab_size=VOCAB_SIZE, ranks=ranks, sums_gradients=True)
 
     initial = {name: p.detach() * 1.5 for name, p in build_initial(MODEL, VOCAB_SIZE).named_parameters()}
     engine = build()
@@ -156,10 +175,13 @@ def check(stage: int, precision: str, inner: InnerConfig, ranks: Ranks, director
     held_bytes = most_held_bytes(engine, initial, ranks)
     written_back = all(torch.equal(engine.read(name).cpu(), initial[name]) for name in engine.shapes)
     before_merge = steps(engine, ranks, range(2))
-    moments: dict[str, torch.Tensor] = {}
-    expected_before_merge, expected = plain_loop(initial, 2, inner=inner, moments=moments)
+    moments, gradients = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+    expected_before_merge, expected = plain_loop(initial, 2, inner=inner, moments=moments, gradients=gradients)
     off = way_off(read_all(engine), expected, initial)
     moments_row = check_moments(engine, moments, ranks)
+    if inner.optimizer == "muon":
+        matrices = {name: mean for name, mean in gradients.items() if is_muon_matrix(name, mean.shape)}
+        moments_row |= check_gradients(engine, matrices, ranks)
     # A merge in the middle of training: new parameters in, and the very next loss is theirs.
     merged = {name: value * 0.75 + 0.01 for name, value in read_all(engine).items()}
     engine.write(iter(merged.items()) if ranks.is_leader else None)

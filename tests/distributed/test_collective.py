@@ -19,7 +19,8 @@ def collective(**exchange: Any) -> dict[str, Any]:
 
 
 WAYS: dict[str, dict[str, Any]] = {
-    "fp32": {"optimizer": "nesterov", "second_moments": "shared", "merge": "importance", "weight_power": 0.5},
+    "fp32": {"optimizer": "nesterov", "second_moments": "shared", "merge": "importance", "weight_power": 0.5}
+    | {"control_variates": 0.6},
     "streaming int4": {
         "optimizer": "adam",
         "lr": 0.1,
@@ -40,7 +41,8 @@ TWO_RANKS = {"processes_per_node": 2, "micro_batch_sequences": 2, "deepspeed": {
 def test_the_same_bits_as_through_a_store(tmp_path: Path, tiny_config: TinyConfig, way: str, num_lanes: int) -> None:
     def run(directory: Path, exchange: dict[str, Any]) -> Outcome:
         silos = {"alpha": TWO_RANKS, "beta": TWO_RANKS} if num_lanes == 2 else {}
-        return federate(tiny_config(directory, outer=WAYS[way], exchange=exchange, silos=silos))
+        inner = {"optimizer": "muon"} if WAYS[way].get("control_variates") else {}
+        return federate(tiny_config(directory, inner=inner, outer=WAYS[way], exchange=exchange, silos=silos))
 
     stored, among = run(tmp_path / "store", {}), run(tmp_path / "among", collective(num_lanes=num_lanes))
     last = among.config.schedule.num_versions

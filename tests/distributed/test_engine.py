@@ -114,3 +114,13 @@ def test_second_moments_are_those_of_a_plain_loop_and_are_written_back(
     assert row["num_moments"] == (29 if optimizer == "adamw" else 8)  # Muon trains 7 matrices in each of 3 layers
     assert row["moments_off"] < (1e-4 if precision == "fp32" else 0.3)
     assert row["moments_back"]
+
+
+@pytest.mark.parametrize(("optimizer", "stage", "precision"), [case for case in CASES if case[0] == "muon"])
+def test_mean_gradients_are_those_of_a_plain_loop_and_corrected_at_every_stage(
+    results: dict, optimizer: str, stage: int, precision: str
+) -> None:
+    row = results[optimizer, stage, precision]
+    assert row["num_gradients"] == 21
+    assert row["gradients_off"] < (5e-3 if precision == "fp32" else 0.1)  # Newton-Schulz is bf16 in both
+    assert row["corrected"]

@@ -22,7 +22,9 @@ def make_config(
     alpha = {"processes_per_node": 2, "micro_batch_sequences": 2, "deepspeed": {"zero_optimization": {"stage": 2}}}
     return tiny_config(
         directory,
+        inner={"optimizer": "muon"},
         outer={"optimizer": "nesterov", "downlink_codec": "bf16", "second_moments": "shared", "merge": "importance"}
+        | {"control_variates": 0.5}
         | outer,
         silo={"checkpoint_interval_steps": 3},
         silos={"alpha": alpha},

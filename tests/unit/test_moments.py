@@ -1,4 +1,4 @@
-"""What silos tell each other of second moments, and the merge that they weigh."""
+"""What silos tell each other of their gradients, and the merge that second moments weigh."""
 
 import re
 from pathlib import Path
@@ -7,62 +7,70 @@ import pytest
 import torch
 
 from pretrain.outer.merge import importance_mean
-from pretrain.outer.moments import (
-    LEAST_IMPORTANCE,
-    check_factors,
-    factor,
-    factor_bytes,
-    importance,
-    merge_factors,
-    unfactor,
-)
+from pretrain.outer.moments import LEAST_IMPORTANCE, MeanGradient, SecondMoment, check_moments, importance
 from pretrain.outer.quantize import Parts
 from pretrain.payload import Tensors, save_tensors
 
+MATRIX_MOMENT, ROW_MOMENT = SecondMoment(torch.Size([3, 2])), SecondMoment(torch.Size([2, 3]))
 MATRIX = torch.tensor([[1.0, 3.0], [2.0, 6.0], [0.0, 0.0]])  # rows 2, 4, 0; columns 1, 3
 
 
 def test_a_matrix_is_its_rows_and_columns() -> None:
-    parts = factor(MATRIX)
+    parts = MATRIX_MOMENT.encode(MATRIX)
     assert parts["rows"].tolist() == [2.0, 4.0, 0.0]
     assert parts["columns"].tolist() == [1.0, 3.0]
-    assert torch.equal(unfactor(parts), MATRIX)  # of rank one, so nothing is lost
-    assert unfactor(factor(torch.zeros(3, 2))).tolist() == [[0.0, 0.0]] * 3
+    assert torch.equal(MATRIX_MOMENT.decode(parts), MATRIX)  # of rank one, so nothing is lost
+    zero = MATRIX_MOMENT.encode(torch.zeros(3, 2))
+    assert MATRIX_MOMENT.decode(zero).tolist() == [[0.0, 0.0]] * 3
 
 
 def test_the_means_of_rows_and_columns_survive() -> None:
     matrix = torch.rand(5, 7, generator=torch.Generator().manual_seed(0))
-    back = unfactor(factor(matrix))
+    moment = SecondMoment(matrix.shape)
+    back = moment.decode(moment.encode(matrix))
     assert torch.allclose(back.mean(0), matrix.mean(0))
     assert torch.allclose(back.mean(1), matrix.mean(1))
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4)])
 def test_all_else_is_told_whole(shape: tuple[int, ...]) -> None:
-    value = torch.rand(shape)
-    assert torch.equal(unfactor(factor(value)), value)
+    value, moment = torch.rand(shape), SecondMoment(torch.Size(shape))
+    assert torch.equal(moment.decode(moment.encode(value)), value)
 
 
 def test_bytes() -> None:
-    assert factor_bytes({"a": torch.Size([3, 2]), "b": torch.Size([7])}) == 4 * (3 + 2 + 7)
+    assert MATRIX_MOMENT.num_bytes == 4 * (3 + 2)
+    assert SecondMoment(torch.Size([7])).num_bytes == 4 * 7
+    assert MeanGradient(torch.Size([128, 3])).num_bytes == 128 * 3 // 2 + 3 * 2  # and a bf16 scale for 128 of them
 
 
 def test_merged_by_tokens() -> None:
-    found = [(1, factor(MATRIX)), (3, factor(torch.zeros(3, 2)))]
-    assert merge_factors(found, torch.Size([3, 2]))["rows"].tolist() == [0.5, 1.0, 0.0]
-    one = merge_factors([(5, factor(MATRIX)), (2, factor(MATRIX))], torch.Size([3, 2]))
-    assert torch.equal(unfactor(one), MATRIX)
+    encode = MATRIX_MOMENT.encode
+    fourth = MATRIX_MOMENT.merge([(1, encode(MATRIX)), (3, encode(torch.zeros(3, 2)))])
+    assert fourth["rows"].tolist() == [0.5, 1.0, 0.0]
+    one = MATRIX_MOMENT.merge([(5, encode(MATRIX)), (2, encode(MATRIX))])
+    assert torch.equal(MATRIX_MOMENT.decode(one), MATRIX)
+
+
+def test_mean_gradients_travel_in_four_bits() -> None:
+    moment, gradient = MeanGradient(torch.Size([2, 4])), torch.arange(-7.0, 1.0).view(2, 4)  # 15 levels, -7 to 7
+    assert torch.equal(moment.decode(moment.encode(gradient)), gradient)
+    merged = moment.merge([(1, moment.encode(gradient)), (3, moment.encode(gradient * 5))])
+    assert torch.equal(moment.decode(merged), gradient * 4)
+    robust = moment.merge([(1, moment.encode(gradient * size)) for size in (1.0, 2.0, 1e30)], robust=True)
+    assert torch.equal(moment.decode(robust), gradient * 2)
 
 
 def test_a_liar_does_not_move_the_robust_merge() -> None:
-    honest = factor(torch.ones(2, 2))
-    found = [(1, honest), (1, honest), (10**9, factor(torch.full((2, 2), 1e30)))]
-    assert merge_factors(found, torch.Size([2, 2]), robust=True)["rows"].tolist() == [1.0, 1.0]
-    assert merge_factors(found, torch.Size([2, 2]))["rows"][0] > 1e29
+    moment = SecondMoment(torch.Size([2, 2]))
+    honest = moment.encode(torch.ones(2, 2))
+    found = [(1, honest), (1, honest), (10**9, moment.encode(torch.full((2, 2), 1e30)))]
+    assert moment.merge(found, robust=True)["rows"].tolist() == [1.0, 1.0]
+    assert moment.merge(found)["rows"][0] > 1e29
 
 
 def test_a_silo_that_alone_has_a_say_is_not_divided_by_all() -> None:
-    says, silent = importance(factor(torch.tensor([4.0, 1.0]))), importance(factor(torch.tensor([0.0, 1.0])))
+    says, silent = importance(torch.tensor([4.0, 1.0])), importance(torch.tensor([0.0, 1.0]))
     assert says.tolist() == pytest.approx([2.0, 1.0])
     assert silent.tolist() == pytest.approx([LEAST_IMPORTANCE, 1.0])
     ones, zeros = torch.ones(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
@@ -79,25 +87,31 @@ def test_equal_pseudo_gradients_stay_what_they_are() -> None:
 
 def test_travels_beside_parameters(tmp_path: Path) -> None:
     file = tmp_path / "payload"
-    save_tensors({"a": {"values": torch.ones(2)}}, file, factors={"w": factor(MATRIX.T)})
+    save_tensors({"a": {"values": torch.ones(2)}}, file, moments={"w": ROW_MOMENT.encode(MATRIX.T)})
     found = Tensors(file)
     assert found.names == ["a"]
-    assert torch.equal(unfactor(found.factors["w"]), MATRIX.T)
+    assert torch.equal(ROW_MOMENT.decode(found.moments["w"]), MATRIX.T)
+    assert list(found.moments) == ["w"]
 
 
-SHAPES = {"w": torch.Size([3, 2])}
+AGREED = {"w": MATRIX_MOMENT}
+ENCODED, GRADIENT = MATRIX_MOMENT.encode(MATRIX), MeanGradient(torch.Size([3, 2])).encode(MATRIX)
 REFUSED: dict[str, tuple[dict[str, Parts], str]] = {
-    "missing": ({}, "it holds the second moments of other tensors than are agreed"),
-    "unknown": ({"w": factor(MATRIX), "x": factor(MATRIX)}, "it holds the second moments of other tensors"),
-    "another shape": ({"w": factor(MATRIX.T)}, "second moment of w: {'columns': 'torch.float32 [3]'"),
-    "another type": ({"w": factor(MATRIX.double())}, "second moment of w: {'columns': 'torch.float64 [2]'"),
-    "NaN": ({"w": factor(MATRIX * torch.nan)}, "second moment of w: infinite, NaN or negative given"),
-    "negative": ({"w": factor(-MATRIX)}, "second moment of w: infinite, NaN or negative given; allowed: finite, 0 or"),
+    "missing": ({}, "it holds moments of other tensors than are agreed"),
+    "unknown": ({"w": ENCODED, "x": ENCODED}, "it holds moments of other tensors"),
+    "another shape": ({"w": ROW_MOMENT.encode(MATRIX.T)}, "moment of w: {'columns': 'torch.float32 [3]'"),
+    "another type": ({"w": MATRIX_MOMENT.encode(MATRIX.double())}, "moment of w: {'columns': 'torch.float64 [2]'"),
+    "NaN": ({"w": MATRIX_MOMENT.encode(MATRIX * torch.nan)}, "moment of w: infinite, NaN or negative given"),
+    "negative": (
+        {"w": MATRIX_MOMENT.encode(-MATRIX)},
+        "moment of w: infinite, NaN or negative given; allowed: finite, 0 or",
+    ),
+    "a mean gradient": ({"w": GRADIENT}, "moment of w: {'codes'"),
 }
 
 
 @pytest.mark.parametrize(("found", "message"), REFUSED.values(), ids=REFUSED)
 def test_what_another_party_must_not_send(found: dict[str, Parts], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        check_factors(found, SHAPES)
-    check_factors({"w": factor(MATRIX)}, SHAPES)
+        check_moments(found, AGREED)
+    check_moments({"w": ENCODED}, AGREED)

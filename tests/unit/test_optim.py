@@ -115,12 +115,12 @@ def test_muon_trains_the_matrices_inside_the_layers(name: str, shape: tuple[int,
 
 def test_muon_beside_adamw_is_torch_s_two_optimizers(tmp_path: Path, tiny_config: TinyConfig) -> None:
     config = tiny_config(tmp_path)
-    inner = InnerConfig(optimizer="muon", lr=0.004, muon_lr=0.02, weight_decay=0.5)
+    inner = InnerConfig(optimizer="muon", lr=0.004, muon_lr=0.02, muon_momentum=0.8, weight_decay=0.5)
     ours, theirs = build_initial(config.model, 64), build_initial(config.model, 64)
     named = dict(theirs.named_parameters())
     hidden = {name for name, p in named.items() if is_muon_matrix(name, p.shape)}
     others = [{"params": p, "weight_decay": 0.5 * (p.ndim > 1)} for name, p in named.items() if name not in hidden]
-    muon = torch.optim.Muon([named[name] for name in hidden], weight_decay=0.5)
+    muon = torch.optim.Muon([named[name] for name in hidden], weight_decay=0.5, momentum=0.8)
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.95))
     optimizer = build_optimizer(ours.named_parameters(), inner, on_cpu=False)
     generator = torch.Generator().manual_seed(0)
@@ -140,6 +140,24 @@ def test_muon_beside_adamw_is_torch_s_two_optimizers(tmp_path: Path, tiny_config
     assert len(hidden) < len(named)
     for own, parameter in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(own, parameter, rtol=1e-6, atol=1e-7)
+
+
+def test_a_correction_is_added_to_gradients_after_they_are_counted() -> None:
+    values = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    ours, theirs = (torch.nn.Parameter(values.clone()) for _ in range(2))
+    inner = InnerConfig(optimizer="muon", lr=0.004, muon_lr=0.004)
+    named = [("layers.0.up", ours), ("norm", torch.nn.Parameter(torch.zeros(1)))]
+    optimizer = build_optimizer(named, inner, on_cpu=False, sums_gradients=True)
+    muon = torch.optim.Muon([theirs], lr=0.004)
+    gradients = [torch.full((4, 3), 8.0).tril(step) for step in range(3)]
+    correction = torch.eye(4, 3)
+    for step, gradient in enumerate(gradients):
+        ours.grad, theirs.grad = gradient.clone(), gradient + correction * (step > 0)
+        optimizer.step()
+        muon.step()
+        optimizer.state[ours]["correction"].copy_(correction)
+    assert torch.equal(ours, theirs)
+    assert torch.equal(optimizer.state[ours]["gradient_sum"], torch.stack(gradients).sum(0))
 
 
 def test_muon_needs_layers() -> None:

@@ -1,5 +1,6 @@
-"""Second moments that silos share, as the aggregator takes and publishes them; deliveries are written by hand."""
+"""Moments that silos share, as the aggregator takes and publishes them; deliveries are written by hand."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ import torch
 from torch import Tensor
 
 from pretrain.aggregate import OuterState
-from pretrain.config import RunConfig
-from pretrain.outer.moments import factor
+from pretrain.config import ConfigError, RunConfig
+from pretrain.merging import shared_moments
+from pretrain.outer.moments import MeanGradient, SecondMoment
+from pretrain.payload import Tensors as PayloadTensors
 from pretrain.silo.optim import is_muon_matrix
 from tests.conftest import TinyConfig
 from tests.unit.test_aggregate import GOOD, Hand, commit_of, one_version, refused_then_taken, start, stored, times
@@ -22,10 +25,10 @@ SHARED = {"optimizer": "sgd", "lr": 1.0, "second_moments": "shared"}
 def telling(state: OuterState, value: float, *, only: Callable[[str], bool] = lambda name: True) -> Hand:
     """A delivery whose second moments are all `value`."""
     told = {
-        f"second_moment/{part}/{name}": tensor.contiguous()
+        f"moment/{part}/{name}": tensor.contiguous()
         for name, parameter in state.parameters.items()
         if only(name)
-        for part, tensor in factor(torch.full_like(parameter, value)).items()
+        for part, tensor in SecondMoment(parameter.shape).encode(torch.full_like(parameter, value)).items()
     }
     return Hand(tensors=lambda tensors: tensors | told)
 
@@ -42,7 +45,7 @@ def after_one_version(config: RunConfig, alpha: float, beta: float, **more: Any)
 
 def test_averaged_by_tokens_and_published_beside_the_parameters(tmp_path: Path, tiny_config: TinyConfig) -> None:
     before, state, payload = after_one_version(tiny_config(tmp_path, outer=SHARED), 4.0, 0.0)
-    told = {name: value for name, value in payload.items() if name.startswith("second_moment/")}
+    told = {name: value for name, value in payload.items() if name.startswith("moment/")}
     assert {name.split("/", 2)[2] for name in told} == set(before)
     assert all(torch.equal(value, torch.ones_like(value)) for value in told.values())  # (100 * 4 + 300 * 0) / 400
     for name, value in before.items():  # merge=mean: by tokens alone
@@ -66,9 +69,47 @@ def test_with_muon_only_what_adamw_trains(tmp_path: Path, tiny_config: TinyConfi
     before, state, payload = after_one_version(config, 4.0, 0.0, only=lambda n: not is_muon_matrix(n, shapes[n]))
     matrices = {name for name in shapes if is_muon_matrix(name, shapes[name])}
     assert 0 < len(matrices) < len(shapes)
-    assert {n.split("/", 2)[2] for n in payload if n.startswith("second_moment/")} == set(shapes) - matrices
+    assert {n.split("/", 2)[2] for n in payload if n.startswith("moment/")} == set(shapes) - matrices
     for name, value in before.items():
         assert torch.allclose(state.parameters[name], (1.25 if name in matrices else 2.0) * value)
+
+
+def test_of_muons_matrices_mean_gradients(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    config = tiny_config(
+        tmp_path, inner={"optimizer": "muon"}, outer={"optimizer": "sgd", "lr": 1.0, "control_variates": 0.5}
+    )
+    aggregator, state = start(config)
+    shapes = {name: value.shape for name, value in state.parameters.items()}
+    agreed = shared_moments(config, shapes, shapes)
+    assert set(agreed) == {name for name, shape in shapes.items() if is_muon_matrix(name, shape)} != set()
+
+    def tell(silo: str, gradient: float, tokens: int) -> None:
+        told = {
+            f"moment/{part}/{name}": tensor
+            for name, moment in agreed.items()
+            for part, tensor in moment.encode(torch.full(moment.shape, gradient)).items()
+        }
+        Hand(tensors=lambda tensors: tensors | told).deliver(config, silo, state, times(state, 1), tokens=tokens)
+
+    tell("alpha", 7.0, 100)  # levels are -7 to 7
+    tell("beta", -7.0, 300)
+    one_version(aggregator, state)
+    published = PayloadTensors(Path(config.store_url) / "global" / "000001" / "parameter-000.safetensors").moments
+    for name, moment in agreed.items():
+        assert isinstance(moment, MeanGradient)
+        assert torch.equal(moment.decode(published[name]), torch.full(moment.shape, -3.5))  # (100 * 7 - 300 * 7) / 400
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "share", "allowed"),
+    [("muon", 1.5, "0 to 1"), ("muon", -0.1, "0 to 1"), ("adamw", 0.5, "0 unless inner.optimizer=muon")],
+)
+def test_control_variates_that_cannot_be(
+    tmp_path: Path, tiny_config: TinyConfig, optimizer: str, share: float, allowed: str
+) -> None:
+    message = f"outer.control_variates: {share} given; allowed: {allowed}"
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        tiny_config(tmp_path, inner={"optimizer": optimizer}, outer={"control_variates": share})
 
 
 @pytest.mark.parametrize("merge", ["mean", "median"])
@@ -80,15 +121,15 @@ def test_what_a_silo_that_lies_does_to_them(tmp_path: Path, tiny_config: TinyCon
         telling(state, value).deliver(config, silo, state, times(state, 1))
     one_version(aggregator, state)
     payload = stored(config, 1, "parameter-000.safetensors")
-    told = torch.cat([value.flatten() for name, value in payload.items() if name.startswith("second_moment/")])
+    told = torch.cat([value.flatten() for name, value in payload.items() if name.startswith("moment/")])
     assert bool((told == 1).all()) == (merge == "median")
 
 
-NOT_AGREED = "it holds the second moments of other tensors than are agreed"
+NOT_AGREED = "it holds moments of other tensors than are agreed"
 BAD: dict[str, tuple[Hand, str]] = {
     "none": (GOOD, NOT_AGREED),
     "one too few": (
-        Hand(tensors=lambda t: {n: v for n, v in t.items() if n != max(t)}),
+        Hand(tensors=lambda t: {n: v for n, v in t.items() if n != max(k for k in t if k.startswith("moment/"))}),
         NOT_AGREED,
     ),
 }
@@ -111,9 +152,7 @@ def test_a_silo_that_does_not_tell_them_is_refused(
 
 def test_a_silo_that_tells_what_was_not_asked_is_refused(tmp_path: Path, tiny_config: TinyConfig) -> None:
     config = tiny_config(tmp_path, outer={"optimizer": "sgd", "lr": 1.0, "num_fragments": 2}, inner={"num_steps": 8})
-    refused_then_taken(
-        Hand(tensors=lambda tensors: tensors | {"second_moment/values/x": torch.ones(1)}), NOT_AGREED, config
-    )
+    refused_then_taken(Hand(tensors=lambda tensors: tensors | {"moment/values/x": torch.ones(1)}), NOT_AGREED, config)
 
 
 @pytest.mark.parametrize(("power", "share"), [(1.0, 9 / 10), (0.5, 3 / 4), (0.0, 1 / 2)])
