@@ -59,12 +59,13 @@ RUN = {
     },
 }
 PLAIN = ["outer.optimizer=sgd", "outer.lr=1.0"]
-MUON = ["inner.optimizer=muon"]
+MUON = ["inner.optimizer=muon", "inner.muon_momentum=0.9"]
 SHARED = ["outer.second_moments=shared", "outer.merge=importance"]
 NESTEROV = ["outer.optimizer=nesterov", "outer.lr=0.8", "outer.momentum=0.5"]
-BEST = [*MUON, *SHARED, *NESTEROV]
+CONTROL = ["outer.control_variates=0.6"]
 INT4 = ["outer.codec=int4", "outer.downlink_codec=int4"]
-STREAMING = [*INT4, "outer.num_fragments=4", "outer.overlap_steps=2"]
+STREAMING = ["outer.num_fragments=4", "outer.overlap_steps=2"]
+BEST = [*MUON, *SHARED, *NESTEROV, *CONTROL, *INT4]
 WITHOUT_WARMUP = [*MUON, "inner.warmup_steps=0", "inner.min_lr_ratio=0.0"]
 SETTINGS: dict[str, list[str]] = {"four": [], "little": ["silo.eval_interval_rounds=3"]}
 SHORT = ["inner.num_steps=600"]  # of all others
@@ -75,45 +76,46 @@ def federated(*settings: str) -> dict[str, Any]:
     return {"kind": "federated", "settings": list(settings)}
 
 
-def personalised(*settings: str) -> dict[str, Any]:
-    """The recommended model, with which every silo goes on alone."""
-    return {"kind": "personalised", "of": "recommended", "steps": 100, "settings": [*WITHOUT_WARMUP, *settings]}
+def every(steps: int) -> list[str]:
+    """The settings of a sync interval; evaluations stay where they are."""
+    return [f"outer.sync_interval_steps={steps}", f"silo.eval_interval_rounds={max(1, 200 // steps)}"]
 
 
-def every(steps: int) -> str:
-    """The setting of the sync interval."""
-    return f"outer.sync_interval_steps={steps}"
+def divided(steps: int, *settings: str) -> dict[str, Any]:
+    """The models of every division; `steps`: how long each silo goes on alone in the end."""
+    alone = [*WITHOUT_WARMUP, "inner.lr=0.0012", "inner.muon_lr=0.004"]
+    return {
+        "central": {"kind": "central", "settings": MUON},
+        "recommended": federated(*BEST, *every(5), *settings),
+        "isolated": {"kind": "isolated", "settings": MUON},
+        "personalised": {"kind": "personalised", "of": "recommended", "steps": steps, "settings": alone},
+    }
 
 
-DIVIDED = {
-    "central": {"kind": "central", "settings": MUON},
-    "recommended": federated(*BEST),
-    "isolated": {"kind": "isolated", "settings": MUON},
-    "personalised": personalised("inner.lr=0.0012", "inner.muon_lr=0.004"),
-    "personalised, bolder": personalised("inner.lr=0.003", "inner.muon_lr=0.01"),
-}
 ONE_SEED = {
     "central AdamW": {"kind": "central"},
     "plain averaging": federated(*PLAIN),
-    "recommended, H 50": federated(*BEST, every(50)),
-    "recommended, H 100": federated(*BEST, every(100)),
-    "recommended, int4 streaming": federated(*BEST, *STREAMING),
-    "recommended, int4, H 5": federated(*BEST, *INT4, every(5), "silo.eval_interval_rounds=40"),
+    "recommended, H 50": federated(*BEST, *every(50)),
+    "recommended, H 100": federated(*BEST, *every(100)),
+    "recommended, H 20, streaming": federated(*BEST, *STREAMING),
+    "recommended, H 20, fp32": federated(*BEST, "outer.codec=fp32", "outer.downlink_codec=fp32"),
 }
-FOUR = DIVIDED | {
-    name: model | {"seeds": [0]}
-    for name, model in (DIVIDED | ONE_SEED).items()
-    if name not in ("central", "recommended")
-}
-UNEQUAL = DIVIDED | {"recommended, power 0.5": federated(*BEST, "outer.weight_power=0.5")}
+FOUR = divided(300) | {"recommended, H 20": federated(*BEST)}
+FOUR |= {name: FOUR[name] | {"seeds": [0]} for name in ("isolated", "personalised")}
+FOUR |= {name: model | {"seeds": [0]} for name, model in ONE_SEED.items()}
 ABLATION = {
     "central": {"kind": "central", "settings": MUON},
-    "recommended": federated(*BEST),
-    "without Muon": federated(*SHARED, *NESTEROV),
-    "without momentum": federated(*MUON, *SHARED, *PLAIN),
-    "without importance": federated(*BEST, "outer.merge=mean"),
-    "without shared moments": federated(*MUON, *NESTEROV),
+    "recommended": federated(*BEST, *every(5)),
+    "without int4": federated(*BEST, *every(5), "outer.codec=fp32", "outer.downlink_codec=fp32"),
+    "without control variates": federated(*BEST, *every(5), "outer.control_variates=0.0"),
+    "without outer momentum": federated(*BEST, *every(5), *PLAIN),
+    "without importance": federated(*BEST, *every(5), "outer.merge=mean"),
+    "without shared moments": federated(*BEST, *every(5), "outer.merge=mean", "outer.second_moments=local"),
+    "without Muon": federated(*SHARED, *NESTEROV, *INT4, *every(5)),
 }
+DIVIDED = divided(200)
+UNEQUAL = divided(200, "outer.weight_power=0.5") | {"by tokens": federated(*BEST, *every(5))}
+LITTLE = divided(100, "silo.eval_interval_rounds=12")
 
 
 def write_parts(folder: Path, output: Path, num_parts: int, *, characters: int | None = None) -> list[Path]:
@@ -188,7 +190,7 @@ def main() -> None:
     comparisons: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "four": (whole, FOUR),
         "ablation": (whole, ABLATION),
-        "little": (silos_of("little", little), DIVIDED),
+        "little": (silos_of("little", little), LITTLE),
         "two": (
             {
                 "first": batch(joined(whole[name] for name in names[:half]), 16),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pretrain.config import ConfigError, InnerConfig, ModelConfig, SiloConfig
 from pretrain.silo.model import build_empty, check_document_masking, restore_buffers, token_losses
-from pretrain.silo.optim import MuonAdamW, Piece, build_optimizer
+from pretrain.silo.optim import MEAN_STEPS, MuonAdamW, Piece, build_optimizer
 from pretrain.silo.ranks import Ranks
 
 
@@ -196,12 +196,14 @@ class Engine:
     def take_mean_gradient(self, name: str, num_steps: int) -> Tensor:
         """The mean of Muon's gradients of a matrix, clipped as they were, in the `num_steps` since it was last taken.
 
+        A shorter time than MEAN_STEPS is too noisy: it counts in proportion, and what was told before for the rest.
         fp32, whole, on this rank's device.
         """
         state, piece = self._state_of(name)
         if state:
             own = state["gradient_sum"].view(-1)[piece.offset : piece.offset + piece.num_elements]
-            state["told"].view(-1)[piece.offset : piece.offset + piece.num_elements] = own / num_steps
+            told = state["told"].view(-1)[piece.offset : piece.offset + piece.num_elements]
+            told.lerp_(own / num_steps, min(1.0, num_steps / MEAN_STEPS))
             own.zero_()
         return self._read_state(name, "told", lambda _: 1.0)
 

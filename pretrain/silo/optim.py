@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from pretrain.config import ConfigError, InnerConfig
 from pretrain.outer.learning_rate import scheduled_lr
 
+MEAN_STEPS = 20  # of a mean gradient, at least; docs/log.md
+
 
 def learning_rate(step: int, inner: InnerConfig) -> float:
     """Learning rate of inner step `step` (from 0), whatever the rounds, syncs and restarts before it."""

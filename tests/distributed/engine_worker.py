@@ -13,7 +13,7 @@ from pretrain.config import InnerConfig, ModelConfig, SiloConfig
 from pretrain.silo.checkpoint import Checkpoints, Progress
 from pretrain.silo.engine import Engine
 from pretrain.silo.model import build_empty, build_initial, token_losses
-from pretrain.silo.optim import build_optimizer, is_muon_matrix
+from pretrain.silo.optim import MEAN_STEPS, build_optimizer, is_muon_matrix
 from pretrain.silo.ranks import Ranks
 
 VOCAB_SIZE = 97  # odd sizes: two ranks have no equal parts of most parameters, which ZeRO-3 pads
@@ -146,12 +146,15 @@ def check_gradients(engine: Engine, expected: dict[str, torch.Tensor], ranks: Ra
 
     It stays, for the steps that follow.
     """
-    found = {name: engine.take_mean_gradient(name, 2).cpu() for name in expected}
+    found = {name: engine.take_mean_gradient(name, 2).cpu() * (MEAN_STEPS / 2) for name in expected}
     off = max(((found[name] - mean).norm() / mean.norm()).item() for name, mean in expected.items())
     for name, value in found.items():
-        engine.correct_gradients(name, value * 3 if ranks.is_leader else None, 0.5)
+        engine.correct_gradients(name, value if ranks.is_leader else None, 0.5)
     corrections = {name: engine._read_state(name, "correction", lambda _: 1.0).cpu() for name in found}
-    right = all(torch.equal(corrections[name], (value * 3 - value) * 0.5) for name, value in found.items())
+    right = all(
+        torch.allclose(corrections[name], value * 0.5 * (1 - 2 / MEAN_STEPS), rtol=1e-5)
+        for name, value in found.items()
+    )
     anew = all(not engine._read_state(name, "gradient_sum", lambda _: 1.0).any() for name in found)
     return {"num_gradients": len(expected), "gradients_off": off, "corrected": right and anew}
 
