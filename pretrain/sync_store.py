@@ -48,6 +48,7 @@ class ThroughStore:
         self._beats: Beats | None = None
         self.lost = ""
         self._was_rolled_back = False
+        self._num_refused: dict[int, int] = {}  # of a version's deliveries, before ours of this start
 
     @property
     def contract_sha256(self) -> str:
@@ -110,6 +111,7 @@ class ThroughStore:
             version = manifest.version
             if self._rules.is_elastic and not self._rules.stale_weight and self._is_committed(version):
                 return
+            self._num_refused.setdefault(version, len(self._store.refusals(self._silo, version)))
             if self._store.deliver(manifest, [(payload, file) for payload in manifest.payloads]) != manifest.to_bytes():
                 print(
                     f"version {version}: this pseudo-gradient differs from the one delivered before the restart "
@@ -139,7 +141,7 @@ class ThroughStore:
     def _wait_for_commit(self, version: int, sent: tuple[Manifest, Path] | None) -> bool:
         """Whether our delivery was refused for good."""
         refusals = self._store.refusals(self._silo, version)
-        num_refused, missed_before = len(refusals), False
+        num_refused, missed_before = self._num_refused.get(version, len(refusals)), False
         while not self._is_committed(version):
             if sent and self._store.delivery(self._silo, version) is None:
                 refusals = self._store.refusals(self._silo, version)
@@ -161,6 +163,7 @@ class ThroughStore:
                 elif not self._is_committed(version):
                     self.deliver(*sent)
             self._pause()
+        self._num_refused.pop(version, None)
         return any(refusal.final for refusal in refusals)
 
     def _is_committed(self, version: int) -> bool:
