@@ -1,0 +1,40 @@
+"""A silo whose delivery was refused, as its end of the store has it."""
+
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from pretrain.exchange.objects import StopWaitingError
+from pretrain.exchange.store import StoreExchange
+from pretrain.sync_store import ThroughStore
+from pretrain.trust.ledger import Manifest
+from tests.conftest import TinyConfig
+from tests.unit.test_aggregate import GOOD, start, times
+
+
+def test_a_refusal_that_comes_before_the_silo_looks_is_said_and_answered(
+    tmp_path: Path, tiny_config: TinyConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(tmp_path)
+    _, state = start(config)
+    GOOD.deliver(config, "alpha", state, times(state, 1))
+    folder = Path(config.store_url) / "silos" / "alpha" / "000001"
+    file = Path(shutil.move(folder / "000001.safetensors", tmp_path))
+    manifest = Manifest.from_bytes((folder / "manifest.json").read_bytes())
+    (folder / "manifest.json").unlink()
+    silo = ThroughStore(config, "alpha")
+    silo.deliver(manifest, file)
+    StoreExchange(config.store_url).refuse("alpha", 1, manifest.to_bytes(), "it was corrupted")
+    with ThreadPoolExecutor(1) as pool:
+        received = pool.submit(silo.receive, 1, (manifest, file), state.parameters)
+        deadline = time.monotonic() + 30
+        while not (folder / "manifest.json").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        silo.close("")
+        with pytest.raises(StopWaitingError):
+            received.result()
+    assert "version 1: the aggregator refused our delivery: it was corrupted\n" in capsys.readouterr().out
