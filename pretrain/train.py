@@ -33,7 +33,7 @@ from pretrain.silo.evaluate import held_out_loss
 from pretrain.silo.model import build_initial
 from pretrain.silo.optim import learning_rate
 from pretrain.silo.ranks import Ranks
-from pretrain.silo.shards import tokenizer_sha256, verify_shards
+from pretrain.silo.shards import Manifest, tokenizer_sha256, verify_shards
 from pretrain.steplog import StepLog
 from pretrain.stopping import STOPPED, StopRequested, note_signals
 from pretrain.sync_collective import AmongSilos
@@ -223,15 +223,7 @@ def prepare(
         name=name,
         ranks=ranks,
         journal=journal,
-        engine=Engine(
-            config.model,
-            settings,
-            config.inner,
-            vocab_size=packed.vocab_size,
-            ranks=ranks,
-            mask_at=packed.end_of_text_id if config.document_masking else None,
-            sums_gradients=bool(sync and config.outer.control_variates),
-        ),
+        engine=_engine(config, name, ranks, packed, is_federated=sync is not None),
         batches=_batches(settings, mixture, ranks),
         mixture=mixture,
         held_out=held_out,
@@ -261,6 +253,18 @@ def prepare(
     if not resumed:
         silo.evaluate()
     return silo
+
+
+def _engine(config: RunConfig, name: str, ranks: Ranks, packed: Manifest, *, is_federated: bool) -> Engine:
+    return Engine(
+        config.model,
+        config.silos[name],
+        config.inner,
+        vocab_size=packed.vocab_size,
+        ranks=ranks,
+        mask_at=packed.end_of_text_id if config.document_masking else None,
+        sums_gradients=is_federated and config.outer.control_variates > 0,
+    )
 
 
 def _exchange(config: RunConfig, name: str, ranks: Ranks) -> Exchange | None:

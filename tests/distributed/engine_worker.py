@@ -142,10 +142,11 @@ def check_moments(engine: Engine, expected: dict[str, torch.Tensor], ranks: Rank
 
 
 def check_gradients(engine: Engine, expected: dict[str, torch.Tensor], ranks: Ranks) -> dict[str, object]:
-    """How far off the mean gradients are at most, as a share of them, and whether the correction is as asked for.
+    """How far off the matrices' mean gradients are at most, as a share, and whether corrections are as asked for.
 
-    It stays, for the steps that follow.
+    They stay, for the steps that follow.
     """
+    expected = {name: mean for name, mean in expected.items() if is_muon_matrix(name, mean.shape)}
     found = {name: engine.take_mean_gradient(name, 2).cpu() * (MEAN_STEPS / 2) for name in expected}
     off = max(((found[name] - mean).norm() / mean.norm()).item() for name, mean in expected.items())
     for name, value in found.items():
@@ -181,10 +182,8 @@ def check(stage: int, precision: str, inner: InnerConfig, ranks: Ranks, director
     moments, gradients = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
     expected_before_merge, expected = plain_loop(initial, 2, inner=inner, moments=moments, gradients=gradients)
     off = way_off(read_all(engine), expected, initial)
-    moments_row = check_moments(engine, moments, ranks)
-    if inner.optimizer == "muon":
-        matrices = {name: mean for name, mean in gradients.items() if is_muon_matrix(name, mean.shape)}
-        moments_row |= check_gradients(engine, matrices, ranks)
+    told_row = check_moments(engine, moments, ranks)
+    told_row |= check_gradients(engine, gradients, ranks) if inner.optimizer == "muon" else {}
     # A merge in the middle of training: new parameters in, and the very next loss is theirs.
     merged = {name: value * 0.75 + 0.01 for name, value in read_all(engine).items()}
     engine.write(iter(merged.items()) if ranks.is_leader else None)
@@ -207,7 +206,7 @@ def check(stage: int, precision: str, inner: InnerConfig, ranks: Ranks, director
         "held_bytes": held_bytes,
         "largest_bytes": max(4 * shape.numel() for shape in engine.shapes.values()),
         "merged_back": merged_back,
-        **moments_row,
+        **told_row,
         "before_merge": before_merge,
         "expected_before_merge": expected_before_merge,
         "way_off": off,
