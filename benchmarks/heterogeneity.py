@@ -62,13 +62,13 @@ PLAIN = ["outer.optimizer=sgd", "outer.lr=1.0"]
 MUON = ["inner.optimizer=muon", "inner.muon_momentum=0.9"]
 SHARED = ["outer.second_moments=shared", "outer.merge=importance"]
 NESTEROV = ["outer.optimizer=nesterov", "outer.lr=0.8", "outer.momentum=0.5"]
-CONTROL = ["outer.control_variates=0.6"]
+CONTROL = ["outer.control_variates=0.8"]
 INT4 = ["outer.codec=int4", "outer.downlink_codec=int4"]
 STREAMING = ["outer.num_fragments=4", "outer.overlap_steps=2"]
 BEST = [*MUON, *SHARED, *NESTEROV, *CONTROL, *INT4]
 WITHOUT_WARMUP = [*MUON, "inner.warmup_steps=0", "inner.min_lr_ratio=0.0"]
 SETTINGS: dict[str, list[str]] = {"four": [], "little": ["silo.eval_interval_rounds=3"]}
-SHORT = ["inner.num_steps=600"]  # of all others
+SHORT = ["inner.num_steps=400"]  # of all others
 
 
 def federated(*settings: str) -> dict[str, Any]:
@@ -92,17 +92,15 @@ def divided(steps: int, *settings: str) -> dict[str, Any]:
     }
 
 
-ONE_SEED = {
-    "central AdamW": {"kind": "central"},
-    "plain averaging": federated(*PLAIN),
+FOUR = divided(300) | {
+    "recommended, H 20": federated(*BEST),
+    "recommended, H 20, streaming": federated(*BEST, *STREAMING),
     "recommended, H 50": federated(*BEST, *every(50)),
     "recommended, H 100": federated(*BEST, *every(100)),
-    "recommended, H 20, streaming": federated(*BEST, *STREAMING),
-    "recommended, H 20, fp32": federated(*BEST, "outer.codec=fp32", "outer.downlink_codec=fp32"),
+    "central AdamW": {"kind": "central", "seeds": [0]},
+    "plain averaging": federated(*PLAIN) | {"seeds": [0]},
 }
-FOUR = divided(300) | {"recommended, H 20": federated(*BEST)}
 FOUR |= {name: FOUR[name] | {"seeds": [0]} for name in ("isolated", "personalised")}
-FOUR |= {name: model | {"seeds": [0]} for name, model in ONE_SEED.items()}
 ABLATION = {
     "central": {"kind": "central", "settings": MUON},
     "recommended": federated(*BEST, *every(5)),
@@ -113,9 +111,13 @@ ABLATION = {
     "without shared moments": federated(*BEST, *every(5), "outer.merge=mean", "outer.second_moments=local"),
     "without Muon": federated(*SHARED, *NESTEROV, *INT4, *every(5)),
 }
-DIVIDED = divided(200)
-UNEQUAL = divided(200, "outer.weight_power=0.5") | {"by tokens": federated(*BEST, *every(5))}
-LITTLE = divided(100, "silo.eval_interval_rounds=12")
+DIVIDED = divided(120)
+UNEQUAL = divided(120, "outer.weight_power=0.5") | {"by tokens": federated(*BEST, *every(5))}
+LITTLE = divided(100, "silo.eval_interval_rounds=12") | {
+    f"recommended, H {steps}": federated(*BEST, *every(steps), f"silo.eval_interval_rounds={max(1, 60 // steps)}")
+    for steps in (20, 50, 100)
+}
+LITTLE |= {name: LITTLE[name] | {"seeds": [0]} for name in LITTLE if name not in ("central", "recommended")}
 
 
 def write_parts(folder: Path, output: Path, num_parts: int, *, characters: int | None = None) -> list[Path]:
@@ -208,7 +210,7 @@ def main() -> None:
         comparison = {
             "directory": str(directory / name),
             "run": [str(directory / f"{name}-run.yaml")],
-            "seeds": [0, 1, 2] if name == "four" else [0],
+            "seeds": [0, 1, 2] if name in ("four", "little") else [0],
             "choice": "best" if name == "little" else "last",
             "settings": SETTINGS.get(name, SHORT),
             "models": models,
