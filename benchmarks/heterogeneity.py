@@ -104,7 +104,6 @@ FOUR |= {name: FOUR[name] | {"seeds": [0]} for name in ("isolated", "personalise
 ABLATION = {
     "central": {"kind": "central", "settings": MUON},
     "recommended": federated(*BEST, *every(5)),
-    "without int4": federated(*BEST, *every(5), "outer.codec=fp32", "outer.downlink_codec=fp32"),
     "without control variates": federated(*BEST, *every(5), "outer.control_variates=0.0"),
     "without outer momentum": federated(*BEST, *every(5), *PLAIN),
     "without importance": federated(*BEST, *every(5), "outer.merge=mean"),
@@ -117,7 +116,7 @@ LITTLE = divided(100, "silo.eval_interval_rounds=12") | {
     f"recommended, H {steps}": federated(*BEST, *every(steps), f"silo.eval_interval_rounds={max(1, 60 // steps)}")
     for steps in (20, 50, 100)
 }
-LITTLE |= {name: LITTLE[name] | {"seeds": [0]} for name in LITTLE if name not in ("central", "recommended")}
+LITTLE |= {name: LITTLE[name] | {"seeds": [0]} for name in LITTLE if name not in ("central", "recommended, H 20")}
 
 
 def write_parts(folder: Path, output: Path, num_parts: int, *, characters: int | None = None) -> list[Path]:
