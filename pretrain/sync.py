@@ -7,7 +7,7 @@ loop comes back for the result when the schedule says so.
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -310,12 +310,7 @@ class SiloSync:
             local = self._read(engine, names)
             new = {name: local[name] * mixing + merged * (1 - mixing) for name, merged in new.items()}
         self._write(engine, names, new)
-        for name, moment in shared_moments(self.config, names, engine.shapes).items():
-            value = moment.decode(received.moments[name]) if self.ranks.is_leader else None
-            if isinstance(moment, SecondMoment):
-                engine.write_second_moment(name, value)
-            else:
-                engine.correct_gradients(name, value, self.config.outer.control_variates)
+        self._adopt_moments(engine, names, received if self.ranks.is_leader else None, version)
         seconds = time.monotonic() - began
         progress.seconds_waiting += seconds
         progress.version = version
@@ -323,6 +318,24 @@ class SiloSync:
             flight = self._flights.pop(version)
             flight.wait_seconds += seconds
             self._record(progress, flight, received)
+
+    def _adopt_moments(self, engine: Engine, names: Sequence[str], received: Received | None, version: int) -> None:
+        """Take over what was merged of the silos' gradients; `received` on the leader.
+
+        What is subtracted from all silos' mean gradient is our own as it was sent, rounding and all: so the corrections
+        of all silos add up to zero (but for the rounding of the mean), and a silo alone is not corrected at all. Nor is
+        one that told nothing.
+        """
+        sent = self._outgoing(version) if received else None
+        told: Mapping[str, Parts] = Tensors(sent[1]).moments if sent else {}
+        for name, moment in shared_moments(self.config, names, engine.shapes).items():
+            merged = moment.decode(received.moments[name]) if received else None
+            if isinstance(moment, SecondMoment):
+                engine.write_second_moment(name, merged)
+                continue
+            own = moment.decode(told[name]) if name in told else merged
+            share = self.config.outer.control_variates
+            engine.correct_gradients(name, None if merged is None or own is None else (merged - own) * share)
 
     def _take_over(self, received: Received) -> None:
         """Put a version's changes into the host copy."""

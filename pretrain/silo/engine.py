@@ -207,17 +207,15 @@ class Engine:
             own.zero_()
         return self._read_state(name, "told", lambda _: 1.0)
 
-    def correct_gradients(self, name: str, mean: Tensor | None, share: float) -> None:
-        """From now on add `share` of (the leader's `mean` - the mean that was taken here) to each of a matrix.
+    def correct_gradients(self, name: str, correction: Tensor | None) -> None:
+        """From now on add the leader's `correction`, fp32, to each of Muon's gradients of a matrix.
 
         Other ranks pass None. A matrix that was not trained yet is not corrected.
         """
-        whole, (state, piece) = self._from_leader(name, mean), self._state_of(name)
+        whole, (state, piece) = self._from_leader(name, correction), self._state_of(name)
         if state:
-            here = slice(piece.offset, piece.offset + piece.num_elements)
-            own = state["told"].view(-1)[here]
-            others = whole[piece.start : piece.start + piece.num_elements].to(own.device)
-            state["correction"].view(-1)[here] = (others - own) * share
+            own = whole[piece.start : piece.start + piece.num_elements]
+            state["correction"].view(-1)[piece.offset : piece.offset + piece.num_elements] = own
 
     def _read_state(self, name: str, key: str, divisor: Callable[[dict[str, Any]], float]) -> Tensor:
         state, piece = self._state_of(name)

@@ -67,7 +67,8 @@ class Outcome:
         for changed, payload in self.exchange.newest_state(version, self.config.outer.num_fragments):
             if payload.file.startswith("parameter"):
                 file = Path(self.ledger) / version_path(changed) / payload.file
-                found |= {name.removeprefix("parameter/values/"): t for name, t in load_file(file).items()}
+                values = {name: t for name, t in load_file(file).items() if name.startswith("parameter/values/")}
+                found |= {name.removeprefix("parameter/values/"): value for name, value in values.items()}
         return found
 
     def delivered(self, silo: str, round: int) -> dict[str, torch.Tensor]:

@@ -53,6 +53,15 @@ def test_one_silo_is_plain_training_at_zero_3_in_bf16_too(tmp_path: Path, tiny_c
     assert run.by_step("alpha", "loss") == alone.by_step("alpha", "loss")
 
 
+def test_a_silo_alone_is_not_corrected_by_control_variates(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    outer, inner = PLAIN_AVERAGING | {"num_fragments": 3, "overlap_steps": 1}, {"optimizer": "muon"}
+    free = federate(one_silo(tiny_config, tmp_path / "free", inner=inner, outer=outer))
+    run = federate(one_silo(tiny_config, tmp_path / "run", inner=inner, outer=outer | {"control_variates": 1.0}))
+    newest = run.config.schedule.num_versions
+    assert_same_bits(run.parameters(newest), free.parameters(newest))  # what is told in int4 is taken back in int4
+    assert run.by_step("alpha", "loss") == free.by_step("alpha", "loss")
+
+
 def test_identical_silos_are_one_silo(plain: Outcome, tmp_path: Path, tiny_config: TinyConfig) -> None:
     twin = {"data": [str(Path(d)) for d in plain.config.silos["alpha"].data], "data_seed": 7}
     silos = {"alpha": {"data_seed": 7}, "beta": twin | {"valid": plain.config.silos["alpha"].valid}}
