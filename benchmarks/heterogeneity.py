@@ -67,8 +67,7 @@ INT4 = ["outer.codec=int4", "outer.downlink_codec=int4"]
 STREAMING = ["outer.num_fragments=4", "outer.overlap_steps=2"]
 BEST = [*MUON, *SHARED, *NESTEROV, *CONTROL, *INT4]
 WITHOUT_WARMUP = [*MUON, "inner.warmup_steps=0", "inner.min_lr_ratio=0.0"]
-SETTINGS: dict[str, list[str]] = {"four": [], "little": ["silo.eval_interval_rounds=3"]}
-SHORT = ["inner.num_steps=400"]  # of all others
+SETTINGS = {"ablation": ["inner.num_steps=400"], "little": ["silo.eval_interval_rounds=3"]}
 
 
 def federated(*settings: str) -> dict[str, Any]:
@@ -110,8 +109,8 @@ ABLATION = {
     "without shared moments": federated(*BEST, *every(5), "outer.merge=mean", "outer.second_moments=local"),
     "without Muon": federated(*SHARED, *NESTEROV, *INT4, *every(5)),
 }
-DIVIDED = divided(120)
-UNEQUAL = divided(120, "outer.weight_power=0.5") | {"by tokens": federated(*BEST, *every(5))}
+DIVIDED = divided(300)
+UNEQUAL = divided(300, "outer.weight_power=0.5") | {"by tokens": federated(*BEST, *every(5))}
 LITTLE = divided(100, "silo.eval_interval_rounds=12") | {
     f"recommended, H {steps}": federated(*BEST, *every(steps), f"silo.eval_interval_rounds={max(1, 60 // steps)}")
     for steps in (20, 50, 100)
@@ -211,7 +210,7 @@ def main() -> None:
             "run": [str(directory / f"{name}-run.yaml")],
             "seeds": [0, 1, 2] if name in ("four", "little") else [0],
             "choice": "best" if name == "little" else "last",
-            "settings": SETTINGS.get(name, SHORT),
+            "settings": SETTINGS.get(name, []),
             "models": models,
         }
         (directory / f"{name}.yaml").write_text(yaml.safe_dump(comparison, sort_keys=False))

@@ -333,9 +333,11 @@ class SiloSync:
             if isinstance(moment, SecondMoment):
                 engine.write_second_moment(name, merged)
                 continue
-            own = moment.decode(told[name]) if name in told else merged
-            share = self.config.outer.control_variates
-            engine.correct_gradients(name, None if merged is None or own is None else (merged - own) * share)
+            correction = None
+            if merged is not None:
+                own = moment.decode(told[name]) if name in told else merged
+                correction = (merged - own) * self.config.outer.control_variates
+            engine.correct_gradients(name, correction)
 
     def _take_over(self, received: Received) -> None:
         """Put a version's changes into the host copy."""
