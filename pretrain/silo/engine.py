@@ -186,12 +186,18 @@ class Engine:
     def write_second_moment(self, name: str, value: Tensor | None) -> None:
         """Replace the second moment of a parameter by the leader's `value`, fp32, with Adam's bias correction.
 
-        Other ranks pass None. A parameter that was not trained yet has none, and keeps none.
+        Nowhere does it become less than what the gradients in the first moment make at least: `value` may be older than
+        a word's first gradients, and Adam would divide them by next to nothing. Other ranks pass None. A parameter that
+        was not trained yet has no second moment, and keeps none.
         """
         whole, (state, piece) = self._from_leader(name, value), self._state_of(name)
         if state:
+            here = slice(piece.offset, piece.offset + piece.num_elements)
             own = whole[piece.start : piece.start + piece.num_elements] * self._bias_correction(state)
-            state["exp_avg_sq"].view(-1)[piece.offset : piece.offset + piece.num_elements] = own
+            # (sum of w g)^2 <= sum of w g^2 for weights w of a sum up to 1; those of the moments differ by this factor.
+            first, (decay, second_decay) = state["exp_avg"].view(-1)[here], self._betas
+            least = first.square() * ((1 - second_decay) / (1 - decay))
+            state["exp_avg_sq"].view(-1)[here] = torch.maximum(own.to(least.device), least)
 
     def take_mean_gradient(self, name: str, num_steps: int) -> Tensor:
         """The mean of Muon's gradients of a matrix, clipped as they were, in the `num_steps` since it was last taken.
@@ -248,8 +254,12 @@ class Engine:
 
     def _bias_correction(self, state: dict[str, Any]) -> float:
         """By which Adam divides its second moment; at least that of one step."""
-        decay = self._optimizer.param_groups[0].get("betas") or self._optimizer.param_groups[-1]["betas"]
-        return 1.0 - decay[1] ** max(1, int(state["step"]))
+        return 1.0 - self._betas[1] ** max(1, int(state["step"]))
+
+    @property
+    def _betas(self) -> tuple[float, float]:
+        """AdamW's decay rates; Muon's group, if there is one, is the first."""
+        return self._optimizer.param_groups[-1]["betas"]
 
     def evaluating(self, on: bool) -> None:
         """Switch dropout and the like off or on again."""

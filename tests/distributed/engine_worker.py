@@ -130,15 +130,28 @@ def most_held_bytes(engine: Engine, values: dict[str, torch.Tensor], ranks: Rank
 
 
 def check_moments(engine: Engine, expected: dict[str, torch.Tensor], ranks: Ranks) -> dict[str, object]:
-    """How far off the second moments are at most, as a share of them, and whether others are read as written."""
+    """How far off the second moments are at most, as a share of them, and whether others are read as written.
+
+    And which share of them stays where zeros are written: the gradients of the first moment are in the second, too.
+    """
     found = {name: engine.read_second_moment(name).cpu() for name in expected}
     off = max(((found[name] - moment).norm() / moment.norm()).item() for name, moment in expected.items())
-    for name, value in found.items():
-        engine.write_second_moment(name, value * 4 if ranks.is_leader else None)
-    back = all(torch.allclose(engine.read_second_moment(name).cpu(), value * 4) for name, value in found.items())
-    for name, value in found.items():
-        engine.write_second_moment(name, value if ranks.is_leader else None)
-    return {"num_moments": len(expected), "moments_off": off, "moments_back": back}
+
+    def after_writing(factor: float) -> dict[str, torch.Tensor]:
+        for name, value in found.items():
+            engine.write_second_moment(name, value * factor if ranks.is_leader else None)
+        return {name: engine.read_second_moment(name).cpu() for name in found}
+
+    back = all(torch.allclose(after, found[name] * 4) for name, after in after_writing(4.0).items())
+    least = after_writing(0.0)
+    never_more = all((least[name] <= value * 1.001).all() for name, value in found.items())
+    after_writing(1.0)
+    return {
+        "num_moments": len(expected),
+        "moments_off": off,
+        "moments_back": back and never_more,
+        "moments_least": min((least[name].sum() / value.sum()).item() for name, value in found.items()),
+    }
 
 
 def check_gradients(engine: Engine, expected: dict[str, torch.Tensor], ranks: Ranks) -> dict[str, object]:
