@@ -66,7 +66,7 @@ CONTROL = ["outer.control_variates=0.8"]
 INT4 = ["outer.codec=int4", "outer.downlink_codec=int4"]
 STREAMING = ["outer.num_fragments=4", "outer.overlap_steps=2"]
 BEST = [*MUON, *SHARED, *NESTEROV, *CONTROL, *INT4]
-WITHOUT_WARMUP = [*MUON, "inner.warmup_steps=0", "inner.min_lr_ratio=0.0"]
+ALONE = [*MUON, "inner.lr=0.0012", "inner.muon_lr=0.004", "inner.warmup_steps=30", "inner.min_lr_ratio=0.0"]
 SETTINGS = {"ablation": ["inner.num_steps=400"], "little": ["silo.eval_interval_rounds=3"]}
 
 
@@ -82,12 +82,11 @@ def every(steps: int) -> list[str]:
 
 def divided(steps: int, *settings: str) -> dict[str, Any]:
     """The models of every division; `steps`: how long each silo goes on alone in the end."""
-    alone = [*WITHOUT_WARMUP, "inner.lr=0.0012", "inner.muon_lr=0.004"]
     return {
         "central": {"kind": "central", "settings": MUON},
         "recommended": federated(*BEST, *every(5), *settings),
         "isolated": {"kind": "isolated", "settings": MUON},
-        "personalised": {"kind": "personalised", "of": "recommended", "steps": steps, "settings": alone},
+        "personalised": {"kind": "personalised", "of": "recommended", "steps": steps, "settings": ALONE},
     }
 
 
