@@ -13,6 +13,8 @@ tokenizer (BPE of 2,048), packed shards, and one YAML file for each comparison:
     eight     every corpus in two silos
     unequal   three silos, whose text and batches are 1 : 4 : 16
     code      one silo more, with the installed Python's own library
+
+code-half leaves almost half of the steps to each silo alone.
 """
 
 import argparse
@@ -67,7 +69,11 @@ INT4 = ["outer.codec=int4", "outer.downlink_codec=int4"]
 STREAMING = ["outer.num_fragments=4", "outer.overlap_steps=2"]
 BEST = [*MUON, *SHARED, *NESTEROV, *CONTROL, *INT4]
 ALONE = [*MUON, "inner.lr=0.0012", "inner.muon_lr=0.004", "inner.warmup_steps=30", "inner.min_lr_ratio=0.0"]
-SETTINGS = {"ablation": ["inner.num_steps=400"], "little": ["silo.eval_interval_rounds=3"]}
+SETTINGS = {
+    "ablation": ["inner.num_steps=400"],
+    "little": ["silo.eval_interval_rounds=3"],
+    "code-half": ["inner.num_steps=700"],
+}
 
 
 def federated(*settings: str) -> dict[str, Any]:
@@ -185,6 +191,7 @@ def main() -> None:
     library = write_python_corpora(text / "python")["library"]
     few, some, many = silos_of("unequal", sixteenth), silos_of("unequal", quarter), {names[0]: whole[names[0]]}
     unequal = {name: batch(s, n) for silos, n in ((few, 2), (some, 8), (many, 32)) for name, s in silos.items()}
+    code = whole | silos_of("code", [library])
     half = len(names) // 2
     comparisons: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "four": (whole, FOUR),
@@ -199,7 +206,8 @@ def main() -> None:
         ),
         "eight": ({name: batch(silo, 4) for name, silo in silos_of("halves", halves).items()}, DIVIDED),
         "unequal": (unequal, UNEQUAL),
-        "code": (whole | silos_of("code", [library]), DIVIDED),
+        "code": (code, DIVIDED),
+        "code-half": (code, divided(600)),
     }
     for name, (silos, models) in comparisons.items():
         run = RUN | {"name": name, "tokenizer": str(tokenizer), "silos": silos}
