@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from pretrain.config import RunConfig
+from pretrain.outer.moments import MeanGradient
+from pretrain.payload import Tensors
 from pretrain.silo.data import Order, PackedTokens
 from pretrain.silo.model import build_initial, token_losses
-from pretrain.silo.optim import learning_rate
+from pretrain.silo.optim import is_muon_matrix, learning_rate
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, assert_evaluated_last, assert_same_bits, federate
 from tests.support import VOCAB_SIZE, TinyText
@@ -60,6 +62,28 @@ def test_a_silo_alone_is_not_corrected_by_control_variates(tmp_path: Path, tiny_
     newest = run.config.schedule.num_versions
     assert_same_bits(run.parameters(newest), free.parameters(newest))  # what is told in int4 is taken back in int4
     assert run.by_step("alpha", "loss") == free.by_step("alpha", "loss")
+
+
+def test_control_variates_are_a_share_of_what_the_mean_gradients_sent_are_off_their_mean(
+    tmp_path: Path, tiny_config: TinyConfig
+) -> None:
+    outer = PLAIN_AVERAGING | {"control_variates": 0.5}
+    run = federate(tiny_config(tmp_path, inner={"optimizer": "muon"}, outer=outer, exchange=KEEP_ALL))
+    newest, store = f"{run.config.schedule.num_versions:06d}", Path(run.config.store_url)
+    merged = Tensors(store / "global" / newest / "parameter-000.safetensors").moments
+    for silo in ("alpha", "beta"):
+        (sent,) = (store / "silos" / silo / newest).glob("*.safetensors")
+        told = Tensors(sent).moments
+        last = run.config.silo_directory(silo) / "checkpoints" / f"step-{run.config.inner.num_steps:08d}"
+        (file,) = last.glob("engine/*.pt")
+        checkpoint = torch.load(file, weights_only=False)  # our own
+        shapes = {n: value.shape for n, value in checkpoint["module"].items() if is_muon_matrix(n, value.shape)}
+        assert set(shapes) == set(told) == set(merged)
+        for i, (name, shape) in enumerate(shapes.items()):
+            moment = MeanGradient(shape)
+            off = moment.decode(merged[name]) - moment.decode(told[name])
+            assert off.any()
+            assert torch.equal(checkpoint["optimizer"]["state"][i]["correction"], 0.5 * off)
 
 
 def test_identical_silos_are_one_silo(plain: Outcome, tmp_path: Path, tiny_config: TinyConfig) -> None:
