@@ -13,8 +13,7 @@ tokenizer (BPE of 2,048), packed shards, and one YAML file for each comparison:
     eight     every corpus in two silos
     unequal   three silos, whose text and batches are 1 : 4 : 16
     code      one silo more, with the installed Python's own library
-
-code-half leaves almost half of the steps to each silo alone.
+    code-half the same, with almost half of the steps left to each silo alone
 """
 
 import argparse

@@ -310,7 +310,7 @@ class SiloSync:
             local = self._read(engine, names)
             new = {name: local[name] * mixing + merged * (1 - mixing) for name, merged in new.items()}
         self._write(engine, names, new)
-        self._adopt_moments(engine, names, received if self.ranks.is_leader else None, version)
+        self._adopt_moments(engine, names, self._flights[version] if self.ranks.is_leader else None)
         seconds = time.monotonic() - began
         progress.seconds_waiting += seconds
         progress.version = version
@@ -319,24 +319,25 @@ class SiloSync:
             flight.wait_seconds += seconds
             self._record(progress, flight, received)
 
-    def _adopt_moments(self, engine: Engine, names: Sequence[str], received: Received | None, version: int) -> None:
-        """Take over what was merged of the silos' gradients; `received` on the leader.
+    def _adopt_moments(self, engine: Engine, names: Sequence[str], flight: Flight | None) -> None:
+        """Take over what was merged of the silos' gradients; `flight` on the leader.
 
         What is subtracted from all silos' mean gradient is our own as it was sent, rounding and all: so the corrections
         of all silos add up to zero (but for the rounding of the mean), and a silo alone is not corrected at all. Nor is
         one that told nothing.
         """
-        sent = self._outgoing(version) if received else None
+        share = self.config.outer.control_variates
+        sent = flight.coded.result() if flight and share else None
         told: Mapping[str, Parts] = Tensors(sent[1]).moments if sent else {}
         for name, moment in shared_moments(self.config, names, engine.shapes).items():
-            merged = moment.decode(received.moments[name]) if received else None
+            merged = moment.decode(flight.received.result().moments[name]) if flight else None
             if isinstance(moment, SecondMoment):
                 engine.write_second_moment(name, merged)
                 continue
             correction = None
             if merged is not None:
                 own = moment.decode(told[name]) if name in told else merged
-                correction = (merged - own) * self.config.outer.control_variates
+                correction = (merged - own) * share
             engine.correct_gradients(name, correction)
 
     def _take_over(self, received: Received) -> None:

@@ -170,8 +170,7 @@ class Engine:
         parameter = self._parameters[name]
         if self.stage == 3:  # DeepSpeed's own setter fails where the ranks' parts are not equal
             partition, piece = _own_piece(self._deepspeed, parameter, self.stage)
-            own = value.flatten()[piece.start : piece.start + piece.num_elements]
-            partition.data[piece.offset : piece.offset + piece.num_elements] = own
+            partition.data[piece.in_partition] = value.flatten()[piece.in_matrix]
         elif self.stage:
             safe_set_full_fp32_param(parameter, value)
         else:
@@ -192,12 +191,11 @@ class Engine:
         """
         whole, (state, piece) = self._from_leader(name, value), self._state_of(name)
         if state:
-            here = slice(piece.offset, piece.offset + piece.num_elements)
-            own = whole[piece.start : piece.start + piece.num_elements] * self._bias_correction(state)
+            own = whole[piece.in_matrix] * self._bias_correction(state)
             # (sum of w g)^2 <= sum of w g^2 for weights w of a sum up to 1; those of the moments differ by this factor.
-            first, (decay, second_decay) = state["exp_avg"].view(-1)[here], self._betas
+            first, (decay, second_decay) = state["exp_avg"].view(-1)[piece.in_partition], self._betas
             least = first.square() * ((1 - second_decay) / (1 - decay))
-            state["exp_avg_sq"].view(-1)[here] = torch.maximum(own.to(least.device), least)
+            state["exp_avg_sq"].view(-1)[piece.in_partition] = torch.maximum(own.to(least.device), least)
 
     def take_mean_gradient(self, name: str, num_steps: int) -> Tensor:
         """The mean of Muon's gradients of a matrix, clipped as they were, in the `num_steps` since it was last taken.
@@ -207,8 +205,7 @@ class Engine:
         """
         state, piece = self._state_of(name)
         if state:
-            own = state["gradient_sum"].view(-1)[piece.offset : piece.offset + piece.num_elements]
-            told = state["told"].view(-1)[piece.offset : piece.offset + piece.num_elements]
+            own, told = (state[key].view(-1)[piece.in_partition] for key in ("gradient_sum", "told"))
             told.lerp_(own / num_steps, min(1.0, num_steps / MEAN_STEPS))
             own.zero_()
         return self._read_state(name, "told", lambda _: 1.0)
@@ -220,15 +217,14 @@ class Engine:
         """
         whole, (state, piece) = self._from_leader(name, correction), self._state_of(name)
         if state:
-            own = whole[piece.start : piece.start + piece.num_elements]
-            state["correction"].view(-1)[piece.offset : piece.offset + piece.num_elements] = own
+            state["correction"].view(-1)[piece.in_partition] = whole[piece.in_matrix]
 
     def _read_state(self, name: str, key: str, divisor: Callable[[dict[str, Any]], float]) -> Tensor:
         state, piece = self._state_of(name)
         whole = torch.zeros(self.shapes[name].numel(), dtype=torch.float32, device=self._ranks.device)
         if state:
-            own = state[key].flatten()[piece.offset : piece.offset + piece.num_elements]
-            whole[piece.start : piece.start + piece.num_elements] = own.to(whole.device) / divisor(state)
+            own = state[key].flatten()[piece.in_partition]
+            whole[piece.in_matrix] = own.to(whole.device) / divisor(state)
         if self.stage:
             dist.all_reduce(whole)  # the ranks' pieces do not overlap, so the sum is exact
         return whole.view(self.shapes[name])

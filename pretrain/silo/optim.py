@@ -102,6 +102,16 @@ class Piece:
     """Where it begins in the partition."""
     num_elements: int
 
+    @property
+    def in_matrix(self) -> slice:
+        """Its elements in the flattened matrix."""
+        return slice(self.start, self.start + self.num_elements)
+
+    @property
+    def in_partition(self) -> slice:
+        """Its elements in the partition."""
+        return slice(self.offset, self.offset + self.num_elements)
+
 
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for the group of matrices and AdamW for the rest, as the one optimizer that DeepSpeed takes.
@@ -161,13 +171,11 @@ class MuonAdamW(torch.optim.Optimizer):
     def _change_of_pieces(self, partition: Tensor, direction: Tensor) -> Tensor:
         change = torch.zeros_like(direction)
         for piece in self._pieces.get(partition, ()):
-            in_matrix = slice(piece.start, piece.start + piece.num_elements)
-            in_partition = slice(piece.offset, piece.offset + piece.num_elements)
             matrix = torch.zeros(piece.shape.numel(), device=self._device)
-            matrix[in_matrix] = direction[in_partition].to(matrix.device)
+            matrix[piece.in_matrix] = direction[piece.in_partition].to(matrix.device)
             dist.all_reduce(matrix)  # the pieces do not overlap, so the sum is exact
             whole = _muon_change(matrix.view(piece.shape))
-            change[in_partition] = whole.flatten()[in_matrix].to(change.device)
+            change[piece.in_partition] = whole.flatten()[piece.in_matrix].to(change.device)
         return change
 
 

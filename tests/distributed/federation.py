@@ -67,19 +67,24 @@ class Outcome:
         for changed, payload in self.exchange.newest_state(version, self.config.outer.num_fragments):
             if payload.file.startswith("parameter"):
                 file = Path(self.ledger) / version_path(changed) / payload.file
-                values = {name: t for name, t in load_file(file).items() if name.startswith("parameter/values/")}
-                found |= {name.removeprefix("parameter/values/"): value for name, value in values.items()}
+                found |= values_in(file)
         return found
 
     def delivered(self, silo: str, round: int) -> dict[str, torch.Tensor]:
         """What a silo delivered: with codec fp32, its local parameters."""
         folder = Path(self.config.store_url) / "silos" / silo / f"{round:06d}"
         files = sorted(folder.glob("*.safetensors"))
-        return {name.removeprefix("parameter/values/"): t for file in files for name, t in load_file(file).items()}
+        return {name: value for file in files for name, value in values_in(file).items()}
 
     def alone(self, silo: str) -> dict[str, torch.Tensor]:
         """The final parameters of a silo that trained alone."""
         return load_file(self.config.final_parameters(silo))
+
+
+def values_in(file: Path) -> dict[str, torch.Tensor]:
+    """The parameters in a payload of codec fp32, without the moments beside them."""
+    prefix = "parameter/values/"
+    return {name.removeprefix(prefix): t for name, t in load_file(file).items() if name.startswith(prefix)}
 
 
 def federate(config: RunConfig, *, max_restarts: int = 0, build_commands: CommandBuilder | None = None) -> Outcome:
