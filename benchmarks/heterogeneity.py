@@ -6,7 +6,8 @@
 CORPORA is a folder of folders with train.jsonl.gz and valid.jsonl.gz, at least three. DIRECTORY gets the shared
 tokenizer (BPE of 2,048), packed shards, and one YAML file for each comparison:
 
-    four      every corpus a silo, below one epoch
+    four      every corpus a silo, a quarter of an epoch
+    long      the same, three quarters of an epoch
     ablation  one measure less, each
     little    every corpus a silo with some 50,000 tokens of it: ten epochs and more
     two       the corpora in two silos
@@ -69,6 +70,7 @@ STREAMING = ["outer.num_fragments=4", "outer.overlap_steps=2"]
 BEST = [*MUON, *SHARED, *NESTEROV, *CONTROL, *INT4]
 ALONE = [*MUON, "inner.lr=0.0012", "inner.muon_lr=0.004", "inner.warmup_steps=30", "inner.min_lr_ratio=0.0"]
 SETTINGS = {
+    "long": ["inner.num_steps=3000"],
     "ablation": ["inner.num_steps=400"],
     "little": ["silo.eval_interval_rounds=3"],
     "code-half": ["inner.num_steps=700"],
@@ -112,6 +114,11 @@ ABLATION = {
     "without importance": federated(*BEST, *every(5), "outer.merge=mean"),
     "without shared moments": federated(*BEST, *every(5), "outer.merge=mean", "outer.second_moments=local"),
     "without Muon": federated(*SHARED, *NESTEROV, *INT4, *every(5)),
+}
+LONG = {
+    "central": {"kind": "central", "settings": MUON},
+    "recommended": federated(*BEST, *every(5)),
+    "in full, not clipped": federated(*BEST, *every(5), "outer.control_variates=1.0", "inner.clip_norm=0.0"),
 }
 DIVIDED = divided(300)
 UNEQUAL = divided(300, "outer.weight_power=0.5") | {"by tokens": federated(*BEST, *every(5))}
@@ -194,6 +201,7 @@ def main() -> None:
     half = len(names) // 2
     comparisons: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "four": (whole, FOUR),
+        "long": (whole, LONG),
         "ablation": (whole, ABLATION),
         "little": (silos_of("little", little), LITTLE),
         "two": (
@@ -214,7 +222,7 @@ def main() -> None:
         comparison = {
             "directory": str(directory / name),
             "run": [str(directory / f"{name}-run.yaml")],
-            "seeds": [0, 1, 2] if name in ("four", "little") else [0],
+            "seeds": [0, 1, 2] if name in ("four", "ablation", "little") else [0],
             "choice": "best" if name == "little" else "last",
             "settings": SETTINGS.get(name, []),
             "models": models,
