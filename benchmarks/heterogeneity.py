@@ -106,18 +106,18 @@ FOUR = divided(300) | {
     "plain averaging": federated(*PLAIN) | {"seeds": [0]},
 }
 FOUR |= {name: FOUR[name] | {"seeds": [0]} for name in ("isolated", "personalised")}
-ABLATION = {
+BOTH = {
     "central": {"kind": "central", "settings": MUON},
     "recommended": federated(*BEST, *every(5)),
+}
+ABLATION = BOTH | {
     "without control variates": federated(*BEST, *every(5), "outer.control_variates=0.0"),
     "without outer momentum": federated(*BEST, *every(5), *PLAIN),
     "without importance": federated(*BEST, *every(5), "outer.merge=mean"),
     "without shared moments": federated(*BEST, *every(5), "outer.merge=mean", "outer.second_moments=local"),
     "without Muon": federated(*SHARED, *NESTEROV, *INT4, *every(5)),
 }
-LONG = {
-    "central": {"kind": "central", "settings": MUON},
-    "recommended": federated(*BEST, *every(5)),
+LONG = BOTH | {
     "in full, not clipped": federated(*BEST, *every(5), "outer.control_variates=1.0", "inner.clip_norm=0.0"),
 }
 DIVIDED = divided(300)
