@@ -8,6 +8,7 @@ tokenizer (BPE of 2,048), packed shards, and one YAML file for each comparison:
 
     four      every corpus a silo, a quarter of an epoch
     long      the same, three quarters of an epoch
+    wide      the same as four, with a model of 2 M parameters
     ablation  one measure less, each
     little    every corpus a silo with some 50,000 tokens of it: ten epochs and more
     two       the corpora in two silos
@@ -44,6 +45,7 @@ MODEL = {
     "tie_word_embeddings": True,
     "max_position_embeddings": 512,
 }
+WIDE = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6}
 RUN = {
     "sequence_tokens": 64,
     "model": {"config": MODEL},
@@ -71,6 +73,7 @@ BEST = [*MUON, *SHARED, *NESTEROV, *CONTROL, *INT4]
 ALONE = [*MUON, "inner.lr=0.0012", "inner.muon_lr=0.004", "inner.warmup_steps=30", "inner.min_lr_ratio=0.0"]
 SETTINGS = {
     "long": ["inner.num_steps=3000"],
+    "wide": [f"model.config.{key}={value}" for key, value in WIDE.items()] + ["inner.lr=0.004"],
     "ablation": ["inner.num_steps=400"],
     "little": ["silo.eval_interval_rounds=3"],
     "code-half": ["inner.num_steps=700"],
@@ -98,6 +101,8 @@ def divided(steps: int, *settings: str) -> dict[str, Any]:
 
 
 FOUR = divided(300) | {
+    "recommended, H 2, lr 0.01": federated(*BEST, *every(2), "inner.lr=0.01"),
+    "recommended, H 5, lr 0.01": federated(*BEST, *every(5), "inner.lr=0.01"),
     "recommended, H 20": federated(*BEST),
     "recommended, H 20, streaming": federated(*BEST, *STREAMING),
     "recommended, H 50": federated(*BEST, *every(50)),
@@ -120,6 +125,7 @@ ABLATION = BOTH | {
 LONG = BOTH | {
     "in full, not clipped": federated(*BEST, *every(5), "outer.control_variates=1.0", "inner.clip_norm=0.0"),
 }
+WIDER = BOTH | {"recommended, lr 0.0067": federated(*BEST, *every(5), "inner.lr=0.0067")}
 DIVIDED = divided(300)
 UNEQUAL = divided(300, "outer.weight_power=0.5") | {"by tokens": federated(*BEST, *every(5))}
 LITTLE = divided(100, "silo.eval_interval_rounds=12") | {
@@ -202,6 +208,7 @@ def main() -> None:
     comparisons: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "four": (whole, FOUR),
         "long": (whole, LONG),
+        "wide": (whole, WIDER),
         "ablation": (whole, ABLATION),
         "little": (silos_of("little", little), LITTLE),
         "two": (
@@ -222,7 +229,7 @@ def main() -> None:
         comparison = {
             "directory": str(directory / name),
             "run": [str(directory / f"{name}-run.yaml")],
-            "seeds": [0, 1, 2] if name in ("four", "ablation", "little") else [0],
+            "seeds": [0, 1, 2] if name in ("four", "long", "ablation", "little") else [0],
             "choice": "best" if name == "little" else "last",
             "settings": SETTINGS.get(name, []),
             "models": models,
