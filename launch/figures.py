@@ -19,6 +19,7 @@ MAIN_COLOR = "#0b3c5d"
 SILO_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c6d31")
 COMPARISON_COLORS = ("#d55e00", "#8a8a8a", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 COMPARISON_DASHES = ("-", "--", "-.", ":")
+COMPARISON_MARKERS = "os^D"
 MAX_POINTS = 400
 PANELS_PER_ROW = 3
 WIDTH_INCHES = 10.5
@@ -230,6 +231,12 @@ def _other_style(order: int) -> dict[str, object]:
     return {"color": COMPARISON_COLORS[order % len(COMPARISON_COLORS)], "linestyle": dashes, "linewidth": 1.6}
 
 
+def _again(number: int) -> tuple[int, str]:
+    """How often all colors are used up before a model's, and its color."""
+    times, color = divmod(number, len(SILO_COLORS))
+    return times, SILO_COLORS[color]
+
+
 def _marker(points: Mapping[int, object]) -> str:
     return "o" if len(points) <= 60 else ""
 
@@ -264,13 +271,14 @@ def compared_losses(curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]
             points = list(zip(*(seed[1:] for seed in seeds), strict=False))  # without the untrained model
             tokens = [same[0][0] for same in points]
             losses = [[loss for _, loss in same] for same in points]
-            color = SILO_COLORS[number % len(SILO_COLORS)]
-            axes.plot(tokens, [sum(found) / len(found) for found in losses], label=model, color=color)
+            again, color = _again(number)
+            dashes = COMPARISON_DASHES[again % len(COMPARISON_DASHES)]
+            axes.plot(tokens, [sum(found) / len(found) for found in losses], dashes, label=model, color=color)
             axes.fill_between(tokens, [min(f) for f in losses], [max(f) for f in losses], color=color, alpha=0.2, lw=0)
         axes.set_title("held-out loss, nats")
         axes.set_xlabel("tokens")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
-        axes.legend()
+        axes.legend(bbox_to_anchor=(1.01, 1), loc="upper left")
         return _svg(figure)
 
 
@@ -278,13 +286,15 @@ def compared_silos(own: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     """Each silo's loss on its own held-out text: a row a silo, a dot a model and seed."""
     silos = sorted({silo for losses in own.values() for silo in losses})
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH_INCHES * 0.7, 0.6 * len(silos) + 1.4), layout="constrained")
+        height = max(0.6 * len(silos), 0.22 * len(own)) + 1.4  # of the rows, or of the legend
+        figure = Figure(figsize=(WIDTH_INCHES * 0.7, height), layout="constrained")
         axes = figure.subplots()
         for number, (model, losses) in enumerate(own.items()):
             points = [(loss, row) for row, silo in enumerate(silos) for loss in losses.get(silo, ())]
-            height = 0.6 * (number / max(1, len(own) - 1) - 0.5)
-            color = SILO_COLORS[number % len(SILO_COLORS)]
-            axes.plot([x for x, _ in points], [y + height for _, y in points], "o", label=model, color=color, ms=4)
+            above = 0.6 * (number / max(1, len(own) - 1) - 0.5)
+            again, color = _again(number)
+            marker = COMPARISON_MARKERS[again % len(COMPARISON_MARKERS)]
+            axes.plot([x for x, _ in points], [y + above for _, y in points], marker, label=model, color=color, ms=4)
         axes.set_yticks(range(len(silos)), silos)
         axes.invert_yaxis()
         axes.set_title("held-out loss of each silo's own text, nats")

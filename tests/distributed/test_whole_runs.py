@@ -137,20 +137,23 @@ def test_the_exported_model_loads_generates_and_has_the_loss_of_eval(finished: O
     assert made.shape[1] > 1
 
 
-def test_gpt_2_and_gpt_neox_and_qwen_take_part(tmp_path: Path, tiny_config: TinyConfig) -> None:
-    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    kinds: list[dict[str, Any]] = [
-        {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64},
-        small | {"model_type": "gpt_neox"},
-        small | {"model_type": "qwen3", "num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": True},
-    ]
-    zero = {"deepspeed": {"zero_optimization": {"stage": 3}}}
-    for kind in kinds:
-        directory = tmp_path / kind["model_type"]
-        settings = tiny_config(
-            directory, inner={"num_steps": 2}, outer={"sync_interval_steps": 2}, silos={"beta": zero}
-        )
-        config = dataclasses.replace(settings, model=dataclasses.replace(settings.model, config=kind))
-        run = federate(config)
-        assert run.commit(1).divisor == 2 * 2 * 4 * 16
-        assert os.path.exists(f"{config.directory}/summary.json")
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+KINDS: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64},
+    "gpt_neox": SMALL,
+    "qwen3": SMALL | {"num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": True},
+}
+
+
+@pytest.mark.parametrize("kind", ["gpt2", pytest.param("gpt_neox", marks=pytest.mark.soak), "qwen3"])
+def test_other_kinds_of_model_take_part(tmp_path: Path, tiny_config: TinyConfig, kind: str) -> None:
+    settings = tiny_config(
+        tmp_path,
+        inner={"num_steps": 2},
+        outer={"sync_interval_steps": 2},
+        silos={"beta": {"deepspeed": {"zero_optimization": {"stage": 3}}}},
+    )
+    model = dataclasses.replace(settings.model, config={"model_type": kind, **KINDS[kind]})
+    run = federate(dataclasses.replace(settings, model=model))
+    assert run.commit(1).divisor == 2 * 2 * 4 * 16
+    assert (Path(run.config.directory) / "summary.json").is_file()

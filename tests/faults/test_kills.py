@@ -93,21 +93,32 @@ STREAMING = {
 }
 # Seven versions: fragment 1 leaves at steps 2, 6, 10 and 12, fragment 0 at 4, 8 and 12. What left at step 6 is in
 # flight when the checkpoint of step 6 is written.
-STREAMING_DEATHS: Faults = {
-    "alpha": [("step", 7, 1), ("before_manifest", 2), ("saving", 9, 1), ("adopting", 6)],
-    "beta": [("after_manifest", 3), ("adopting", 3), ("before_payload", 5)],
-    "aggregator": [("mid_publish", 0), ("after_merge", 2), ("before_commit", 3), ("after_commit", 6)],
+STREAMING_DEATHS: dict[str, Faults] = {
+    "in flight": {
+        "alpha": [("step", 7, 1)],
+        "beta": [("after_manifest", 3)],
+        "aggregator": [("after_merge", 2)],
+    },
+    "anywhere": {
+        "alpha": [("before_manifest", 2), ("saving", 9, 1), ("adopting", 6)],
+        "beta": [("adopting", 3), ("before_payload", 5)],
+        "aggregator": [("mid_publish", 0), ("before_commit", 3), ("after_commit", 6)],
+    },
 }
 
 
 @pytest.mark.timeout(600)
-def test_streaming_with_a_fragment_in_flight_resumes_exactly(tmp_path: Path, tiny_config: TinyConfig) -> None:
+@pytest.mark.parametrize("where", ["in flight", pytest.param("anywhere", marks=pytest.mark.soak)])
+def test_streaming_with_a_fragment_in_flight_resumes_exactly(
+    tmp_path: Path, tiny_config: TinyConfig, where: str
+) -> None:
+    deaths = STREAMING_DEATHS[where]
     undisturbed = federate(make_config(tiny_config, tmp_path / "undisturbed", **STREAMING))
     fired = tmp_path / "fired"
     fired.mkdir()
-    build = with_faults(STREAMING_DEATHS, fired)
+    build = with_faults(deaths, fired)
     run = federate(make_config(tiny_config, tmp_path, **STREAMING), max_restarts=20, build_commands=build)
-    expected = {f"{point}-{when}" for deaths in STREAMING_DEATHS.values() for point, when, *_ in deaths}
+    expected = {f"{point}-{when}" for points in deaths.values() for point, when, *_ in points}
     assert {path.name for path in fired.iterdir()} == expected
     check_same(run, undisturbed)
 

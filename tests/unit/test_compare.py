@@ -6,11 +6,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
+from launch import figures
 from launch.cli import app
 from launch.compare import CompareConfig, Planned, compare, load_comparison, plan_runs
 from launch.compare_table import Interval, read_results, t_quantile, write_results
@@ -142,6 +144,17 @@ def test_the_table(comparison: Path) -> None:
     page = (Path(spec.directory) / "compare.html").read_text()
     assert page.count("<svg") == 2
     assert "<td>4.1830 ± 1.8170</td><td>+2.0 % ± 12.7</td>" in page
+
+
+def test_no_two_models_look_alike_in_the_plots() -> None:
+    names = [f"model {number}" for number in range(12)]
+    lines = ElementTree.fromstring(figures.compared_losses({name: [[(0, 7.0), (1, 6.0), (2, 5.0)]] for name in names}))
+    dots = ElementTree.fromstring(figures.compared_silos({name: {"alpha": [5.0]} for name in names}))
+    shapes = {f"#{path.get('id')}": path.get("d") for path in dots.iterfind(".//{*}path")}
+    href = "{http://www.w3.org/1999/xlink}href"
+    styles = [line.get("style") for line in lines.iterfind(".//*[@id='legend_1']//{*}path")]
+    looks = [(dot.get("style"), shapes[dot.get(href, "")]) for dot in dots.iterfind(".//*[@id='legend_1']//{*}use")]
+    assert len(set(styles)) == len(set(looks)) == len(names)
 
 
 def test_results_have_bytes_and_seconds_of_every_silo(comparison: Path) -> None:
