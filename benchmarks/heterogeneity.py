@@ -112,7 +112,8 @@ FOUR = divided(300) | {
     "central AdamW": {"kind": "central", "seeds": [0]},
     "plain averaging": federated(*PLAIN) | {"seeds": [0]},
 }
-FOUR |= {name: FOUR[name] | {"seeds": [0]} for name in ("isolated", "personalised")}
+FOUR["personalised, lr 0.01"] = FOUR["personalised"] | {"of": "recommended, H 5, lr 0.01"}
+FOUR |= {name: FOUR[name] | {"seeds": [0]} for name in FOUR if name.startswith(("isolated", "personalised"))}
 BOTH = {
     "central": {"kind": "central", "settings": MUON},
     "recommended": federated(*BEST, *every(5)),
@@ -130,7 +131,11 @@ LONG = BOTH | {
 WIDER = BOTH | {"recommended, lr 0.0067": federated(*BEST, *every(5), "inner.lr=0.0067")}
 WIDER["recommended"] = WIDER["recommended"] | {"seeds": [0]}
 DIVIDED = divided(300)
-UNEQUAL = divided(300, "outer.weight_power=0.5") | {"by tokens": federated(*BEST, *every(5))}
+UNEQUAL = divided(300, "outer.weight_power=0.5") | {
+    "by tokens": federated(*BEST, *every(5)),
+    "recommended, lr 0.01": federated(*BEST, *every(5), "outer.weight_power=0.5", "inner.lr=0.01"),
+}
+UNEQUAL["personalised, lr 0.01"] = UNEQUAL["personalised"] | {"of": "recommended, lr 0.01"}
 LITTLE = divided(100, "silo.eval_interval_rounds=12") | {
     f"recommended, H {steps}": federated(*BEST, *every(steps), f"silo.eval_interval_rounds={max(1, 60 // steps)}")
     for steps in (20, 50, 100)
