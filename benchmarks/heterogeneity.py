@@ -136,6 +136,7 @@ UNEQUAL = divided(300, "outer.weight_power=0.5") | {
     "recommended, lr 0.01": federated(*BEST, *every(5), "outer.weight_power=0.5", "inner.lr=0.01"),
 }
 UNEQUAL["personalised, lr 0.01"] = UNEQUAL["personalised"] | {"of": "recommended, lr 0.01"}
+UNEQUAL["personalised, by tokens"] = UNEQUAL["personalised"] | {"of": "by tokens"}
 LITTLE = divided(100, "silo.eval_interval_rounds=12") | {
     f"recommended, H {steps}": federated(*BEST, *every(steps), f"silo.eval_interval_rounds={max(1, 60 // steps)}")
     for steps in (20, 50, 100)
