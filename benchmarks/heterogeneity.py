@@ -91,13 +91,18 @@ def every(steps: int) -> list[str]:
     return [f"outer.sync_interval_steps={steps}", f"silo.eval_interval_rounds={max(1, 200 // steps)}"]
 
 
+def personalised(of: str, steps: int) -> dict[str, Any]:
+    """Each silo going on alone from a federated model, for `steps`."""
+    return {"kind": "personalised", "of": of, "steps": steps, "settings": ALONE}
+
+
 def divided(steps: int, *settings: str) -> dict[str, Any]:
     """The models of every division; `steps`: how long each silo goes on alone in the end."""
     return {
         "central": {"kind": "central", "settings": MUON},
         "recommended": federated(*BEST, *every(5), *settings),
         "isolated": {"kind": "isolated", "settings": MUON},
-        "personalised": {"kind": "personalised", "of": "recommended", "steps": steps, "settings": ALONE},
+        "personalised": personalised("recommended", steps),
     }
 
 
@@ -111,8 +116,8 @@ FOUR = divided(300) | {
     "recommended, H 100": federated(*BEST, *every(100)),
     "central AdamW": {"kind": "central", "seeds": [0]},
     "plain averaging": federated(*PLAIN) | {"seeds": [0]},
+    "personalised, lr 0.01": personalised("recommended, H 5, lr 0.01", 300),
 }
-FOUR["personalised, lr 0.01"] = FOUR["personalised"] | {"of": "recommended, H 5, lr 0.01"}
 FOUR |= {name: FOUR[name] | {"seeds": [0]} for name in FOUR if name.startswith(("isolated", "personalised"))}
 BOTH = {
     "central": {"kind": "central", "settings": MUON},
@@ -128,15 +133,17 @@ ABLATION = BOTH | {
 LONG = BOTH | {
     "in full, not clipped": federated(*BEST, *every(5), "outer.control_variates=1.0", "inner.clip_norm=0.0"),
 }
-WIDER = BOTH | {"recommended, lr 0.0067": federated(*BEST, *every(5), "inner.lr=0.0067")}
-WIDER["recommended"] = WIDER["recommended"] | {"seeds": [0]}
+WIDER = BOTH | {
+    "recommended": BOTH["recommended"] | {"seeds": [0]},
+    "recommended, lr 0.0067": federated(*BEST, *every(5), "inner.lr=0.0067"),
+}
 DIVIDED = divided(300)
 UNEQUAL = divided(300, "outer.weight_power=0.5") | {
     "by tokens": federated(*BEST, *every(5)),
     "recommended, lr 0.01": federated(*BEST, *every(5), "outer.weight_power=0.5", "inner.lr=0.01"),
+    "personalised, lr 0.01": personalised("recommended, lr 0.01", 300),
+    "personalised, by tokens": personalised("by tokens", 300),
 }
-UNEQUAL["personalised, lr 0.01"] = UNEQUAL["personalised"] | {"of": "recommended, lr 0.01"}
-UNEQUAL["personalised, by tokens"] = UNEQUAL["personalised"] | {"of": "by tokens"}
 LITTLE = divided(100, "silo.eval_interval_rounds=12") | {
     f"recommended, H {steps}": federated(*BEST, *every(steps), f"silo.eval_interval_rounds={max(1, 60 // steps)}")
     for steps in (20, 50, 100)

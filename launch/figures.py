@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 if TYPE_CHECKING:
@@ -19,7 +20,9 @@ MAIN_COLOR = "#0b3c5d"
 SILO_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c6d31")
 COMPARISON_COLORS = ("#d55e00", "#8a8a8a", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 COMPARISON_DASHES = ("-", "--", "-.", ":")
-COMPARISON_MARKERS = "os^D"
+# Every color before the first dash or marker comes again.
+LINES = cycler(linestyle=COMPARISON_DASHES) * cycler(color=SILO_COLORS)
+DOTS = cycler(marker=("o", "s", "^", "D")) * cycler(color=SILO_COLORS)
 MAX_POINTS = 400
 PANELS_PER_ROW = 3
 WIDTH_INCHES = 10.5
@@ -231,12 +234,6 @@ def _other_style(order: int) -> dict[str, object]:
     return {"color": COMPARISON_COLORS[order % len(COMPARISON_COLORS)], "linestyle": dashes, "linewidth": 1.6}
 
 
-def _again(number: int) -> tuple[int, str]:
-    """How often all colors are used up before a model's, and its color."""
-    times, color = divmod(number, len(SILO_COLORS))
-    return times, SILO_COLORS[color]
-
-
 def _marker(points: Mapping[int, object]) -> str:
     return "o" if len(points) <= 60 else ""
 
@@ -267,14 +264,14 @@ def compared_losses(curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH_INCHES * 0.7, 4.0), layout="constrained")
         axes = figure.subplots()
-        for number, (model, seeds) in enumerate(curves.items()):
+        axes.set_prop_cycle(LINES)
+        for model, seeds in curves.items():
             points = list(zip(*(seed[1:] for seed in seeds), strict=False))  # without the untrained model
             tokens = [same[0][0] for same in points]
             losses = [[loss for _, loss in same] for same in points]
-            again, color = _again(number)
-            dashes = COMPARISON_DASHES[again % len(COMPARISON_DASHES)]
-            axes.plot(tokens, [sum(found) / len(found) for found in losses], dashes, label=model, color=color)
-            axes.fill_between(tokens, [min(f) for f in losses], [max(f) for f in losses], color=color, alpha=0.2, lw=0)
+            (line,) = axes.plot(tokens, [sum(found) / len(found) for found in losses], label=model)
+            low, high = [min(found) for found in losses], [max(found) for found in losses]
+            axes.fill_between(tokens, low, high, color=line.get_color(), alpha=0.2, lw=0)
         axes.set_title("held-out loss, nats")
         axes.set_xlabel("tokens")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
@@ -289,12 +286,11 @@ def compared_silos(own: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
         height = max(0.6 * len(silos), 0.22 * len(own)) + 1.4  # of the rows, or of the legend
         figure = Figure(figsize=(WIDTH_INCHES * 0.7, height), layout="constrained")
         axes = figure.subplots()
+        axes.set_prop_cycle(DOTS)
         for number, (model, losses) in enumerate(own.items()):
             points = [(loss, row) for row, silo in enumerate(silos) for loss in losses.get(silo, ())]
             above = 0.6 * (number / max(1, len(own) - 1) - 0.5)
-            again, color = _again(number)
-            marker = COMPARISON_MARKERS[again % len(COMPARISON_MARKERS)]
-            axes.plot([x for x, _ in points], [y + above for _, y in points], marker, label=model, color=color, ms=4)
+            axes.plot([x for x, _ in points], [y + above for _, y in points], linestyle="", label=model, ms=4)
         axes.set_yticks(range(len(silos)), silos)
         axes.invert_yaxis()
         axes.set_title("held-out loss of each silo's own text, nats")

@@ -44,6 +44,15 @@ def check_same(run: Outcome, undisturbed: Outcome) -> None:
         assert run.held_out(silo) == undisturbed.held_out(silo)
 
 
+def killed(config: RunConfig, faults: Faults, fired: Path) -> Outcome:
+    """The run in which every one of these deaths has struck; `fired` is where they say so."""
+    fired.mkdir()
+    run = federate(config, max_restarts=20, build_commands=with_faults(faults, fired))
+    expected = {f"{point}-{when}" for deaths in faults.values() for point, when, *_ in deaths}
+    assert {path.name for path in fired.iterdir()} == expected
+    return run
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_config: TinyConfig) -> Outcome:
     """The run that nothing happens to."""
@@ -74,12 +83,7 @@ DEATHS: dict[str, Faults] = {
 def test_killed_and_restarted_equals_undisturbed(
     undisturbed: Outcome, tmp_path: Path, tiny_config: TinyConfig, who: str
 ) -> None:
-    faults, fired = DEATHS[who], tmp_path / "fired"
-    fired.mkdir()
-    run = federate(make_config(tiny_config, tmp_path), max_restarts=20, build_commands=with_faults(faults, fired))
-
-    expected = {f"{point}-{when}" for deaths in faults.values() for point, when, *_ in deaths}
-    assert {path.name for path in fired.iterdir()} == expected  # every death struck
+    run = killed(make_config(tiny_config, tmp_path), DEATHS[who], tmp_path / "fired")
     check_same(run, undisturbed)
 
 
@@ -112,14 +116,8 @@ STREAMING_DEATHS: dict[str, Faults] = {
 def test_streaming_with_a_fragment_in_flight_resumes_exactly(
     tmp_path: Path, tiny_config: TinyConfig, where: str
 ) -> None:
-    deaths = STREAMING_DEATHS[where]
     undisturbed = federate(make_config(tiny_config, tmp_path / "undisturbed", **STREAMING))
-    fired = tmp_path / "fired"
-    fired.mkdir()
-    build = with_faults(deaths, fired)
-    run = federate(make_config(tiny_config, tmp_path, **STREAMING), max_restarts=20, build_commands=build)
-    expected = {f"{point}-{when}" for points in deaths.values() for point, when, *_ in points}
-    assert {path.name for path in fired.iterdir()} == expected
+    run = killed(make_config(tiny_config, tmp_path, **STREAMING), STREAMING_DEATHS[where], tmp_path / "fired")
     check_same(run, undisturbed)
 
 
