@@ -32,11 +32,11 @@ from typing import Any
 
 import psutil
 
-from launch.display import AGGREGATOR
-from launch.local import process_directory
-from launch.metrics import MetricsReader, Record, read_status
-from launch.processes import MARK
-from pretrain.config import RunConfig, load_config, save_config
+from launch.show.display import AGGREGATOR
+from launch.show.metrics import MetricsReader, Record, read_status
+from launch.start.local import process_directory
+from launch.start.processes import MARK
+from pretrain.config.keys import RunConfig, load_config, save_config
 from pretrain.exchange.store import StoreExchange, version_path
 
 SYNC_INTERVAL_STEPS = 10

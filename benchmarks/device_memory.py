@@ -31,13 +31,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.silo_overhead import configuration, make_text
-from pretrain.config import RunConfig, save_config
-from pretrain.journal import Journal
+from pretrain.config.keys import RunConfig, save_config
+from pretrain.host.journal import Journal
 from pretrain.outer.fragments import cut_fragments
 from pretrain.silo.engine import Engine
 from pretrain.silo.ranks import Ranks
-from pretrain.sync_elastic import ElasticSync
-from pretrain.sync_store import ThroughStore
+from pretrain.sync.elastic import ElasticSync
+from pretrain.sync.through_store import ThroughStore
 from pretrain.train import prepare, train
 
 KIB = 1 << 10

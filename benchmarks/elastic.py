@@ -29,10 +29,10 @@ from safetensors.torch import load_file
 
 from benchmarks.sync import PLAIN, finished, mean_loss
 from launch.demo import federated_config, prepare_text
-from launch.local import CommandBuilder, launch_local, local_commands
-from pretrain.config import RunConfig, save_config
+from launch.start.local import CommandBuilder, launch_local, local_commands
+from pretrain.config.keys import RunConfig, save_config
 from pretrain.exchange.store import StoreExchange
-from pretrain.leave import say_left
+from pretrain.federation.leave import say_left
 from pretrain.outer.digest import digest_tensors
 from pretrain.trust.ledger import Commit
 from tests.faults.scripted import with_faults

@@ -27,9 +27,9 @@ from typing import Any
 from rich.console import Console
 
 from launch.demo import federated_config, prepare_text
-from launch.local import CommandBuilder, launch_local, local_commands
-from launch.processes import ChildCommand
-from pretrain.config import RunConfig
+from launch.start.local import CommandBuilder, launch_local, local_commands
+from launch.start.processes import ChildCommand
+from pretrain.config.keys import RunConfig
 
 HUB_ADDRESS, S3_PORT, SILO_PORT = "10.77.255.1", 5000, 29600
 INT4 = "outer.codec=int4 outer.downlink_codec=int4"

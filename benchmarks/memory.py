@@ -18,9 +18,9 @@ from pathlib import Path
 import psutil
 
 from benchmarks.silo_overhead import make_text
-from launch.local import local_commands
-from launch.metrics import MetricsReader
-from pretrain.config import RunConfig, load_config, save_config
+from launch.show.metrics import MetricsReader
+from launch.start.local import local_commands
+from pretrain.config.keys import RunConfig, load_config, save_config
 
 SAMPLE_SECONDS = 0.005
 MIB = 1 << 20

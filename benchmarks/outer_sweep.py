@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 from launch.demo import comparison_configs, federated_config, prepare_text
-from launch.local import launch_local
-from pretrain.config import RunConfig
+from launch.start.local import launch_local
+from pretrain.config.keys import RunConfig
 
 # (sync interval in steps, outer optimizer, lr, momentum)
 SETTINGS = [

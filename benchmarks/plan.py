@@ -29,12 +29,12 @@ from benchmarks.links import (
     trained,
 )
 from launch.demo import prepare_text
-from launch.metrics import MetricsReader
-from launch.plan import measured_run, tokens_per_second
-from launch.report import Run
-from pretrain.config import RunConfig
-from pretrain.plan import make_plan
-from pretrain.plan_seconds import Given, parse_bandwidth
+from launch.show.metrics import MetricsReader
+from launch.show.plan import measured_run, tokens_per_second
+from launch.show.report import Run
+from pretrain.config.keys import RunConfig
+from pretrain.plan.plan import make_plan
+from pretrain.plan.seconds import Given, parse_bandwidth
 
 # A way to the one that is run on fast links for it.
 CALIBRATED_BY = {

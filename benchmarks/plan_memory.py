@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.device_memory import Created
-from pretrain.config import RunConfig, SiloConfig, load_config
-from pretrain.plan_bytes import model_shapes
-from pretrain.plan_memory import silo_memory
+from pretrain.config.keys import RunConfig, SiloConfig, load_config
+from pretrain.plan.bytes import model_shapes
+from pretrain.plan.memory import silo_memory
 from pretrain.silo.engine import Engine
 from pretrain.silo.model import build_initial, model_config
 from pretrain.silo.ranks import Ranks

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.silo_overhead import configuration, make_text
-from pretrain.config import RunConfig
+from pretrain.config.keys import RunConfig
 from pretrain.silo.data import Batches, Mixture, PackedTokens, Prefetch
 from pretrain.silo.model import build_initial, token_losses
 from pretrain.silo.ranks import Ranks

@@ -13,11 +13,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from pretrain.config import RunConfig, load_config
-from pretrain.journal import Journal
+from pretrain.config.keys import RunConfig, load_config
+from pretrain.host.journal import Journal
+from pretrain.host.stopping import StopRequested
 from pretrain.silo.model import token_losses
 from pretrain.silo.ranks import Ranks
-from pretrain.stopping import StopRequested
 from pretrain.train import Silo, prepare, train
 
 DEMO = Path(__file__).parent.parent / "configs" / "run" / "demo.yaml"

@@ -20,8 +20,8 @@ from typing import Any
 from rich.console import Console
 
 from launch.demo import comparison_configs, federated_config, prepare_text
-from launch.local import CommandBuilder, launch_local
-from pretrain.config import RunConfig
+from launch.start.local import CommandBuilder, launch_local
+from pretrain.config.keys import RunConfig
 
 CENTRAL = "central"
 BOTH_WAYS = "outer.codec={0} outer.downlink_codec={0}"

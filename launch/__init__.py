@@ -1,1 +1,1 @@
-"""Starting, watching and reporting runs; imports `pretrain.config` and nothing that needs torch."""
+"""Starting, watching and reporting runs; imports `pretrain.config.keys` and nothing that needs torch."""

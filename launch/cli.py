@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from data_tools.cli import app as data_app
-from pretrain.config import ConfigError, RunConfig, load_config
+from pretrain.config.keys import ConfigError, RunConfig, load_config
 
 app = typer.Typer(
     name="atoll",
@@ -57,8 +57,8 @@ def launch_local_command(
 
     [bold]Example:[/bold] atoll launch local --config run.yaml inner.lr=0.003
     """
-    from launch.local import launch_local
-    from pretrain.preflight import check_run
+    from launch.start.local import launch_local
+    from pretrain.federation.preflight import check_run
 
     checked = load_config(config, overrides or [])
     check_run(checked)
@@ -79,9 +79,9 @@ def launch_slurm_command(
 
     [bold]Example:[/bold] atoll launch slurm --config run.yaml --site configs/site/cpu.yaml --dry-run
     """
-    from launch.site import load_site
-    from launch.slurm import launch_slurm
-    from pretrain.preflight import check_run
+    from launch.start.site import load_site
+    from launch.start.slurm import launch_slurm
+    from pretrain.federation.preflight import check_run
 
     checked = load_config(config, overrides or [])
     check_run(checked)
@@ -110,9 +110,9 @@ def launch_torchrun_command(
 
     [bold]Example:[/bold] atoll launch torchrun --config run.yaml --silo law --host 10.0.0.1 --host 10.0.0.2 --ssh ssh
     """
-    from launch.ssh import launch_by_ssh
-    from launch.torchrun import check_options, node_commands
-    from pretrain.preflight import check_port, check_silo
+    from launch.start.ssh import launch_by_ssh
+    from launch.start.torchrun import check_options, node_commands
+    from pretrain.federation.preflight import check_port, check_silo
 
     checked = load_config(config, overrides or [])
     if ssh is not None:
@@ -147,7 +147,7 @@ def launch_join_command(
 
     [bold]Example:[/bold] atoll launch join s3://bucket/run --config silo.yaml --dry-run
     """
-    from launch.join import join
+    from launch.start.join import join
 
     raise typer.Exit(join(_store(url), config, overrides or [], sites=site or [], dry_run=dry_run))
 
@@ -169,9 +169,9 @@ def plan(
 
     [bold]Example:[/bold] atoll plan --config run.yaml --bandwidth 100mbit --tokens-per-second 40000
     """
-    from launch import plan as planning
-    from pretrain.plan import make_plan
-    from pretrain.plan_seconds import Given, parse_bandwidth
+    from launch.show import plan as planning
+    from pretrain.plan.plan import make_plan
+    from pretrain.plan.seconds import Given, parse_bandwidth
 
     checked, bits_per_second = load_config(config, overrides or []), parse_bandwidth(bandwidth)
     for option, number, minimum in (("--latency", latency, 0.0), ("--tokens", tokens, 1.0)):
@@ -199,8 +199,8 @@ def train(
 
     [bold]Example:[/bold] atoll train --config run.yaml --silo law
     """
-    from launch.local import train_here, write_resolved
-    from pretrain.preflight import check_collective, check_silo
+    from launch.start.local import train_here, write_resolved
+    from pretrain.federation.preflight import check_collective, check_silo
 
     checked = load_config(config, overrides or [])
     if silo not in checked.silos:
@@ -218,8 +218,8 @@ def aggregate(config: Config, overrides: Overrides = None) -> None:
 
     [bold]Example:[/bold] atoll aggregate --config run.yaml
     """
-    from launch.local import write_resolved
-    from launch.processes import run_here
+    from launch.start.local import write_resolved
+    from launch.start.processes import run_here
 
     path = write_resolved(load_config(config, overrides or []))
     command = [sys.executable, "-m", "pretrain.aggregate", "--config", str(path)]
@@ -234,7 +234,7 @@ def status(
 
     [bold]Example:[/bold] atoll status s3://bucket/run
     """
-    from launch.status import print_status
+    from launch.show.status import print_status
 
     print_status(_store(where))
 
@@ -250,7 +250,7 @@ def logs(
 
     [bold]Example:[/bold] atoll logs runs/run law --follow
     """
-    from launch.logs import read_logs
+    from launch.show.logs import read_logs
 
     try:
         for line in read_logs(directory, names or [], num_lines=num_lines, follow=follow):
@@ -265,7 +265,7 @@ def stop(directory: RunDirectory) -> None:
 
     [bold]Example:[/bold] atoll stop runs/run
     """
-    from launch.stop import stop_run
+    from launch.start.stop import stop_run
 
     stopped = stop_run(directory)
     print(f"stopped: {', '.join(stopped)}" if stopped else "nothing runs")
@@ -284,7 +284,7 @@ def rollback(
 
     [bold]Example:[/bold] atoll rollback s3://bucket/run --to 12 --reason "corrupted text since version 13"
     """
-    from pretrain.rollback import roll_back_store
+    from pretrain.exchange.rollback import roll_back_store
 
     done = roll_back_store(_store(where), to=to, reason=reason)
     print(f"rolled back from version {done.from_version} to {done.to_version}")
@@ -302,7 +302,7 @@ def leave(
 
     [bold]Example:[/bold] atoll leave --config run.yaml --silo law
     """
-    from pretrain.leave import say_left
+    from pretrain.federation.leave import say_left
 
     print(f"silo {silo} left at version {say_left(load_config(config, overrides or []), silo)}")
 
@@ -319,7 +319,7 @@ def relay(
 
     [bold]Example:[/bold] atoll relay --config run.yaml --remote s3://bucket/run
     """
-    from pretrain.relay import relay as run_relay
+    from pretrain.federation.relay import relay as run_relay
 
     raise typer.Exit(run_relay(load_config(config, overrides or []), remote))
 
@@ -330,7 +330,7 @@ def report(directory: RunDirectory) -> None:
 
     [bold]Example:[/bold] atoll report runs/demo
     """
-    from launch.report import write_report
+    from launch.show.report import write_report
 
     compared = sorted(path for path in (directory / "compare").glob("*") if (path / "metrics.jsonl").is_file())
     print(write_report(directory, comparisons={path.name: path for path in compared}))
@@ -350,9 +350,9 @@ def compare(
 
     [bold]Example:[/bold] atoll compare --config compare.yaml --jobs 2
     """
-    from launch.compare import compare as run_comparison
-    from launch.compare import describe_runs, load_comparison, plan_runs
-    from launch.compare_table import write_results
+    from launch.compare.compare import compare as run_comparison
+    from launch.compare.compare import describe_runs, load_comparison, plan_runs
+    from launch.compare.table import write_results
 
     spec = load_comparison(config, overrides or [])
     if dry_run:
@@ -373,7 +373,7 @@ def export(
 
     [bold]Example:[/bold] atoll export runs/demo --output model
     """
-    from pretrain.export import export_global_model
+    from pretrain.federation.export import export_global_model
 
     print(export_global_model(_resolved(directory), output, version))
 
@@ -392,7 +392,7 @@ def evaluate(
 
     [bold]Example:[/bold] atoll eval model --data runs/demo/packed/prose/valid
     """
-    from pretrain.export import evaluate_directory
+    from pretrain.federation.export import evaluate_directory
 
     losses = evaluate_directory(
         model,

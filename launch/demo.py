@@ -7,10 +7,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from launch.compare import central_config, isolated_config
-from launch.local import launch_local
-from launch.report import summarize, write_report
-from pretrain.config import ConfigError, RunConfig, load_config
+from launch.compare.compare import central_config, isolated_config
+from launch.show.report import summarize, write_report
+from launch.start.local import launch_local
+from pretrain.config.keys import ConfigError, RunConfig, load_config
 
 SETTINGS = Path(__file__).parent.parent / "configs" / "run" / "demo.yaml"
 VOCAB_SIZE = 2048
@@ -97,7 +97,7 @@ def comparison_configs(config: RunConfig) -> dict[str, RunConfig]:
 
 def export_final(config: RunConfig) -> Path:
     """The final global model as a `transformers` directory in the run directory."""
-    from pretrain.export import export_global_model
+    from pretrain.federation.export import export_global_model
 
     directory = Path(config.directory) / "model"
     if not directory.exists():
@@ -134,7 +134,7 @@ def show_results(console: Console, summary: dict, others: dict[str, dict]) -> No
 
 def show_sample(console: Console, model: Path, packed: dict[str, Path], corpora: Path | None) -> None:
     """What the final model writes after a few words."""
-    from pretrain.export import continuations
+    from pretrain.federation.export import continuations
 
     prompts = PROMPTS if corpora is None else dict.fromkeys(list(packed)[:1], "The")
     console.print("\nsample continuations")

@@ -19,15 +19,18 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from pretrain.collect import Collector, Delivery
-from pretrain.config import ConfigError, RunConfig, load_config
-from pretrain.disk import full_disk
+from pretrain.config.keys import ConfigError, RunConfig, load_config
 from pretrain.exchange.lease import Lease
 from pretrain.exchange.objects import StoreTroubleError
+from pretrain.exchange.payload import PARAMETER, Tensors, save_tensors
+from pretrain.exchange.rollback import explain, finish_rollbacks, foreign
 from pretrain.exchange.store import StoreExchange, delivery_path, file_payload, version_path
-from pretrain.journal import Journal
-from pretrain.lock import lock_directory
-from pretrain.merging import (
+from pretrain.host.disk import full_disk
+from pretrain.host.journal import Journal
+from pretrain.host.lock import lock_directory
+from pretrain.host.stopping import STOPPED, StopRequested, raise_at_signals
+from pretrain.merge.collect import Collector, Delivery
+from pretrain.merge.terms import (
     commit_record,
     contributor,
     merge_weight,
@@ -43,9 +46,6 @@ from pretrain.outer.moments import Moment, SecondMoment, check_moments, importan
 from pretrain.outer.quantize import Parts
 from pretrain.outer.robust import clip_factors, coordinate_median, krum, trimmed_mean
 from pretrain.outer.state import OuterTensors, kept_at_start, kept_kinds
-from pretrain.payload import PARAMETER, Tensors, save_tensors
-from pretrain.rollback import explain, finish_rollbacks, foreign
-from pretrain.stopping import STOPPED, StopRequested, raise_at_signals
 from pretrain.trust.contract import build_contract, check_same_contract, first_contract
 from pretrain.trust.ledger import Commit, Contributor, Payload, RefusedError, sha256_bytes
 

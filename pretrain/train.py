@@ -17,15 +17,16 @@ from pathlib import Path
 
 import torch
 
-from pretrain.check import check_batch
-from pretrain.config import ConfigError, RunConfig, SiloConfig, load_config
-from pretrain.disk import full_disk
+from pretrain.config.check import check_batch
+from pretrain.config.keys import ConfigError, RunConfig, SiloConfig, load_config
 from pretrain.exchange.base import Exchange
 from pretrain.exchange.objects import StoreTroubleError
-from pretrain.journal import Journal
-from pretrain.lock import lock_directory
+from pretrain.federation.preflight import check_silo
+from pretrain.host.disk import full_disk
+from pretrain.host.journal import Journal
+from pretrain.host.lock import lock_directory
+from pretrain.host.stopping import STOPPED, StopRequested, note_signals
 from pretrain.outer.rounds import next_step
-from pretrain.preflight import check_silo
 from pretrain.silo.checkpoint import Checkpoints, Progress, save_parameters
 from pretrain.silo.data import BadTokenError, Batches, Mixture, PackedTokens, Prefetch
 from pretrain.silo.engine import Engine
@@ -34,11 +35,10 @@ from pretrain.silo.model import build_initial
 from pretrain.silo.optim import learning_rate
 from pretrain.silo.ranks import Ranks
 from pretrain.silo.shards import Manifest, tokenizer_sha256, verify_shards
-from pretrain.steplog import StepLog
-from pretrain.stopping import STOPPED, StopRequested, note_signals
-from pretrain.sync_collective import AmongSilos
-from pretrain.sync_elastic import ElasticSync
-from pretrain.sync_store import ThroughStore
+from pretrain.silo.steplog import StepLog
+from pretrain.sync.among_silos import AmongSilos
+from pretrain.sync.elastic import ElasticSync
+from pretrain.sync.through_store import ThroughStore
 
 
 @dataclass(kw_only=True)

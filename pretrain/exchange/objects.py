@@ -20,9 +20,9 @@ from typing import IO, Any, NoReturn, TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from pretrain.config import ConfigError
-from pretrain.disk import is_full
+from pretrain.config.keys import ConfigError
 from pretrain.exchange.options import distrust
+from pretrain.host.disk import is_full
 
 BLOCK_BYTES = 1 << 20
 # Exponential back-off with full jitter: https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter

@@ -5,7 +5,7 @@ from typing import Any
 
 import fsspec
 
-from pretrain.config import ConfigError, ExchangeConfig
+from pretrain.config.keys import ConfigError, ExchangeConfig
 
 OF_DIRECTORIES = (None, "file", "local")
 OF_S3 = ("s3", "s3a")

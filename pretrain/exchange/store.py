@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.config import ConfigError, RunConfig
+from pretrain.config.keys import ConfigError, RunConfig
 from pretrain.exchange.objects import Objects
 from pretrain.exchange.options import store_options
 from pretrain.trust.ledger import Commit, Manifest, Payload, RefusedError, check_link, sha256_bytes

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pretrain.config import ConfigError, RunConfig
+from pretrain.config.keys import ConfigError, RunConfig
+from pretrain.host.software import VERSION, installed, minor
 from pretrain.silo.shards import tokenizer_sha256
-from pretrain.software import VERSION, installed, minor
 
 FORMAT = 1
 SOFTWARE = "software"

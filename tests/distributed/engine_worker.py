@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.device_memory import Created
-from pretrain.config import InnerConfig, ModelConfig, SiloConfig
+from pretrain.config.keys import InnerConfig, ModelConfig, SiloConfig
 from pretrain.silo.checkpoint import Checkpoints, Progress
 from pretrain.silo.engine import Engine
 from pretrain.silo.model import build_empty, build_initial, token_losses

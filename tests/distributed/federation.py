@@ -11,9 +11,9 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from launch.local import CommandBuilder, launch_local
-from launch.metrics import MetricsReader
-from pretrain.config import RunConfig
+from launch.show.metrics import MetricsReader
+from launch.start.local import CommandBuilder, launch_local
+from pretrain.config.keys import RunConfig
 from pretrain.exchange.store import StoreExchange, version_path
 from pretrain.silo.data import PackedTokens
 from pretrain.silo.model import build_initial, token_losses

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.config import RunConfig
+from pretrain.config.keys import RunConfig
 from pretrain.exchange.store import StoreExchange
 from pretrain.silo.model import build_initial
 from tests.conftest import TinyConfig

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.config import RunConfig
+from pretrain.config.keys import RunConfig
+from pretrain.exchange.payload import Tensors
 from pretrain.outer.moments import MeanGradient
-from pretrain.payload import Tensors
 from pretrain.silo.data import Order, PackedTokens
 from pretrain.silo.model import build_initial, token_losses
 from pretrain.silo.optim import is_muon_matrix, learning_rate

@@ -10,9 +10,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from launch.local import launch_local
-from pretrain.config import RunConfig
-from pretrain.export import evaluate_directory, export_global_model
+from launch.start.local import launch_local
+from pretrain.config.keys import RunConfig
+from pretrain.federation.export import evaluate_directory, export_global_model
 from pretrain.silo.data import Order, PackedTokens
 from pretrain.silo.model import build_initial, token_losses
 from pretrain.silo.shards import file_sha256, open_shard, read_manifest, write_manifest

@@ -9,11 +9,11 @@ import psutil
 import pytest
 
 from benchmarks.elastic import wait_until
-from launch.local import process_directory
-from launch.logs import read_logs
-from launch.metrics import read_status
-from launch.stop import stop_run
-from pretrain.lock import lock_holder
+from launch.show.logs import read_logs
+from launch.show.metrics import read_status
+from launch.start.local import process_directory
+from launch.start.stop import stop_run
+from pretrain.host.lock import lock_holder
 from tests.conftest import TinyConfig
 from tests.support import one_line_error
 
@@ -83,7 +83,7 @@ def test_a_lock_of_another_machine_is_not_ours_to_stop(tmp_path: Path) -> None:
     assert one_line_error(stop_run, tmp_path) == f"run directory: '{tmp_path}' given; there is no config.yaml in it"
     (tmp_path / "config.yaml").touch()
     assert stop_run(tmp_path) == []
-    code = "import sys, time; from pathlib import Path; from pretrain.lock import lock_directory"
+    code = "import sys, time; from pathlib import Path; from pretrain.host.lock import lock_directory"
     code += "; lock_directory(Path(sys.argv[1]), ''); print(flush=True); time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
     try:

@@ -16,15 +16,15 @@ import pytest
 
 from benchmarks.elastic import Guest, wait_until
 from benchmarks.links import inside, namespaces
-from launch import logs
-from launch.local import process_directory
-from launch.metrics import MetricsReader, read_status
-from launch.processes import MARK, ChildCommand, Children
-from launch.remote import check_node, versions
-from launch.ssh import check_hosts, far_command, ssh_program
-from launch.torchrun import node_commands
-from pretrain.config import RunConfig, load_config, save_config
-from pretrain.preflight import check_collective, check_port, check_run
+from launch.show import logs
+from launch.show.metrics import MetricsReader, read_status
+from launch.start.local import process_directory
+from launch.start.processes import MARK, ChildCommand, Children
+from launch.start.remote import check_node, versions
+from launch.start.ssh import check_hosts, far_command, ssh_program
+from launch.start.torchrun import node_commands
+from pretrain.config.keys import RunConfig, load_config, save_config
+from pretrain.federation.preflight import check_collective, check_port, check_run
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, federate
 from tests.distributed.sshd import MISSING, make_keys, ssh_to, sshd
@@ -421,7 +421,7 @@ def test_what_runs_by_ssh_saves_when_its_connection_ends(tmp_path: Path, way: st
 def test_the_far_end_ends_as_its_program_does(tmp_path: Path) -> None:
     def ended(script: str) -> int:
         far = ["run", "--name", "law", "--log", str(tmp_path / "law.log"), "--grace-seconds", "5", "--"]
-        argv = [sys.executable, "-m", "launch.remote", *far, sys.executable, "-c", script]
+        argv = [sys.executable, "-m", "launch.start.remote", *far, sys.executable, "-c", script]
         with subprocess.Popen(argv, stdin=subprocess.PIPE) as process:
             return process.wait(30)
 

@@ -36,9 +36,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launch.local import CommandBuilder, local_commands
-from launch.processes import ChildCommand
-from pretrain.config import RunConfig
+from launch.start.local import CommandBuilder, local_commands
+from launch.start.processes import ChildCommand
+from pretrain.config.keys import RunConfig
 
 Faults = dict[str, list[tuple[Any, ...]]]
 """Silo, or `aggregator`, to its faults."""
@@ -50,26 +50,28 @@ Point = tuple[str, str, str, Callable[..., int | None]]
 OBJECTS = "pretrain.exchange.objects"
 STORE = "pretrain.exchange.store"
 AGGREGATE = "pretrain.aggregate"
+SILO_SYNC = "pretrain.sync.silo_sync"
+OWN_LEDGER = "pretrain.sync.own_ledger"
 
 SILO_POINTS: dict[str, Point] = {
     "step": ("pretrain.train", "learning_rate", "before", lambda step, inner: step),
-    "sending": ("pretrain.sync", "SiloSync._code", "before", lambda self, version, *facts: version),
-    "coded": ("pretrain.sync", "save_tensors", "after", lambda coded, file, **_: int(file.stem)),
+    "sending": (SILO_SYNC, "SiloSync._code", "before", lambda self, version, *facts: version),
+    "coded": (SILO_SYNC, "save_tensors", "after", lambda coded, file, **_: int(file.stem)),
     "delivering": (STORE, "StoreExchange.deliver", "before", lambda self, manifest, files: manifest.version),
     "before_payload": (OBJECTS, "Objects.upload", "before", lambda self, file, name: delivery(name)),
     "corrupt_payload": (OBJECTS, "Objects.upload", "after", lambda self, file, name: delivery(name)),
     "before_manifest": (OBJECTS, "Objects.write", "before", lambda self, name, data: manifest(name)),
     "after_manifest": (OBJECTS, "Objects.write", "after", lambda self, name, data: manifest(name)),
     "fetching": (STORE, "StoreExchange.fetch", "before", lambda self, folder, *more: number(r"global/(\d{6})", folder)),
-    "adopting": ("pretrain.sync", "SiloSync._take_over", "before", lambda self, received: received.commit.version),
+    "adopting": (SILO_SYNC, "SiloSync._take_over", "before", lambda self, received: received.commit.version),
     "before_saving": ("pretrain.silo.engine", "Engine.save", "before", lambda self, path: int(path.name[6:14])),
     "saving": ("pretrain.silo.engine", "Engine.save", "after", lambda self, directory: int(directory.name[6:14])),
-    "before_keep": ("pretrain.own_ledger", "OwnLedger.keep", "before", lambda self, version, kept: version),
-    "after_keep": ("pretrain.own_ledger", "OwnLedger.keep", "after", lambda self, version, kept: version),
-    "before_publish": ("pretrain.own_ledger", "OwnLedger.publish", "before", lambda self, draft, files: draft.version),
-    "after_publish": ("pretrain.own_ledger", "OwnLedger.publish", "after", lambda self, draft, files: draft.version),
+    "before_keep": (OWN_LEDGER, "OwnLedger.keep", "before", lambda self, version, kept: version),
+    "after_keep": (OWN_LEDGER, "OwnLedger.keep", "after", lambda self, version, kept: version),
+    "before_publish": (OWN_LEDGER, "OwnLedger.publish", "before", lambda self, draft, files: draft.version),
+    "after_publish": (OWN_LEDGER, "OwnLedger.publish", "after", lambda self, draft, files: draft.version),
     "corrupt_version": (
-        "pretrain.sync_collective",
+        "pretrain.sync.among_silos",
         "AmongSilos._apply",
         "after",
         lambda self, merged, parts, base: self._ledger.newest + 1,
@@ -116,7 +118,7 @@ AGGREGATOR_POINTS: dict[str, Point] = {  # as its loop comes to them
     "after_pruning": (STORE, "StoreExchange.prune", "after", lambda self, roster, newest, *settings: newest),
     "releasing": ("pretrain.exchange.lease", "Lease.release", "before", lambda self: 0),
     "finishing": (
-        "pretrain.journal",
+        "pretrain.host.journal",
         "Journal.record",
         "before",
         lambda self, kind, **values: 0 if kind == "aggregator" else None,

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from launch.local import launch_local
-from pretrain.config import RunConfig
+from launch.start.local import launch_local
+from pretrain.config.keys import RunConfig
 from pretrain.exchange.store import StoreExchange
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, federate

@@ -14,8 +14,8 @@ import psutil
 import pytest
 from rich.console import Console
 
-from launch.local import launch_local, local_commands
-from pretrain.config import RunConfig, save_config
+from launch.start.local import launch_local, local_commands
+from pretrain.config.keys import RunConfig, save_config
 from pretrain.exchange.store import StoreExchange
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, federate

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.config import RunConfig
+from pretrain.config.keys import RunConfig
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, assert_same_bits, federate
 from tests.faults.scripted import Faults, with_faults

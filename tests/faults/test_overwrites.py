@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.elastic import Guest
-from pretrain.config import RunConfig
+from pretrain.config.keys import RunConfig
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, federate
 from tests.faults.scripted import with_faults

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from launch.local import CommandBuilder, local_commands
-from launch.processes import ChildCommand
-from pretrain.config import RunConfig, save_config
+from launch.start.local import CommandBuilder, local_commands
+from launch.start.processes import ChildCommand
+from pretrain.config.keys import RunConfig, save_config
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, federate
 from tests.faults.test_kills import STREAMING, check_same, make_config

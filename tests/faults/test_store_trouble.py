@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config import RunConfig, save_config
+from pretrain.config.keys import RunConfig, save_config
 from pretrain.exchange.lease import Lease
 from pretrain.exchange.store import StoreExchange
-from pretrain.stopping import STOPPED
+from pretrain.host.stopping import STOPPED
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, federate
 from tests.faults.scripted import Faults, with_faults

@@ -11,9 +11,9 @@ import psutil
 import pytest
 
 from benchmarks.elastic import wait_until
-from launch.local import process_directory
-from launch.metrics import read_status
-from pretrain.config import RunConfig
+from launch.show.metrics import read_status
+from launch.start.local import process_directory
+from pretrain.config.keys import RunConfig
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, federate
 from tests.faults.test_kills import check_same

@@ -15,11 +15,11 @@ import pytest
 import yaml
 
 from benchmarks.elastic import wait_until
-from launch.local import process_directory
-from launch.metrics import read_status
-from launch.site import load_site
-from launch.slurm import job_state, launch_slurm
-from pretrain.config import RunConfig, load_config, save_config
+from launch.show.metrics import read_status
+from launch.start.local import process_directory
+from launch.start.site import load_site
+from launch.start.slurm import job_state, launch_slurm
+from pretrain.config.keys import RunConfig, load_config, save_config
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, federate
 from tests.faults.test_kills import check_same
@@ -245,7 +245,8 @@ def test_all_options_of_a_site_render(slurm: Cluster, tmp_path: Path, tiny_confi
         scripts = sorted((Path(config.directory) / "logs").glob("attempt-*/alpha.sbatch"))
         assert expected in scripts[-1].read_text()
         assert '--interface ib0 --numa node --scratch "$TMPDIR"' in scripts[-1].read_text()
-        assert f"exec {sys.executable} -m launch.requeue" in scripts[-1].read_text()  # scontrol is not in the container
+        # scontrol is not in the container
+        assert f"exec {sys.executable} -m launch.start.requeue" in scripts[-1].read_text()
         if shutil.which("shellcheck"):
             subprocess.run(["shellcheck", scripts[-1]], check=True)
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pretrain.aggregate import Aggregator, OuterState
-from pretrain.check import CODECS
-from pretrain.config import RunConfig
-from pretrain.journal import Journal
+from pretrain.config.check import CODECS
+from pretrain.config.keys import RunConfig
+from pretrain.host.journal import Journal
 from pretrain.outer.codec import apply_change, decoded, encode
 from pretrain.outer.digest import digest_tensors
 from pretrain.outer.fragments import cut_fragments

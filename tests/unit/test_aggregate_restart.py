@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from pretrain import aggregate as module
 from pretrain.aggregate import OuterState, aggregate
-from pretrain.check import CODECS
-from pretrain.config import RunConfig
+from pretrain.config.check import CODECS
+from pretrain.config.keys import RunConfig
 from pretrain.exchange.store import StoreExchange
-from pretrain.journal import Journal
+from pretrain.host.journal import Journal
 from pretrain.outer.digest import digest_tensors
 from pretrain.trust.ledger import RefusedError
 from tests.conftest import TinyConfig

@@ -11,12 +11,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save, save_file
 from torch import Tensor
 
-from pretrain import check as config_check
+from pretrain.config import check as config_check
+from pretrain.exchange.payload import Tensors, save_tensors
 from pretrain.outer.codec import CODECS, FEEDBACK_DECAY, apply_change, check, decoded, encode
 from pretrain.outer.digest import digest_tensors, tensor_sha256
 from pretrain.outer.optimizer import OuterOptimizer
 from pretrain.outer.quantize import BLOCK, Parts
-from pretrain.payload import Tensors, save_tensors
 
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 LOSSY = [codec for codec in CODECS if codec != "fp32"]

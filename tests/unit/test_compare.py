@@ -12,11 +12,11 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from launch import figures
 from launch.cli import app
-from launch.compare import CompareConfig, Planned, compare, load_comparison, plan_runs
-from launch.compare_table import Interval, read_results, t_quantile, write_results
-from pretrain.config import save_config
+from launch.compare.compare import CompareConfig, Planned, compare, load_comparison, plan_runs
+from launch.compare.table import Interval, read_results, t_quantile, write_results
+from launch.show import figures
+from pretrain.config.keys import save_config
 from tests.support import TinyText, one_line_error, tiny_settings, tiny_silo
 
 MODELS: dict[str, dict[str, Any]] = {

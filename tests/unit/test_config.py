@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.site import load_site
-from pretrain.check import OWNED_DEEPSPEED_KEYS, check_batch
-from pretrain.config import RunConfig, load_config, save_config
-from pretrain.preflight import check_silo
+from launch.start.site import load_site
+from pretrain.config.check import OWNED_DEEPSPEED_KEYS, check_batch
+from pretrain.config.keys import RunConfig, load_config, save_config
+from pretrain.federation.preflight import check_silo
 from pretrain.silo.shards import read_manifest
 from tests.conftest import TinyConfig
 from tests.support import one_line_error
@@ -279,7 +279,9 @@ def test_every_shipped_configuration_loads_or_merges(path: Path, minimal: Path) 
 
 
 def test_configuration_imports_no_torch() -> None:
-    code = "import sys, pretrain.config; print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
+    code = (
+        "import sys, pretrain.config.keys; print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
+    )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout == "[]\n"
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from launch.status_reader import store_status
-from pretrain.config import ExchangeConfig, RunConfig, load_config
+from launch.show.status_reader import store_status
+from pretrain.config.keys import ExchangeConfig, RunConfig, load_config
 from pretrain.exchange.options import store_options
 from pretrain.exchange.store import StoreExchange
-from pretrain.preflight import check_store
+from pretrain.federation.preflight import check_store
 from pretrain.trust.contract import build_contract
 from tests.authority import Authority
 from tests.conftest import TinyConfig

@@ -12,17 +12,17 @@ import pytest
 import yaml
 from rich.console import Console
 
-from launch.join import join
-from launch.site import check_gpus
-from pretrain import join as joining
-from pretrain import software
-from pretrain.config import RunConfig, load_config
+from launch.start.join import join
+from launch.start.site import check_gpus
+from pretrain.config.keys import RunConfig, load_config
 from pretrain.exchange.objects import Objects
 from pretrain.exchange.store import StoreExchange
-from pretrain.identity import own_identity
-from pretrain.preflight import check_run, check_store
+from pretrain.federation import join as joining
+from pretrain.federation.preflight import check_run, check_store
+from pretrain.host import software
+from pretrain.host.identity import own_identity
 from pretrain.silo.model import build_initial, export
-from pretrain.sync_store import ThroughStore
+from pretrain.sync.through_store import ThroughStore
 from pretrain.trust import contract
 from pretrain.trust.contract import build_contract, contract_bytes, first_contract
 from tests.conftest import TinyConfig

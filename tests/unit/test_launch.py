@@ -13,12 +13,12 @@ import psutil  # type: ignore[import-untyped]
 import pytest
 from rich.console import Console
 
-from launch import local
-from launch.display import LiveDisplay, PlainDisplay, Progress, describe_setup, format_bytes, format_seconds
-from launch.local import hold_directory, launch_local, local_commands, log_tail, new_attempt
-from launch.metrics import MetricsReader, ProcessStatus, last_of_each, read_status
-from launch.processes import ChildCommand, Children
-from pretrain.config import ConfigError, RunConfig, SiloConfig, save_config
+from launch.show.display import LiveDisplay, PlainDisplay, Progress, describe_setup, format_bytes, format_seconds
+from launch.show.metrics import MetricsReader, ProcessStatus, last_of_each, read_status
+from launch.start import local
+from launch.start.local import hold_directory, launch_local, local_commands, log_tail, new_attempt
+from launch.start.processes import ChildCommand, Children
+from pretrain.config.keys import ConfigError, RunConfig, SiloConfig, save_config
 
 # Leaves its pid behind, has a child of its own in another session, as torchrun has, and waits to be stopped.
 PATIENT = """
@@ -47,9 +47,9 @@ FINISHED = "print('done')"
 DRIVER = """
 import json, sys
 from pathlib import Path
-from launch.local import launch_local
-from launch.processes import ChildCommand
-from pretrain.config import load_config
+from launch.start.local import launch_local
+from launch.start.processes import ChildCommand
+from pretrain.config.keys import load_config
 config, commands = load_config([sys.argv[1]]), json.loads(Path(sys.argv[2]).read_text())
 sys.exit(launch_local(config, build_commands=lambda *_: [ChildCommand(**command) for command in commands]))
 """
@@ -386,7 +386,7 @@ def test_formats() -> None:
 
 
 def test_the_launcher_needs_no_torch() -> None:
-    code = "import sys, launch.local, launch.status, launch.report; sys.exit('torch' in sys.modules)"
+    code = "import sys, launch.start.local, launch.show.status, launch.show.report; sys.exit('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
 

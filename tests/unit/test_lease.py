@@ -19,7 +19,7 @@ from tests.support import one_line_error
 HOLDER = """
 import sys
 from pathlib import Path
-from pretrain.config import ConfigError
+from pretrain.config.keys import ConfigError
 from pretrain.exchange.lease import Lease
 from pretrain.exchange.store import StoreExchange
 

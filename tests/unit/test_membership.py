@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain.config import RunConfig
+from pretrain.config.keys import RunConfig
 from pretrain.exchange.store import StoreExchange
 from tests.conftest import TinyConfig
 from tests.support import TinyText, one_line_error, tiny_silo

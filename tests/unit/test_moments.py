@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from pretrain.exchange.payload import Tensors, save_tensors
 from pretrain.outer.merge import importance_mean
 from pretrain.outer.moments import LEAST_IMPORTANCE, MeanGradient, SecondMoment, check_moments, importance
 from pretrain.outer.quantize import Parts
-from pretrain.payload import Tensors, save_tensors
 
 MATRIX_MOMENT, ROW_MOMENT = SecondMoment(torch.Size([3, 2])), SecondMoment(torch.Size([2, 3]))
 MATRIX = torch.tensor([[1.0, 3.0], [2.0, 6.0], [0.0, 0.0]])  # rows 2, 4, 0; columns 1, 3

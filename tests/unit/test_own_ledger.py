@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.config import RunConfig
+from pretrain.config.keys import RunConfig
 from pretrain.outer.digest import digest_rows
-from pretrain.own_ledger import OwnLedger
-from pretrain.sync_collective import AmongSilos
+from pretrain.sync.among_silos import AmongSilos
+from pretrain.sync.own_ledger import OwnLedger
 from pretrain.trust.contract import build_contract
 from pretrain.trust.ledger import Commit
 from tests.conftest import TinyConfig

@@ -18,7 +18,7 @@ from data_tools.clean import Cleaning
 from data_tools.pack import Recipe, StoppedError, prepare
 from data_tools.sources import Source, load_sources
 from data_tools.tokenizer import train_tokenizer
-from pretrain.config import load_config
+from pretrain.config.keys import load_config
 from pretrain.silo.data import PackedTokens
 from pretrain.silo.shards import Manifest, tokenizer_sha256, verify_shards, verify_tokens
 from tests.support import TinyText, one_line_error, pseudo_text, tiny_settings
@@ -381,7 +381,7 @@ def test_a_full_disk_is_said_and_the_work_goes_on_after_room_is_made(tokenizer: 
 
 
 def test_another_process_at_the_same_output_is_named(tokenizer: Path, tmp_path: Path) -> None:
-    from pretrain.lock import lock_directory
+    from pretrain.host.lock import lock_directory
 
     source = write_jsonl(tmp_path / "text.jsonl", TEXTS)
     held = lock_directory(tmp_path / "packed.partial", "a test")

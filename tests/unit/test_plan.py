@@ -13,19 +13,19 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from launch.plan import measured_run, print_plan, tokens_per_second
-from pretrain.check import CODECS
-from pretrain.config import RunConfig, load_config, save_config
+from launch.show.plan import measured_run, print_plan, tokens_per_second
+from pretrain.config.check import CODECS
+from pretrain.config.keys import RunConfig, load_config, save_config
+from pretrain.exchange.payload import save_tensors
 from pretrain.outer.codec import encode
 from pretrain.outer.moments import MeanGradient, Moment, SecondMoment
-from pretrain.own_ledger import all_pieces
-from pretrain.payload import save_tensors
-from pretrain.plan import make_plan
-from pretrain.plan_bytes import model_shapes, payload_bytes, traffic, vocabulary
-from pretrain.plan_memory import activation_bytes, silo_memory
-from pretrain.plan_seconds import Given, _waiting_seconds, parse_bandwidth, run_pace, work_factor
+from pretrain.plan.bytes import model_shapes, payload_bytes, traffic, vocabulary
+from pretrain.plan.memory import activation_bytes, silo_memory
+from pretrain.plan.plan import make_plan
+from pretrain.plan.seconds import Given, _waiting_seconds, parse_bandwidth, run_pace, work_factor
 from pretrain.silo.model import initial_parameters, model_config
-from pretrain.sync_collective import _pack
+from pretrain.sync.among_silos import _pack
+from pretrain.sync.own_ledger import all_pieces
 from tests.conftest import TinyConfig
 from tests.support import one_line_error
 from tests.unit.test_aggregate import GOOD, one_version, plus_noise, start

@@ -9,7 +9,7 @@ import pytest
 
 from pretrain.exchange.objects import StopWaitingError
 from pretrain.exchange.store import StoreExchange
-from pretrain.sync_store import ThroughStore
+from pretrain.sync.through_store import ThroughStore
 from pretrain.trust.ledger import Manifest
 from tests.conftest import TinyConfig
 from tests.unit.test_aggregate import GOOD, start, times

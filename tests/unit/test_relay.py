@@ -16,9 +16,9 @@ import pytest
 
 from benchmarks.elastic import wait_until
 from pretrain.exchange.objects import Objects
+from pretrain.exchange.rollback import explain, finish_rollbacks, is_rolling_back, roll_back
 from pretrain.exchange.store import Refusal, StoreExchange
-from pretrain.relay import Relay
-from pretrain.rollback import explain, finish_rollbacks, is_rolling_back, roll_back
+from pretrain.federation.relay import Relay
 from pretrain.trust.contract import build_contract, contract_bytes
 from pretrain.trust.ledger import sha256_bytes
 from tests.conftest import TinyConfig

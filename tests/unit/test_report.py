@@ -8,9 +8,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from launch.figures import MAX_POINTS, thin
-from launch.report import Run, data_parallel_bytes, evaluations, format_count, summarize, write_report
-from pretrain.config import ConfigError, RunConfig, SiloConfig, save_config
+from launch.show.figures import MAX_POINTS, thin
+from launch.show.report import Run, data_parallel_bytes, evaluations, format_count, summarize, write_report
+from pretrain.config.keys import ConfigError, RunConfig, SiloConfig, save_config
 
 SILOS = ("law", "prose <b>")
 NUM_ROUNDS, INTERVAL = 3, 4

@@ -15,12 +15,11 @@ import fsspec
 import pytest
 
 from launch import cli
-from launch.status import print_status
+from launch.show.status import print_status
 from pretrain.aggregate import Aggregator, OuterState
-from pretrain.config import RunConfig
+from pretrain.config.keys import RunConfig
 from pretrain.exchange.objects import Objects
-from pretrain.exchange.store import StoreExchange
-from pretrain.rollback import (
+from pretrain.exchange.rollback import (
     Rollback,
     explain,
     finish_rollbacks,
@@ -28,6 +27,7 @@ from pretrain.rollback import (
     roll_back,
     roll_back_store,
 )
+from pretrain.exchange.store import StoreExchange
 from pretrain.trust.ledger import Commit, RefusedError, sha256_bytes
 from tests.conftest import TinyConfig
 from tests.support import one_line_error
@@ -451,7 +451,7 @@ def test_leaving(tmp_path: Path, tiny_config: TinyConfig, monkeypatch: Any, caps
     assert leave("alpha") == f"atoll: --silo: 'alpha' given; this silo has left already in {url}\n"
     exchange.announce("alpha", left=False, version=0)
     code = (
-        "import sys; from pathlib import Path; from pretrain.lock import lock_directory; "
+        "import sys; from pathlib import Path; from pretrain.host.lock import lock_directory; "
         "lock_directory(Path(sys.argv[1]), 'a'); print('runs', flush=True); sys.stdin.readline()"
     )
     with subprocess.Popen(

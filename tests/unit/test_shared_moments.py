@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from pretrain.aggregate import OuterState
-from pretrain.config import ConfigError, RunConfig
-from pretrain.merging import shared_moments
+from pretrain.config.keys import ConfigError, RunConfig
+from pretrain.exchange.payload import Tensors as PayloadTensors
+from pretrain.merge.terms import shared_moments
 from pretrain.outer.moments import MeanGradient, SecondMoment
-from pretrain.payload import Tensors as PayloadTensors
 from pretrain.silo.optim import is_muon_matrix
 from tests.conftest import TinyConfig
 from tests.unit.test_aggregate import GOOD, Hand, commit_of, one_version, refused_then_taken, start, stored, times

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.slurm import time_limit_seconds
+from launch.start.slurm import time_limit_seconds
 from tests.support import one_line_error
 
 

@@ -11,15 +11,15 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from rich.console import Console
 
-from launch.status import print_status
-from launch.status_reader import store_status
-from pretrain.config import RunConfig
+from launch.show.status import print_status
+from launch.show.status_reader import store_status
+from pretrain.config.keys import RunConfig
 from pretrain.exchange.beats import Beats
 from pretrain.exchange.lease import Lease
 from pretrain.exchange.objects import Objects
 from pretrain.exchange.store import StoreExchange
 from pretrain.outer.rounds import participants
-from pretrain.sync_store import ThroughStore
+from pretrain.sync.through_store import ThroughStore
 from pretrain.trust.contract import build_contract, contract_bytes
 from tests.conftest import TinyConfig
 from tests.support import TinyText, one_line_error, tiny_silo

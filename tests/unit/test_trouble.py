@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from pretrain.config import ConfigError
-from pretrain.disk import full_disk
+from pretrain.config.keys import ConfigError
 from pretrain.exchange.objects import Objects, StopWaitingError, StoreTroubleError
+from pretrain.host.disk import full_disk
 from tests.conftest import TinyConfig
 from tests.support import mounted, one_line_error
 

@@ -1,0 +1,1 @@
+"""Models at equal tokens, and their table."""

@@ -1,0 +1,103 @@
+"""What `atoll status` prints: who is alive, who takes part, what each contributed, and what is being waited for."""
+
+import time
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from launch.show.display import format_seconds
+from launch.show.report import format_count
+from launch.show.status_reader import SiloStatus, StoreStatus, store_status
+from pretrain.config.keys import ExchangeConfig
+
+
+def print_status(url: str, console: Console | None = None) -> None:
+    """Print where the run in a store stands; raises ConfigError as `store_status` does."""
+    show_status(store_status(url), console or Console())
+
+
+def show_status(status: StoreStatus, console: Console) -> None:
+    """Print a status that was read before."""
+    version = "no version yet" if status.version is None else f"version {status.version} of {status.num_versions}"
+    console.print(Text(f"{status.url}: {version}"), soft_wrap=True)
+    for words in status.rollbacks:
+        console.print(Text(words), soft_wrap=True)
+    console.print(Text(f"aggregator: {status.aggregator.words}"), soft_wrap=True)
+    console.print(_table(status))
+    silos = status.silos.values()
+    num_alive, num_participating = sum(s.life.is_alive for s in silos), sum(s.part == "yes" for s in silos)
+    num_tokens = sum(silo.tokens_contributed for silo in silos)
+    summary = f"alive {num_alive}, participating {num_participating}, tokens contributed {format_count(num_tokens)}"
+    console.print(Text(summary), soft_wrap=True)
+    if status.waiting_for is None:
+        console.print(Text("finished", style="bold green"))
+    else:
+        console.print(Text(f"waiting for {status.waiting_for}{_how_long(status)}{_until_when(status)}"), soft_wrap=True)
+    console.print(_how_old(status), soft_wrap=True)
+
+
+def _table(status: StoreStatus) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold dim")
+    for heading in ("silo", "life", "takes part"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("tokens\ntrained", "commits", "newest", "tokens\ncontributed"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("" if status.is_finished else f"version {(status.version or 0) + 1}")
+    for name, silo in status.silos.items():
+        table.add_row(
+            Text(name),
+            Text(silo.life.words, style="green" if silo.life.is_alive else ""),
+            silo.part,
+            "-" if silo.tokens_total is None else format_count(silo.tokens_total),
+            str(silo.num_commits),
+            "-" if silo.newest_commit is None else str(silo.newest_commit),
+            format_count(silo.tokens_contributed),
+            Text() if status.is_finished else _progress(silo),
+        )
+    return table
+
+
+def _progress(silo: SiloStatus) -> Text:
+    if silo.has_delivered:
+        return Text("delivered", style="green")
+    if silo.refusals:
+        return Text("refused: " + silo.refusals[-1], style="red")
+    return Text("awaited", style="yellow") if silo.is_awaited else Text()
+
+
+def _how_long(status: StoreStatus) -> str:
+    if status.waited_seconds is None:
+        return ""
+    since = "the contract was written" if status.version is None else f"commit {status.version}"
+    return f": {format_seconds(status.waited_seconds)} since {since}"
+
+
+def _until_when(status: StoreStatus) -> str:
+    if not status.waits_for_silos:
+        return ""
+    if status.quorum is None:
+        return "; without a quorum there is no deadline"
+    if status.deadline_unix_seconds is None or status.now_unix_seconds is None:
+        when = "after the deadline"
+    elif (seconds := status.deadline_unix_seconds - status.now_unix_seconds) > 0:
+        when = f"in {format_seconds(seconds)} (at {_clock(status.deadline_unix_seconds)} by the store's clock)"
+    else:
+        when = "by now"
+    return f"; {status.quorum} deliveries are enough {when}, so far: {status.num_delivered}"
+
+
+def _how_old(status: StoreStatus) -> Text:
+    """The one place where the store's clock meets this machine's: if all have died, the store's stands still."""
+    if status.now_unix_seconds is None:
+        return Text("this store does not tell when it changed")
+    # The store's clock may be ahead of ours.
+    passed = max(0.0, time.time() - status.now_unix_seconds)
+    words = f"{format_seconds(passed)} since the store last changed ({_clock(status.now_unix_seconds)})"
+    if status.is_finished or passed <= ExchangeConfig().lease_seconds:
+        return Text(words, style="dim")
+    return Text(f"{words}: if this machine's clock is right, nobody is alive any more", style="red")
+
+
+def _clock(unix_seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(unix_seconds))

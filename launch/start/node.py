@@ -1,0 +1,131 @@
+"""What srun starts on every node of a silo's job: shards copied to the node, torchrun, a note if it failed here.
+
+    python -m launch.start.node --config run/config.yaml --silo law --host 10.0.0.1 --host 10.0.0.2 --port 20017
+
+Exit code 2: a user's mistake, which another start would only repeat; otherwise torchrun's.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from launch.start.torchrun import node_command
+from pretrain.config.keys import ConfigError, RunConfig, SiloConfig, load_config
+from pretrain.host.lock import lock_holder
+
+LOCK_SECONDS = 300
+CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+# SLURM signals all processes of a step; torchrun is the one that answers.
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+
+
+def main() -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--silo", required=True)
+    parser.add_argument("--host", action="append", required=True, help="address of a node, in the order of their ids")
+    parser.add_argument("--port", type=int, required=True, help="of the rendezvous, on the first")
+    parser.add_argument("--interface", help="network interface for NCCL and gloo")
+    parser.add_argument("--numa", help="as torchrun's --numa-binding takes it")
+    parser.add_argument("--scratch", help="folder of the node's own, for shards and caches")
+    arguments = parser.parse_args()
+    node, job = os.environ["SLURMD_NODENAME"], os.environ["SLURM_JOB_ID"]
+    start = f"{job}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    signals: list[int] = []
+    for number in SIGNALS:
+        signal.signal(number, lambda number, _frame: signals.append(number))
+    try:
+        if not arguments.config.is_file():
+            raise ConfigError(f"{arguments.config} is not there; put the run directory where all nodes see it")
+        config = load_config([arguments.config])
+        with staged(config, arguments.silo, arguments.scratch, f"{job}-{node}") as (overrides, environment):
+            command = node_command(
+                config,
+                arguments.silo,
+                arguments.host,
+                int(os.environ["SLURM_NODEID"]),
+                port=arguments.port,
+                interface=arguments.interface,
+                identity=start,
+                numa=arguments.numa,
+                overrides=overrides,
+            )
+            if os.environ.get("SLURM_RESTART_COUNT"):
+                _wait_for_the_last_start(config.silo_directory(arguments.silo))
+            if signals:
+                return 128 + signals[0]
+            variables = os.environ | command.environment | environment
+            code = subprocess.run(command.argv, env=variables, check=False).returncode
+    except ConfigError as error:
+        print(f"node {node}: {error}", file=sys.stderr, flush=True)
+        return 2
+    if code and not signals:  # with signals it was ended, most likely because another node failed
+        notes = notes_directory(config, arguments.silo)
+        notes.mkdir(parents=True, exist_ok=True)
+        (notes / f"{start}-{node}").write_text(json.dumps({"time": time.time(), "node": node}))
+    return code
+
+
+def _wait_for_the_last_start(directory: Path) -> None:
+    """A node that SLURM lost may go on for a while, and so may a file system's locks of it."""
+    end = time.monotonic() + LOCK_SECONDS
+    while lock_holder(directory) and time.monotonic() < end:
+        time.sleep(1)
+
+
+def notes_directory(config: RunConfig, silo: str) -> Path:
+    """Where nodes note that torchrun failed there: a file for each start and node."""
+    return config.silo_directory(silo) / "crashes"
+
+
+@contextmanager
+def staged(
+    config: RunConfig, silo: str, scratch: str | None, identity: str
+) -> Iterator[tuple[list[str], dict[str, str]]]:
+    """Copy a silo's shards into a folder of the node's own, removed at the end; overrides and variables that say so.
+
+    Raises ConfigError if they do not fit there.
+    """
+    if scratch is None:
+        yield [], {}
+        return
+    if not scratch:
+        raise ConfigError("scratch: it is empty on this node; allowed: a folder, or a variable that is set")
+    folder = Path(scratch) / f"atoll-{identity}-{silo}"
+    try:
+        shutil.rmtree(folder, ignore_errors=True)  # of a start of this job that was ended in the middle
+        yield _copy_shards(config.silos[silo], silo, folder), dict.fromkeys(CACHES, str(folder / "cache"))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _copy_shards(settings: SiloConfig, silo: str, folder: Path) -> list[str]:
+    copies = {
+        source: str(folder / str(number))
+        for number, source in enumerate(dict.fromkeys([*settings.data, *settings.valid.values()]))
+    }
+    try:
+        for source, copy in copies.items():
+            shutil.copytree(source, copy)
+    except (OSError, shutil.Error) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ConfigError(f"scratch: shards cannot be copied to {folder}: {reason}") from None
+    print(f"{len(copies)} packed corpora copied to {folder}", flush=True)
+    data = [copies[source] for source in settings.data]
+    return [
+        f"silos.{silo}.data={json.dumps(data)}",
+        *(f"silos.{silo}.valid.{name}={copies[source]}" for name, source in settings.valid.items()),
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""`atoll launch torchrun`: the command of every node of a silo, for machines without a scheduler."""
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.start.local import KEEP_FREED_MEMORY
+from pretrain.config.keys import ConfigError, RunConfig, save_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeCommand:
+    """What to run on one node."""
+
+    host: str
+    environment: dict[str, str]
+    argv: list[str]
+
+    def __str__(self) -> str:
+        """As a shell takes it."""
+        variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return " ".join([*variables, shlex.join(self.argv)])
+
+
+def node_commands(
+    config: RunConfig, silo: str, hosts: list[str], *, port: int, interface: str | None, max_restarts: int
+) -> list[NodeCommand]:
+    """The torchrun of each of a silo's nodes; `hosts` are their addresses, and the first serves the rendezvous.
+
+    Writes the resolved configuration into the run directory, which all nodes must see at the same place. Workers that
+    crash are started again by torchrun, up to `max_restarts` times, and resume from the checkpoint. Raises ConfigError.
+    """
+    check_options(config, silo, hosts, port)
+    save_config(config, config_path(config))
+    return [
+        node_command(config, silo, hosts, number, port=port, interface=interface, max_restarts=max_restarts)
+        for number in range(len(hosts))
+    ]
+
+
+def check_options(config: RunConfig, silo: str, hosts: list[str], port: int) -> None:
+    """Raise ConfigError for an unknown silo, as many hosts as it has no nodes, or a port that nobody may serve."""
+    if silo not in config.silos:
+        raise ConfigError(f"--silo: {silo!r} given; allowed: {', '.join(sorted(config.silos))}")
+    settings = config.silos[silo]
+    if len(set(hosts)) != settings.num_nodes or len(hosts) != settings.num_nodes:
+        raise ConfigError(
+            f"--host: {', '.join(hosts) or 'none'} given; allowed: {settings.num_nodes} different ones, as "
+            f"silos.{silo}.num_nodes says"
+        )
+    if not 1024 <= port <= 65_535:
+        raise ConfigError(f"--port: {port} given; allowed: 1024 to 65535")
+
+
+def config_path(config: RunConfig) -> Path:
+    """Where the nodes find the resolved configuration."""
+    return Path(config.directory).absolute() / "config.yaml"
+
+
+def node_command(
+    config: RunConfig,
+    silo: str,
+    hosts: list[str],
+    number: int,
+    *,
+    port: int,
+    interface: str | None = None,
+    max_restarts: int = 0,
+    identity: str = "",
+    numa: str | None = None,
+    overrides: list[str] | None = None,
+) -> NodeCommand:
+    """The torchrun of node `number`; `identity` keeps the rendezvous apart from that of another start."""
+    settings = config.silos[silo]
+    environment = {"OMP_NUM_THREADS": str(settings.num_threads), **KEEP_FREED_MEMORY}
+    if interface:
+        environment |= {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface}
+    if max_restarts:
+        # Else workers that are started again find in the agents' store the addresses of those before them, and wait for
+        # them for ever (https://github.com/pytorch/pytorch/issues/135712).
+        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    torchrun += ["--nnodes", str(len(hosts)), "--nproc-per-node", str(settings.processes_per_node)]
+    torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{hosts[0]}:{port}"]
+    torchrun += ["--rdzv-id", f"{config.name}-{silo}-{identity}", "--rdzv-conf", f"is_host={int(number == 0)}"]
+    torchrun += ["--local-addr", hosts[number], "--max-restarts", str(max_restarts)]
+    torchrun += ["--numa-binding", numa] if numa else []
+    train = ["-m", "pretrain.train", "--config", str(config_path(config)), "--silo", silo, *(overrides or [])]
+    return NodeCommand(host=hosts[number], environment=environment, argv=[*torchrun, *train])

@@ -1,0 +1,321 @@
+"""What values a configuration may have. Imports no torch; a mistake is said before anything starts."""
+
+import math
+import re
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pretrain.config.keys import ModelConfig, OuterConfig, RunConfig, SiloConfig
+
+SCHEDULES = ("cosine", "wsd", "constant")
+MOMENTS = ("local", "shared")
+MERGES = ("mean", "importance", "clip", "trimmed_mean", "median", "krum")
+CODECS = ("fp32", "bf16", "int8", "int4", "e3m0", "topk")
+# What s3fs, gcsfs, adlfs and the libraries under them call a secret, or a name that goes with one.
+SECRET_NAME = re.compile(r"secret|token|passw|credential|connection_string|authorization|username|key$|key_id$", re.I)
+SECRET_VALUE = re.compile(r"://[^/\s]*:[^/\s]*@")
+SILO_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+
+# Keys of DeepSpeed's configuration that are computed from ours; giving them twice could only contradict.
+OWNED_DEEPSPEED_KEYS = {
+    "train_batch_size": "global_batch_sequences",
+    "train_micro_batch_size_per_gpu": "micro_batch_sequences",
+    "gradient_accumulation_steps": "accumulation_steps",
+    "gradient_clipping": "inner.clip_norm",
+    "bf16": "precision",
+    "fp16": "precision",
+    "optimizer": "inner.optimizer",
+    "scheduler": "inner.schedule",
+}
+
+
+class ConfigError(ValueError):
+    """A user's mistake, said in one line: what was given, what is allowed, which key to change."""
+
+
+def _require(ok: bool, key: str, given: object, allowed: str) -> None:
+    if not ok:
+        raise ConfigError(f"{key}: {given!r} given; allowed: {allowed}")
+
+
+def check_config(config: "RunConfig") -> None:
+    """Check the values; raises ConfigError naming the key."""
+    one_of = {
+        "inner.optimizer": (config.inner.optimizer, ("adamw", "sgd", "muon")),
+        "inner.schedule": (config.inner.schedule, SCHEDULES),
+        "outer.optimizer": (config.outer.optimizer, ("nesterov", "sgd", "adam")),
+        "outer.schedule": (config.outer.schedule, SCHEDULES),
+        "outer.merge": (config.outer.merge, MERGES),
+        "membership.steps": (config.membership.steps, ("equal", "speed")),
+        "outer.codec": (config.outer.codec, CODECS),
+        "outer.second_moments": (config.outer.second_moments, MOMENTS),
+        "outer.downlink_codec": (config.outer.downlink_codec, CODECS),
+        "exchange.kind": (config.exchange.kind, ("store", "collective", "none")),
+        "wandb.mode": (config.wandb.mode, ("offline", "online", "disabled")),
+    }
+    for key, (value, allowed) in one_of.items():
+        _require(value in allowed, key, value, ", ".join(allowed))
+    _check_numbers(config)
+    _check_rates(config)
+    _check_streaming(config.outer)
+    _check_model(config.model)
+    _check_roster(config)
+    for check in (_check_options, _check_collective, _check_membership, _check_merge, _check_muon):
+        check(config)
+
+
+def _check_numbers(config: "RunConfig") -> None:
+    at_least = {
+        "sequence_tokens": (config.sequence_tokens, 2),
+        "inner.num_steps": (config.inner.num_steps, 1),
+        "inner.warmup_steps": (config.inner.warmup_steps, 0),
+        "inner.decay_steps": (config.inner.decay_steps, 0),
+        "inner.weight_decay": (config.inner.weight_decay, 0),
+        "inner.clip_norm": (config.inner.clip_norm, 0),
+        "outer.sync_interval_steps": (config.outer.sync_interval_steps, 1),
+        "outer.warmup_rounds": (config.outer.warmup_rounds, 0),
+        "outer.decay_rounds": (config.outer.decay_rounds, 0),
+        "outer.num_fragments": (config.outer.num_fragments, 1),
+        "outer.overlap_steps": (config.outer.overlap_steps, 0),
+        "exchange.retry_seconds": (config.exchange.retry_seconds, 0),
+        "exchange.keep_versions": (config.exchange.keep_versions, 1),
+    }
+    for key, (number, minimum) in at_least.items():
+        _require(minimum <= number < math.inf, key, number, f"{minimum} or more")
+    positive = {
+        "inner.lr": config.inner.lr,
+        "inner.muon_lr": config.inner.muon_lr,
+        "inner.eps": config.inner.eps,
+        "outer.lr": config.outer.lr,
+        "outer.eps": config.outer.eps,
+        "exchange.poll_seconds": config.exchange.poll_seconds,
+        "exchange.lease_seconds": config.exchange.lease_seconds,
+        "exchange.dead_seconds": config.exchange.dead_seconds,
+        "exchange.hung_seconds": config.exchange.hung_seconds,
+    }
+    for key, rate in positive.items():
+        _require(0 < rate < math.inf, key, rate, "above 0")
+    _require(0 <= config.inner.muon_momentum < 1, "inner.muon_momentum", config.inner.muon_momentum, "0 to below 1")
+    _require(0 <= config.outer.momentum < 1, "outer.momentum", config.outer.momentum, "0 to below 1")
+    _require(0 <= config.outer.weight_power <= 1, "outer.weight_power", config.outer.weight_power, "0 to 1")
+    _require(
+        config.inner.num_steps % config.outer.sync_interval_steps == 0 or config.exchange.kind == "none",
+        "inner.num_steps",
+        config.inner.num_steps,
+        f"a multiple of outer.sync_interval_steps={config.outer.sync_interval_steps}",
+    )
+
+
+def _check_rates(config: "RunConfig") -> None:
+    inner, outer = config.inner, config.outer
+    for section, settings in (("inner", inner), ("outer", outer)):
+        ratio, betas = settings.min_lr_ratio, settings.betas
+        _require(0 <= ratio <= 1, f"{section}.min_lr_ratio", ratio, "0 to 1")
+        fits = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
+        _require(fits, f"{section}.betas", betas, "two numbers from 0 to below 1")
+    ramp_steps = inner.warmup_steps + (inner.decay_steps if inner.schedule == "wsd" else 0)
+    fitting = f"warm-up and decay within inner.num_steps={inner.num_steps}"
+    _require(ramp_steps <= inner.num_steps, "inner.warmup_steps", ramp_steps, fitting)
+    ramp_rounds = outer.warmup_rounds + (outer.decay_rounds if outer.schedule == "wsd" else 0)
+    fitting = f"warm-up and decay within the {config.num_rounds} rounds"
+    _require(ramp_rounds <= config.num_rounds, "outer.warmup_rounds", ramp_rounds, fitting)
+
+
+def _check_muon(config: "RunConfig") -> None:
+    for name, silo in config.silos.items() if config.inner.optimizer == "muon" else ():
+        _check_muon_silo(name, silo.deepspeed.get("zero_optimization", {}))
+
+
+def _check_muon_silo(name: str, zero: dict[str, Any]) -> None:
+    """Refuse what splits the matrices, or the work on them, in ways that Muon does not follow."""
+    offload = zero.get("offload_optimizer") or {}
+    refused = {
+        "offload_optimizer.ratio": offload.get("ratio", 1) != 1,
+        "offload_optimizer.super_offload": offload.get("super_offload"),
+        "zenflow": zero.get("zenflow"),
+        "mics_shard_size": zero.get("mics_shard_size", 0) > 0,
+    }
+    for key in filter(refused.get, refused):
+        raise ConfigError(
+            f"inner.optimizer: 'muon' given with silos.{name}.deepspeed.zero_optimization.{key} at stage "
+            f"{zero.get('stage', 0)}; allowed: any stage, on the device or with offload_optimizer to cpu, without {key}"
+        )
+
+
+def _check_streaming(outer: "OuterConfig") -> None:
+    interval = outer.sync_interval_steps
+    gap = f"outer.sync_interval_steps={interval}"
+    _require(outer.num_fragments <= interval, "outer.num_fragments", outer.num_fragments, f"1 to {gap}")
+    _require(
+        outer.overlap_steps < interval,
+        "outer.overlap_steps",
+        outer.overlap_steps,
+        f"below {gap}, the steps between two syncs of a fragment",
+    )
+    _require(0 <= outer.mixing <= 1, "outer.mixing", outer.mixing, "0 to 1")
+    decay = outer.error_feedback
+    _require(decay is None or 0 <= decay <= 1, "outer.error_feedback", decay, "null, or 0 to 1")
+    _require(
+        not decay or outer.codec != "fp32", "outer.error_feedback", decay, "null or 0: codec fp32 leaves nothing out"
+    )
+
+
+def _check_model(model: "ModelConfig") -> None:
+    _require(
+        bool(model.config) != bool(model.checkpoint),
+        "model",
+        {"config": model.config, "checkpoint": model.checkpoint},
+        "either model.config or model.checkpoint",
+    )
+    if model.config:
+        _require("model_type" in model.config, "model.config", model.config, "a mapping with model_type")
+
+
+def _check_roster(config: "RunConfig") -> None:
+    _require(bool(config.silos), "silos", {}, "at least one silo")
+    _require(len(set(config.roster)) == len(config.roster), "roster", config.roster, "each name once")
+    for name in config.full_roster:
+        key = "roster" if config.roster else "silos"
+        fits = SILO_NAME.fullmatch(name) and name != "aggregator"
+        _require(bool(fits), key, name, "names of a-z, 0-9, _ and -, and not aggregator")
+    for name, silo in config.silos.items():
+        _require(name in config.full_roster, "silos", name, f"names of the roster: {', '.join(config.full_roster)}")
+        _check_silo(name, silo)
+
+
+def _check_membership(config: "RunConfig") -> None:
+    """Raises ConfigError too for rules that mean nothing without a quorum."""
+    rules, key = config.membership, "membership"
+    for name, (number, minimum) in {
+        "deadline_mads": (rules.deadline_mads, 0),
+        "deadline_floor_seconds": (rules.deadline_floor_seconds, 0),
+        "deadline_ceiling_seconds": (rules.deadline_ceiling_seconds, rules.deadline_floor_seconds),
+        "away_after_versions": (rules.away_after_versions, 1),
+        "rejoin_warmup_steps": (rules.rejoin_warmup_steps, 0),
+    }.items():
+        _require(minimum <= number < math.inf, f"{key}.{name}", number, f"{minimum} or more")
+    for name in ("max_norm_ratio", "max_loss_rise"):
+        limit = getattr(rules, name)
+        _require(limit is None or 0 < limit < math.inf, f"{key}.{name}", limit, "null, or above 0")
+    _require(0 <= rules.stale_weight <= 1, f"{key}.stale_weight", rules.stale_weight, "0 to 1")
+    roster = len(config.full_roster)
+    fits = rules.sample is None or 1 <= rules.sample <= roster
+    _require(fits, f"{key}.sample", rules.sample, f"null, or 1 to the {roster} silos of the roster")
+    if config.outer.num_fragments > 1 or config.outer.overlap_steps > 0:
+        allowed = "with outer.num_fragments above 1 or outer.overlap_steps above 0"
+        _require(rules.sample is None, f"{key}.sample", rules.sample, f"null {allowed}")
+        _require(rules.steps == "equal", f"{key}.steps", rules.steps, f"equal {allowed}")
+    most = roster if rules.sample is None else rules.sample
+    if rules.quorum is not None:
+        what = f"the {roster} silos of the roster" if rules.sample is None else f"{key}.sample={most}"
+        _require(1 <= rules.quorum <= most, f"{key}.quorum", rules.quorum, f"null, or 1 to {what}")
+        return
+    for name, field in type(rules).__dataclass_fields__.items():
+        if name.startswith(("deadline_", "away_", "stale_", "rejoin_", "max_loss_")):
+            given = getattr(rules, name)
+            _require(given == field.default, f"{key}.{name}", given, f"{field.default} without {key}.quorum")
+
+
+def _check_merge(config: "RunConfig") -> None:
+    """A robust merge stands `num_malicious` silos only among enough others, in the smallest commit too."""
+    outer, rules = config.outer, config.membership
+    shares = outer.second_moments == "shared"
+    allowed = "local with inner.optimizer=sgd, which has none"
+    _require(not shares or config.inner.optimizer != "sgd", "outer.second_moments", outer.second_moments, allowed)
+    share, muon = outer.control_variates, config.inner.optimizer == "muon"
+    allowed = "0 to 1" if muon else "0 unless inner.optimizer=muon"
+    _require(0 <= share <= int(muon), "outer.control_variates", share, allowed)
+    if outer.merge == "importance":
+        _require(shares, "outer.second_moments", outer.second_moments, "shared with outer.merge=importance")
+    if outer.merge in ("mean", "importance"):
+        return
+    _require(
+        config.exchange.kind != "collective",
+        "outer.merge",
+        outer.merge,
+        "mean, importance with exchange.kind=collective",
+    )
+    _require(outer.num_malicious >= 1, "outer.num_malicious", outer.num_malicious, "1 or more")
+    fewest = rules.quorum or rules.sample or len(config.full_roster)
+    needed = 2 * outer.num_malicious + (3 if outer.merge == "krum" else 1)
+    key = "membership.quorum" if rules.quorum else "membership.sample" if rules.sample else "silos"
+    allowed = f"{needed} or more with outer.merge={outer.merge} and outer.num_malicious={outer.num_malicious}"
+    _require(fewest >= needed, key, fewest, allowed)
+
+
+def _check_collective(config: "RunConfig") -> None:
+    exchange = config.exchange
+    if exchange.kind != "collective":
+        return
+    fits = re.fullmatch(r"tcp://([^/:]+|\[[0-9a-fA-F:]+\]):[1-9]\d{0,4}", exchange.url)
+    _require(bool(fits), "exchange.url", exchange.url, "tcp://HOST:PORT with exchange.kind=collective")
+    for name, silo in config.silos.items():
+        num_ranks = silo.num_nodes * silo.processes_per_node
+        lanes = f"1 to the {num_ranks} ranks of silo {name}"
+        _require(1 <= exchange.num_lanes <= num_ranks, "exchange.num_lanes", exchange.num_lanes, lanes)
+    for name, field in type(config.membership).__dataclass_fields__.items():
+        given, allowed = getattr(config.membership, name), f"{field.default} with exchange.kind=collective"
+        _require(given == field.default, f"membership.{name}", given, allowed)
+
+
+def _check_options(config: "RunConfig") -> None:
+    options, key = config.exchange.options, "exchange.options"
+    client = options.get("client_kwargs", {})
+    _require(isinstance(client, dict), f"{key}.client_kwargs", client, "a mapping")
+    _refuse_secrets(options, key)
+
+
+def _refuse_secrets(given: dict[str, Any], key: str) -> None:
+    """At any depth, and without showing them: configurations are copied and kept."""
+    for name, value in given.items():
+        inner = f"{key}.{name}"
+        if SECRET_NAME.search(str(name)) or (isinstance(value, str) and SECRET_VALUE.search(value)):
+            raise ConfigError(
+                f"{inner}: a secret given; allowed: none in a configuration; put it into the environment or a file "
+                "that the store's library reads, as AWS_SHARED_CREDENTIALS_FILE names"
+            )
+        if isinstance(value, dict):
+            _refuse_secrets(value, inner)
+
+
+def _check_silo(name: str, silo: "SiloConfig") -> None:
+    key = f"silos.{name}"
+    for unit in (
+        *("num_nodes", "processes_per_node", "num_threads"),
+        *("global_batch_sequences", "micro_batch_sequences", "accumulation_steps"),
+        *("checkpoint_interval_steps", "keep_checkpoints", "log_interval_steps"),
+    ):
+        _require(getattr(silo, unit) >= 1, f"{key}.{unit}", getattr(silo, unit), "1 or more")
+    for unit in ("eval_interval_rounds", "eval_sequences", "prefetch_batches"):
+        _require(getattr(silo, unit) >= 0, f"{key}.{unit}", getattr(silo, unit), "0 or more")
+    weights = silo.data_weights
+    _require(
+        len(weights) in (0, len(silo.data)),
+        f"{key}.data_weights",
+        weights,
+        f"none, or one weight for each of the {len(silo.data)} entries of {key}.data",
+    )
+    _require(all(0 < weight < math.inf for weight in weights), f"{key}.data_weights", weights, "numbers above 0")
+    _require(silo.precision in ("fp32", "bf16"), f"{key}.precision", silo.precision, "fp32, bf16")
+    for owned, ours in OWNED_DEEPSPEED_KEYS.items():
+        if owned in silo.deepspeed:
+            raise ConfigError(f"{key}.deepspeed.{owned}: {silo.deepspeed[owned]!r} given; set {ours} instead")
+    zero = silo.deepspeed.get("zero_optimization", {})
+    _require(isinstance(zero, dict), f"{key}.deepspeed.zero_optimization", zero, "a mapping")
+    stage = zero.get("stage", 0)
+    _require(stage in (0, 1, 2, 3), f"{key}.deepspeed.zero_optimization.stage", stage, "0, 1, 2, 3")
+    # DeepSpeed 0.19 reorders the parameters, but not where it says that their fp32 values are.
+    turns = zero.get("round_robin_gradients", False)
+    allowed = "false, at ZeRO stages 1 and 2"
+    _require(not turns or stage in (0, 3), f"{key}.deepspeed.zero_optimization.round_robin_gradients", turns, allowed)
+    check_batch(name, silo, silo.num_nodes * silo.processes_per_node)
+
+
+def check_batch(name: str, silo: "SiloConfig", num_ranks: int) -> None:
+    """`global batch = micro batch x accumulation x ranks`, all four numbers in the message."""
+    micro, accumulation = silo.micro_batch_sequences, silo.accumulation_steps
+    if silo.global_batch_sequences != micro * accumulation * num_ranks:
+        raise ConfigError(
+            f"silos.{name}.global_batch_sequences: {silo.global_batch_sequences} given; allowed: micro_batch_sequences "
+            f"{micro} x accumulation_steps {accumulation} x ranks {num_ranks} = {micro * accumulation * num_ranks}"
+        )

@@ -1,0 +1,448 @@
+"""The typed configuration of a run. Imports no torch, so a login node can validate it in a second.
+
+Order: the defaults below < YAML files in the order given < `key=value` on the command line. Sections `model`,
+`tokenizer`, `sequence_tokens`, `document_masking`, `inner`, `outer` and `membership` are what all silos must agree on
+(see trust/contract.py); `silo` holds the defaults of every silo of this file and `silos.NAME` what differs for one.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pretrain.config.check import ConfigError, check_config
+from pretrain.outer.learning_rate import scheduled_lr
+from pretrain.outer.schedule import Schedule
+
+T = TypeVar("T")
+Section = dict[Any, Any]
+Prepare = Callable[[Section], None]
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The language model. Every silo holds the same one."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    """A `transformers` configuration with `model_type`; a missing `vocab_size` is the tokenizer's."""
+    checkpoint: str | None = None
+    """A local `transformers` directory to continue from, instead of `config` and fresh weights."""
+    seed: int = 0
+    """Seed of fresh weights."""
+
+
+@dataclass(kw_only=True)
+class InnerConfig:
+    """The inner optimizer and its schedule, indexed by the cumulative inner step, never by rounds or restarts."""
+
+    num_steps: int = 1000
+    """Inner steps of the whole run, the same for every silo; a multiple of the sync interval."""
+    optimizer: str = "adamw"
+    """adamw, sgd, or muon: Muon for the matrices inside the layers, AdamW for all else."""
+    lr: float = 3e-4
+    """Peak learning rate."""
+    muon_lr: float = 0.02
+    """Peak learning rate of the matrices that Muon trains; follows the same schedule as `lr`."""
+    muon_momentum: float = 0.95
+    """Muon's (Nesterov) momentum; all else is as in torch.optim.Muon."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """AdamW's two decay rates."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices; vectors (norms, biases) are not decayed."""
+    schedule: str = "cosine"
+    """cosine, wsd (warm-up, stable, linear decay) or constant."""
+    warmup_steps: int = 0
+    """Linear warm-up, in inner steps."""
+    decay_steps: int = 0
+    """Length of wsd's decay at the end, in inner steps."""
+    min_lr_ratio: float = 0.1
+    """Final learning rate divided by `lr` (cosine and wsd)."""
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this global L2 norm; 0 does not clip."""
+
+
+@dataclass(kw_only=True)
+class OuterConfig:
+    """The outer step between silos. DiLoCo's defaults, arXiv 2311.08105."""
+
+    sync_interval_steps: int = 500
+    """H: inner steps between two syncs."""
+    optimizer: str = "nesterov"
+    """nesterov, sgd or adam."""
+    lr: float = 0.7
+    """Outer learning rate at its peak; sgd with 1.0 is plain averaging."""
+    momentum: float = 0.9
+    """Nesterov's momentum."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """Adam's two decay rates."""
+    eps: float = 0.1
+    """Adam's epsilon: small ones are unstable here (arXiv 2311.08105)."""
+    schedule: str = "constant"
+    """How `lr` changes, in rounds: constant, cosine or wsd (warm-up, stable, linear decay)."""
+    warmup_rounds: int = 0
+    """Linear warm-up; always harmful where it was measured (arXiv 2509.10439)."""
+    decay_rounds: int = 0
+    """Length of wsd's decay at the end."""
+    min_lr_ratio: float = 0.1
+    """Final learning rate divided by `lr` (cosine and wsd)."""
+    merge: str = "mean"
+    """mean by tokens; importance: and, element by element, by the root of each silo's second moment; clip (norms to
+    their median), trimmed_mean, median or krum where silos may send anything."""
+    weight_power: float = 1.0
+    """A silo's weight in mean, importance and clip is its tokens to this power: 0 gives all the same, so that between 0
+    and 1 small silos count for more than their tokens."""
+    num_malicious: int = 1
+    """Silos that clip, trimmed_mean, median or krum must stand; ignored by mean."""
+    codec: str = "fp32"
+    """How a pseudo-gradient is coded on its way up: fp32, bf16, int8, int4, e3m0 or topk (docs/formats.md)."""
+    downlink_codec: str = "fp32"
+    """How the change of the global parameters is coded on its way down; what it leaves out is sent with the next."""
+    error_feedback: float | None = None
+    """Share of what `codec` leaves out that is added to the next pseudo-gradient; null: 0.95 for topk, else 0."""
+    num_fragments: int = 1
+    """Sets of whole tensors that take turns: each is synced every H steps, evenly apart (Streaming DiLoCo)."""
+    overlap_steps: int = 0
+    """Inner steps between the delivery of a fragment and the adoption of what was merged; below H."""
+    second_moments: str = "local"
+    """local: each silo has its own of AdamW's; shared: averaged at every sync, as means of rows and columns."""
+    control_variates: float = 0.0
+    """Share of (all silos' mean gradient of the last round - one's own) that Muon adds to each gradient of a matrix;
+    with 0 none is told."""
+    mixing: float = 0.0
+    """Share of the local parameters that stays when merged ones are adopted; 0 takes the merged, 1 never syncs."""
+
+
+@dataclass(kw_only=True)
+class MembershipConfig:
+    """Who must have delivered before a version is committed, and what becomes of silos that are late, slow or away."""
+
+    quorum: int | None = None
+    """Silos that are enough for a commit once its deadline has passed; null: all of the roster, however long it takes.
+    With a quorum, silos may join at any version, leave, and come back."""
+    deadline_mads: float = 8.0
+    """The deadline is the median of earlier arrivals plus this many median absolute deviations ..."""
+    deadline_floor_seconds: float = 60.0
+    """... but not below this, counted from the commit before, ..."""
+    deadline_ceiling_seconds: float = 7200.0
+    """... nor above this, which holds too while no arrival has been observed."""
+    away_after_versions: int = 3
+    """Nobody waits for a silo that missed as many commits in a row, until it delivers or joins again."""
+    stale_weight: float = 0.0
+    """Share of its weight with which a delivery that came too late counts in the next commit of its fragment; 0 drops
+    it."""
+    sample: int | None = None
+    """Silos that train in a round, drawn anew for each; null: all."""
+    sample_seed: int = 0
+    """Seed of that draw."""
+    steps: str = "equal"
+    """equal: H inner steps a round for every silo; speed: for the fastest, and for others by their measured speed."""
+    rejoin_warmup_steps: int = 0
+    """Linear warm-up of the inner learning rate after a silo has joined or caught up, in inner steps."""
+    max_norm_ratio: float | None = None
+    """A pseudo-gradient with a norm above this many times the median of its round, and of the silo's own last ones, is
+    refused; null refuses only what is not finite."""
+    max_loss_rise: float | None = None
+    """A silo whose loss is not finite, or this far above its running mean, in nats, goes back to the last commit."""
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether a commit can do without a silo of the roster."""
+        return self.quorum is not None
+
+
+@dataclass(kw_only=True)
+class ExchangeConfig:
+    """How bytes travel between silos and aggregator."""
+
+    kind: str = "store"
+    """store; collective: the silos among themselves, without aggregator; none: a silo that trains alone."""
+    url: str = ""
+    """Any fsspec URL (directory, s3://, gs://, ...), empty for `store` inside the run directory; for a collective
+    tcp://HOST:PORT, where the first silo of the roster (sorted) listens and all others find it."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """How a store in a network is reached, passed through to fsspec: endpoint_url, config_kwargs, ... No secrets."""
+    ca_file: str = ""
+    """PEM file of the authorities whose certificates an s3:// store may show; empty: $AWS_CA_BUNDLE, or the public
+    ones."""
+    poll_seconds: float = 0.5
+    """How often a waiting process looks into the store."""
+    retry_seconds: float = 600.0
+    """How long a store that is in trouble (unreachable, slow, full) is tried again before a process stops."""
+    lease_seconds: float = 30.0
+    """An aggregator that has not been heard of in the store for this long may be replaced by another; it and the silos
+    leave a sign of life five times as often."""
+    num_lanes: int = 1
+    """Ranks of each silo that carry its bytes in a collective."""
+    dead_seconds: float = 30.0
+    """In a collective, a silo of which nothing was heard for this long is taken for dead, and all others stop."""
+    hung_seconds: float = 1800.0
+    """The same for one that is there but does not go on: above its longest evaluation, checkpoint or logged step."""
+    keep_versions: int = 2
+    """Newest versions of the global parameters that pruning always keeps."""
+
+
+@dataclass(kw_only=True)
+class SiloConfig:
+    """One institution's training job."""
+
+    data: list[str] = field(default_factory=list)
+    """Directories of packed shards, read as one corpus unless `data_weights` says otherwise."""
+    data_weights: list[float] = field(default_factory=list)
+    """Each entry of `data` is a corpus of its own, and this its share of the sequences (any scale); empty: none is."""
+    valid: dict[str, str] = field(default_factory=dict)
+    """Held-out text: corpus name to a directory of packed shards."""
+    num_nodes: int = 1
+    """Nodes of the silo's torchrun job."""
+    processes_per_node: int = 1
+    """Processes on each node, one per GPU."""
+    global_batch_sequences: int = 8
+    """Sequences of one inner step over all ranks."""
+    micro_batch_sequences: int = 8
+    """Sequences of one forward pass on one rank."""
+    accumulation_steps: int = 1
+    """Forward and backward passes per inner step."""
+    precision: str = "fp32"
+    """fp32 or bf16 (fp32 master weights either way)."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass to save device memory."""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """DeepSpeed's own configuration, passed through; batch sizes, precision and clipping are set from above."""
+    data_seed: int | None = None
+    """Seed of the order of sequences; null derives one from the silo's name."""
+    prefetch_batches: int = 2
+    """Micro batches of each rank that a thread reads ahead; 0 reads when a batch is asked for."""
+    checkpoint_interval_steps: int = 500
+    """Inner steps between checkpoints; one more is written at the end."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
+    eval_interval_rounds: int = 1
+    """Rounds between evaluations of the global model on `valid`; 0 evaluates before the first and after the last."""
+    eval_sequences: int = 64
+    """Sequences per corpus in one evaluation; 0 takes all."""
+    log_interval_steps: int = 1
+    """Inner steps between two log lines, and at most between a stop signal and the stop."""
+    num_threads: int = 1
+    """CPU threads per process (OMP_NUM_THREADS)."""
+
+
+@dataclass(kw_only=True)
+class WandbConfig:
+    """Weights & Biases."""
+
+    mode: str = "offline"
+    """offline, online or disabled."""
+    project: str = "atoll"
+    """Project name."""
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """One run, as this machine sees it."""
+
+    name: str = "run"
+    """Name of the run; part of the contract."""
+    directory: str = "runs/run"
+    """Run directory: resolved configuration, logs, metrics, checkpoints, summary, report."""
+    tokenizer: str = ""
+    """A tokenizer.json file, or a directory that holds one."""
+    sequence_tokens: int = 512
+    """Tokens of one training sequence."""
+    document_masking: bool = False
+    """No attention from one document to another of the same sequence, and positions count from each one's beginning."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    inner: InnerConfig = field(default_factory=InnerConfig)
+    outer: OuterConfig = field(default_factory=OuterConfig)
+    membership: MembershipConfig = field(default_factory=MembershipConfig)
+    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
+    silo: SiloConfig = field(default_factory=SiloConfig)
+    """Defaults of every silo of this file."""
+    silos: dict[str, SiloConfig] = field(default_factory=dict)
+    """The silos that this file describes: name to what differs from `silo`."""
+    roster: list[str] = field(default_factory=list)
+    """All silos of the federation, part of the contract; empty means those of `silos`."""
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    @property
+    def num_rounds(self) -> int:
+        """Rounds of the whole run."""
+        return self.inner.num_steps // self.outer.sync_interval_steps
+
+    @property
+    def schedule(self) -> Schedule:
+        """When which fragment is synced."""
+        return Schedule(
+            num_steps=self.inner.num_steps,
+            sync_interval_steps=self.outer.sync_interval_steps,
+            num_fragments=self.outer.num_fragments,
+            overlap_steps=self.outer.overlap_steps,
+        )
+
+    def round_of(self, version: int) -> int:
+        """The round, from 1, at whose steps a version is sent; 0 for version 0."""
+        return min(-(-version // self.outer.num_fragments), self.num_rounds)
+
+    def outer_lr(self, version: int) -> float:
+        """The outer learning rate of the step that makes a version."""
+        outer = self.outer
+        return scheduled_lr(
+            self.round_of(version) - 1,
+            lr=outer.lr,
+            num_steps=self.num_rounds,
+            schedule=outer.schedule,
+            warmup=outer.warmup_rounds,
+            decay=outer.decay_rounds,
+            min_ratio=outer.min_lr_ratio,
+        )
+
+    def round_at(self, step: int) -> int:
+        """The round, from 1, that inner step number `step` belongs to."""
+        return max(1, -(-step // self.outer.sync_interval_steps))
+
+    @property
+    def full_roster(self) -> list[str]:
+        """Names of all silos of the federation, sorted."""
+        return sorted(self.roster or self.silos)
+
+    @property
+    def store_url(self) -> str:
+        """Where the store is: `exchange.url`, or `store` inside the run directory."""
+        return self.exchange.url or str(Path(self.directory).absolute() / "store")
+
+    def ledger_url(self, silo: str) -> str:
+        """Where the commits are that a silo of this machine has seen: the store, or its own record of a collective."""
+        if self.exchange.kind == "collective":
+            return str(self.silo_directory(silo).absolute() / "ledger")
+        return self.store_url
+
+    def silo_directory(self, silo: str) -> Path:
+        """A silo's own folder in the run directory."""
+        return Path(self.directory) / "silos" / silo
+
+    def final_parameters(self, silo: str) -> Path:
+        """Where a silo that trains alone leaves its fp32 parameters."""
+        return self.silo_directory(silo) / "final.safetensors"
+
+    @property
+    def tokenizer_file(self) -> Path:
+        """The tokenizer.json of `tokenizer`."""
+        path = Path(self.tokenizer)
+        return path / "tokenizer.json" if path.is_dir() else path
+
+
+def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> RunConfig:
+    """Merge defaults, YAML files and `key=value` overrides; check every key, type and value.
+
+    Raises ConfigError for anything that a user can have got wrong.
+    """
+    config = load_unchecked(paths, overrides)
+    check_config(config)
+    return config
+
+
+def load_unchecked(
+    paths: Sequence[str | Path], overrides: Sequence[str] = (), *, below: Section | None = None
+) -> RunConfig:
+    """`load_config` without checking the values; `below` is merged before the files. Raises ConfigError."""
+    return load_typed(RunConfig, paths, overrides, below=below, prepare=_spread_silo_defaults)
+
+
+def load_typed(
+    kind: type[T],
+    paths: Sequence[str | Path],
+    overrides: Sequence[str] = (),
+    *,
+    below: Section | None = None,
+    prepare: Prepare = lambda given: None,
+) -> T:
+    """Merge defaults, `below`, YAML files and overrides into a dataclass; check keys and types. Raises ConfigError.
+
+    `prepare` changes what was given, in place, before it is typed.
+    """
+    layers = [below or {}, *(_read_yaml(Path(path)) for path in paths)]
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"command line: {override!r} given; allowed: key=value")
+        try:
+            layers.append(OmegaConf.from_dotlist([override]))
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            raise ConfigError(f"command line: {override!r} given; {_first_line(error)}") from None
+    try:
+        given = OmegaConf.to_container(OmegaConf.merge({}, *layers), resolve=True)
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        raise ConfigError(f"{getattr(error, 'full_key', None) or 'configuration'}: {_first_line(error)}") from None
+    if not isinstance(given, dict):
+        raise ConfigError("configuration: a list given; allowed: a mapping of keys to values")
+    _check_keys(given, kind, "")
+    prepare(given)
+    try:
+        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), given))
+    except (OmegaConfBaseException, TypeError) as error:
+        raise ConfigError(f"{getattr(error, 'full_key', None) or 'configuration'}: {_first_line(error)}") from None
+    assert isinstance(typed, kind)
+    return typed
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write the resolved configuration as YAML that `load_config` reads back to the same values."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    temporary.replace(path)
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        loaded = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise ConfigError(f"--config: {str(path)!r} given; there is no such file") from None
+    except (OmegaConfBaseException, yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: {' '.join(str(error).split())}") from None
+    return loaded
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _check_keys(given: dict[Any, Any], schema: type, prefix: str) -> None:
+    """Refuse keys that the dataclass `schema` lacks, at any depth, with the nearest allowed one."""
+    fields = {f.name: f.type for f in dataclasses.fields(schema)}
+    for key, value in given.items():
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else ""
+            raise ConfigError(f"{prefix}{key}: unknown key given; allowed: {', '.join(fields)}{hint}")
+        kind = fields[key]
+        section = kind if isinstance(kind, type) and dataclasses.is_dataclass(kind) else None
+        if section and not isinstance(value, dict | None):
+            raise ConfigError(f"{prefix}{key}: {value!r} given; allowed: a section of keys and values")
+        if section and value is not None:
+            _check_keys(value, section, f"{prefix}{key}.")
+        if str(kind).startswith("dict") and not isinstance(value, dict | None):
+            raise ConfigError(f"{prefix}{key}: {value!r} given; allowed: a section of keys and values")
+        named = [of for of in get_args(kind) if isinstance(of, type) and dataclasses.is_dataclass(of)]
+        for name, entry in (value or {}).items() if named else ():
+            if entry is not None and not isinstance(entry, dict):
+                raise ConfigError(f"{key}.{name}: {entry!r} given; allowed: a section of keys and values")
+            _check_keys(entry or {}, named[0], f"{key}.{name}.")
+
+
+def spread(defaults: Section | None, sections: Section | None) -> Section:
+    """Named sections, each with the defaults where it does not say otherwise."""
+    return {
+        str(name): OmegaConf.to_container(OmegaConf.merge(defaults or {}, section or {}))
+        for name, section in (sections or {}).items()
+    }
+
+
+def _spread_silo_defaults(given: dict[Any, Any]) -> None:
+    """Put the values of `silo` under every silo of the roster that does not say otherwise."""
+    given["silos"] = spread(given.get("silo"), given.get("silos"))

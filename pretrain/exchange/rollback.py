@@ -1,0 +1,183 @@
+"""Taking a run back to an earlier version: recorded for ever, and completed later if it was interrupted. No torch.
+
+    rollbacks/000001.json   from which version to which, why, and the sha256 of every commit that is discarded
+    rollbacks/000001.done   nothing of the discarded versions is left in its place
+    rolled-back/000001/     the discarded commits, manifests and refusals, each under the name that it had
+
+The record comes first. Then the versions go, the newest first and of each its commit first, so that at any moment a
+version that is committed has all it had; their tensors are deleted.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pretrain.config.keys import ConfigError, ExchangeConfig
+from pretrain.exchange.lease import Lease
+from pretrain.exchange.store import StoreExchange, version_path
+from pretrain.trust.ledger import Record, RefusedError, sha256_bytes
+
+FOLDER = "rollbacks"
+
+History = Literal["same", "rolled back", "foreign"]
+"""A commit that somebody has seen is the run's own; or was, before a rollback; or is of another run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollback(Record):
+    """One rollback; each names the bytes of the one before."""
+
+    previous: str | None
+    from_version: int
+    to_version: int
+    commit_sha256: str
+    """Of the commit that was gone back to."""
+    discarded: list[str]
+    """sha256 of every commit after it, oldest first."""
+    reason: str
+
+
+def roll_back_store(url: str, *, to: int, reason: str = "") -> Rollback:
+    """Take the stopped run in a store back to version `to`; raises ConfigError if that cannot be done."""
+    defaults = ExchangeConfig()
+    exchange = StoreExchange(url, retry_seconds=defaults.retry_seconds)
+    num_fragments = _num_fragments(exchange)
+    lease = Lease(exchange.objects, seconds=defaults.lease_seconds)
+    try:
+        return roll_back(exchange, num_fragments, to=to, reason=reason)
+    except RefusedError as error:
+        raise ConfigError(f"store: {url!r} given; it cannot be rolled back: {error}") from None
+    finally:
+        lease.release()
+
+
+def roll_back(exchange: StoreExchange, num_fragments: int, *, to: int, reason: str = "") -> Rollback:
+    """Record a rollback and carry it out, where the contract was read and nobody else works on the store.
+
+    Completes one that was interrupted first; if that is the one which is asked for, nothing else happens.
+    Raises ConfigError if version `to` is not kept, and RefusedError.
+    """
+    finished = finish_rollbacks(exchange)
+    if finished and finished[-1].to_version == to:
+        return finished[-1]
+    newest = exchange.newest_version()
+    if not 0 <= to < newest or not exchange.is_kept(to, num_fragments):
+        raise ConfigError(f"--to: {to} given; allowed: {_kept(exchange, newest, num_fragments)}")
+    for version, payload in exchange.newest_state(to, num_fragments):
+        # Before anything newer is thrown away: whether this can still be read and is what its commit says.
+        exchange.fetch(version_path(version), payload, Path(os.devnull))
+    records = [record for record, _ in _read(exchange)]
+    record = Rollback(
+        previous=sha256_bytes(records[-1].to_bytes()) if records else None,
+        from_version=newest,
+        to_version=to,
+        commit_sha256=sha256_bytes(exchange.commit_bytes(to)),
+        discarded=[sha for version in range(to + 1, newest + 1) if (sha := _commit_sha256(exchange, version))],
+        reason=" ".join(reason.split()),
+    )
+    exchange.objects.write(f"{FOLDER}/{len(records) + 1:06d}.json", record.to_bytes())
+    finish_rollbacks(exchange)
+    return record
+
+
+def finish_rollbacks(exchange: StoreExchange) -> list[Rollback]:
+    """Complete what was recorded but interrupted; returns these rollbacks. Raises RefusedError.
+
+    To be called before the newest version is asked for, by whoever alone may write versions.
+    """
+    finished = []
+    for number, (record, is_done) in enumerate(_read(exchange), start=1):
+        if is_done:
+            continue
+        if _commit_sha256(exchange, record.to_version) != record.commit_sha256:
+            raise RefusedError(f"rollback {number} goes to another version {record.to_version} than the one here")
+        for version in exchange.versions_above(record.to_version):
+            exchange.take_back(version, f"rolled-back/{number:06d}")
+        exchange.objects.write(f"{FOLDER}/{number:06d}.done", b"{}\n")
+        finished.append(record)
+    return finished
+
+
+def is_rolling_back(exchange: StoreExchange) -> bool:
+    """Whether a rollback was begun and is not complete: the newest version does not count until it is."""
+    return any(not is_done for _, is_done in _read(exchange))
+
+
+def explain(exchange: StoreExchange, version: int, commit_sha256: str) -> History:
+    """What the store knows of a commit that a silo holds: it is its own, it was discarded by a rollback, or neither.
+
+    Neither is another history: an old backup of the store was restored, or this is another run. Raises RefusedError.
+    """
+    rollbacks = _read(exchange)
+    if any(commit_sha256 in record.discarded for record, is_done in rollbacks if not is_done):
+        return "rolled back"
+    # A version that was discarded may have come again, with the same bytes.
+    if _commit_sha256(exchange, version) == commit_sha256:
+        return "same"
+    return "rolled back" if any(commit_sha256 in record.discarded for record, _ in rollbacks) else "foreign"
+
+
+def foreign(who: str, version: int, commit_sha256: str, exchange: StoreExchange) -> str:
+    """What to tell the user about a commit that the store explains as foreign."""
+    return (
+        f"exchange.url: {exchange.objects.url} given, whose newest version is {exchange.newest_version()}; {who} holds "
+        f"version {version} with commit {commit_sha256[:12]}, which is not there: an old copy was restored, or it is "
+        "another run; restore the newer copy, or name another run directory"
+    )
+
+
+def _read(exchange: StoreExchange) -> list[tuple[Rollback, bool]]:
+    """All rollbacks, oldest first, and whether each is complete. Raises RefusedError."""
+    names = exchange.objects.names(FOLDER)
+    found: list[tuple[Rollback, bool]] = []
+    previous: str | None = None
+    for number, name in enumerate((name for name in names if name.endswith(".json")), start=1):
+        data = exchange.objects.read(f"{FOLDER}/{name}")
+        try:
+            record = Rollback.from_bytes(data)
+        except RefusedError as error:
+            raise RefusedError(f"{FOLDER}/{name}: {error}") from None
+        if name != f"{number:06d}.json" or record.previous != previous:
+            raise RefusedError(f"{FOLDER}/{name} does not follow the rollback before it")
+        found.append((record, f"{number:06d}.done" in names))
+        previous = sha256_bytes(data)
+    return found
+
+
+def _commit_sha256(exchange: StoreExchange, version: int) -> str | None:
+    try:
+        return sha256_bytes(exchange.commit_bytes(version))
+    except FileNotFoundError:
+        return None
+
+
+def _kept(exchange: StoreExchange, newest: int, num_fragments: int) -> str:
+    """The newest versions in a row that can be gone back to, in words."""
+    last = newest - 1
+    while last >= 0 and not exchange.is_kept(last, num_fragments):
+        last -= 1
+    if last < 0:
+        return f"none, as no version before the newest ({newest}) is kept"
+    first = last
+    while first > 0 and exchange.is_kept(first - 1, num_fragments):
+        first -= 1
+    return f"{first}{f' to {last}' if last > first else ''}, what is kept before the newest version ({newest})"
+
+
+def _num_fragments(exchange: StoreExchange) -> int:
+    """From the contract; raises ConfigError for what is no store of a run."""
+    url, contract = exchange.objects.url, exchange.read_contract()
+    # A collective's run directory, or one silo's own ledger in it: that looks like a store without silos.
+    is_ledger = contract and not exchange.objects.names("silos") and exchange.newest_version() > 0
+    if is_ledger or any(Path(url).glob("silos/*/ledger")):
+        raise ConfigError(
+            f"exchange.kind: 'collective' given in {url}; only a run whose kind is 'store' can be rolled back"
+        )
+    if contract is None:
+        raise ConfigError(f"store: {url!r} given; there is no run in it (no contract.json)")
+    try:
+        return int(json.loads(contract)["outer"]["num_fragments"])
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"store: {url!r} given; its contract.json has no outer.num_fragments") from None

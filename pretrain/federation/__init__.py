@@ -1,0 +1,1 @@
+"""What is done to a federation from outside its loops."""

@@ -1,0 +1,161 @@
+"""The global model of a run as a `transformers` directory, and the loss of such a directory on packed text."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers.utils.logging import disable_progress_bar
+
+from pretrain.config.keys import ConfigError, RunConfig
+from pretrain.exchange.options import store_options
+from pretrain.exchange.payload import PARAMETER
+from pretrain.exchange.store import StoreExchange, version_path
+from pretrain.outer.digest import digest_tensors
+from pretrain.silo.data import PackedTokens
+from pretrain.silo.evaluate import held_out_loss
+from pretrain.silo.model import build_empty, check_document_masking, export, token_losses
+from pretrain.silo.shards import tokenizer_sha256
+from pretrain.trust.ledger import RefusedError
+
+PROVENANCE = "atoll.json"
+disable_progress_bar()  # transformers' bars for a single file are noise
+
+
+def load_global_model(config: RunConfig, version: int | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """The fp32 model of `version` (None: the newest), checked against its commit, and where it comes from.
+
+    Of a run whose one silo trained alone, that silo's final model. Raises ConfigError if there is no such version, or
+    its bytes are not what the commit says.
+    """
+    vocab_size = Tokenizer.from_file(str(config.tokenizer_file)).get_vocab_size()
+    model = build_empty(config.model, vocab_size, dtype=torch.float32)
+    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    fill = _fill_from_silo if config.exchange.kind == "none" else _fill_from_store
+    provenance = {
+        "run": config.name,
+        "sequence_tokens": config.sequence_tokens,
+        "document_masking": config.document_masking,
+    }
+    return model.eval(), provenance | fill(config, parameters, version)
+
+
+def _fill_from_store(config: RunConfig, parameters: dict[str, Tensor], version: int | None) -> dict[str, Any]:
+    url = config.ledger_url(min(config.silos))
+    exchange = StoreExchange(url, options=store_options(config.exchange, url))
+    if exchange.read_contract() is None:
+        raise ConfigError(f"exchange.url: {url} given; there is no contract.json, so no run, in it")
+    newest = exchange.newest_version()
+    version = newest if version is None else version
+    if not 0 <= version <= newest:
+        raise ConfigError(f"--version: {version} given; allowed: 0 to {newest}")
+    try:
+        commit = exchange.read_commit(version)
+        with tempfile.TemporaryDirectory() as scratch:
+            for changed, payload in exchange.newest_state(version, config.outer.num_fragments):
+                if payload.file.startswith(PARAMETER):
+                    file = Path(scratch) / payload.file
+                    exchange.fetch(version_path(changed), payload, file)
+                    _copy_file(file, parameters, prefix=f"{PARAMETER}/values/")
+        if digest_tensors(parameters.items()) != commit.parameters_digest:
+            raise RefusedError("its parameters do not have the digest of its commit")
+    except RefusedError as error:
+        raise ConfigError(f"version {version}: {error} (pruned versions keep only their commit)") from None
+    return {
+        "version": version,
+        "parameters_digest": commit.parameters_digest,
+        "contract_sha256": commit.contract_sha256,
+    }
+
+
+def _fill_from_silo(config: RunConfig, parameters: dict[str, Tensor], version: int | None) -> dict[str, Any]:
+    if version is not None or len(config.silos) != 1:
+        raise ConfigError("run directory: its silos train alone; allowed: no --version, and a run of one silo")
+    (name,) = config.silos
+    if not config.final_parameters(name).is_file():
+        raise ConfigError(f"run directory: silo {name} has not finished; there is no {config.final_parameters(name)}")
+    _copy_file(config.final_parameters(name), parameters, prefix="")
+    return {"silo": name, "parameters_digest": digest_tensors(parameters.items())}
+
+
+def _copy_file(file: Path, parameters: dict[str, Tensor], *, prefix: str) -> None:
+    with safe_open(file, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
+            if name.startswith(prefix):
+                parameters[name.removeprefix(prefix)].copy_(tensors.get_tensor(name))
+
+
+def export_global_model(config: RunConfig, directory: Path, version: int | None = None) -> dict[str, Any]:
+    """Write a version as a `transformers` directory with tokenizer; returns its provenance.
+
+    Raises ConfigError if `directory` exists already.
+    """
+    if directory.exists():
+        raise ConfigError(f"--output: {str(directory)!r} given; it exists already, and nothing is overwritten")
+    model, provenance = load_global_model(config, version)
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    export(model, config.tokenizer_file, temporary)
+    (temporary / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n")
+    temporary.rename(directory)
+    return provenance
+
+
+def evaluate_directory(
+    directory: Path,
+    data: list[Path],
+    *,
+    sequence_tokens: int | None = None,
+    document_masking: bool | None = None,
+    num_sequences: int = 0,
+) -> dict[str, float]:
+    """Loss in nats per token of a `transformers` directory on packed splits, each named by its path.
+
+    `sequence_tokens` and `document_masking` are those of the run that it was exported from, unless they are given.
+    Raises ConfigError if there is no model, or the text was packed with another tokenizer.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if not (directory / "config.json").is_file():
+        raise ConfigError(f"model: {str(directory)!r} given; allowed: a transformers directory (see atoll export)")
+    file = directory / PROVENANCE
+    provenance = json.loads(file.read_text()) if file.is_file() else {}
+    sequence_tokens = sequence_tokens or provenance.get("sequence_tokens")
+    if sequence_tokens is None:
+        raise ConfigError("--sequence-tokens: none given; this model was not exported by atoll, so say how many")
+    if document_masking is None:
+        document_masking = provenance.get("document_masking", False)
+    tokenizer = tokenizer_sha256(directory / "tokenizer.json")
+    corpora = {
+        str(path): PackedTokens([path], sequence_tokens=sequence_tokens, tokenizer_sha256=tokenizer, key="--data")
+        for path in data
+    }
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True).eval()
+    mask_at = None
+    if document_masking:
+        mask_at = corpora[str(data[0])].manifests[0].end_of_text_id
+        check_document_masking(model, mask_at, model.device)
+    return held_out_loss(
+        lambda input_ids, targets: token_losses(model, input_ids, targets, mask_at),
+        corpora,
+        num_sequences=num_sequences,
+        micro_batch_sequences=8,
+    )
+
+
+def continuations(directory: Path, prompts: dict[str, str], *, num_tokens: int = 48, seed: int = 0) -> dict[str, str]:
+    """Sampled continuations of prompts by a `transformers` directory."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True).eval()
+    torch.manual_seed(seed)
+    texts = {}
+    for name, prompt in prompts.items():
+        tokens = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        made = model.generate(**tokens, max_new_tokens=num_tokens, do_sample=True, temperature=0.7, top_k=40)
+        texts[name] = tokenizer.decode(made[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
+    return texts

@@ -1,0 +1,283 @@
+"""What an institution finds out before it joins a federation: from the store, and on its own machine.
+
+Nothing is written but a probe into the store, which is deleted again.
+"""
+
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pretrain.config.check import check_config
+from pretrain.config.keys import ConfigError, RunConfig, Section, load_unchecked
+from pretrain.exchange.options import is_directory, store_options
+from pretrain.exchange.store import StoreExchange, version_path
+from pretrain.federation.preflight import PROBE
+from pretrain.host.identity import known_identity
+from pretrain.silo.shards import tokenizer_sha256
+from pretrain.trust.contract import (
+    SOFTWARE,
+    agreed_settings,
+    build_contract,
+    check_same_contract,
+    check_same_terms,
+    contract_bytes,
+    read_contract,
+)
+from pretrain.trust.ledger import RefusedError
+
+PROBE_BYTES = 8 << 20
+# A contract comes from others and goes into file names, batch scripts and what builds the model.
+RUN_NAME = re.compile(r"[\w.-]{1,100}")
+CODE_KEYS = ("auto_map", "trust_remote_code")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Federation:
+    """A store, and the contract in it."""
+
+    url: str
+    options: dict[str, Any]
+    """What fsspec is told."""
+    exchange: StoreExchange
+    contract: bytes
+    terms: dict[str, Any]
+    settings: Section
+    """The terms as keys of a configuration, ..."""
+    agreed: RunConfig
+    """... and with the defaults of all others, for showing."""
+    software: dict[str, str]
+    """Package to the version that the aggregator had when the run began."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """What the contract's model takes here."""
+
+    num_parameters: int
+    sync_bytes: tuple[int, int]
+    """Sent and received with the largest fragment."""
+    sent_bytes: int
+    """From now to the end, if the silo takes part in every version."""
+    disk_bytes: int
+    """Checkpoints, and files on their way, less what is there already."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """Measured bits a second to the store and back."""
+
+    up: float
+    down: float
+
+    def seconds(self, num_bytes: tuple[int, int]) -> float:
+        """To send and then receive as many bytes."""
+        return 8 * (num_bytes[0] / self.up + num_bytes[1] / self.down)
+
+
+def find_federation(url: str, paths: Sequence[Path], overrides: Sequence[str]) -> Federation:
+    """Read the contract at `url`, with the exchange options of the silo's own configuration. Raises ConfigError."""
+    url, own = _absolute(url), load_unchecked(paths, overrides)
+    if own.exchange.kind != "store":
+        raise ConfigError(f"exchange.kind: {own.exchange.kind!r} given; a silo can join only a run through a 'store'")
+    options = store_options(own.exchange, url)
+    exchange = StoreExchange(url, options=options)
+    contract = exchange.read_contract()
+    if contract is None:
+        raise ConfigError(f"store: {url!r} given; there is no run in it (no contract.json)")
+    terms, software = read_contract(contract, url)
+    _check_harmless(terms, software, url)
+    settings = _settings(terms, url)
+    return Federation(
+        url=url,
+        options=options,
+        exchange=exchange,
+        contract=contract,
+        terms=terms,
+        settings=settings,
+        agreed=_agreed(settings, url),
+        software=software,
+    )
+
+
+def _absolute(url: str) -> str:
+    """A directory is named from the root on: a job starts elsewhere."""
+    return str(Path(url).absolute()) if is_directory(url) and "://" not in url else url
+
+
+def _check_harmless(terms: dict[str, Any], software: dict[str, str], url: str) -> None:
+    """Refuse what would be more than a value here: interpolations, control characters, code from elsewhere."""
+    texts = [text for key, value in _pairs([terms, software]) for text in (key, value) if isinstance(text, str)]
+    wrong = [text for text in texts if "${" in text or not text.isprintable()]
+    wrong += [name for name in [str(terms.get("name"))] if not RUN_NAME.fullmatch(name)]
+    for key, value in _pairs(terms.get("model")):
+        if key in CODE_KEYS or (key.endswith("_implementation") and "/" in str(value)):  # of a repository
+            wrong.append(key)
+    if wrong:
+        raise ConfigError(f"store: {url!r} given; its contract.json holds {wrong[0]!r}, which no silo should take over")
+
+
+def _pairs(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value at any depth, and its key."""
+    yield key, value
+    if isinstance(value, dict):
+        for inner_key, inner in value.items():
+            yield from _pairs(inner, inner_key)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _pairs(inner, key)
+
+
+def _settings(terms: dict[str, Any], url: str) -> Section:
+    """The contract as a section of a configuration. Raises ConfigError if it lacks a term."""
+    try:
+        model, _ = terms["model"], terms["tokenizer_sha256"]
+        settings = {key: terms[key] for key in agreed_settings(RunConfig())}
+        ours = {} if "checkpoint" in model else {"config": model["config"], "seed": model["seed"]}
+    except (KeyError, TypeError) as error:
+        raise _unknown(url, f"it has no {error.args[0]}" if isinstance(error, KeyError) else str(error)) from None
+    return settings | {"model": ours, "exchange": {"url": url}}
+
+
+def _agreed(settings: Section, url: str) -> RunConfig:
+    """The same as everybody sees it, with silos as the defaults make them. Raises ConfigError for what cannot be."""
+    try:
+        model = settings["model"] or {"checkpoint": "."}
+        silos = dict.fromkeys(settings["roster"])
+        agreed = load_unchecked([], below=settings | {"model": model, "silos": silos})
+        check_config(agreed)
+    except (ConfigError, TypeError) as error:
+        raise _unknown(url, str(error)) from None
+    return agreed
+
+
+def _unknown(url: str, what: str) -> ConfigError:
+    return ConfigError(f"store: {url!r} given; its contract.json is not of this version of atoll: {what}")
+
+
+def joined_config(federation: Federation, paths: Sequence[Path], overrides: Sequence[str]) -> RunConfig:
+    """The silo's own configuration with the contract's terms under it; raises ConfigError unless both are one."""
+    terms, url = federation.terms, federation.url
+    config = load_unchecked(paths, overrides, below=federation.settings)
+    agreed = agreed_settings(config)
+    check_same_terms(agreed, {key: terms[key] for key in agreed}, url)  # before a wrong value blames a right one
+    if "checkpoint" in terms["model"] and not config.model.checkpoint:
+        raise ConfigError(
+            f"model.checkpoint: null given; this federation goes on from {len(terms['model']['checkpoint'])} files; "
+            "allowed: a directory that has them"
+        )
+    check_config(config)
+    given = _absolute(config.exchange.url)
+    if given != url and (is_directory(url) or not is_directory(given)):
+        raise ConfigError(
+            f"exchange.url: {given!r} given; allowed: {url!r}, or a relay's directory for nodes that do not reach it"
+        )
+    config.exchange.url = given
+    if len(config.silos) != 1:
+        raise ConfigError(f"silos: {', '.join(config.silos)} given; allowed: one, this institution's")
+    tokenizer = tokenizer_sha256(config.tokenizer_file)
+    if tokenizer != terms["tokenizer_sha256"]:
+        raise ConfigError(
+            f"tokenizer: {config.tokenizer!r} given, with sha256 {tokenizer[:12]}; allowed: the federation's, with "
+            f"{str(terms['tokenizer_sha256'])[:12]}"
+        )
+    ours = build_contract(config)
+    check_same_contract(ours, federation.contract, url)
+    record = {SOFTWARE: federation.software} if federation.software else {}
+    if contract_bytes(ours | record) != federation.contract:
+        raise ConfigError(f"store: {url!r} given; its contract.json says the same in other bytes than atoll's")
+    return config
+
+
+# ---- checks
+
+
+def takes_part_already(federation: Federation, config: RunConfig, silo: str) -> bool:
+    """Whether this run directory has the silo's name in the store. Raises ConfigError if another has it."""
+    return federation.exchange.has_name(silo, known_identity(config.silo_directory(silo)))
+
+
+def measure_size(federation: Federation, config: RunConfig, silo: str, newest: int) -> Size:
+    """How large the model is and what it moves. Raises ConfigError if version 0 is not the model that is built here."""
+    from pretrain.plan.bytes import fragments, model_shapes, payload_bytes, traffic, vocabulary
+
+    shapes = model_shapes(config, vocabulary(config))
+    here = {fragment: payload_bytes("fp32", part) for fragment, part in enumerate(fragments(config, shapes))}
+    try:
+        there = {payload.fragment: payload.num_bytes for payload in federation.exchange.read_commit(0).payloads}
+    except RefusedError as error:
+        raise ConfigError(f"store: {federation.url!r} given; {error}") from None
+    if here != there:
+        raise ConfigError(
+            f"store: {federation.url!r} given; its {version_path(0)} has other parameters than this model; do all "
+            "parties have the same version of transformers?"
+        )
+    moved, schedule = traffic(config, shapes, silo), config.schedule
+    largest = max(moved, key=lambda one: one.num_elements)
+    coming = range(newest + 1, schedule.num_versions + 1)
+    return Size(
+        num_parameters=sum(shape.numel() for shape in shapes.values()),
+        sync_bytes=(largest.sent_bytes, largest.received_bytes),
+        sent_bytes=sum(moved[schedule.fragment(version)].sent_bytes for version in coming),
+        disk_bytes=_disk_bytes(config, silo, shapes),
+    )
+
+
+def _disk_bytes(config: RunConfig, silo: str, shapes: Any) -> int:
+    """What the silo's directory will still take, at most; the manifests and logs beside it are small."""
+    from pretrain.outer.codec import FEEDBACK_DECAY
+    from pretrain.plan.memory import states_bytes
+
+    settings, outer = config.silos[silo], config.outer
+    stage = settings.deepspeed.get("zero_optimization", {}).get("stage", 0)
+    whole = 4 * sum(shape.numel() for shape in shapes.values())
+    module = 0 if stage == 3 else whole // (2 if settings.precision == "bf16" else 1)
+    decay = FEEDBACK_DECAY[outer.codec] if outer.error_feedback is None else outer.error_feedback
+    host = whole * (2 if decay else 1)
+    checkpoint = module + states_bytes(config, settings, stage, shapes) + host
+    in_flight = 3 * whole  # on their way out and in, and the local parameters during an evaluation
+    present = sum(file.stat().st_size for file in config.silo_directory(silo).rglob("*") if file.is_file())
+    return max(0, checkpoint * (settings.keep_checkpoints + 1) + in_flight - present)  # one more while it is written
+
+
+def check_disk(config: RunConfig, num_bytes: int) -> int:
+    """Free bytes where the run directory is, or will be. Raises ConfigError if they are too few."""
+    directory = Path(config.directory).absolute()
+    there = next(path for path in (directory, *directory.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < num_bytes:
+        raise ConfigError(
+            f"directory: {config.directory!r} given; {num_bytes:,} bytes are needed there and {free:,} are free; make "
+            "room, name another directory, or lower silo.keep_checkpoints"
+        )
+    return free
+
+
+def num_gpus() -> int:
+    """GPUs of this machine that torch sees."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def measure_link(federation: Federation) -> Link:
+    """Write an object that cannot be compressed to the store, read it back, and delete it. Raises ConfigError."""
+    objects, probe, data = federation.exchange.objects, f"{PROBE}{uuid.uuid4().hex}", os.urandom(PROBE_BYTES)
+    try:
+        began = time.monotonic()
+        objects.write(probe, data)
+        written = time.monotonic()
+        objects.read(probe)
+        read = time.monotonic()
+    except BaseException:
+        with suppress(ConfigError):
+            objects.delete(probe)
+        raise
+    objects.delete(probe)
+    return Link(up=8 * PROBE_BYTES / (written - began), down=8 * PROBE_BYTES / (read - written))

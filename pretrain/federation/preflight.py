@@ -1,0 +1,102 @@
+"""What can be checked before any process starts: a mistake is found in a second and touches nothing. No torch."""
+
+import errno
+import socket
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from pretrain.config.keys import ConfigError, RunConfig
+from pretrain.exchange.options import store_options
+from pretrain.exchange.store import StoreExchange
+from pretrain.host.software import differences
+from pretrain.silo.shards import check_a_sequence, check_enough, read_manifest, tokenizer_sha256
+from pretrain.trust.contract import build_contract, check_same_contract, read_contract
+
+PROBE = "probe-"
+
+
+def check_run(config: RunConfig) -> None:
+    """Tokenizer, shards, and the store or the collective's port; prints how software differs. Raises ConfigError."""
+    for name in config.silos:
+        check_silo(config, name)
+        check_collective(config, name)
+    for difference in check_store(config):
+        print(f"warning: {difference}", flush=True)
+
+
+def check_silo(config: RunConfig, name: str) -> None:
+    """The shards of one silo: there, whole, packed with the run's tokenizer, and enough for one batch."""
+    silo, tokenizer = config.silos[name], tokenizer_sha256(config.tokenizer_file)
+    key = f"silos.{name}.data"
+    if not silo.data:
+        raise ConfigError(f"{key}: [] given; allowed: at least one directory of packed shards")
+    manifests = [read_manifest(Path(directory), key=key, tokenizer_sha256=tokenizer) for directory in silo.data]
+    if silo.data_weights:  # each directory is a corpus of its own
+        for directory, manifest in zip(silo.data, manifests, strict=True):
+            check_a_sequence(manifest.num_tokens, config.sequence_tokens, key=f"{key} ({directory})")
+    num_tokens = sum(manifest.num_tokens for manifest in manifests)
+    check_enough(num_tokens, config.sequence_tokens, silo.global_batch_sequences, key=key)
+    for corpus, directory in silo.valid.items():
+        read_manifest(Path(directory), key=f"silos.{name}.valid.{corpus}", tokenizer_sha256=tokenizer)
+
+
+def check_store(config: RunConfig) -> list[str]:
+    """The store takes a write and a delete, and if there is a run in it, it is this one.
+
+    Returns how the software here differs from that of the run. Raises ConfigError.
+    """
+    if config.exchange.kind != "store":
+        return []
+    store = StoreExchange(config.store_url, options=store_options(config.exchange, config.store_url))
+    probe = f"{PROBE}{uuid.uuid4().hex}"
+    store.objects.write(probe, b"")
+    store.objects.delete(probe)
+    if (stored := store.read_contract()) is None:
+        return []
+    check_same_contract(build_contract(config), stored, config.store_url)
+    return differences(read_contract(stored, config.store_url)[1])
+
+
+def check_collective(config: RunConfig, name: str) -> None:
+    """The port at which silo `name` would serve a collective, if it is the one that does, and on this machine."""
+    if config.exchange.kind == "collective" and name == config.full_roster[0]:
+        parts = urlsplit(config.exchange.url)
+        assert parts.hostname
+        assert parts.port
+        check_port(parts.hostname, parts.port, key="exchange.url", given=config.exchange.url)
+
+
+def check_port(host: str, port: int, *, key: str, given: object) -> None:
+    """A port to serve at is free, if `host` is this machine; of another one, nothing can be said from here."""
+    if is_own_address(host) and port_is_taken(port):
+        raise ConfigError(f"{key}: {given!r} given; port {port} is taken on this machine; allowed: a free one")
+
+
+def is_own_address(host: str) -> bool:
+    """Whether a name or address is one of this machine's; not, if it cannot be resolved here."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return False
+    for family, kind, protocol, _, address in found:
+        with suppress(OSError), socket.socket(family, kind, protocol) as probe:
+            probe.bind(address)
+            return True
+    return False
+
+
+def port_is_taken(port: int) -> bool:
+    """Whether somebody serves at a port, of whichever of this machine's addresses.
+
+    Connections of an earlier server that still linger (TIME_WAIT) do not count: Python sets SO_REUSEADDR, as PyTorch's
+    store does.
+    """
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=dual).close()
+    except OSError as error:
+        return error.errno == errno.EADDRINUSE
+    return False

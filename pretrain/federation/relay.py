@@ -1,0 +1,286 @@
+"""A relay between a directory that compute nodes share and the federation's store, which they cannot reach. No torch.
+
+    here to there   of this site's silos: identity, words of membership, resumable, beats, deliveries
+    there to here   the contract, rollbacks, refusals, and of each version the commit and the tensors that silos read
+
+It compares what lies in both, and knows nothing else, so it may be killed at any instant and started again. What counts
+once its last object is there (a delivery: its manifest, a version: its commit) is copied in that order. Whoever removes
+an object there leaves a record, a refusal or a rollback, with which it goes here, too; without one it is new. Tensors
+are pruned here by the aggregator's rule, for this site's silos.
+"""
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import fsspec
+
+from pretrain.config.keys import ConfigError, RunConfig
+from pretrain.exchange.beats import BEATS_PER_LEASE
+from pretrain.exchange.objects import Objects
+from pretrain.exchange.options import is_directory, store_options
+from pretrain.exchange.rollback import FOLDER as ROLLBACKS
+from pretrain.exchange.rollback import Rollback, explain, foreign
+from pretrain.exchange.store import StoreExchange, delivery_path, version_path
+from pretrain.host.lock import lock_directory
+from pretrain.host.stopping import STOPPED, StopRequested, raise_at_signals
+from pretrain.trust.contract import build_contract, check_same_contract
+from pretrain.trust.ledger import Commit, Manifest, Payload, RefusedError, check_link, sha256_bytes
+
+MANIFEST = "manifest.json"
+
+
+def relay(config: RunConfig, remote_url: str) -> int:
+    """Copy until the run is done and this site's silos have ended; returns the exit code, 75 if it was stopped.
+
+    Raises ConfigError.
+    """
+    raise_at_signals()
+    try:
+        copier = Relay(config, remote_url)
+        lock_directory(Path(config.directory) / "relay", "a relay")
+        copier.start()
+        threading.Thread(target=copier.keep_copying_beats, name="beats", daemon=True).start()
+        while not copier.is_done():
+            copier.copy()
+            time.sleep(config.exchange.poll_seconds)
+        copier.copy()
+        copier.copy_beats()
+    except StopRequested:
+        print("stopped; start it again to go on", flush=True)
+        return STOPPED
+    except RefusedError as error:
+        raise ConfigError(f"--remote: {remote_url} given; it cannot be relayed: {error}") from None
+    print(f"done: version {config.schedule.num_versions} is here, and this site's silos have ended", flush=True)
+    return 0
+
+
+class Relay:
+    """Copies what is new, each time it is asked to."""
+
+    def __init__(self, config: RunConfig, remote_url: str) -> None:
+        """Raises ConfigError for stores that cannot be relayed."""
+        url, exchange = config.store_url, config.exchange
+        if exchange.kind != "store" or not is_directory(url):
+            allowed = "a directory that the compute nodes share, and exchange.kind=store"
+            raise ConfigError(f"exchange.url: {url!r} given with exchange.kind={exchange.kind}; allowed: {allowed}")
+        self._root = Path(fsspec.core.strip_protocol(url)).resolve()
+        if is_directory(remote_url) and Path(fsspec.core.strip_protocol(remote_url)).resolve() == self._root:
+            raise ConfigError(f"--remote: {remote_url!r} given; allowed: another store than exchange.url")
+        self._config, self._rules, self._silos = config, config.membership, sorted(config.silos)
+        self._here = StoreExchange.of_run(config)
+        options = store_options(exchange, remote_url)
+        self._there = StoreExchange(remote_url, options=options, retry_seconds=exchange.retry_seconds)
+        self._scratch = Path(config.directory) / "relay" / "inbox"
+        self._newest = -1
+        self._is_checked, self._was_rolled_back = False, False
+        self._named: set[str] = set()
+        self._looked_before: set[str] = set()
+
+    def start(self) -> None:
+        """Wait for the contract. Raises ConfigError."""
+        if (contract := self._there.read_contract()) is None:
+            print("waiting for the aggregator's contract", flush=True)
+        while contract is None:
+            time.sleep(self._config.exchange.poll_seconds)
+            contract = self._there.read_contract()
+        where = self._there.objects.url
+        check_same_contract(build_contract(self._config), contract, where)
+        if (ours := self._here.read_contract()) is None:
+            self._here.write_contract(contract)
+        elif ours != contract:
+            raise ConfigError(
+                f"exchange.url: {self._root} given; its contract is not that of {where}; name another one"
+            )
+        shutil.rmtree(self._scratch, ignore_errors=True)  # left by one that was killed
+
+    def is_done(self) -> bool:
+        """Whether the last version is here and all silos of this site have ended."""
+        beats = (self._here.objects.names(f"silos/{silo}/beats") for silo in self._silos)
+        return self._newest >= self._config.schedule.num_versions and not any(beats)
+
+    def copy(self) -> None:
+        """Copy what is new. Raises ConfigError and RefusedError."""
+        if not self._copy_rollbacks():
+            return  # the newest version there does not count until it is complete
+        self._check_history()
+        known = self._newest
+        while self._copy_version(self._newest + 1):
+            self._newest += 1
+        if self._newest > known:
+            self._prune()
+        for silo in filter(self._is_named, self._silos):
+            if self._rules.is_elastic or self._rules.sample is not None:
+                self._copy_words(f"silos/{silo}/membership")
+            _mirror(self._here.objects, self._there.objects, f"silos/{silo}/resumable")
+            self._copy_deliveries(silo)
+
+    # ---- down
+
+    def _copy_rollbacks(self) -> bool:
+        """Take back here what was taken back there; returns whether none is under way there.
+
+        The record appears here at once, so that silos wait, and counts as done when nothing is left here of what it is
+        about.
+        """
+        there, here = (store.objects.names(ROLLBACKS) for store in (self._there, self._here))
+        records = [name for name in there if name.endswith(".json")]
+        self._was_rolled_back = bool(records)
+        for name in (name for name in records if name not in here):
+            _copy(self._there.objects, self._here.objects, f"{ROLLBACKS}/{name}")
+        done = [name for name in there if name.endswith(".done") and name not in here]
+        for number in (name.removesuffix(".done") for name in done):
+            record = Rollback.from_bytes(self._there.objects.read(f"{ROLLBACKS}/{number}.json"))
+            print(f"rolled back from version {record.from_version} to {record.to_version}", flush=True)
+            for version in self._here.versions_above(record.to_version):
+                self._here.take_back(version, f"rolled-back/{number}")
+        if done:
+            self._newest, self._is_checked = self._here.newest_version(), False
+            self._copy_whole()
+        for name in done:
+            _copy(self._there.objects, self._here.objects, f"{ROLLBACKS}/{name}")
+        return all(name.replace(".json", ".done") in there for name in records)
+
+    def _copy_whole(self) -> None:
+        """The newest version's parameters, for silos whose checkpoints are all of what was taken back."""
+        if self._newest >= 0:
+            commit = Commit.from_bytes(self._here.commit_bytes(self._newest))
+            for payload, file in self._fetched(commit, _whole(commit)):
+                with suppress(FileExistsError):
+                    self._here.objects.upload(file, f"{version_path(self._newest)}/{payload.file}")
+
+    def _check_history(self) -> None:
+        """Raise ConfigError, at the first look, if what is here is not of the run that is there."""
+        if self._is_checked:
+            return
+        self._newest = self._here.newest_version()
+        if self._newest >= 0:
+            commit_sha256 = sha256_bytes(self._here.commit_bytes(self._newest))
+            if explain(self._there, self._newest, commit_sha256) == "foreign":
+                raise ConfigError(foreign(str(self._root), self._newest, commit_sha256, self._there))
+        self._is_checked = True
+
+    def _copy_version(self, version: int) -> bool:
+        """Whether it was there. Silos read the change; with a quorum, and after a rollback, whole parameters, too."""
+        try:
+            data = self._there.commit_bytes(version)
+        except FileNotFoundError:
+            return False
+        began, commit = time.monotonic(), Commit.from_bytes(data)
+        before = self._here.commit_bytes(version - 1) if version else None
+        check_link(commit, version, before, self._here.contract_sha256)
+        payloads = commit.payloads + (_whole(commit) if self._rules.is_elastic or self._was_rolled_back else [])
+        self._here.publish(commit, self._fetched(commit, payloads))
+        _say(f"version {version}: came", payloads, began)
+        return True
+
+    def _fetched(self, commit: Commit, payloads: Iterable[Payload]) -> Iterator[tuple[Payload, Path]]:
+        """Files of a version, checked, one after another; not what was pruned there. Raises RefusedError."""
+        folder = version_path(commit.version)
+        for payload in payloads:
+            file = self._scratch / payload.file
+            try:
+                self._there.fetch(folder, payload, file)
+            except RefusedError:
+                if self._there.objects.exists(f"{folder}/{payload.file}"):
+                    raise
+                continue
+            yield payload, file
+            file.unlink()
+
+    def _prune(self) -> None:
+        silos = self._silos
+        if self._rules.is_elastic:
+            silos = [silo for silo in silos if (word := self._here.membership(silo)) and not word.left]
+        num_fragments = self._config.outer.num_fragments * (2 if self._rules.stale_weight else 1)
+        self._here.prune(silos, self._newest, self._config.exchange.keep_versions, num_fragments)
+
+    # ---- up
+
+    def _is_named(self, silo: str) -> bool:
+        """Whether a silo has begun, here or there. Raises ConfigError if another run directory has its name."""
+        name = f"silos/{silo}/identity.json"
+        if silo not in self._named and not self._here.objects.exists(name):
+            _copy(self._there.objects, self._here.objects, name)  # who begins under this name is told here
+        if silo not in self._named and self._here.objects.exists(name):
+            self._there.claim_name(silo, json.loads(self._here.objects.read(name))["identity"])
+            self._named.add(silo)
+        return silo in self._named
+
+    def _copy_words(self, folder: str) -> None:
+        """Both ways, as somebody there may have said that the silo has left."""
+        here, there = self._here.objects, self._there.objects
+        for source, target in ((there, here), (here, there)):
+            said = target.names(folder)
+            for name in (name for name in source.names(folder) if name not in said):
+                _copy(source, target, f"{folder}/{name}")
+
+    def _copy_deliveries(self, silo: str) -> None:
+        """Those for versions to come; where late ones count, for each fragment's newest, too."""
+        first = self._newest + 1 - (self._config.outer.num_fragments if self._rules.stale_weight else 0)
+        for name in self._here.objects.names(f"silos/{silo}"):
+            if name.isdigit() and int(name) >= first:
+                self._copy_delivery(silo, int(name))
+
+    def _copy_delivery(self, silo: str, version: int) -> None:
+        folder, began = delivery_path(silo, version), time.monotonic()
+        here, there = (store.objects.names(folder) for store in (self._here, self._there))
+        refused = [name for name in there if name.startswith("refused-") and name not in here]
+        if refused:  # in this order, as the aggregator: the silo of a relay killed in between delivers once more
+            self._here.objects.delete(f"{folder}/{MANIFEST}")
+            for name in refused:
+                _copy(self._there.objects, self._here.objects, f"{folder}/{name}")
+            print(f"version {version}: the delivery of silo {silo} was refused", flush=True)
+        elif MANIFEST in here and MANIFEST not in there:
+            # A payload there is a leftover, or was refused: the reason is written just after the manifest is removed.
+            if folder not in self._looked_before and any(name.endswith(".safetensors") for name in there):
+                self._looked_before.add(folder)
+                return
+            self._looked_before.discard(folder)
+            manifest = Manifest.from_bytes(self._here.objects.read(f"{folder}/{MANIFEST}"))
+            files = [(payload, self._root / folder / payload.file) for payload in manifest.payloads]
+            self._there.deliver(manifest, files)
+            _say(f"version {version}: the delivery of silo {silo} went", manifest.payloads, began)
+
+    # ---- signs of life
+
+    def copy_beats(self) -> None:
+        """At once or not at all: nobody waits for them."""
+        with suppress(ConfigError):
+            for silo in self._silos:
+                _mirror(self._here.objects.at_once(), self._there.objects.at_once(), f"silos/{silo}/beats")
+
+    def keep_copying_beats(self) -> None:
+        """Beside all else, which may take its time."""
+        while True:
+            self.copy_beats()
+            time.sleep(self._config.exchange.lease_seconds / BEATS_PER_LEASE)
+
+
+def _whole(commit: Commit) -> list[Payload]:
+    """Of the aggregator's state, the parameters themselves."""
+    return [payload for payload in commit.state_payloads if payload.file.startswith("parameter-")]
+
+
+def _copy(source: Objects, target: Objects, name: str) -> None:
+    """A small object, if it is still here, to where it is not yet."""
+    with suppress(FileNotFoundError, FileExistsError):
+        target.write(name, source.read(name))
+
+
+def _mirror(source: Objects, target: Objects, folder: str) -> None:
+    """First what is new, then what is gone."""
+    wanted, found = source.names(folder), target.names(folder)
+    for name in (name for name in wanted if name not in found):
+        _copy(source, target, f"{folder}/{name}")
+    for name in (name for name in found if name not in wanted):
+        target.delete(f"{folder}/{name}")
+
+
+def _say(what: str, payloads: Iterable[Payload], began: float) -> None:
+    num_bytes = sum(payload.num_bytes for payload in payloads)
+    print(f"{what}, {num_bytes / 1e6:.2f} MB in {time.monotonic() - began:.1f} s", flush=True)

@@ -1,0 +1,82 @@
+"""What a process tells the outside: metrics records, its status, its last error, and Weights & Biases. No torch."""
+
+import errno
+import json
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pretrain.config.keys import RunConfig
+
+
+class Journal:
+    """One process's part of a run directory."""
+
+    def __init__(self, config: RunConfig, part: str, *, silo: str | None) -> None:
+        """`part` is the folder below the run directory: `aggregator`, or `silos/NAME`."""
+        self._silo = silo
+        self._metrics = Path(config.directory) / "metrics.jsonl"
+        self.directory = Path(config.directory) / part
+        self.directory.mkdir(parents=True, exist_ok=True)
+        (self.directory / "error.txt").unlink(missing_ok=True)
+        self._end_broken_line()
+        self._wandb: Any = None
+        if config.wandb.mode != "disabled":
+            import wandb
+
+            self._wandb = wandb.init(
+                project=config.wandb.project,
+                group=config.name,
+                name=f"{config.name}-{silo or part}",
+                mode=config.wandb.mode,  # type: ignore[arg-type]
+                dir=str(self.directory),
+                config={"silo": silo},
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+
+    def record(self, kind: str, **values: Any) -> None:
+        """Append one line to metrics.jsonl. One write in append mode: lines of several processes do not mix.
+
+        Raises OSError on a full disk; what it still took of the line is ended by the next start.
+        """
+        head: dict[str, Any] = {"kind": kind, "time": time.time()}
+        if self._silo:
+            head["silo"] = self._silo
+        self._append((json.dumps(head | values) + "\n").encode())
+        if self._wandb:
+            numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
+            numbers |= {f"{kind}/{corpus}": loss for corpus, loss in values.get("val_loss", {}).items()}
+            self._wandb.log(numbers)
+
+    def _append(self, line: bytes) -> None:
+        descriptor = os.open(self._metrics, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            if os.write(descriptor, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._metrics))
+        finally:
+            os.close(descriptor)
+
+    def _end_broken_line(self) -> None:
+        """A disk that was full, or a machine that lost power, can have left a part of one, which readers pass over."""
+        with suppress(OSError), self._metrics.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                self._append(b"\n")
+
+    def status(self, phase: str, *, step: int = 0, round: int = 0, waiting_for: str | None = None) -> None:
+        """Replace status.json: what this process does, and since when."""
+        values = {"phase": phase, "waiting_for": waiting_for, "since": time.time(), "step": step, "round": round}
+        temporary = self.directory / "status.json.tmp"
+        temporary.write_text(json.dumps(values))
+        temporary.replace(self.directory / "status.json")
+
+    def error(self, message: str) -> None:
+        """Leave the one line that a launcher shows for this process."""
+        (self.directory / "error.txt").write_text(message + "\n")
+
+    def close(self) -> None:
+        """Finish the Weights & Biases run, if there is one."""
+        if self._wandb:
+            self._wandb.finish()

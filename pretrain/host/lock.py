@@ -1,0 +1,63 @@
+"""One process per folder of a run directory: the kernel drops the lock when its holder dies, however it dies."""
+
+import fcntl
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from pretrain.config.keys import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    """The process that has locked a folder."""
+
+    process: int
+    elsewhere: bool
+    """Whether it is not, or no more, among the processes of this machine; as far as /proc tells."""
+
+
+def lock_directory(directory: Path, what: str) -> int:
+    """Hold `directory` for this process until it ends. Raises ConfigError that names the process which has it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(
+            f"directory: {str(directory)!r} given; {what} runs there already (process {_written(descriptor)}); "
+            "stop it, or name another directory"
+        ) from None
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"{os.getpid()}\n".encode())
+    return descriptor
+
+
+def lock_holder(directory: Path) -> Holder | None:
+    """Who has locked a folder; None if nobody has."""
+    try:
+        descriptor = os.open(directory / "lock", os.O_RDWR)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        process = int(_written(descriptor) or 0)
+        return Holder(process=process, elsewhere=not _has_open(process, directory / "lock"))
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def _written(descriptor: int) -> str:
+    return os.pread(descriptor, 32, 0).decode(errors="replace").strip()
+
+
+def _has_open(process: int, file: Path) -> bool:
+    """Whether a process has a file open: a number alone may be another process's by now, or another machine's."""
+    if not Path("/proc/self/fd").is_dir():
+        return True
+    with suppress(OSError):
+        return any(os.path.realpath(link) == str(file.resolve()) for link in Path(f"/proc/{process}/fd").iterdir())
+    return False

@@ -1,0 +1,180 @@
+"""What the aggregator waits for: who is expected, how long, whose delivery counts. Where a quorum is enough, a silo may
+be late, refused or away, and the version is committed without it.
+"""
+
+import json
+import statistics
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pretrain.config.keys import RunConfig
+from pretrain.exchange.payload import Tensors
+from pretrain.exchange.store import StoreExchange
+from pretrain.host.journal import Journal
+from pretrain.outer.rounds import deadline_seconds, participants
+from pretrain.trust.ledger import Commit, Manifest, RefusedError
+
+ARRIVALS = 64  # how many of the newest ones the deadline follows from
+NORMS = 8  # and how many of a silo's own pseudo-gradients of a fragment a new one is compared with
+SAYS_AFTER_SECONDS = 5.0
+
+
+@dataclass(kw_only=True)
+class Delivery:
+    """One silo's verified delivery: its manifest, its payload on disk, and the norm of its pseudo-gradient."""
+
+    manifest: Manifest
+    manifest_bytes: bytes
+    tensors: Tensors
+    norm: float
+    base: Tensors | None = None
+    """The parameters that it builds on, if it is late; else the newest."""
+
+
+Verify = Callable[[str, bytes, int], Delivery]
+"""Reads a silo's manifest for a version, and its payload; raises RefusedError."""
+
+
+class Collector:
+    """Waits for the deliveries of one version after another."""
+
+    def __init__(self, config: RunConfig, exchange: StoreExchange, journal: Journal) -> None:
+        self._config, self._exchange, self._journal = config, exchange, journal
+        self._rules, self._schedule, self._roster = config.membership, config.schedule, config.full_roster
+        self._file = Path(config.directory) / "aggregator" / "arrivals.json"
+        self._arrivals: deque[float] = deque(maxlen=ARRIVALS)
+        if self._rules.is_elastic and self._file.is_file():
+            self._arrivals.extend(json.loads(self._file.read_text()))
+        self._commits: deque[Commit] = deque(maxlen=max(NORMS, self._rules.away_after_versions) * 2 * len(self._roster))
+
+    def committed(self, commit: Commit) -> None:
+        """A version was committed, now or before this process started; in their order."""
+        self._commits.append(commit)
+
+    def collect(self, version: int, verify: Verify) -> list[Delivery]:
+        """Wait for a version's deliveries; verify each as it comes; refuse what is not as it should be.
+
+        Returns them sorted by silo, those that came too late for the commit before after all others.
+        """
+        rules, began = self._rules, time.monotonic()
+        chosen = self._drawn(version)
+        needed = rules.quorum or len(chosen)
+        deadline = deadline_seconds(
+            self._arrivals,
+            mads=rules.deadline_mads,
+            floor=rules.deadline_floor_seconds,
+            ceiling=rules.deadline_ceiling_seconds,
+        )
+        arrived: dict[str, Delivery] = {}
+        refused: set[str] = set()
+        announced = ""
+        while True:
+            for silo in chosen:
+                if silo not in arrived and silo not in refused and (found := self._look(silo, version, verify)):
+                    arrived[silo] = found
+                    self._arrivals.append(time.monotonic() - began)
+            missing = [silo for silo in self._awaited(chosen) if silo not in arrived and silo not in refused]
+            waited = time.monotonic() - began
+            if len(arrived) >= needed and (not missing or (rules.is_elastic and waited >= deadline)):
+                absurd = self._absurd(version, arrived)
+                if not absurd:
+                    break
+                for silo, reason in absurd.items():
+                    self._refuse(silo, version, arrived.pop(silo).manifest_bytes, reason, final=True)
+                    refused.add(silo)
+                continue
+            words = self._words(version, missing, len(arrived), deadline)
+            if words != announced:
+                announced = words
+                self._journal.status("waiting", round=self._config.round_of(version), waiting_for=words)
+                print(f"version {version}: waiting for {words}", flush=True)
+            if waited > SAYS_AFTER_SECONDS:
+                self._exchange.say_waiting(version, missing, deadline_seconds=deadline if rules.is_elastic else None)
+            time.sleep(self._config.exchange.poll_seconds)
+        if rules.is_elastic:
+            self._file.write_text(json.dumps(list(self._arrivals)))
+        return [arrived[silo] for silo in sorted(arrived)] + self._late(version, verify)
+
+    # ---- who is expected
+
+    def members(self) -> list[str]:
+        """The silos for whose resuming the store keeps what they need: those of the roster that are not away."""
+        return self._awaited(self._roster)
+
+    def _awaited(self, chosen: list[str]) -> list[str]:
+        """Whose delivery is waited for: with a quorum, those who have joined and are not away."""
+        if not self._rules.is_elastic:
+            return chosen
+        return [silo for silo in chosen if self._is_there(silo)]
+
+    def _is_there(self, silo: str) -> bool:
+        event = self._exchange.membership(silo)
+        if event is None or event.left:
+            return False
+        missed = 0
+        for commit in reversed(self._commits):
+            if commit.version <= event.version or silo in {c.silo for c in commit.contributors}:
+                break
+            missed += silo in self._drawn(commit.version)
+        return missed < self._rules.away_after_versions
+
+    def _drawn(self, version: int) -> list[str]:
+        round, rules = self._config.round_of(version), self._rules
+        return participants(self._roster, round, sample=rules.sample, seed=rules.sample_seed)
+
+    def _words(self, version: int, missing: list[str], num_arrived: int, deadline: float) -> str:
+        """What is waited for, and until when."""
+        quorum = self._rules.quorum
+        what = f"silo {', '.join(missing)}: delivery for version {version}"
+        if quorum is None:
+            return what
+        if not missing:
+            return f"{quorum - num_arrived} more silos to join: {num_arrived} of {quorum} have delivered"
+        return f"{what}; {quorum} are enough {deadline:.0f} s after the commit before"
+
+    # ---- whose delivery counts
+
+    def _look(self, silo: str, version: int, verify: Verify) -> Delivery | None:
+        manifest = self._exchange.delivery(silo, version)
+        if manifest is None:
+            return None
+        try:
+            return verify(silo, manifest, version)
+        except RefusedError as error:
+            self._refuse(silo, version, manifest, str(error))
+            return None
+
+    def _refuse(self, silo: str, version: int, manifest: bytes, reason: str, *, final: bool = False) -> None:
+        print(f"version {version}: refused the delivery of silo {silo}: {reason}", flush=True)
+        self._exchange.refuse(silo, version, manifest, reason, final=final)
+
+    def _late(self, version: int, verify: Verify) -> list[Delivery]:
+        """Deliveries for this fragment's version before that came after its commit."""
+        late = self._schedule.base(version)
+        if not self._rules.stale_weight or late < 1:
+            return []
+        commit = next(commit for commit in self._commits if commit.version == late)
+        merged = {c.silo for c in commit.contributors if c.version == late}
+        found = (self._look(silo, late, verify) for silo in self._roster if silo not in merged)
+        return [delivery for delivery in found if delivery]
+
+    def _absurd(self, version: int, arrived: dict[str, Delivery]) -> dict[str, str]:
+        """Silos whose pseudo-gradient is far longer than those of the others and than their own before, and why."""
+        ratio, found = self._rules.max_norm_ratio, {}
+        if ratio is None:
+            return {}
+        own: dict[str, list[float]] = defaultdict(list)
+        for commit in self._commits:
+            if commit.version and self._schedule.fragment(commit.version) == self._schedule.fragment(version):
+                for silo in arrived:
+                    if (norm := commit.metrics.get(f"norm/{silo}")) is not None:
+                        own[silo].append(norm)
+        for silo, delivery in arrived.items():
+            others = [other.norm for name, other in arrived.items() if name != silo]
+            limits = [ratio * statistics.median(norms) for norms in (others, own[silo][-NORMS:]) if norms]
+            if limits and delivery.norm > max(limits):
+                found[silo] = f"its norm is {delivery.norm:.4g}, more than {ratio:g} times what is usual in this round"
+        return found

@@ -1,0 +1,93 @@
+"""What merging takes, whoever merges: the deliveries' terms, the outer optimizer, the commit's contributors."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from pretrain.config.keys import OuterConfig, RunConfig
+from pretrain.outer.moments import MeanGradient, Moment, SecondMoment
+from pretrain.outer.optimizer import OuterOptimizer
+from pretrain.silo.optim import is_muon_matrix
+from pretrain.trust.ledger import Commit, Contributor, Manifest, RefusedError, sha256_bytes
+
+
+def read_delivery(
+    data: bytes, *, silo: str, version: int, base_digest: str, config: RunConfig, contract_sha256: str
+) -> Manifest:
+    """The manifest of a silo's delivery for a version; raises RefusedError for whatever is not as agreed."""
+    manifest, schedule = Manifest.from_bytes(data), config.schedule
+    expected = {
+        "silo": silo,
+        "version": version,
+        "base_version": schedule.base(version),
+        "base_digest": base_digest,
+        "contract_sha256": contract_sha256,
+        "codec": config.outer.codec,
+    }
+    most, rules = schedule.steps(version), config.membership
+    if not rules.is_elastic and rules.steps == "equal":
+        expected["steps"] = most
+    for term, value in expected.items():
+        if getattr(manifest, term) != value:
+            raise RefusedError(f"its {term} is {getattr(manifest, term)!r}, not {value!r}")
+    if not 1 <= manifest.steps <= most:
+        raise RefusedError(f"it counts {manifest.steps} steps, not 1 to {most}")
+    if rules.steps == "speed" and not manifest.metrics.get("seconds_per_step", 0) > 0:
+        raise RefusedError("it does not say its seconds_per_step")
+    if manifest.tokens < 1:
+        raise RefusedError(f"it counts {manifest.tokens} tokens")
+    fragment = schedule.fragment(version)
+    if [payload.fragment for payload in manifest.payloads] != [fragment]:
+        raise RefusedError(f"it has not just fragment {fragment}")
+    return manifest
+
+
+def contributor(manifest: Manifest, manifest_bytes: bytes, weight: int) -> Contributor:
+    """A delivery's part in its commit."""
+    return Contributor(
+        silo=manifest.silo,
+        version=manifest.version,
+        manifest_sha256=sha256_bytes(manifest_bytes),
+        tokens=manifest.tokens,
+        tokens_total=manifest.tokens_total,
+        steps=manifest.steps,
+        weight=weight,
+    )
+
+
+def merge_weight(tokens: int, power: float) -> int:
+    """A silo's weight in a merge: its tokens, or a thousand times a lower power of them."""
+    return tokens if power == 1 else round(1000 * tokens**power)
+
+
+def shared_moments(config: RunConfig, names: Iterable[str], shapes: Mapping[str, torch.Size]) -> dict[str, Moment]:
+    """What silos tell each other of the gradients of a fragment's tensors, as the contract says."""
+    moments: dict[str, Moment] = {}
+    for name in names:
+        if config.inner.optimizer == "muon" and is_muon_matrix(name, shapes[name]):
+            if config.outer.control_variates:
+                moments[name] = MeanGradient(shapes[name])
+        elif config.outer.second_moments == "shared":
+            moments[name] = SecondMoment(shapes[name])
+    return moments
+
+
+def outer_optimizer(outer: OuterConfig) -> OuterOptimizer:
+    """The outer optimizer of a configuration."""
+    first, second = outer.betas
+    return OuterOptimizer(name=outer.optimizer, momentum=outer.momentum, betas=(first, second), eps=outer.eps)
+
+
+def commit_record(config: RunConfig, commit: Commit) -> dict[str, Any]:
+    """What metrics.jsonl says of a commit."""
+    return {
+        "version": commit.version,
+        "round": config.round_of(commit.version),
+        "fragment": config.schedule.fragment(commit.version),
+        "silos": [contributor.silo for contributor in commit.contributors],
+        "weights": [contributor.weight for contributor in commit.contributors],
+        "divisor": commit.divisor,
+        **commit.metrics,
+        "digest": commit.parameters_digest,
+    }

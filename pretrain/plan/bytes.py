@@ -1,0 +1,135 @@
+"""What a run will move, to the byte: the payloads that silos and aggregator write, without a tensor in memory.
+
+Manifests and commits, a few kB of JSON for each version, and what the link adds are not counted; neither does a run's
+`bytes_sent` count them.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer
+
+from pretrain.config.keys import ConfigError, RunConfig
+from pretrain.exchange.payload import PARAMETER
+from pretrain.merge.terms import shared_moments
+from pretrain.outer.fragments import cut_fragments
+from pretrain.outer.moments import MOMENT, Moment
+from pretrain.outer.pieces import cut_pieces
+from pretrain.outer.quantize import QUANTIZERS
+from pretrain.silo.model import build_empty
+from pretrain.sync.among_silos import num_bytes
+
+Shapes = Mapping[str, torch.Size]
+"""Name to shape of trained parameters."""
+
+SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """The payloads of one version of one fragment, as one silo sees them."""
+
+    num_elements: int
+    """Of the fragment."""
+    before: tuple[int, int]
+    """Bytes sent and received until the merge; both go at the same time."""
+    after: tuple[int, int]
+    """The same, of what was merged."""
+
+    @property
+    def sent_bytes(self) -> int:
+        """Before and after the merge."""
+        return self.before[0] + self.after[0]
+
+    @property
+    def received_bytes(self) -> int:
+        """Before and after the merge."""
+        return self.before[1] + self.after[1]
+
+
+def vocabulary(config: RunConfig) -> int:
+    """The tokenizer's size; before there is one, `model.config.vocab_size`. Raises ConfigError without either."""
+    if config.tokenizer and config.tokenizer_file.is_file():
+        return Tokenizer.from_file(str(config.tokenizer_file)).get_vocab_size()
+    given = config.model.config.get("vocab_size", 0)
+    if not config.model.checkpoint and not given:
+        raise ConfigError(
+            f"tokenizer: {config.tokenizer!r} given; allowed: a tokenizer.json, or, before there is one, "
+            "model.config.vocab_size"
+        )
+    return given
+
+
+def model_shapes(config: RunConfig, vocab_size: int) -> dict[str, torch.Size]:
+    """Name to shape of every trained parameter, as the silos and the aggregator name them; takes no memory."""
+    with torch.device("meta"):
+        model = build_empty(config.model, vocab_size, dtype=torch.float32)
+    return {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+
+
+def fragments(config: RunConfig, shapes: Shapes) -> list[dict[str, torch.Size]]:
+    """The tensors of each fragment. Raises ConfigError if there are fewer tensors than fragments."""
+    sizes = {name: shape.numel() for name, shape in shapes.items()}
+    try:
+        cut = cut_fragments(sizes, config.outer.num_fragments)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return [{name: shapes[name] for name in names} for names in cut]
+
+
+def payload_bytes(codec: str, shapes: Shapes, moments: Mapping[str, Moment] | None = None) -> int:
+    """Bytes of the file that `payload.save_tensors` makes of these tensors in a codec, and of `moments`.
+
+    The layout is safetensors': eight bytes, a JSON header padded to eight, and the parts, wide types first, then by
+    name: https://github.com/huggingface/safetensors#format
+    """
+    parts: list[tuple[int, str, str, list[int]]] = []
+    for name, shape in shapes.items():
+        for part, (dtype, length) in QUANTIZERS[codec].layout(shape.numel()).items():
+            sent = list(shape) if codec == "fp32" else [length]
+            parts.append((-dtype.itemsize, f"{PARAMETER}/{part}/{name}", SAFETENSORS_NAMES[dtype], sent))
+    for name, moment in (moments or {}).items():
+        for part, (dtype, size) in moment.layout.items():
+            parts.append((-dtype.itemsize, f"{MOMENT}/{part}/{name}", SAFETENSORS_NAMES[dtype], list(size)))
+    header, offset = {}, 0
+    for negative_width, key, dtype_name, sent in sorted(parts):
+        end = offset - negative_width * math.prod(sent)
+        header[key] = {"dtype": dtype_name, "shape": sent, "data_offsets": [offset, end]}
+        offset = end
+    words = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return 8 + -(-len(words) // 8) * 8 + offset
+
+
+def traffic(config: RunConfig, shapes: Shapes, silo: str) -> list[Traffic]:
+    """What a silo sends and receives for a version of each fragment."""
+    outer, roster, found = config.outer, config.full_roster, []
+    for part in fragments(config, shapes):
+        if config.exchange.kind == "store":
+            moments = shared_moments(config, part, part)
+            before = (payload_bytes(outer.codec, part, moments), 0)
+            after = (0, payload_bytes(outer.downlink_codec, part, moments))
+        else:
+            shares = cut_pieces({name: part[name].numel() for name in sorted(part)}, len(roster))
+            ups = [num_bytes(outer.codec, pieces) for pieces in shares]
+            downs = [num_bytes(outer.downlink_codec, pieces) for pieces in shares]
+            mine, others = roster.index(silo), len(roster) - 1
+            told = sum(moment.num_bytes for moment in shared_moments(config, part, part).values()) * others
+            before = (sum(ups) - ups[mine] + told, ups[mine] * others + told)
+            after = (downs[mine] * others, sum(downs) - downs[mine])
+        num_elements = sum(shape.numel() for shape in part.values())
+        found.append(Traffic(num_elements=num_elements, before=before, after=after))
+    return found
+
+
+def run_bytes(config: RunConfig, moved: list[Traffic]) -> tuple[int, int]:
+    """What a silo sends and receives in the whole run; version 0, which it receives besides, is not in it."""
+    schedule = config.schedule
+    times = Counter(schedule.fragment(version) for version in range(1, schedule.num_versions + 1))
+    return (
+        sum(one.sent_bytes * times[fragment] for fragment, one in enumerate(moved)),
+        sum(one.received_bytes * times[fragment] for fragment, one in enumerate(moved)),
+    )

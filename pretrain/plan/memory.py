@@ -1,0 +1,190 @@
+"""How much memory a run will take: a device by ZeRO stage, a silo's leader and its node, the aggregator.
+
+What is kept, and what is gone again after a backward pass or a step, in bytes a parameter as DeepSpeed keeps it (the
+method of https://arxiv.org/abs/1910.02054, the numbers counted tensor by tensor: docs/plan.md).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from pretrain.config.keys import RunConfig, SiloConfig
+from pretrain.outer.codec import FEEDBACK_DECAY
+from pretrain.outer.quantize import QUANTIZERS
+from pretrain.outer.state import kept_kinds
+from pretrain.plan.bytes import Shapes, fragments
+from pretrain.silo.optim import is_muon_matrix
+
+# Resident memory with a model of 40 thousand parameters, on a CPU.
+SILO_BYTES, AGGREGATOR_BYTES = 425 << 20, 390 << 20
+CLIENT_BYTES, BLOCK_BYTES = 32 << 20, 50 << 20  # what a client of an object store adds, and the most it reads at once
+HEAP_SHARE = 0.8  # of the activations' bytes: what glibc's heap keeps beside what lives in it, where they are on a CPU
+MERGE_BYTES = 40  # of the tensor that is being merged, an element: float64 copies
+REDUCE_BUCKET, LIVE_PARAMETERS = 500_000_000, 1_000_000_000  # DeepSpeed's defaults, in elements
+# What a step of the optimizer needs beside what is kept, bytes a parameter of this rank's share, by stage.
+STEP_BYTES = {"fp32": (8, 16, 16, 12), "bf16": (7, 14, 14, 12)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiloMemory:
+    """Of one silo, at its peaks."""
+
+    stage: int
+    """As configured."""
+    device_bytes: list[int]
+    """Of one rank's device at ZeRO stages 0, 1, 2, 3."""
+    leader_bytes: int
+    """Host memory of the leader's process for syncing, and of the process itself."""
+    node_bytes: int
+    """Host memory of the leader's node: all its processes, and what is offloaded."""
+    cpu_bytes: int
+    """Of the leader's process where the CPU is the device."""
+
+
+def silo_memory(config: RunConfig, name: str, shapes: Shapes, hugging_face: Any) -> SiloMemory:
+    """Memory of a silo; `hugging_face` is the model's `transformers` configuration."""
+    silo, stage = config.silos[name], _zero(config.silos[name]).get("stage", 0)
+    device = [_device_bytes(config, silo, stage, shapes, hugging_face) for stage in range(4)]
+    leader, others = SILO_BYTES + _sync_bytes(config, shapes), silo.processes_per_node - 1
+    offloaded = _offloaded_bytes(config, silo, shapes)
+    heap = round(HEAP_SHARE * activation_bytes(hugging_face, shapes, silo, config.sequence_tokens))
+    return SiloMemory(
+        stage=stage,
+        device_bytes=device,
+        leader_bytes=leader,
+        node_bytes=leader + others * SILO_BYTES + silo.processes_per_node * offloaded,
+        cpu_bytes=leader + offloaded + device[stage] + heap,
+    )
+
+
+# ---- a device
+
+
+def _device_bytes(config: RunConfig, silo: SiloConfig, stage: int, shapes: Shapes, hugging_face: Any) -> int:
+    """What is kept, and the larger of forward pass and optimizer's step, which follow one another."""
+    zero, width, num_elements = _zero(silo), _width(silo), _num_elements(shapes)
+    share = num_elements / (_num_ranks(silo) if stage else 1)
+    states_offloaded, parameters_offloaded = _offloads(silo) if stage else (False, False)
+    states = 0.0 if states_offloaded else states_bytes(config, silo, stage, shapes) * share / num_elements
+    step = 0.0 if states_offloaded else STEP_BYTES[silo.precision][stage] * share
+    backward = float(activation_bytes(hugging_face, shapes, silo, config.sequence_tokens))
+    bucket = zero.get("reduce_bucket_size", REDUCE_BUCKET)
+    bucket_bytes = width * (bucket if isinstance(bucket, int | float) else REDUCE_BUCKET)
+    parameters = float(width * num_elements)
+    accumulated = parameters if silo.accumulation_steps > 1 else 0.0
+    if stage == 3:
+        # Parameters and gradients are this rank's share, and so are fp32 masters, of fp32 parameters, too.
+        states += width * share + bucket_bytes
+        backward += width * min(num_elements, zero.get("stage3_max_live_parameters", LIVE_PARAMETERS))
+        parameters, accumulated = (0.0 if parameters_offloaded else width * share), 0.0
+    elif stage:
+        backward += bucket_bytes * (2 if zero.get("overlap_comm") else 1)
+        accumulated /= _num_ranks(silo) if stage == 2 else 1
+    return round(parameters + states + max(backward + accumulated, step))
+
+
+def _zero(silo: SiloConfig) -> dict[str, Any]:
+    return silo.deepspeed.get("zero_optimization") or {}
+
+
+def _num_ranks(silo: SiloConfig) -> int:
+    return silo.num_nodes * silo.processes_per_node
+
+
+def _width(silo: SiloConfig) -> int:
+    return 2 if silo.precision == "bf16" else 4
+
+
+def _num_elements(shapes: Shapes) -> int:
+    return sum(shape.numel() for shape in shapes.values())
+
+
+def _offloads(silo: SiloConfig) -> tuple[bool, bool]:
+    """Whether optimizer and parameters are on the host."""
+    optimizer, parameters = ((_zero(silo).get(f"offload_{of}") or {}).get("device") for of in ("optimizer", "param"))
+    return optimizer == "cpu", parameters == "cpu"
+
+
+def states_bytes(config: RunConfig, silo: SiloConfig, stage: int, shapes: Shapes) -> int:
+    """fp32 masters and moments of the whole model. Without ZeRO fp32 parameters are their own masters."""
+    optimizer = config.inner.optimizer
+    masters = 4 if silo.precision == "bf16" or stage else 0
+    found = masters * _num_elements(shapes)
+    for name, shape in shapes.items():
+        moments = 0 if optimizer == "sgd" else 8
+        if optimizer == "muon" and is_muon_matrix(name, shape):
+            moments = 16 if config.outer.control_variates else 4  # momentum; gradients' sum and mean, correction
+        found += shape.numel() * moments
+    return found
+
+
+def activation_bytes(hugging_face: Any, shapes: Shapes, silo: SiloConfig, sequence_tokens: int) -> int:
+    """What the forward pass of one micro batch leaves for the backward pass, and what the loss needs besides.
+
+    The method of https://arxiv.org/abs/2205.05198, section 4: add up what every operation keeps. Attention keeps no
+    scores, as fused kernels do. Of models with RMSNorm and a gated MLP (llama, mistral, qwen, ...) all of it is
+    counted; of others, the paper's 34 bytes per hidden element in 16 bit.
+    """
+    width, of = _width(silo), hugging_face
+    hidden, heads, layers = of.hidden_size, of.num_attention_heads, of.num_hidden_layers
+    norm = 2 * 4 if width == 4 else 4 + 2  # computed in fp32, an element: what came in, and what is scaled
+    if hasattr(of, "rms_norm_eps"):
+        head = getattr(of, "head_dim", None) or hidden // heads
+        key_values = getattr(of, "num_key_value_heads", None) or heads
+        normed = 2 * hidden + (head * (heads + key_values) if any(".q_norm." in name for name in shapes) else 0)
+        attention = width * (hidden + 2 * head * (heads + key_values)) + 4 * heads
+        layer = norm * normed + 8 + attention + width * (hidden + 4 * of.intermediate_size)
+    else:
+        layer = 34 * hidden if width == 2 else 66 * hidden
+    kept = layers * width * hidden + layer if silo.activation_checkpointing else layers * layer
+    loss = of.vocab_size * (4 + (4 if width == 4 else 6))  # log-probabilities; gradients of them, and in bf16
+    tokens = silo.micro_batch_sequences * sequence_tokens
+    return tokens * (kept + (norm + width) * hidden + loss) + width * hidden * of.vocab_size
+
+
+# ---- hosts
+
+
+def _sync_bytes(config: RunConfig, shapes: Shapes) -> int:
+    """The client, the leader's fp32 copy of the model, error feedback, and the versions in flight, both ways."""
+    outer, num_elements = config.outer, _num_elements(shapes)
+    decay = FEEDBACK_DECAY[outer.codec] if outer.error_feedback is None else outer.error_feedback
+    kept = 4 * num_elements * (2 if decay else 1)
+    in_flight = min(outer.num_fragments, 1 + outer.overlap_steps * outer.num_fragments // outer.sync_interval_steps)
+    coded = (QUANTIZERS[outer.codec].bits + QUANTIZERS[outer.downlink_codec].bits) / 8
+    if config.exchange.kind == "collective":  # version 0, which passes through, and a part of the outer state
+        kept += 4 * num_elements * 3
+        kept += 4 * num_elements * len(kept_kinds(outer.optimizer, outer.downlink_codec)) // len(config.full_roster)
+    return round(_client_bytes(config, shapes) + kept + in_flight * _largest_fragment(config, shapes) * (4 + 4 + coded))
+
+
+def _largest_fragment(config: RunConfig, shapes: Shapes) -> int:
+    return max(_num_elements(part) for part in fragments(config, shapes))
+
+
+def _client_bytes(config: RunConfig, shapes: Shapes) -> int:
+    """Of an object store's client, with the payload that passes through it, of version 0 in fp32."""
+    if config.exchange.kind != "store" or "://" not in config.store_url:
+        return 0
+    return CLIENT_BYTES + min(BLOCK_BYTES, 4 * _largest_fragment(config, shapes))
+
+
+def _offloaded_bytes(config: RunConfig, silo: SiloConfig, shapes: Shapes) -> int:
+    """Of one rank: masters, moments and their gradients; at stage 3 parameters, if asked for."""
+    stage, (optimizer, parameters) = _zero(silo).get("stage", 0), _offloads(silo)
+    if not stage:
+        return 0
+    found = states_bytes(config, silo, stage, shapes) + 4 * _num_elements(shapes) if optimizer else 0
+    found += _width(silo) * _num_elements(shapes) if parameters and stage == 3 else 0
+    return found // _num_ranks(silo)
+
+
+def aggregator_bytes(config: RunConfig, shapes: Shapes) -> int:
+    """The outer state, the silos' deliveries and the change of one fragment, one tensor being merged, the process."""
+    outer, num_silos, fragment = config.outer, len(config.full_roster), _largest_fragment(config, shapes)
+    kinds = kept_kinds(outer.optimizer, outer.downlink_codec)
+    stacked = 8 * num_silos if outer.merge in ("trimmed_mean", "median", "krum") else 0
+    largest = max(shape.numel() for shape in shapes.values())
+    # Deliveries are mapped files, and count as long as there is room. Version 0 is a model before it is a state.
+    coded = fragment * (num_silos * QUANTIZERS[outer.codec].bits + QUANTIZERS[outer.downlink_codec].bits) / 8
+    merging, state = coded + (MERGE_BYTES + stacked) * largest, 4 * (1 + len(kinds)) * _num_elements(shapes)
+    return round(AGGREGATOR_BYTES + _client_bytes(config, shapes) + state + max(merging, 4 * _num_elements(shapes)))

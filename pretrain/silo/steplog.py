@@ -1,0 +1,95 @@
+"""What a silo says of its inner steps: one fixed-width line and one metrics record each, and the totals at the end."""
+
+import math
+import resource
+import time
+
+from deepspeed.accelerator import get_accelerator
+
+from pretrain.config.keys import ConfigError, RunConfig
+from pretrain.host.journal import Journal
+from pretrain.silo.checkpoint import Progress
+from pretrain.silo.data import Mixture
+from pretrain.silo.engine import Engine
+from pretrain.silo.ranks import Ranks
+
+PACE = 0.2  # share of the newest step in the running mean of a step's seconds
+
+
+class StepLog:
+    """Keeps the clock of training; only the leader, who has a journal, writes."""
+
+    def __init__(self, config: RunConfig, name: str, journal: Journal | None, progress: Progress) -> None:
+        self._config, self._name, self._journal, self._progress = config, name, journal, progress
+        self._interval_steps = config.silos[name].log_interval_steps
+        self._tokens_logged = progress.position * config.sequence_tokens
+        self._since = self._logged = time.monotonic()
+        self._step = progress.step
+
+    def resume_training(self) -> None:
+        """The clock of training starts here again; what went before was syncing, evaluating or saving."""
+        self._since = self._logged = time.monotonic()
+        self._tokens_logged, self._step = self._progress.position * self._config.sequence_tokens, self._progress.step
+        if self._journal:
+            self._journal.status(
+                "training", step=self._progress.step, round=self._config.round_at(self._progress.step + 1)
+            )
+
+    def step(self, lr: float, grad_norm: float) -> None:
+        """Account for one inner step."""
+        progress, now = self._progress, time.monotonic()
+        seconds, before = now - self._since, self._step
+        progress.seconds_training += seconds
+        progress.seconds_per_step += (seconds - progress.seconds_per_step) * (PACE if progress.seconds_per_step else 1)
+        self._since, self._step = now, progress.step
+        if not self._journal or before // self._interval_steps == progress.step // self._interval_steps:
+            return
+        tokens, round = progress.position * self._config.sequence_tokens, self._config.round_at(progress.step)
+        tokens_per_second = (tokens - self._tokens_logged) / max(now - self._logged, 1e-9)
+        self._tokens_logged, self._logged = tokens, now
+        print(
+            f"step {progress.step:7d}/{self._config.inner.num_steps}  round {round:5d}  loss {progress.loss:8.4f}  "
+            f"lr {lr:.3e}  grad {grad_norm:8.3f}  {tokens_per_second:9.0f} tok/s  {tokens / 1e6:9.3f} Mtok",
+            flush=True,
+        )
+        self._journal.record(
+            "step",
+            step=progress.step,
+            round=round,
+            loss=progress.loss,
+            lr=lr,
+            tokens=tokens,
+            tokens_per_second=tokens_per_second,
+            grad_norm=grad_norm,
+        )
+
+    def check_finite(self, num_skipped_steps: int, last_good: object) -> None:
+        """Raise ConfigError with step, silo and last good checkpoint if the loss or a gradient was not finite."""
+        progress = self._progress
+        if math.isfinite(progress.loss) and not num_skipped_steps:
+            return
+        what = "the gradient is not finite" if math.isfinite(progress.loss) else f"loss is {progress.loss}"
+        raise ConfigError(
+            f"silo {self._name}: {what} at step {progress.step}; last good checkpoint: {last_good or 'none'}; "
+            "nothing of this round was delivered; lower inner.lr or inner.clip_norm in a new run"
+        )
+
+    def summary(self, engine: Engine, ranks: Ranks, mixture: Mixture) -> None:
+        """The last record: totals, tokens read of each corpus, and peak memory summed over the silo's ranks."""
+        host_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        on_device = get_accelerator().device_name() != "cpu"
+        device_bytes = get_accelerator().max_memory_allocated() if on_device else 0
+        host_total, device_total = ranks.sum([host_bytes, device_bytes])
+        if self._journal:
+            self._journal.record(
+                "summary",
+                tokens_by_corpus=[
+                    draws * self._config.sequence_tokens for draws in mixture.draws(self._progress.position)
+                ],
+                parameters=sum(shape.numel() for shape in engine.shapes.values()),
+                seconds_training=self._progress.seconds_training,
+                seconds_waiting=self._progress.seconds_waiting,
+                seconds_evaluating=self._progress.seconds_evaluating,
+                peak_memory_bytes=int(host_total),
+                peak_device_memory_bytes=int(device_total),
+            )

@@ -1,0 +1,436 @@
+"""The exchange among the silos themselves, as one of them sees it: a coded all-reduce with the outer step inside.
+
+A fragment is cut into one part a silo. Every silo sends each other one that one's part of its coded pseudo-gradient
+(all-to-all), merges the parts that came for its own, takes the outer step of it, and sends its coded change to all
+(all-gather): 2 (K - 1) / K coded fragments leave each of K silos, and each keeps a K-th of the outer optimizer's state.
+The mathematics are the aggregator's, to the last bit.
+
+Each silo writes the same ledger in its own run directory; what each is about to write is compared before anybody does.
+So a silo that resumes from an older checkpoint finds there what was merged meanwhile, and one that died between its
+step and its commit finds the step there and the commit with the others.
+"""
+
+import json
+import math
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pretrain.config.keys import ConfigError, RunConfig
+from pretrain.exchange.base import Received
+from pretrain.exchange.collective import Collective, Lane, PeerLostError, connect
+from pretrain.exchange.lanes import Lanes, carry
+from pretrain.exchange.payload import Tensors
+from pretrain.host.identity import own_identity
+from pretrain.merge.terms import contributor, merge_weight, outer_optimizer, read_delivery, shared_moments
+from pretrain.outer.codec import apply_change, check, decoded
+from pretrain.outer.digest import Row, digest_rows, tensor_row
+from pretrain.outer.merge import importance_mean, mean_cosine, unit_sum_squared, weighted_mean
+from pretrain.outer.moments import Moment, SecondMoment, check_moments, importance
+from pretrain.outer.pieces import Piece
+from pretrain.outer.quantize import QUANTIZERS, Parts
+from pretrain.outer.state import OuterTensors
+from pretrain.sync.own_ledger import Kept, OwnLedger, all_pieces
+from pretrain.trust.contract import build_contract, check_same_contract, first_contract
+from pretrain.trust.ledger import Commit, Contributor, Manifest, RefusedError, sha256_bytes
+
+SETTLE_SECONDS = 3.0  # for the watch to find out who broke a connection, and why
+
+
+class AmongSilos:
+    """One silo's exchange with all others; see exchange/base.py for the verbs."""
+
+    concurrent = False
+
+    def __init__(self, config: RunConfig, silo: str, lanes: dist.ProcessGroup | None) -> None:
+        """`lanes` has the silo's ranks that carry bytes, for that alone; None with one lane."""
+        self._config, self._silo, self._lane_group = config, silo, lanes
+        self._schedule, self._roster, self._index = config.schedule, config.full_roster, config.full_roster.index(silo)
+        self._ledger = OwnLedger(config, silo)
+        settings = config.exchange
+        self._collective = Collective(
+            settings.url, self._roster, silo, dead_seconds=settings.dead_seconds, hung_seconds=settings.hung_seconds
+        )
+        self._lanes: Lanes | None = None
+        self._carrier: threading.Thread | None = None
+        self._passing = threading.Lock()
+        self._lost = ""
+        self._rows: dict[str, Row] = {}  # of the newest version
+        self._kept: Kept = {}  # the outer state of our part of every fragment
+
+    @property
+    def contract_sha256(self) -> str:
+        """sha256 of the contract."""
+        return self._ledger.contract_sha256
+
+    @property
+    def lost(self) -> str:
+        """Which silo is gone, and how we know."""
+        return self._lost or self._collective.lost
+
+    @property
+    def waiting_for(self) -> str:
+        """The silos that have not come as far as we have."""
+        return ", ".join(f"silo {silo}" for silo in self._collective.missing)
+
+    # ---- coming and going
+
+    def join(self) -> None:
+        """Wait for all silos; compare contracts and ledgers."""
+        ours = build_contract(self._config)
+        self._ledger.open(ours)
+        with self._passing, self._naming_the_lost():
+            directory = self._config.silo_directory(self._silo)
+            self._collective.join(f"{own_identity(directory)}/{uuid.uuid4().hex}")
+            facts = {"contract": first_contract(ours).decode(), "newest": self._ledger.newest}
+            told = {s: json.loads(words) for s, words in self._collective.share("facts", json.dumps(facts)).items()}
+            check_same_contract(ours, told[self._roster[0]]["contract"].encode(), self._config.exchange.url)
+            self._lanes = Lanes(self._collective.first_lane(), self._config.exchange.num_lanes, self._lane_group)
+            self._catch_up({silo: facts["newest"] for silo, facts in told.items()})
+        self._rows, self._kept = self._ledger.load()
+
+    def _catch_up(self, newest: Mapping[str, int]) -> None:
+        """Give the newest version to those that died before they had written it; nobody can be further behind."""
+        last = max(newest.values())
+        ahead = [silo for silo in self._roster if newest[silo] == last]
+        behind = [silo for silo in self._roster if newest[silo] < last]
+        for silo in behind:
+            if newest[silo] < last - 1:
+                raise ConfigError(
+                    f"silos: {silo!r} has version {newest[silo]} in its run directory where {ahead[0]!r} has {last}; "
+                    "restore its run directory, or start all silos anew in others"
+                )
+        has_it = self._silo in ahead
+        said = self._collective.share("newest", self._ledger.words(last) if has_it else "")
+        for silo in ahead:
+            if said[silo] != said[ahead[0]]:
+                raise ConfigError(f"silos: {ahead[0]!r} and {silo!r} have different versions {last} in their ledgers")
+        if behind:
+            assert self._lanes
+            commit = Commit.from_bytes(said[ahead[0]])
+            gift = _bytes(self._ledger.payload(last) if self._silo == ahead[0] else b"")
+            num_bytes = 0 if has_it else commit.payloads[0].num_bytes
+            out = [gift if silo in behind else gift[:0] for silo in self._roster]
+            arrived = self._lanes.swap(out, [num_bytes if silo == ahead[0] else 0 for silo in self._roster])
+            if not has_it:
+                self._ledger.take(commit, arrived[self._roster.index(ahead[0])].numpy().tobytes())
+
+    def assist(self, rank: int) -> None:
+        """Carry a lane's bytes, beside training."""
+        settings = self._config.exchange
+
+        def make_lane() -> Lane:
+            store, dead_seconds = connect(settings.url, is_host=False), settings.dead_seconds
+            return Lane(store, settings.url, self._roster, self._silo, lane=rank, dead_seconds=dead_seconds)
+
+        if rank < settings.num_lanes:
+            arguments = (make_lane, self._lane_group, len(self._roster))
+            self._carrier = threading.Thread(target=carry, args=arguments, name="lane", daemon=True)
+            self._carrier.start()
+
+    def is_ours(self, version: int, commit_sha256: str) -> bool:
+        """Our ledger lies beside the checkpoint, and is compared with the others' when we join."""
+        return True
+
+    def initial(self) -> Received:
+        """Our own: everybody starts from the contract's parameters."""
+        return self._ledger.received(0)
+
+    def moved(self) -> None:
+        """The others may know."""
+        self._collective.moved()
+
+    def checkpointed(self, version: int) -> None:
+        """For our ledger's pruning."""
+        self._ledger.mark_resumable(version)
+
+    def close(self, reason: str) -> None:
+        """Tell the others, and let go of the lanes."""
+        if self._carrier:
+            self._carrier.join()
+            return
+        self._collective.close(reason and f"silo {self._silo} {reason}" if reason != self.lost else reason)
+        with self._passing:  # whoever passes bytes at this moment ends first
+            if self._lanes:
+                self._lanes.close(len(self._roster))
+
+    # ---- one version
+
+    def pieces(self, names: Sequence[str], base: Mapping[str, Tensor]) -> list[Piece]:
+        """Every silo's part, cut into pieces of tensors."""
+        return [piece for part in self._parts({name: base[name] for name in names}) for piece in part]
+
+    def _parts(self, fragment: Mapping[str, Tensor]) -> list[list[Piece]]:
+        return all_pieces(fragment, len(self._roster))
+
+    def deliver(self, manifest: Manifest, file: Path) -> None:
+        """Nothing leaves before all are there."""
+
+    def receive(self, version: int, sent: tuple[Manifest, Path] | None, base: Mapping[str, Tensor]) -> Received:
+        """Merge a version with the others; one that is in our ledger already is taken from there."""
+        if version <= self._ledger.newest:
+            return self._ledger.received(version)
+        assert sent  # nobody sits out a round of a collective
+        manifest, file = sent
+        with self._passing, self._naming_the_lost():
+            return self._merge(version, manifest, Tensors(file), base)
+
+    def _merge(self, version: int, manifest: Manifest, coded: Tensors, base: Mapping[str, Tensor]) -> Received:
+        assert version == self._ledger.newest + 1
+        told = self._collective.share(f"{version}/manifest", manifest.to_bytes().decode())
+        manifests = self._read_manifests(version, told, digest_rows(self._rows[name] for name in base))
+        for what in ("manifest", "stepped", "commit"):
+            self._collective.forget(f"{version - 1}/{what}")  # all have come here, so they have heard it
+
+        uplink, downlink = self._config.outer.codec, self._config.outer.downlink_codec
+        parts, others = self._parts(base), [silo != self._silo for silo in self._roster]
+        mine = parts[self._index]
+        out = [_pack([coded.parts(piece.key) for piece in part]) for part in parts]
+        arrived = self._swap(out, [num_bytes(uplink, mine)] * len(parts))
+        arrived[self._index] = out[self._index]
+        told_moments, num_moment_bytes = self._swap_moments(coded.moments, base)
+        outer, changes, words = self._step(
+            version, manifests, arrived, {piece: base[piece.name] for piece in mine}, told_moments
+        )
+        self._ledger.keep(version, outer.kept)  # before anybody can have what belongs to it
+
+        stepped = self._collective.share(f"{version}/stepped", json.dumps(words))
+        change = _pack([changes[piece.key] for piece in mine])
+        merged = self._swap([change] * len(parts), [num_bytes(downlink, part) for part in parts])
+        merged[self._index] = change
+        values = self._apply(merged, parts, base)
+        rows = {name: tensor_row(name, value) for name, value in values.items()}
+        weights = [self._weight(manifests[silo]) for silo in self._roster]
+        contributors = [
+            contributor(manifests[silo], told[silo], weight) for silo, weight in zip(self._roster, weights, strict=True)
+        ]
+        moments = {
+            name: moment.merge([(weight, of[name]) for weight, of in zip(weights, told_moments, strict=True)])
+            for name, moment in self._moments(base).items()
+        }
+        self._commit(version, values, rows, contributors, stepped, moments=moments)
+        self._rows |= rows
+        for kind, tensors in outer.kept.items():
+            self._kept[kind] |= tensors
+        sent = sum(len(data) for data, other in zip(out, others, strict=True) if other)
+        received = sum(len(data) for data, other in zip((*arrived, *merged), others * 2, strict=True) if other)
+        return Received(
+            commit=Commit.from_bytes(self._ledger.words(version).encode()),
+            values=values,
+            rows=rows,
+            moments=moments,
+            bytes_sent=sent + len(change) * sum(others) + num_moment_bytes,
+            bytes_received=received + num_moment_bytes,
+        )
+
+    def _read_manifests(self, version: int, told: Mapping[str, bytes], base_digest: str) -> dict[str, Manifest]:
+        manifests = {}
+        for silo, words in told.items():
+            try:
+                manifests[silo] = read_delivery(
+                    words,
+                    silo=silo,
+                    version=version,
+                    base_digest=base_digest,
+                    config=self._config,
+                    contract_sha256=self.contract_sha256,
+                )
+            except RefusedError as error:
+                raise PeerLostError(f"silo {silo}: its part of version {version}: {error}") from None
+        return manifests
+
+    def _weight(self, manifest: Manifest) -> int:
+        return merge_weight(manifest.tokens, self._config.outer.weight_power)
+
+    def _swap(self, out: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        assert self._lanes
+        none = torch.empty(0, dtype=torch.uint8)
+        return self._lanes.swap(
+            [none if index == self._index else data for index, data in enumerate(out)],
+            [0 if index == self._index else size for index, size in enumerate(sizes)],
+        )
+
+    def _step(
+        self,
+        version: int,
+        manifests: Mapping[str, Manifest],
+        arrived: Sequence[Tensor],
+        base: Mapping[Piece, Tensor],
+        told_moments: Sequence[Mapping[str, Parts]],
+    ) -> tuple[OuterTensors, dict[str, Parts], dict[str, Any]]:
+        """Merge our part and take the outer step of it; what we say of it is summed up by all."""
+        settings = self._config.outer
+        optimizer, lr, count = outer_optimizer(settings), self._config.outer_lr(version), self._schedule.count(version)
+        moments = self._moments({piece.name: of_whole for piece, of_whole in base.items()})
+        outer = OuterTensors(
+            parameters={piece.key: piece.of(tensor).clone() for piece, tensor in base.items()},
+            kept={kind: {piece.key: of[piece.key].clone() for piece in base} for kind, of in self._kept.items()},
+        )
+        gram, update_squared = torch.zeros(len(arrived), len(arrived), dtype=torch.float64), 0.0
+        unpacked = [_unpack(data, settings.codec, list(base)) for data in arrived]
+        changes = {}
+        for index, piece in enumerate(base):
+            published = outer.parameters[piece.key]
+            found = []
+            for silo, parts in zip(self._roster, unpacked, strict=True):
+                self._check(silo, settings.codec, parts[index], piece)
+                found.append((self._weight(manifests[silo]), decoded(settings.codec, published, parts[index])))
+            stack = torch.stack([pseudo_gradient for _, pseudo_gradient in found])
+            gram += stack @ stack.T
+            if settings.merge == "importance" and isinstance(moment := moments.get(piece.name), SecondMoment):
+                said = (piece.of(importance(moment.decode(told[piece.name]))) for told in told_moments)
+                merged = importance_mean(
+                    ((*one, other) for one, other in zip(found, said, strict=True)), published.shape
+                )
+            else:
+                merged, _ = weighted_mean(found, published.shape)
+            try:
+                changes[piece.key], squared = outer.step(
+                    piece.key, merged, optimizer, lr=lr, count=count, codec=settings.downlink_codec
+                )
+            except ValueError as error:
+                raise ConfigError(f"version {version}: {piece.name}: {error}") from None
+            update_squared += squared
+        words = {"update_squared": update_squared, "gram": gram.tolist(), "kept_digest": outer.kept_digest}
+        return outer, changes, words
+
+    @staticmethod
+    def _check(silo: str, codec: str, parts: Parts, piece: Piece) -> None:
+        """Raise PeerLostError unless what another silo sent is of the codec and finite."""
+        assert piece.stop is not None
+        try:
+            check(codec, parts, torch.Size([piece.stop - piece.start]))
+        except ValueError as error:
+            raise PeerLostError(f"silo {silo} sent a {piece.name} that cannot be used: {error}") from None
+
+    def _moments(self, base: Mapping[str, Tensor]) -> dict[str, Moment]:
+        return shared_moments(self._config, sorted(base), {name: value.shape for name, value in base.items()})
+
+    def _swap_moments(self, own: Mapping[str, Parts], base: Mapping[str, Tensor]) -> tuple[list[dict[str, Parts]], int]:
+        """Every silo's moments, which all merge whole, as they are small; and the bytes sent."""
+        moments = self._moments(base)
+        if not moments:
+            return [{} for _ in self._roster], 0
+        mine = _pack([own[name] for name in moments])
+        arrived = self._swap([mine] * len(self._roster), [len(mine)] * len(self._roster))
+        arrived[self._index] = mine
+        found = [unpack_moments(data, moments) for data in arrived]
+        for silo, told in zip(self._roster, found, strict=True):
+            try:
+                check_moments(told, moments)
+            except ValueError as error:
+                raise PeerLostError(f"silo {silo} sent what cannot be used: {error}") from None
+        return found, len(mine) * (len(self._roster) - 1)
+
+    def _apply(
+        self, merged: Sequence[Tensor], parts: Sequence[list[Piece]], base: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The fragment after the step: every silo's coded change applied to its part."""
+        values, codec = {name: tensor.clone() for name, tensor in base.items()}, self._config.outer.downlink_codec
+        for silo, data, pieces in zip(self._roster, merged, parts, strict=True):
+            for piece, change in zip(pieces, _unpack(data, codec, pieces), strict=True):
+                self._check(silo, codec, change, piece)
+                apply_change(codec, piece.of(values[piece.name]), change)
+        return values
+
+    def _commit(
+        self,
+        version: int,
+        values: Mapping[str, Tensor],
+        rows: Mapping[str, Row],
+        contributors: Sequence[Contributor],
+        stepped: Mapping[str, bytes],
+        *,
+        moments: Mapping[str, Parts],
+    ) -> None:
+        """Draft the commit, compare its sha256 with the others', and write it into the ledger."""
+        said = {silo: json.loads(words) for silo, words in stepped.items()}
+        gram = torch.tensor([words["gram"] for words in said.values()], dtype=torch.float64).sum(0)
+        commit, files = self._ledger.draft(
+            version,
+            {self._schedule.fragment(version): values},
+            moments=moments,
+            parameters_digest=digest_rows((self._rows | dict(rows)).values()),
+            outer_digest=sha256_bytes(json.dumps([words["kept_digest"] for words in said.values()]).encode()),
+            contributors=contributors,
+            metrics={
+                "update_norm": sum(words["update_squared"] for words in said.values()) ** 0.5,
+                "cosine_mean": mean_cosine(unit_sum_squared(gram), len(self._roster)),
+            },
+        )
+        found = self._collective.share(f"{version}/commit", sha256_bytes(commit.to_bytes()))
+        usual, number = Counter(found.values()).most_common(1)[0]
+        if number < len(found):
+            odd = [silo for silo in self._roster if found[silo] != usual or 2 * number <= len(found)]
+            raise PeerLostError(
+                f"silo {', '.join(odd)}: another version {version} than the other silos' came out of the same "
+                "deliveries; the version is not written"
+            )
+        self._ledger.publish(commit, files)
+
+    @contextmanager
+    def _naming_the_lost(self) -> Iterator[None]:
+        """Note why we cannot go on; a broken connection may only follow from somebody else's end."""
+        try:
+            yield
+        except PeerLostError as error:
+            deadline = time.monotonic() + SETTLE_SECONDS
+            while not self._collective.lost and time.monotonic() < deadline:
+                time.sleep(0.1)
+            self._lost = self._collective.lost or str(error)
+            raise
+
+
+def num_bytes(codec: str, pieces: Sequence[Piece]) -> int:
+    """Bytes of coded pieces."""
+    return sum(size for piece in pieces for _, _, size in _layout(codec, piece))
+
+
+def _layout(codec: str, piece: Piece) -> list[tuple[str, torch.dtype, int]]:
+    """Name, dtype and bytes of each part of a coded piece, in the order in which they are sent."""
+    assert piece.stop is not None
+    layout = QUANTIZERS[codec].layout(piece.stop - piece.start)
+    return [(part, dtype, number * dtype.itemsize) for part, (dtype, number) in sorted(layout.items())]
+
+
+def _pack(coded: Sequence[Parts]) -> Tensor:
+    """Coded pieces as bytes."""
+    parts = [parts[part].contiguous().view(torch.uint8).view(-1) for parts in coded for part in sorted(parts)]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
+
+
+def _unpack(data: Tensor, codec: str, pieces: Sequence[Piece]) -> list[Parts]:
+    """Coded pieces from bytes."""
+    layouts = [_layout(codec, piece) for piece in pieces]
+    chunks = iter(data.split([size for layout in layouts for _, _, size in layout]))
+    return [{part: next(chunks).clone().view(dtype) for part, dtype, _ in layout} for layout in layouts]
+
+
+def unpack_moments(data: Tensor, moments: Mapping[str, Moment]) -> dict[str, Parts]:
+    """Moments from bytes, as `_pack` lays them out."""
+    chunks = iter(data.split([size for moment in moments.values() for _, _, size in _moment_layout(moment)]))
+    return {
+        name: {part: next(chunks).clone().view(dtype).view(shape) for part, (dtype, shape), _ in _moment_layout(moment)}
+        for name, moment in moments.items()
+    }
+
+
+def _moment_layout(moment: Moment) -> list[tuple[str, tuple[torch.dtype, tuple[int, ...]], int]]:
+    """Name, dtype and shape, and bytes of each part, in the order in which they are sent."""
+    return [
+        (part, (dtype, shape), dtype.itemsize * math.prod(shape))
+        for part, (dtype, shape) in sorted(moment.layout.items())
+    ]
+
+
+def _bytes(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)

@@ -1,0 +1,130 @@
+"""A silo's side of the outer step where the others may go on without it, and where silos differ in speed."""
+
+import math
+import time
+from typing import Any
+
+import torch
+
+from pretrain.outer.rounds import participants, steps_of_round
+from pretrain.silo.checkpoint import Progress
+from pretrain.silo.engine import Engine
+from pretrain.sync.silo_sync import SiloSync, done
+from pretrain.sync.through_store import ThroughStore
+
+LOSS_DECAY = 0.9  # of the running mean that a loss is compared with
+
+
+class ElasticSync(SiloSync):
+    """Adds to `SiloSync` what the contract's `membership` allows; in a run of a fixed roster nothing of it happens."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Takes what SiloSync takes."""
+        super().__init__(*args, **kwargs)
+        rules = self.config.membership
+        self._may_miss = rules.is_elastic or rules.sample is not None
+        mine = self._may_miss and self.ranks.is_leader and isinstance(self._exchange, ThroughStore)
+        self._store: ThroughStore | None = self._exchange if mine else None  # type: ignore[assignment]
+        self._has_started, self._num_skipped = False, 0
+
+    def start(self, engine: Engine, progress: Progress) -> None:
+        """Take over version 0, or the newest, and say that we take part."""
+        super().start(engine, progress)
+        if self._store:
+            self._store.announce(progress.version)
+
+    def catch_up(self, engine: Engine, progress: Progress) -> None:
+        """Take over the newest version and its place in the schedule, if the others have gone on without us.
+
+        What the engine has learned since it was last sent is kept by the error feedback, if there is one, and else
+        lost, as it would not fit the parameters that the others have. A silo that is not drawn for a round waits for
+        what the others make of it.
+        """
+        if not self._may_miss:
+            return
+        while progress.step < self.schedule.num_steps:
+            if not self._is_drawn(progress.step):
+                version = progress.version + 1
+                waited = self._receivers.submit(self._store.wait_for, version) if self._store else None
+                self._poll(waited, f"version {version}", progress)
+            newest = self.ranks.from_leader(self._store.newest(progress.version) if self._store else None)
+            if newest > progress.sent:
+                self._jump(engine, progress, newest)
+            elif self._is_drawn(progress.step):
+                break
+        self._has_started = True
+
+    def set_pace(self, progress: Progress) -> None:
+        """At the end of a round: how many inner steps this silo makes in the next, so that all arrive together."""
+        if self.config.membership.steps != "speed":
+            return
+        prefix = "seconds_per_step/"
+        told = self._last_commit.metrics if self._last_commit else {}
+        measured = {key.removeprefix(prefix): value for key, value in told.items() if key.startswith(prefix)}
+        interval = self.schedule.sync_interval_steps
+        steps = steps_of_round({self.silo: progress.seconds_per_step} | measured, self.silo, interval)
+        progress.round_steps = self.ranks.from_leader(steps)
+
+    def went_back(self, engine: Engine, progress: Progress) -> bool:
+        """Go back to the last commit, with a fresh inner optimizer, if the loss is not finite or has risen too far."""
+        limit, mean = self.config.membership.max_loss_rise, progress.mean_loss
+        if limit is None:
+            return False
+        num_skipped, self._num_skipped = engine.num_skipped_steps - self._num_skipped, engine.num_skipped_steps
+        finite = math.isfinite(progress.loss) and not num_skipped
+        if finite and (not mean or progress.loss <= mean + limit):
+            progress.mean_loss = mean * LOSS_DECAY + progress.loss * (1 - LOSS_DECAY) if mean else progress.loss
+            return False
+        self._write(engine, list(engine.shapes), self.global_parameters)
+        engine.forget_optimizer()
+        progress.sent_positions = {str(f): progress.position for f in range(self.schedule.num_fragments)}
+        if self.journal:
+            print(f"loss {progress.loss:.4f} at step {progress.step}: back to version {progress.version}", flush=True)
+            self.journal.record("went_back", step=progress.step, version=progress.version, loss=progress.loss)
+        return True
+
+    def _is_drawn(self, step: int) -> bool:
+        rules, round = self.config.membership, step // self.schedule.sync_interval_steps + 1
+        drawn = participants(self.config.full_roster, round, sample=rules.sample, seed=rules.sample_seed)
+        return self.silo in drawn or step % self.schedule.sync_interval_steps > 0
+
+    def _jump(self, engine: Engine, progress: Progress, newest: int) -> None:
+        began, missed = time.monotonic(), progress.version
+        self.settle()
+        if self._decay:
+            for name in engine.shapes:
+                local = engine.read(name)
+                if self.ranks.is_leader:
+                    change = self.global_parameters[name] - local.cpu()
+                    self.residuals.setdefault(name, torch.zeros_like(change)).add_(change)
+                del local
+        fetched = self._receivers.submit(self._fetch, progress, newest) if self.ranks.is_leader else None
+        self._poll(fetched, f"version {newest}", progress)
+        num_bytes = fetched.result() if fetched else 0
+        self._write(engine, list(engine.shapes), self.global_parameters)
+        self._go_on_from(progress, newest)
+        for version in range(newest + 1, progress.sent + 1):
+            if self.ranks.is_leader and version not in self._flights:
+                self._take_off(version, self._names(engine, version), done(None))
+        progress.seconds_waiting += time.monotonic() - began
+        if self._store and not self._has_started:
+            self._store.announce(newest)
+        if self.journal:
+            print(f"caught up from version {missed} to {newest}, step {progress.step}", flush=True)
+            self.journal.record(
+                "catch_up", step=progress.step, version=newest, from_version=missed, bytes_received=num_bytes
+            )
+
+    def _fetch(self, progress: Progress, newest: int) -> int:
+        """Bring the host copy to version `newest`; returns the bytes received."""
+        assert self._store
+        num_bytes, commit = 0, self._store.commit(newest)
+        for received in self._store.changes(progress.version, newest, self.global_parameters):
+            self._take_over(received)
+            num_bytes += received.bytes_received
+        self._check_digest(progress, commit)
+        for version in [version for version in self._flights if version <= newest]:
+            flight = self._flights.pop(version)
+            flight.coded.result()
+            self._settle(progress, self._store.commit(version), refused=False)
+        return num_bytes

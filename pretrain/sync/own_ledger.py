@@ -1,0 +1,201 @@
+"""A silo's own record of a collective run, in its run directory: what a restart needs, and what it owes the others.
+
+    silos/NAME/ledger/        laid out like a store: contract.json, and of every version commit.json and the parameters
+    silos/NAME/kept/000017-velocity.safetensors   the outer state of the silo's part, as step 17 left it
+
+The outer state is written before any of the step is sent: whoever dies after others had its change still has it.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pretrain.config.keys import ConfigError, RunConfig
+from pretrain.exchange.base import Received
+from pretrain.exchange.payload import PARAMETER, Tensors, save_tensors
+from pretrain.exchange.store import StoreExchange, file_payload, version_path
+from pretrain.outer.digest import Row, digest_rows, tensor_row
+from pretrain.outer.fragments import cut_fragments
+from pretrain.outer.pieces import Piece, cut_pieces
+from pretrain.outer.quantize import Parts
+from pretrain.outer.state import OuterTensors, kept_at_start
+from pretrain.silo.model import initial_parameters
+from pretrain.trust.contract import check_same_contract, contract_bytes
+from pretrain.trust.ledger import Commit, Contributor, Payload, sha256_bytes
+
+Kept = dict[str, dict[str, Tensor]]  # kind to piece to tensor
+
+
+class OwnLedger:
+    """The versions that this silo has seen. Nothing in it is ever overwritten."""
+
+    def __init__(self, config: RunConfig, silo: str) -> None:
+        self._config, self._silo, self._schedule = config, silo, config.schedule
+        self._directory = config.silo_directory(silo)
+        self._store = StoreExchange(config.ledger_url(silo))
+        self.newest = -1
+
+    @property
+    def contract_sha256(self) -> str:
+        """sha256 of the contract."""
+        return self._store.contract_sha256
+
+    def open(self, contract: dict[str, Any]) -> None:
+        """Begin with the contract and version 0, or go on; raises ConfigError if this is another run's."""
+        stored = self._store.read_contract()
+        if stored is None:
+            self._store.write_contract(contract_bytes(contract))
+        else:
+            check_same_contract(contract, stored, self._store.objects.url)
+        self.newest = self._store.newest_version()
+        if self.newest < 0:
+            outer, parameters = self._config.outer, initial_parameters(self._config)
+            kept = kept_at_start(parameters, outer.optimizer, outer.downlink_codec)
+            self.publish(
+                *self.draft(
+                    0,
+                    {f: {n: parameters[n] for n in names} for f, names in enumerate(self._cut(parameters))},
+                    parameters_digest=digest_rows(tensor_row(name, value) for name, value in parameters.items()),
+                    outer_digest=OuterTensors(parameters=parameters, kept=kept).kept_digest,
+                )
+            )
+
+    def _cut(self, parameters: Mapping[str, Tensor]) -> list[list[str]]:
+        try:
+            return cut_fragments({n: p.numel() for n, p in parameters.items()}, self._schedule.num_fragments)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+    def draft(
+        self,
+        version: int,
+        values: Mapping[int, Mapping[str, Tensor]],  # by fragment
+        *,
+        parameters_digest: str,
+        outer_digest: str,
+        moments: Mapping[str, Parts] | None = None,
+        contributors: Sequence[Contributor] = (),
+        metrics: Mapping[str, float] | None = None,
+    ) -> tuple[Commit, list[Path]]:
+        """A commit that is not written yet, and the files that it names."""
+        files = [self._file(fragment) for fragment in values]
+        for file, tensors in zip(files, values.values(), strict=True):
+            save_tensors({name: {"values": value} for name, value in tensors.items()}, file, moments=moments)
+        commit = Commit(
+            contract_sha256=self.contract_sha256,
+            version=version,
+            previous=self.sha256(version - 1) if version else None,
+            codec="fp32",
+            payloads=[file_payload(file, fragment) for file, fragment in zip(files, values, strict=True)],
+            state_payloads=[],
+            contributors=list(contributors),
+            divisor=sum(contributor.weight for contributor in contributors),
+            parameters_digest=parameters_digest,
+            outer_digest=outer_digest,
+            metrics=dict(metrics or {}),
+        )
+        return commit, files
+
+    def publish(self, commit: Commit, files: Sequence[Path]) -> None:
+        """Write a version for ever, and prune what nobody needs again."""
+        self._store.publish(commit, zip(commit.payloads, files, strict=True))
+        for file in files:
+            file.unlink()
+        self.newest = commit.version
+        keep, num_fragments = self._config.exchange.keep_versions, self._schedule.num_fragments
+        self._store.prune([self._silo], self.newest, keep, num_fragments)
+        for file in (self._directory / "kept").glob("*.safetensors"):
+            if int(file.name[:6]) <= self.newest - num_fragments:
+                file.unlink()
+
+    def _file(self, fragment: int) -> Path:
+        return self._directory / "inbox" / f"{PARAMETER}-{fragment:03d}.safetensors"
+
+    # ---- reading
+
+    def words(self, version: int) -> str:
+        """The bytes of a commit, as text."""
+        return self._store.commit_bytes(version).decode()
+
+    def sha256(self, version: int) -> str:
+        """sha256 of a commit."""
+        return sha256_bytes(self._store.commit_bytes(version))
+
+    def payload(self, version: int) -> bytes:
+        """The parameters that a version changed, as its commit names them."""
+        (payload,) = self._store.read_commit(version).payloads
+        return self._store.objects.read(f"{version_path(version)}/{payload.file}")
+
+    def take(self, commit: Commit, data: bytes) -> None:
+        """Write a version that another silo has and we do not. Raises ConfigError if the bytes are not the commit's."""
+        (payload,) = commit.payloads
+        file = self._file(payload.fragment)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)
+        if file_payload(file, payload.fragment) != payload:
+            raise ConfigError(f"silos: another silo's version {commit.version} is not what its commit says")
+        self.publish(commit, [file])
+
+    def received(self, version: int) -> Received:
+        """A version that is there already."""
+        commit = self._store.read_commit(version)
+        values: dict[str, Tensor] = {}
+        moments: dict[str, Parts] = {}
+        for payload in commit.payloads:
+            found, beside = self._tensors(version, payload)
+            values |= found
+            moments |= beside
+        rows = {name: tensor_row(name, value) for name, value in values.items()}
+        return Received(commit=commit, values=values, rows=rows, moments=moments, bytes_sent=0, bytes_received=0)
+
+    def _tensors(self, version: int, payload: Payload) -> tuple[dict[str, Tensor], dict[str, Parts]]:
+        file = self._file(payload.fragment)
+        self._store.fetch(version_path(version), payload, file)
+        tensors = Tensors(file)
+        values = {name: tensors.parts(name)["values"].clone() for name in tensors.names}
+        moments = dict(tensors.moments)
+        file.unlink()
+        return values, moments
+
+    # ---- our part of the outer state
+
+    def keep(self, version: int, kept: Kept) -> None:
+        """Write what step `version` made of our part."""
+        for kind, values in kept.items():
+            file = self._kept_file(version, kind)
+            save_tensors({key: {"values": value} for key, value in values.items()}, file.with_suffix(".tmp"), kind)
+            file.with_suffix(".tmp").replace(file)
+
+    def _kept_file(self, version: int, kind: str) -> Path:
+        return self._directory / "kept" / f"{version:06d}-{kind}.safetensors"
+
+    def load(self) -> tuple[dict[str, Row], Kept]:
+        """Of the newest version: the digest's rows, and our part of the outer state behind it."""
+        rows: dict[str, Row] = {}
+        pieces: dict[str, Tensor] = {}
+        num_silos, index = len(self._config.full_roster), self._config.full_roster.index(self._silo)
+        for version, payload in self._store.newest_state(self.newest, self._schedule.num_fragments):
+            values, _ = self._tensors(version, payload)
+            rows |= {name: tensor_row(name, value) for name, value in values.items()}
+            mine = all_pieces(values, num_silos)[index]
+            pieces |= {piece.key: piece.of(values[piece.name]).clone() for piece in mine}
+        kept = kept_at_start(pieces, self._config.outer.optimizer, self._config.outer.downlink_codec)
+        for version in range(max(1, self.newest - self._schedule.num_fragments + 1), self.newest + 1):
+            for kind in kept:
+                file = self._kept_file(version, kind)
+                if not file.is_file():
+                    raise ConfigError(f"run directory: {file} is missing, outer state of version {version}; restore it")
+                tensors = Tensors(file, kind)
+                kept[kind] |= {key: tensors.parts(key)["values"].clone() for key in tensors.names}
+        return rows, kept
+
+    def mark_resumable(self, version: int) -> None:
+        """A checkpoint holds `version`."""
+        self._store.mark_resumable(self._silo, version)
+
+
+def all_pieces(fragment: Mapping[str, Tensor], num_silos: int) -> list[list[Piece]]:
+    """The pieces of a fragment that each silo, in the order of the roster, merges."""
+    return cut_pieces({name: fragment[name].numel() for name in sorted(fragment)}, num_silos)

@@ -1,0 +1,290 @@
+"""The exchange through a store, as a silo sees it: deliver objects, wait for the aggregator's commits."""
+
+import dataclasses
+import json
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from pretrain.config.keys import ConfigError, RunConfig
+from pretrain.exchange.base import Received
+from pretrain.exchange.beats import Beats
+from pretrain.exchange.objects import StopWaitingError, StoreTroubleError
+from pretrain.exchange.payload import Tensors
+from pretrain.exchange.rollback import explain, foreign, is_rolling_back
+from pretrain.exchange.store import StoreExchange, version_path
+from pretrain.host.identity import own_identity
+from pretrain.host.software import differences
+from pretrain.merge.terms import shared_moments
+from pretrain.outer.codec import apply_change, check
+from pretrain.outer.digest import tensor_row
+from pretrain.outer.moments import check_moments
+from pretrain.outer.pieces import Piece
+from pretrain.outer.quantize import Parts
+from pretrain.trust.contract import build_contract, check_same_contract, read_contract
+from pretrain.trust.ledger import Commit, Manifest, RefusedError
+
+MAX_REFUSALS = 3
+
+
+class ThroughStore:
+    """One silo's exchange through the store; see exchange/base.py for the verbs."""
+
+    concurrent = True
+    waiting_for = "the aggregator"
+
+    def __init__(self, config: RunConfig, silo: str) -> None:
+        self._config, self._silo = config, silo
+        self._rules = config.membership
+        self._closing = threading.Event()
+        self._store = StoreExchange.of_run(config, closing=self._closing)
+        self._directory = config.silo_directory(silo)
+        self._marking = ThreadPoolExecutor(1, thread_name_prefix="mark")
+        self._beats: Beats | None = None
+        self.lost = ""
+        self._was_rolled_back = False
+        self._num_refused: dict[int, int] = {}  # of a version's deliveries, before ours of this start
+
+    @property
+    def contract_sha256(self) -> str:
+        """sha256 of the contract, once there is one."""
+        return self._store.contract_sha256
+
+    def join(self) -> None:
+        """Wait for the aggregator's contract; from then on the store shows that we are alive."""
+        while (stored := self._store.read_contract()) is None:
+            self._pause()
+        check_same_contract(build_contract(self._config), stored, self._store.objects.url)
+        for line in differences(read_contract(stored, self._store.objects.url)[1]):
+            print(line, flush=True)
+        while is_rolling_back(self._store):
+            self._pause()
+        self._store.claim_name(self._silo, own_identity(self._directory))
+        seconds = self._config.exchange.lease_seconds
+        content = (json.dumps({"lease_seconds": seconds}) + "\n").encode()
+        self._beats = Beats(self._store.objects, f"silos/{self._silo}/beats/", lease_seconds=seconds, content=content)
+
+    def assist(self, rank: int) -> None:
+        """The leader does it all."""
+
+    def is_ours(self, version: int, commit_sha256: str) -> bool:
+        """Ask the ledger."""
+        found = explain(self._store, version, commit_sha256)
+        if found == "foreign":
+            raise ConfigError(foreign(f"silo {self._silo}'s checkpoint", version, commit_sha256, self._store))
+        self._was_rolled_back |= found == "rolled back"
+        return found == "same"
+
+    def initial(self) -> Received:
+        """Wait for the aggregator's version 0; with a quorum, and after a rollback, take the newest."""
+        while (newest := self._store.newest_version()) < 0:
+            self._pause()
+        if not (self._rules.is_elastic or self._was_rolled_back):
+            newest = 0
+        outer = self._config.outer
+        if newest and not self._rules.is_elastic and (outer.num_fragments > 1 or outer.overlap_steps):
+            raise ConfigError(
+                f"silo {self._silo}: the run was rolled back to version {newest}, and no checkpoint here is as old; "
+                "with fragments in turn or overlap, and no quorum, roll back only as far as silo.keep_checkpoints reach"
+            )
+        found = list(self.changes(-1, newest, {}))
+        return Received(
+            commit=found[-1].commit,
+            values={name: value for received in found for name, value in received.values.items()},
+            rows={name: row for received in found for name, row in received.rows.items()},
+            bytes_sent=0,
+            bytes_received=sum(received.bytes_received for received in found),
+        )
+
+    def pieces(self, names: Sequence[str], base: Mapping[str, Tensor]) -> list[Piece]:
+        """Whole tensors."""
+        return [Piece(name) for name in names]
+
+    def deliver(self, manifest: Manifest, file: Path) -> None:
+        """Write the payload and its manifest into the store; what comes too late to count is not sent."""
+        with self._noticing_the_end():
+            version = manifest.version
+            if self._rules.is_elastic and not self._rules.stale_weight and self._is_committed(version):
+                return
+            self._num_refused.setdefault(version, len(self._store.refusals(self._silo, version)))
+            if self._store.deliver(manifest, [(payload, file) for payload in manifest.payloads]) != manifest.to_bytes():
+                print(
+                    f"version {version}: this pseudo-gradient differs from the one delivered before the restart "
+                    "(kernels that are not deterministic); the delivered one stands",
+                    flush=True,
+                )
+
+    def receive(self, version: int, sent: tuple[Manifest, Path] | None, base: Mapping[str, Tensor]) -> Received:
+        """Wait until the commit is there, delivering again what the aggregator refused; then download it.
+
+        Raises ConfigError after MAX_REFUSALS refusals, or one for good, unless the others may go on without us.
+        """
+        with self._noticing_the_end():
+            refused = self._wait_for_commit(version, sent)
+            num_bytes = sum(payload.num_bytes for payload in sent[0].payloads) if sent else 0
+            return dataclasses.replace(self._download(version, base), bytes_sent=num_bytes, refused=refused)
+
+    @contextmanager
+    def _noticing_the_end(self) -> Iterator[None]:
+        """When the store stays away for longer than is tried, all ranks have to stop, and can still save."""
+        try:
+            yield
+        except StoreTroubleError as error:
+            self.lost = str(error)
+            raise StopWaitingError from None
+
+    def _wait_for_commit(self, version: int, sent: tuple[Manifest, Path] | None) -> bool:
+        """Whether our delivery was refused for good."""
+        refusals = self._store.refusals(self._silo, version)
+        num_refused, missed_before = self._num_refused.get(version, len(refusals)), False
+        while not self._is_committed(version):
+            if sent and self._store.delivery(self._silo, version) is None:
+                refusals = self._store.refusals(self._silo, version)
+                if len(refusals) > num_refused:
+                    num_refused = len(refusals)
+                    print(f"version {version}: the aggregator refused our delivery: {refusals[-1].reason}", flush=True)
+                elif not missed_before:  # the reason is written just after the manifest is removed: look once more
+                    missed_before = True
+                    self._pause()
+                    continue
+                missed_before = False
+                if refusals and (refusals[-1].final or num_refused >= MAX_REFUSALS):
+                    if not self._rules.is_elastic:
+                        raise ConfigError(
+                            f"silo {self._silo}: version {version} was refused {num_refused} times: "
+                            f"{refusals[-1].reason}"
+                        )
+                    sent = None  # the commit comes without us
+                elif not self._is_committed(version):
+                    self.deliver(*sent)
+            self._pause()
+        self._num_refused.pop(version, None)
+        return any(refusal.final for refusal in refusals)
+
+    def _is_committed(self, version: int) -> bool:
+        return self._store.newest_version(version - 1) >= version
+
+    # ---- where the others may go on without us
+
+    def newest(self, version: int) -> int:
+        """The newest version that is committed, where `version` is known to be."""
+        with self._noticing_the_end():
+            return self._store.newest_version(version)
+
+    def commit(self, version: int) -> Commit:
+        """The commit of a version that is there. Raises ConfigError."""
+        try:
+            return self._store.read_commit(version)
+        except RefusedError as error:
+            raise ConfigError(f"silo {self._silo}: version {version} in the store cannot be used: {error}") from None
+
+    def announce(self, version: int) -> None:
+        """Say that we take part from `version` on."""
+        with self._noticing_the_end():
+            self._store.announce(self._silo, left=False, version=version)
+
+    def wait_for(self, version: int) -> None:
+        """Wait for a commit in which we have no part."""
+        with self._noticing_the_end():
+            self._wait_for_commit(version, None)
+
+    def changes(self, version: int, newest: int, base: Mapping[str, Tensor]) -> Iterator[Received]:
+        """What makes version `newest` of `version`, whose tensors are `base`, one fragment after another.
+
+        Each fragment comes as the coded changes that were missed, or whole if these are gone or not smaller. The last
+        commit is in all of them. Raises ConfigError.
+        """
+        last, num_fragments = self.commit(newest), self._config.outer.num_fragments
+        for fragment in range(num_fragments):
+            missed = [v for v in range(max(version, 0) + 1, newest + 1) if v % num_fragments == fragment]
+            if not missed and version >= 0:
+                continue
+            try:
+                yield self._changed(missed[-1] if missed else 0, missed if version >= 0 else [], last, base, fragment)
+            except (RefusedError, SafetensorError) as error:
+                raise ConfigError(f"silo {self._silo}: version {newest} in the store cannot be used: {error}") from None
+
+    def _changed(
+        self, newest: int, missed: list[int], last: Commit, base: Mapping[str, Tensor], fragment: int
+    ) -> Received:
+        """One fragment as version `newest` made it, from the changes of `missed` or whole."""
+        whole = self._store.whole(newest, fragment)
+        changes = self._store.changes(missed, fragment, below_bytes=whole.num_bytes)
+        values: dict[str, Tensor] = {}
+        for number, payload, codec in changes or [(newest, whole, "")]:
+            file = self._directory / "inbox" / f"{number:06d}-{fragment:03d}.safetensors"
+            self._store.fetch(version_path(number), payload, file)
+            tensors = Tensors(file)
+            before = values or {name: base[name] for name in tensors.names} if codec else {}
+            values = changed_tensors(tensors, codec, before)
+            file.unlink()
+        rows = {name: tensor_row(name, value) for name, value in values.items()}
+        num_bytes = sum(payload.num_bytes for _, payload, _ in changes) or whole.num_bytes
+        return Received(commit=last, values=values, rows=rows, bytes_sent=0, bytes_received=num_bytes)
+
+    def _download(self, version: int, base: Mapping[str, Tensor]) -> Received:
+        """Fetch a commit's payloads and check them before a byte is decoded."""
+        values: dict[str, Tensor] = {}
+        moments: dict[str, Parts] = {}
+        num_bytes = 0
+        try:
+            commit = self._store.read_commit(version)
+            for payload in commit.payloads:
+                file = self._directory / "inbox" / f"{version:06d}-{payload.fragment:03d}.safetensors"
+                num_bytes += self._store.fetch(version_path(version), payload, file)
+                payload_tensors = Tensors(file)
+                values |= changed_tensors(payload_tensors, commit.codec, base)
+                moments |= payload_tensors.moments
+                file.unlink()
+            shapes = {name: value.shape for name, value in values.items()}
+            check_moments(moments, shared_moments(self._config, values, shapes))
+        except (RefusedError, SafetensorError, ValueError) as error:
+            raise ConfigError(f"silo {self._silo}: version {version} in the store cannot be used: {error}") from None
+        rows = {name: tensor_row(name, value) for name, value in values.items()}
+        return Received(
+            commit=commit, values=values, rows=rows, moments=moments, bytes_sent=0, bytes_received=num_bytes
+        )
+
+    def _pause(self) -> None:
+        if self._closing.wait(self._config.exchange.poll_seconds):
+            raise StopWaitingError
+
+    def checkpointed(self, version: int) -> None:
+        """Say so in the store, for its pruning; training goes on meanwhile."""
+        self._marking.submit(self._store.mark_resumable, self._silo, version)
+
+    def moved(self) -> None:
+        """Nobody waits for us without end: the aggregator does not ask."""
+
+    def close(self, reason: str) -> None:
+        """End what waits; when all is done, the last checkpoint's word comes first."""
+        self._marking.shutdown(wait=not reason, cancel_futures=bool(reason))
+        self._closing.set()
+        if self._beats:
+            self._beats.stop(take_back=True)
+
+
+def changed_tensors(payload: Tensors, codec: str, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a payload makes of the tensors in `base`, which are left as they are; of none, what it holds itself.
+
+    Raises RefusedError if it changes others, or is of another codec or shape.
+    """
+    if not base:
+        return {name: payload.parts(name)["values"].clone() for name in payload.names}
+    if payload.names != sorted(base):
+        raise RefusedError("it changes other tensors than those of its fragment")
+    values = {}
+    for name, before in base.items():
+        parts = payload.parts(name)
+        try:
+            check(codec, parts, before.shape)
+        except ValueError as error:
+            raise RefusedError(f"{name}: {error}") from None
+        values[name] = before.clone()
+        apply_change(codec, values[name], parts)
+    return values
