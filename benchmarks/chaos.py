@@ -36,7 +36,8 @@ from launch.show.display import AGGREGATOR
 from launch.show.metrics import MetricsReader, Record, read_status
 from launch.start.local import process_directory
 from launch.start.processes import MARK
-from pretrain.config.keys import RunConfig, load_config, save_config
+from pretrain.config.keys import RunConfig
+from pretrain.config.load import load_config, save_config
 from pretrain.exchange.store import StoreExchange, version_path
 
 SYNC_INTERVAL_STEPS = 10

@@ -31,7 +31,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.silo_overhead import configuration, make_text
-from pretrain.config.keys import RunConfig, save_config
+from pretrain.config.keys import RunConfig
+from pretrain.config.load import save_config
 from pretrain.host.journal import Journal
 from pretrain.outer.fragments import cut_fragments
 from pretrain.silo.engine import Engine

@@ -30,7 +30,8 @@ from safetensors.torch import load_file
 from benchmarks.sync import PLAIN, finished, mean_loss
 from launch.demo import federated_config, prepare_text
 from launch.start.local import CommandBuilder, launch_local, local_commands
-from pretrain.config.keys import RunConfig, save_config
+from pretrain.config.keys import RunConfig
+from pretrain.config.load import save_config
 from pretrain.exchange.store import StoreExchange
 from pretrain.federation.leave import say_left
 from pretrain.outer.digest import digest_tensors

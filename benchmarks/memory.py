@@ -20,7 +20,8 @@ import psutil
 from benchmarks.silo_overhead import make_text
 from launch.show.metrics import MetricsReader
 from launch.start.local import local_commands
-from pretrain.config.keys import RunConfig, load_config, save_config
+from pretrain.config.keys import RunConfig
+from pretrain.config.load import load_config, save_config
 
 SAMPLE_SECONDS = 0.005
 MIB = 1 << 20

@@ -31,7 +31,7 @@ from benchmarks.links import (
 from launch.demo import prepare_text
 from launch.show.metrics import MetricsReader
 from launch.show.plan import measured_run, tokens_per_second
-from launch.show.report import Run
+from launch.show.run import Run
 from pretrain.config.keys import RunConfig
 from pretrain.plan.plan import make_plan
 from pretrain.plan.seconds import Given, parse_bandwidth

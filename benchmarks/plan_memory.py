@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.device_memory import Created
-from pretrain.config.keys import RunConfig, SiloConfig, load_config
+from pretrain.config.keys import RunConfig, SiloConfig
+from pretrain.config.load import load_config
 from pretrain.plan.bytes import model_shapes
 from pretrain.plan.memory import silo_memory
 from pretrain.silo.engine import Engine

@@ -13,7 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from pretrain.config.keys import RunConfig, load_config
+from pretrain.config.keys import RunConfig
+from pretrain.config.load import load_config
 from pretrain.host.journal import Journal
 from pretrain.host.stopping import StopRequested
 from pretrain.silo.model import token_losses

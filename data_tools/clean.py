@@ -20,7 +20,7 @@ from typing import Literal, cast, get_args
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.config.keys import ConfigError
+from pretrain.config.check import ConfigError
 
 Hashes = npt.NDArray[np.uint64]
 

@@ -97,7 +97,7 @@ def tokenizer(
     """
     from data_tools.counts import merge_counts
     from data_tools.tokenizer import train_from_counts, train_tokenizer
-    from pretrain.config.keys import ConfigError
+    from pretrain.config.check import ConfigError
     from pretrain.silo.shards import tokenizer_sha256
 
     if bool(corpora) == bool(counts):

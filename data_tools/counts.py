@@ -30,7 +30,7 @@ from typing import IO, NamedTuple
 from tokenizers import pre_tokenizers
 
 from data_tools.workers import in_order, num_cores
-from pretrain.config.keys import ConfigError
+from pretrain.config.check import ConfigError
 from pretrain.silo.shards import atomic_path
 
 FORMAT = 1

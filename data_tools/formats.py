@@ -25,7 +25,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 
 import zstandard
 
-from pretrain.config.keys import ConfigError
+from pretrain.config.check import ConfigError
 
 if TYPE_CHECKING:
     import pyarrow as pa

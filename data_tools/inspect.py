@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from data_tools.report import COLORS, WIDTH_INCHES, format_bytes, format_count, format_ratio, new_picture, printable
 from data_tools.report import print_side_by_side as print_columns
 from data_tools.tokenizer import load_tokenizer, tokenizer_file
-from pretrain.config.keys import ConfigError
+from pretrain.config.check import ConfigError
 from pretrain.silo.shards import (
     DOCUMENTS_FILE,
     MANIFEST_FILE,

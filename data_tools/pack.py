@@ -29,7 +29,7 @@ from data_tools.sources import Block, Part, Source, list_parts, part_identity, r
 from data_tools.tokenizer import end_of_text_id, load_tokenizer, tokenizer_file, vocab_size_of
 from data_tools.work import Work
 from data_tools.workers import in_order, num_cores
-from pretrain.config.keys import ConfigError
+from pretrain.config.check import ConfigError
 from pretrain.host.lock import lock_directory
 from pretrain.silo.shards import Manifest, atomic_path, read_manifest, tokenizer_sha256
 

@@ -38,7 +38,7 @@ from data_tools.formats import (
     suffix_of,
     whole_records,
 )
-from pretrain.config.keys import ConfigError
+from pretrain.config.check import ConfigError
 
 SPLITS = ("train", "valid")
 BLOCK_BYTES = 1 << 20

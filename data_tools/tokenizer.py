@@ -6,7 +6,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from pretrain.config.keys import ConfigError
+from pretrain.config.check import ConfigError
 from pretrain.silo.shards import atomic_path, tokenizer_sha256
 
 TOKENIZER_FILE = "tokenizer.json"

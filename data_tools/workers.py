@@ -11,7 +11,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
-from pretrain.config.keys import ConfigError
+from pretrain.config.check import ConfigError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 
 from data_tools.cli import app as data_app
-from pretrain.config.keys import ConfigError, RunConfig, load_config
+from pretrain.config.check import ConfigError
+from pretrain.config.keys import RunConfig
+from pretrain.config.load import load_config
 
 app = typer.Typer(
     name="atoll",

@@ -10,7 +10,9 @@ from rich.table import Table
 from launch.compare.compare import central_config, isolated_config
 from launch.show.report import summarize, write_report
 from launch.start.local import launch_local
-from pretrain.config.keys import ConfigError, RunConfig, load_config
+from pretrain.config.check import ConfigError
+from pretrain.config.keys import RunConfig
+from pretrain.config.load import load_config
 
 SETTINGS = Path(__file__).parent.parent / "configs" / "run" / "demo.yaml"
 VOCAB_SIZE = 2048

@@ -19,7 +19,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from pretrain.config.keys import ConfigError, RunConfig, load_config
+from pretrain.config.check import ConfigError
+from pretrain.config.keys import RunConfig
+from pretrain.config.load import load_config
 from pretrain.exchange.lease import Lease
 from pretrain.exchange.objects import StoreTroubleError
 from pretrain.exchange.payload import PARAMETER, Tensors, save_tensors

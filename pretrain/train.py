@@ -17,8 +17,9 @@ from pathlib import Path
 
 import torch
 
-from pretrain.config.check import check_batch
-from pretrain.config.keys import ConfigError, RunConfig, SiloConfig, load_config
+from pretrain.config.check import ConfigError, check_batch
+from pretrain.config.keys import RunConfig, SiloConfig
+from pretrain.config.load import load_config
 from pretrain.exchange.base import Exchange
 from pretrain.exchange.objects import StoreTroubleError
 from pretrain.federation.preflight import check_silo

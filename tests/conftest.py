@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 import pytest
 
-from pretrain.config.keys import RunConfig, load_config
+from pretrain.config.keys import RunConfig
+from pretrain.config.load import load_config
 from tests.support import TinyText, make_tiny_text, write_settings
 
 # A shell that starts the tests in the background has them and all their children ignore Ctrl-C, which some tests send.

@@ -19,7 +19,7 @@ import yaml
 from data_tools.pack import Recipe, prepare
 from data_tools.sources import Source, read_documents, training_file
 from data_tools.tokenizer import train_tokenizer
-from pretrain.config.keys import ConfigError
+from pretrain.config.check import ConfigError
 
 CORPORA = ("alpha", "beta", "gamma")
 VOCAB_SIZE = 300

@@ -18,17 +18,9 @@ from rich.console import Console
 from launch.show.metrics import read_status
 from launch.start.local import GRACE_SECONDS, StopSignals
 from launch.start.processes import POLL_SECONDS, Child, ChildCommand, Children
-from pretrain.config.check import check_config
-from pretrain.config.keys import (
-    ConfigError,
-    MembershipConfig,
-    OuterConfig,
-    RunConfig,
-    SiloConfig,
-    load_config,
-    load_typed,
-    save_config,
-)
+from pretrain.config.check import ConfigError, check_config
+from pretrain.config.keys import MembershipConfig, OuterConfig, RunConfig, SiloConfig
+from pretrain.config.load import load_config, load_typed, save_config
 from pretrain.silo.shards import read_manifest
 
 KINDS = ("central", "isolated", "federated", "personalised")

@@ -12,8 +12,9 @@ from typing import Any
 import jinja2
 
 from launch.compare.compare import CompareConfig, Planned, plan_runs
-from launch.show.report import Evaluation, Run, evaluations, summary_of
-from pretrain.config.keys import load_config
+from launch.show.report import summary_of
+from launch.show.run import Evaluation, Run, evaluations
+from pretrain.config.load import load_config
 
 # Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom.
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)

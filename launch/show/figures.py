@@ -4,7 +4,7 @@ import io
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -12,8 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-if TYPE_CHECKING:
-    from launch.show.report import Evaluation, Run
+from launch.show.run import Evaluation, Run
 
 # Okabe and Ito's colours: distinguishable with every kind of colour vision. The darkest goes to the reported run.
 MAIN_COLOR = "#0b3c5d"
@@ -52,7 +51,7 @@ STYLE: Any = {
 }
 
 
-def draw_all(run: "Run", evaluated: Mapping[str, "list[Evaluation]"]) -> dict[str, str]:
+def draw_all(run: Run, evaluated: Mapping[str, list[Evaluation]]) -> dict[str, str]:
     """Every plot there is data for, by name, as SVG; the first run of `evaluated` is `run`, the others comparisons."""
     draw: dict[str, Callable[[], Figure | None]] = {
         "held_out": lambda: held_out(evaluated),
@@ -66,7 +65,7 @@ def draw_all(run: "Run", evaluated: Mapping[str, "list[Evaluation]"]) -> dict[st
         return {name: _svg(figure) for name, figure in figures.items() if figure is not None}
 
 
-def held_out(evaluated: Mapping[str, "list[Evaluation]"]) -> Figure | None:
+def held_out(evaluated: Mapping[str, list[Evaluation]]) -> Figure | None:
     """Held-out loss against tokens: the mean first, then one panel per corpus, every run in each."""
     main_name, main = next(iter(evaluated.items()))
     if not main:
@@ -102,7 +101,7 @@ def held_out(evaluated: Mapping[str, "list[Evaluation]"]) -> Figure | None:
     return figure
 
 
-def training(run: "Run") -> Figure | None:
+def training(run: Run) -> Figure | None:
     """Training loss and learning rate by inner step."""
     if not run.records["step"]:
         return None
@@ -124,7 +123,7 @@ def training(run: "Run") -> Figure | None:
     return figure
 
 
-def sync(run: "Run") -> Figure | None:
+def sync(run: Run) -> Figure | None:
     """Bytes and waiting by round."""
     syncs = run.records["sync"]
     if not syncs:
@@ -161,7 +160,7 @@ def sync(run: "Run") -> Figure | None:
     return figure
 
 
-def time_by_silo(run: "Run") -> Figure | None:
+def time_by_silo(run: Run) -> Figure | None:
     """Where each silo's time went, as stacked bars."""
     ends = {record["silo"]: record for record in run.records["summary"]}
     silos = [silo for silo in run.silos if silo in ends]
@@ -182,7 +181,7 @@ def time_by_silo(run: "Run") -> Figure | None:
     return figure
 
 
-def pseudo_gradients(run: "Run") -> Figure | None:
+def pseudo_gradients(run: Run) -> Figure | None:
     """Norm of each silo's pseudo-gradient, and how far the silos' agree, by round."""
     if not run.records["sync"]:
         return None

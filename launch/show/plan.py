@@ -13,8 +13,10 @@ from rich.text import Text
 
 from launch.show import display
 from launch.show.display import format_bytes
-from launch.show.report import Run, format_count
-from pretrain.config.keys import ConfigError, OuterConfig
+from launch.show.report import format_count
+from launch.show.run import Run
+from pretrain.config.check import ConfigError
+from pretrain.config.keys import OuterConfig
 from pretrain.plan.plan import Plan
 from pretrain.plan.seconds import work_factor
 

@@ -18,7 +18,8 @@ from typing import Any
 import fsspec
 
 from launch.show.display import format_seconds
-from pretrain.config.keys import ConfigError, ExchangeConfig, InnerConfig, MembershipConfig, OuterConfig, RunConfig
+from pretrain.config.check import ConfigError
+from pretrain.config.keys import ExchangeConfig, InnerConfig, MembershipConfig, OuterConfig, RunConfig
 from pretrain.outer.rounds import participants
 
 # The layout is in pretrain/exchange/store.py; # is the number that tells objects of a kind apart.

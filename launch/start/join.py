@@ -13,7 +13,8 @@ from launch.show.status_reader import StoreStatus, store_status
 from launch.start.local import train_here, write_resolved
 from launch.start.site import SiteConfig, check_gpus, load_site
 from launch.start.slurm import launch_slurm
-from pretrain.config.keys import ConfigError, RunConfig
+from pretrain.config.check import ConfigError
+from pretrain.config.keys import RunConfig
 from pretrain.federation import join as joining
 from pretrain.federation.join import Federation, Link, Size
 from pretrain.federation.preflight import check_silo

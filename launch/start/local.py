@@ -17,7 +17,9 @@ from rich.console import Console
 from launch.show.display import AGGREGATOR, LiveDisplay, PlainDisplay, make_display
 from launch.show.metrics import MetricsReader, ProcessStatus, read_status
 from launch.start.processes import POLL_SECONDS, STOP_SIGNALS, Child, ChildCommand, Children, run_here
-from pretrain.config.keys import ConfigError, RunConfig, save_config
+from pretrain.config.check import ConfigError
+from pretrain.config.keys import RunConfig
+from pretrain.config.load import save_config
 from pretrain.host.lock import lock_directory
 
 # torchrun gives its workers 30 seconds between SIGTERM and SIGKILL (TORCH_ELASTIC_SHUTDOWN_TIMEOUT): outlast that, so

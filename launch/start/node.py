@@ -18,7 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from launch.start.torchrun import node_command
-from pretrain.config.keys import ConfigError, RunConfig, SiloConfig, load_config
+from pretrain.config.check import ConfigError
+from pretrain.config.keys import RunConfig, SiloConfig
+from pretrain.config.load import load_config
 from pretrain.host.lock import lock_holder
 
 LOCK_SECONDS = 300

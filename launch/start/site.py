@@ -4,7 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch.show.display import AGGREGATOR
-from pretrain.config.keys import ConfigError, RunConfig, Section, load_typed, spread
+from pretrain.config.check import ConfigError
+from pretrain.config.keys import RunConfig
+from pretrain.config.load import Section, load_typed, spread
 
 RUNTIMES = ("apptainer", "pyxis")
 BINDINGS = ("node", "socket", "exclusive", "core-complex")

@@ -20,7 +20,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from launch.show.display import AGGREGATOR
 from launch.start.local import hold_directory, make_attempt, point_latest, process_directory
 from launch.start.site import JobConfig, SiteConfig, check_gpus
-from pretrain.config.keys import ConfigError, RunConfig, load_config, save_config
+from pretrain.config.check import ConfigError
+from pretrain.config.keys import RunConfig
+from pretrain.config.load import load_config, save_config
 
 TEMPLATES = Path(__file__).parent.parent / "slurm"
 JOBS_FILE = "jobs.json"

@@ -21,7 +21,9 @@ from rich.console import Console
 from launch.start.local import Attempt, hold_directory, new_attempt, process_directory
 from launch.start.processes import ChildCommand
 from launch.start.torchrun import NodeCommand, check_options, config_path, node_command
-from pretrain.config.keys import ConfigError, RunConfig, save_config
+from pretrain.config.check import ConfigError
+from pretrain.config.keys import RunConfig
+from pretrain.config.load import save_config
 
 # Nobody is there to be asked for a password; what the user's own options and configuration say comes first. A shared
 # connection that is left open in the background would keep our pipe open with it.

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.start.local import KEEP_FREED_MEMORY
-from pretrain.config.keys import ConfigError, RunConfig, save_config
+from pretrain.config.check import ConfigError
+from pretrain.config.keys import RunConfig
+from pretrain.config.load import save_config
 
 
 @dataclass(frozen=True, kw_only=True)

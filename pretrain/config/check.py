@@ -2,10 +2,9 @@
 
 import math
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from pretrain.config.keys import ModelConfig, OuterConfig, RunConfig, SiloConfig
+from pretrain.config.keys import ModelConfig, OuterConfig, RunConfig, SiloConfig
 
 SCHEDULES = ("cosine", "wsd", "constant")
 MOMENTS = ("local", "shared")
@@ -38,7 +37,7 @@ def _require(ok: bool, key: str, given: object, allowed: str) -> None:
         raise ConfigError(f"{key}: {given!r} given; allowed: {allowed}")
 
 
-def check_config(config: "RunConfig") -> None:
+def check_config(config: RunConfig) -> None:
     """Check the values; raises ConfigError naming the key."""
     one_of = {
         "inner.optimizer": (config.inner.optimizer, ("adamw", "sgd", "muon")),
@@ -64,7 +63,7 @@ def check_config(config: "RunConfig") -> None:
         check(config)
 
 
-def _check_numbers(config: "RunConfig") -> None:
+def _check_numbers(config: RunConfig) -> None:
     at_least = {
         "sequence_tokens": (config.sequence_tokens, 2),
         "inner.num_steps": (config.inner.num_steps, 1),
@@ -106,7 +105,7 @@ def _check_numbers(config: "RunConfig") -> None:
     )
 
 
-def _check_rates(config: "RunConfig") -> None:
+def _check_rates(config: RunConfig) -> None:
     inner, outer = config.inner, config.outer
     for section, settings in (("inner", inner), ("outer", outer)):
         ratio, betas = settings.min_lr_ratio, settings.betas
@@ -121,7 +120,7 @@ def _check_rates(config: "RunConfig") -> None:
     _require(ramp_rounds <= config.num_rounds, "outer.warmup_rounds", ramp_rounds, fitting)
 
 
-def _check_muon(config: "RunConfig") -> None:
+def _check_muon(config: RunConfig) -> None:
     for name, silo in config.silos.items() if config.inner.optimizer == "muon" else ():
         _check_muon_silo(name, silo.deepspeed.get("zero_optimization", {}))
 
@@ -142,7 +141,7 @@ def _check_muon_silo(name: str, zero: dict[str, Any]) -> None:
         )
 
 
-def _check_streaming(outer: "OuterConfig") -> None:
+def _check_streaming(outer: OuterConfig) -> None:
     interval = outer.sync_interval_steps
     gap = f"outer.sync_interval_steps={interval}"
     _require(outer.num_fragments <= interval, "outer.num_fragments", outer.num_fragments, f"1 to {gap}")
@@ -160,7 +159,7 @@ def _check_streaming(outer: "OuterConfig") -> None:
     )
 
 
-def _check_model(model: "ModelConfig") -> None:
+def _check_model(model: ModelConfig) -> None:
     _require(
         bool(model.config) != bool(model.checkpoint),
         "model",
@@ -171,7 +170,7 @@ def _check_model(model: "ModelConfig") -> None:
         _require("model_type" in model.config, "model.config", model.config, "a mapping with model_type")
 
 
-def _check_roster(config: "RunConfig") -> None:
+def _check_roster(config: RunConfig) -> None:
     _require(bool(config.silos), "silos", {}, "at least one silo")
     _require(len(set(config.roster)) == len(config.roster), "roster", config.roster, "each name once")
     for name in config.full_roster:
@@ -183,7 +182,7 @@ def _check_roster(config: "RunConfig") -> None:
         _check_silo(name, silo)
 
 
-def _check_membership(config: "RunConfig") -> None:
+def _check_membership(config: RunConfig) -> None:
     """Raises ConfigError too for rules that mean nothing without a quorum."""
     rules, key = config.membership, "membership"
     for name, (number, minimum) in {
@@ -216,7 +215,7 @@ def _check_membership(config: "RunConfig") -> None:
             _require(given == field.default, f"{key}.{name}", given, f"{field.default} without {key}.quorum")
 
 
-def _check_merge(config: "RunConfig") -> None:
+def _check_merge(config: RunConfig) -> None:
     """A robust merge stands `num_malicious` silos only among enough others, in the smallest commit too."""
     outer, rules = config.outer, config.membership
     shares = outer.second_moments == "shared"
@@ -243,7 +242,7 @@ def _check_merge(config: "RunConfig") -> None:
     _require(fewest >= needed, key, fewest, allowed)
 
 
-def _check_collective(config: "RunConfig") -> None:
+def _check_collective(config: RunConfig) -> None:
     exchange = config.exchange
     if exchange.kind != "collective":
         return
@@ -258,7 +257,7 @@ def _check_collective(config: "RunConfig") -> None:
         _require(given == field.default, f"membership.{name}", given, allowed)
 
 
-def _check_options(config: "RunConfig") -> None:
+def _check_options(config: RunConfig) -> None:
     options, key = config.exchange.options, "exchange.options"
     client = options.get("client_kwargs", {})
     _require(isinstance(client, dict), f"{key}.client_kwargs", client, "a mapping")
@@ -278,7 +277,7 @@ def _refuse_secrets(given: dict[str, Any], key: str) -> None:
             _refuse_secrets(value, inner)
 
 
-def _check_silo(name: str, silo: "SiloConfig") -> None:
+def _check_silo(name: str, silo: SiloConfig) -> None:
     key = f"silos.{name}"
     for unit in (
         *("num_nodes", "processes_per_node", "num_threads"),
@@ -311,7 +310,7 @@ def _check_silo(name: str, silo: "SiloConfig") -> None:
     check_batch(name, silo, silo.num_nodes * silo.processes_per_node)
 
 
-def check_batch(name: str, silo: "SiloConfig", num_ranks: int) -> None:
+def check_batch(name: str, silo: SiloConfig, num_ranks: int) -> None:
     """`global batch = micro batch x accumulation x ranks`, all four numbers in the message."""
     micro, accumulation = silo.micro_batch_sequences, silo.accumulation_steps
     if silo.global_batch_sequences != micro * accumulation * num_ranks:

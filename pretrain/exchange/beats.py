@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
-from pretrain.config.keys import ConfigError
+from pretrain.config.check import ConfigError
 from pretrain.exchange.objects import Objects
 
 BEATS_PER_LEASE = 5

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.config.keys import ConfigError
+from pretrain.config.check import ConfigError
 from pretrain.exchange.objects import StopWaitingError
 
 MESSAGE_BYTES = 4 << 20  # a peer that passes less than one in `dead_seconds` counts as dead

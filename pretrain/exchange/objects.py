@@ -20,7 +20,7 @@ from typing import IO, Any, NoReturn, TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from pretrain.config.keys import ConfigError
+from pretrain.config.check import ConfigError
 from pretrain.exchange.options import distrust
 from pretrain.host.disk import is_full
 

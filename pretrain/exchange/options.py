@@ -5,7 +5,8 @@ from typing import Any
 
 import fsspec
 
-from pretrain.config.keys import ConfigError, ExchangeConfig
+from pretrain.config.check import ConfigError
+from pretrain.config.keys import ExchangeConfig
 
 OF_DIRECTORIES = (None, "file", "local")
 OF_S3 = ("s3", "s3a")

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pretrain.config.keys import ConfigError, ExchangeConfig
+from pretrain.config.check import ConfigError
+from pretrain.config.keys import ExchangeConfig
 from pretrain.exchange.lease import Lease
 from pretrain.exchange.store import StoreExchange, version_path
 from pretrain.trust.ledger import Record, RefusedError, sha256_bytes

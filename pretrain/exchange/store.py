@@ -29,7 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.config.keys import ConfigError, RunConfig
+from pretrain.config.check import ConfigError
+from pretrain.config.keys import RunConfig
 from pretrain.exchange.objects import Objects
 from pretrain.exchange.options import store_options
 from pretrain.trust.ledger import Commit, Manifest, Payload, RefusedError, check_link, sha256_bytes

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
-from pretrain.config.keys import ConfigError, RunConfig
+from pretrain.config.check import ConfigError
+from pretrain.config.keys import RunConfig
 from pretrain.exchange.options import store_options
 from pretrain.exchange.payload import PARAMETER
 from pretrain.exchange.store import StoreExchange, version_path

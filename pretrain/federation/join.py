@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.config.check import check_config
-from pretrain.config.keys import ConfigError, RunConfig, Section, load_unchecked
+from pretrain.config.check import ConfigError, check_config
+from pretrain.config.keys import RunConfig
+from pretrain.config.load import Section, load_unchecked
 from pretrain.exchange.options import is_directory, store_options
 from pretrain.exchange.store import StoreExchange, version_path
 from pretrain.federation.preflight import PROBE

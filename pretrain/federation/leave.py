@@ -1,6 +1,7 @@
 """A silo's word that it takes part no more. No torch."""
 
-from pretrain.config.keys import ConfigError, RunConfig
+from pretrain.config.check import ConfigError
+from pretrain.config.keys import RunConfig
 from pretrain.exchange.store import StoreExchange
 from pretrain.host.lock import lock_directory
 from pretrain.trust.contract import build_contract, check_same_contract

@@ -7,7 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pretrain.config.keys import ConfigError, RunConfig
+from pretrain.config.check import ConfigError
+from pretrain.config.keys import RunConfig
 from pretrain.exchange.options import store_options
 from pretrain.exchange.store import StoreExchange
 from pretrain.host.software import differences

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import fsspec
 
-from pretrain.config.keys import ConfigError, RunConfig
+from pretrain.config.check import ConfigError
+from pretrain.config.keys import RunConfig
 from pretrain.exchange.beats import BEATS_PER_LEASE
 from pretrain.exchange.objects import Objects
 from pretrain.exchange.options import is_directory, store_options

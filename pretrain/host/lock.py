@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pretrain.config.keys import ConfigError
+from pretrain.config.check import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from tokenizers import Tokenizer
 
-from pretrain.config.keys import ConfigError, RunConfig
+from pretrain.config.check import ConfigError
+from pretrain.config.keys import RunConfig
 from pretrain.exchange.payload import PARAMETER
 from pretrain.merge.terms import shared_moments
 from pretrain.outer.fragments import cut_fragments

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pretrain.config.check import check_config
-from pretrain.config.keys import ConfigError, OuterConfig, RunConfig
+from pretrain.config.check import ConfigError, check_config
+from pretrain.config.keys import OuterConfig, RunConfig
 from pretrain.plan.bytes import (
     Shapes,
     Traffic,

@@ -10,7 +10,8 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from pretrain.config.keys import ConfigError, RunConfig
+from pretrain.config.check import ConfigError
+from pretrain.config.keys import RunConfig
 from pretrain.outer.schedule import Schedule
 from pretrain.outer.state import kept_kinds
 from pretrain.plan.bytes import Shapes, Traffic, model_shapes, traffic, vocabulary

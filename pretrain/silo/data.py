@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pretrain.config.keys import ConfigError
+from pretrain.config.check import ConfigError
 from pretrain.silo.shards import (
     Manifest,
     Shard,

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 from torch import Tensor, nn
 
-from pretrain.config.keys import ConfigError, InnerConfig, ModelConfig, SiloConfig
+from pretrain.config.check import ConfigError
+from pretrain.config.keys import InnerConfig, ModelConfig, SiloConfig
 from pretrain.silo.model import build_empty, check_document_masking, restore_buffers, token_losses
 from pretrain.silo.optim import MEAN_STEPS, MuonAdamW, Piece, build_optimizer
 from pretrain.silo.ranks import Ranks

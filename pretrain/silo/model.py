@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.initialization import no_init_weights
 
-from pretrain.config.keys import ConfigError, ModelConfig, RunConfig
+from pretrain.config.check import ConfigError
+from pretrain.config.keys import ModelConfig, RunConfig
 
 # What masking may leave of the influence of the document before: 0, or a few roundings where experts take turns. Of the
 # types that do not mask, every one left a tenth or more.

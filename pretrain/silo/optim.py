@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pretrain.config.keys import ConfigError, InnerConfig
+from pretrain.config.check import ConfigError
+from pretrain.config.keys import InnerConfig
 from pretrain.outer.learning_rate import scheduled_lr
 
 MEAN_STEPS = 20  # of a mean gradient, at least; docs/log.md

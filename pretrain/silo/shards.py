@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.config.keys import ConfigError
+from pretrain.config.check import ConfigError
 
 FORMAT = 2
 MANIFEST_FILE = "manifest.json"

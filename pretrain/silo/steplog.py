@@ -6,7 +6,8 @@ import time
 
 from deepspeed.accelerator import get_accelerator
 
-from pretrain.config.keys import ConfigError, RunConfig
+from pretrain.config.check import ConfigError
+from pretrain.config.keys import RunConfig
 from pretrain.host.journal import Journal
 from pretrain.silo.checkpoint import Progress
 from pretrain.silo.data import Mixture

@@ -25,7 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.config.keys import ConfigError, RunConfig
+from pretrain.config.check import ConfigError
+from pretrain.config.keys import RunConfig
 from pretrain.exchange.base import Received
 from pretrain.exchange.collective import Collective, Lane, PeerLostError, connect
 from pretrain.exchange.lanes import Lanes, carry

@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from pretrain.config.keys import ConfigError, RunConfig
+from pretrain.config.check import ConfigError
+from pretrain.config.keys import RunConfig
 from pretrain.exchange.base import Received
 from pretrain.exchange.payload import PARAMETER, Tensors, save_tensors
 from pretrain.exchange.store import StoreExchange, file_payload, version_path

@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pretrain.config.keys import ConfigError, RunConfig
+from pretrain.config.check import ConfigError
+from pretrain.config.keys import RunConfig
 from pretrain.exchange.base import Exchange, Received
 from pretrain.exchange.payload import Tensors, save_tensors
 from pretrain.exchange.store import file_payload

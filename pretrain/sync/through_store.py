@@ -11,7 +11,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import Tensor
 
-from pretrain.config.keys import ConfigError, RunConfig
+from pretrain.config.check import ConfigError
+from pretrain.config.keys import RunConfig
 from pretrain.exchange.base import Received
 from pretrain.exchange.beats import Beats
 from pretrain.exchange.objects import StopWaitingError, StoreTroubleError

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pretrain.config.keys import ConfigError, RunConfig
+from pretrain.config.check import ConfigError
+from pretrain.config.keys import RunConfig
 from pretrain.host.software import VERSION, installed, minor
 from pretrain.silo.shards import tokenizer_sha256
 

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from benchmarks.elastic import Guest, final_digest, wait_until
-from pretrain.config.keys import RunConfig, load_config
+from pretrain.config.keys import RunConfig
+from pretrain.config.load import load_config
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, federate
 from tests.support import TinyText, tiny_settings, tiny_silo

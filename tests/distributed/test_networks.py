@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from benchmarks.links import HUB_ADDRESS, S3_ENVIRONMENT, S3_PORT, in_namespaces, inside, namespaces, run, s3_server
-from pretrain.config.keys import RunConfig, save_config
+from pretrain.config.keys import RunConfig
+from pretrain.config.load import save_config
 from tests.authority import Authority
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, federate

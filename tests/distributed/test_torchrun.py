@@ -23,7 +23,8 @@ from launch.start.processes import MARK, ChildCommand, Children
 from launch.start.remote import check_node, versions
 from launch.start.ssh import check_hosts, far_command, ssh_program
 from launch.start.torchrun import node_commands
-from pretrain.config.keys import RunConfig, load_config, save_config
+from pretrain.config.keys import RunConfig
+from pretrain.config.load import load_config, save_config
 from pretrain.federation.preflight import check_collective, check_port, check_run
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, federate

@@ -15,7 +15,8 @@ from rich.console import Console
 
 from launch.show.status_reader import store_status
 from launch.start.local import launch_local
-from pretrain.config.keys import RunConfig, save_config
+from pretrain.config.keys import RunConfig
+from pretrain.config.load import save_config
 from pretrain.federation.export import evaluate_directory, export_global_model
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, assert_same_bits, federate

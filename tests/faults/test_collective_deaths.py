@@ -15,7 +15,8 @@ import pytest
 from rich.console import Console
 
 from launch.start.local import launch_local, local_commands
-from pretrain.config.keys import RunConfig, save_config
+from pretrain.config.keys import RunConfig
+from pretrain.config.load import save_config
 from pretrain.exchange.store import StoreExchange
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, federate

@@ -14,7 +14,8 @@ import pytest
 
 from launch.start.local import CommandBuilder, local_commands
 from launch.start.processes import ChildCommand
-from pretrain.config.keys import RunConfig, save_config
+from pretrain.config.keys import RunConfig
+from pretrain.config.load import save_config
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, federate
 from tests.faults.test_kills import STREAMING, check_same, make_config

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config.keys import RunConfig, save_config
+from pretrain.config.keys import RunConfig
+from pretrain.config.load import save_config
 from pretrain.exchange.lease import Lease
 from pretrain.exchange.store import StoreExchange
 from pretrain.host.stopping import STOPPED

@@ -19,7 +19,8 @@ from launch.show.metrics import read_status
 from launch.start.local import process_directory
 from launch.start.site import load_site
 from launch.start.slurm import job_state, launch_slurm
-from pretrain.config.keys import RunConfig, load_config, save_config
+from pretrain.config.keys import RunConfig
+from pretrain.config.load import load_config, save_config
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, federate
 from tests.faults.test_kills import check_same

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config.keys import load_config
+from pretrain.config.load import load_config
 from tests.slurm.cluster import Cluster, cluster, missing
 from tests.support import write_corpus
 

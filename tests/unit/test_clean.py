@@ -25,7 +25,7 @@ from data_tools.clean import (
     write_grams,
 )
 from data_tools.duplicates import Seen
-from pretrain.config.keys import ConfigError
+from pretrain.config.check import ConfigError
 
 WHERE = "notes.jsonl, line 3"
 

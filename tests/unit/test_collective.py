@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain.config.keys import ConfigError
+from pretrain.config.check import ConfigError
 from pretrain.exchange.collective import MESSAGE_BYTES, Collective, Lane, PeerLostError, connect
 from tests.support import free_port
 

@@ -16,7 +16,7 @@ from launch.cli import app
 from launch.compare.compare import CompareConfig, Planned, compare, load_comparison, plan_runs
 from launch.compare.table import Interval, read_results, t_quantile, write_results
 from launch.show import figures
-from pretrain.config.keys import save_config
+from pretrain.config.load import save_config
 from tests.support import TinyText, one_line_error, tiny_settings, tiny_silo
 
 MODELS: dict[str, dict[str, Any]] = {

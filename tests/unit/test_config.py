@@ -9,7 +9,8 @@ import yaml
 
 from launch.start.site import load_site
 from pretrain.config.check import OWNED_DEEPSPEED_KEYS, check_batch
-from pretrain.config.keys import RunConfig, load_config, save_config
+from pretrain.config.keys import RunConfig
+from pretrain.config.load import load_config, save_config
 from pretrain.federation.preflight import check_silo
 from pretrain.silo.shards import read_manifest
 from tests.conftest import TinyConfig
@@ -280,7 +281,7 @@ def test_every_shipped_configuration_loads_or_merges(path: Path, minimal: Path) 
 
 def test_configuration_imports_no_torch() -> None:
     code = (
-        "import sys, pretrain.config.keys; print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
+        "import sys, pretrain.config.load; print([m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout == "[]\n"

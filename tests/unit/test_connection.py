@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from launch.show.status_reader import store_status
-from pretrain.config.keys import ExchangeConfig, RunConfig, load_config
+from pretrain.config.keys import ExchangeConfig, RunConfig
+from pretrain.config.load import load_config
 from pretrain.exchange.options import store_options
 from pretrain.exchange.store import StoreExchange
 from pretrain.federation.preflight import check_store

@@ -37,7 +37,7 @@ from data_tools.counts import (
     read_counts,
 )
 from data_tools.tokenizer import BYTE_ALPHABET, bpe_from_counts, train_from_counts, train_tokenizer
-from pretrain.config.keys import ConfigError
+from pretrain.config.check import ConfigError
 
 WORDS = [
     "court",

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from launch.start.join import join
 from launch.start.site import check_gpus
-from pretrain.config.keys import RunConfig, load_config
+from pretrain.config.keys import RunConfig
+from pretrain.config.load import load_config
 from pretrain.exchange.objects import Objects
 from pretrain.exchange.store import StoreExchange
 from pretrain.federation import join as joining

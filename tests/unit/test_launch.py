@@ -18,7 +18,9 @@ from launch.show.metrics import MetricsReader, ProcessStatus, last_of_each, read
 from launch.start import local
 from launch.start.local import hold_directory, launch_local, local_commands, log_tail, new_attempt
 from launch.start.processes import ChildCommand, Children
-from pretrain.config.keys import ConfigError, RunConfig, SiloConfig, save_config
+from pretrain.config.check import ConfigError
+from pretrain.config.keys import RunConfig, SiloConfig
+from pretrain.config.load import save_config
 
 # Leaves its pid behind, has a child of its own in another session, as torchrun has, and waits to be stopped.
 PATIENT = """

@@ -9,7 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.config.keys import ConfigError, InnerConfig, load_config
+from pretrain.config.check import ConfigError
+from pretrain.config.keys import InnerConfig
+from pretrain.config.load import load_config
 from pretrain.silo.model import build_initial
 from pretrain.silo.optim import build_optimizer, is_muon_matrix, learning_rate
 from tests.conftest import TinyConfig

@@ -18,7 +18,7 @@ from data_tools.clean import Cleaning
 from data_tools.pack import Recipe, StoppedError, prepare
 from data_tools.sources import Source, load_sources
 from data_tools.tokenizer import train_tokenizer
-from pretrain.config.keys import load_config
+from pretrain.config.load import load_config
 from pretrain.silo.data import PackedTokens
 from pretrain.silo.shards import Manifest, tokenizer_sha256, verify_shards, verify_tokens
 from tests.support import TinyText, one_line_error, pseudo_text, tiny_settings

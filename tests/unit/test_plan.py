@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from launch.show.plan import measured_run, print_plan, tokens_per_second
 from pretrain.config.check import CODECS
-from pretrain.config.keys import RunConfig, load_config, save_config
+from pretrain.config.keys import RunConfig
+from pretrain.config.load import load_config, save_config
 from pretrain.exchange.payload import save_tensors
 from pretrain.outer.codec import encode
 from pretrain.outer.moments import MeanGradient, Moment, SecondMoment

@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pretrain.config.keys import ConfigError, ModelConfig
+from pretrain.config.check import ConfigError
+from pretrain.config.keys import ModelConfig
 from pretrain.silo.data import BadTokenError, Batches, Mixture, Order, PackedTokens, Prefetch, held_out_batches
 from pretrain.silo.evaluate import summed_loss
 from pretrain.silo.model import build_initial, check_document_masking, document_positions, token_losses

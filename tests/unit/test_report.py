@@ -9,8 +9,11 @@ from xml.etree import ElementTree
 import pytest
 
 from launch.show.figures import MAX_POINTS, thin
-from launch.show.report import Run, data_parallel_bytes, evaluations, format_count, summarize, write_report
-from pretrain.config.keys import ConfigError, RunConfig, SiloConfig, save_config
+from launch.show.report import data_parallel_bytes, format_count, summarize, write_report
+from launch.show.run import Run, evaluations
+from pretrain.config.check import ConfigError
+from pretrain.config.keys import RunConfig, SiloConfig
+from pretrain.config.load import save_config
 
 SILOS = ("law", "prose <b>")
 NUM_ROUNDS, INTERVAL = 3, 4

@@ -100,6 +100,12 @@ def test_imports_go_down(path: Path) -> None:
     assert not upwards, f"{module} imports {upwards} of a higher floor"
 
 
+def test_no_import_goes_in_a_circle() -> None:
+    arrows = {module_name(path): set(imports(parsed(path))) & MODULES for path in PRODUCT}
+    circles = sorted(module for module in arrows if module in reached(module, arrows))
+    assert not circles
+
+
 @pytest.mark.parametrize(
     "module", sorted(name for name in MODULES if any(is_below(name, room) for room in WITHOUT_TORCH))
 )

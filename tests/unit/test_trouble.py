@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.config.keys import ConfigError
+from pretrain.config.check import ConfigError
 from pretrain.exchange.objects import Objects, StopWaitingError, StoreTroubleError
 from pretrain.host.disk import full_disk
 from tests.conftest import TinyConfig

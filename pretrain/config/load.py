@@ -1,0 +1,129 @@
+"""Loading a configuration: defaults < YAML files in order < `key=value`, every key and type checked."""
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pretrain.config.check import ConfigError, check_config
+from pretrain.config.keys import RunConfig
+
+T = TypeVar("T")
+Section = dict[Any, Any]
+Prepare = Callable[[Section], None]
+
+
+def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> RunConfig:
+    """Merge defaults, YAML files and `key=value` overrides; check every key, type and value.
+
+    Raises ConfigError for anything that a user can have got wrong.
+    """
+    config = load_unchecked(paths, overrides)
+    check_config(config)
+    return config
+
+
+def load_unchecked(
+    paths: Sequence[str | Path], overrides: Sequence[str] = (), *, below: Section | None = None
+) -> RunConfig:
+    """`load_config` without checking the values; `below` is merged before the files. Raises ConfigError."""
+    return load_typed(RunConfig, paths, overrides, below=below, prepare=_spread_silo_defaults)
+
+
+def load_typed(
+    kind: type[T],
+    paths: Sequence[str | Path],
+    overrides: Sequence[str] = (),
+    *,
+    below: Section | None = None,
+    prepare: Prepare = lambda given: None,
+) -> T:
+    """Merge defaults, `below`, YAML files and overrides into a dataclass; check keys and types. Raises ConfigError.
+
+    `prepare` changes what was given, in place, before it is typed.
+    """
+    layers = [below or {}, *(_read_yaml(Path(path)) for path in paths)]
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"command line: {override!r} given; allowed: key=value")
+        try:
+            layers.append(OmegaConf.from_dotlist([override]))
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            raise ConfigError(f"command line: {override!r} given; {_first_line(error)}") from None
+    try:
+        given = OmegaConf.to_container(OmegaConf.merge({}, *layers), resolve=True)
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        raise ConfigError(f"{getattr(error, 'full_key', None) or 'configuration'}: {_first_line(error)}") from None
+    if not isinstance(given, dict):
+        raise ConfigError("configuration: a list given; allowed: a mapping of keys to values")
+    _check_keys(given, kind, "")
+    prepare(given)
+    try:
+        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), given))
+    except (OmegaConfBaseException, TypeError) as error:
+        raise ConfigError(f"{getattr(error, 'full_key', None) or 'configuration'}: {_first_line(error)}") from None
+    assert isinstance(typed, kind)
+    return typed
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write the resolved configuration as YAML that `load_config` reads back to the same values."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    temporary.replace(path)
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        loaded = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise ConfigError(f"--config: {str(path)!r} given; there is no such file") from None
+    except (OmegaConfBaseException, yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: {' '.join(str(error).split())}") from None
+    return loaded
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _check_keys(given: dict[Any, Any], schema: type, prefix: str) -> None:
+    """Refuse keys that the dataclass `schema` lacks, at any depth, with the nearest allowed one."""
+    fields = {f.name: f.type for f in dataclasses.fields(schema)}
+    for key, value in given.items():
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else ""
+            raise ConfigError(f"{prefix}{key}: unknown key given; allowed: {', '.join(fields)}{hint}")
+        kind = fields[key]
+        section = kind if isinstance(kind, type) and dataclasses.is_dataclass(kind) else None
+        if section and not isinstance(value, dict | None):
+            raise ConfigError(f"{prefix}{key}: {value!r} given; allowed: a section of keys and values")
+        if section and value is not None:
+            _check_keys(value, section, f"{prefix}{key}.")
+        if str(kind).startswith("dict") and not isinstance(value, dict | None):
+            raise ConfigError(f"{prefix}{key}: {value!r} given; allowed: a section of keys and values")
+        named = [of for of in get_args(kind) if isinstance(of, type) and dataclasses.is_dataclass(of)]
+        for name, entry in (value or {}).items() if named else ():
+            if entry is not None and not isinstance(entry, dict):
+                raise ConfigError(f"{key}.{name}: {entry!r} given; allowed: a section of keys and values")
+            _check_keys(entry or {}, named[0], f"{key}.{name}.")
+
+
+def spread(defaults: Section | None, sections: Section | None) -> Section:
+    """Named sections, each with the defaults where it does not say otherwise."""
+    return {
+        str(name): OmegaConf.to_container(OmegaConf.merge(defaults or {}, section or {}))
+        for name, section in (sections or {}).items()
+    }
+
+
+def _spread_silo_defaults(given: dict[Any, Any]) -> None:
+    """Put the values of `silo` under every silo of the roster that does not say otherwise."""
+    given["silos"] = spread(given.get("silo"), given.get("silos"))
