@@ -21,6 +21,8 @@ from data_tools.sources import Source, read_documents, training_file
 from data_tools.tokenizer import train_tokenizer
 from pretrain.config.check import ConfigError
 
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden"
 CORPORA = ("alpha", "beta", "gamma")
 VOCAB_SIZE = 300
 SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprst" for vowel in "aeiou"]

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support import ROOT
+
 WORKER = Path(__file__).parent / "engine_worker.py"
 CASES = list(itertools.product(("adamw", "muon"), (0, 1, 2, 3), ("fp32", "bf16")))
 # Distance to a plain loop's parameters, as a share of the way made. Muon's Newton-Schulz iteration is in bf16 and makes
@@ -21,12 +23,11 @@ TOLERANCE = {("adamw", "fp32"): 1e-4, ("muon", "fp32"): 0.05, ("adamw", "bf16"):
 def run_worker(directory: Path, *, num_ranks: int) -> dict[Any, dict[str, Any]]:
     """One torchrun for all cases: starting DeepSpeed costs more. By (optimizer, stage, precision), or "masking"."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-    root = Path(__file__).parents[2]
     hide_gpus = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if torch.cuda.device_count() < num_ranks else {}
     run = subprocess.run(
         [*torchrun, str(WORKER), str(directory)],
-        cwd=root,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)} | hide_gpus,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | hide_gpus,
         capture_output=True,
         text=True,
         check=False,

@@ -32,7 +32,7 @@ from tests.distributed.sshd import MISSING, make_keys, ssh_to, sshd
 from tests.faults.test_kills import check_same
 from tests.slurm.test_slurm import make_config
 from tests.support import free_port, one_line_error
-from tests.unit.test_launch import PATIENT, is_alive, pids_of
+from tests.unit.launch.start.test_launch import PATIENT, is_alive, pids_of
 
 NEEDED = [tool for tool in ("ip", "tc", "sysctl", "unshare") if not shutil.which(tool)]
 AS_ROOT = pytest.mark.skipif(bool(NEEDED) or os.geteuid() != 0, reason=f"namespaces need root, and {NEEDED}")

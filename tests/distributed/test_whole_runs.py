@@ -20,8 +20,7 @@ from pretrain.config.load import save_config
 from pretrain.federation.export import evaluate_directory, export_global_model
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, assert_same_bits, federate
-
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT
+
 OURS = ("pretrain", "launch", "data_tools", "benchmarks", "tests")
 PRODUCT = sorted(path for folder in OURS[:3] for path in (ROOT / folder).rglob("*.py"))
 ALL_FILES = sorted(path for folder in OURS for path in (ROOT / folder).rglob("*.py"))

@@ -11,9 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from launch import cli
-from tests.support import TinyText, write_corpus, write_settings
-
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT, TinyText, write_corpus, write_settings
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "unknown key": (["inner.lrr=1"], "inner.lrr: unknown key given"),

@@ -23,7 +23,7 @@ from pretrain.trust.contract import build_contract, contract_bytes
 from pretrain.trust.ledger import sha256_bytes
 from tests.conftest import TinyConfig
 from tests.support import one_line_error
-from tests.unit.test_store import deliver, publish, publish_fragment
+from tests.unit.exchange.test_store import deliver, publish, publish_fragment
 
 Files = dict[str, bytes]
 

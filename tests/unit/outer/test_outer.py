@@ -5,7 +5,6 @@ import math
 import os
 from collections.abc import Callable
 from itertools import permutations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,9 @@ from torch import Tensor
 from pretrain.outer.digest import digest_rows, digest_tensors, tensor_row, tensor_sha256
 from pretrain.outer.merge import mean_cosine, weighted_mean
 from pretrain.outer.optimizer import MOMENTS, OuterOptimizer
+from tests.support import GOLDEN
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "outer_step.json"
+OUTER_STEP = GOLDEN / "outer_step.json"
 FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
 WEIGHTS = st.integers(1, 1 << 40)
 
@@ -49,10 +49,10 @@ def history(case: dict[str, Any]) -> list[dict[str, float]]:
 
 
 def test_golden_history() -> None:
-    golden = json.loads(GOLDEN.read_text())
+    golden = json.loads(OUTER_STEP.read_text())
     found = {name: case | {"history": history(case)} for name, case in golden.items()}
     if os.environ.get("ATOLL_RENEW_GOLDEN") == "1":
-        GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
+        OUTER_STEP.write_text(json.dumps(found, indent=1) + "\n")
         pytest.skip("tests/golden/outer_step.json is renewed; look at the difference")
     assert found == golden
 

@@ -180,7 +180,7 @@ def test_every_document_is_accounted_for(tokenizer: Path, tmp_path: Path) -> Non
         drop_duplicates=True,
         near_duplicates=0.8,
         drop_overlap=True,
-        filter="tests.unit.test_pack:keep",
+        filter="tests.unit.data_tools.test_pack:keep",
     )
     output = tmp_path / "packed"
     prepare(recipe(tokenizer, tmp_path / "text", cleaning=cleaning), output)

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,8 +19,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from pretrain.outer.quantize import BLOCK, CHUNK, QUANTIZERS, Parts, check_parts, decode
+from tests.support import GOLDEN
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "quantize.json"
+CODED = GOLDEN / "quantize.json"
 NAMES = sorted(QUANTIZERS)
 LARGEST = torch.finfo(torch.float32).max
 TOP = {"int8": 127, "int4": 7, "e3m0": 64}
@@ -73,9 +73,9 @@ def test_golden_bytes() -> None:
         for name, quantizer in QUANTIZERS.items()
     }
     if os.environ.get("ATOLL_RENEW_GOLDEN") == "1":
-        GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
+        CODED.write_text(json.dumps(found, indent=1) + "\n")
         pytest.skip("tests/golden/quantize.json is renewed; look at the difference")
-    assert found == json.loads(GOLDEN.read_text())
+    assert found == json.loads(CODED.read_text())
 
 
 def by_the_book(name: str, parts: Parts, num_elements: int) -> list[float]:
@@ -473,7 +473,7 @@ def test_same_bytes_with_other_vector_instructions(capability: str) -> None:
     if "AVX" not in torch.backends.cpu.get_cpu_capability() and capability == "avx2":
         pytest.skip("no AVX2")
     program = (
-        "import torch, tests.unit.test_quantize as here; print(torch.backends.cpu.get_cpu_capability());"
+        "import torch, tests.unit.outer.test_quantize as here; print(torch.backends.cpu.get_cpu_capability());"
         "here.test_golden_bytes(); [here.test_decoded_by_the_book(name, 12_301) for name in here.NAMES]"
     )
     environment = os.environ | {"ATEN_CPU_CAPABILITY": capability, "ATOLL_RENEW_GOLDEN": "0"}

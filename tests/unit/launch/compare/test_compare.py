@@ -17,7 +17,7 @@ from launch.compare.compare import CompareConfig, Planned, compare, load_compari
 from launch.compare.table import Interval, read_results, t_quantile, write_results
 from launch.show import figures
 from pretrain.config.load import save_config
-from tests.support import TinyText, one_line_error, tiny_settings, tiny_silo
+from tests.support import ROOT, TinyText, one_line_error, tiny_settings, tiny_silo
 
 MODELS: dict[str, dict[str, Any]] = {
     "central": {"kind": "central"},
@@ -234,7 +234,7 @@ def test_a_run_that_fails_ends_the_comparison(comparison: Path, capfd: pytest.Ca
 
 
 def test_the_documented_comparison(tmp_path: Path) -> None:
-    text = (Path(__file__).parents[2] / "docs" / "learning.md").read_text()
+    text = (ROOT / "docs" / "learning.md").read_text()
     (documented,) = [block.split("```")[0] for block in text.split("```yaml")[1:]]
     (file := tmp_path / "compare.yaml").write_text(documented)
     assert len(load_comparison([file]).models) == 5

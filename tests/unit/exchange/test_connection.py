@@ -24,7 +24,7 @@ from tests.authority import Authority
 from tests.conftest import TinyConfig
 from tests.support import free_port, one_line_error
 from tests.unit.conftest import wait_for
-from tests.unit.test_trouble import fresh_clients
+from tests.unit.exchange.test_trouble import fresh_clients
 
 SECRET = "put it into the environment or a file that the store's library reads, as AWS_SHARED_CREDENTIALS_FILE names"
 

@@ -29,8 +29,8 @@ from pretrain.sync.among_silos import _pack
 from pretrain.sync.own_ledger import all_pieces
 from tests.conftest import TinyConfig
 from tests.support import one_line_error
+from tests.unit.launch.test_cli import one_line, run
 from tests.unit.test_aggregate import GOOD, one_version, plus_noise, start
-from tests.unit.test_cli import one_line, run
 
 LLAMA = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4}
 LLAMA |= {"vocab_size": 4096, "num_hidden_layers": 6}

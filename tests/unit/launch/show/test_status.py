@@ -23,8 +23,8 @@ from pretrain.sync.through_store import ThroughStore
 from pretrain.trust.contract import build_contract, contract_bytes
 from tests.conftest import TinyConfig
 from tests.support import TinyText, one_line_error, tiny_silo
+from tests.unit.merge.test_membership import join
 from tests.unit.test_aggregate import GOOD, one_version, plus_noise, start
-from tests.unit.test_membership import join
 
 BEGAN = 1_600_000_000.0
 """When all that matters not was written."""

@@ -14,9 +14,8 @@ from pretrain.config.load import load_config, save_config
 from pretrain.federation.preflight import check_silo
 from pretrain.silo.shards import read_manifest
 from tests.conftest import TinyConfig
-from tests.support import one_line_error
+from tests.support import ROOT, one_line_error
 
-ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
 
 MINIMAL = """

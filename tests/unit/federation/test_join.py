@@ -28,8 +28,8 @@ from pretrain.trust import contract
 from pretrain.trust.contract import build_contract, contract_bytes, first_contract
 from tests.conftest import TinyConfig
 from tests.support import VOCAB_SIZE, TinyText, merged, one_line_error, tiny_settings, tiny_silo
+from tests.unit.merge.test_membership import join as announce
 from tests.unit.test_aggregate import GOOD, one_version, plus_noise, start
-from tests.unit.test_membership import join as announce
 
 OWN = ("directory", "tokenizer", "silo", "wandb")
 

@@ -24,7 +24,7 @@ from pretrain.silo.data import BadTokenError, Batches, Mixture, Order, PackedTok
 from pretrain.silo.evaluate import summed_loss
 from pretrain.silo.model import build_initial, check_document_masking, document_positions, token_losses
 from pretrain.silo.shards import read_manifest, write_manifest
-from tests.unit.test_data import write_split
+from tests.unit.silo.test_data import write_split
 
 CPU = torch.device("cpu")
 END = 0  # the end-of-text token of `write_split`

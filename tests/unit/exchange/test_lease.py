@@ -19,7 +19,7 @@ from tests.support import one_line_error
 HOLDER = """
 import sys
 from pathlib import Path
-from pretrain.config.keys import ConfigError
+from pretrain.config.check import ConfigError
 from pretrain.exchange.lease import Lease
 from pretrain.exchange.store import StoreExchange
 
@@ -27,7 +27,7 @@ url, scratch, seconds = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3])
 exchange, leases = StoreExchange(url), []
 
 def commit():
-    from tests.unit.test_store import file_payload, make_commit, make_file
+    from tests.unit.exchange.test_store import file_payload, make_commit, make_file
 
     file = make_file(scratch, b"values", "parameter-000.safetensors")
     payload = file_payload(file, 0)

@@ -51,7 +51,7 @@ import json, sys
 from pathlib import Path
 from launch.start.local import launch_local
 from launch.start.processes import ChildCommand
-from pretrain.config.keys import load_config
+from pretrain.config.load import load_config
 config, commands = load_config([sys.argv[1]]), json.loads(Path(sys.argv[2]).read_text())
 sys.exit(launch_local(config, build_commands=lambda *_: [ChildCommand(**command) for command in commands]))
 """

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.exchange.objects import Objects, StopWaitingError, StoreTroubleError
-from tests.unit.test_store import make_file
+from tests.unit.exchange.test_store import make_file
 
 
 def away(root: Path, seconds: float) -> threading.Thread:
