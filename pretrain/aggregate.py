@@ -32,21 +32,20 @@ from pretrain.host.journal import Journal
 from pretrain.host.lock import lock_directory
 from pretrain.host.stopping import STOPPED, StopRequested, raise_at_signals
 from pretrain.merge.collect import Collector, Delivery
+from pretrain.merge.step import Step, shares
 from pretrain.merge.terms import (
     commit_record,
     contributor,
-    merge_weight,
-    outer_optimizer,
     read_delivery,
     shared_moments,
 )
 from pretrain.outer.codec import check, decoded, encode
 from pretrain.outer.digest import Row, digest_rows, tensor_row
 from pretrain.outer.fragments import cut_fragments
-from pretrain.outer.merge import importance_mean, mean_cosine, weighted_mean
-from pretrain.outer.moments import Moment, SecondMoment, check_moments, importance
+from pretrain.outer.merge import mean_cosine
+from pretrain.outer.moments import Moment, check_moments
+from pretrain.outer.pieces import Piece
 from pretrain.outer.quantize import Parts
-from pretrain.outer.robust import clip_factors, coordinate_median, krum, trimmed_mean
 from pretrain.outer.state import OuterTensors, kept_at_start, kept_kinds
 from pretrain.trust.contract import build_contract, check_same_contract, first_contract
 from pretrain.trust.ledger import Commit, Contributor, Payload, RefusedError, sha256_bytes
@@ -64,6 +63,19 @@ class OuterState(OuterTensors):
     def parameters_digest(self) -> str:
         """Digest of all parameters as published."""
         return digest_rows(self.rows.values())
+
+
+@dataclass(kw_only=True)
+class Merged:
+    """What came of the merge and the outer step of a version."""
+
+    changes: dict[str, Parts]
+    """Of the published parameters, coded."""
+    moments: dict[str, Parts]
+    """What all silos are told of each other's gradients."""
+    weights: list[int]
+    """Of each delivery."""
+    metrics: dict[str, float]
 
 
 class Aggregator:
@@ -221,67 +233,38 @@ class Aggregator:
         base = delivery.base.parts(name)["values"] if delivery.base else state.parameters[name]
         return decoded(self._config.outer.codec, base, delivery.tensors.parts(name))
 
-    def merge(
-        self, state: OuterState, deliveries: list[Delivery]
-    ) -> tuple[dict[str, Parts], list[int], dict[str, float]]:
-        """Merge and take the outer step in place, one tensor at a time.
-
-        Returns the coded changes of the published parameters, each delivery's weight and the metrics.
-        """
-        outer, version = self._config.outer, state.version + 1
-        optimizer, lr, count = outer_optimizer(outer), self._config.outer_lr(version), self._schedule.count(version)
-        names = self._fragments[self._schedule.fragment(version)]
+    def merge(self, state: OuterState, deliveries: list[Delivery]) -> Merged:
+        """Merge and take the outer step in place, one tensor at a time."""
+        names = self._fragments[self._schedule.fragment(state.version + 1)]
+        stale = self._config.membership.stale_weight
+        weights, factors = shares(
+            self._config.outer,
+            [delivery.manifest for delivery in deliveries],
+            norms=[delivery.norm for delivery in deliveries],
+            staleness=[stale if delivery.base else 1.0 for delivery in deliveries],
+            pseudo_gradients=([self._pseudo_gradient(d, name, state) for d in deliveries] for name in names),
+        )
+        step = Step(
+            self._config,
+            state.version + 1,
+            state,
+            weights=weights,
+            told=[delivery.tensors.moments for delivery in deliveries],
+            shapes={name: state.parameters[name].shape for name in names},
+        )
         changes: dict[str, Parts] = {}
-        update_squared, units_squared = 0.0, 0.0
-        moments = self._moments(state, names)
-        weights, factors = self._shares(state, deliveries, names)
+        units_squared = 0.0
         for name in names:
             base = state.parameters[name]
             units = torch.zeros(base.shape, dtype=torch.float64)  # sum of the silos' directions, for the cosine
-            each = self._each(state, deliveries, factors, name, units)
-            if outer.merge in ("trimmed_mean", "median"):
-                stacked = torch.stack(list(each))
-                merged = (
-                    coordinate_median(stacked)
-                    if outer.merge == "median"
-                    else trimmed_mean(stacked, outer.num_malicious)
-                )
-            elif outer.merge == "importance" and isinstance(moment := moments.get(name), SecondMoment):
-                said = (importance(moment.decode(delivery.tensors.moments[name])) for delivery in deliveries)
-                merged = importance_mean(zip(weights, each, said, strict=True), base.shape)
-            else:
-                counted = ((weight, value) for weight, value in zip(weights, each, strict=True) if weight)
-                merged, _ = weighted_mean(counted, base.shape)
             try:
-                changes[name], norm_squared = state.step(
-                    name, merged, optimizer, lr=lr, count=count, codec=outer.downlink_codec
-                )
+                changes[name] = step.take(Piece(name), self._each(state, deliveries, factors, name, units))
             except ValueError as error:
-                raise RefusedError(f"version {version}: {name}: {error}") from None
-            update_squared += norm_squared
+                raise RefusedError(str(error)) from None
             units_squared += torch.linalg.vector_norm(units).item() ** 2
             state.rows[name] = tensor_row(name, base)
-        metrics = {"update_norm": update_squared**0.5, "cosine_mean": mean_cosine(units_squared, len(deliveries))}
-        return changes, weights, metrics
-
-    def _shares(self, state: OuterState, deliveries: list[Delivery], names: list[str]) -> tuple[list[int], list[float]]:
-        """The weight of each delivery in the merge, and what it is multiplied by."""
-        outer, rules = self._config.outer, self._config.membership
-        ones = [1.0] * len(deliveries)
-        if outer.merge in ("trimmed_mean", "median"):
-            return [1] * len(deliveries), ones
-        if outer.merge == "krum":
-            gram = torch.zeros(len(deliveries), len(deliveries), dtype=torch.float64)
-            for name in names:
-                flat = torch.stack([self._pseudo_gradient(delivery, name, state).flatten() for delivery in deliveries])
-                gram += flat @ flat.T
-            chosen = krum(gram, outer.num_malicious)
-            return [int(index == chosen) for index in range(len(deliveries))], ones
-        weights = [
-            max(1, round(merge_weight(d.manifest.tokens, outer.weight_power) * (rules.stale_weight if d.base else 1.0)))
-            for d in deliveries
-        ]
-        return weights, clip_factors([d.norm for d in deliveries]) if outer.merge == "clip" else ones
+        metrics = {"update_norm": step.update_squared**0.5, "cosine_mean": mean_cosine(units_squared, len(deliveries))}
+        return Merged(changes=changes, moments=step.merged_moments(), weights=weights, metrics=metrics)
 
     def _each(
         self, state: OuterState, deliveries: list[Delivery], factors: list[float], name: str, units: Tensor
@@ -293,25 +276,16 @@ class Aggregator:
                 units.add_(pseudo_gradient, alpha=1 / delivery.norm)
             yield pseudo_gradient if factor == 1 else pseudo_gradient * factor
 
-    def commit(
-        self,
-        state: OuterState,
-        changes: dict[str, Parts],
-        deliveries: list[Delivery],
-        weights: list[int],
-        metrics: dict[str, float],
-    ) -> None:
+    def commit(self, state: OuterState, deliveries: list[Delivery], merged: Merged) -> None:
         """Publish the next version, record it, prune what nobody can need again."""
         contributors = [
             contributor(delivery.manifest, delivery.manifest_bytes, weight)
-            for delivery, weight in zip(deliveries, weights, strict=True)
+            for delivery, weight in zip(deliveries, merged.weights, strict=True)
         ]
-        divisor = sum(weights)
-        metrics |= self._facts(deliveries)
+        divisor, metrics = sum(merged.weights), merged.metrics | self._facts(deliveries)
         fragment = self._schedule.fragment(state.version + 1)
-        moments = self._merge_moments(state, deliveries, weights)
         commit = self._commit(
-            state, [fragment], changes, contributors, moments=moments, divisor=divisor, metrics=metrics
+            state, [fragment], merged.changes, contributors, moments=merged.moments, divisor=divisor, metrics=metrics
         )
         print(
             f"commit {state.version:5d}/{self._schedule.num_versions}  fragment {fragment}  "
@@ -329,18 +303,6 @@ class Aggregator:
 
     def _moments(self, state: OuterState, names: list[str]) -> dict[str, Moment]:
         return shared_moments(self._config, names, {name: state.parameters[name].shape for name in names})
-
-    def _merge_moments(self, state: OuterState, deliveries: list[Delivery], weights: list[int]) -> dict[str, Parts]:
-        """What all silos are told of each other's gradients: weighted like the merge, or as robust."""
-        names = self._fragments[self._schedule.fragment(state.version + 1)]
-        told = [
-            (weight, delivery.tensors.moments) for weight, delivery in zip(weights, deliveries, strict=True) if weight
-        ]
-        robust = self._config.outer.merge in ("clip", "trimmed_mean", "median")
-        return {
-            name: moment.merge([(weight, moments[name]) for weight, moments in told], robust=robust)
-            for name, moment in self._moments(state, names).items()
-        }
 
     def _facts(self, deliveries: list[Delivery]) -> dict[str, float]:
         """What later rounds need to know of the silos in this one."""
@@ -420,9 +382,9 @@ def aggregate(config: RunConfig, journal: Journal) -> None:
         while state.version < config.schedule.num_versions:
             deliveries = aggregator.collect(state)
             journal.status("merging", round=config.round_of(state.version + 1))
-            changes, weights, metrics = aggregator.merge(state, deliveries)
-            aggregator.commit(state, changes, deliveries, weights, metrics)
-            del deliveries, changes  # before the next ones come
+            merged = aggregator.merge(state, deliveries)
+            aggregator.commit(state, deliveries, merged)
+            del deliveries, merged  # before the next ones come
     finally:
         lease.release()
 

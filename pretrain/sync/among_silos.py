@@ -19,7 +19,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,11 +31,12 @@ from pretrain.exchange.collective import Collective, Lane, PeerLostError, connec
 from pretrain.exchange.lanes import Lanes, carry
 from pretrain.exchange.payload import Tensors
 from pretrain.host.identity import own_identity
-from pretrain.merge.terms import contributor, merge_weight, outer_optimizer, read_delivery, shared_moments
+from pretrain.merge.step import Step, shares
+from pretrain.merge.terms import contributor, read_delivery, shared_moments
 from pretrain.outer.codec import apply_change, check, decoded
 from pretrain.outer.digest import Row, digest_rows, tensor_row
-from pretrain.outer.merge import importance_mean, mean_cosine, unit_sum_squared, weighted_mean
-from pretrain.outer.moments import Moment, SecondMoment, check_moments, importance
+from pretrain.outer.merge import mean_cosine, unit_sum_squared
+from pretrain.outer.moments import Moment, check_moments
 from pretrain.outer.pieces import Piece
 from pretrain.outer.quantize import QUANTIZERS, Parts
 from pretrain.outer.state import OuterTensors
@@ -199,25 +199,27 @@ class AmongSilos:
         arrived = self._swap(out, [num_bytes(uplink, mine)] * len(parts))
         arrived[self._index] = out[self._index]
         told_moments, num_moment_bytes = self._swap_moments(coded.moments, base)
-        outer, changes, words = self._step(
-            version, manifests, arrived, {piece: base[piece.name] for piece in mine}, told_moments
+        outer = OuterTensors(
+            parameters={piece.key: piece.of(base[piece.name]).clone() for piece in mine},
+            kept={kind: {piece.key: of[piece.key].clone() for piece in mine} for kind, of in self._kept.items()},
         )
+        weights, _ = shares(self._config.outer, [manifests[silo] for silo in self._roster])
+        shapes = {name: value.shape for name, value in base.items()}
+        step = Step(self._config, version, outer, weights=weights, told=told_moments, shapes=shapes)
+        changes, gram = self._step(step, outer, mine, arrived)
         self._ledger.keep(version, outer.kept)  # before anybody can have what belongs to it
 
+        words = {"update_squared": step.update_squared, "gram": gram.tolist(), "kept_digest": outer.kept_digest}
         stepped = self._collective.share(f"{version}/stepped", json.dumps(words))
-        change = _pack([changes[piece.key] for piece in mine])
+        change = _pack(changes)
         merged = self._swap([change] * len(parts), [num_bytes(downlink, part) for part in parts])
         merged[self._index] = change
         values = self._apply(merged, parts, base)
         rows = {name: tensor_row(name, value) for name, value in values.items()}
-        weights = [self._weight(manifests[silo]) for silo in self._roster]
         contributors = [
             contributor(manifests[silo], told[silo], weight) for silo, weight in zip(self._roster, weights, strict=True)
         ]
-        moments = {
-            name: moment.merge([(weight, of[name]) for weight, of in zip(weights, told_moments, strict=True)])
-            for name, moment in self._moments(base).items()
-        }
+        moments = step.merged_moments()
         self._commit(version, values, rows, contributors, stepped, moments=moments)
         self._rows |= rows
         for kind, tensors in outer.kept.items():
@@ -249,9 +251,6 @@ class AmongSilos:
                 raise PeerLostError(f"silo {silo}: its part of version {version}: {error}") from None
         return manifests
 
-    def _weight(self, manifest: Manifest) -> int:
-        return merge_weight(manifest.tokens, self._config.outer.weight_power)
-
     def _swap(self, out: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
         assert self._lanes
         none = torch.empty(0, dtype=torch.uint8)
@@ -261,48 +260,23 @@ class AmongSilos:
         )
 
     def _step(
-        self,
-        version: int,
-        manifests: Mapping[str, Manifest],
-        arrived: Sequence[Tensor],
-        base: Mapping[Piece, Tensor],
-        told_moments: Sequence[Mapping[str, Parts]],
-    ) -> tuple[OuterTensors, dict[str, Parts], dict[str, Any]]:
-        """Merge our part and take the outer step of it; what we say of it is summed up by all."""
-        settings = self._config.outer
-        optimizer, lr, count = outer_optimizer(settings), self._config.outer_lr(version), self._schedule.count(version)
-        moments = self._moments({piece.name: of_whole for piece, of_whole in base.items()})
-        outer = OuterTensors(
-            parameters={piece.key: piece.of(tensor).clone() for piece, tensor in base.items()},
-            kept={kind: {piece.key: of[piece.key].clone() for piece in base} for kind, of in self._kept.items()},
-        )
-        gram, update_squared = torch.zeros(len(arrived), len(arrived), dtype=torch.float64), 0.0
-        unpacked = [_unpack(data, settings.codec, list(base)) for data in arrived]
-        changes = {}
-        for index, piece in enumerate(base):
-            published = outer.parameters[piece.key]
-            found = []
-            for silo, parts in zip(self._roster, unpacked, strict=True):
-                self._check(silo, settings.codec, parts[index], piece)
-                found.append((self._weight(manifests[silo]), decoded(settings.codec, published, parts[index])))
-            stack = torch.stack([pseudo_gradient for _, pseudo_gradient in found])
-            gram += stack @ stack.T
-            if settings.merge == "importance" and isinstance(moment := moments.get(piece.name), SecondMoment):
-                said = (piece.of(importance(moment.decode(told[piece.name]))) for told in told_moments)
-                merged = importance_mean(
-                    ((*one, other) for one, other in zip(found, said, strict=True)), published.shape
-                )
-            else:
-                merged, _ = weighted_mean(found, published.shape)
+        self, step: Step, outer: OuterTensors, mine: Sequence[Piece], arrived: Sequence[Tensor]
+    ) -> tuple[list[Parts], Tensor]:
+        """Take the step of our part; returns the coded changes of its pieces, and all scalar products in it."""
+        codec = self._config.outer.codec
+        unpacked = [_unpack(data, codec, mine) for data in arrived]
+        gram = torch.zeros(len(arrived), len(arrived), dtype=torch.float64)
+        changes = []
+        for piece, *coded in zip(mine, *unpacked, strict=True):
+            for silo, parts in zip(self._roster, coded, strict=True):
+                self._check(silo, codec, parts, piece)
+            found = torch.stack([decoded(codec, outer.parameters[piece.key], parts) for parts in coded])
+            gram += found @ found.T
             try:
-                changes[piece.key], squared = outer.step(
-                    piece.key, merged, optimizer, lr=lr, count=count, codec=settings.downlink_codec
-                )
+                changes.append(step.take(piece, found))
             except ValueError as error:
-                raise ConfigError(f"version {version}: {piece.name}: {error}") from None
-            update_squared += squared
-        words = {"update_squared": update_squared, "gram": gram.tolist(), "kept_digest": outer.kept_digest}
-        return outer, changes, words
+                raise ConfigError(str(error)) from None
+        return changes, gram
 
     @staticmethod
     def _check(silo: str, codec: str, parts: Parts, piece: Piece) -> None:

@@ -180,8 +180,7 @@ def test_two_aggregators(tmp_path: Path, tiny_config: TinyConfig) -> None:
         assert f", process {os.getpid()} has taken over here\n" in error
         assert not (tmp_path / "store" / "global" / "000001" / "commit.json").exists()
         deliveries = third.collect(state)
-        changes, weights, metrics = third.merge(state, deliveries)
-        third.commit(state, changes, deliveries, weights, metrics)
+        third.commit(state, deliveries, third.merge(state, deliveries))
         assert (tmp_path / "store" / "global" / "000001" / "commit.json").exists()
         lease.release()
     finally:

@@ -41,8 +41,8 @@ def start(config: RunConfig) -> tuple[Aggregator, OuterState]:
 
 def one_version(aggregator: Aggregator, state: OuterState) -> None:
     deliveries = aggregator.collect(state)
-    changes, weights, metrics = aggregator.merge(state, deliveries)
-    aggregator.commit(state, changes, deliveries, weights, metrics)
+    merged = aggregator.merge(state, deliveries)
+    aggregator.commit(state, deliveries, merged)
 
 
 def times(state: OuterState, factor: float) -> Tensors:
@@ -241,8 +241,8 @@ def test_arrival_order_does_not_matter(tmp_path: Path, tiny_config: TinyConfig) 
         thread.join(30)
         deliveries = box[0]
         assert [delivery.manifest.silo for delivery in deliveries] == names
-        changes, weights, metrics = aggregator.merge(state, deliveries)
-        aggregator.commit(state, changes, deliveries, weights, metrics)
+        merged = aggregator.merge(state, deliveries)
+        aggregator.commit(state, deliveries, merged)
         digests.append(state.parameters_digest)
     assert digests[0] == digests[1]
 
@@ -426,7 +426,7 @@ def refused_then_taken(hand: Hand, expected: str, config: RunConfig) -> tuple[Ag
     GOOD.deliver(config, "alpha", state, local, tokens=100)
     thread.join(30)
     assert [delivery.manifest.silo for delivery in deliveries] == ["alpha", "beta"]
-    _, weights, _ = aggregator.merge(state, deliveries)
+    weights = aggregator.merge(state, deliveries).weights
     assert weights == [100, 300]
     assert not (folder / "refused-1.json").exists()
     return aggregator, state
