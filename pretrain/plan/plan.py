@@ -1,6 +1,6 @@
 """What a run will take before it starts: bytes, seconds and memory, and ways to sync that keep the silos busier.
 
-Bytes are counted in plan_bytes.py, seconds in plan_seconds.py, memory in plan_memory.py; docs/plan.md explains them.
+Bytes are counted in bytes.py, seconds in seconds.py, memory in memory.py; docs/plan.md explains them.
 """
 
 import dataclasses
