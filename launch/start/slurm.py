@@ -24,7 +24,7 @@ from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import load_config, save_config
 
-TEMPLATES = Path(__file__).parent.parent / "slurm"
+TEMPLATES = Path(__file__).parents[2] / "slurm"
 JOBS_FILE = "jobs.json"
 """In an attempt's folder: silo, or aggregator, to the id of its job."""
 STOP_FILE = "stop"
