@@ -13,30 +13,20 @@ mean held-out loss over the corpora of both runs.
 import argparse
 import dataclasses
 import json
-import os
-import signal
 import statistics
-import subprocess
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import psutil
-from rich.console import Console
-from safetensors.torch import load_file
-
-from benchmarks.sync import PLAIN, finished, mean_loss
+from benchmarks.runs import finished, launched, mean_loss, plain
 from launch.demo import federated_config, prepare_text
-from launch.start.local import CommandBuilder, launch_local, local_commands
 from pretrain.config.keys import RunConfig
-from pretrain.config.load import save_config
 from pretrain.exchange.store import StoreExchange
 from pretrain.federation.leave import say_left
-from pretrain.outer.digest import digest_tensors
 from pretrain.trust.ledger import Commit
+from tests.distributed.guests import Guest, final_digest
 from tests.faults.scripted import with_faults
+from tests.waiting import wait_for
 
 LEAVER, NEWCOMER = "leaver", "newcomer"
 LEAVES, DIES, JOINS, IS_AWAY = 8, 10, 14, 10
@@ -56,63 +46,6 @@ SETTINGS = [
 RULES = ["membership.quorum=2", "membership.deadline_floor_seconds=2", "membership.deadline_ceiling_seconds=60"]
 
 
-class Guest:
-    """A silo with a run directory of its own, or an aggregator, which comes and goes without a launcher's watch."""
-
-    def __init__(self, config: RunConfig, name: str, build_commands: CommandBuilder = local_commands) -> None:
-        self.config, self.name = config, name
-        path = Path(config.directory) / "config.yaml"
-        save_config(config, path)
-        self._command = next(command for command in build_commands(config, path) if command.name == name)
-        self._log = Path(config.directory).with_suffix(f".{name}.log")
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        """Start it, or start it again."""
-        environment = os.environ | self._command.environment
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                self._command.argv, env=environment, stdout=log, stderr=log, start_new_session=True
-            )
-
-    def kill(self) -> None:
-        """SIGKILL all its processes, if it runs."""
-        if not self._process or self._process.poll() is not None:
-            return
-        agent = psutil.Process(self._process.pid)
-        for process in [agent, *agent.children(recursive=True)]:  # the workers have process groups of their own
-            process.kill()
-        self._process.wait()
-
-    def stop(self) -> None:
-        """SIGTERM, as a scheduler would; returns when the checkpoint is written."""
-        assert self._process
-        self._process.send_signal(signal.SIGTERM)
-        self._process.wait()
-
-    def wait(self, seconds: float, *, code: int = 0) -> str:
-        """Wait until it has ended, with an exit code; returns all that it printed."""
-        assert self._process
-        ended, text = self._process.wait(seconds), self._log.read_text()
-        assert ended == code, text[-5000:]
-        return text
-
-
-def wait_until(what: Callable[[], Any], seconds: float) -> None:
-    """Ask again and again. Raises TimeoutError."""
-    end = time.monotonic() + seconds
-    while not what():
-        if time.monotonic() > end:
-            raise TimeoutError
-        time.sleep(0.05)
-
-
-def final_digest(config: RunConfig, silo: str) -> str:
-    """Of the global parameters that a silo's last checkpoint holds."""
-    newest = max((config.silo_directory(silo) / "checkpoints").glob("step-*"))
-    return digest_tensors(load_file(newest / "global.safetensors").items())
-
-
 def main() -> None:
     """Run both, check and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -129,8 +62,8 @@ def main() -> None:
 
     def configured(folder: Path, silos: list[str], *more: str) -> RunConfig:
         """Some of the silos, of a roster of all where there is a quorum."""
-        config = federated_config(folder, texts, tokenizer, [*overrides, *more])
-        chosen = {name: dataclasses.replace(config.silos[name], valid=valid, **PLAIN) for name in silos}
+        config = plain(federated_config(folder, texts, tokenizer, [*overrides, *more]))
+        chosen = {name: dataclasses.replace(config.silos[name], valid=valid) for name in silos}
         if not config.membership.is_elastic:
             return dataclasses.replace(config, silos=chosen)
         exchange = dataclasses.replace(config.exchange, url=str(directory / "store"))
@@ -189,7 +122,7 @@ def run_disturbed(config: RunConfig, guests: Sequence[Guest], *, dropping: str, 
 
     def come_and_go() -> None:
         def version(wanted: int) -> None:
-            wait_until(lambda: store.newest_version() >= wanted, 3600)
+            wait_for(lambda: store.newest_version() >= wanted, seconds=3600)
 
         leaver.start()
         back.start()
@@ -206,11 +139,7 @@ def run_disturbed(config: RunConfig, guests: Sequence[Guest], *, dropping: str, 
     visitors = threading.Thread(target=come_and_go)
     visitors.start()
     fired = Path(config.directory).with_suffix(".fired")
-    fired.mkdir(exist_ok=True)
-    build = with_faults({dropping: [("delivering", 2, 0, "drop")]}, fired)
-    with log_file.open("a") as log:
-        if launch_local(config, build_commands=build, console=Console(file=log, width=120)):
-            raise SystemExit(f"{config.directory} failed: see {log_file}")
+    launched(config, log_file, with_faults({dropping: [("delivering", 2, 0, "drop")]}, fired))
     visitors.join()
     for guest in (back, newcomer):
         guest.wait(600)

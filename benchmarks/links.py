@@ -13,10 +13,8 @@ import argparse
 import contextlib
 import dataclasses
 import importlib.util
-import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -24,10 +22,9 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from benchmarks.runs import finished, mean_loss, plain
 from launch.demo import federated_config, prepare_text
-from launch.start.local import CommandBuilder, launch_local, local_commands
+from launch.start.local import CommandBuilder, local_commands
 from launch.start.processes import ChildCommand
 from pretrain.config.keys import RunConfig
 
@@ -55,7 +52,6 @@ SETTINGS = [
     "exchange.poll_seconds=0.05",
     "wandb.mode=disabled",
 ]
-PLAIN: dict[str, Any] = {"processes_per_node": 1, "micro_batch_sequences": 16, "deepspeed": {}}
 S3_ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "benchmark",
     "AWS_SECRET_ACCESS_KEY": "benchmark",
@@ -103,9 +99,7 @@ def configuration(
     kind, settings = WAYS[way]
     url = f"s3://benchmark/{directory.name}" if kind == "store" else f"tcp://10.77.0.2:{SILO_PORT}"
     exchange = [f"exchange.kind={kind}", f"exchange.url={url}"]
-    config = federated_config(directory, packed, tokenizer, [*SETTINGS, *settings.split(), *exchange, *overrides])
-    silos = {name: dataclasses.replace(silo, **PLAIN) for name, silo in config.silos.items()}
-    return dataclasses.replace(config, silos=silos)
+    return plain(federated_config(directory, packed, tokenizer, [*SETTINGS, *settings.split(), *exchange, *overrides]))
 
 
 @contextlib.contextmanager
@@ -174,7 +168,7 @@ def result(way: str, config: RunConfig, hub: str, spaces: dict[str, str]) -> str
     summary = trained(config, hub, spaces)
     counted = sum(sent_bytes(space) - before[silo] for silo, space in spaces.items())
     training, waiting, sent = (summary[key] for key in ("seconds_training", "seconds_waiting", "bytes_sent"))
-    loss = statistics.mean(summary["val_loss"].values())
+    loss = mean_loss(summary)
     fewer = summary["bytes_data_parallel"] / sent
     return (
         f"{way:<34} utilisation {training / (training + waiting):.3f}  train {training:.0f} s, wait {waiting:.1f} s"
@@ -188,11 +182,7 @@ def trained(config: RunConfig, hub: str, spaces: dict[str, str]) -> dict[str, An
     directory = Path(config.directory)
     shutil.rmtree(directory, ignore_errors=True)  # utilisation is of one whole run
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with (directory.parent / "launch.log").open("a") as log:
-        console, build = Console(file=log, width=120), in_namespaces(hub, spaces, S3_ENVIRONMENT)
-        if launch_local(config, build_commands=build, console=console):
-            raise SystemExit(f"{directory} failed: see {log.name}")
-    return json.loads((directory / "summary.json").read_text())
+    return finished(config, directory.parent / "launch.log", in_namespaces(hub, spaces, S3_ENVIRONMENT))
 
 
 def in_namespaces(hub: str, spaces: Mapping[str, str], environment: Mapping[str, str]) -> CommandBuilder:

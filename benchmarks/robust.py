@@ -10,13 +10,12 @@ silos are honest and whose merge is the weighted mean. A run that has finished i
 """
 
 import argparse
-import dataclasses
 import statistics
 from pathlib import Path
 
-from benchmarks.sync import PLAIN, finished
+from benchmarks.runs import finished, plain
 from launch.demo import federated_config, prepare_text
-from tests.faults.scripted import with_faults
+from tests.faults.scripted import Faults, check_struck, with_faults
 
 INTRUDER = "intruder"
 ATTACKS = {"honest": 0.0, "flip": 0.0, "scale": 100.0, "noise": 100.0}
@@ -56,19 +55,15 @@ def main() -> None:
         folder = arguments.directory / f"{way.replace(', ', '-').replace(' ', '-')}-{attack}-seed{seed}"
         seeded = [f"model.seed={seed}", f"silo.data_seed={seed}"]
         overrides = [*SETTINGS, *seeded, *WAYS[way].split(), *arguments.overrides]
-        config = federated_config(folder, everybody, tokenizer, overrides)
-        silos = {name: dataclasses.replace(silo, **PLAIN) for name, silo in config.silos.items()}
-        silos[INTRUDER].data_seed = seed + 1  # other batches than the silo with the same text
+        config = plain(federated_config(folder, everybody, tokenizer, overrides))
+        config.silos[INTRUDER].data_seed = seed + 1  # other batches than the silo with the same text
         fired = folder.with_name(f"{folder.name}.fired")
-        fired.mkdir(parents=True, exist_ok=True)
-        spoiled = [("sending", 1, 0, attack, ATTACKS[attack])] if attack != "honest" else []
-        build = with_faults({INTRUDER: spoiled}, fired)
-        config = dataclasses.replace(config, silos=silos)
+        faults: Faults = {INTRUDER: [("sending", 1, 0, attack, ATTACKS[attack])] if attack != "honest" else []}
         try:
-            losses = finished(config, arguments.directory / "launch.log", build)["val_loss"]
+            losses = finished(config, arguments.directory / "launch.log", with_faults(faults, fired))["val_loss"]
         except SystemExit:  # the model is so bad that nothing can be merged any more
             losses = dict.fromkeys(corpora, float("inf"))
-        assert bool(spoiled) == (fired / "sending-1").exists()
+        check_struck(faults, fired)
         found = statistics.mean(losses[corpus] for corpus in corpora)
         print(f"{way:<20} {attack:<8} seed {seed}  loss {found:.4f}", flush=True)
         return found

@@ -9,17 +9,15 @@ ratio to that of the first run, and each silo's inner steps in the last commit.
 """
 
 import argparse
-import dataclasses
 import json
 import statistics
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
-from benchmarks.sync import PLAIN, finished
+from benchmarks.runs import finished, plain
 from launch.demo import federated_config, prepare_text
 from pretrain.exchange.store import StoreExchange
-from tests.faults.scripted import with_faults
+from tests.faults.scripted import Faults, with_faults
 
 STEP_SECONDS, TIMES_SLOWER, SKIPPED_COMMITS = 0.25, 4, 3
 RUNS = {
@@ -50,14 +48,11 @@ def main() -> None:
     for name, (times_slower, steps) in RUNS.items():
         folder = arguments.directory / name.replace(", ", "-").replace(" ", "-")
         overrides = [*SETTINGS, f"membership.steps={steps}", *arguments.overrides]
-        config = federated_config(folder, packed, tokenizer, overrides)
-        silos = {silo: dataclasses.replace(settings, **PLAIN) for silo, settings in config.silos.items()}
-        config = dataclasses.replace(config, silos=silos)
-        waits = dict.fromkeys(silos, STEP_SECONDS) | {max(silos): STEP_SECONDS * times_slower}
-        faults: dict[str, Any] = {silo: [("step", 0, 0, "slow", seconds)] for silo, seconds in waits.items()}
-        fired = folder.with_suffix(".fired")
-        fired.mkdir(parents=True, exist_ok=True)
-        finished(config, arguments.directory / "launch.log", with_faults(faults, fired))
+        config = plain(federated_config(folder, packed, tokenizer, overrides))
+        waits = dict.fromkeys(config.silos, STEP_SECONDS) | {max(config.silos): STEP_SECONDS * times_slower}
+        faults: Faults = {silo: [("step", 0, 0, "slow", seconds)] for silo, seconds in waits.items()}
+        build = with_faults(faults, folder.with_suffix(".fired"))
+        finished(config, arguments.directory / "launch.log", build)
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         times = [record["time"] for record in records if record["kind"] == "commit"][SKIPPED_COMMITS:]
         seconds = statistics.median(later - earlier for earlier, later in pairwise(times))

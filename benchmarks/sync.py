@@ -11,17 +11,12 @@ in DIR is not repeated.
 """
 
 import argparse
-import dataclasses
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from benchmarks.runs import finished, mean_loss, plain
 from launch.demo import comparison_configs, federated_config, prepare_text
-from launch.start.local import CommandBuilder, launch_local
-from pretrain.config.keys import RunConfig
 
 CENTRAL = "central"
 BOTH_WAYS = "outer.codec={0} outer.downlink_codec={0}"
@@ -56,8 +51,6 @@ WAYS: dict[str, tuple[str, tuple[str, ...]]] = {
         (f"{AVERAGING} inner.muon_lr=0.02", f"{NESTEROV} inner.muon_lr=0.02"),
     ),
 }
-# One process a silo and no ZeRO: the same arithmetic with less overhead than the demo's mixed layout.
-PLAIN: dict[str, Any] = {"processes_per_node": 1, "micro_batch_sequences": 16, "deepspeed": {}}
 
 
 def main() -> None:
@@ -77,11 +70,7 @@ def main() -> None:
         seeded = [f"model.seed={seed}", f"silo.data_seed={seed}", "silo.eval_interval_rounds=0", "wandb.mode=disabled"]
         overrides = [*seeded, *arguments.overrides, *settings.split()]
         config = federated_config(folder, packed, tokenizer, [*overrides, *WAYS.get(way, ("",))[0].split()])
-        if way == CENTRAL:
-            config = comparison_configs(config)[CENTRAL]
-        else:
-            silos = {name: dataclasses.replace(silo, **PLAIN) for name, silo in config.silos.items()}
-            config = dataclasses.replace(config, silos=silos)
+        config = comparison_configs(config)[CENTRAL] if way == CENTRAL else plain(config)
         summary = finished(config, directory / "launch.log")
         print(f"{way:<24} seed {seed}  loss {mean_loss(summary):.4f}  {settings}", flush=True)
         return summary
@@ -97,21 +86,6 @@ def main() -> None:
     for way, summaries in results.items():
         print(row(way, summaries, results[arguments.only[0]]) + f"  {chosen[way]}")
     plot(results, directory / "sync.svg")
-
-
-def finished(config: RunConfig, log_file: Path, build_commands: CommandBuilder | None = None) -> dict[str, Any]:
-    """The summary of a run, which is made first unless it was."""
-    directory = Path(config.directory)
-    if not (directory / "summary.json").exists():
-        with log_file.open("a") as log:
-            if launch_local(config, build_commands=build_commands, console=Console(file=log, width=120)):
-                raise SystemExit(f"{directory} failed: see {log_file}")
-    return json.loads((directory / "summary.json").read_text())
-
-
-def mean_loss(summary: dict[str, Any]) -> float:
-    """Mean held-out loss over the corpora, in nats per token."""
-    return statistics.mean(summary["val_loss"].values())
 
 
 def times_fewer(summary: dict[str, Any], key: str) -> float:

@@ -47,13 +47,8 @@ DROPPED_COLORS = dict(
 )
 DARK, LIGHT = "#1f2933", "#ffffff"
 WIDTH_INCHES = 10.5
-STYLE: Any = {
-    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the same on every machine
+LOOK: Any = {  # of a run's plots too
     "font.size": 10,
-    "text.parse_math": False,  # a dollar in a name is a dollar
-    "savefig.dpi": 120,
-    "figure.constrained_layout.w_pad": 0.12,
-    "figure.constrained_layout.h_pad": 0.07,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": "#9aa5b1",
@@ -68,6 +63,13 @@ STYLE: Any = {
     "ytick.color": "#616e7c",
     "text.color": DARK,
     "legend.frameon": False,
+}
+STYLE: Any = LOOK | {
+    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the same on every machine
+    "text.parse_math": False,  # a dollar in a name is a dollar
+    "savefig.dpi": 120,
+    "figure.constrained_layout.w_pad": 0.12,
+    "figure.constrained_layout.h_pad": 0.07,
 }
 # A label and this many columns of at most this width fit into 100 characters.
 MAX_TABLE_COLUMNS, MAX_COLUMN_WIDTH = 4, 18

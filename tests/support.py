@@ -4,6 +4,7 @@ The fixtures of conftest.py hand these out; a test that starts processes uses `w
 """
 
 import json
+import os
 import random
 import socket
 import subprocess
@@ -20,11 +21,14 @@ from data_tools.pack import Recipe, prepare
 from data_tools.sources import Source, read_documents, training_file
 from data_tools.tokenizer import train_tokenizer
 from pretrain.config.check import ConfigError
+from pretrain.silo.shards import file_sha256
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 CORPORA = ("alpha", "beta", "gamma")
 VOCAB_SIZE = 300
+TWO_RANKS = {"processes_per_node": 2, "micro_batch_sequences": 2}
+"""Changes of a silo: the tiny batch on two ranks."""
 SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprst" for vowel in "aeiou"]
 
 
@@ -115,6 +119,11 @@ def tiny_settings(directory: Path, text: TinyText) -> dict[str, Any]:
     }
 
 
+def zero(stage: int) -> dict[str, Any]:
+    """Changes of a silo: a stage of ZeRO."""
+    return {"deepspeed": {"zero_optimization": {"stage": stage}}}
+
+
 def merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """`settings` with `changes`, section by section; a change to None takes the key out."""
     result = dict(settings)
@@ -158,3 +167,17 @@ def mounted(directory: Path, *, num_bytes: int) -> Iterator[Path]:
         yield directory
     finally:
         subprocess.run(["umount", "--lazy", str(directory)], check=True)
+
+
+def fill(directory: Path) -> Path:
+    """A file that takes all the room there is."""
+    file = directory / "filler"
+    with file.open("wb") as filler:
+        os.posix_fallocate(filler.fileno(), 0, os.statvfs(directory).f_bavail * os.statvfs(directory).f_frsize)
+    return file
+
+
+def packed_hashes(output: Path) -> dict[str, str]:
+    """Of every file below `output` whose bytes a preparation promises: those of the packed splits."""
+    files = [*output.rglob("*.bin"), *output.rglob("manifest.json")]
+    return {str(file.relative_to(output)): file_sha256(file) for file in files}

@@ -12,40 +12,23 @@ from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from data_tools.report import COLORS, LOOK, WIDTH_INCHES
 from launch.show.run import Evaluation, Run
 
-# Okabe and Ito's colours: distinguishable with every kind of colour vision. The darkest goes to the reported run.
-MAIN_COLOR = "#0b3c5d"
-SILO_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c6d31")
+MAIN_COLOR = "#0b3c5d"  # the darkest goes to the reported run
 COMPARISON_COLORS = ("#d55e00", "#8a8a8a", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 COMPARISON_DASHES = ("-", "--", "-.", ":")
 # Every color before the first dash or marker comes again.
-LINES = cycler(linestyle=COMPARISON_DASHES) * cycler(color=SILO_COLORS)
-DOTS = cycler(marker=("o", "s", "^", "D")) * cycler(color=SILO_COLORS)
+LINES = cycler(linestyle=COMPARISON_DASHES) * cycler(color=COLORS)
+DOTS = cycler(marker=("o", "s", "^", "D")) * cycler(color=COLORS)
 MAX_POINTS = 400
 PANELS_PER_ROW = 3
-WIDTH_INCHES = 10.5
 
-STYLE: Any = {
+STYLE: Any = LOOK | {
     "svg.fonttype": "none",  # text stays text: small, selectable, in the reader's font
     "svg.hashsalt": "atoll",  # the same run gives the same file
     "font.family": "sans-serif",
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#9aa5b1",
-    "axes.labelcolor": "#3e4c59",
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e4e7eb",
     "grid.linewidth": 0.8,
-    "xtick.color": "#616e7c",
-    "ytick.color": "#616e7c",
-    "text.color": "#1f2933",
-    "legend.frameon": False,
     "lines.linewidth": 1.8,
     "lines.solid_capstyle": "round",
 }
@@ -132,7 +115,7 @@ def sync(run: Run) -> Figure | None:
     volume, wait = figure.subplots(1, 2)
     rounds = sorted({int(record["round"]) for record in syncs})
     for offset, (key, label, color) in enumerate(
-        (("bytes_sent", "sent", SILO_COLORS[0]), ("bytes_received", "received", SILO_COLORS[5]))
+        (("bytes_sent", "sent", COLORS[0]), ("bytes_received", "received", COLORS[5]))
     ):
         by_round = dict.fromkeys(rounds, 0.0)
         for record in syncs:
@@ -169,7 +152,7 @@ def time_by_silo(run: Run) -> Figure | None:
     figure = Figure(figsize=(WIDTH_INCHES, 1.1 + 0.34 * len(silos)), layout="constrained")
     axes = figure.subplots()
     left = [0.0] * len(silos)
-    kinds = (("training", MAIN_COLOR), ("evaluating", SILO_COLORS[5]), ("waiting", SILO_COLORS[4]))
+    kinds = (("training", MAIN_COLOR), ("evaluating", COLORS[5]), ("waiting", COLORS[4]))
     for kind, color in kinds:
         seconds = [float(ends[silo].get(f"seconds_{kind}") or 0.0) for silo in silos]
         axes.barh(silos, seconds, left=left, height=0.6, label=kind, color=color)
@@ -225,7 +208,7 @@ def _split(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[flo
 
 
 def _silo_colors(silos: Sequence[str]) -> dict[str, str]:
-    return {silo: SILO_COLORS[number % len(SILO_COLORS)] for number, silo in enumerate(silos)}
+    return {silo: COLORS[number % len(COLORS)] for number, silo in enumerate(silos)}
 
 
 def _other_style(order: int) -> dict[str, object]:

@@ -1,24 +1,28 @@
 """Run a federation with real processes, and read back what it left."""
 
+import sys
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
 from launch.show.metrics import MetricsReader
-from launch.start.local import CommandBuilder, launch_local
+from launch.start.local import CommandBuilder, launch_local, local_commands
+from launch.start.processes import ChildCommand
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.store import StoreExchange, version_path
 from pretrain.silo.data import PackedTokens
 from pretrain.silo.model import build_initial, token_losses
 from pretrain.trust.ledger import Commit
 from tests.support import VOCAB_SIZE
+from tests.warm import python as warm_python
 
 
 @dataclass(kw_only=True)
@@ -87,16 +91,47 @@ def values_in(file: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): t for name, t in load_file(file).items() if name.startswith(prefix)}
 
 
+def warm(build_commands: CommandBuilder) -> CommandBuilder:
+    """The same commands, with processes that start warm; torchrun's workers, too."""
+
+    def build(config: RunConfig, config_path: Path) -> list[ChildCommand]:
+        python = warm_python()
+        return [
+            replace(
+                command,
+                argv=[python if word == sys.executable else word for word in command.argv],
+                environment=command.environment | {"PYTHON_EXEC": python},
+            )
+            for command in build_commands(config, config_path)
+        ]
+
+    return build
+
+
 def federate(config: RunConfig, *, max_restarts: int = 0, build_commands: CommandBuilder | None = None) -> Outcome:
-    """Launch aggregator and silos as a user would; fails with their output unless all end well."""
+    """Launch aggregator and silos; fails with their output unless all end well."""
+    code, said = launched(config, max_restarts=max_restarts, build_commands=build_commands)
+    assert code == 0, said[-6000:]
+    return Outcome(config=config)
+
+
+def launched(
+    config: RunConfig, *, max_restarts: int = 0, build_commands: CommandBuilder | None = None
+) -> tuple[int, str]:
+    """Launch as a user would, but warm (tests/warm), or other commands; returns the exit code and what was said."""
     log = Path(config.directory).with_suffix(".console")
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:
-        code = launch_local(
-            config, max_restarts=max_restarts, build_commands=build_commands, console=Console(file=file, width=200)
-        )
-    assert code == 0, log.read_text()[-6000:]
-    return Outcome(config=config)
+        console = Console(file=file, width=1000)
+        commands = warm(build_commands or local_commands)
+        code = launch_local(config, max_restarts=max_restarts, build_commands=commands, console=console)
+    return code, log.read_text()
+
+
+def left_behind(directory: str) -> list[str]:
+    """Command lines of living processes that name a directory, as all of a run do."""
+    commands = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+    return [command for command in commands if directory in command]
 
 
 def assert_same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:

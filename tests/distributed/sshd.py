@@ -5,12 +5,13 @@ import os
 import shlex
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
+
+from tests.waiting import wait_for
 
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 MISSING = "" if SSHD and shutil.which("ssh") else "no sshd here (Debian: apt-get install openssh-server)"
@@ -64,11 +65,12 @@ def sshd(
             start_new_session=True,
         )
     try:
-        end = time.monotonic() + 10
-        while b"Server listening" not in log.read_bytes():
-            assert daemon.poll() is None, log.read_text()
-            assert time.monotonic() < end, log.read_text()
-            time.sleep(0.05)
+        wait_for(
+            lambda: b"Server listening" in log.read_bytes(),
+            seconds=10,
+            meanwhile=lambda: daemon.poll() is None,
+            tells=log.read_text,
+        )
         yield
     finally:
         family = [psutil.Process(daemon.pid)]

@@ -10,7 +10,7 @@ from pretrain.exchange.store import StoreExchange
 from pretrain.silo.model import build_initial
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, assert_evaluated_last, assert_same_bits, federate
-from tests.support import VOCAB_SIZE, TinyText, free_port, tiny_silo
+from tests.support import TWO_RANKS, VOCAB_SIZE, TinyText, free_port, tiny_silo, zero
 
 
 def collective(**exchange: Any) -> dict[str, Any]:
@@ -34,13 +34,10 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-TWO_RANKS = {"processes_per_node": 2, "micro_batch_sequences": 2, "deepspeed": {"zero_optimization": {"stage": 2}}}
-
-
 @pytest.mark.parametrize(("way", "num_lanes"), [("fp32", 2), ("streaming int4", 1)])
 def test_the_same_bits_as_through_a_store(tmp_path: Path, tiny_config: TinyConfig, way: str, num_lanes: int) -> None:
     def run(directory: Path, exchange: dict[str, Any]) -> Outcome:
-        silos = {"alpha": TWO_RANKS, "beta": TWO_RANKS} if num_lanes == 2 else {}
+        silos = dict.fromkeys(("alpha", "beta"), TWO_RANKS | zero(2)) if num_lanes == 2 else {}
         inner = {"optimizer": "muon"} if WAYS[way].get("control_variates") else {}
         return federate(tiny_config(directory, inner=inner, outer=WAYS[way], exchange=exchange, silos=silos))
 

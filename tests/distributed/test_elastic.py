@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 
-from benchmarks.elastic import Guest, final_digest, wait_until
 from pretrain.exchange.store import StoreExchange
 from pretrain.outer.rounds import participants
 from pretrain.silo.optim import learning_rate
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, assert_evaluated_last, federate
-from tests.faults.scripted import Faults, with_faults
+from tests.distributed.guests import Guest, final_digest
+from tests.faults.scripted import Faults, federate_with
 from tests.support import TinyText, tiny_silo
+from tests.waiting import wait_for
 
 ROSTER = ["alpha", "beta", "gamma"]
 RULES = {"quorum": 2, "deadline_floor_seconds": 0.5, "deadline_ceiling_seconds": 20.0, "away_after_versions": 2}
@@ -40,8 +41,7 @@ def test_a_sample_of_the_silos_trains_and_one_whose_loss_explodes_goes_back(
     drawn = [participants(ROSTER, round, sample=2, seed=1) for round in range(1, 6)]
     assert drawn == [["beta", "gamma"], ["alpha", "gamma"], ["alpha", "gamma"], ["alpha", "beta"], ["alpha", "gamma"]]
     faults: Faults = {"gamma": [("step", 4, 0, "times", 1e4)]}  # the learning rate of round 2's first step
-    run = federate(config, build_commands=with_faults(faults, tmp_path))
-    assert (tmp_path / "step-4").exists()
+    run = federate_with(faults, config, tmp_path / "fired")
     commits = [run.commit(version) for version in range(1, 6)]
     assert [[contributor.silo for contributor in commit.contributors] for commit in commits] == drawn
     assert len(run.by_step("gamma", "loss")) == 4 * 4  # and none of the round for which it was not drawn
@@ -74,7 +74,7 @@ def test_what_comes_too_late_counts_half_in_the_next_commit(
         "beta": [("step", 0, 0, "slow", 0.3)],
         "gamma": [("step", 8, 0, "slow", 0.5)],
     }
-    run = federate(config, build_commands=with_faults(slow, tmp_path))
+    run = federate_with(slow, config, tmp_path / "fired")
     late = []
     for version in range(1, config.schedule.num_versions + 1):
         commit = run.commit(version)
@@ -116,13 +116,13 @@ def test_one_joins_late_is_killed_and_comes_back(tmp_path: Path, tiny_config: Ti
         return [v for v in versions if "gamma" in {c.silo for c in store.read_commit(v).contributors}]
 
     def come_and_go() -> None:
-        wait_until(lambda: store.newest_version() >= 3, 120)
+        wait_for(lambda: store.newest_version() >= 3, seconds=120)
         guest.start()
-        wait_until(lambda: len(contributed()) >= 2, 120)
+        wait_for(lambda: len(contributed()) >= 2, seconds=120)
         guest.kill()
         present.extend([contributed()[0], contributed()[-1]])
         before = store.newest_version()
-        wait_until(lambda: store.newest_version() >= before + 4, 120)
+        wait_for(lambda: store.newest_version() >= before + 4, seconds=120)
         guest.start()
 
     visitor = threading.Thread(target=come_and_go)

@@ -13,7 +13,7 @@ from pretrain.silo.model import build_initial, token_losses
 from pretrain.silo.optim import is_muon_matrix, learning_rate
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, assert_evaluated_last, assert_same_bits, federate
-from tests.support import VOCAB_SIZE, TinyText
+from tests.support import TWO_RANKS, VOCAB_SIZE, TinyText, zero
 
 KEEP_ALL = {"keep_versions": 100}
 PLAIN_AVERAGING = {"optimizer": "sgd", "lr": 1.0}
@@ -42,12 +42,7 @@ def test_one_silo_with_outer_sgd_is_plain_training(
 
 
 def test_one_silo_is_plain_training_at_zero_3_in_bf16_too(tmp_path: Path, tiny_config: TinyConfig) -> None:
-    layout = {
-        "processes_per_node": 2,
-        "micro_batch_sequences": 2,
-        "precision": "bf16",
-        "deepspeed": {"zero_optimization": {"stage": 3}},
-    }
+    layout = TWO_RANKS | {"precision": "bf16"} | zero(3)
     outer = PLAIN_AVERAGING | {"sync_interval_steps": 3}
     alone = federate(one_silo(tiny_config, tmp_path / "alone", silo=layout, exchange={"kind": "none"}))
     run = federate(one_silo(tiny_config, tmp_path / "federated", silo=layout, outer=outer))
@@ -121,13 +116,8 @@ def test_h_1_with_inner_sgd_is_data_parallel_training(
 def mixed(tmp_path_factory: pytest.TempPathFactory, tiny_config: TinyConfig) -> Outcome:
     """Three silos that differ in ranks, ZeRO stage, precision and tokens per step; Nesterov outside."""
     silos = {
-        "alpha": {
-            "processes_per_node": 2,
-            "micro_batch_sequences": 1,
-            "accumulation_steps": 2,
-            "deepspeed": {"zero_optimization": {"stage": 2}},
-        },
-        "beta": {"precision": "bf16", "deepspeed": {"zero_optimization": {"stage": 3}}},
+        "alpha": TWO_RANKS | {"micro_batch_sequences": 1, "accumulation_steps": 2} | zero(2),
+        "beta": {"precision": "bf16"} | zero(3),
         "gamma": {"global_batch_sequences": 2, "micro_batch_sequences": 2, "activation_checkpointing": True},
     }
     directory = tmp_path_factory.mktemp("mixed")

@@ -4,32 +4,27 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import yaml
 
-from benchmarks.elastic import Guest, final_digest, wait_until
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import load_config
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, federate
+from tests.distributed.guests import Guest, final_digest, started
 from tests.support import TinyText, tiny_settings, tiny_silo
+from tests.waiting import wait_for
 
 
 @contextmanager
 def all_but_beta(config: RunConfig) -> Iterator[None]:
     """Aggregator and alpha, which begin, wait for the block to have beta train, and then end well."""
-    with ExitStack() as ending:
-        others = [Guest(config, "aggregator"), Guest(config, "alpha")]
-        for process in others:
-            ending.callback(process.kill)
-            process.start()
-        wait_until((Path(config.store_url) / "global" / "000000" / "commit.json").exists, 120)
+    with started(Guest(config, "aggregator"), Guest(config, "alpha"), seconds=120):
+        wait_for((Path(config.store_url) / "global" / "000000" / "commit.json").exists, seconds=120)
         yield
-        for process in others:
-            process.wait(120)
 
 
 def join(

@@ -8,19 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 
-from launch.start.local import launch_local
 from pretrain.config.keys import RunConfig
 from pretrain.federation.export import evaluate_directory, export_global_model
 from pretrain.silo.data import Order, PackedTokens
 from pretrain.silo.model import build_initial, token_losses
 from pretrain.silo.shards import file_sha256, open_shard, read_manifest, write_manifest
 from tests.conftest import TinyConfig
-from tests.distributed.federation import federate
-from tests.support import VOCAB_SIZE, TinyText
-
-TWO_RANKS = {"processes_per_node": 2, "micro_batch_sequences": 2}
+from tests.distributed.federation import federate, launched
+from tests.support import TWO_RANKS, VOCAB_SIZE, TinyText
 
 
 def copy_of(split: Path, directory: Path) -> Path:
@@ -40,11 +36,7 @@ def overwrite(split: Path, position: int, token: int) -> Path:
 
 def assert_stopped_with(config: RunConfig, line: str) -> None:
     """A launch ends with exit code 2 and this one line, having delivered and saved nothing."""
-    log = Path(config.directory).with_suffix(".console")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as file:
-        code = launch_local(config, console=Console(file=file, width=1000))
-    output = log.read_text()
+    code, output = launched(config)
     assert code == 2, output
     errors = [shown for shown in output.splitlines() if "error:" in shown]
     assert len(errors) == 1

@@ -5,17 +5,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 
-from benchmarks.elastic import wait_until
 from launch.show.logs import read_logs
 from launch.show.metrics import read_status
 from launch.start.local import process_directory
 from launch.start.stop import stop_run
 from pretrain.host.lock import lock_holder
 from tests.conftest import TinyConfig
+from tests.distributed.federation import left_behind
 from tests.support import one_line_error
+from tests.waiting import wait_for
 
 ATOLL = [sys.executable, "-m", "launch.cli"]
 
@@ -33,7 +33,7 @@ def test_stop_saves_all_and_leaves_nothing(
     options = ["--config", str(tmp_path / "tiny.yaml")]
     launcher = start("launch", "local", *options)
     statuses = [process_directory(config, name) / "status.json" for name in ("aggregator", *config.silos)]
-    wait_until(lambda: read_status(statuses[1]).step > 20, 90)
+    wait_for(lambda: read_status(statuses[1]).step > 20, seconds=90)
     with subprocess.Popen([*ATOLL, "logs", config.directory, "alpha", "-f"], stdout=subprocess.PIPE, text=True) as logs:
         assert logs.stdout
         assert all(logs.stdout.readline().startswith("alpha | ") for _ in range(60))
@@ -43,11 +43,10 @@ def test_stop_saves_all_and_leaves_nothing(
     assert said.splitlines()[-1] == f"stopped: the launch (process {launcher.pid})"
     assert launcher.wait(10) == 128 + signal.SIGTERM
     assert {read_status(status).phase for status in statuses} == {"stopped"}
-    commands = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
-    assert not [command for command in commands if str(tmp_path) in command]
+    assert not left_behind(str(tmp_path))
     # A silo that somebody started by itself.
     alone = start("train", "--silo", "alpha", *options)
-    wait_until(lambda: read_status(statuses[1]).phase in ("training", "waiting"), 90)
+    wait_for(lambda: read_status(statuses[1]).phase in ("training", "waiting"), seconds=90)
     said = subprocess.check_output([*ATOLL, "stop", config.directory], text=True)
     assert said.splitlines()[-1].startswith("stopped: alpha (process ")
     assert alone.wait(30) == 0

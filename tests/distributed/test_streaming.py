@@ -9,7 +9,7 @@ from pretrain.outer.fragments import cut_fragments
 from pretrain.silo.model import build_initial
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, assert_evaluated_last, federate
-from tests.support import VOCAB_SIZE
+from tests.support import TWO_RANKS, VOCAB_SIZE, zero
 
 KEEP_ALL = {"keep_versions": 100}
 
@@ -55,8 +55,7 @@ FIRST = "topk"
 @pytest.mark.parametrize("codec", [pytest.param(c, marks=[] if c == FIRST else pytest.mark.soak) for c in CODECS])
 def test_every_silo_holds_what_the_digest_names(codec: str, tmp_path: Path, tiny_config: TinyConfig) -> None:
     """Every adoption compares the digest; here the global model that a silo evaluates is that of the commit, too."""
-    stage_2 = {"processes_per_node": 2, "micro_batch_sequences": 2, "deepspeed": {"zero_optimization": {"stage": 2}}}
-    bf16 = {"precision": "bf16", "deepspeed": {"zero_optimization": {"stage": 3}}}
+    silos = {"alpha": TWO_RANKS | zero(2), "beta": {"precision": "bf16"} | zero(3)}
     outer = {"codec": codec, "downlink_codec": codec, "num_fragments": 2, "overlap_steps": 1, "mixing": 0.5}
-    run = federate(tiny_config(tmp_path, silos={"alpha": stage_2, "beta": bf16}, outer=outer, exchange=KEEP_ALL))
+    run = federate(tiny_config(tmp_path, silos=silos, outer=outer, exchange=KEEP_ALL))
     assert_evaluated_last(run)

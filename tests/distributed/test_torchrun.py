@@ -7,14 +7,13 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from benchmarks.elastic import Guest, wait_until
 from benchmarks.links import inside, namespaces
 from launch.show import logs
 from launch.show.metrics import MetricsReader, read_status
@@ -28,11 +27,13 @@ from pretrain.config.load import load_config, save_config
 from pretrain.federation.preflight import check_collective, check_port, check_run
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, federate
+from tests.distributed.guests import Guest, started
 from tests.distributed.sshd import MISSING, make_keys, ssh_to, sshd
 from tests.faults.test_kills import check_same
 from tests.slurm.test_slurm import make_config
 from tests.support import free_port, one_line_error
 from tests.unit.launch.start.test_launch import PATIENT, is_alive, pids_of
+from tests.waiting import wait_for
 
 NEEDED = [tool for tool in ("ip", "tc", "sysctl", "unshare") if not shutil.which(tool)]
 AS_ROOT = pytest.mark.skipif(bool(NEEDED) or os.geteuid() != 0, reason=f"namespaces need root, and {NEEDED}")
@@ -47,17 +48,9 @@ def command(config: RunConfig, *options: str) -> list[str]:
     return [*words, *options]
 
 
-@contextmanager
-def others(config: RunConfig) -> Iterator[None]:
+def others(config: RunConfig) -> AbstractContextManager[None]:
     """Aggregator and silo beta; they must have finished when the block ends."""
-    with ExitStack() as ending:
-        guests = [Guest(config, "aggregator"), Guest(config, "beta")]
-        for process in guests:
-            ending.callback(process.kill)
-            process.start()
-        yield
-        for process in guests:
-            process.wait(60)
+    return started(Guest(config, "aggregator"), Guest(config, "beta"), seconds=60)
 
 
 @pytest.mark.soak
@@ -150,7 +143,7 @@ def wait_for_steps(config: RunConfig, launcher: subprocess.Popen[str]) -> None:
         steps += sum(record["kind"] == "step" and record["silo"] == "alpha" for record in metrics.read_new())
         return steps > 20
 
-    wait_until(is_training, 120)
+    wait_for(is_training, seconds=120)
 
 
 def of_alpha(config: RunConfig) -> list[psutil.Process]:
@@ -194,7 +187,7 @@ def test_stopped_killed_or_without_a_node_it_leaves_nothing_and_goes_on_to_the_s
                     assert "the same command goes on" in said
                     assert not of_alpha(config)
                 else:
-                    wait_until(lambda: not of_alpha(config), 60)
+                    wait_for(lambda: not of_alpha(config), seconds=60)
             assert read_status(status).phase == "stopped"
             newest = max(int(path.name[5:]) for path in checkpoints.glob("step-*"))
             assert f"stopped after step {newest}: on request" in log.read_text()
@@ -414,7 +407,7 @@ def test_what_runs_by_ssh_saves_when_its_connection_ends(tmp_path: Path, way: st
             assert child.returncode == 1, "as the program's"
         else:
             child.process.kill()
-            wait_until(lambda: not any(is_alive(pid) for pid in pids), 15)
+            wait_for(lambda: not any(is_alive(pid) for pid in pids), seconds=15)
     assert (tmp_path / "law.saved").exists()
     assert not any(is_alive(pid) for pid in pids)
 

@@ -5,37 +5,27 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
 from launch.show.status_reader import store_status
-from launch.start.local import launch_local
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import save_config
 from pretrain.federation.export import evaluate_directory, export_global_model
 from tests.conftest import TinyConfig
-from tests.distributed.federation import Outcome, assert_same_bits, federate
-from tests.support import ROOT
+from tests.distributed.federation import Outcome, assert_same_bits, federate, launched
+from tests.support import ROOT, zero
+from tests.waiting import wait_for
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_config: TinyConfig) -> Outcome:
     """A run of two silos."""
     return federate(tiny_config(tmp_path_factory.mktemp("finished"), outer={"codec": "bf16"}))
-
-
-def failing(config: RunConfig) -> tuple[int, str]:
-    """Launch what must fail; returns exit code and what the user saw."""
-    path = Path(config.directory).with_suffix(".console")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        code = launch_local(config, console=Console(file=file, width=1000))
-    return code, path.read_text()
 
 
 def start(config: RunConfig) -> subprocess.Popen[str]:
@@ -46,13 +36,16 @@ def start(config: RunConfig) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def wait_until(condition: Any, process: subprocess.Popen[str]) -> None:
+def wait_with(process: subprocess.Popen[str], condition: Callable[[], object]) -> None:
     """Wait for a condition while `process` runs."""
-    end = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end
-        time.sleep(0.02)
+
+    def runs() -> bool:
+        return process.poll() is None
+
+    def said() -> str:
+        return "it runs on" if runs() else process.communicate()[0]
+
+    wait_for(condition, seconds=120, poll_seconds=0.02, meanwhile=runs, tells=said)
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(finished: Outcome, tmp_path: Path, tiny_config: TinyConfig) -> None:
@@ -60,15 +53,15 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(finished: Outcome, tmp_path: 
     process = start(config)
     run_directory, store = Path(config.directory), Path(config.store_url)
     # The aggregator is held still after version 0, so that the stop surely finds both silos waiting for commit 1.
-    wait_until((store / "global/000000/commit.json").exists, process)
+    wait_with(process, (store / "global/000000/commit.json").exists)
     aggregator = int((run_directory / "aggregator/lock").read_text())
     os.kill(aggregator, signal.SIGSTOP)
-    wait_until(lambda: len(list(store.glob("silos/*/000001/manifest.json"))) == 2, process)
+    wait_with(process, lambda: len(list(store.glob("silos/*/000001/manifest.json"))) == 2)
     status = store_status(config.store_url)
     assert (status.version, status.aggregator.is_alive, status.waiting_for) == (0, True, "commit 1 from the aggregator")
     assert [(silo.life.words, silo.part) for silo in status.silos.values()] == [("alive", "yes")] * 2
     process.send_signal(signal.SIGINT)
-    wait_until(lambda: len(list(run_directory.glob("silos/*/checkpoints/step-*/state.json"))) == 2, process)
+    wait_with(process, lambda: len(list(run_directory.glob("silos/*/checkpoints/step-*/state.json"))) == 2)
     os.kill(aggregator, signal.SIGCONT)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 130, output
@@ -88,7 +81,7 @@ def test_a_loss_that_is_not_a_number_stops_the_silo(tmp_path: Path, tiny_config:
     outer = {"sync_interval_steps": 12}
     silo = {"checkpoint_interval_steps": 1}
     config = tiny_config(tmp_path, inner=inner, outer=outer, silo=silo, silos={"beta": None})
-    code, output = failing(config)
+    code, output = launched(config)
     assert code == 2, output
     line = next(line for line in output.splitlines() if "error:" in line)
     assert "silo alpha: " in line
@@ -151,7 +144,7 @@ def test_other_kinds_of_model_take_part(tmp_path: Path, tiny_config: TinyConfig,
         tmp_path,
         inner={"num_steps": 2},
         outer={"sync_interval_steps": 2},
-        silos={"beta": {"deepspeed": {"zero_optimization": {"stage": 3}}}},
+        silos={"beta": zero(3)},
     )
     model = dataclasses.replace(settings.model, config={"model_type": kind, **KINDS[kind]})
     run = federate(dataclasses.replace(settings, model=model))

@@ -32,13 +32,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launch.start.local import CommandBuilder, local_commands
 from launch.start.processes import ChildCommand
 from pretrain.config.keys import RunConfig
+
+if TYPE_CHECKING:
+    from tests.distributed.federation import Outcome
 
 Faults = dict[str, list[tuple[Any, ...]]]
 """Silo, or `aggregator`, to its faults."""
@@ -128,20 +131,42 @@ AGGREGATOR_POINTS: dict[str, Point] = {  # as its loop comes to them
 POINTS = SILO_POINTS | AGGREGATOR_POINTS
 
 
+def scripted(module: str, faults: Sequence[tuple[Any, ...]], directory: Path) -> list[str]:
+    """What follows `python -m` to run a module with faults, which leave their files in `directory`."""
+    return ["tests.faults.scripted", module, str(directory), json.dumps(faults)]
+
+
 def with_faults(faults: Faults, directory: Path) -> CommandBuilder:
     """A command builder that runs each process with its faults, which leave their files in `directory`."""
+    directory.mkdir(parents=True, exist_ok=True)
 
     def build(config: RunConfig, config_path: Path) -> list[ChildCommand]:
         commands = []
         for command in local_commands(config, config_path):
             module = "pretrain.aggregate" if command.name == "aggregator" else "pretrain.train"
             at = command.argv.index(module)
-            scripted = ["tests.faults.scripted", module, str(directory), json.dumps(faults.get(command.name, []))]
-            argv = command.argv[:at] + scripted + command.argv[at + 1 :]
+            words = scripted(module, faults.get(command.name, []), directory)
+            argv = command.argv[:at] + words + command.argv[at + 1 :]
             commands.append(dataclasses.replace(command, argv=argv))
         return commands
 
     return build
+
+
+def check_struck(faults: Faults, directory: Path) -> None:
+    """Every one of these faults, which leave their files in `directory`, has struck."""
+    expected = {f"{point}-{when}" for chain in faults.values() for point, when, *_ in chain}
+    struck = {path.name for path in directory.iterdir()}
+    assert struck == expected, f"has not struck: {sorted(expected - struck)}; nobody's: {sorted(struck - expected)}"
+
+
+def federate_with(faults: Faults, config: RunConfig, directory: Path, *, max_restarts: int = 0) -> "Outcome":
+    """`federate` a run in which every one of these faults strikes; `directory` is where they say so."""
+    from tests.distributed.federation import federate  # not for the processes that run this module
+
+    run = federate(config, max_restarts=max_restarts, build_commands=with_faults(faults, directory))
+    check_struck(faults, directory)
+    return run
 
 
 def number(pattern: str, name: str) -> int | None:

@@ -3,14 +3,12 @@
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from launch.start.local import launch_local
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.store import StoreExchange
 from tests.conftest import TinyConfig
-from tests.distributed.federation import Outcome, federate
-from tests.faults.scripted import AGGREGATOR_POINTS, Faults, with_faults
+from tests.distributed.federation import Outcome, federate, launched
+from tests.faults.scripted import AGGREGATOR_POINTS, Faults, check_struck, federate_with, with_faults
 from tests.faults.test_kills import check_same
 
 NUM_VERSIONS = 6
@@ -71,20 +69,13 @@ DEATHS: Faults = {
 }
 
 
-def expected(faults: Faults) -> set[str]:
-    return {f"{point}-{when}" for chain in faults.values() for point, when, *_ in chain}
-
-
 @pytest.mark.timeout(600)
 def test_killed_at_every_point_of_its_loop_and_restarted(
     undisturbed: Outcome, tmp_path: Path, tiny_config: TinyConfig
 ) -> None:
     assert {point for point, _ in DEATHS["aggregator"]} == set(AGGREGATOR_POINTS)
-    fired = tmp_path / "fired"
-    fired.mkdir()
-    build, num_deaths = with_faults(DEATHS, fired), len(DEATHS["aggregator"])
-    run = federate(make_config(tiny_config, tmp_path), max_restarts=num_deaths, build_commands=build)
-    assert {path.name for path in fired.iterdir()} == expected(DEATHS)
+    config, num_deaths = make_config(tiny_config, tmp_path), len(DEATHS["aggregator"])
+    run = federate_with(DEATHS, config, tmp_path / "fired", max_restarts=num_deaths)
     log = (Path(run.config.directory) / "logs" / "latest" / "aggregator.log").read_text()
     assert log.count("\n--- start ") == num_deaths
     check_same(run, undisturbed)
@@ -99,8 +90,7 @@ def test_paused_and_slow_processes_change_nothing(
         "beta": [("step", 10, 0, "slow", 0.2)],
         "aggregator": [("verified", 1, 0, "pause", 1.0), ("before_merge", 3, 0, "slow", 0.5)],
     }
-    run = federate(make_config(tiny_config, tmp_path), build_commands=with_faults(faults, tmp_path))
-    assert all((tmp_path / name).exists() for name in expected(faults))
+    run = federate_with(faults, make_config(tiny_config, tmp_path), tmp_path / "fired")
     alpha, beta = run.by_step("alpha", "time"), run.by_step("beta", "time")
     assert alpha[6] - alpha[5] > 2.9
     assert beta[24] - beta[10] > 14 * 0.2
@@ -108,13 +98,12 @@ def test_paused_and_slow_processes_change_nothing(
 
 
 def test_what_is_not_finite_never_leaves_a_silo(tmp_path: Path, tiny_config: TinyConfig) -> None:
-    config, log = make_config(tiny_config, tmp_path), tmp_path / "console"
-    build = with_faults({"beta": [("sending", 2, 0, "nan")]}, tmp_path)
-    with log.open("w") as file:
-        assert launch_local(config, build_commands=build, console=Console(file=file, width=200)) == 2
-    assert (tmp_path / "sending-2").exists()
-    assert "error: beta: silo beta: version 2: " in log.read_text()
-    assert "infinite or NaN given; allowed: finite values; nothing was sent" in log.read_text()
+    config, faults = make_config(tiny_config, tmp_path), {"beta": [("sending", 2, 0, "nan")]}
+    code, said = launched(config, build_commands=with_faults(faults, tmp_path / "fired"))
+    assert code == 2
+    check_struck(faults, tmp_path / "fired")
+    assert "error: beta: silo beta: version 2: " in said
+    assert "infinite or NaN given; allowed: finite values; nothing was sent" in said
     store = StoreExchange(config.store_url)
     assert store.newest_version() == 1
     assert store.delivery("beta", 2) is None

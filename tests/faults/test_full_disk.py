@@ -2,15 +2,14 @@
 
 import dataclasses
 import re
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from benchmarks.elastic import Guest
 from pretrain.config.keys import RunConfig
 from tests.conftest import TinyConfig
-from tests.distributed.federation import Outcome, federate
+from tests.distributed.federation import Outcome
+from tests.distributed.guests import Guest, started
 from tests.faults.scripted import FILLER, with_faults
 from tests.faults.test_kills import check_same, make_config
 from tests.support import mounted
@@ -27,37 +26,31 @@ def only(config: RunConfig, silo: str) -> RunConfig:
 
 @pytest.mark.soak
 @pytest.mark.timeout(900)
-def test_a_silo_says_so_and_goes_on_after_room_is_made(tmp_path: Path, tiny_config: TinyConfig) -> None:
-    undisturbed = federate(make_config(tiny_config, tmp_path / "undisturbed"))
-    fired = tmp_path / "fired"
-    fired.mkdir()
-    store = {"url": str(tmp_path / "store")}
+def test_a_silo_says_so_and_goes_on_after_room_is_made(
+    undisturbed: Outcome, tmp_path: Path, tiny_config: TinyConfig
+) -> None:
+    fired, store = tmp_path / "fired", {"url": str(tmp_path / "store")}
     (tmp_path / "guest").mkdir()
-    with mounted(tmp_path / "guest" / "run", num_bytes=24 << 20) as disk, ExitStack() as ending:
+    with mounted(tmp_path / "guest" / "run", num_bytes=24 << 20) as disk:
         faults = {"beta": [(point, number, 0, "fill", str(disk)) for point, number in POINTS]}
         hosts = only(make_config(tiny_config, tmp_path / "hosts", store), "alpha")
         guest = only(make_config(tiny_config, tmp_path / "guest", store), "beta")
-        aggregator, alpha = Guest(hosts, "aggregator"), Guest(hosts, "alpha")
-        beta = Guest(guest, "beta", with_faults(faults, fired))
-        for process in (aggregator, alpha, beta):
-            ending.callback(process.kill)
-        aggregator.start()
-        alpha.start()
-        before = ""
-        for point, number in POINTS:
+        others = started(Guest(hosts, "aggregator"), Guest(hosts, "alpha"), seconds=120)
+        with Guest(guest, "beta", with_faults(faults, fired)) as beta, others:
+            before = ""
+            for point, number in POINTS:
+                beta.start()
+                said = beta.wait(120, code=1)  # torchrun's own; the silo's is 2
+                assert (fired / f"{point}-{number}").exists(), said
+                (disk / FILLER).unlink()
+                said, before = said.removeprefix(before), said
+                assert re.findall("^atoll: .*", said, re.MULTILINE) == [
+                    f"atoll: directory: '{disk}' given; there is no space left on its disk; make room and start again: "
+                    "everything up to the last checkpoint is there"
+                ]
+                assert "exitcode  : 2 " in said
             beta.start()
-            said = beta.wait(120, code=1)  # torchrun's own; the silo's is 2
-            assert (fired / f"{point}-{number}").exists(), said
-            (disk / FILLER).unlink()
-            said, before = said.removeprefix(before), said
-            assert re.findall("^atoll: .*", said, re.MULTILINE) == [
-                f"atoll: directory: '{disk}' given; there is no space left on its disk; make room and start again: "
-                "everything up to the last checkpoint is there"
-            ]
-            assert "exitcode  : 2 " in said
-        beta.start()
-        for process in (beta, alpha, aggregator):
-            process.wait(120)
+            beta.wait(120)
         check_same(Outcome(config=hosts), undisturbed)
         check_same(Outcome(config=guest), undisturbed)
         assert not list(disk.rglob("*.tmp"))

@@ -9,7 +9,8 @@ import pytest
 from pretrain.config.keys import RunConfig
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, assert_same_bits, federate
-from tests.faults.scripted import Faults, with_faults
+from tests.faults.scripted import Faults, federate_with
+from tests.support import TWO_RANKS, zero
 
 
 def make_config(
@@ -19,7 +20,6 @@ def make_config(
 
     Here and in the other settings, of streaming and of the collective, every codec has its turn.
     """
-    alpha = {"processes_per_node": 2, "micro_batch_sequences": 2, "deepspeed": {"zero_optimization": {"stage": 2}}}
     return tiny_config(
         directory,
         inner={"optimizer": "muon"},
@@ -27,7 +27,7 @@ def make_config(
         | {"control_variates": 0.5}
         | outer,
         silo={"checkpoint_interval_steps": 3},
-        silos={"alpha": alpha},
+        silos={"alpha": TWO_RANKS | zero(2)},
         exchange=exchange or {},
     )
 
@@ -42,21 +42,6 @@ def check_same(run: Outcome, undisturbed: Outcome) -> None:
         for value in ("loss", "lr", "tokens", "grad_norm"):
             assert run.by_step(silo, value) == undisturbed.by_step(silo, value)
         assert run.held_out(silo) == undisturbed.held_out(silo)
-
-
-def killed(config: RunConfig, faults: Faults, fired: Path) -> Outcome:
-    """The run in which every one of these deaths has struck; `fired` is where they say so."""
-    fired.mkdir()
-    run = federate(config, max_restarts=20, build_commands=with_faults(faults, fired))
-    expected = {f"{point}-{when}" for deaths in faults.values() for point, when, *_ in deaths}
-    assert {path.name for path in fired.iterdir()} == expected
-    return run
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_config: TinyConfig) -> Outcome:
-    """The run that nothing happens to."""
-    return federate(make_config(tiny_config, tmp_path_factory.mktemp("undisturbed")))
 
 
 DEATHS: dict[str, Faults] = {
@@ -83,7 +68,7 @@ DEATHS: dict[str, Faults] = {
 def test_killed_and_restarted_equals_undisturbed(
     undisturbed: Outcome, tmp_path: Path, tiny_config: TinyConfig, who: str
 ) -> None:
-    run = killed(make_config(tiny_config, tmp_path), DEATHS[who], tmp_path / "fired")
+    run = federate_with(DEATHS[who], make_config(tiny_config, tmp_path), tmp_path / "fired", max_restarts=20)
     check_same(run, undisturbed)
 
 
@@ -117,7 +102,8 @@ def test_streaming_with_a_fragment_in_flight_resumes_exactly(
     tmp_path: Path, tiny_config: TinyConfig, where: str
 ) -> None:
     undisturbed = federate(make_config(tiny_config, tmp_path / "undisturbed", **STREAMING))
-    run = killed(make_config(tiny_config, tmp_path, **STREAMING), STREAMING_DEATHS[where], tmp_path / "fired")
+    config = make_config(tiny_config, tmp_path, **STREAMING)
+    run = federate_with(STREAMING_DEATHS[where], config, tmp_path / "fired", max_restarts=20)
     check_same(run, undisturbed)
 
 
@@ -125,8 +111,7 @@ def test_a_corrupted_delivery_is_refused_and_delivered_again(
     undisturbed: Outcome, tmp_path: Path, tiny_config: TinyConfig
 ) -> None:
     config = make_config(tiny_config, tmp_path)
-    run = federate(config, build_commands=with_faults({"beta": [("corrupt_payload", 2)]}, tmp_path))
-    assert (tmp_path / "corrupt_payload-2").exists()  # it struck
+    run = federate_with({"beta": [("corrupt_payload", 2)]}, config, tmp_path / "fired")
     refused = json.loads((Path(config.store_url) / "silos/beta/000002/refused-0.json").read_text())
     assert "corrupted" in refused["reason"]
     logs = Path(config.directory) / "logs" / "latest"

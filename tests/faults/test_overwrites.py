@@ -1,15 +1,14 @@
 """Whoever comes with nothing, or with something old, cannot overwrite a run: silo, aggregator, backup of a store."""
 
 import shutil
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from benchmarks.elastic import Guest
 from pretrain.config.keys import RunConfig
 from tests.conftest import TinyConfig
-from tests.distributed.federation import Outcome, federate
+from tests.distributed.federation import Outcome
+from tests.distributed.guests import Guest, started
 from tests.faults.scripted import with_faults
 from tests.faults.test_full_disk import only
 from tests.faults.test_kills import check_same, make_config
@@ -33,29 +32,22 @@ def refused(config: RunConfig, name: str) -> str:
 
 @pytest.mark.soak
 @pytest.mark.timeout(600)
-def test_nothing_is_overwritten(tmp_path: Path, tiny_config: TinyConfig) -> None:
-    undisturbed = federate(make_config(tiny_config, tmp_path / "undisturbed"))
+def test_nothing_is_overwritten(undisturbed: Outcome, tmp_path: Path, tiny_config: TinyConfig) -> None:
     store, backup, url = tmp_path / "store", tmp_path / "backup", {"url": str(tmp_path / "store")}
 
     def institution(name: str, silo: str) -> RunConfig:
         return only(make_config(tiny_config, tmp_path / name, url), silo)
 
     alpha, beta = institution("alpha", "alpha"), institution("beta", "beta")
-    dying = with_faults({"aggregator": [("before_commit", 2)]}, tmp_path)
-    with ExitStack() as ending:
-        processes = [Guest(alpha, "aggregator", dying), Guest(alpha, "alpha"), Guest(beta, "beta")]
-        for process in processes:
-            ending.callback(process.kill)
-            process.start()
-        processes[0].wait(120, code=-9)
-        shutil.copytree(store, backup)
-        # An aggregator with an empty disk.
-        elsewhere = institution("elsewhere", "alpha")
-        processes.append(Guest(elsewhere, "aggregator"))
-        ending.callback(processes[-1].kill)
-        processes[-1].start()
-        for process in processes[1:]:
-            process.wait(120)
+    elsewhere = institution("elsewhere", "alpha")
+    dying = with_faults({"aggregator": [("before_commit", 2)]}, tmp_path / "fired")
+    with Guest(alpha, "aggregator", dying) as first, Guest(elsewhere, "aggregator") as second:
+        first.start()
+        with started(Guest(alpha, "alpha"), Guest(beta, "beta"), seconds=120):
+            first.wait(120, code=-9)
+            shutil.copytree(store, backup)
+            second.start()  # with an empty disk
+        second.wait(120)
     check_same(Outcome(config=alpha), undisturbed)
     check_same(Outcome(config=beta), undisturbed)
 

@@ -1,7 +1,6 @@
 """`atoll data prepare`, killed at random instants and started again, writes the bytes of an undisturbed run."""
 
 import gzip
-import hashlib
 import json
 import os
 import random
@@ -16,7 +15,8 @@ import pytest
 
 from data_tools.sources import read_documents
 from data_tools.tokenizer import train_tokenizer
-from tests.support import pseudo_text
+from tests.support import packed_hashes, pseudo_text
+from tests.waiting import wait_for
 
 NUM_KILLS = 20
 # What the command runs, with a commit after every block of text, so that many kills fall into one preparation.
@@ -73,12 +73,6 @@ def start(text: Path, tokenizer: Path, output: Path, *, num_workers: int) -> sub
     return process
 
 
-def hashes(output: Path) -> dict[str, str]:
-    """Of every file whose bytes are promised."""
-    files = [*output.rglob("*.bin"), *output.rglob("manifest.json")]
-    return {str(file.relative_to(output)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-
-
 def test_killed_again_and_again(text: Path, tokenizer: Path, tmp_path: Path) -> None:
     undisturbed = tmp_path / "undisturbed"
     began = time.monotonic()
@@ -100,12 +94,9 @@ def test_killed_again_and_again(text: Path, tokenizer: Path, tmp_path: Path) -> 
             places.add(sum(file.stat().st_size for file in partial.rglob("*.bin")))
             continue
         assert process.returncode == 0
-        assert hashes(output) == hashes(undisturbed)
+        assert packed_hashes(output) == packed_hashes(undisturbed)
         assert not output.with_name(output.name + ".partial").exists()
         num_whole += 1
-    assert len(hashes(undisturbed)) > 5
+    assert len(packed_hashes(undisturbed)) > 5
     assert len(places) > 2, "the kills fell before anything was written"
-    deadline = time.monotonic() + 20
-    while any(psutil.pid_exists(pid) for pid in workers):
-        assert time.monotonic() < deadline, "workers outlive their parent"
-        time.sleep(0.1)
+    wait_for(lambda: not any(map(psutil.pid_exists, workers)), seconds=20, tells=lambda: "workers outlive their parent")

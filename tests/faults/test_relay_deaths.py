@@ -1,7 +1,6 @@
 """Kill the relay at any write, or whenever, and start it again: a silo behind it trains as one without it."""
 
 import dataclasses
-import json
 import random
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from pretrain.config.keys import RunConfig
 from pretrain.config.load import save_config
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, federate
+from tests.faults.scripted import check_struck, scripted
 from tests.faults.test_kills import STREAMING, check_same, make_config
 
 POINTS = [
@@ -92,14 +92,14 @@ def relayed(
     there, here, fired = directory / "there", directory / "site" / "store", directory / "fired"
     fired.mkdir(parents=True)
     config = configured(tiny_config, directory, num_steps, {"url": str(there)})
-    module = ["tests.faults.scripted", "launch.cli", str(fired), json.dumps(faults)]
+    module = scripted("launch.cli", faults, fired)
     relay = Restarted(relay_command(config, "alpha", here, module), directory / "relay.log", num_lives=num_lives)
     try:
         run = federate(config, build_commands=behind_relay(local_commands, "alpha", here))
     finally:
         relay.end(60)
     assert relay.codes[-1] == 0, (directory / "relay.log").read_text()[-4000:]
-    assert {path.name for path in fired.iterdir()} == {f"{point}-{when}" for point, when in faults}
+    check_struck({"relay": [*faults]}, fired)
     undisturbed: Outcome = federate(configured(tiny_config, directory / "undisturbed", num_steps, {}))
     check_same(run, undisturbed)
     return relay

@@ -1,5 +1,6 @@
 """The store of a running federation goes away, or is full, and comes back: nothing is lost and no bit differs."""
 
+import math
 import os
 import re
 import signal
@@ -20,19 +21,14 @@ from pretrain.exchange.store import StoreExchange
 from pretrain.host.stopping import STOPPED
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, federate
-from tests.faults.scripted import Faults, with_faults
+from tests.faults.scripted import Faults, federate_with
 from tests.faults.test_kills import check_same, make_config
-from tests.support import mounted
+from tests.support import fill, mounted
 from tests.unit.test_aggregate import GOOD, plus_noise, start
+from tests.waiting import wait_for
 
 OUTAGE_SECONDS = 8.0
 OVER = re.compile(r" was (?:read|written|listed|deleted) after \d+\.\d s$", re.MULTILINE)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_config: TinyConfig) -> Outcome:
-    """The run that nothing happens to."""
-    return federate(make_config(tiny_config, tmp_path_factory.mktemp("undisturbed")))
 
 
 @contextmanager
@@ -40,8 +36,8 @@ def disturbed(store: Path, action: Callable[[], None]) -> Iterator[threading.Thr
     """Does `action` beside the test, once version 1 is committed; it must have been done when the block ends."""
 
     def wait_and_act() -> None:
-        while not (store / "global" / "000001" / "commit.json").exists() and not ended.is_set():
-            time.sleep(0.02)
+        is_there = (store / "global" / "000001" / "commit.json").exists
+        wait_for(lambda: is_there() or ended.is_set(), seconds=math.inf, poll_seconds=0.02)
         if not ended.is_set():
             action()
 
@@ -88,15 +84,19 @@ def test_with_overlap_the_silos_train_on_in_an_outage_of_two_minutes(tmp_path: P
     config, times = make_config(tiny_config, tmp_path, **overlap), []
 
     def go_away() -> None:
-        while (Path(config.directory) / "metrics.jsonl").read_text().count('"kind": "sync"') < len(config.silos):
-            time.sleep(0.02)  # until all have version 1
+        metrics = Path(config.directory) / "metrics.jsonl"
+
+        def all_have_version_1() -> bool:
+            return metrics.read_text().count('"kind": "sync"') >= len(config.silos)
+
+        wait_for(all_have_version_1, seconds=120, poll_seconds=0.02)
         times.append(time.time())
         move_away_and_back(Path(config.store_url), 120.0)
         times.append(time.time())
 
     slow: Faults = {silo: [("step", 0, 0, "slow", 0.5)] for silo in config.silos}
     with disturbed(Path(config.store_url), go_away):
-        run = federate(config, build_commands=with_faults(slow, tmp_path))
+        run = federate_with(slow, config, tmp_path / "fired")
     began, ended = times
     for silo in config.silos:
         steps = [r for r in run.records if r["kind"] == "step" and r["silo"] == silo and r["time"] < ended]
@@ -112,11 +112,9 @@ def test_a_full_disk_in_mid_run(undisturbed: Outcome, tmp_path: Path, tiny_confi
         config = make_config(tiny_config, tmp_path, {"url": str(disk / "store")})
 
         def fill_and_make_room() -> None:
-            with (disk / "filler").open("wb") as filler:
-                room = os.statvfs(disk)
-                os.posix_fallocate(filler.fileno(), 0, room.f_bavail * room.f_frsize)
+            filler = fill(disk)
             time.sleep(OUTAGE_SECONDS)
-            (disk / "filler").unlink()
+            filler.unlink()
 
         with disturbed(disk / "store", fill_and_make_room):
             run = federate(config)

@@ -8,7 +8,6 @@ import re
 import shutil
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -17,10 +16,12 @@ from pathlib import Path
 import psutil
 
 from tests.support import free_port
+from tests.waiting import wait_for
 
 PROGRAMS = ("setpriv", "munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo")
 NUM_NODES = 4
 NODES = [*(f"n{number + 1}" for number in range(NUM_NODES)), "g1"]
+FAILED = {"FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT"}
 CONFIGURATION = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -135,18 +136,21 @@ class Cluster:
 
     def wait(self, jobs: list[str], *, seconds: float) -> None:
         """Wait until all jobs are done."""
-        end = time.monotonic() + seconds
-        while True:
-            found = {job: self.state(job) for job in jobs}
+
+        def states() -> dict[str, str]:
+            return {job: self.state(job) for job in jobs}
+
+        def are_done() -> bool:
+            found = states()
             if set(found.values()) == {"COMPLETED"}:
-                return
-            bad = [job for job, state in found.items() if state in ("FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT")]
-            assert not bad, f"{found}"
+                return True
+            assert not FAILED & set(found.values()), f"{found}"
             for job in jobs:
                 if self.num_restarts(job):
                     self.hurry(job)
-            assert time.monotonic() < end, f"{found}: {self.run('squeue')}"
-            time.sleep(0.5)
+            return False
+
+        wait_for(are_done, seconds=seconds, poll_seconds=0.5, tells=lambda: f"{states()}: {self.run('squeue')}")
 
 
 def missing() -> str:
@@ -177,24 +181,18 @@ def cluster(directory: Path) -> Iterator[Cluster]:
         ending.callback(_end, found)
         options = [f"--{name}={directory / file}" for name, file in files.items()]
         found.start("munged", "munged", "--foreground", "--force", *options)
-        _until((directory / "munge.socket").exists)
+        wait_for((directory / "munge.socket").exists)
         found.start("slurmctld", "slurmctld", "-D", "-f", str(directory / "slurm.conf"))
         for name in NODES:
             found.start_node(name)
-        _until(lambda: set(found.run("sinfo", "--noheader", "--format=%T").split()) == {"idle"})
+        wait_for(lambda: _is_idle(found), poll_seconds=0.1)
         yield found
 
 
-def _until(what, seconds: float = 30.0) -> None:
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            if what():
-                return
-        except AssertionError:
-            pass  # the controller does not answer yet
-        assert time.monotonic() < end
-        time.sleep(0.1)
+def _is_idle(cluster: Cluster) -> bool:
+    with suppress(AssertionError):  # the controller does not answer yet
+        return set(cluster.run("sinfo", "--noheader", "--format=%T").split()) == {"idle"}
+    return False
 
 
 def _end(cluster: Cluster) -> None:

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.elastic import wait_until
 from tests.slurm.cluster import Cluster, cluster
 from tests.unit.conftest import s3_url  # noqa: F401 - a fixture
+from tests.waiting import wait_for
 
 
 @pytest.fixture(scope="session")
@@ -19,4 +19,4 @@ def whole_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]
 def slurm(whole_cluster: Cluster) -> Iterator[Cluster]:
     yield whole_cluster
     whole_cluster.try_run("scancel", "--user=root")
-    wait_until(lambda: not whole_cluster.run("squeue", "--noheader"), 60)
+    wait_for(lambda: not whole_cluster.run("squeue", "--noheader"), seconds=60)

@@ -7,18 +7,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
-from benchmarks.elastic import wait_until
 from launch.show.metrics import read_status
 from launch.start.local import process_directory
 from pretrain.config.keys import RunConfig
 from tests.conftest import TinyConfig
-from tests.distributed.federation import Outcome, federate
+from tests.distributed.federation import Outcome, federate, left_behind
 from tests.faults.test_kills import check_same
 from tests.slurm.cluster import Cluster, missing
 from tests.slurm.test_slurm import atoll, make_config, submitted, written
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.skipif(bool(missing()), reason=missing()), pytest.mark.soak, pytest.mark.timeout(600)]
 
@@ -30,12 +29,6 @@ def command(slurm: Cluster, *arguments: str | Path) -> str:
 
 def step_of(config: RunConfig, name: str) -> int:
     return read_status(process_directory(config, name) / "status.json").step
-
-
-def left_behind(config: RunConfig) -> list[str]:
-    """Command lines of living processes that belong to a run."""
-    commands = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
-    return [line for line in commands if config.directory in line]
 
 
 RULES = {"deadline_floor_seconds": 5, "deadline_ceiling_seconds": 30, "away_after_versions": 100}
@@ -54,19 +47,19 @@ def test_a_node_dies_and_its_job_goes_on_on_others(
     config = make_config(tiny_config, tmp_path / "slurm", num_nodes=2, **long)
     # Alpha has two nodes for itself, the others share one, and one is left.
     jobs = submitted(slurm, written(slurm, config, tmp_path, silos={"alpha": {"cpus_per_task": 2}}))
-    wait_until(lambda: step_of(config, "alpha") > 300, 180)
+    wait_for(lambda: step_of(config, "alpha") > 300, seconds=180)
     nodes = slurm.run("squeue", "--noheader", "--jobs", jobs["alpha"], "--format=%N").strip()
     last = slurm.run("scontrol", "show", "hostnames", nodes).split()[-1]
     slurm.fail_node(last)
     try:
-        wait_until(lambda: slurm.state(jobs["alpha"]) == "PENDING", 90)
+        wait_for(lambda: slurm.state(jobs["alpha"]) == "PENDING", seconds=90)
         rule = "1 deliveries are enough" if quorum else "without a quorum there is no deadline"
         waits = rf"waiting for delivery for version \d+ from alpha: .*; {rule}"
-        wait_until(lambda: re.search(waits, command(slurm, "status", config.directory)), 60)
+        wait_for(lambda: re.search(waits, command(slurm, "status", config.directory)), seconds=60)
         slurm.wait(list(jobs.values()), seconds=400)
     finally:
         slurm.start_node(last)
-        wait_until(lambda: slurm.has_state(last, "idle"), 60)
+        wait_for(lambda: slurm.has_state(last, "idle"), seconds=60)
     log = (Path(config.directory) / "logs" / "latest" / "alpha.log").read_text()
     assert log.count("--- start ") == 2
     assert last not in log[log.index("--- start 2") :].splitlines()[0]
@@ -103,16 +96,16 @@ def test_stop_saves_all_and_the_same_command_goes_on(slurm: Cluster, tmp_path: P
     config = make_config(tiny_config, tmp_path / "slurm", num_nodes=2, **long)
     options = written(slurm, config, tmp_path)
     jobs = submitted(slurm, options)
-    wait_until(lambda: step_of(config, "alpha") > 120, 180)
+    wait_for(lambda: step_of(config, "alpha") > 120, seconds=180)
     slurm.run("scontrol", "requeue", jobs["beta"])  # so that one of them is in the queue
-    wait_until(lambda: slurm.state(jobs["beta"]) == "PENDING", 60)
+    wait_for(lambda: slurm.state(jobs["beta"]) == "PENDING", seconds=60)
     again = atoll(slurm, *options)
     assert again.returncode == 2
     assert f"its jobs {', '.join(jobs.values())} are still there" in again.stderr
     said = command(slurm, "stop", config.directory)
     assert said.splitlines()[-1] == "stopped: " + ", ".join(f"{name} (job {job})" for name, job in jobs.items())
     assert not slurm.run("squeue", "--noheader")
-    assert not left_behind(config)
+    assert not left_behind(config.directory)
     assert {read_status(process_directory(config, name) / "status.json").phase for name in jobs} == {"stopped"}
     assert command(slurm, "stop", config.directory) == "nothing runs\n"
     jobs = submitted(slurm, options)

@@ -10,11 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 
-from benchmarks.elastic import wait_until
 from launch.show.metrics import read_status
 from launch.start.local import process_directory
 from launch.start.site import load_site
@@ -22,10 +20,11 @@ from launch.start.slurm import job_state, launch_slurm
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import load_config, save_config
 from tests.conftest import TinyConfig
-from tests.distributed.federation import Outcome, federate
+from tests.distributed.federation import Outcome, federate, left_behind
 from tests.faults.test_kills import check_same
-from tests.slurm.cluster import Cluster, missing
-from tests.support import free_port, one_line_error
+from tests.slurm.cluster import FAILED, Cluster, missing
+from tests.support import TWO_RANKS, free_port, one_line_error, zero
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
@@ -54,8 +53,7 @@ def submitted(slurm: Cluster, options: list[str | Path]) -> dict[str, str]:
 
 def make_config(tiny_config: TinyConfig, directory: Path, *, num_nodes: int, **changes: Any) -> RunConfig:
     """Two silos: ZeRO-3 on two ranks, and one rank."""
-    alpha = {"num_nodes": num_nodes, "processes_per_node": 2 // num_nodes, "micro_batch_sequences": 2}
-    alpha["deepspeed"] = {"zero_optimization": {"stage": 3}}
+    alpha = TWO_RANKS | {"num_nodes": num_nodes, "processes_per_node": 2 // num_nodes} | zero(3)
     usual: dict[str, Any] = {"outer": {"optimizer": "nesterov"}, "silo": {"checkpoint_interval_steps": 3}}
     return tiny_config(directory, silos={"alpha": alpha}, **(usual | changes))
 
@@ -74,16 +72,15 @@ def test_a_cancelled_job_saves_and_does_not_come_back(slurm: Cluster, tmp_path: 
     config = make_config(tiny_config, tmp_path, num_nodes=2, inner={"num_steps": 100_000})
     jobs = submitted(slurm, written(slurm, config, tmp_path))
     statuses = {name: process_directory(config, name) / "status.json" for name in jobs}
-    wait_until(lambda: read_status(statuses["alpha"]).step > 20, 120)
+    wait_for(lambda: read_status(statuses["alpha"]).step > 20, seconds=120)
     again = atoll(slurm, *written(slurm, config, tmp_path))
     assert again.returncode == 2
     assert f"its jobs {', '.join(jobs.values())} are still there" in again.stderr
     slurm.run("scancel", *jobs.values())
-    wait_until(lambda: not slurm.run("squeue", "--noheader"), 60)
+    wait_for(lambda: not slurm.run("squeue", "--noheader"), seconds=60)
     assert {read_status(path).phase for path in statuses.values()} == {"stopped"}
     assert [slurm.num_restarts(job) for job in jobs.values()] == [0, 0, 0]
-    commands = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
-    assert not [command for command in commands if config.directory in command]
+    assert not left_behind(config.directory)
 
 
 @pytest.mark.soak
@@ -92,7 +89,7 @@ def test_a_job_that_crashes_again_and_again_ends(slurm: Cluster, tmp_path: Path,
     process_directory(config, "aggregator").mkdir(parents=True)
     (process_directory(config, "aggregator") / "status.json").write_text('{"phase": "stopped"}')  # by an earlier start
     jobs = submitted(slurm, written(slurm, config, tmp_path, max_crashes=0, setup=["srun() { false; }"]))
-    wait_until(lambda: {slurm.state(job) for job in jobs.values()} == {"FAILED"}, 60)
+    wait_for(lambda: {slurm.state(job) for job in jobs.values()} == {"FAILED"}, seconds=60)
     start, end = (Path(config.directory) / "logs" / "latest" / "alpha.log").read_text().splitlines()
     assert start.startswith(f"--- start 1 of alpha: job {jobs['alpha']} on n")
     assert end == f"alpha has crashed 1 times: job {jobs['alpha']} ends"
@@ -113,10 +110,12 @@ def test_preempted_and_stopped_by_time_limits_it_comes_to_the_same_bits(
     config = make_config(tiny_config, tmp_path / "slurm", num_nodes=2, **long)
     jobs = submitted(slurm, written(slurm, config, tmp_path, time_limit="2", warn_seconds=50))
     wanted, preempted = ["alpha", "beta", "aggregator", "alpha"], list[str]()
-    end = time.monotonic() + 800
-    while set(states := [slurm.state(job) for job in jobs.values()]) != {"COMPLETED"}:
-        assert time.monotonic() < end, slurm.run("squeue")
-        assert not {"FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT"} & set(states)
+
+    def are_done_or_go_on() -> bool:
+        states = {slurm.state(job) for job in jobs.values()}
+        if states == {"COMPLETED"}:
+            return True
+        assert not FAILED & states
         for job in jobs.values():
             slurm.hurry(job)
         if len(preempted) < len(wanted):
@@ -126,7 +125,9 @@ def test_preempted_and_stopped_by_time_limits_it_comes_to_the_same_bits(
                 time.sleep(2)
                 slurm.run("scontrol", "requeue", jobs[name])
                 preempted.append(name)
-        time.sleep(0.5)
+        return False
+
+    wait_for(are_done_or_go_on, seconds=800, poll_seconds=0.5, tells=lambda: slurm.run("squeue"))
     assert preempted == wanted
     logs = "".join(file.read_text() for file in (Path(config.directory) / "logs" / "latest").glob("*.log"))
     assert "has saved and stopped: job" in logs  # a time limit
@@ -265,12 +266,12 @@ def test_nodes_that_do_not_see_the_run_directory_are_named(
         hidden = f"mount -t tmpfs none {tmp_path} && exec " + '"$@"'
         slurm.start_node("n3", "unshare", "--mount", "sh", "-c", hidden, "sh")
         look = ("srun", "--nodelist=n3", "sh", "-c", f"ls {tmp_path}/run.yaml || echo sees nothing")
-        wait_until(lambda: "sees nothing" in slurm.run(*look), 30)
+        wait_for(lambda: "sees nothing" in slurm.run(*look), seconds=30)
         done = atoll(slurm, *options)
     finally:
         slurm.stop_node("n3")
         slurm.start_node("n3")
-        wait_until(lambda: slurm.has_state("n3", "idle"), 30)
+        wait_for(lambda: slurm.has_state("n3", "idle"), seconds=30)
     assert done.returncode == 2
     script = Path(config.directory) / "logs" / "attempt-001" / "alpha.sbatch"
     line = f"atoll: alpha: node n3 does not see {script}; allowed: a file system that all nodes share\n"

@@ -23,6 +23,7 @@ from pretrain.outer.codec import apply_change, decoded, encode
 from pretrain.outer.digest import digest_tensors
 from pretrain.outer.fragments import cut_fragments
 from tests.conftest import TinyConfig
+from tests.waiting import wait_for
 
 Tensors = dict[str, Tensor]
 OUTER = {"lr": 0.5, "momentum": 0.5, "num_fragments": 2}
@@ -414,7 +415,7 @@ def refused_then_taken(hand: Hand, expected: str, config: RunConfig) -> tuple[Ag
     deliveries: list[Any] = []
     thread = threading.Thread(target=lambda: deliveries.extend(aggregator.collect(state)), daemon=True)
     thread.start()
-    wait_for(folder / "refused-0.json", thread)
+    wait_for_refusal(folder, thread)
     refused = json.loads((folder / "refused-0.json").read_text())
     assert expected in refused["reason"]
     assert "\n" not in refused["reason"]
@@ -432,12 +433,9 @@ def refused_then_taken(hand: Hand, expected: str, config: RunConfig) -> tuple[Ag
     return aggregator, state
 
 
-def wait_for(path: Path, thread: threading.Thread) -> None:
-    deadline = time.monotonic() + 30
-    while not path.exists():
-        assert thread.is_alive(), "the aggregator ended"
-        assert time.monotonic() < deadline, f"no {path.name}"
-        time.sleep(0.01)
+def wait_for_refusal(folder: Path, thread: threading.Thread) -> None:
+    """Until the first one is there; the aggregator, in its thread, has to wait on."""
+    wait_for((folder / "refused-0.json").exists, poll_seconds=0.01, meanwhile=thread.is_alive)
     time.sleep(0.02)  # the other half of a refusal
 
 
@@ -464,7 +462,7 @@ def test_what_is_no_manifest_is_refused(config: RunConfig) -> None:
     (folder / "manifest.json").write_bytes(b"\x80\x04 a pickle?")
     thread = threading.Thread(target=aggregator.collect, args=(state,), daemon=True)
     thread.start()
-    wait_for(folder / "refused-0.json", thread)
+    wait_for_refusal(folder, thread)
     assert json.loads((folder / "refused-0.json").read_text())["reason"].startswith("not JSON")
     GOOD.deliver(config, "alpha", state, times(state, 1))
     thread.join(30)

@@ -25,16 +25,9 @@ from data_tools.clean import (
     write_grams,
 )
 from data_tools.duplicates import Seen
-from pretrain.config.check import ConfigError
+from tests.support import one_line_error
 
 WHERE = "notes.jsonl, line 3"
-
-
-def error_of(function: Callable[[], object]) -> str:
-    with pytest.raises(ConfigError) as caught:
-        function()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def cleaned(text: str, cleaning: Cleaning) -> tuple[str, str | None]:
@@ -64,7 +57,7 @@ def cleaned(text: str, cleaning: Cleaning) -> tuple[str, str | None]:
     ],
 )
 def test_a_setting_that_is_not_allowed_is_named(cleaning: Cleaning, expected: str) -> None:
-    assert error_of(cleaning.check) == expected
+    assert one_line_error(cleaning.check) == expected
 
 
 # --- one text ---
@@ -139,7 +132,7 @@ def test_a_users_filter_keeps_drops_and_replaces(filters: str) -> None:
 
 def test_errors_of_a_users_filter_name_the_document(filters: str) -> None:
     def error(name: str) -> str:
-        return error_of(lambda: cleaned("text", Cleaning(filter=name)))
+        return one_line_error(lambda: cleaned("text", Cleaning(filter=name)))
 
     at = f"given; at {WHERE} it"
     assert error(f"{filters}:forgets") == (

@@ -8,10 +8,8 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -37,7 +35,7 @@ from data_tools.counts import (
     read_counts,
 )
 from data_tools.tokenizer import BYTE_ALPHABET, bpe_from_counts, train_from_counts, train_tokenizer
-from pretrain.config.check import ConfigError
+from tests.support import one_line_error
 
 WORDS = [
     "court",
@@ -65,13 +63,6 @@ def made_texts(num_documents: int, seed: int = 0) -> list[str]:
     return [
         " ".join(rng.choices(WORDS, k=30) + [f"w{rng.randrange(500)}" for _ in range(5)]) for _ in range(num_documents)
     ]
-
-
-def error_of(function: Callable[..., Any], *arguments: object, **named: object) -> str:
-    with pytest.raises(ConfigError) as caught:
-        function(*arguments, **named)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # --- counting ---
@@ -189,19 +180,18 @@ def test_export_errors(tmp_path: Path) -> None:
     file = tmp_path / "counts.tsv"
     for option, name in (("--min-count", "min_count"), ("--min-documents", "min_documents")):
         message = f"{option}: 0 given; allowed: 1 or more"
-        assert error_of(export_counts, ["a"], output=file, **{name: 0}) == message
+        assert one_line_error(export_counts, ["a"], output=file, **{name: 0}) == message
     for epsilon in (0.0, -1.0, 101.0, math.nan):
         message = f"--epsilon: {epsilon} given; allowed: above 0, at most 100"
-        assert error_of(export_counts, ["a"], output=file, epsilon=epsilon) == message
-    assert "--delta: 1.0 given; allowed: above 0, below 1" in error_of(
+        assert one_line_error(export_counts, ["a"], output=file, epsilon=epsilon) == message
+    assert "--delta: 1.0 given; allowed: above 0, below 1" in one_line_error(
         export_counts, ["a"], output=file, epsilon=1.0, delta=1.0
     )
-    assert "none of 2 pre-tokens may leave: add text, lower" in error_of(export_counts, ["a b"], output=file)
+    assert "none of 2 pre-tokens may leave: add text, lower" in one_line_error(export_counts, ["a b"], output=file)
     assert not file.exists()
     export_counts(["a"], output=file, min_count=1, min_documents=1)
-    assert (
-        error_of(export_counts, ["a"], output=file) == f"--output: {file} exists: delete it or choose another --output"
-    )
+    message = one_line_error(export_counts, ["a"], output=file)
+    assert message == f"--output: {file} exists: delete it or choose another --output"
 
 
 def test_counts_are_added_up(tmp_path: Path) -> None:
@@ -210,7 +200,7 @@ def test_counts_are_added_up(tmp_path: Path) -> None:
     export_counts(["x z", "x"], output=b, min_count=2, min_documents=2)
     assert merge_counts([a, b]) == {"x": 3, " y": 1}
     export_counts(["x y"] * 1000, output=noisy, epsilon=1.0)
-    assert error_of(merge_counts, [a, noisy]) == (
+    assert one_line_error(merge_counts, [a, noisy]) == (
         f"{noisy}: counts documents, {a} occurrences; allowed: one kind: export all with --epsilon or all without"
     )
 
@@ -249,16 +239,16 @@ def test_counts_are_added_up(tmp_path: Path) -> None:
 def test_a_bad_file_is_named_with_its_line(tmp_path: Path, lines: list[str], expected: str) -> None:
     file = tmp_path / "counts.tsv"
     file.write_bytes("".join(line + "\n" for line in lines).encode(errors="surrogateescape"))
-    message = error_of(read_counts, file)
+    message = one_line_error(read_counts, file)
     assert message.startswith(f"{file}, {expected}")
     assert message.endswith(": export it again (atoll data counts)")
 
 
 def test_a_file_that_is_cut_off_or_missing(tmp_path: Path) -> None:
     file = tmp_path / "counts.tsv"
-    assert error_of(read_counts, file) == f"counts: '{file}' given; No such file or directory"
+    assert one_line_error(read_counts, file) == f"counts: '{file}' given; No such file or directory"
     file.write_text(f'{SENTENCE}\n{HEADER}\n51\t"a"')
-    assert f"{file}, line 3: cut off, it has no line end" in error_of(read_counts, file)
+    assert f"{file}, line 3: cut off, it has no line end" in one_line_error(read_counts, file)
 
 
 # --- noise ---
@@ -362,14 +352,16 @@ def test_large_counts_are_divided(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_errors_of_training_from_counts(tmp_path: Path) -> None:
     counts = {" one": 4, " two": 2}
-    assert "--vocab-size: 256 given; allowed: 257" in error_of(
+    assert "--vocab-size: 256 given; allowed: 257" in one_line_error(
         train_from_counts, counts, vocab_size=256, output=tmp_path
     )
-    assert error_of(train_from_counts, counts, vocab_size=9_000, output=tmp_path) == (
+    assert one_line_error(train_from_counts, counts, vocab_size=9_000, output=tmp_path) == (
         "--vocab-size: 9000 given; the counts are enough for 263: add text or lower --vocab-size"
     )
     train_from_counts(counts, vocab_size=262, output=tmp_path)
-    assert "is another tokenizer: delete it" in error_of(train_from_counts, counts, vocab_size=261, output=tmp_path)
+    assert "is another tokenizer: delete it" in one_line_error(
+        train_from_counts, counts, vocab_size=261, output=tmp_path
+    )
 
 
 # --- a secret ---

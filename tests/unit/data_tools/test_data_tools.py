@@ -4,9 +4,7 @@ import ast
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -18,19 +16,13 @@ from data_tools.sources import read_documents, split_file
 from data_tools.tokenizer import load_tokenizer, train_tokenizer
 from pretrain.config.check import ConfigError
 from pretrain.silo.shards import tokenizer_sha256, verify_shards
+from tests.support import one_line_error
 from tests.text_files import TEXTS, write_jsonl
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_tokenizer(TEXTS, vocab_size=280, output=tmp_path_factory.mktemp("tokenizer"))
-
-
-def error_of(function: Callable[..., Any], *arguments: object, **named: object) -> str:
-    with pytest.raises(ConfigError) as caught:
-        list(function(*arguments, **named))
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 # --- the tokenizer ---
@@ -56,14 +48,16 @@ def test_tokenizer_hash_is_of_the_content_not_the_layout(tokenizer: Path, tmp_pa
 
 
 def test_tokenizer_errors(tokenizer: Path, tmp_path: Path) -> None:
-    assert "--vocab-size: 256 given; allowed: 257" in error_of(train_tokenizer, TEXTS, vocab_size=256, output=tmp_path)
-    assert "the text is enough for 2" in error_of(train_tokenizer, ["aa bb"], vocab_size=9_000, output=tmp_path)
-    assert f"{tokenizer} is another tokenizer: delete it" in error_of(
+    assert "--vocab-size: 256 given; allowed: 257" in one_line_error(
+        train_tokenizer, TEXTS, vocab_size=256, output=tmp_path
+    )
+    assert "the text is enough for 2" in one_line_error(train_tokenizer, ["aa bb"], vocab_size=9_000, output=tmp_path)
+    assert f"{tokenizer} is another tokenizer: delete it" in one_line_error(
         train_tokenizer, TEXTS, vocab_size=281, output=tokenizer.parent
     )
-    assert "--tokenizer: " in error_of(load_tokenizer, tmp_path / "tokenizer.json")
+    assert "--tokenizer: " in one_line_error(load_tokenizer, tmp_path / "tokenizer.json")
     (tmp_path / "tokenizer.json").write_text("{}")
-    assert "is not a tokenizer" in error_of(load_tokenizer, tmp_path / "tokenizer.json")
+    assert "is not a tokenizer" in one_line_error(load_tokenizer, tmp_path / "tokenizer.json")
 
 
 # --- the Python corpora ---
@@ -144,12 +138,12 @@ def test_commands_from_text_to_shards(tmp_path: Path) -> None:
         atoll("prepare", tmp_path / "no", "--tokenizer", tokenizer, "--output", tmp_path / "other")
     with pytest.raises(ConfigError, match="allowed: text, or --counts of every silo"):
         atoll("tokenizer", corpus, "--counts", counts, "--output", tokenizer)
-    assert "--normalize: 'x' given" in error_of(
+    assert "--normalize: 'x' given" in one_line_error(
         atoll, "prepare", corpus, "--normalize", "x", "--tokenizer", tokenizer, "--output", tmp_path / "other"
     )
     shard = packed / "train" / "shard-00000.bin"
     shard.write_bytes(shard.read_bytes()[:-2] + b"\xff\x00")
-    assert f"verify: {shard} has sha256" in error_of(atoll, "verify", packed)
+    assert f"verify: {shard} has sha256" in one_line_error(atoll, "verify", packed)
 
 
 @pytest.mark.parametrize("command", ["corpora", "counts", "tokenizer", "prepare", "verify", "inspect"])

@@ -1,6 +1,5 @@
 """Raw text to packed shards: what is kept and counted, resuming, and what a user is told."""
 
-import hashlib
 import json
 import os
 import subprocess
@@ -21,7 +20,7 @@ from data_tools.tokenizer import train_tokenizer
 from pretrain.config.load import load_config
 from pretrain.silo.data import PackedTokens
 from pretrain.silo.shards import Manifest, tokenizer_sha256, verify_shards, verify_tokens
-from tests.support import TinyText, one_line_error, pseudo_text, tiny_settings
+from tests.support import TinyText, mounted, one_line_error, packed_hashes, pseudo_text, tiny_settings
 from tests.text_files import TEXTS, save_dataset, write_csv, write_jsonl, write_parquet
 
 
@@ -43,12 +42,6 @@ def decoded(split: Path, tokenizer: Path) -> list[str]:
     ends = np.flatnonzero(tokens == manifest.end_of_text_id)
     assert len(ends) == manifest.num_documents
     return [encoder.decode(part[part != manifest.end_of_text_id]) for part in np.split(tokens, ends[:-1])]
-
-
-def hashes(output: Path) -> dict[str, str]:
-    """Of every file of the packed splits."""
-    files = [*output.rglob("*.bin"), *output.rglob("manifest.json")]
-    return {str(file.relative_to(output)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def counted(output: Path, source: str = "text") -> dict[str, Any]:
@@ -231,8 +224,8 @@ def test_stopped_and_resumed_at_every_block(tokenizer: Path, tmp_path: Path, mon
         except StoppedError:
             num_stops += 1
     assert num_stops >= 5
-    assert hashes(tmp_path / "stopped") == hashes(tmp_path / "undisturbed")
-    assert len(hashes(tmp_path / "stopped")) > 5
+    assert packed_hashes(tmp_path / "stopped") == packed_hashes(tmp_path / "undisturbed")
+    assert len(packed_hashes(tmp_path / "stopped")) > 5
     without_time = [
         json.loads((tmp_path / name / "report.json").read_text())["sources"] for name in ("stopped", "undisturbed")
     ]
@@ -245,7 +238,7 @@ def test_workers_do_not_change_the_bytes(tokenizer: Path, tmp_path: Path, monkey
     outputs = [tmp_path / f"workers-{number}" for number in (0, 1, 3)]
     for number, output in zip((0, 1, 3), outputs, strict=True):
         prepare(recipe(tokenizer, source, shard_tokens=5_000), output, num_workers=number)
-    assert hashes(outputs[0]) == hashes(outputs[1]) == hashes(outputs[2])
+    assert packed_hashes(outputs[0]) == packed_hashes(outputs[1]) == packed_hashes(outputs[2])
 
 
 def test_preparing_again_keeps_the_same_and_refuses_another(tokenizer: Path, tmp_path: Path) -> None:
@@ -347,23 +340,11 @@ def test_settings_that_cannot_be_are_said(tokenizer: Path, tmp_path: Path) -> No
     assert one_line_error(prepare, all_dropped, output) == "corpus: no document to train on is left of 3 that were read"
 
 
-def full_disk(directory: Path) -> None:
-    """A file system of 1 MB."""
-    directory.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(directory)], check=False, capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"needs the right to mount: {mounted.stderr.decode().strip()}")
-
-
 def test_a_full_disk_is_said_and_the_work_goes_on_after_room_is_made(tokenizer: Path, tmp_path: Path) -> None:
     source = write_jsonl(
         tmp_path / "text.jsonl", [f"{i} {text}" for i in range(20) for text in pseudo_text("disk", 70_000)]
     )
-    disk = tmp_path / "disk"
-    full_disk(disk)
-    try:
+    with mounted(tmp_path / "disk", num_bytes=1 << 20) as disk:
         output = disk / "packed"
         command = [sys.executable, "-m", "launch.cli", "data", "prepare", str(source)]
         command += ["--tokenizer", str(tokenizer), "--output", str(output), "--drop-duplicates"]
@@ -375,9 +356,7 @@ def test_a_full_disk_is_said_and_the_work_goes_on_after_room_is_made(tokenizer: 
         subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
         subprocess.run(command, check=True, capture_output=True)
         prepare(recipe(tokenizer, source, held_out=0.01, cleaning=Cleaning(drop_duplicates=True)), tmp_path / "roomy")
-        assert hashes(output) == hashes(tmp_path / "roomy")
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        assert packed_hashes(output) == packed_hashes(tmp_path / "roomy")
 
 
 def test_another_process_at_the_same_output_is_named(tokenizer: Path, tmp_path: Path) -> None:

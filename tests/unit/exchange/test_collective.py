@@ -15,6 +15,7 @@ import torch
 from pretrain.config.check import ConfigError
 from pretrain.exchange.collective import MESSAGE_BYTES, Collective, Lane, PeerLostError, connect
 from tests.support import free_port
+from tests.waiting import wait_for
 
 ROSTER = ["alpha", "beta", "gamma"]
 
@@ -78,11 +79,12 @@ def test_silence_is_noticed_in_the_stated_time(silos: list[Collective]) -> None:
 def test_a_loop_that_stands_still_is_hung(url: str) -> None:
     made = [Collective(url, ROSTER[:2], silo, dead_seconds=60.0, hung_seconds=2.0) for silo in ROSTER[:2]]
     in_all(made, lambda silo: silo.join(f"directory-of-{silo.silo}/1"))
-    deadline = time.monotonic() + 10
-    while not made[0].lost and time.monotonic() < deadline:
+
+    def lost() -> str:
         made[0].moved()
-        time.sleep(0.1)
-    assert made[0].lost == "silo beta is lost: its training did not go on for 2 s"
+        return made[0].lost
+
+    assert wait_for(lost, seconds=10, poll_seconds=0.1) == "silo beta is lost: its training did not go on for 2 s"
     in_all(made, lambda silo: silo.close("silo was stopped"))
 
 

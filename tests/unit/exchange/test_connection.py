@@ -1,11 +1,7 @@
 """A store in a network: an authority of one's own, a proxy, options of fsspec, and no secrets in a configuration."""
 
-import importlib.util
-import os
 import socket
 import socketserver
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -22,9 +18,8 @@ from pretrain.federation.preflight import check_store
 from pretrain.trust.contract import build_contract
 from tests.authority import Authority
 from tests.conftest import TinyConfig
-from tests.support import free_port, one_line_error
-from tests.unit.conftest import wait_for
-from tests.unit.exchange.test_trouble import fresh_clients
+from tests.support import one_line_error
+from tests.unit.conftest import fresh_clients, s3_server
 
 SECRET = "put it into the environment or a file that the store's library reads, as AWS_SHARED_CREDENTIALS_FILE names"
 
@@ -72,30 +67,14 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 @pytest.fixture(scope="module")
 def endpoint(authority: Authority) -> Iterator[str]:
     """An S3 API over TLS on loopback, with a bucket in it."""
-    for package in ("moto", "flask", "s3fs"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed: pip install 'atoll[test,s3]' to test against an S3 API")
-    import s3fs
+    certificate, key = authority.certify("127.0.0.1")
+    # botocore tries certificates again, too, for some twenty seconds
+    with s3_server("-c", str(certificate), "-k", str(key), AWS_MAX_ATTEMPTS="1") as port, fresh_clients():
+        import s3fs
 
-    port, (certificate, key) = free_port(), authority.certify("127.0.0.1")
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port), "-c", str(certificate)]
-    with pytest.MonkeyPatch.context() as patch, fresh_clients():
-        for name in [n for n in os.environ if n.startswith("AWS_") or n.lower().endswith("_proxy")]:
-            patch.delenv(name)
-        patch.setenv("AWS_ACCESS_KEY_ID", "nobody")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_MAX_ATTEMPTS", "1")  # botocore tries certificates again, too, for some twenty seconds
-        silent = subprocess.DEVNULL
-        server = subprocess.Popen([*command, "-k", str(key)], stdout=silent, stderr=silent)
-        try:
-            wait_for(port, server)
-            url = f"https://127.0.0.1:{port}"
-            s3fs.S3FileSystem(endpoint_url=url, client_kwargs={"verify": str(authority.file)}).mkdir("atoll")
-            yield url
-        finally:
-            server.terminate()
-            server.wait()
+        url = f"https://127.0.0.1:{port}"
+        s3fs.S3FileSystem(endpoint_url=url, client_kwargs={"verify": str(authority.file)}).mkdir("atoll")
+        yield url
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import pytest
 from pretrain.exchange.lease import Lease
 from pretrain.exchange.objects import Objects
 from tests.support import one_line_error
+from tests.waiting import wait_for
 
 HOLDER = """
 import sys
@@ -240,18 +241,13 @@ def test_beats_go_on_after_trouble(tmp_path: Path) -> None:
     def beat() -> str:
         return max((path.name for path in (store / "aggregator").glob("*.beat-*")), default="")
 
-    deadline = time.monotonic() + 30
-    while not (seen := beat()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    seen = wait_for(beat, poll_seconds=0.01)
     store.rename(tmp_path / "away")
     store.write_text("a file, so that nothing can be written here")
     time.sleep(0.4)
     store.unlink()
     (tmp_path / "away").rename(store)
-    while beat() == seen:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(lambda: beat() != seen, poll_seconds=0.01)
     lease.release()
     assert names(tmp_path, 1)[-2:] == ["ended", "json"]
 

@@ -21,7 +21,8 @@ from pretrain.config.check import ConfigError
 from pretrain.exchange.objects import Objects, StopWaitingError, StoreTroubleError
 from pretrain.host.disk import full_disk
 from tests.conftest import TinyConfig
-from tests.support import mounted, one_line_error
+from tests.support import fill, mounted, one_line_error
+from tests.unit.conftest import fresh_clients
 
 OUTAGE_SECONDS = 0.7
 BIG = os.urandom(300_000)
@@ -189,14 +190,6 @@ def test_a_process_that_is_asked_to_end_does_not_wait(tmp_path: Path) -> None:
 # ---- a full disk
 
 
-def fill(directory: Path) -> Path:
-    """A file that takes all the room there is."""
-    file = directory / "filler"
-    with file.open("wb") as filler:
-        os.posix_fallocate(filler.fileno(), 0, os.statvfs(directory).f_bavail * os.statvfs(directory).f_frsize)
-    return file
-
-
 def test_a_full_disk_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "big").write_bytes(BIG)
     with mounted(tmp_path / "disk", num_bytes=2 << 20) as disk:
@@ -290,18 +283,6 @@ def test_missing_credentials_are_not_tried_again(
 
 
 # ---- a write that got through unnoticed
-
-
-@contextmanager
-def fresh_clients() -> Iterator[None]:
-    """s3fs keeps its clients, with the settings that they were made with."""
-    import s3fs
-
-    s3fs.S3FileSystem.clear_instance_cache()
-    try:
-        yield
-    finally:
-        s3fs.S3FileSystem.clear_instance_cache()
 
 
 class Link(socketserver.StreamRequestHandler):

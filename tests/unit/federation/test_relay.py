@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from benchmarks.elastic import wait_until
 from pretrain.exchange.objects import Objects
 from pretrain.exchange.rollback import explain, finish_rollbacks, is_rolling_back, roll_back
 from pretrain.exchange.store import Refusal, StoreExchange
@@ -24,6 +23,7 @@ from pretrain.trust.ledger import sha256_bytes
 from tests.conftest import TinyConfig
 from tests.support import one_line_error
 from tests.unit.exchange.test_store import deliver, publish, publish_fragment
+from tests.waiting import wait_for
 
 Files = dict[str, bytes]
 
@@ -419,7 +419,7 @@ def test_the_command(site: Site, tmp_path: Path) -> None:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         publish(site.there, 0, tmp_path)
-        wait_until(lambda: site.here.newest_version() == 0, 60)
+        wait_for(lambda: site.here.newest_version() == 0, seconds=60)
         second = subprocess.run(command, capture_output=True, text=True, check=False)
         assert second.returncode == 2
         assert second.stderr.count("\n") == 1

@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import os
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from fractions import Fraction
@@ -25,6 +24,7 @@ from pretrain.silo.evaluate import summed_loss
 from pretrain.silo.model import build_initial, check_document_masking, document_positions, token_losses
 from pretrain.silo.shards import read_manifest, write_manifest
 from tests.unit.silo.test_data import write_split
+from tests.waiting import wait_for
 
 CPU = torch.device("cpu")
 END = 0  # the end-of-text token of `write_split`
@@ -244,9 +244,7 @@ def test_so_many_batches_are_read_ahead_and_the_thread_ends(five: list[PackedTok
     ahead = Prefetch(batches, num_batches=3, device=CPU)
     next(ahead)
     (thread,) = set(threading.enumerate()) - before
-    end = time.monotonic() + 30
-    while batches.state() < 8 and time.monotonic() < end:
-        time.sleep(0.001)
+    wait_for(lambda: batches.state() >= 8)
     assert (ahead.state(), batches.state()) == (2, 8)
     ahead.close()
     assert not thread.is_alive()

@@ -1,7 +1,6 @@
 """A silo whose delivery was refused, as its end of the store has it."""
 
 import shutil
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from pretrain.sync.through_store import ThroughStore
 from pretrain.trust.ledger import Manifest
 from tests.conftest import TinyConfig
 from tests.unit.test_aggregate import GOOD, start, times
+from tests.waiting import wait_for
 
 
 def test_a_refusal_that_comes_before_the_silo_looks_is_said_and_answered(
@@ -30,10 +30,7 @@ def test_a_refusal_that_comes_before_the_silo_looks_is_said_and_answered(
     StoreExchange(config.store_url).refuse("alpha", 1, manifest.to_bytes(), "it was corrupted")
     with ThreadPoolExecutor(1) as pool:
         received = pool.submit(silo.receive, 1, (manifest, file), state.parameters)
-        deadline = time.monotonic() + 30
-        while not (folder / "manifest.json").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_for((folder / "manifest.json").exists)
         silo.close("")
         with pytest.raises(StopWaitingError):
             received.result()

@@ -25,6 +25,7 @@ from tests.conftest import TinyConfig
 from tests.support import TinyText, one_line_error, tiny_silo
 from tests.unit.merge.test_membership import join
 from tests.unit.test_aggregate import GOOD, one_version, plus_noise, start
+from tests.waiting import wait_for
 
 BEGAN = 1_600_000_000.0
 """When all that matters not was written."""
@@ -51,10 +52,7 @@ def joined(config: RunConfig, silo: str) -> ThroughStore:
     config.silo_directory(silo).mkdir(parents=True, exist_ok=True)
     exchange = ThroughStore(config, silo)
     exchange.join()
-    deadline = time.monotonic() + 30
-    while not store_status(config.store_url).silos[silo].life.is_alive:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(lambda: store_status(config.store_url).silos[silo].life.is_alive, poll_seconds=0.02)
     return exchange
 
 
@@ -234,10 +232,7 @@ def test_signs_of_life_go_on_where_a_killed_process_ended(tmp_path: Path) -> Non
         objects.write(name, b"{}\n")
     assert objects.exists("contract.json")
     beats = Beats(objects, "beats/", lease_seconds=0.5, content=b"ours")
-    deadline = time.monotonic() + 30
-    while objects.names("beats")[-1] < "000044":
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(lambda: objects.names("beats")[-1] >= "000044", poll_seconds=0.01)
     (tmp_path / "store").rename(tmp_path / "away")
     beats.stop(take_back=True)
     assert not (tmp_path / "store").exists()

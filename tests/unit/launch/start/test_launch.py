@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
@@ -21,6 +20,7 @@ from launch.start.processes import ChildCommand, Children
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig, SiloConfig
 from pretrain.config.load import save_config
+from tests.waiting import wait_for
 
 # Leaves its pid behind, has a child of its own in another session, as torchrun has, and waits to be stopped.
 PATIENT = """
@@ -70,13 +70,6 @@ def script(name: str, source: str, pids: Path, error_path: Path | None = None) -
     return ChildCommand(name=name, argv=[sys.executable, "-c", source, name, str(pids)], error_path=error_path)
 
 
-def wait_until(is_so: Callable[[], bool], seconds: float = 15) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.05)
-
-
 def is_alive(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
@@ -86,7 +79,7 @@ def is_alive(pid: int) -> bool:
 
 def pids_of(pids: Path, *names: str) -> list[int]:
     """Leader and worker of each named child, once they are there."""
-    wait_until(lambda: all((pids / f"{name}.pids").exists() for name in names))
+    wait_for(lambda: all((pids / f"{name}.pids").exists() for name in names), seconds=15)
     return [int(pid) for name in names for pid in (pids / f"{name}.pids").read_text().split()]
 
 
@@ -207,7 +200,7 @@ def test_a_killed_launcher_leaves_nothing_and_holds_its_directory_until_then(tmp
         pass
     driver.kill()
     driver.communicate(timeout=10)
-    wait_until(lambda: not any(is_alive(pid) for pid in pids))
+    wait_for(lambda: not any(is_alive(pid) for pid in pids), seconds=15)
     assert (tmp_path / "law.saved").exists(), "the kernel's SIGTERM gives a silo the time to save"
     with hold_directory(tmp_path / "run"):
         pass
@@ -226,7 +219,7 @@ def test_torchrun_passes_on_that_the_launcher_was_killed(tmp_path: Path) -> None
     agent = psutil.Process(pids[0]).ppid()
     driver.kill()
     driver.communicate(timeout=10)
-    wait_until(lambda: not any(is_alive(pid) for pid in [agent, *pids]))
+    wait_for(lambda: not any(is_alive(pid) for pid in [agent, *pids]), seconds=15)
     assert (tmp_path / "law0.saved").exists()
 
 
@@ -235,7 +228,7 @@ def test_workers_of_a_killed_torchrun_are_found(tmp_path: Path) -> None:
         child = children.start(torchrun("law", tmp_path), tmp_path / "law.log")
         pids = pids_of(tmp_path, "law0")
         os.kill(child.process.pid, signal.SIGKILL)
-        wait_until(lambda: child.returncode is not None)
+        wait_for(lambda: child.returncode is not None, seconds=15)
         assert all(is_alive(pid) for pid in pids), "they are in sessions of their own"
     assert not [pid for pid in pids if is_alive(pid)]
 
