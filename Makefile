@@ -5,13 +5,17 @@ BIN = .venv/bin
 CONSTRAINTS ?= constraints.txt
 PIP_FLAGS ?=
 
-.PHONY: demo test check lint clean
+.PHONY: demo test soak check lint clean
 
 demo: .venv/installed
 	$(BIN)/atoll demo $(ARGS)
 
+# Two workers: one for all that starts processes, which is first in line, one for the rest (tests/conftest.py).
 test: .venv/installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder --durations=20 -rs $(ARGS)
+
+soak: .venv/installed
+	$(BIN)/python -m pytest -m soak --durations=20 -rs $(ARGS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

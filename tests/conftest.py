@@ -21,6 +21,18 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n`: what starts processes runs in one worker, one after another; any other file in whichever is free."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ProcessesTogether(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid.partition("::")[0] if nodeid.startswith("tests/unit/") else "processes"
+
+    return ProcessesTogether(config, log)
+
+
 class TinyConfig(Protocol):
     """Makes a RunConfig through YAML and the real loader; `changes` are sections, merged into the tiny settings."""
 
