@@ -33,17 +33,12 @@ from pretrain.host.lock import lock_directory
 from pretrain.host.stopping import STOPPED, StopRequested, raise_at_signals
 from pretrain.merge.collect import Collector, Delivery
 from pretrain.merge.step import Step, shares
-from pretrain.merge.terms import (
-    commit_record,
-    contributor,
-    read_delivery,
-    shared_moments,
-)
+from pretrain.merge.terms import check_norm, commit_record, contributor, read_delivery, shared_moments
 from pretrain.outer.codec import check, decoded, encode
 from pretrain.outer.digest import Row, digest_rows, tensor_row
 from pretrain.outer.fragments import cut_fragments
 from pretrain.outer.merge import mean_cosine
-from pretrain.outer.moments import Moment, check_moments
+from pretrain.outer.moments import Moment, check_lengths, check_moments
 from pretrain.outer.pieces import Piece
 from pretrain.outer.quantize import Parts
 from pretrain.outer.state import OuterTensors, kept_at_start, kept_kinds
@@ -218,7 +213,9 @@ class Aggregator:
         """Check a payload's tensors; returns the norm of the pseudo-gradient in it. Raises ValueError."""
         if delivery.tensors.names != sorted(names):
             raise ValueError("it holds other tensors than those of its fragment")
-        check_moments(delivery.tensors.moments, self._moments(state, names))
+        agreed = self._moments(state, names)
+        check_moments(delivery.tensors.moments, agreed)
+        check_lengths(delivery.tensors.moments, agreed, clip_norm=self._config.inner.clip_norm)
         norm_squared = 0.0
         for name in names:
             try:
@@ -226,7 +223,8 @@ class Aggregator:
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
             norm_squared += torch.linalg.vector_norm(self._pseudo_gradient(delivery, name, state)).item() ** 2
-        return norm_squared**0.5
+        check_norm(norm := norm_squared**0.5)
+        return norm
 
     def _pseudo_gradient(self, delivery: Delivery, name: str, state: OuterState) -> Tensor:
         """One tensor of a delivery, decoded, float64."""

@@ -97,6 +97,11 @@ def _check_numbers(config: RunConfig) -> None:
     _require(0 <= config.inner.muon_momentum < 1, "inner.muon_momentum", config.inner.muon_momentum, "0 to below 1")
     _require(0 <= config.outer.momentum < 1, "outer.momentum", config.outer.momentum, "0 to below 1")
     _require(0 <= config.outer.weight_power <= 1, "outer.weight_power", config.outer.weight_power, "0 to 1")
+    _require(0 < config.outer.max_share <= 1, "outer.max_share", config.outer.max_share, "above 0, to 1")
+    largest = max((silo.global_batch_sequences for silo in config.silos.values()), default=1)
+    most = config.outer.max_batch_sequences
+    key, allowed = "outer.max_batch_sequences", f"null, or {largest} or more, as a silo's batch is"
+    _require(most is None or most >= largest, key, most, allowed)
     _require(
         config.inner.num_steps % config.outer.sync_interval_steps == 0 or config.exchange.kind == "none",
         "inner.num_steps",

@@ -87,6 +87,11 @@ class OuterConfig:
     weight_power: float = 1.0
     """A silo's weight in mean, importance and clip is its tokens to this power: 0 gives all the same, so that between 0
     and 1 small silos count for more than their tokens."""
+    max_share: float = 1.0
+    """No silo's weight in mean, importance and clip is above this share of all in a commit; where there are too few
+    silos for that, all count alike."""
+    max_batch_sequences: int | None = None
+    """Most sequences of one inner step of any silo: who says that it trained on more is refused; null: nobody is."""
     num_malicious: int = 1
     """Silos that clip, trimmed_mean, median or krum must stand; ignored by mean."""
     codec: str = "fp32"

@@ -20,6 +20,7 @@ from pretrain.trust.ledger import Commit, Manifest, RefusedError
 ARRIVALS = 64  # how many of the newest ones the deadline follows from
 NORMS = 8  # and how many of a silo's own pseudo-gradients of a fragment a new one is compared with
 SAYS_AFTER_SECONDS = 5.0
+ABSURDLY_FASTER = 10_000.0  # than the median of the others: no pair of machines differs as much
 
 
 @dataclass(kw_only=True)
@@ -85,6 +86,11 @@ class Collector:
                 for silo, reason in absurd.items():
                     self._refuse(silo, version, arrived.pop(silo).manifest_bytes, reason, final=True)
                     refused.add(silo)
+                if len(chosen) - len(refused) < needed:
+                    raise RefusedError(
+                        f"version {version}: it needs the deliveries of {needed} silos, and that of "
+                        f"{', '.join(f'{silo} is refused for good: {reason}' for silo, reason in absurd.items())}"
+                    )
                 continue
             words = self._words(version, missing, len(arrived), deadline)
             if words != announced:
@@ -162,10 +168,12 @@ class Collector:
         return [delivery for delivery in found if delivery]
 
     def _absurd(self, version: int, arrived: dict[str, Delivery]) -> dict[str, str]:
-        """Silos whose pseudo-gradient is far longer than those of the others and than their own before, and why."""
-        ratio, found = self._rules.max_norm_ratio, {}
+        """Silos whose pseudo-gradient is far longer than those of the others and than their own before, and why; or
+        who say that they are far faster than all others.
+        """
+        ratio, found = self._rules.max_norm_ratio, self._absurdly_fast(arrived)
         if ratio is None:
-            return {}
+            return found
         own: dict[str, list[float]] = defaultdict(list)
         for commit in self._commits:
             if commit.version and self._schedule.fragment(commit.version) == self._schedule.fragment(version):
@@ -177,4 +185,15 @@ class Collector:
             limits = [ratio * statistics.median(norms) for norms in (others, own[silo][-NORMS:]) if norms]
             if limits and delivery.norm > max(limits):
                 found[silo] = f"its norm is {delivery.norm:.4g}, more than {ratio:g} times what is usual in this round"
+        return found
+
+    def _absurdly_fast(self, arrived: dict[str, Delivery]) -> dict[str, str]:
+        if self._rules.steps != "speed" or len(arrived) < 2:
+            return {}
+        told = {silo: delivery.manifest.metrics["seconds_per_step"] for silo, delivery in arrived.items()}
+        found = {}
+        for silo, seconds in told.items():
+            usual = statistics.median([other for name, other in told.items() if name != silo])
+            if seconds < usual / ABSURDLY_FASTER:
+                found[silo] = f"its seconds_per_step is {seconds:.4g}, where that of the others is {usual:.4g}"
         return found

@@ -12,7 +12,7 @@ from torch import Tensor
 from pretrain.config.keys import OuterConfig, RunConfig
 from pretrain.merge.terms import merge_weight, outer_optimizer, shared_moments
 from pretrain.outer.merge import importance_mean, weighted_mean
-from pretrain.outer.moments import SecondMoment, importance
+from pretrain.outer.moments import SecondMoment, bounded, importance
 from pretrain.outer.pieces import Piece
 from pretrain.outer.quantize import Parts
 from pretrain.outer.robust import clip_factors, coordinate_median, krum, trimmed_mean
@@ -41,7 +41,8 @@ class Step:
         self._outer, self._version, self._state = config.outer, version, state
         self._optimizer, self._lr = outer_optimizer(config.outer), config.outer_lr(version)
         self._count = config.schedule.count(version)
-        self._weights, self._told, self._moments = weights, told, shared_moments(config, shapes, shapes)
+        self._weights, self._moments = weights, shared_moments(config, shapes, shapes)
+        self._told = bounded(told, self._moments)
         self.update_squared = 0.0
         """Squared norm of all updates so far."""
 
@@ -116,4 +117,17 @@ def shares(
         max(1, round(merge_weight(manifest.tokens, outer.weight_power) * share))
         for manifest, share in zip(manifests, staleness or ones, strict=True)
     ]
-    return weights, clip_factors(norms) if outer.merge == "clip" else ones
+    return capped(weights, outer.max_share), clip_factors(norms) if outer.merge == "clip" else ones
+
+
+def capped(weights: Sequence[int], max_share: float) -> list[int]:
+    """The weights, none above `max_share` of their sum: the heaviest are lowered to it, or all are made equal where
+    there are too few silos for that.
+    """
+    falling = sorted(weights, reverse=True)
+    for num_lowered, weight in enumerate(falling):
+        left = 1 - num_lowered * max_share
+        most = max_share * sum(falling[num_lowered:]) / left if left > 0 else 0.0
+        if weight <= most:
+            return [min(weight, max(1, round(most))) for weight in weights] if num_lowered else list(weights)
+    return [falling[-1]] * len(weights)

@@ -11,6 +11,9 @@ from pretrain.outer.optimizer import OuterOptimizer
 from pretrain.silo.optim import is_muon_matrix
 from pretrain.trust.ledger import Commit, Contributor, Manifest, RefusedError, sha256_bytes
 
+MOST_TOKENS = 1 << 36  # of one delivery; weights made of them stay far below 2^53, which every reader can hold
+LONGEST_NORM = 2.0**60  # of a pseudo-gradient: what is shorter stays in the range of fp32, squared by Adam, too
+
 
 def read_delivery(
     data: bytes, *, silo: str, version: int, base_digest: str, config: RunConfig, contract_sha256: str
@@ -35,8 +38,11 @@ def read_delivery(
         raise RefusedError(f"it counts {manifest.steps} steps, not 1 to {most}")
     if rules.steps == "speed" and not manifest.metrics.get("seconds_per_step", 0) > 0:
         raise RefusedError("it does not say its seconds_per_step")
-    if manifest.tokens < 1:
-        raise RefusedError(f"it counts {manifest.tokens} tokens")
+    batch = config.outer.max_batch_sequences
+    most_tokens = MOST_TOKENS if batch is None else min(MOST_TOKENS, most * batch * config.sequence_tokens)
+    if not 1 <= manifest.tokens <= most_tokens:
+        why = "" if batch is None else f": {most} steps of outer.max_batch_sequences={batch}"
+        raise RefusedError(f"it counts {manifest.tokens} tokens, not 1 to {most_tokens}{why}")
     fragment = schedule.fragment(version)
     if [payload.fragment for payload in manifest.payloads] != [fragment]:
         raise RefusedError(f"it has not just fragment {fragment}")
@@ -54,6 +60,12 @@ def contributor(manifest: Manifest, manifest_bytes: bytes, weight: int) -> Contr
         steps=manifest.steps,
         weight=weight,
     )
+
+
+def check_norm(norm: float) -> None:
+    """Raise ValueError if a pseudo-gradient is so long that outer steps of it would leave the range of fp32."""
+    if norm > LONGEST_NORM:
+        raise ValueError(f"its pseudo-gradient has norm {norm:.4g}; allowed: up to {LONGEST_NORM:.4g}")
 
 
 def merge_weight(tokens: int, power: float) -> int:

@@ -12,6 +12,8 @@ own) to each of its gradients until the next sync: what its text alone pulls at 
 pulls at is added (control variates, SCAFFOLD, https://arxiv.org/abs/1910.06378).
 """
 
+import math
+import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +28,8 @@ from pretrain.outer.robust import coordinate_median
 MOMENT = "moment"  # the kind in a payload
 LEAST_IMPORTANCE = 1e-8  # Adam's epsilon: what no silo has met is merged by tokens alone
 GRADIENT = QUANTIZERS["int4"]
+FURTHEST = 4.0  # a silo's moment of a tensor counts up to this many times the length of the median silo's
+LONGEST = 4.0  # of all a silo's moments, in lengths to which gradients are clipped: honest ones have up to 1
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -53,6 +57,14 @@ class Moment(ABC):
     @abstractmethod
     def check(self, parts: Parts) -> None:
         """Raise ValueError, in one line, unless another party's parts are of this layout and their values possible."""
+
+    @abstractmethod
+    def length(self, parts: Parts) -> float:
+        """How long the gradients behind it are: the root of a second moment's sum, the norm of a mean gradient."""
+
+    @abstractmethod
+    def scaled(self, parts: Parts, factor: float) -> Parts:
+        """The moment of gradients `factor` times as long."""
 
     @abstractmethod
     def merge(self, weighted: Sequence[tuple[int, Parts]], *, robust: bool = False) -> Parts:
@@ -96,6 +108,17 @@ class SecondMoment(Moment):
             raise ValueError(f"{given} given; allowed: {expected}")
         if not all(value.isfinite().all() and (value >= 0).all() for value in parts.values()):
             raise ValueError("infinite, NaN or negative given; allowed: finite, 0 or more")
+        if not self.decode(parts).isfinite().all():
+            raise ValueError("rows and columns whose product is infinite given; allowed: a finite one")
+
+    def length(self, parts: Parts) -> float:
+        """By the rows, or the columns if these say more: their means should be the same."""
+        mean = max(value.double().mean().item() for value in parts.values())
+        return math.sqrt(mean * self.shape.numel())
+
+    def scaled(self, parts: Parts, factor: float) -> Parts:
+        """Second moments go with the square."""
+        return {part: value * factor**2 for part, value in parts.items()}
 
     def merge(self, weighted: Sequence[tuple[int, Parts]], *, robust: bool = False) -> Parts:
         """Part by part: the mean of means is the mean."""
@@ -126,6 +149,14 @@ class MeanGradient(Moment):
         """Sizes come first, then scales."""
         check_parts(GRADIENT, parts, self.shape)
 
+    def length(self, parts: Parts) -> float:
+        """Its norm."""
+        return torch.linalg.vector_norm(self.decode(parts), dtype=torch.float64).item()
+
+    def scaled(self, parts: Parts, factor: float) -> Parts:
+        """Coded again."""
+        return self.encode(self.decode(parts) * factor)
+
     def merge(self, weighted: Sequence[tuple[int, Parts]], *, robust: bool = False) -> Parts:
         """Decoded, merged, and coded again."""
         decoded = [(weight, self.decode(parts)) for weight, parts in weighted]
@@ -153,3 +184,31 @@ def check_moments(found: Mapping[str, Parts], agreed: Mapping[str, Moment]) -> N
             moment.check(found[name])
         except ValueError as error:
             raise ValueError(f"moment of {name}: {error}") from None
+
+
+def check_lengths(found: Mapping[str, Parts], agreed: Mapping[str, Moment], *, clip_norm: float) -> None:
+    """Raise ValueError, in one line, if a silo's moments tell of longer gradients than clipping to `clip_norm` leaves.
+
+    Of second moments and of mean gradients each: whatever a silo trains on, its gradients are not longer than what all
+    have agreed to clip them to. 0 clips, and bounds, nothing.
+    """
+    for kind in (SecondMoment, MeanGradient) if clip_norm else ():
+        lengths = [moment.length(found[name]) for name, moment in agreed.items() if isinstance(moment, kind)]
+        if (length := math.hypot(*lengths)) > LONGEST * clip_norm:
+            what = "second moments of gradients" if kind is SecondMoment else "mean gradients"
+            raise ValueError(f"{what} of norm {length:.4g} given; allowed: {LONGEST:g} x inner.clip_norm={clip_norm:g}")
+
+
+def bounded(told: Sequence[Mapping[str, Parts]], agreed: Mapping[str, Moment]) -> list[dict[str, Parts]]:
+    """The silos' moments, each no longer than `FURTHEST` times that of the median silo (the lower of two).
+
+    So none can drown the others in any merge; what is within the bound stays as it is, to the last bit.
+    """
+    found: list[dict[str, Parts]] = [{} for _ in told]
+    for name, moment in agreed.items():
+        of_silos = [one[name] for one in told]
+        lengths = [moment.length(parts) for parts in of_silos]
+        most = FURTHEST * statistics.median_low(lengths)
+        for of_silo, parts, length in zip(found, of_silos, lengths, strict=True):
+            of_silo[name] = parts if length <= most or not most else moment.scaled(parts, most / length)
+    return found

@@ -4,6 +4,8 @@ import hashlib
 import statistics
 from collections.abc import Mapping, Sequence
 
+MUCH_FASTER = 4.0
+
 
 def participants(roster: Sequence[str], round: int, *, sample: int | None, seed: int) -> list[str]:
     """The silos that train in a round, sorted: all, or `sample` of them, drawn by hash, anywhere alike."""
@@ -26,11 +28,16 @@ def deadline_seconds(arrivals: Sequence[float], *, mads: float, floor: float, ce
 
 
 def steps_of_round(seconds_per_step: Mapping[str, float], silo: str, sync_interval_steps: int) -> int:
-    """Inner steps of a silo's next round, so that all arrive together: H for the fastest, at least 1 for any."""
+    """Inner steps of a silo's next round, so that all arrive together: H for the fastest, at least 1 for any.
+
+    However fast one says that it is, it counts as at most `MUCH_FASTER` times as fast as the median silo (the lower of
+    two), so that where most say the truth their rounds do not shrink to nothing.
+    """
     own = seconds_per_step.get(silo)
     if not own:
         return sync_interval_steps
-    fastest = min(seconds for seconds in seconds_per_step.values() if seconds > 0)
+    told = [seconds for seconds in seconds_per_step.values() if seconds > 0]
+    fastest = max(min(told), statistics.median_low(told) / MUCH_FASTER)
     return max(1, round(sync_interval_steps * fastest / own))
 
 

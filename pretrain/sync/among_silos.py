@@ -32,11 +32,11 @@ from pretrain.exchange.lanes import Lanes, carry
 from pretrain.exchange.payload import Tensors
 from pretrain.host.identity import own_identity
 from pretrain.merge.step import Step, shares
-from pretrain.merge.terms import contributor, read_delivery, shared_moments
+from pretrain.merge.terms import check_norm, contributor, read_delivery, shared_moments
 from pretrain.outer.codec import apply_change, check, decoded
 from pretrain.outer.digest import Row, digest_rows, tensor_row
 from pretrain.outer.merge import mean_cosine, unit_sum_squared
-from pretrain.outer.moments import Moment, check_moments
+from pretrain.outer.moments import Moment, check_lengths, check_moments
 from pretrain.outer.pieces import Piece
 from pretrain.outer.quantize import QUANTIZERS, Parts
 from pretrain.outer.state import OuterTensors
@@ -271,7 +271,12 @@ class AmongSilos:
             for silo, parts in zip(self._roster, coded, strict=True):
                 self._check(silo, codec, parts, piece)
             found = torch.stack([decoded(codec, outer.parameters[piece.key], parts) for parts in coded])
-            gram += found @ found.T
+            gram += (products := found @ found.T)
+            for silo, norm in zip(self._roster, products.diagonal().sqrt().tolist(), strict=True):
+                try:
+                    check_norm(norm)
+                except ValueError as error:
+                    raise PeerLostError(f"silo {silo}: {piece.name}: {error}") from None
             try:
                 changes.append(step.take(piece, found))
             except ValueError as error:
@@ -302,6 +307,7 @@ class AmongSilos:
         for silo, told in zip(self._roster, found, strict=True):
             try:
                 check_moments(told, moments)
+                check_lengths(told, moments, clip_norm=self._config.inner.clip_norm)
             except ValueError as error:
                 raise PeerLostError(f"silo {silo} sent what cannot be used: {error}") from None
         return found, len(mine) * (len(self._roster) - 1)

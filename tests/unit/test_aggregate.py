@@ -381,6 +381,11 @@ BAD: dict[str, tuple[Hand, str]] = {
     "no tokens": (Hand(manifest=put(tokens=0)), "it counts 0 tokens"),
     "more steps than the fragment made": (Hand(manifest=put(steps=5)), "its steps is 5, not 2"),
     "no steps": (Hand(manifest=put(steps=0)), "its steps is 0, not 2"),
+    "tokens beyond all sense": (Hand(manifest=put(tokens=(1 << 53) - 1)), "tokens, not 1 to 68719476736"),
+    "a step beyond fp32": (
+        Hand(tensors=first_as(with_last(-3.4e38))),
+        "its pseudo-gradient has norm 3.4e+38; allowed: ",
+    ),
     "tokens below zero": (Hand(manifest=put(tokens=-5)), "tokens: -5 given"),
     "no payload": (Hand(manifest=put(payloads=[])), "it has not just fragment 1"),
     "fragment twice": (Hand(manifest=twice), "it has not just fragment 1"),

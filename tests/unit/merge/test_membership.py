@@ -1,6 +1,7 @@
 """A version without the whole roster: who is waited for and how long, what is late, absurd or malicious."""
 
 import json
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -12,9 +13,10 @@ import torch
 
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.store import StoreExchange
+from pretrain.trust.ledger import RefusedError
 from tests.conftest import TinyConfig
 from tests.support import TinyText, one_line_error, tiny_silo
-from tests.unit.test_aggregate import GOOD, commit_of, one_version, plus_noise, start, times
+from tests.unit.test_aggregate import GOOD, Hand, commit_of, one_version, plus_noise, start, times
 
 ROSTER = ("alpha", "beta", "gamma")
 SOON = {"quorum": 2, "deadline_floor_seconds": 0.4, "deadline_ceiling_seconds": 0.4}
@@ -178,6 +180,60 @@ def test_an_absurd_pseudo_gradient_is_refused_for_good(make: Any) -> None:
     (refusal,) = exchange.refusals("beta", 2)
     assert refusal.final
     assert "more than 10 times what is usual" in refusal.reason
+
+
+def test_who_is_refused_for_good_where_all_are_needed_ends_the_run_in_one_line(make: Any) -> None:
+    config = make(max_norm_ratio=10.0)
+    aggregator, state = start(config)
+    for index, silo in enumerate(ROSTER):
+        GOOD.deliver(config, silo, state, plus_noise(state, seed=index) if silo != "beta" else times(state, 100.0))
+    with pytest.raises(RefusedError) as caught:
+        aggregator.collect(state)
+    assert re.fullmatch(
+        r"version 1: it needs the deliveries of 3 silos, and that of beta is refused for good: its norm is [\d.]+, "
+        "more than 10 times what is usual in this round",
+        str(caught.value),
+    )
+
+
+def test_who_is_absurdly_fast_is_refused_for_good(make: Any) -> None:
+    config = make(**SOON, steps="speed")
+    aggregator, state = start(config)
+    exchange = join(config)
+    for silo, seconds in zip(ROSTER, (1.0, 1e-300, 0.01), strict=True):
+        told = {"seconds_per_step": seconds}
+        Hand(manifest=lambda manifest, told=told: manifest.update(metrics=told)).deliver(
+            config, silo, state, plus_noise(state)
+        )
+    one_version(aggregator, state)
+    assert silos_of(commit_of(config, 1)) == ["alpha", "gamma"]
+    (refusal,) = exchange.refusals("beta", 1)
+    assert refusal.final
+    assert refusal.reason == "its seconds_per_step is 1e-300, where that of the others is 0.505"
+
+
+def test_who_claims_more_tokens_than_the_largest_batch_makes_is_refused(make: Any) -> None:
+    config = make({"max_batch_sequences": 4}, **SOON)
+    aggregator, state = start(config)
+    exchange = join(config)
+    for silo, tokens in zip(ROSTER, (4 * 4 * 16, 4 * 4 * 16 + 1, 1), strict=True):  # steps x batch x sequence
+        GOOD.deliver(config, silo, state, plus_noise(state), tokens=tokens)
+    one_version(aggregator, state)
+    assert silos_of(commit_of(config, 1)) == ["alpha", "gamma"]
+    (refusal,) = exchange.refusals("beta", 1)
+    expected = "it counts 257 tokens, not 1 to 256: 4 steps of outer.max_batch_sequences=4"
+    assert (refusal.reason, refusal.final) == (expected, False)
+
+
+def test_no_silo_has_more_than_its_share_of_a_commit(make: Any) -> None:
+    config = make({"max_share": 0.6})
+    aggregator, state = start(config)
+    for silo, tokens in zip(ROSTER, (256, 10**6, 256), strict=True):
+        GOOD.deliver(config, silo, state, plus_noise(state), tokens=tokens)
+    one_version(aggregator, state)
+    commit = commit_of(config, 1)
+    assert [c["weight"] for c in commit["contributors"]] == [256, 768, 256]
+    assert commit["divisor"] == 1280
 
 
 def test_robust_merges_by_hand(make: Any) -> None:

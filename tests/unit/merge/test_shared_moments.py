@@ -20,6 +20,7 @@ from tests.conftest import TinyConfig
 from tests.unit.test_aggregate import GOOD, Hand, commit_of, one_version, refused_then_taken, start, stored, times
 
 Tensors = dict[str, Tensor]
+UNCLIPPED = {"clip_norm": 0}  # what is told here is longer than gradients that are clipped
 SHARED = {"optimizer": "sgd", "lr": 1.0, "second_moments": "shared"}
 
 
@@ -45,7 +46,7 @@ def after_one_version(config: RunConfig, alpha: float, beta: float, **more: Any)
 
 
 def test_averaged_by_tokens_and_published_beside_the_parameters(tmp_path: Path, tiny_config: TinyConfig) -> None:
-    before, state, payload = after_one_version(tiny_config(tmp_path, outer=SHARED), 4.0, 0.0)
+    before, state, payload = after_one_version(tiny_config(tmp_path, inner=UNCLIPPED, outer=SHARED), 4.0, 0.0)
     told = {name: value for name, value in payload.items() if name.startswith("moment/")}
     assert {name.split("/", 2)[2] for name in told} == set(before)
     assert all(torch.equal(value, torch.ones_like(value)) for value in told.values())  # (100 * 4 + 300 * 0) / 400
@@ -54,18 +55,18 @@ def test_averaged_by_tokens_and_published_beside_the_parameters(tmp_path: Path, 
 
 
 def test_importance_gives_the_step_to_the_silo_that_has_a_say(tmp_path: Path, tiny_config: TinyConfig) -> None:
-    config = tiny_config(tmp_path, outer=SHARED | {"merge": "importance"})
+    config = tiny_config(tmp_path, inner=UNCLIPPED, outer=SHARED | {"merge": "importance"})
     before, state, _ = after_one_version(config, 4.0, 0.0)
     for name, value in before.items():
         assert torch.allclose(state.parameters[name], 2 * value)
-    other = tiny_config(tmp_path / "other", outer=SHARED | {"merge": "importance"})
+    other = tiny_config(tmp_path / "other", inner=UNCLIPPED, outer=SHARED | {"merge": "importance"})
     before, state, _ = after_one_version(other, 9.0, 1.0)  # roots 3 and 1: 100 * 3 of 100 * 3 + 300 * 1
     for name, value in before.items():
         assert torch.allclose(state.parameters[name], 1.5 * value)
 
 
 def test_with_muon_only_what_adamw_trains(tmp_path: Path, tiny_config: TinyConfig) -> None:
-    config = tiny_config(tmp_path, inner={"optimizer": "muon"}, outer=SHARED | {"merge": "importance"})
+    config = tiny_config(tmp_path, inner=UNCLIPPED | {"optimizer": "muon"}, outer=SHARED | {"merge": "importance"})
     shapes = {name: value.shape for name, value in start(config)[1].parameters.items()}
     before, state, payload = after_one_version(config, 4.0, 0.0, only=lambda n: not is_muon_matrix(n, shapes[n]))
     matrices = {name for name in shapes if is_muon_matrix(name, shapes[name])}
@@ -77,7 +78,9 @@ def test_with_muon_only_what_adamw_trains(tmp_path: Path, tiny_config: TinyConfi
 
 def test_of_muons_matrices_mean_gradients(tmp_path: Path, tiny_config: TinyConfig) -> None:
     config = tiny_config(
-        tmp_path, inner={"optimizer": "muon"}, outer={"optimizer": "sgd", "lr": 1.0, "control_variates": 0.5}
+        tmp_path,
+        inner=UNCLIPPED | {"optimizer": "muon"},
+        outer={"optimizer": "sgd", "lr": 1.0, "control_variates": 0.5},
     )
     aggregator, state = start(config)
     shapes = {name: value.shape for name, value in state.parameters.items()}
@@ -116,7 +119,7 @@ def test_control_variates_that_cannot_be(
 @pytest.mark.parametrize("merge", ["mean", "median"])
 def test_what_a_silo_that_lies_does_to_them(tmp_path: Path, tiny_config: TinyConfig, merge: str) -> None:
     silos = {name: {} for name in ("alpha", "beta", "gamma")}
-    config = tiny_config(tmp_path, outer=SHARED | {"merge": merge}, silos=silos)
+    config = tiny_config(tmp_path, inner=UNCLIPPED, outer=SHARED | {"merge": merge}, silos=silos)
     aggregator, state = start(config)
     for silo, value in (("alpha", 1.0), ("beta", 1.0), ("gamma", 1e30)):
         telling(state, value).deliver(config, silo, state, times(state, 1))
@@ -140,7 +143,7 @@ BAD: dict[str, tuple[Hand, str]] = {
 def test_a_silo_that_does_not_tell_them_is_refused(
     tmp_path: Path, tiny_config: TinyConfig, hand: Hand, expected: str
 ) -> None:
-    config = tiny_config(tmp_path, outer=SHARED)
+    config = tiny_config(tmp_path, inner=UNCLIPPED, outer=SHARED)
     aggregator, state = start(config)
     good = telling(state, 1.0)
     spoilt = Hand(tensors=lambda tensors: hand.tensors(tensors if hand is GOOD else dict(good.tensors(tensors))))

@@ -8,7 +8,15 @@ import torch
 
 from pretrain.exchange.payload import Tensors, save_tensors
 from pretrain.outer.merge import importance_mean
-from pretrain.outer.moments import LEAST_IMPORTANCE, MeanGradient, SecondMoment, check_moments, importance
+from pretrain.outer.moments import (
+    LEAST_IMPORTANCE,
+    MeanGradient,
+    SecondMoment,
+    bounded,
+    check_lengths,
+    check_moments,
+    importance,
+)
 from pretrain.outer.quantize import Parts
 
 MATRIX_MOMENT, ROW_MOMENT = SecondMoment(torch.Size([3, 2])), SecondMoment(torch.Size([2, 3]))
@@ -115,3 +123,60 @@ def test_what_another_party_must_not_send(found: dict[str, Parts], message: str)
     with pytest.raises(ValueError, match=re.escape(message)):
         check_moments(found, AGREED)
     check_moments({"w": ENCODED}, AGREED)
+
+
+def test_lengths_are_those_of_the_gradients() -> None:
+    assert MATRIX_MOMENT.length(MATRIX_MOMENT.encode(MATRIX)) == pytest.approx(12**0.5)  # the sum of all values
+    lying = {"rows": torch.zeros(3), "columns": torch.tensor([0.0, 12.0])}
+    assert MATRIX_MOMENT.length(lying) == pytest.approx(36**0.5)  # by what says more
+    gradient = MeanGradient(torch.Size([2]))
+    assert gradient.length(gradient.encode(torch.tensor([3.0, -7.0]))) == pytest.approx(58**0.5)
+
+
+def test_no_silo_says_much_more_than_the_median_one() -> None:
+    second, mean = SecondMoment(torch.Size([2])), MeanGradient(torch.Size([2]))
+    usual, far = second.encode(torch.tensor([1.0, 2.0])), second.encode(torch.tensor([1e30, 0.0]))
+    pull, push = mean.encode(torch.tensor([7.0, -7.0])), mean.encode(torch.tensor([7e6, 7e6]))
+    told = [{"v": usual, "g": pull}, {"v": far, "g": push}, {"v": usual, "g": pull}]
+    found = bounded(told, {"v": second, "g": mean})
+    for honest in (0, 2):
+        assert found[honest]["v"] is usual  # to the last bit
+        assert found[honest]["g"] is pull
+    assert second.decode(found[1]["v"]).tolist() == pytest.approx([16 * 3.0, 0.0])  # 4 x as long, 16 x the sum
+    assert mean.decode(found[1]["g"]).tolist() == pytest.approx([4 * 7.0, 4 * 7.0])
+    merged = second.merge([(1, one["v"]) for one in found])
+    assert merged["values"].tolist() == pytest.approx([(1 + 48 + 1) / 3, 4 / 3])
+
+
+def test_where_most_say_nothing_the_one_that_does_is_heard() -> None:
+    moment = SecondMoment(torch.Size([2]))
+    silent, heard = moment.encode(torch.zeros(2)), moment.encode(torch.ones(2))
+    assert bounded([{"v": silent}, {"v": heard}], {"v": moment})[1]["v"] is heard
+
+
+def test_longer_gradients_than_all_clip_to_are_refused() -> None:
+    agreed = {
+        "a": SecondMoment(torch.Size([4])),
+        "b": SecondMoment(torch.Size([4, 3])),
+        "g": MeanGradient(torch.Size([4])),
+    }
+
+    def told(second: float, mean: float) -> dict[str, Parts]:
+        sizes = {"a": second, "b": second, "g": mean}
+        return {name: moment.encode(torch.full(moment.shape, sizes[name])) for name, moment in agreed.items()}
+
+    check_lengths(told(0.99, 0.0), agreed, clip_norm=1.0)  # 16 values of 0.99: a length of 3.98
+    for second, mean, line in (
+        (1.01, 0.0, "second moments of gradients of norm 4.02 given; allowed: 4 x inner.clip_norm=1"),
+        (1e30, 0.0, "second moments of gradients of norm 4e+15 given; allowed: 4 x inner.clip_norm=1"),
+        (0.0, 1e6, "mean gradients of norm 2.007e+06 given; allowed: 4 x inner.clip_norm=1"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(line)):
+            check_lengths(told(second, mean), agreed, clip_norm=1.0)
+        check_lengths(told(second, mean), agreed, clip_norm=0.0)  # nothing is clipped, so nothing is too long
+
+
+def test_rows_and_columns_that_multiply_to_infinity_are_refused() -> None:
+    lying = {"rows": torch.tensor([3e38, 0.0, 0.0]), "columns": torch.tensor([3e38, 3e38])}
+    with pytest.raises(ValueError, match="product is infinite"):
+        check_moments({"w": lying}, {"w": MATRIX_MOMENT})

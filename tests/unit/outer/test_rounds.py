@@ -39,6 +39,9 @@ def test_steps_by_speed_by_hand() -> None:
     seconds = {"fast": 0.1, "slow": 0.4, "odd": 0.13}
     assert [steps_of_round(seconds, silo, 40) for silo in ("fast", "slow", "odd", "new")] == [40, 10, 31, 40]
     assert steps_of_round({"fast": 0.001, "snail": 1.0}, "snail", 40) == 1
+    # One of three cannot slow the two others to nothing: it counts as four times as fast as the median.
+    assert steps_of_round({"liar": 1e-300, "one": 1.0, "two": 1.25}, "one", 40) == 10
+    assert steps_of_round({"liar": 1e-300, "one": 1.0, "two": 1.25}, "two", 40) == 8
 
 
 @given(st.integers(1, 40), st.integers(0, 5), st.data())
