@@ -258,10 +258,27 @@ def strike(action: str, amount: Any, fired: Path, args: tuple[Any, ...]) -> None
         time.sleep(amount)
     elif action == "fill":
         fill(Path(amount))
+    elif action == "lie":
+        lie(amount, args)
     else:
         sync, _, local, *_ = args  # of SiloSync._code
         for name, value in local.items():
             spoil(action, amount, value, sync.global_parameters[name])
+
+
+def lie(about: str, args: tuple[Any, ...]) -> None:
+    """Change what a silo is about to code (of SiloSync._code) or to deliver (of StoreExchange.deliver), in place."""
+    if about == "tokens":
+        object.__setattr__(args[1], "tokens", 10**6)
+    elif about == "speed":
+        args[1].metrics["seconds_per_step"] = 1e-300
+    elif about == "range":
+        next(iter(args[2].values())).view(-1)[0] = -3.4e38
+    else:
+        part, factor = {"second moments": ("rows", 1e30), "mean gradients": ("scales", 1e6)}[about]
+        for parts in args[3].values():
+            if part in parts:
+                parts[part].mul_(factor)
 
 
 def fill(directory: Path) -> None:
