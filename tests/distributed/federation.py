@@ -92,20 +92,19 @@ def values_in(file: Path) -> dict[str, torch.Tensor]:
 
 
 def warm(build_commands: CommandBuilder) -> CommandBuilder:
-    """The same commands, with processes that start warm; torchrun's workers, too."""
+    """The same commands, with processes that start warm; torchrun's workers, too.
 
-    def build(config: RunConfig, config_path: Path) -> list[ChildCommand]:
-        python = warm_python()
-        return [
-            replace(
-                command,
-                argv=[python if word == sys.executable else word for word in command.argv],
-                environment=command.environment | {"PYTHON_EXEC": python},
-            )
-            for command in build_commands(config, config_path)
-        ]
+    What another program starts, as one that enters a namespace, starts cold: a fork is where its parent is.
+    """
 
-    return build
+    def warmed(command: ChildCommand) -> ChildCommand:
+        program, *arguments = command.argv
+        if program != sys.executable:
+            return command
+        environment = command.environment | {"PYTHON_EXEC": warm_python()}
+        return replace(command, argv=[warm_python(), *arguments], environment=environment)
+
+    return lambda config, config_path: [warmed(command) for command in build_commands(config, config_path)]
 
 
 def federate(config: RunConfig, *, max_restarts: int = 0, build_commands: CommandBuilder | None = None) -> Outcome:
