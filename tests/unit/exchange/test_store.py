@@ -9,6 +9,7 @@ import uuid
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -131,13 +132,13 @@ def test_a_crash_within_an_upload_leaves_nothing_to_see(tmp_path: Path, monkeypa
     objects, file = Objects(str(tmp_path / "store")), make_file(tmp_path, b"whole")
     seen: list[tuple[bool, list[str]]] = []
 
-    def copy_half(source: Path, target: Path) -> None:
-        Path(target).write_bytes(Path(source).read_bytes()[:2])
+    def copy_half(source: IO[bytes], target: IO[bytes], length: int) -> None:
+        target.write(source.read(2))
         seen.append((objects.exists("a/b"), objects.names("a")))  # what others see meanwhile
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "copyfile", copy_half)
+        patch.setattr(shutil, "copyfileobj", copy_half)
         with pytest.raises(KeyboardInterrupt):
             objects.upload(file, "a/b")
     assert seen == [(False, [])]
