@@ -13,6 +13,7 @@ from pathlib import Path
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.payload import Tensors
 from pretrain.exchange.store import StoreExchange
+from pretrain.host.foreign import loads, shown
 from pretrain.host.journal import Journal
 from pretrain.outer.rounds import deadline_seconds, participants
 from pretrain.trust.ledger import Commit, Manifest, RefusedError
@@ -47,7 +48,7 @@ class Collector:
         self._file = Path(config.directory) / "aggregator" / "arrivals.json"
         self._arrivals: deque[float] = deque(maxlen=ARRIVALS)
         if self._rules.is_elastic and self._file.is_file():
-            self._arrivals.extend(json.loads(self._file.read_text()))
+            self._arrivals.extend(_read_arrivals(self._file))
         self._commits: deque[Commit] = deque(maxlen=max(NORMS, self._rules.away_after_versions) * 2 * len(self._roster))
 
     def committed(self, commit: Commit) -> None:
@@ -148,7 +149,7 @@ class Collector:
             return None
 
     def _refuse(self, silo: str, version: int, manifest: bytes, reason: str, *, final: bool = False) -> None:
-        print(f"version {version}: refused the delivery of silo {silo}: {reason}", flush=True)
+        print(f"version {version}: refused the delivery of silo {silo}: {shown(reason, limit=1000)}", flush=True)
         self._exchange.refuse(silo, version, manifest, reason, final=final)
 
     def _late(self, version: int, verify: Verify) -> list[Delivery]:
@@ -178,3 +179,15 @@ class Collector:
             if limits and delivery.norm > max(limits):
                 found[silo] = f"its norm is {delivery.norm:.4g}, more than {ratio:g} times what is usual in this round"
         return found
+
+
+def _read_arrivals(file: Path) -> list[float]:
+    """What an earlier start has seen; nothing, and a line, if its file is damaged: the deadline then is the ceiling."""
+    try:
+        found = loads(file.read_bytes())
+        if not isinstance(found, list) or not all(type(seconds) in (int, float) for seconds in found):
+            raise ValueError("a list of seconds was expected")
+    except ValueError as error:
+        print(f"{file} is damaged, and when deliveries arrived is forgotten: {error}", flush=True)
+        return []
+    return found

@@ -8,11 +8,14 @@ from typing import Any
 
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig
+from pretrain.host.foreign import loads, shown
 from pretrain.host.software import VERSION, installed, minor
 from pretrain.silo.shards import tokenizer_sha256
+from pretrain.trust.ledger import RECORD_BYTES
 
 FORMAT = 1
 SOFTWARE = "software"
+MOST_PACKAGES = 100
 
 
 def agreed_settings(config: RunConfig) -> dict[str, Any]:
@@ -76,13 +79,14 @@ def read_contract(stored: bytes, where: str) -> tuple[dict[str, Any], dict[str, 
     Raises ConfigError if it is no contract, or one of another atoll than this.
     """
     try:
-        terms = json.loads(stored)
+        terms = loads(stored, limit_bytes=RECORD_BYTES)
     except ValueError:
         raise ConfigError(f"exchange.url: {where} given; its contract.json is not JSON; name another store") from None
     if not isinstance(terms, dict):
         raise ConfigError(f"exchange.url: {where} given; its contract.json is no contract; name another store")
     record = terms.pop(SOFTWARE, None)
-    software = {str(name): str(version) for name, version in record.items()} if isinstance(record, dict) else {}
+    rows = list(record.items())[:MOST_PACKAGES] if isinstance(record, dict) else []
+    software = {shown(name): shown(version) for name, version in rows}
     theirs, format_version = software.get("atoll", VERSION), terms.get("format")
     if minor(theirs) != minor(VERSION):
         raise ConfigError(
@@ -106,7 +110,7 @@ def check_same_contract(ours: dict[str, Any], stored: bytes, where: str) -> None
 def check_same_terms(ours: dict[str, Any], theirs: dict[str, Any], where: str) -> None:
     """The same of terms that were read."""
     differences = [
-        f"{key} is {_short(ours_value)} here and {_short(theirs_value)} there"
+        f"{shown(key)} is {_short(ours_value)} here and {_short(theirs_value)} there"
         for key, ours_value, theirs_value in _differences(ours, theirs, "")
     ]
     if differences:

@@ -295,8 +295,8 @@ def test_fetch_refuses_what_is_not_as_announced(exchange: StoreExchange, tmp_pat
     payload = Payload(fragment=0, file="data", sha256=sha256_bytes(b"abcdef"), num_bytes=6)
     assert exchange.fetch("f", payload, tmp_path / "copy") == 6
     for wrong, expected in [
-        (dataclasses.replace(payload, num_bytes=7), "is truncated: 6 bytes read, not 7"),
-        (dataclasses.replace(payload, num_bytes=5), "is too long: 6 bytes read, not 5"),
+        (dataclasses.replace(payload, num_bytes=7), "is truncated: it has not the 7 bytes announced"),
+        (dataclasses.replace(payload, num_bytes=5), "is too long: it has not the 5 bytes announced"),
         (dataclasses.replace(payload, sha256=sha256_bytes(b"abcdeF")), "corrupted"),
         (dataclasses.replace(payload, file="none"), "f/none is missing"),
     ]:
