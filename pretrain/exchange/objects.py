@@ -331,7 +331,8 @@ def _removed_if_broken_off(file: Path) -> Iterator[IO[bytes]]:
         with file.open("wb") as target:
             yield target
     except BaseException as error:
-        file.unlink(missing_ok=True)
+        if file.is_file():  # and not /dev/null, where what is only compared goes
+            file.unlink()
         if isinstance(error, OSError) and is_full(error):
             raise OSError(error.errno, error.strerror, str(file)) from None
         raise

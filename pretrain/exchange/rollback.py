@@ -147,6 +147,26 @@ def foreign(who: str, version: int, commit_sha256: str, exchange: StoreExchange)
     )
 
 
+def check_held(who: str, version: int, commit_sha256: str, exchange: StoreExchange) -> None:
+    """Raise ConfigError, one line, unless the store still has a commit that somebody who is running holds."""
+    url, found, held = exchange.objects.url, None, commit_sha256[:12]
+    try:
+        found = _commit_sha256(exchange, version)
+        if found == commit_sha256:
+            return
+        was_rolled_back = explain(exchange, version, commit_sha256) == "rolled back"
+    except RefusedError as error:
+        raise ConfigError(f"exchange.url: {url} given; {error}") from None
+    if was_rolled_back:
+        raise ConfigError(f"exchange.url: {url} given; the run was rolled back while {who} was running; start it again")
+    if found is None:
+        raise ConfigError(foreign(who, version, commit_sha256, exchange))
+    raise ConfigError(
+        f"exchange.url: {url} given, whose version {version} has commit {found[:12]}; {who} holds that version with "
+        f"commit {held}: somebody has changed it, or put another copy there; restore the copy that has {held}"
+    )
+
+
 def _read(exchange: StoreExchange) -> list[tuple[Rollback, bool]]:
     """All rollbacks, oldest first, and whether each is complete. Raises RefusedError."""
     names = exchange.objects.names(FOLDER)

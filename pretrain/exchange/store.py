@@ -13,6 +13,7 @@
     silos/NAME/membership/000003.json        the silo has joined or left, and which version was the newest then
     waiting/000017.json                      whom the aggregator waits for, and how long at most; gone when it commits
     silos/NAME/beats/000017                  the silo's newest sign of life; gone when it ends (beats.py)
+    silos/NAME/damaged/000016                the silo cannot use version 16; gone when the aggregator has looked
     silos/NAME/resumable/000016              the silo has a checkpoint that holds version 16
     rollbacks/, rolled-back/                 versions that were taken back (rollback.py)
     aggregator/000003.json                   who is the store's one aggregator (lease.py)
@@ -21,6 +22,7 @@ Version 17 is what outer step 17 made of one fragment (outer/schedule.py); with 
 """
 
 import hashlib
+import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -33,7 +35,7 @@ from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.objects import Objects
 from pretrain.exchange.options import store_options
-from pretrain.exchange.words import WORD_BYTES, Identity, Membership, Refusal, Waiting, Word, number
+from pretrain.exchange.words import WORD_BYTES, Damaged, Identity, Membership, Refusal, Waiting, Word, number
 from pretrain.host.foreign import shown
 from pretrain.trust.ledger import Commit, Manifest, Payload, RefusedError, check_link, sha256_bytes
 
@@ -56,6 +58,10 @@ REFUSED = re.compile(r"refused-(0|[1-9][0-9]{0,3})\.json")
 
 def _identity_path(silo: str) -> str:
     return f"silos/{silo}/identity.json"
+
+
+def _damaged_path(silo: str, version: int) -> str:
+    return f"silos/{silo}/damaged/{version:06d}"
 
 
 def file_payload(file: Path, fragment: int) -> Payload:
@@ -135,11 +141,13 @@ class StoreExchange:
     def read_commit(self, version: int) -> Commit:
         """Read a commit and check that it follows its predecessor. Raises RefusedError."""
         try:
-            commit = Commit.from_bytes(self.commit_bytes(version))
+            commit = Commit.from_bytes(data := self.commit_bytes(version))
             previous = self.commit_bytes(version - 1) if version else None
         except FileNotFoundError as error:
             raise RefusedError(f"commit {version} or its predecessor is missing: {error}") from None
         check_link(commit, version, previous, self.contract_sha256)
+        if data != commit.to_bytes():
+            raise RefusedError(f"commit {version} is not in the one form that a commit has")
         return commit
 
     def commit_bytes(self, version: int) -> bytes:
@@ -256,6 +264,11 @@ class StoreExchange:
             if (marked := number(name)) is not None and marked < version:
                 self.objects.delete(f"{folder}/{name}")
 
+    def say_damaged(self, silo: str, version: int, reason: str) -> None:
+        """Leave word that the newest version cannot be used as it lies here."""
+        with suppress(FileExistsError):
+            self.objects.write(_damaged_path(silo, version), Damaged(reason=reason).to_bytes())
+
     # ---- the aggregator's verbs
 
     def write_contract(self, data: bytes) -> None:
@@ -314,6 +327,33 @@ class StoreExchange:
         check()
         self.objects.write(f"{folder}/commit.json", commit.to_bytes())
         self.objects.delete(f"waiting/{commit.version:06d}.json")
+
+    def hear_damaged(self, roster: list[str], version: int) -> list[str]:
+        """Silos that said that they cannot use a version, each once."""
+        said = [silo for silo in roster if self.objects.exists(_damaged_path(silo, version))]
+        for silo in said:
+            self.objects.delete(_damaged_path(silo, version))
+        return said
+
+    def repair(self, commit: Commit, directory: Path, *, check: Callable[[], None]) -> list[str]:
+        """Compare what a version consists of with its commit, and publish again, from `directory`, what is damaged.
+
+        Returns a line for each object that was, which says whether it is whole again.
+        """
+        lines, folder = [], version_path(commit.version)
+        for payload in commit.payloads + commit.state_payloads:
+            try:
+                self.fetch(folder, payload, Path(os.devnull))
+            except RefusedError as error:
+                file, name = directory / payload.file, f"{folder}/{payload.file}"
+                if not file.is_file() or file_payload(file, payload.fragment) != payload:
+                    lines.append(f"{error}; this aggregator does not have it any more")
+                    continue
+                check()
+                self.objects.delete(name)
+                self.objects.upload(file, name)
+                lines.append(f"{error}; it was published again")
+        return lines
 
     def newest_state(self, newest: int, num_fragments: int) -> Iterator[tuple[int, Payload]]:
         """What version `newest` is made of: each fragment's last change. Yields the payloads that hold whole tensors.

@@ -7,7 +7,7 @@ what is wrong with it, whoever reads it; names that are not exactly these are no
 import dataclasses
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 from pretrain.trust.ledger import check_types, typed_keys
@@ -53,7 +53,7 @@ class Refusal(Word):
 
     reason: str
     final: bool
-    manifest_sha256: str = ""
+    manifest_sha256: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,8 +55,9 @@ class Collector:
         """A version was committed, now or before this process started; in their order."""
         self._commits.append(commit)
 
-    def collect(self, version: int, verify: Verify) -> list[Delivery]:
-        """Wait for a version's deliveries; verify each as it comes; refuse what is not as it should be.
+    def collect(self, version: int, verify: Verify, look: Callable[[], None] = lambda: None) -> list[Delivery]:
+        """Wait for a version's deliveries; verify each as it comes; refuse what is not as it should be. `look` is
+        called again and again meanwhile.
 
         Returns them sorted by silo, those that came too late for the commit before after all others.
         """
@@ -94,6 +95,7 @@ class Collector:
                 print(f"version {version}: waiting for {words}", flush=True)
             if waited > SAYS_AFTER_SECONDS:
                 self._exchange.say_waiting(version, missing, deadline_seconds=deadline if rules.is_elastic else None)
+            look()
             time.sleep(self._config.exchange.poll_seconds)
         if rules.is_elastic:
             self._file.write_text(json.dumps(list(self._arrivals)))

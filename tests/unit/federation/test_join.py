@@ -241,10 +241,12 @@ def change_contract(url: str, **changes: Any) -> None:
     ("changes", "expected"),
     [
         (
-            {"format": 2, "software": {"atoll": "0.9.1"}},
+            {"format": 3, "software": {"atoll": "0.9.1"}},
             "its run is of atoll 0.9.1, and this is atoll 0.1.0; install 0.9",
         ),
-        ({"format": 2}, "its contract.json has format 2, and this atoll (0.1.0) reads 1; install the atoll"),
+        ({"format": 1}, "its contract.json has format 1, and this atoll (0.1.0) reads 2; install the atoll"),
+        ({"run_id": None}, "its contract.json has run_id null; allowed: [a-z0-9_-]{0,64}"),
+        ({"run_id": "\x1b"}, r'its contract.json has run_id "\u001b"; allowed: '),
         ({"inner": None}, "its contract.json is not of this version of atoll: it has no inner"),
         ({"tokenizer_sha256": None}, "is not of this version of atoll: it has no tokenizer_sha256"),
         ({"inner": {"speed": 1}}, "is not of this version of atoll: inner.speed: unknown key given"),
