@@ -309,6 +309,8 @@ class ThroughStore:
                 file.unlink()
             shapes = {name: value.shape for name, value in values.items()}
             check_moments(moments, shared_moments(self._config, values, shapes))
+        except ConfigError:  # a ValueError, too: what ends us says so itself, and trouble may pass
+            raise
         except (RefusedError, SafetensorError, ValueError) as error:
             raise ConfigError(f"silo {self._silo}: version {version} in the store cannot be used: {error}") from None
         rows = {name: tensor_row(name, value) for name, value in values.items()}

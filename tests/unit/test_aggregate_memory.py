@@ -54,8 +54,8 @@ def test_an_old_copy_put_under_it_while_it_waits_ends_it(config: RunConfig, tmp_
     shutil.copytree(tmp_path / "old", config.store_url)
     assert one_line_error(aggregator.collect, state) == (
         f"exchange.url: {config.store_url} given, whose newest version is 0; this aggregator holds version 1 with "
-        f"commit {held[:12]}, which is not there: an old copy was restored, or it is another run; restore the newer copy, or "
-        "name another run directory"
+        f"commit {held[:12]}, which is not there: an old copy was restored, or it is another run; restore the newer "
+        "copy, or name another run directory"
     )
 
 
