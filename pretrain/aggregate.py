@@ -405,22 +405,26 @@ class Aggregator:
             outer_digest=state.kept_digest,
             metrics=metrics,
         )
-        try:
-            self._exchange.publish(commit, payloads + state_payloads, check=self._check_lease)
-        except FileExistsError:
-            raise ConfigError(
-                f"exchange.url: {self._config.store_url} given; version {version} is there already, and this "
-                "aggregator has not made it: somebody else writes to this store; find out who, take "
-                f"{version_path(version)} away and start again"
-            ) from None
-        self._newest, self._num_repairs = commit, 0
-        known = {"version": version, "commit_sha256": sha256_bytes(commit.to_bytes())}
-        temporary = self._newest_file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(known))
-        temporary.replace(self._newest_file)
+        self._publish(commit, payloads + state_payloads)
         state.version = version
         self._collector.committed(commit)
         return commit
+
+    def _publish(self, commit: Commit, payloads: list[tuple[Payload, Path]]) -> None:
+        """Write a version, and note it here. Raises ConfigError if it is there already."""
+        try:
+            self._exchange.publish(commit, payloads, check=self._check_lease)
+        except FileExistsError:
+            raise ConfigError(
+                f"exchange.url: {self._config.store_url} given; version {commit.version} is there already, and this "
+                "aggregator has not made it: somebody else writes to this store; find out who, take "
+                f"{version_path(commit.version)} away and start again"
+            ) from None
+        self._newest, self._num_repairs = commit, 0
+        known = {"version": commit.version, "commit_sha256": sha256_bytes(commit.to_bytes())}
+        temporary = self._newest_file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(known))
+        temporary.replace(self._newest_file)
 
 
 def aggregate(config: RunConfig, journal: Journal) -> None:

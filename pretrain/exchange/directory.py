@@ -28,13 +28,14 @@ class Directory:
         self._passed_over: set[str] = set()
 
     def exists(self, name: str) -> bool:
-        """Whether there is an object or a folder."""
+        """Whether there is an object."""
         *folders, last = _parts(name)
         with self._folder(folders) as folder:
-            return self._is_ours(name, os.stat(last, dir_fd=folder, follow_symlinks=False).st_mode)
+            mode = os.stat(last, dir_fd=folder, follow_symlinks=False).st_mode
+            return self._is_ours(name, mode) and stat.S_ISREG(mode)
 
     def open(self, name: str) -> IO[bytes]:
-        """An object to be read. Raises FileNotFoundError, NotADirectoryError, IsADirectoryError."""
+        """An object to be read. Raises FileNotFoundError, NotADirectoryError."""
         *folders, last = _parts(name)
         with self._folder(folders) as folder:
             if not self._is_ours(name, os.stat(last, dir_fd=folder, follow_symlinks=False).st_mode):
@@ -43,7 +44,7 @@ class Directory:
         mode = os.fstat(file).st_mode
         if not stat.S_ISREG(mode):  # exchanged since it was looked at, or a folder
             os.close(file)
-            raise IsADirectoryError(name) if stat.S_ISDIR(mode) else FileNotFoundError(name)
+            raise FileNotFoundError(name)
         return os.fdopen(file, "rb")
 
     def names(self, prefix: str) -> list[str]:
@@ -59,12 +60,12 @@ class Directory:
             return found
 
     def delete(self, name: str) -> None:
-        """Delete an object. Raises FileNotFoundError, also where a link is on the way to it."""
+        """Delete an object. Raises FileNotFoundError, also for a folder and where a link is on the way."""
         *folders, last = _parts(name)
         try:
             with self._folder(folders) as folder:
                 os.unlink(last, dir_fd=folder)
-        except NotADirectoryError:
+        except (NotADirectoryError, IsADirectoryError):
             raise FileNotFoundError(name) from None
 
     def create(self, name: str, temporary: str, fill: Callable[[IO[bytes]], object], *, make_root: bool) -> None:

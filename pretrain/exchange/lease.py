@@ -67,9 +67,13 @@ class Lease:
             newest = self._newest_term(self._objects)
             if newest and not self._has_ended(newest):
                 continue  # there is a newer one by now
-            with suppress(FileExistsError):  # somebody was faster: look who
+            try:
                 self._objects.write(_record(newest + 1), self._about_us())
                 return newest + 1
+            except FileExistsError:  # somebody was faster: look who
+                if not self._objects.exists(_record(newest + 1)):
+                    what = f"{_record(newest + 1)} there is no lease; take it away"
+                    raise ConfigError(f"exchange.url: {self._objects.url} given; {what}") from None
 
     def _newest_term(self, objects: Objects) -> int:
         """The newest term; 0 if there is none. No `.json` is ever deleted, so a listing that lags does no harm."""
@@ -83,7 +87,7 @@ class Lease:
         """Who holds a term; None, and a line, if its record is none: then only its beats can tell."""
         try:
             return Holder.from_bytes(self._objects.read(_record(term), limit_bytes=WORD_BYTES))
-        except RefusedError as error:
+        except (RefusedError, FileNotFoundError) as error:
             print(f"{self._objects.url}: {_record(term)} does not say who holds this store: {error}", flush=True)
             return None
 

@@ -177,7 +177,7 @@ def _read(exchange: StoreExchange) -> list[tuple[Rollback, bool]]:
         try:
             data = exchange.objects.read(f"{FOLDER}/{name}")
             record = Rollback.from_bytes(data)
-        except RefusedError as error:
+        except (RefusedError, FileNotFoundError) as error:
             raise RefusedError(f"{FOLDER}/{name}: {error}") from None
         if name != f"{number:06d}.json" or record.previous != previous:
             raise RefusedError(f"{FOLDER}/{name} does not follow the rollback before it")

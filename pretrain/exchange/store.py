@@ -100,7 +100,10 @@ class StoreExchange:
         """The contract's bytes, or None while there is none. Sets `contract_sha256`, which reading checks against."""
         if not self.objects.exists(CONTRACT):
             return None
-        data = self.objects.read(CONTRACT)
+        try:
+            data = self.objects.read(CONTRACT)
+        except RefusedError as error:
+            raise ConfigError(f"exchange.url: {self.objects.url} given; {error}; name another store") from None
         self.contract_sha256 = sha256_bytes(data)
         return data
 
@@ -206,12 +209,18 @@ class StoreExchange:
         manifest are leftovers of an interrupted or refused delivery of this silo and are replaced.
         """
         folder = delivery_path(manifest.silo, manifest.version)
-        if self.objects.exists(f"{folder}/manifest.json"):
-            return self.objects.read(f"{folder}/manifest.json")
-        for payload, file in files:
-            self.objects.delete(f"{folder}/{payload.file}")
-            self.objects.upload(file, f"{folder}/{payload.file}")
-        self.objects.write(f"{folder}/manifest.json", manifest.to_bytes())
+        name = f"{folder}/manifest.json"
+        if self.objects.exists(name):
+            return self.objects.read(name)
+        try:
+            for payload, file in files:
+                self.objects.delete(f"{folder}/{payload.file}")
+                self.objects.upload(file, f"{folder}/{payload.file}")
+            self.objects.write(name, manifest.to_bytes())
+        except FileExistsError as error:
+            raise ConfigError(
+                f"exchange.url: {self.objects.url} given; somebody else writes as silo {manifest.silo}: {error}"
+            ) from None
         return manifest.to_bytes()
 
     def refusals(self, silo: str, version: int) -> list[Refusal]:
@@ -277,9 +286,15 @@ class StoreExchange:
         self.contract_sha256 = sha256_bytes(data)
 
     def delivery(self, silo: str, version: int) -> bytes | None:
-        """The manifest's bytes of a delivery, or None while there is none."""
+        """The manifest's bytes of a delivery, or None while there is none. Raises RefusedError if they are too many."""
         name = f"{delivery_path(silo, version)}/manifest.json"
-        return self.objects.read(name) if self.objects.exists(name) else None
+        with suppress(FileNotFoundError):  # taken away as we look
+            return self.objects.read(name) if self.objects.exists(name) else None
+        return None
+
+    def is_delivered(self, silo: str, version: int) -> bool:
+        """Whether there is a manifest."""
+        return self.objects.exists(f"{delivery_path(silo, version)}/manifest.json")
 
     def refuse(self, silo: str, version: int, manifest: bytes, reason: str, *, final: bool = False) -> None:
         """Remove a delivery's manifest so that the silo delivers again, unless this is final, and record the reason.
@@ -412,8 +427,12 @@ class StoreExchange:
         for place in (version_path(version), *(delivery_path(silo, version) for silo in silos)):
             tensors = self._tensors(place)
             for name in (name for name in self.objects.names(place) if name not in tensors):
-                with suppress(FileExistsError):  # copied before an interruption
+                try:
                     self.objects.write(f"{folder}/{place}/{name}", self.objects.read(f"{place}/{name}"))
+                except FileExistsError:
+                    pass  # copied before an interruption
+                except (FileNotFoundError, IsADirectoryError, RefusedError) as error:
+                    self._pass_over(f"{place}/{name}", error)  # nothing of ours
                 self.objects.delete(f"{place}/{name}")
             for name in tensors:
                 self.objects.delete(f"{place}/{name}")

@@ -276,7 +276,7 @@ def measure_link(federation: Federation) -> Link:
         began = time.monotonic()
         objects.write(probe, data)
         written = time.monotonic()
-        objects.read(probe)
+        objects.read(probe, limit_bytes=PROBE_BYTES)
         read = time.monotonic()
     except BaseException:
         with suppress(ConfigError):

@@ -141,13 +141,13 @@ class Collector:
     # ---- whose delivery counts
 
     def _look(self, silo: str, version: int, verify: Verify) -> Delivery | None:
-        manifest = self._exchange.delivery(silo, version)
-        if manifest is None:
-            return None
+        manifest: bytes | None = b""
         try:
+            if (manifest := self._exchange.delivery(silo, version)) is None:
+                return None
             return verify(silo, manifest, version)
         except RefusedError as error:
-            self._refuse(silo, version, manifest, str(error))
+            self._refuse(silo, version, manifest or b"", str(error))
             return None
 
     def _refuse(self, silo: str, version: int, manifest: bytes, reason: str, *, final: bool = False) -> None:

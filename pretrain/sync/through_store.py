@@ -205,7 +205,7 @@ class ThroughStore:
         refusals = self._store.refusals(self._silo, version)
         num_refused, missed_before = self._num_refused.get(version, len(refusals)), False
         while not self._is_committed(version):
-            if sent and self._store.delivery(self._silo, version) is None:
+            if sent and not self._store.is_delivered(self._silo, version):
                 refusals = self._store.refusals(self._silo, version)
                 if len(refusals) > num_refused:
                     num_refused = len(refusals)

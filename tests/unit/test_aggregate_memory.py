@@ -1,6 +1,7 @@
 """An aggregator that runs knows what it has committed: a store that says anything else ends it, or is put right."""
 
 import json
+import os
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -146,3 +147,27 @@ def test_commits_have_one_form(config: RunConfig) -> None:
     (Path(config.directory) / "aggregator" / "newest.json").unlink()
     with pytest.raises(Exception, match=r"^commit 0 is not in the one form that a commit has$"):
         start(config)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("what", ["pipe", "folder", "link", "huge"])
+def test_no_manifest_of_one_silo_holds_up_the_others(what: str, tiny_config: TinyConfig, tmp_path: Path) -> None:
+    rules = {"quorum": 1, "deadline_floor_seconds": 0.1, "deadline_ceiling_seconds": 0.1}
+    config = tiny_config(tmp_path, membership=rules)
+    aggregator, state = start(config)
+    file = Path(config.store_url) / "silos" / "beta" / "000001" / "manifest.json"
+    file.parent.mkdir(parents=True)
+    (tmp_path / "private").write_text("secret")
+    make = {
+        "pipe": lambda: os.mkfifo(file),
+        "folder": file.mkdir,
+        "link": lambda: file.symlink_to(tmp_path / "private"),
+        "huge": lambda: file.write_bytes(bytes(5 << 20)),
+    }
+    make[what]()
+    (file.parents[1] / "membership").mkdir()
+    (file.parents[1] / "membership" / "000000.json").write_bytes(b"[1e999")
+    GOOD.deliver(config, "alpha", state, times(state, 1))
+    one_version(aggregator, state)
+    assert [row["silo"] for row in json.loads(commit_file(config, 1).read_bytes())["contributors"]] == ["alpha"]
+    assert (tmp_path / "private").read_text() == "secret"

@@ -1,6 +1,7 @@
 """Small objects that whoever may write to the store has spoiled: one line that names them, and nobody ends by them."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -161,6 +162,15 @@ def test_any_newer_term_ends_the_holder(term: int, tmp_path: Path) -> None:
     lease.release()
 
 
+@pytest.mark.timeout(20)
+def test_a_term_that_cannot_be_taken_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "aggregator").mkdir()
+    os.mkfifo(tmp_path / "aggregator" / "000001.json")
+    assert one_line_error(lambda: Lease(Objects(str(tmp_path)), seconds=30)) == (
+        f"exchange.url: {tmp_path} given; aggregator/000001.json there is no lease; take it away"
+    )
+
+
 # ---- rollbacks
 
 
@@ -204,3 +214,17 @@ def test_a_rollback_that_fits_is_carried_out(exchange: StoreExchange, tmp_path: 
     exchange.objects.write("rollbacks/000001.json", json.dumps(rollback(exchange)).encode())
     assert len(finish_rollbacks(exchange)) == 1
     assert exchange.newest_version() == 0
+
+
+def test_what_nobody_can_copy_does_not_hold_up_a_rollback(exchange: StoreExchange, tmp_path: Path) -> None:
+    for version in range(3):
+        publish(exchange, version, tmp_path)
+    folder = tmp_path / "store" / "global" / "000001"
+    (folder / "huge.json").write_bytes(bytes(5 << 20))
+    (folder / "folder.safetensors").mkdir()
+    (folder / "folder.json").mkdir()
+    (folder / "link.json").symlink_to(tmp_path)
+    exchange.objects.write("rollbacks/000001.json", json.dumps(rollback(exchange)).encode())
+    finish_rollbacks(exchange)
+    assert exchange.newest_version() == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["folder.json", "folder.safetensors", "link.json"]
