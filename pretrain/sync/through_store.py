@@ -17,13 +17,13 @@ from pretrain.config.keys import RunConfig
 from pretrain.exchange.base import Received
 from pretrain.exchange.beats import Beats
 from pretrain.exchange.objects import StopWaitingError, StoreTroubleError
-from pretrain.exchange.payload import Tensors
+from pretrain.exchange.payload import Tensors, check_header
 from pretrain.exchange.rollback import check_held, explain, foreign, is_rolling_back
 from pretrain.exchange.store import StoreExchange, version_path
 from pretrain.host.foreign import shown
 from pretrain.host.identity import known_identity, own_identity
 from pretrain.host.software import differences
-from pretrain.merge.terms import shared_moments
+from pretrain.merge.terms import check_payload_size, shared_moments
 from pretrain.outer.codec import apply_change, check
 from pretrain.outer.digest import tensor_row
 from pretrain.outer.moments import check_moments
@@ -300,9 +300,15 @@ class ThroughStore:
         num_bytes = 0
         try:
             commit = self._remember(self._store.read_commit(version))
+            if commit.codec != self._config.outer.downlink_codec:
+                raise RefusedError(f"its codec is {shown(commit.codec)}, not {self._config.outer.downlink_codec}")
+            before = {name: value.shape for name, value in base.items()}
+            agreed = shared_moments(self._config, before, before)
             for payload in commit.payloads:
                 file = self._directory / "inbox" / f"{version:06d}-{payload.fragment:03d}.safetensors"
+                header_bytes = check_payload_size(payload, commit.codec, before, agreed)
                 num_bytes += self._fetch(version, payload, file)
+                check_header(file, limit_bytes=header_bytes)
                 payload_tensors = Tensors(file)
                 values |= changed_tensors(payload_tensors, commit.codec, base)
                 moments |= payload_tensors.moments

@@ -1,5 +1,6 @@
 """A silo that runs knows what it has sent and which commits it has seen: a store that says anything else ends it."""
 
+import dataclasses
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -170,3 +171,29 @@ def test_a_damaged_version_is_waited_for_until_it_is_repaired(run: Run, capsys: 
     out = capsys.readouterr().out
     assert "corrupted; asking the aggregator for 6 s to repair it\n" in out
     assert "corrupted; it was published again\n" in out
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"num_bytes": 3 << 30}, "its payload has 3221225472 bytes; allowed: "),
+        ({"codec": "zip\x1b"}, r"its codec is zip\x1b, not fp32"),
+    ],
+)
+def test_a_commit_that_is_larger_than_the_model_is_not_fetched(
+    change: dict[str, object], expected: str, run: Run
+) -> None:
+    config, aggregator, state, silo = run
+    base = {name: value.clone() for name, value in state.parameters.items()}
+    for name in config.full_roster:
+        GOOD.deliver(config, name, state, times(state, 1.0))
+    silo._delivered.begin(9)
+    version(run)
+    commit = aggregator._exchange.read_commit(1)
+    (payload,) = commit.payloads
+    if "num_bytes" in change:
+        change = {"payloads": [dataclasses.replace(payload, **change)]}
+    file = Path(config.store_url) / "global" / "000001" / "commit.json"
+    file.write_bytes(dataclasses.replace(commit, **change).to_bytes())
+    message = one_line_error(silo.receive, 1, None, base)
+    assert message.startswith(f"silo alpha: version 1 in the store cannot be used: {expected}")
