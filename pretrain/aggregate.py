@@ -10,6 +10,7 @@ import json
 import resource
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -24,16 +25,24 @@ from pretrain.config.keys import RunConfig
 from pretrain.config.load import load_config
 from pretrain.exchange.lease import Lease
 from pretrain.exchange.objects import StoreTroubleError
-from pretrain.exchange.payload import PARAMETER, Tensors, save_tensors
-from pretrain.exchange.rollback import explain, finish_rollbacks, foreign
+from pretrain.exchange.payload import PARAMETER, Tensors, check_header, save_tensors
+from pretrain.exchange.rollback import check_held, explain, finish_rollbacks, foreign
 from pretrain.exchange.store import StoreExchange, delivery_path, file_payload, version_path
 from pretrain.host.disk import full_disk
+from pretrain.host.foreign import loads
 from pretrain.host.journal import Journal
 from pretrain.host.lock import lock_directory
 from pretrain.host.stopping import STOPPED, StopRequested, raise_at_signals
 from pretrain.merge.collect import Collector, Delivery
 from pretrain.merge.step import Step, shares
-from pretrain.merge.terms import check_norm, commit_record, contributor, read_delivery, shared_moments
+from pretrain.merge.terms import (
+    check_norm,
+    check_payload_size,
+    commit_record,
+    contributor,
+    read_delivery,
+    shared_moments,
+)
 from pretrain.outer.codec import check, decoded, encode
 from pretrain.outer.digest import Row, digest_rows, tensor_row
 from pretrain.outer.fragments import cut_fragments
@@ -44,6 +53,9 @@ from pretrain.outer.quantize import Parts
 from pretrain.outer.state import OuterTensors, kept_at_start, kept_kinds
 from pretrain.trust.contract import build_contract, check_same_contract, first_contract
 from pretrain.trust.ledger import Commit, Contributor, Payload, RefusedError, sha256_bytes
+
+POLLS_PER_LOOK = 20  # while it waits, an aggregator looks whether the store still has its newest commit
+MOST_REPAIRS = 3  # a version: whoever says that it is damaged has all of it read again
 
 
 @dataclass(kw_only=True)
@@ -82,6 +94,8 @@ class Aggregator:
         self._exchange = StoreExchange.of_run(config)
         self._scratch = Path(config.directory) / "aggregator"
         self._newest_file = self._scratch / "newest.json"
+        self._newest: Commit | None = None
+        self._next_look, self._num_repairs = time.monotonic(), 0
         self._roster = config.full_roster
         self._fragments: list[list[str]] = []
         self._collector = Collector(config, self._exchange, journal)
@@ -107,8 +121,14 @@ class Aggregator:
         """Raise ConfigError if the store lacks the newest commit that was made from this run directory."""
         if not self._newest_file.is_file():
             return
-        known = json.loads(self._newest_file.read_text())
-        version, commit_sha256 = int(known["version"]), str(known["commit_sha256"])
+        try:
+            known = loads(self._newest_file.read_bytes())
+            version, commit_sha256 = int(known["version"]), str(known["commit_sha256"])
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(
+                f"run directory: {str(self._newest_file)!r} is damaged, which says what was committed last; "
+                "delete it if nobody has put an older copy of the store there"
+            ) from None
         if explain(self._exchange, version, commit_sha256) == "foreign":
             raise ConfigError(foreign("this aggregator", version, commit_sha256, self._exchange))
 
@@ -145,7 +165,11 @@ class Aggregator:
         found: dict[str, dict[str, Tensor]] = {kind: {} for kind in (PARAMETER, *kinds)}
         for version, payload in self._exchange.newest_state(newest, self._schedule.num_fragments):
             file = self._scratch / "inbox" / payload.file
-            self._exchange.fetch(version_path(version), payload, file)
+            try:
+                self._exchange.fetch(version_path(version), payload, file)
+            except RefusedError:
+                self._repair(self._exchange.read_commit(version))
+                self._exchange.fetch(version_path(version), payload, file)
             kind = payload.file.split("-")[0]
             tensors = Tensors(file, kind)
             found[kind] |= {name: tensors.parts(name)["values"].clone() for name in tensors.names}
@@ -162,6 +186,7 @@ class Aggregator:
         if state.kept_digest != commit.outer_digest:
             raise RefusedError(f"version {newest}: its outer state does not have the digest of its commit")
         self._cut(parameters)
+        self._newest = commit
         if newest:  # whoever committed it may have died before it wrote this
             self._journal.record("commit", **commit_record(self._config, commit))
         return state
@@ -171,8 +196,29 @@ class Aggregator:
     def collect(self, state: OuterState) -> list[Delivery]:
         """Wait until a version's deliveries are there, as many as the contract asks for."""
         return self._collector.collect(
-            state.version + 1, lambda silo, data, version: self._verify(silo, data, state, version)
+            state.version + 1, lambda silo, data, version: self._verify(silo, data, state, version), self._look
         )
+
+    def _look(self) -> None:
+        """Now and then: whether our newest commit is in the store, and whether a silo says that it is damaged there."""
+        if time.monotonic() < self._next_look or not self._newest:
+            return
+        self._next_look = time.monotonic() + POLLS_PER_LOOK * self._config.exchange.poll_seconds
+        self._check_held()
+        if self._exchange.hear_damaged(self._roster, self._newest.version) and self._num_repairs < MOST_REPAIRS:
+            self._num_repairs += 1
+            self._repair(self._newest)
+
+    def _check_held(self) -> str:
+        """sha256 of our newest commit; raises ConfigError if the store has another one, or none, in its place."""
+        assert self._newest
+        commit_sha256 = sha256_bytes(self._newest.to_bytes())
+        check_held("this aggregator", self._newest.version, commit_sha256, self._exchange)
+        return commit_sha256
+
+    def _repair(self, commit: Commit) -> None:
+        for line in self._exchange.repair(commit, self._scratch / "outbox", check=self._check_lease):
+            print(f"version {commit.version}: {line}", flush=True)
 
     def _verify(self, silo: str, data: bytes, state: OuterState, version: int) -> Delivery:
         """Check manifest, checksums, names, shapes, dtypes and values; raises RefusedError."""
@@ -188,8 +234,13 @@ class Aggregator:
             contract_sha256=self._exchange.contract_sha256,
         )
         file = self._scratch / "inbox" / f"{silo}-{version:06d}.safetensors"
+        shapes = {name: state.parameters[name].shape for name in names}
+        header_bytes = check_payload_size(
+            manifest.payloads[0], self._config.outer.codec, shapes, self._moments(state, names)
+        )
         self._exchange.fetch(delivery_path(silo, version), manifest.payloads[0], file)
         try:
+            check_header(file, limit_bytes=header_bytes)
             tensors = Tensors(file)
             delivery = Delivery(manifest=manifest, manifest_bytes=data, tensors=tensors, norm=0.0, base=late)
             delivery.norm = self._check_values(delivery, names, state)
@@ -326,6 +377,7 @@ class Aggregator:
     ) -> Commit:
         version, outbox = state.version + 1, self._scratch / "outbox"
         codec = self._config.outer.downlink_codec if version else "fp32"
+        previous = self._check_held() if version else None
         shutil.rmtree(outbox, ignore_errors=True)
         payloads: list[tuple[Payload, Path]] = []
         state_payloads: list[tuple[Payload, Path]] = []
@@ -347,7 +399,7 @@ class Aggregator:
         commit = Commit(
             contract_sha256=self._exchange.contract_sha256,
             version=version,
-            previous=sha256_bytes(self._exchange.commit_bytes(version - 1)) if version else None,
+            previous=previous,
             codec=codec,
             payloads=[payload for payload, _ in payloads],
             state_payloads=[payload for payload, _ in state_payloads],
@@ -357,14 +409,26 @@ class Aggregator:
             outer_digest=state.kept_digest,
             metrics=metrics,
         )
-        self._exchange.publish(commit, payloads + state_payloads, check=self._check_lease)
-        known = {"version": version, "commit_sha256": sha256_bytes(commit.to_bytes())}
-        temporary = self._newest_file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(known))
-        temporary.replace(self._newest_file)
+        self._publish(commit, payloads + state_payloads)
         state.version = version
         self._collector.committed(commit)
         return commit
+
+    def _publish(self, commit: Commit, payloads: list[tuple[Payload, Path]]) -> None:
+        """Write a version, and note it here. Raises ConfigError if it is there already."""
+        try:
+            self._exchange.publish(commit, payloads, check=self._check_lease)
+        except FileExistsError:
+            raise ConfigError(
+                f"exchange.url: {self._config.store_url} given; version {commit.version} is there already, and this "
+                "aggregator has not made it: somebody else writes to this store; find out who, take "
+                f"{version_path(commit.version)} away and start again"
+            ) from None
+        self._newest, self._num_repairs = commit, 0
+        known = {"version": commit.version, "commit_sha256": sha256_bytes(commit.to_bytes())}
+        temporary = self._newest_file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(known))
+        temporary.replace(self._newest_file)
 
 
 def aggregate(config: RunConfig, journal: Journal) -> None:

@@ -40,6 +40,7 @@ from pretrain.silo.steplog import StepLog
 from pretrain.sync.among_silos import AmongSilos
 from pretrain.sync.elastic import ElasticSync
 from pretrain.sync.through_store import ThroughStore
+from pretrain.trust.ledger import RefusedError
 
 
 @dataclass(kw_only=True)
@@ -375,7 +376,7 @@ def main() -> int:
         code = run(config, arguments.silo, journal)
     except Exception as error:
         code, message = STOPPED if isinstance(error, StoreTroubleError) else 2, str(error)
-        if not isinstance(error, ConfigError) and not (message := full_disk(error, config.directory)):
+        if not isinstance(error, ConfigError | RefusedError) and not (message := full_disk(error, config.directory)):
             raise
         only_ours = isinstance(error, BadTokenError) or not isinstance(error, ConfigError)
         if is_leader or only_ours:

@@ -91,6 +91,7 @@ def tiny_settings(directory: Path, text: TinyText) -> dict[str, Any]:
     """Two silos, a llama of some 30,000 parameters, three rounds of four steps; the run is in `directory`/run."""
     return {
         "name": "tiny",
+        "run_id": "tiny",  # two runs are compared byte by byte, and the contract is in every commit
         "directory": str(directory / "run"),
         "tokenizer": str(text.tokenizer),
         "sequence_tokens": 16,

@@ -13,6 +13,7 @@ CODECS = ("fp32", "bf16", "int8", "int4", "e3m0", "topk")
 # What s3fs, gcsfs, adlfs and the libraries under them call a secret, or a name that goes with one.
 SECRET_NAME = re.compile(r"secret|token|passw|credential|connection_string|authorization|username|key$|key_id$", re.I)
 SECRET_VALUE = re.compile(r"://[^/\s]*:[^/\s]*@")
+RUN_ID = re.compile(r"[a-z0-9_-]{0,64}")
 SILO_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 
 # Keys of DeepSpeed's configuration that are computed from ours; giving them twice could only contradict.
@@ -52,6 +53,7 @@ def check_config(config: RunConfig) -> None:
         "exchange.kind": (config.exchange.kind, ("store", "collective", "none")),
         "wandb.mode": (config.wandb.mode, ("offline", "online", "disabled")),
     }
+    _require(bool(RUN_ID.fullmatch(config.run_id)), "run_id", config.run_id, f"{RUN_ID.pattern}, or empty")
     for key, (value, allowed) in one_of.items():
         _require(value in allowed, key, value, ", ".join(allowed))
     _check_numbers(config)

@@ -242,6 +242,9 @@ class RunConfig:
 
     name: str = "run"
     """Name of the run; part of the contract."""
+    run_id: str = ""
+    """Tells the run from others of the same configuration, whose deliveries do not count in it; empty: drawn at random
+    when the contract is first written (in a collective: none)."""
     directory: str = "runs/run"
     """Run directory: resolved configuration, logs, metrics, checkpoints, summary, report."""
     tokenizer: str = ""

@@ -6,6 +6,7 @@ from contextlib import suppress
 
 from pretrain.config.check import ConfigError
 from pretrain.exchange.objects import Objects
+from pretrain.exchange.words import number
 
 BEATS_PER_LEASE = 5
 
@@ -43,16 +44,16 @@ class Beats:
 
     def _beat(self) -> None:
         written: list[str] | None = None
-        number = 0
+        next_one = 0
         while True:
             with suppress(ConfigError):
                 if self._is_over(self._objects):
                     return
                 if written is None:
                     written = self._earlier()
-                    number = max((int(name.removeprefix(self._prefix)) for name in written), default=-1) + 1
-                written.append(f"{self._prefix}{number:06d}")
-                number += 1
+                    next_one = int(written[-1].removeprefix(self._prefix)) + 1 if written else 0
+                written.append(f"{self._prefix}{next_one:06d}")
+                next_one += 1
                 with suppress(FileExistsError):  # an earlier try of the library's own got through
                     self._objects.write(written[-1], self._content)
                 self._delete(written, keep=1)
@@ -65,8 +66,9 @@ class Beats:
     def _earlier(self) -> list[str]:
         """What a process that was killed has left."""
         folder, stem = self._prefix.rsplit("/", 1)
-        names = (name for name in self._objects.names(folder) if name.startswith(stem))
-        return [f"{folder}/{name}" for name in names if name.removeprefix(stem).isdigit()]
+        names = self._objects.names(folder)
+        numbers = sorted(n for name in names if (n := number(name, before=stem)) is not None)
+        return [f"{folder}/{stem}{n:06d}" for n in numbers]
 
     def _delete(self, written: list[str], *, keep: int) -> None:
         while len(written) > keep:

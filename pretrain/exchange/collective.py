@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pretrain.config.check import ConfigError
 from pretrain.exchange.objects import StopWaitingError
+from pretrain.host.foreign import shown
 
 MESSAGE_BYTES = 4 << 20  # a peer that passes less than one in `dead_seconds` counts as dead
 CONNECT_SECONDS = 5.0
@@ -190,9 +191,9 @@ class Collective:
                     if silo == self.silo or store.check([f"done/{silo}"]):
                         continue
                     if store.check([f"left/{silo}"]):
-                        raise PeerLostError(store.get(f"left/{silo}").decode())
+                        raise PeerLostError(shown(store.get(f"left/{silo}").decode(errors="replace")))
                     if store.check([f"beat/{silo}"]):  # it has come
-                        beats, moves = store.get(f"beat/{silo}").decode().split()
+                        beats, _, moves = store.get(f"beat/{silo}").decode(errors="replace").partition(" ")
                         self._check_beat(silo, beats, heard, self._dead_seconds, "nothing was heard of it")
                         self._check_beat(silo, moves, moved, self._hung_seconds, "its training did not go on")
                 if self._closing.wait(min(1.0, self._dead_seconds / 5)):

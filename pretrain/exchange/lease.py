@@ -8,7 +8,6 @@ A starter watches the beats of the newest term by its own monotonic clock. The h
 before it writes, so one that was paused and taken over commits nothing.
 """
 
-import json
 import os
 import re
 import socket
@@ -16,15 +15,18 @@ import time
 import uuid
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from pretrain.config.check import ConfigError
 from pretrain.exchange.beats import Beats
 from pretrain.exchange.objects import Objects
+from pretrain.exchange.words import WORD_BYTES, Holder
+from pretrain.host.foreign import shown
+from pretrain.trust.ledger import RefusedError
 
 FOLDER = "aggregator"
 LOOKS_PER_LEASE = 20
-NAME = re.compile(r"(\d{6})\.(json|ended|beat-\d+)")
+MOST_LEASES = 10  # a holder says how long to wait for it, up to so many times one's own `seconds`
+NAME = re.compile(r"([0-9]{6})\.(json|ended|beat-[0-9]{6,9})")
 
 
 class Lease:
@@ -35,20 +37,21 @@ class Lease:
 
         Raises ConfigError if that is at work.
         """
-        self._objects, self._seconds = objects, seconds
+        self._objects, self._seconds, self._term = objects, seconds, 0
         self._term = self._take()
         self._clear()
         self._beats = Beats(
             objects,
             f"{_prefix(self._term)}.beat-",
             lease_seconds=seconds,
-            is_over=lambda at_once: at_once.exists(_record(self._term + 1)),
+            is_over=lambda at_once: self._newest_term(at_once) > self._term,
         )
 
     def check(self) -> None:
         """Raise ConfigError if another aggregator has taken over: it took us for dead."""
-        if self._objects.exists(_record(self._term + 1)):
-            who = _who(self._holder(self._newest_term()))
+        newest = self._newest_term(self._objects)
+        if newest > self._term:
+            who = self._who(newest, self._holder(newest))
             raise ConfigError(f"exchange.url: {self._objects.url} given; {who} has taken over here")
 
     def release(self) -> None:
@@ -61,22 +64,36 @@ class Lease:
 
     def _take(self) -> int:
         while True:
-            newest = self._newest_term()
+            newest = self._newest_term(self._objects)
             if newest and not self._has_ended(newest):
                 continue  # there is a newer one by now
-            with suppress(FileExistsError):  # somebody was faster: look who
+            try:
                 self._objects.write(_record(newest + 1), self._about_us())
                 return newest + 1
+            except FileExistsError:  # somebody was faster: look who
+                if not self._objects.exists(_record(newest + 1)):
+                    what = f"{_record(newest + 1)} there is no lease; take it away"
+                    raise ConfigError(f"exchange.url: {self._objects.url} given; {what}") from None
 
-    def _newest_term(self) -> int:
+    def _newest_term(self, objects: Objects) -> int:
         """The newest term; 0 if there is none. No `.json` is ever deleted, so a listing that lags does no harm."""
-        newest = max((term for term, _ in self._listed()), default=0)
-        while self._objects.exists(_record(newest + 1)):
+        newest = max((term for term, what in _listed(objects) if what == "json"), default=0)
+        newest = max(newest, self._term)
+        while objects.exists(_record(newest + 1)):
             newest += 1
         return newest
 
-    def _holder(self, term: int) -> dict[str, Any]:
-        return dict(json.loads(self._objects.read(_record(term))))
+    def _holder(self, term: int) -> Holder | None:
+        """Who holds a term; None, and a line, if its record is none: then only its beats can tell."""
+        try:
+            return Holder.from_bytes(self._objects.read(_record(term), limit_bytes=WORD_BYTES))
+        except (RefusedError, FileNotFoundError) as error:
+            print(f"{self._objects.url}: {_record(term)} does not say who holds this store: {error}", flush=True)
+            return None
+
+    @staticmethod
+    def _who(term: int, holder: Holder | None) -> str:
+        return f"the aggregator at {shown(holder.holder)}" if holder else f"whoever wrote {_record(term)}"
 
     def _has_ended(self, term: int) -> bool:
         """Whether the term's holder has ended; False if there is a newer term. Raises ConfigError if it lives."""
@@ -84,9 +101,10 @@ class Lease:
         if self._objects.exists(ended):
             return True
         holder = self._holder(term)
-        if _is_dead(holder):
+        if holder and _is_dead(holder):
             return True
-        who, seconds = _who(holder), max(self._seconds, holder.get("lease_seconds", 0))
+        theirs = min(holder.lease_seconds if holder else 0.0, MOST_LEASES * self._seconds)
+        who, seconds = self._who(term, holder), max(self._seconds, theirs)
         print(f"{who} holds this store: waiting {seconds:g} s for a sign of life", flush=True)
         began, seen = time.monotonic(), self._newest_beat(term)
         while time.monotonic() - began < seconds:
@@ -104,29 +122,23 @@ class Lease:
         return True
 
     def _newest_beat(self, term: int) -> str:
-        beats = (what for listed, what in self._listed() if listed == term and what.startswith("beat-"))
+        beats = (what for listed, what in _listed(self._objects) if listed == term and what.startswith("beat-"))
         return max(beats, default="")
-
-    def _listed(self) -> list[tuple[int, str]]:
-        """Term and rest of the name of what lies there."""
-        found = (NAME.fullmatch(name) for name in self._objects.names(FOLDER))
-        return [(int(match[1]), match[2]) for match in found if match]
 
     # ---- our term
 
     def _about_us(self) -> bytes:
-        record = {
-            "holder": f"{socket.gethostname()}, process {os.getpid()}",
-            "machine": _machine(),
-            "pid": os.getpid(),
-            "lease_seconds": self._seconds,
-            "nonce": uuid.uuid4().hex,  # no two starters write the same
-        }
-        return (json.dumps(record) + "\n").encode()
+        return Holder(
+            holder=f"{socket.gethostname()}, process {os.getpid()}",
+            machine=_machine(),
+            pid=os.getpid(),
+            lease_seconds=self._seconds,
+            nonce=uuid.uuid4().hex,  # no two starters write the same
+        ).to_bytes()
 
     def _clear(self) -> None:
         """Delete what terms before the last two left, but for who held them."""
-        for term, what in self._listed():
+        for term, what in _listed(self._objects):
             if term < self._term - 1 and what != "json":
                 self._objects.delete(f"{_prefix(term)}.{what}")
 
@@ -139,8 +151,10 @@ def _record(term: int) -> str:
     return f"{_prefix(term)}.json"
 
 
-def _who(holder: dict[str, Any]) -> str:
-    return f"the aggregator at {holder['holder']}"
+def _listed(objects: Objects) -> list[tuple[int, str]]:
+    """Term and rest of the name of what lies there."""
+    found = (NAME.fullmatch(name) for name in objects.names(FOLDER))
+    return [(int(match[1]), match[2]) for match in found if match]
 
 
 def _machine() -> str:
@@ -152,15 +166,15 @@ def _machine() -> str:
         return ""  # unknown here: the beats will tell
 
 
-def _is_dead(holder: dict[str, Any]) -> bool:
+def _is_dead(holder: Holder) -> bool:
     """Whether a holder was a process of this machine, and is no more; our own number was given out again, then."""
-    if not holder["machine"] or holder["machine"] != _machine():
+    if not holder.machine or holder.machine != _machine() or not holder.pid:
         return False
-    if holder["pid"] == os.getpid():
+    if holder.pid == os.getpid():
         return True
     try:
-        os.kill(holder["pid"], 0)
-    except ProcessLookupError:
+        os.kill(holder.pid, 0)
+    except (ProcessLookupError, OverflowError):
         return True
     except PermissionError:
         pass

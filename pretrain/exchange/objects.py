@@ -21,8 +21,10 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from pretrain.config.check import ConfigError
+from pretrain.exchange.directory import Directory
 from pretrain.exchange.options import distrust
 from pretrain.host.disk import is_full
+from pretrain.trust.ledger import RECORD_BYTES, RefusedError
 
 BLOCK_BYTES = 1 << 20
 # Exponential back-off with full jitter: https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter
@@ -74,7 +76,7 @@ class Objects:
             self._fs, self._root = fsspec.core.url_to_fs(url, **{**(options or {}), "use_listings_cache": False})
         except (ValueError, TypeError, ImportError) as error:
             raise ConfigError(f"exchange.url: {url!r} given; {error}") from None
-        self._local = isinstance(self._fs, LocalFileSystem)
+        self._directory = Directory(self._root) if isinstance(self._fs, LocalFileSystem) else None
         self._was_there = False
 
     def at_once(self) -> "Objects":
@@ -88,6 +90,8 @@ class Objects:
 
         def ask() -> bool:
             try:
+                if self._directory:
+                    return self._directory.exists(name)
                 self._fs.info(self._path(name))  # some kinds' own `exists` takes every trouble for a no
             except (FileNotFoundError, NotADirectoryError) as error:
                 # fsspec's frame and its error hold each other and the frames above: what our callers have in hand, a
@@ -98,15 +102,28 @@ class Objects:
 
         return self._try(name, "read", ask)
 
-    def read(self, name: str) -> bytes:
-        """The bytes of a small object. Raises FileNotFoundError."""
-        return self._try(name, "read", lambda: bytes(self._fs.cat_file(self._path(name))))
+    def read(self, name: str, *, limit_bytes: int = RECORD_BYTES) -> bytes:
+        """The bytes of a small object. Raises FileNotFoundError, and RefusedError for what is larger than the limit."""
+
+        def read_it() -> bytes:
+            with self._open(name) as source:
+                return bytes(source.read(limit_bytes + 1))
+
+        data = self._try(name, "read", read_it)
+        if len(data) > limit_bytes:
+            raise RefusedError(f"{name} has more than the {limit_bytes} bytes that it may have")
+        return data
 
     def names(self, prefix: str) -> list[str]:
         """Sorted last parts of the names directly below `prefix`; empty if there are none."""
-        fresh = {} if self._local else {"refresh": True}  # never from a cache
+
+        def list_it() -> list[str]:
+            if self._directory:
+                return self._directory.names(prefix)
+            return list(self._fs.ls(self._path(prefix), detail=False, refresh=True))  # never from a cache
+
         try:
-            listed = self._try(prefix, "listed", lambda: self._fs.ls(self._path(prefix), detail=False, **fresh))
+            listed = self._try(prefix, "listed", list_it)
         except (FileNotFoundError, NotADirectoryError) as error:
             error.with_traceback(None)  # as above
             return []
@@ -115,11 +132,16 @@ class Objects:
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small new object. Raises FileExistsError if the name is taken."""
+
+        def is_same() -> bool:
+            with self._open(name) as theirs:
+                return bool(theirs.read(len(data) + 1) == data)
+
         self._create(
             name,
-            lambda temporary: temporary.write_bytes(data),
+            lambda temporary: temporary.write(data),
             lambda path: self._fs.pipe_file(path, data, mode="create"),
-            lambda: bool(self._fs.cat_file(self._path(name)) == data),
+            is_same,
         )
 
     def upload(self, file: Path, name: str) -> None:
@@ -127,12 +149,16 @@ class Objects:
 
         def is_same() -> bool:
             size = file.stat().st_size
-            with self._fs.open(self._path(name), "rb") as theirs, file.open("rb") as ours:
+            with self._open(name) as theirs, file.open("rb") as ours:
                 return _sha256(theirs, size) == _sha256(ours, size)
+
+        def copy_it(temporary: IO[bytes]) -> None:
+            with file.open("rb") as ours:
+                shutil.copyfileobj(ours, temporary, BLOCK_BYTES)
 
         self._create(
             name,
-            lambda temporary: shutil.copyfile(file, temporary),
+            copy_it,
             lambda path: self._fs.put_file(str(file), path, mode="create"),
             is_same,
         )
@@ -145,7 +171,7 @@ class Objects:
 
         def copy_it() -> tuple[str, int]:
             digest, num_bytes = hashlib.sha256(), 0
-            with self._fs.open(self._path(name), "rb") as source, _removed_if_broken_off(file) as target:
+            with self._open(name) as source, _removed_if_broken_off(file) as target:
                 for block in _blocks(source, limit_bytes):
                     digest.update(block)
                     num_bytes += len(block)
@@ -157,7 +183,13 @@ class Objects:
     def delete(self, name: str) -> None:
         """Delete an object, if it is there."""
         with suppress(FileNotFoundError):
-            self._try(name, "deleted", lambda: self._fs.rm_file(self._path(name)))
+            self._try(name, "deleted", lambda: self._rm(name))
+
+    def _open(self, name: str) -> IO[bytes] | Any:
+        return self._directory.open(name) if self._directory else self._fs.open(self._path(name), "rb")
+
+    def _rm(self, name: str) -> None:
+        self._directory.delete(name) if self._directory else self._fs.rm_file(self._path(name))
 
     # ---- creating
 
@@ -167,7 +199,7 @@ class Objects:
     def _create(
         self,
         name: str,
-        fill: Callable[[Path], object],
+        fill: Callable[[IO[bytes]], object],
         put: Callable[[str], object],
         is_same: Callable[[], bool],
     ) -> None:
@@ -179,39 +211,17 @@ class Objects:
             nonlocal num_tries
             num_tries += 1
             try:
-                if not self._local:
+                if self._directory:
+                    # The store's own directory only at first: one that is gone must not be made anew.
+                    self._directory.create(name, temporary, fill, make_root=not self._was_there)
+                else:
                     put(self._path(name))
-                    return
-                with self._new_local_file(name, temporary) as file:
-                    fill(file)
             except FileExistsError:
-                may_be_ours = self._retry_seconds and (num_tries > 1 or not self._local)
+                may_be_ours = self._retry_seconds and (num_tries > 1 or not self._directory)
                 if not may_be_ours or not is_same():
                     raise
 
         self._try(name, "written", create)
-
-    @contextmanager
-    def _new_local_file(self, name: str, temporary_name: str) -> Iterator[Path]:
-        """A temporary file beside the final name, linked to it when the block ends: atomic, and fails if it exists."""
-        folder = Path(self._root)
-        if not self._was_there:
-            folder.mkdir(parents=True, exist_ok=True)
-        for part in name.split("/")[:-1]:  # not its parents: a store that is gone must not be made anew
-            folder /= part
-            folder.mkdir(exist_ok=True)
-        temporary = folder / temporary_name
-        try:
-            yield temporary
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            os.link(temporary, self._path(name))
-            directory = os.open(folder, os.O_RDONLY)
-            os.fsync(directory)
-            os.close(directory)
-        finally:
-            with suppress(OSError):
-                temporary.unlink()
 
     # ---- trouble
 
@@ -248,7 +258,7 @@ class Objects:
 
     def _answer(self, attempt: Callable[[], T]) -> T:
         """What `attempt` answers; a no of a directory that was there and now is not is none."""
-        if not self._local:
+        if not self._directory:
             return attempt()
         self._check_is_there()
         try:
@@ -285,7 +295,7 @@ class Objects:
                 raise error
             raise ConfigError(self._line(name, verb, error)) from None
         # A parent that is a file, not a directory, reads as "exists" too; only the object itself is a clash.
-        if not self._local or Path(self._path(name)).exists():
+        if not self._directory or os.path.lexists(self._path(name)):
             raise FileExistsError(f"{self.url}/{name} exists already; nothing is ever overwritten") from None
         raise ConfigError(self._line(name, verb, error)) from None
 
@@ -321,7 +331,8 @@ def _removed_if_broken_off(file: Path) -> Iterator[IO[bytes]]:
         with file.open("wb") as target:
             yield target
     except BaseException as error:
-        file.unlink(missing_ok=True)
+        if file.is_file():  # and not /dev/null, where what is only compared goes
+            file.unlink()
         if isinstance(error, OSError) and is_full(error):
             raise OSError(error.errno, error.strerror, str(file)) from None
         raise

@@ -34,6 +34,19 @@ def save_tensors(
     )
 
 
+def check_header(file: Path, *, limit_bytes: int) -> None:
+    """Raise ValueError for another party's payload whose header is larger than its tensors' names make it.
+
+    The library would read up to 100 MB of one, and take a GB to do so.
+    """
+    with file.open("rb") as opened:
+        num_bytes = int.from_bytes(opened.read(8), "little")
+    if num_bytes > limit_bytes:
+        raise ValueError(
+            f"its payload is no safetensors file: its header has {num_bytes} bytes; allowed: {limit_bytes}"
+        )
+
+
 class Tensors:
     """An open payload. Raises safetensors' SafetensorError when the file is none, ValueError for a foreign key."""
 

@@ -8,7 +8,6 @@ The record comes first. Then the versions go, the newest first and of each its c
 version that is committed has all it had; their tensors are deleted.
 """
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,11 @@ from typing import Literal
 
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import ExchangeConfig
+from pretrain.exchange import words
 from pretrain.exchange.lease import Lease
 from pretrain.exchange.store import StoreExchange, version_path
-from pretrain.trust.ledger import Record, RefusedError, sha256_bytes
+from pretrain.host.foreign import loads
+from pretrain.trust.ledger import RECORD_BYTES, Record, RefusedError, sha256_bytes
 
 FOLDER = "rollbacks"
 
@@ -94,11 +95,28 @@ def finish_rollbacks(exchange: StoreExchange) -> list[Rollback]:
             continue
         if _commit_sha256(exchange, record.to_version) != record.commit_sha256:
             raise RefusedError(f"rollback {number} goes to another version {record.to_version} than the one here")
+        _check_discarded(exchange, number, record)
         for version in exchange.versions_above(record.to_version):
             exchange.take_back(version, f"rolled-back/{number:06d}")
         exchange.objects.write(f"{FOLDER}/{number:06d}.done", b"{}\n")
         finished.append(record)
     return finished
+
+
+def _check_discarded(exchange: StoreExchange, number: int, record: Rollback) -> None:
+    """Raise RefusedError unless every commit that a rollback would delete is one that its record names."""
+    newest = exchange.newest_version()
+    if not record.to_version < record.from_version or newest > record.from_version:
+        raise RefusedError(
+            f"{FOLDER}/{number:06d}.json goes from version {record.from_version} to {record.to_version}, and the "
+            f"newest here is {newest}; nothing was deleted"
+        )
+    for version in range(record.to_version + 1, newest + 1):
+        if _commit_sha256(exchange, version) not in (None, *record.discarded):
+            raise RefusedError(
+                f"{FOLDER}/{number:06d}.json would discard version {version} without naming its commit; nothing was "
+                "deleted"
+            )
 
 
 def is_rolling_back(exchange: StoreExchange) -> bool:
@@ -129,16 +147,37 @@ def foreign(who: str, version: int, commit_sha256: str, exchange: StoreExchange)
     )
 
 
+def check_held(who: str, version: int, commit_sha256: str, exchange: StoreExchange) -> None:
+    """Raise ConfigError, one line, unless the store still has a commit that somebody who is running holds."""
+    url, found, held = exchange.objects.url, None, commit_sha256[:12]
+    try:
+        found = _commit_sha256(exchange, version)
+        if found == commit_sha256:
+            return
+        was_rolled_back = explain(exchange, version, commit_sha256) == "rolled back"
+    except RefusedError as error:
+        raise ConfigError(f"exchange.url: {url} given; {error}") from None
+    if was_rolled_back:
+        raise ConfigError(f"exchange.url: {url} given; the run was rolled back while {who} was running; start it again")
+    if found is None:
+        raise ConfigError(foreign(who, version, commit_sha256, exchange))
+    raise ConfigError(
+        f"exchange.url: {url} given, whose version {version} has commit {found[:12]}; {who} holds that version with "
+        f"commit {held}: somebody has changed it, or put another copy there; restore the copy that has {held}"
+    )
+
+
 def _read(exchange: StoreExchange) -> list[tuple[Rollback, bool]]:
     """All rollbacks, oldest first, and whether each is complete. Raises RefusedError."""
     names = exchange.objects.names(FOLDER)
     found: list[tuple[Rollback, bool]] = []
     previous: str | None = None
-    for number, name in enumerate((name for name in names if name.endswith(".json")), start=1):
-        data = exchange.objects.read(f"{FOLDER}/{name}")
+    records = [name for name in names if words.number(name, after=".json") is not None]
+    for number, name in enumerate(records, start=1):
         try:
+            data = exchange.objects.read(f"{FOLDER}/{name}")
             record = Rollback.from_bytes(data)
-        except RefusedError as error:
+        except (RefusedError, FileNotFoundError) as error:
             raise RefusedError(f"{FOLDER}/{name}: {error}") from None
         if name != f"{number:06d}.json" or record.previous != previous:
             raise RefusedError(f"{FOLDER}/{name} does not follow the rollback before it")
@@ -179,6 +218,9 @@ def _num_fragments(exchange: StoreExchange) -> int:
     if contract is None:
         raise ConfigError(f"store: {url!r} given; there is no run in it (no contract.json)")
     try:
-        return int(json.loads(contract)["outer"]["num_fragments"])
-    except (ValueError, KeyError, TypeError):
+        num_fragments = int(loads(contract, limit_bytes=RECORD_BYTES)["outer"]["num_fragments"])
+        if num_fragments < 1:
+            raise ValueError
+        return num_fragments
+    except (ValueError, KeyError, TypeError, OverflowError):
         raise ConfigError(f"store: {url!r} given; its contract.json has no outer.num_fragments") from None

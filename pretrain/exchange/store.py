@@ -13,6 +13,7 @@
     silos/NAME/membership/000003.json        the silo has joined or left, and which version was the newest then
     waiting/000017.json                      whom the aggregator waits for, and how long at most; gone when it commits
     silos/NAME/beats/000017                  the silo's newest sign of life; gone when it ends (beats.py)
+    silos/NAME/damaged/000016                the silo cannot use version 16; gone when the aggregator has looked
     silos/NAME/resumable/000016              the silo has a checkpoint that holds version 16
     rollbacks/, rolled-back/                 versions that were taken back (rollback.py)
     aggregator/000003.json                   who is the store's one aggregator (lease.py)
@@ -21,21 +22,25 @@ Version 17 is what outer step 17 made of one fragment (outer/schedule.py); with 
 """
 
 import hashlib
-import json
+import os
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.objects import Objects
 from pretrain.exchange.options import store_options
+from pretrain.exchange.words import WORD_BYTES, Damaged, Identity, Membership, Refusal, Waiting, Word, number
+from pretrain.host.foreign import shown
 from pretrain.trust.ledger import Commit, Manifest, Payload, RefusedError, check_link, sha256_bytes
 
 CONTRACT = "contract.json"
+W = TypeVar("W", bound=Word)
 
 
 def version_path(version: int) -> str:
@@ -48,8 +53,15 @@ def delivery_path(silo: str, version: int) -> str:
     return f"silos/{silo}/{version:06d}"
 
 
+REFUSED = re.compile(r"refused-(0|[1-9][0-9]{0,3})\.json")
+
+
 def _identity_path(silo: str) -> str:
     return f"silos/{silo}/identity.json"
+
+
+def _damaged_path(silo: str, version: int) -> str:
+    return f"silos/{silo}/damaged/{version:06d}"
 
 
 def file_payload(file: Path, fragment: int) -> Payload:
@@ -57,22 +69,6 @@ def file_payload(file: Path, fragment: int) -> Payload:
     with file.open("rb") as opened:
         sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
     return Payload(fragment=fragment, file=file.name, sha256=sha256, num_bytes=file.stat().st_size)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Refusal:
-    """Why a delivery was not taken, and whether another one for the same version would not be either."""
-
-    reason: str
-    final: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Membership:
-    """A silo's last word on whether it takes part, and the newest version when it said it."""
-
-    left: bool
-    version: int
 
 
 class StoreExchange:
@@ -89,6 +85,7 @@ class StoreExchange:
         """Raises ConfigError for a URL that fsspec cannot serve; see Objects for the rest."""
         self.objects = Objects(url, options=options, anchor=CONTRACT, retry_seconds=retry_seconds, closing=closing)
         self.contract_sha256 = ""
+        self._passed_over: set[str] = set()
 
     @classmethod
     def of_run(cls, config: RunConfig, *, closing: threading.Event | None = None) -> "StoreExchange":
@@ -103,7 +100,10 @@ class StoreExchange:
         """The contract's bytes, or None while there is none. Sets `contract_sha256`, which reading checks against."""
         if not self.objects.exists(CONTRACT):
             return None
-        data = self.objects.read(CONTRACT)
+        try:
+            data = self.objects.read(CONTRACT)
+        except RefusedError as error:
+            raise ConfigError(f"exchange.url: {self.objects.url} given; {error}; name another store") from None
         self.contract_sha256 = sha256_bytes(data)
         return data
 
@@ -113,20 +113,44 @@ class StoreExchange:
         One by one, also after a listing: that may not have the newest yet.
         """
         if start < 0:
-            numbers = sorted((int(name) for name in self.objects.names("global") if name.isdigit()), reverse=True)
-            start = next((n for n in numbers if self.objects.exists(f"{version_path(n)}/commit.json")), -1)
+            listed = set(self._numbers("global"))
+            whole = next(n for n in count() if n not in listed)  # what lies above a gap follows nothing
+            for beyond in sorted(n for n in listed if n > whole)[:1]:
+                self._pass_over(version_path(beyond), f"there is no version {whole}, which it would need")
+            commits = (n for n in reversed(range(whole)) if self.objects.exists(f"{version_path(n)}/commit.json"))
+            start = next(commits, -1)
         while self.objects.exists(f"{version_path(start + 1)}/commit.json"):
             start += 1
         return start
 
+    def _pass_over(self, name: str, why: object) -> None:
+        """Say once, and for a few only, what is no object of ours: whoever writes to the store may make any number."""
+        if name not in self._passed_over and len(self._passed_over) < 100:
+            self._passed_over.add(name)
+            print(f"{self.objects.url}: {shown(name)} is passed over: {shown(why)}", flush=True)
+
+    def _numbers(self, folder: str, *, after: str = "") -> list[int]:
+        """The numbers that lie in a folder, sorted."""
+        return sorted(n for name in self.objects.names(folder) if (n := number(name, after=after)) is not None)
+
+    def _word(self, kind: type[W], name: str) -> W | None:
+        """A word of another party; None, and a line, if it is none."""
+        try:
+            return kind.from_bytes(self.objects.read(name, limit_bytes=WORD_BYTES))
+        except (FileNotFoundError, RefusedError) as error:
+            self._pass_over(name, error)
+            return None
+
     def read_commit(self, version: int) -> Commit:
         """Read a commit and check that it follows its predecessor. Raises RefusedError."""
         try:
-            commit = Commit.from_bytes(self.commit_bytes(version))
+            commit = Commit.from_bytes(data := self.commit_bytes(version))
             previous = self.commit_bytes(version - 1) if version else None
         except FileNotFoundError as error:
             raise RefusedError(f"commit {version} or its predecessor is missing: {error}") from None
         check_link(commit, version, previous, self.contract_sha256)
+        if data != commit.to_bytes():
+            raise RefusedError(f"commit {version} is not in the one form that a commit has")
         return commit
 
     def commit_bytes(self, version: int) -> bytes:
@@ -141,11 +165,9 @@ class StoreExchange:
             raise RefusedError(f"{folder}/{payload.file} is missing") from None
         if num_bytes != payload.num_bytes:
             what = "truncated" if num_bytes < payload.num_bytes else "too long"
-            raise RefusedError(f"{folder}/{payload.file} is {what}: {num_bytes} bytes read, not {payload.num_bytes}")
+            raise RefusedError(f"{folder}/{payload.file} is {what}: it has not the {payload.num_bytes} bytes announced")
         if sha256 != payload.sha256:
-            raise RefusedError(
-                f"{folder}/{payload.file} has sha256 {sha256[:12]}, not {payload.sha256[:12]}: corrupted"
-            )
+            raise RefusedError(f"{folder}/{payload.file} has not the sha256 {payload.sha256[:12]}: corrupted")
         return num_bytes
 
     # ---- the silo's verbs
@@ -153,7 +175,7 @@ class StoreExchange:
     def claim_name(self, silo: str, identity: str) -> None:
         """Take the silo's name for the run directory that knows `identity`. Raises ConfigError if another has it."""
         try:
-            self.objects.write(_identity_path(silo), json.dumps({"identity": identity}).encode())
+            self.objects.write(_identity_path(silo), Identity(identity=identity).to_bytes())
         except FileExistsError:
             self.has_name(silo, identity)
 
@@ -162,12 +184,23 @@ class StoreExchange:
         name = _identity_path(silo)
         if not self.objects.exists(name):
             return False
-        if json.loads(self.objects.read(name)).get("identity") != identity:
+        try:
+            holder = self.holder(silo)
+        except RefusedError as error:
+            raise ConfigError(
+                f"silos: {silo!r} given; {name} in {self.objects.url}, which says whose name this is, cannot be read: "
+                f"{error}; delete it there if the name is ours"
+            ) from None
+        if holder != identity:
             raise ConfigError(
                 f"silos: {silo!r} given; another run directory takes part under this name in {self.objects.url}; "
                 f"choose another name, or delete {name} there if that run directory is lost"
             )
         return True
+
+    def holder(self, silo: str) -> str:
+        """Identity of the run directory that has the name. Raises FileNotFoundError, RefusedError."""
+        return Identity.from_bytes(self.objects.read(_identity_path(silo), limit_bytes=WORD_BYTES)).identity
 
     def deliver(self, manifest: Manifest, files: Iterable[tuple[Payload, Path]]) -> bytes:
         """Write the payloads, then the manifest; returns the manifest's bytes that stand.
@@ -176,27 +209,33 @@ class StoreExchange:
         manifest are leftovers of an interrupted or refused delivery of this silo and are replaced.
         """
         folder = delivery_path(manifest.silo, manifest.version)
-        if self.objects.exists(f"{folder}/manifest.json"):
-            return self.objects.read(f"{folder}/manifest.json")
-        for payload, file in files:
-            self.objects.delete(f"{folder}/{payload.file}")
-            self.objects.upload(file, f"{folder}/{payload.file}")
-        self.objects.write(f"{folder}/manifest.json", manifest.to_bytes())
+        name = f"{folder}/manifest.json"
+        if self.objects.exists(name):
+            return self.objects.read(name)
+        try:
+            for payload, file in files:
+                self.objects.delete(f"{folder}/{payload.file}")
+                self.objects.upload(file, f"{folder}/{payload.file}")
+            self.objects.write(name, manifest.to_bytes())
+        except FileExistsError as error:
+            raise ConfigError(
+                f"exchange.url: {self.objects.url} given; somebody else writes as silo {manifest.silo}: {error}"
+            ) from None
         return manifest.to_bytes()
 
     def refusals(self, silo: str, version: int) -> list[Refusal]:
         """The aggregator's reasons for refusing deliveries for this version, oldest first."""
         folder = delivery_path(silo, version)
-        names = [name for name in self.objects.names(folder) if name.startswith("refused-")]
-        records = [json.loads(self.objects.read(f"{folder}/{name}")) for name in names]
-        return [Refusal(reason=record["reason"], final=record["final"]) for record in records]
+        numbers = sorted(int(match[1]) for name in self.objects.names(folder) if (match := REFUSED.fullmatch(name)))
+        words = [self._word(Refusal, f"{folder}/refused-{number}.json") for number in numbers]
+        return [word for word in words if word]
 
     def announce(self, silo: str, *, left: bool, version: int) -> None:
         """Say that a silo joins or leaves, where `version` is the newest that it has seen."""
         folder = f"silos/{silo}/membership"
-        number = max((int(name[:6]) for name in self.objects.names(folder)), default=-1) + 1
-        record = {"left": left, "version": version}
-        self.objects.write(f"{folder}/{number:06d}.json", (json.dumps(record) + "\n").encode())
+        said = self._numbers(folder, after=".json")
+        word = Membership(left=left, version=version)
+        self.objects.write(f"{folder}/{max(said, default=-1) + 1:06d}.json", word.to_bytes())
 
     def whole(self, version: int, fragment: int) -> Payload:
         """The payload that holds a fragment's tensors themselves as `version` made them. Raises RefusedError."""
@@ -231,8 +270,13 @@ class StoreExchange:
         if f"{version:06d}" not in old:
             self.objects.write(f"{folder}/{version:06d}", b"{}\n")
         for name in old:
-            if int(name) < version:
+            if (marked := number(name)) is not None and marked < version:
                 self.objects.delete(f"{folder}/{name}")
+
+    def say_damaged(self, silo: str, version: int, reason: str) -> None:
+        """Leave word that the newest version cannot be used as it lies here."""
+        with suppress(FileExistsError):
+            self.objects.write(_damaged_path(silo, version), Damaged(reason=reason).to_bytes())
 
     # ---- the aggregator's verbs
 
@@ -242,9 +286,15 @@ class StoreExchange:
         self.contract_sha256 = sha256_bytes(data)
 
     def delivery(self, silo: str, version: int) -> bytes | None:
-        """The manifest's bytes of a delivery, or None while there is none."""
+        """The manifest's bytes of a delivery, or None while there is none. Raises RefusedError if they are too many."""
         name = f"{delivery_path(silo, version)}/manifest.json"
-        return self.objects.read(name) if self.objects.exists(name) else None
+        with suppress(FileNotFoundError):  # taken away as we look
+            return self.objects.read(name) if self.objects.exists(name) else None
+        return None
+
+    def is_delivered(self, silo: str, version: int) -> bool:
+        """Whether there is a manifest."""
+        return self.objects.exists(f"{delivery_path(silo, version)}/manifest.json")
 
     def refuse(self, silo: str, version: int, manifest: bytes, reason: str, *, final: bool = False) -> None:
         """Remove a delivery's manifest so that the silo delivers again, unless this is final, and record the reason.
@@ -253,26 +303,27 @@ class StoreExchange:
         a silo that delivers the same bytes again and again comes to the end of its tries.
         """
         folder = delivery_path(silo, version)
-        refused = [name for name in self.objects.names(folder) if name.startswith("refused-")]
-        record = {"reason": reason, "final": final, "manifest_sha256": sha256_bytes(manifest)}
+        names = set(self.objects.names(folder))
+        free = next(n for n in count() if f"refused-{n}.json" not in names)
+        word = Refusal(reason=shown(reason, limit=1000), final=final, manifest_sha256=sha256_bytes(manifest))
         self.objects.delete(f"{folder}/manifest.json")
-        self.objects.write(f"{folder}/refused-{len(refused)}.json", json.dumps(record).encode())
+        with suppress(FileExistsError):  # whoever writes refusals in our place has said no
+            self.objects.write(f"{folder}/refused-{free}.json", word.to_bytes())
 
     def membership(self, silo: str) -> Membership | None:
-        """Whether a silo has joined or left, by its last word; None if it never said one."""
+        """Whether a silo has joined or left, by its last word that is one; None if it never said one."""
         folder = f"silos/{silo}/membership"
-        names = self.objects.names(folder)
-        if not names:
-            return None
-        record = json.loads(self.objects.read(f"{folder}/{names[-1]}"))
-        return Membership(left=bool(record["left"]), version=int(record["version"]))
+        said = self._numbers(folder, after=".json")
+        words = (self._word(Membership, f"{folder}/{n:06d}.json") for n in reversed(said))
+        return next((word for word in words if word), None)
 
     def say_waiting(self, version: int, silos: list[str], *, deadline_seconds: float | None) -> None:
         """Leave word of whom a version waits for; the store's own clock tells since when."""
         name = f"waiting/{version:06d}.json"
-        record = json.dumps({"silos": silos, "deadline_seconds": deadline_seconds}).encode()
+        word = Waiting(silos=silos, deadline_seconds=deadline_seconds)
         if not self.objects.exists(name):
-            self.objects.write(name, record)
+            with suppress(FileExistsError):  # whatever else lies there
+                self.objects.write(name, word.to_bytes())
 
     def publish(
         self, commit: Commit, files: Iterable[tuple[Payload, Path]], *, check: Callable[[], None] = lambda: None
@@ -292,6 +343,33 @@ class StoreExchange:
         self.objects.write(f"{folder}/commit.json", commit.to_bytes())
         self.objects.delete(f"waiting/{commit.version:06d}.json")
 
+    def hear_damaged(self, roster: list[str], version: int) -> list[str]:
+        """Silos that said that they cannot use a version, each once."""
+        said = [silo for silo in roster if self.objects.exists(_damaged_path(silo, version))]
+        for silo in said:
+            self.objects.delete(_damaged_path(silo, version))
+        return said
+
+    def repair(self, commit: Commit, directory: Path, *, check: Callable[[], None]) -> list[str]:
+        """Compare what a version consists of with its commit, and publish again, from `directory`, what is damaged.
+
+        Returns a line for each object that was, which says whether it is whole again.
+        """
+        lines, folder = [], version_path(commit.version)
+        for payload in commit.payloads + commit.state_payloads:
+            try:
+                self.fetch(folder, payload, Path(os.devnull))
+            except RefusedError as error:
+                file, name = directory / payload.file, f"{folder}/{payload.file}"
+                if not file.is_file() or file_payload(file, payload.fragment) != payload:
+                    lines.append(f"{error}; this aggregator does not have it any more")
+                    continue
+                check()
+                self.objects.delete(name)
+                self.objects.upload(file, name)
+                lines.append(f"{error}; it was published again")
+        return lines
+
     def newest_state(self, newest: int, num_fragments: int) -> Iterator[tuple[int, Payload]]:
         """What version `newest` is made of: each fragment's last change. Yields the payloads that hold whole tensors.
 
@@ -310,10 +388,7 @@ class StoreExchange:
         Kept are the newest `keep_versions`, all from which a silo's newest checkpoint would go on, and of each
         fragment what these are made of.
         """
-        resumable = [
-            max((int(name) for name in self.objects.names(f"silos/{silo}/resumable") if name.isdigit()), default=0)
-            for silo in roster
-        ]
+        resumable = [max(self._numbers(f"silos/{silo}/resumable"), default=0) for silo in roster]
         first_kept = max(0, min([newest - keep_versions + 1, *resumable]) - num_fragments + 1)
         pruned: list[int] = []
         while (version := first_kept - 1 - len(pruned)) >= 0 and self._tensors(version_path(version)):
@@ -344,7 +419,7 @@ class StoreExchange:
         silos = self.objects.names("silos")
         places = ["global", "waiting", *(f"silos/{silo}{inner}" for silo in silos for inner in ("", "/resumable"))]
         stems = {name.removesuffix(".json") for place in places for name in self.objects.names(place)}
-        return sorted((int(stem) for stem in stems if stem.isdigit() and int(stem) > version), reverse=True)
+        return sorted((n for stem in stems if (n := number(stem)) is not None and n > version), reverse=True)
 
     def take_back(self, version: int, folder: str) -> None:
         """Remove all there is of a version, its commit first; what is no tensor is copied below `folder` before."""
@@ -352,8 +427,12 @@ class StoreExchange:
         for place in (version_path(version), *(delivery_path(silo, version) for silo in silos)):
             tensors = self._tensors(place)
             for name in (name for name in self.objects.names(place) if name not in tensors):
-                with suppress(FileExistsError):  # copied before an interruption
+                try:
                     self.objects.write(f"{folder}/{place}/{name}", self.objects.read(f"{place}/{name}"))
+                except FileExistsError:
+                    pass  # copied before an interruption
+                except (FileNotFoundError, IsADirectoryError, RefusedError) as error:
+                    self._pass_over(f"{place}/{name}", error)  # nothing of ours
                 self.objects.delete(f"{place}/{name}")
             for name in tensors:
                 self.objects.delete(f"{place}/{name}")

@@ -23,6 +23,7 @@ from pretrain.federation.preflight import PROBE
 from pretrain.host.identity import known_identity
 from pretrain.silo.shards import tokenizer_sha256
 from pretrain.trust.contract import (
+    RUN,
     SOFTWARE,
     agreed_settings,
     build_contract,
@@ -191,6 +192,7 @@ def joined_config(federation: Federation, paths: Sequence[Path], overrides: Sequ
     ours = build_contract(config)
     check_same_contract(ours, federation.contract, url)
     record = {SOFTWARE: federation.software} if federation.software else {}
+    record[RUN] = terms[RUN]
     if contract_bytes(ours | record) != federation.contract:
         raise ConfigError(f"store: {url!r} given; its contract.json says the same in other bytes than atoll's")
     return config
@@ -274,7 +276,7 @@ def measure_link(federation: Federation) -> Link:
         began = time.monotonic()
         objects.write(probe, data)
         written = time.monotonic()
-        objects.read(probe)
+        objects.read(probe, limit_bytes=PROBE_BYTES)
         read = time.monotonic()
     except BaseException:
         with suppress(ConfigError):

@@ -9,7 +9,6 @@ an object there leaves a record, a refusal or a rollback, with which it goes her
 are pruned here by the aggregator's rule, for this site's silos.
 """
 
-import json
 import shutil
 import threading
 import time
@@ -208,7 +207,7 @@ class Relay:
         if silo not in self._named and not self._here.objects.exists(name):
             _copy(self._there.objects, self._here.objects, name)  # who begins under this name is told here
         if silo not in self._named and self._here.objects.exists(name):
-            self._there.claim_name(silo, json.loads(self._here.objects.read(name))["identity"])
+            self._there.claim_name(silo, self._here.holder(silo))
             self._named.add(silo)
         return silo in self._named
 

@@ -4,6 +4,9 @@ import json
 import uuid
 from pathlib import Path
 
+from pretrain.config.check import ConfigError
+from pretrain.host.foreign import loads
+
 FILE = "identity.json"
 
 
@@ -17,6 +20,14 @@ def own_identity(directory: Path) -> str:
 
 
 def known_identity(directory: Path) -> str:
-    """The same; empty if none was made yet."""
+    """The same; empty if none was made yet. Raises ConfigError if its file is damaged."""
     file = directory / FILE
-    return str(json.loads(file.read_text())["identity"]) if file.is_file() else ""
+    try:
+        return str(loads(file.read_bytes())["identity"])
+    except FileNotFoundError:
+        return ""
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(
+            f'run directory: {str(file)!r} is damaged; it should say {{"identity": ...}} as silos/NAME/{FILE} in the '
+            "store does: copy it from there"
+        ) from None

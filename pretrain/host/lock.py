@@ -2,11 +2,13 @@
 
 import fcntl
 import os
+import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.config.check import ConfigError
+from pretrain.host.foreign import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +28,7 @@ def lock_directory(directory: Path, what: str) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ConfigError(
-            f"directory: {str(directory)!r} given; {what} runs there already (process {_written(descriptor)}); "
+            f"directory: {str(directory)!r} given; {what} runs there already (process {shown(_written(descriptor))}); "
             "stop it, or name another directory"
         ) from None
     os.ftruncate(descriptor, 0)
@@ -43,7 +45,8 @@ def lock_holder(directory: Path) -> Holder | None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        process = int(_written(descriptor) or 0)
+        written = _written(descriptor)  # by whoever may write here
+        process = int(written) if re.fullmatch(r"[0-9]{1,10}", written) else 0
         return Holder(process=process, elsewhere=not _has_open(process, directory / "lock"))
     finally:
         os.close(descriptor)

@@ -13,6 +13,7 @@ from pathlib import Path
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.payload import Tensors
 from pretrain.exchange.store import StoreExchange
+from pretrain.host.foreign import loads, shown
 from pretrain.host.journal import Journal
 from pretrain.outer.rounds import deadline_seconds, participants
 from pretrain.trust.ledger import Commit, Manifest, RefusedError
@@ -48,15 +49,16 @@ class Collector:
         self._file = Path(config.directory) / "aggregator" / "arrivals.json"
         self._arrivals: deque[float] = deque(maxlen=ARRIVALS)
         if self._rules.is_elastic and self._file.is_file():
-            self._arrivals.extend(json.loads(self._file.read_text()))
+            self._arrivals.extend(_read_arrivals(self._file))
         self._commits: deque[Commit] = deque(maxlen=max(NORMS, self._rules.away_after_versions) * 2 * len(self._roster))
 
     def committed(self, commit: Commit) -> None:
         """A version was committed, now or before this process started; in their order."""
         self._commits.append(commit)
 
-    def collect(self, version: int, verify: Verify) -> list[Delivery]:
-        """Wait for a version's deliveries; verify each as it comes; refuse what is not as it should be.
+    def collect(self, version: int, verify: Verify, look: Callable[[], None] = lambda: None) -> list[Delivery]:
+        """Wait for a version's deliveries; verify each as it comes; refuse what is not as it should be. `look` is
+        called again and again meanwhile.
 
         Returns them sorted by silo, those that came too late for the commit before after all others.
         """
@@ -99,6 +101,7 @@ class Collector:
                 print(f"version {version}: waiting for {words}", flush=True)
             if waited > SAYS_AFTER_SECONDS:
                 self._exchange.say_waiting(version, missing, deadline_seconds=deadline if rules.is_elastic else None)
+            look()
             time.sleep(self._config.exchange.poll_seconds)
         if rules.is_elastic:
             self._file.write_text(json.dumps(list(self._arrivals)))
@@ -144,17 +147,17 @@ class Collector:
     # ---- whose delivery counts
 
     def _look(self, silo: str, version: int, verify: Verify) -> Delivery | None:
-        manifest = self._exchange.delivery(silo, version)
-        if manifest is None:
-            return None
+        manifest: bytes | None = b""
         try:
+            if (manifest := self._exchange.delivery(silo, version)) is None:
+                return None
             return verify(silo, manifest, version)
         except RefusedError as error:
-            self._refuse(silo, version, manifest, str(error))
+            self._refuse(silo, version, manifest or b"", str(error))
             return None
 
     def _refuse(self, silo: str, version: int, manifest: bytes, reason: str, *, final: bool = False) -> None:
-        print(f"version {version}: refused the delivery of silo {silo}: {reason}", flush=True)
+        print(f"version {version}: refused the delivery of silo {silo}: {shown(reason, limit=1000)}", flush=True)
         self._exchange.refuse(silo, version, manifest, reason, final=final)
 
     def _late(self, version: int, verify: Verify) -> list[Delivery]:
@@ -197,3 +200,15 @@ class Collector:
             if seconds < usual / ABSURDLY_FASTER:
                 found[silo] = f"its seconds_per_step is {seconds:.4g}, where that of the others is {usual:.4g}"
         return found
+
+
+def _read_arrivals(file: Path) -> list[float]:
+    """What an earlier start has seen; nothing, and a line, if its file is damaged: the deadline then is the ceiling."""
+    try:
+        found = loads(file.read_bytes())
+        if not isinstance(found, list) or not all(type(seconds) in (int, float) for seconds in found):
+            raise ValueError("a list of seconds was expected")
+    except ValueError as error:
+        print(f"{file} is damaged, and when deliveries arrived is forgotten: {error}", flush=True)
+        return []
+    return found

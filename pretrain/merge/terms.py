@@ -1,5 +1,6 @@
 """What merging takes, whoever merges: the deliveries' terms, the outer optimizer, the commit's contributors."""
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -8,8 +9,11 @@ import torch
 from pretrain.config.keys import OuterConfig, RunConfig
 from pretrain.outer.moments import MeanGradient, Moment, SecondMoment
 from pretrain.outer.optimizer import OuterOptimizer
+from pretrain.outer.quantize import QUANTIZERS
 from pretrain.silo.optim import is_muon_matrix
-from pretrain.trust.ledger import Commit, Contributor, Manifest, RefusedError, sha256_bytes
+from pretrain.trust.ledger import Commit, Contributor, Manifest, Payload, RefusedError, sha256_bytes
+
+HEADER_BYTES = 256  # of a payload's header, for each part of a tensor beside its name
 
 MOST_TOKENS = 1 << 36  # of one delivery; weights made of them stay far below 2^53, which every reader can hold
 LONGEST_NORM = 2.0**60  # of a pseudo-gradient: what is shorter stays in the range of fp32, squared by Adam, too
@@ -47,6 +51,25 @@ def read_delivery(
     if [payload.fragment for payload in manifest.payloads] != [fragment]:
         raise RefusedError(f"it has not just fragment {fragment}")
     return manifest
+
+
+def check_payload_size(
+    payload: Payload, codec: str, shapes: Mapping[str, torch.Size], moments: Mapping[str, Moment]
+) -> int:
+    """Raise RefusedError for a payload that is larger than its tensors and moments, before a byte of it is read.
+
+    Returns the most bytes that its header may have.
+    """
+    num_bytes = sum(moment.num_bytes for moment in moments.values())
+    header_bytes = HEADER_BYTES
+    for name, shape in shapes.items():
+        layout = QUANTIZERS[codec].layout(shape.numel())
+        num_bytes += sum(dtype.itemsize * length for dtype, length in layout.values())
+        header_bytes += HEADER_BYTES * len(layout) + len(json.dumps(name)) * (len(layout) + 3)
+    header_bytes += 3 * HEADER_BYTES * len(moments)
+    if payload.num_bytes > num_bytes + header_bytes:
+        raise RefusedError(f"its payload has {payload.num_bytes} bytes; allowed: {num_bytes} and names")
+    return header_bytes
 
 
 def contributor(manifest: Manifest, manifest_bytes: bytes, weight: int) -> Contributor:

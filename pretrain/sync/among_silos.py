@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,7 @@ from pretrain.exchange.base import Received
 from pretrain.exchange.collective import Collective, Lane, PeerLostError, connect
 from pretrain.exchange.lanes import Lanes, carry
 from pretrain.exchange.payload import Tensors
+from pretrain.host.foreign import loads, shown
 from pretrain.host.identity import own_identity
 from pretrain.merge.step import Step, shares
 from pretrain.merge.terms import check_norm, contributor, read_delivery, shared_moments
@@ -93,7 +95,8 @@ class AmongSilos:
             directory = self._config.silo_directory(self._silo)
             self._collective.join(f"{own_identity(directory)}/{uuid.uuid4().hex}")
             facts = {"contract": first_contract(ours).decode(), "newest": self._ledger.newest}
-            told = {s: json.loads(words) for s, words in self._collective.share("facts", json.dumps(facts)).items()}
+            shared = self._collective.share("facts", json.dumps(facts))
+            told = {silo: _heard(silo, words, {"contract": str, "newest": int}) for silo, words in shared.items()}
             check_same_contract(ours, told[self._roster[0]]["contract"].encode(), self._config.exchange.url)
             self._lanes = Lanes(self._collective.first_lane(), self._config.exchange.num_lanes, self._lane_group)
             self._catch_up({silo: facts["newest"] for silo, facts in told.items()})
@@ -334,8 +337,12 @@ class AmongSilos:
         moments: Mapping[str, Parts],
     ) -> None:
         """Draft the commit, compare its sha256 with the others', and write it into the ledger."""
-        said = {silo: json.loads(words) for silo, words in stepped.items()}
-        gram = torch.tensor([words["gram"] for words in said.values()], dtype=torch.float64).sum(0)
+        kinds = {"gram": list, "kept_digest": str, "update_squared": float}
+        said = {silo: _heard(silo, words, kinds) for silo, words in stepped.items()}
+        try:
+            gram = torch.tensor([words["gram"] for words in said.values()], dtype=torch.float64).sum(0)
+        except (ValueError, TypeError) as error:
+            raise PeerLostError(f"version {version}: what a silo said of its step is no matrix: {error}") from None
         commit, files = self._ledger.draft(
             version,
             {self._schedule.fragment(version): values},
@@ -415,3 +422,14 @@ def _moment_layout(moment: Moment) -> list[tuple[str, tuple[torch.dtype, tuple[i
 
 def _bytes(data: bytes) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def _heard(silo: str, words: bytes, kinds: Mapping[str, type]) -> dict[str, Any]:
+    """What another silo said, if it has just the keys of `kinds`, each of its type. Raises PeerLostError."""
+    try:
+        given = loads(words)
+    except ValueError as error:
+        raise PeerLostError(f"silo {silo}: what it said is not JSON: {shown(error)}") from None
+    if not isinstance(given, dict) or {key: type(value) for key, value in given.items()} != dict(kinds):
+        raise PeerLostError(f"silo {silo}: what it said is {shown(given)}; allowed: {', '.join(kinds)}")
+    return given

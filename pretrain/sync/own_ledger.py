@@ -127,7 +127,7 @@ class OwnLedger:
     def payload(self, version: int) -> bytes:
         """The parameters that a version changed, as its commit names them."""
         (payload,) = self._store.read_commit(version).payloads
-        return self._store.objects.read(f"{version_path(version)}/{payload.file}")
+        return self._store.objects.read(f"{version_path(version)}/{payload.file}", limit_bytes=payload.num_bytes)
 
     def take(self, commit: Commit, data: bytes) -> None:
         """Write a version that another silo has and we do not. Raises ConfigError if the bytes are not the commit's."""

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,21 +17,25 @@ from pretrain.config.keys import RunConfig
 from pretrain.exchange.base import Received
 from pretrain.exchange.beats import Beats
 from pretrain.exchange.objects import StopWaitingError, StoreTroubleError
-from pretrain.exchange.payload import Tensors
-from pretrain.exchange.rollback import explain, foreign, is_rolling_back
+from pretrain.exchange.payload import Tensors, check_header
+from pretrain.exchange.rollback import check_held, explain, foreign, is_rolling_back
 from pretrain.exchange.store import StoreExchange, version_path
-from pretrain.host.identity import own_identity
+from pretrain.host.foreign import shown
+from pretrain.host.identity import known_identity, own_identity
 from pretrain.host.software import differences
-from pretrain.merge.terms import shared_moments
+from pretrain.merge.terms import check_payload_size, shared_moments
 from pretrain.outer.codec import apply_change, check
 from pretrain.outer.digest import tensor_row
 from pretrain.outer.moments import check_moments
 from pretrain.outer.pieces import Piece
 from pretrain.outer.quantize import Parts
+from pretrain.sync.delivered import Delivered
 from pretrain.trust.contract import build_contract, check_same_contract, read_contract
-from pretrain.trust.ledger import Commit, Manifest, RefusedError
+from pretrain.trust.ledger import Commit, Manifest, Payload, RefusedError, sha256_bytes
 
 MAX_REFUSALS = 3
+POLLS_PER_LOOK = 20  # while it waits, a silo looks whether the store still has the commit that it holds
+POLLS_FOR_REPAIR = 120  # how long it waits for a version that is damaged to be published again
 
 
 class ThroughStore:
@@ -50,6 +55,9 @@ class ThroughStore:
         self.lost = ""
         self._was_rolled_back = False
         self._num_refused: dict[int, int] = {}  # of a version's deliveries, before ours of this start
+        self._delivered = Delivered(self._directory / "delivered.txt")
+        self._held: dict[int, tuple[str, str | None]] = {}  # commits that we have seen: sha256, and of the one before
+        self._remembering, self._next_look = threading.Lock(), time.monotonic()
 
     @property
     def contract_sha256(self) -> str:
@@ -65,7 +73,9 @@ class ThroughStore:
             print(line, flush=True)
         while is_rolling_back(self._store):
             self._pause()
+        is_new = not known_identity(self._directory)
         self._store.claim_name(self._silo, own_identity(self._directory))
+        self._delivered.begin(0 if is_new else self._store.newest_version() + 1 + self._config.outer.num_fragments)
         seconds = self._config.exchange.lease_seconds
         content = (json.dumps({"lease_seconds": seconds}) + "\n").encode()
         self._beats = Beats(self._store.objects, f"silos/{self._silo}/beats/", lease_seconds=seconds, content=content)
@@ -79,6 +89,8 @@ class ThroughStore:
         if found == "foreign":
             raise ConfigError(foreign(f"silo {self._silo}'s checkpoint", version, commit_sha256, self._store))
         self._was_rolled_back |= found == "rolled back"
+        if found == "same":
+            self._held[version] = commit_sha256, None
         return found == "same"
 
     def initial(self) -> Received:
@@ -113,7 +125,10 @@ class ThroughStore:
             if self._rules.is_elastic and not self._rules.stale_weight and self._is_committed(version):
                 return
             self._num_refused.setdefault(version, len(self._store.refusals(self._silo, version)))
-            if self._store.deliver(manifest, [(payload, file) for payload in manifest.payloads]) != manifest.to_bytes():
+            self._delivered.add(version, sha256_bytes(manifest.to_bytes()))
+            stands = self._store.deliver(manifest, [(payload, file) for payload in manifest.payloads])
+            if stands != manifest.to_bytes():
+                self._check_delivered(version, sha256_bytes(stands))
                 print(
                     f"version {version}: this pseudo-gradient differs from the one delivered before the restart "
                     "(kernels that are not deterministic); the delivered one stands",
@@ -139,16 +154,65 @@ class ThroughStore:
             self.lost = str(error)
             raise StopWaitingError from None
 
+    def _check_delivered(self, version: int, manifest_sha256: str) -> None:
+        """Raise ConfigError for a delivery in our name that is not ours."""
+        if not self._delivered.may_be_ours(version, manifest_sha256):
+            raise ConfigError(
+                f"exchange.url: {self._store.objects.url} given; somebody else has delivered for version {version} as "
+                f"silo {self._silo}: manifest {manifest_sha256[:12]} is none of ours (see {self._delivered.file}); "
+                "find out who writes to the store; if this run directory is an older copy, delete that file and start "
+                "again"
+            )
+
+    def _remember(self, commit: Commit) -> Commit:
+        """Check a commit against those that we have seen, and what it has of us against what we have sent.
+
+        Raises ConfigError.
+        """
+        version, sha256 = commit.version, sha256_bytes(commit.to_bytes())
+        for contributor in commit.contributors:
+            if contributor.silo == self._silo:
+                self._check_delivered(contributor.version, contributor.manifest_sha256)
+        with self._remembering:
+            before, same, after = (self._held.get(version + step) for step in (-1, 0, 1))
+            if (
+                (before and before[0] != commit.previous)
+                or (same and same[0] != sha256)
+                or (after and after[1] not in (None, sha256))
+            ):
+                raise ConfigError(
+                    f"exchange.url: {self._store.objects.url} given; its commit {version} does not fit the commits "
+                    f"that silo {self._silo} has seen: somebody has changed them, or put another copy there; restore "
+                    "the one that was there"
+                )
+            self._held[version] = sha256, commit.previous
+            for old in [held for held in self._held if held < max(self._held) - 64]:
+                del self._held[old]
+        return commit
+
+    def _look(self) -> None:
+        """Now and then: whether the store still has the newest commit that we hold. Raises ConfigError."""
+        with self._remembering:
+            if time.monotonic() < self._next_look or not self._held:
+                return
+            self._next_look = time.monotonic() + POLLS_PER_LOOK * self._config.exchange.poll_seconds
+            version = max(self._held)
+            sha256 = self._held[version][0]
+        check_held(f"silo {self._silo}", version, sha256, self._store)
+
     def _wait_for_commit(self, version: int, sent: tuple[Manifest, Path] | None) -> bool:
         """Whether our delivery was refused for good."""
         refusals = self._store.refusals(self._silo, version)
         num_refused, missed_before = self._num_refused.get(version, len(refusals)), False
         while not self._is_committed(version):
-            if sent and self._store.delivery(self._silo, version) is None:
+            if sent and not self._store.is_delivered(self._silo, version):
                 refusals = self._store.refusals(self._silo, version)
                 if len(refusals) > num_refused:
                     num_refused = len(refusals)
-                    print(f"version {version}: the aggregator refused our delivery: {refusals[-1].reason}", flush=True)
+                    print(
+                        f"version {version}: the aggregator refused our delivery: {shown(refusals[-1].reason)}",
+                        flush=True,
+                    )
                 elif not missed_before:  # the reason is written just after the manifest is removed: look once more
                     missed_before = True
                     self._pause()
@@ -158,11 +222,12 @@ class ThroughStore:
                     if not self._rules.is_elastic:
                         raise ConfigError(
                             f"silo {self._silo}: version {version} was refused {num_refused} times: "
-                            f"{refusals[-1].reason}"
+                            f"{shown(refusals[-1].reason)}"
                         )
                     sent = None  # the commit comes without us
                 elif not self._is_committed(version):
                     self.deliver(*sent)
+            self._look()
             self._pause()
         self._num_refused.pop(version, None)
         return any(refusal.final for refusal in refusals)
@@ -180,7 +245,7 @@ class ThroughStore:
     def commit(self, version: int) -> Commit:
         """The commit of a version that is there. Raises ConfigError."""
         try:
-            return self._store.read_commit(version)
+            return self._remember(self._store.read_commit(version))
         except RefusedError as error:
             raise ConfigError(f"silo {self._silo}: version {version} in the store cannot be used: {error}") from None
 
@@ -234,22 +299,45 @@ class ThroughStore:
         moments: dict[str, Parts] = {}
         num_bytes = 0
         try:
-            commit = self._store.read_commit(version)
+            commit = self._remember(self._store.read_commit(version))
+            if commit.codec != self._config.outer.downlink_codec:
+                raise RefusedError(f"its codec is {shown(commit.codec)}, not {self._config.outer.downlink_codec}")
+            before = {name: value.shape for name, value in base.items()}
+            agreed = shared_moments(self._config, before, before)
             for payload in commit.payloads:
                 file = self._directory / "inbox" / f"{version:06d}-{payload.fragment:03d}.safetensors"
-                num_bytes += self._store.fetch(version_path(version), payload, file)
+                header_bytes = check_payload_size(payload, commit.codec, before, agreed)
+                num_bytes += self._fetch(version, payload, file)
+                check_header(file, limit_bytes=header_bytes)
                 payload_tensors = Tensors(file)
                 values |= changed_tensors(payload_tensors, commit.codec, base)
                 moments |= payload_tensors.moments
                 file.unlink()
             shapes = {name: value.shape for name, value in values.items()}
             check_moments(moments, shared_moments(self._config, values, shapes))
+        except ConfigError:  # a ValueError, too: what ends us says so itself, and trouble may pass
+            raise
         except (RefusedError, SafetensorError, ValueError) as error:
             raise ConfigError(f"silo {self._silo}: version {version} in the store cannot be used: {error}") from None
         rows = {name: tensor_row(name, value) for name, value in values.items()}
         return Received(
             commit=commit, values=values, rows=rows, moments=moments, bytes_sent=0, bytes_received=num_bytes
         )
+
+    def _fetch(self, version: int, payload: Payload, file: Path) -> int:
+        """Download and check; what is damaged, the aggregator is asked to publish again. Raises RefusedError."""
+        seconds = POLLS_FOR_REPAIR * self._config.exchange.poll_seconds
+        began = time.monotonic()
+        while True:
+            try:
+                return self._store.fetch(version_path(version), payload, file)
+            except RefusedError as error:
+                if time.monotonic() - began > seconds:
+                    raise
+                print(f"version {version}: {error}; asking the aggregator for {seconds:g} s to repair it", flush=True)
+                self._store.say_damaged(self._silo, version, str(error))
+            for _ in range(POLLS_PER_LOOK // 2):
+                self._pause()
 
     def _pause(self) -> None:
         if self._closing.wait(self._config.exchange.poll_seconds):

@@ -3,16 +3,21 @@
 import dataclasses
 import hashlib
 import json
+import uuid
 from pathlib import Path
 from typing import Any
 
-from pretrain.config.check import ConfigError
+from pretrain.config.check import RUN_ID, ConfigError
 from pretrain.config.keys import RunConfig
+from pretrain.host.foreign import loads, shown
 from pretrain.host.software import VERSION, installed, minor
 from pretrain.silo.shards import tokenizer_sha256
+from pretrain.trust.ledger import RECORD_BYTES
 
-FORMAT = 1
+FORMAT = 2
 SOFTWARE = "software"
+MOST_PACKAGES = 100
+RUN = "run_id"
 
 
 def agreed_settings(config: RunConfig) -> dict[str, Any]:
@@ -36,6 +41,7 @@ def build_contract(config: RunConfig) -> dict[str, Any]:
         "tokenizer_sha256": tokenizer_sha256(config.tokenizer_file),
         "num_versions": config.schedule.num_versions,
         "signature": None,
+        RUN: config.run_id,
         **agreed_settings(config),
     }
 
@@ -63,11 +69,11 @@ def contract_bytes(contract: dict[str, Any]) -> bytes:
 
 
 def first_contract(ours: dict[str, Any]) -> bytes:
-    """What is written at the beginning of a run: the terms, and what software their writer had.
+    """What is written at the beginning of a run: the terms, an id that no other run has, and the writer's software.
 
-    That is a record and no term, as a site may upgrade in the middle of a run.
+    The software is a record and no term, as a site may upgrade in the middle of a run.
     """
-    return contract_bytes(ours | {SOFTWARE: installed()})
+    return contract_bytes(ours | {RUN: ours[RUN] or uuid.uuid4().hex, SOFTWARE: installed()})
 
 
 def read_contract(stored: bytes, where: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -76,13 +82,14 @@ def read_contract(stored: bytes, where: str) -> tuple[dict[str, Any], dict[str, 
     Raises ConfigError if it is no contract, or one of another atoll than this.
     """
     try:
-        terms = json.loads(stored)
+        terms = loads(stored, limit_bytes=RECORD_BYTES)
     except ValueError:
         raise ConfigError(f"exchange.url: {where} given; its contract.json is not JSON; name another store") from None
     if not isinstance(terms, dict):
         raise ConfigError(f"exchange.url: {where} given; its contract.json is no contract; name another store")
     record = terms.pop(SOFTWARE, None)
-    software = {str(name): str(version) for name, version in record.items()} if isinstance(record, dict) else {}
+    rows = list(record.items())[:MOST_PACKAGES] if isinstance(record, dict) else []
+    software = {shown(name): shown(version) for name, version in rows}
     theirs, format_version = software.get("atoll", VERSION), terms.get("format")
     if minor(theirs) != minor(VERSION):
         raise ConfigError(
@@ -94,19 +101,28 @@ def read_contract(stored: bytes, where: str) -> tuple[dict[str, Any], dict[str, 
             f"exchange.url: {where} given; its contract.json has format {_short(format_version)}, and this atoll "
             f"({VERSION}) reads {FORMAT}; install the atoll that wrote it"
         )
+    if not isinstance(run := terms.get(RUN), str) or not RUN_ID.fullmatch(run):
+        raise ConfigError(
+            f"exchange.url: {where} given; its contract.json has {RUN} {_short(run)}; allowed: {RUN_ID.pattern}"
+        )
     return terms, software
 
 
 def check_same_contract(ours: dict[str, Any], stored: bytes, where: str) -> None:
-    """Raise ConfigError that names every term in which our configuration differs from the contract in the store."""
+    """Raise ConfigError that names every term in which our configuration differs from the contract in the store.
+
+    Without a `run_id` of its own, a configuration goes with any run of its terms.
+    """
     theirs, _ = read_contract(stored, where)
+    if not ours[RUN]:  # drawn when the contract was written
+        ours = ours | {RUN: theirs[RUN]}
     check_same_terms(ours, theirs, where)
 
 
 def check_same_terms(ours: dict[str, Any], theirs: dict[str, Any], where: str) -> None:
     """The same of terms that were read."""
     differences = [
-        f"{key} is {_short(ours_value)} here and {_short(theirs_value)} there"
+        f"{shown(key)} is {_short(ours_value)} here and {_short(theirs_value)} there"
         for key, ours_value, theirs_value in _differences(ours, theirs, "")
     ]
     if differences:

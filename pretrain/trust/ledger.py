@@ -9,10 +9,16 @@ import json
 import math
 import re
 import types
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, Self, get_args, get_origin
+from typing import Any, Self, get_args, get_origin
+
+from pretrain.host.foreign import loads, shown
 
 FORMAT = 1
+RECORD_BYTES = 4 << 20  # of a record: a commit of ten thousand silos
+METRIC = re.compile(r"[A-Za-z0-9_./-]{1,128}")
+MANIFEST_METRICS = 16  # how many a manifest may have; ours have three
 
 
 class RefusedError(Exception):
@@ -42,26 +48,37 @@ class Record:
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
         """Read a record of another party; raises RefusedError if anything is missing, unknown or of another type."""
-        try:
-            given: Any = json.loads(data, parse_constant=_refuse_constant)
-        except (ValueError, RecursionError) as error:
-            raise RefusedError(f"not JSON: {error}") from None
-        names = {f.name for f in dataclasses.fields(cls)}
-        if not isinstance(given, dict) or set(given) != names:
-            raise RefusedError(f"has keys {sorted(given) if isinstance(given, dict) else given}, not {sorted(names)}")
+        given = typed_keys(cls, data, limit_bytes=RECORD_BYTES)
         if given["format"] != FORMAT:
-            raise RefusedError(f"format {given['format']} given; this version reads {FORMAT}")
-        for f in dataclasses.fields(cls):
-            if not _fits(given[f.name], f.type):
-                raise RefusedError(f"{f.name}: {given[f.name]!r} given; allowed: {f.type}")
+            raise RefusedError(f"format {shown(given['format'])} given; this version reads {FORMAT}")
+        check_types(cls, given)
         for name, row_type in (("payloads", Payload), ("state_payloads", Payload), ("contributors", Contributor)):
             if name in given:
                 given[name] = [_read_row(row_type, row) for row in given[name]]
+        for name in given.get("metrics", ()):
+            if not METRIC.fullmatch(name):
+                raise RefusedError(f"metrics: {shown(repr(name))} given; allowed: {METRIC.pattern}")
         return cls(**given)
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number")
+def typed_keys(kind: type, data: bytes, *, limit_bytes: int) -> dict[str, Any]:
+    """What JSON of another party says, if it has just a dataclass's fields; raises RefusedError, one short line."""
+    try:
+        given = loads(data, limit_bytes=limit_bytes)
+    except ValueError as error:
+        raise RefusedError(f"not JSON: {shown(error)}") from None
+    names = {f.name for f in dataclasses.fields(kind)}
+    if not isinstance(given, dict) or set(given) != names:
+        found = sorted(given) if isinstance(given, dict) else given
+        raise RefusedError(f"has keys {shown(found)}, not {sorted(names)}")
+    return given
+
+
+def check_types(kind: type, given: Mapping[str, Any]) -> None:
+    """Raise RefusedError unless every value is of its field's type."""
+    for f in dataclasses.fields(kind):
+        if not _fits(given[f.name], f.type):
+            raise RefusedError(f"{f.name}: {shown(repr(given[f.name]))} given; allowed: {f.type}")
 
 
 def _is_number(value: Any) -> bool:
@@ -69,25 +86,30 @@ def _is_number(value: Any) -> bool:
 
 
 def _fits(value: Any, wanted: Any) -> bool:
-    """Whether a value read from JSON is of a record's type; whole numbers are those that every reader can hold."""
-    origin = get_origin(wanted)
+    """Whether a value read from JSON is of a field's type; whole numbers are those that every reader can hold."""
+    origin, inner = get_origin(wanted), get_args(wanted)
     if origin is types.UnionType:
-        return type(value) in get_args(wanted)
+        return any(_fits(value, one) for one in inner)
     if origin is dict:
         return isinstance(value, dict) and all(_is_number(number) for number in value.values())
-    return type(value) is (origin or wanted) and (wanted is not int or 0 <= value < 1 << 53)
+    if origin is list:
+        return type(value) is list and (inner != (str,) or all(type(text) is str for text in value))
+    if wanted is float:
+        return _is_number(value)
+    return type(value) is wanted and (wanted is not int or 0 <= value < 1 << 53)
 
 
 def _read_row(row_type: type, row: Any) -> Any:
+    what = row_type.__name__.lower()
     try:
         made = row_type(**row)
     except TypeError as error:
-        raise RefusedError(f"{row_type.__name__.lower()}: {error}") from None
+        raise RefusedError(f"{what}: {shown(error)}") from None
     for f in dataclasses.fields(row_type):
         if not _fits(getattr(made, f.name), f.type):
-            raise RefusedError(f"{row_type.__name__.lower()}.{f.name}: {getattr(made, f.name)!r} given")
+            raise RefusedError(f"{what}.{f.name}: {shown(repr(getattr(made, f.name)))} given")
     if isinstance(made, Payload) and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", made.file):
-        raise RefusedError(f"payload.file: {made.file!r} given; allowed: a plain file name")
+        raise RefusedError(f"payload.file: {shown(repr(made.file))} given; allowed: a plain file name")
     return made
 
 
@@ -107,6 +129,14 @@ class Manifest(Record):
     tokens_total: int
     metrics: dict[str, float]
     signature: str | None = None
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """The same; a manifest stays in the store for ever, and its metrics are few."""
+        manifest = super().from_bytes(data)
+        if len(manifest.metrics) > MANIFEST_METRICS:
+            raise RefusedError(f"metrics: {len(manifest.metrics)} given; allowed: {MANIFEST_METRICS}")
+        return manifest
 
 
 @dataclass(frozen=True, kw_only=True)

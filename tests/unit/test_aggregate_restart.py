@@ -166,7 +166,7 @@ def resealed(store: Path, version: int, stem: str) -> None:
     for row in commit["payloads"] + commit["state_payloads"]:
         if row["file"] == file.name:
             row["sha256"], row["num_bytes"] = sha256(file.read_bytes()), file.stat().st_size
-    (folder / "commit.json").write_text(json.dumps(commit))
+    (folder / "commit.json").write_text(json.dumps(commit, sort_keys=True, indent=1) + "\n")
 
 
 PARAMETERS, OUTER_STATE = "its parameters do not have the digest", "its outer state does not have the digest"

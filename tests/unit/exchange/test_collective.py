@@ -140,3 +140,16 @@ def test_a_silo_that_died_before_the_bytes_were_given_to_the_connection_is_named
     for _ in range(2):
         with pytest.raises(PeerLostError, match="silo beta is lost: "):
             swap()
+
+
+def test_signs_of_life_that_are_none_leave_the_watch_awake(silos: list[Collective], url: str) -> None:
+    alpha, beta, _ = silos
+    stranger = connect(url, is_host=False)
+    for garbage in ("x", "", "1 2 3", "\x1b[2J"):
+        stranger.set("beat/gamma", garbage)
+        time.sleep(0.5)
+    assert alpha._watching.is_alive()
+    stranger.set("left/gamma", "gone\x1b[2J\n" + "x" * 10_000)
+    wait_for(lambda: alpha.lost and beta.lost)
+    assert alpha.lost.startswith("gone\\x1b[2J\\nxxx")
+    assert len(alpha.lost) < 300

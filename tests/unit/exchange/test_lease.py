@@ -137,7 +137,7 @@ def test_the_second_one_says_who_holds_the_lease(tmp_path: Path, new_holder: New
     )
     assert second.do("acquire") == expected
     assert second.said == [f"{first.name} holds this store: waiting 5 s for a sign of life"]
-    assert one_line_error(ours, tmp_path, 0.01) == expected  # the holder's own beat counts
+    assert one_line_error(ours, tmp_path, 0.5) == expected  # the holder's own beat counts
     assert first.do("commit") == "done"
     assert first.do("release") == "done"
     assert second.do("acquire") == "done"  # at once

@@ -9,6 +9,7 @@ import uuid
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -131,13 +132,13 @@ def test_a_crash_within_an_upload_leaves_nothing_to_see(tmp_path: Path, monkeypa
     objects, file = Objects(str(tmp_path / "store")), make_file(tmp_path, b"whole")
     seen: list[tuple[bool, list[str]]] = []
 
-    def copy_half(source: Path, target: Path) -> None:
-        Path(target).write_bytes(Path(source).read_bytes()[:2])
+    def copy_half(source: IO[bytes], target: IO[bytes], length: int) -> None:
+        target.write(source.read(2))
         seen.append((objects.exists("a/b"), objects.names("a")))  # what others see meanwhile
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "copyfile", copy_half)
+        patch.setattr(shutil, "copyfileobj", copy_half)
         with pytest.raises(KeyboardInterrupt):
             objects.upload(file, "a/b")
     assert seen == [(False, [])]
@@ -294,8 +295,8 @@ def test_fetch_refuses_what_is_not_as_announced(exchange: StoreExchange, tmp_pat
     payload = Payload(fragment=0, file="data", sha256=sha256_bytes(b"abcdef"), num_bytes=6)
     assert exchange.fetch("f", payload, tmp_path / "copy") == 6
     for wrong, expected in [
-        (dataclasses.replace(payload, num_bytes=7), "is truncated: 6 bytes read, not 7"),
-        (dataclasses.replace(payload, num_bytes=5), "is too long: 6 bytes read, not 5"),
+        (dataclasses.replace(payload, num_bytes=7), "is truncated: it has not the 7 bytes announced"),
+        (dataclasses.replace(payload, num_bytes=5), "is too long: it has not the 5 bytes announced"),
         (dataclasses.replace(payload, sha256=sha256_bytes(b"abcdeF")), "corrupted"),
         (dataclasses.replace(payload, file="none"), "f/none is missing"),
     ]:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -78,8 +79,8 @@ def test_a_write_that_seemed_to_fail_is_known_again(tmp_path: Path, monkeypatch:
     """The disk tells of an error after the object is there; the object of another is still refused."""
     objects, real = Objects(str(tmp_path), retry_seconds=5), os.link
 
-    def link_and_fail(*names: str) -> None:
-        real(*names)
+    def link_and_fail(*names: str, **folders: Any) -> None:
+        real(*names, **folders)
         monkeypatch.setattr(os, "link", real)
         raise OSError(errno.EIO, "Input/output error")
 

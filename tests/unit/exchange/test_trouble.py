@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from pretrain.config.check import ConfigError
+from pretrain.exchange.directory import Directory
 from pretrain.exchange.objects import Objects, StopWaitingError, StoreTroubleError
 from pretrain.host.disk import full_disk
 from tests.conftest import TinyConfig
@@ -164,8 +165,8 @@ def test_the_time_runs_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
             )
         with pytest.raises(StoreTroubleError, match=r"this directory is not there any more$"):
             objects.at_once().read("x")
-        with pytest.raises(FileNotFoundError), objects._new_local_file("b/x", ".x.tmp"):
-            pass  # gone only after it was seen to be there
+        with pytest.raises(FileNotFoundError):  # gone only after it was seen to be there
+            Directory(str(root)).create("b/x", ".x.tmp", lambda file: file.write(b"x"), make_root=False)
         assert not root.exists()  # nobody makes it anew
     began, over = lines_of(capsys)
     assert len(began) == 2  # at once says nothing

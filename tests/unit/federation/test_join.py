@@ -115,7 +115,7 @@ def test_a_short_configuration_becomes_the_contracts(begin: Begin) -> None:
         directory / "config.yaml"
     }
     here = load_config([directory / "config.yaml"])
-    assert first_contract(build_contract(here)) == (Path(site.url) / "contract.json").read_bytes()
+    assert first_contract(build_contract(here) | {"run_id": "tiny"}) == (Path(site.url) / "contract.json").read_bytes()
     assert (list(here.silos), here.full_roster, here.store_url) == (["beta"], there.full_roster, site.url)
     assert here.silos["beta"] == dataclasses.replace(there.silos["beta"])
     assert site.join()["name"] == ["beta, on the roster and free"]  # a dry run has not taken it
@@ -241,10 +241,12 @@ def change_contract(url: str, **changes: Any) -> None:
     ("changes", "expected"),
     [
         (
-            {"format": 2, "software": {"atoll": "0.9.1"}},
+            {"format": 3, "software": {"atoll": "0.9.1"}},
             "its run is of atoll 0.9.1, and this is atoll 0.1.0; install 0.9",
         ),
-        ({"format": 2}, "its contract.json has format 2, and this atoll (0.1.0) reads 1; install the atoll"),
+        ({"format": 1}, "its contract.json has format 1, and this atoll (0.1.0) reads 2; install the atoll"),
+        ({"run_id": None}, "its contract.json has run_id null; allowed: [a-z0-9_-]{0,64}"),
+        ({"run_id": "\x1b"}, r'its contract.json has run_id "\u001b"; allowed: '),
         ({"inner": None}, "its contract.json is not of this version of atoll: it has no inner"),
         ({"tokenizer_sha256": None}, "is not of this version of atoll: it has no tokenizer_sha256"),
         ({"inner": {"speed": 1}}, "is not of this version of atoll: inner.speed: unknown key given"),
@@ -365,7 +367,7 @@ def test_no_probe_is_left_when_it_cannot_be_read(begin: Begin, monkeypatch: Any)
     site, _ = begin()
     federation, before = joining.find_federation(site.url, [site.configure()], []), site.files()
 
-    def interrupted(objects: Objects, name: str) -> bytes:
+    def interrupted(objects: Objects, name: str, **limits: int) -> bytes:
         assert objects.exists(name)
         raise KeyboardInterrupt
 

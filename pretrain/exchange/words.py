@@ -1,0 +1,90 @@
+"""The small objects of a store, other than records: what each says, of which type, and under which names. No torch.
+
+Whoever may write to a store may write anything into it. A word that is none raises RefusedError, one line that names
+what is wrong with it, whoever reads it; names that are not exactly these are nobody's.
+"""
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Self
+
+from pretrain.trust.ledger import check_types, typed_keys
+
+WORD_BYTES = 64 << 10
+NUMBER = re.compile(r"[0-9]{6}|[1-9][0-9]{6,8}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Word:
+    """What they share: JSON with just their keys."""
+
+    def to_bytes(self) -> bytes:
+        """One line of JSON."""
+        return (json.dumps(dataclasses.asdict(self)) + "\n").encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """Read a word of another party; raises RefusedError if anything is missing, unknown or of another type."""
+        given = typed_keys(cls, data, limit_bytes=WORD_BYTES)
+        check_types(cls, given)
+        return cls(**given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity(Word):
+    """Which run directory holds a silo's name."""
+
+    identity: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Membership(Word):
+    """A silo's last word on whether it takes part, and the newest version when it said it."""
+
+    left: bool
+    version: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal(Word):
+    """Why a delivery was not taken, and whether another one for the same version would not be either."""
+
+    reason: str
+    final: bool
+    manifest_sha256: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holder(Word):
+    """Who holds a term of a store's lease."""
+
+    holder: str
+    machine: str
+    pid: int
+    lease_seconds: float
+    nonce: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Waiting(Word):
+    """Whom a version waits for, and how long at most."""
+
+    silos: list[str]
+    deadline_seconds: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damaged(Word):
+    """A silo cannot use the newest version as it lies in the store, and why."""
+
+    reason: str
+
+
+def number(name: str, *, before: str = "", after: str = "") -> int | None:
+    """The number in a name such as 000017 or 000017.json, written just so; None if it is another name."""
+    if not (name.startswith(before) and name.endswith(after)):
+        return None
+    digits = name[len(before) : len(name) - len(after)]
+    return int(digits) if NUMBER.fullmatch(digits) else None

@@ -1,0 +1,52 @@
+"""Which deliveries a silo has made: whatever else bears its name in the store is somebody else's. No torch."""
+
+import os
+import re
+import threading
+from collections import defaultdict
+from pathlib import Path
+
+LINE = re.compile(r"(from|[0-9]{6,9}) ([0-9a-f]{1,64})")
+
+
+class Delivered:
+    """A line for each manifest, in the silo's run directory, written before the manifest leaves.
+
+    A silo that was restarted may have delivered other bytes before, where kernels are not deterministic; these stand,
+    and are here too. Without the file, as in a run directory that is an older copy and from which it was deleted,
+    nothing is known of the versions before the one that it then begins with.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file, self._lock = file, threading.Lock()
+        self._first, self._known = 0, defaultdict[int, set[str]](set)
+        lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
+        for match in filter(None, map(LINE.fullmatch, lines)):  # a kill may have left half a line
+            if match[1] == "from":
+                self._first = int(match[2])
+            else:
+                self._known[int(match[1])].add(match[2])
+
+    def begin(self, first: int) -> None:
+        """Note from which version on all is known, unless a file says so already."""
+        if not self.file.is_file():
+            self._first = first
+            self._append(f"from {first}")
+
+    def add(self, version: int, manifest_sha256: str) -> None:
+        """A manifest is about to be delivered."""
+        with self._lock:
+            if manifest_sha256 not in self._known[version]:
+                self._append(f"{version:06d} {manifest_sha256}")
+                self._known[version].add(manifest_sha256)
+
+    def may_be_ours(self, version: int, manifest_sha256: str) -> bool:
+        """Whether a manifest in our name is one that we have delivered, as far as is known."""
+        return version < self._first or manifest_sha256 in self._known[version]
+
+    def _append(self, line: str) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a") as file:
+            file.write(f"\n{line}\n")
+            file.flush()
+            os.fsync(file.fileno())
