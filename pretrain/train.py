@@ -31,7 +31,7 @@ from pretrain.outer.rounds import next_step
 from pretrain.silo.checkpoint import Checkpoints, Progress, save_parameters
 from pretrain.silo.data import BadTokenError, Batches, Mixture, PackedTokens, Prefetch
 from pretrain.silo.engine import Engine
-from pretrain.silo.evaluate import held_out_loss
+from pretrain.silo.evaluate import held_out_loss, sequences_evaluated
 from pretrain.silo.model import build_initial
 from pretrain.silo.optim import learning_rate
 from pretrain.silo.ranks import Ranks
@@ -98,8 +98,17 @@ class Silo:
         self.engine.evaluating(False)
         progress.seconds_evaluating += time.monotonic() - began
         if self.journal:
-            self.journal.record("eval", step=progress.step, round=progress.round, val_loss=losses)
-            shown = "  ".join(f"{corpus} {loss:.4f}" for corpus, loss in losses.items())
+            sequences = sequences_evaluated(self.held_out, settings.eval_sequences)
+            self.journal.record(
+                "eval",
+                step=progress.step,
+                round=progress.round,
+                version=progress.version,
+                tokens=progress.position * self.config.sequence_tokens,
+                val_loss=losses,
+                sequences=sequences,
+            )
+            shown = "  ".join(f"{c} {loss:.4f} ({sequences[c][0]} of {sequences[c][1]})" for c, loss in losses.items())
             print(f"round {progress.round:5d}  held-out {shown}", flush=True)
 
     def end_round(self) -> None:

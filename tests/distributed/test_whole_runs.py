@@ -1,6 +1,8 @@
 """Runs as a user meets them: stopped and resumed, a loss that is NaN, a name taken, export."""
 
 import dataclasses
+import json
+import math
 import os
 import signal
 import subprocess
@@ -117,14 +119,20 @@ def test_the_exported_model_loads_generates_and_has_the_loss_of_eval(finished: O
     assert_same_bits({n: p.detach() for n, p in model.named_parameters()}, finished.parameters(3))
 
     split = Path(finished.config.silos["alpha"].valid["alpha"])
-    losses = evaluate_directory(tmp_path / "model", [split], num_sequences=8)
+    found = evaluate_directory(tmp_path / "model", [split])[str(split)]  # as many as the silo has evaluated
     tokens = torch.frombuffer(bytearray((split / "shard-00000.bin").read_bytes()), dtype=torch.uint16).long()
-    rows = torch.stack([tokens[16 * i : 16 * i + 17] for i in range(8)])
+    all_sequences = (len(tokens) - 1) // 16
+    assert (found.num_sequences, found.of_sequences) == (8, all_sequences)
+    rows = torch.stack([tokens[16 * i : 16 * i + 17] for i in (n * all_sequences // 8 for n in range(8))])
     with torch.no_grad():
         logits = model(rows[:, :-1]).logits
     plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).item()
-    assert losses[str(split)] == pytest.approx(plain, rel=1e-6)
-    assert losses[str(split)] == pytest.approx(finished.held_out("alpha")[3]["alpha"], rel=1e-6)
+    assert found.loss == pytest.approx(plain, rel=1e-6)
+    assert found.loss == pytest.approx(finished.held_out("alpha")[3]["alpha"], rel=1e-6)
+    assert found.perplexity == pytest.approx(math.exp(plain), rel=1e-5)
+    manifest = json.loads((split / "manifest.json").read_text())
+    bits = plain / math.log(2) * manifest["num_tokens"] / manifest["num_bytes"]
+    assert found.bits_per_byte == pytest.approx(bits, rel=1e-5)
 
     made = model.generate(**tokenizer("ba", return_tensors="pt", return_token_type_ids=False), max_new_tokens=5)
     assert made.shape[1] > 1
