@@ -278,16 +278,27 @@ def rollback(
     where: Annotated[str, typer.Argument(help="URL of the store, or a run directory with one in it.")],
     to: Annotated[int, typer.Option(help="Version to go back to; it must still be kept.")],
     reason: Annotated[str, typer.Option(help="Why, for the record.")] = "",
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Take a run back to an earlier version, for ever. [bold]Stop all its silos and its aggregator first.[/bold]
 
-    What came later is discarded; its commits and manifests are kept under rolled-back/. Started again, the run goes on
-    from there.
+    Says what that means, and asks. What came later is discarded; its commits and manifests are kept under
+    rolled-back/. Started again, the run goes on from there.
 
     [bold]Example:[/bold] atoll rollback s3://bucket/run --to 12 --reason "corrupted text since version 13"
     """
-    from pretrain.exchange.rollback import roll_back_store
+    from pretrain.exchange.rollback import consequences, roll_back_store
 
+    said = consequences(_store(where), to=to)
+    if said and not yes and not sys.stdin.isatty():
+        raise ConfigError(
+            f"--yes: not given, and there is no terminal to ask at; nothing is changed: {'; '.join(said)}"
+        )
+    for line in said:
+        print(line)
+    if said and not yes and not typer.confirm(f"Roll back to version {to}?"):
+        print("nothing is changed")
+        raise typer.Exit(1)
     done = roll_back_store(_store(where), to=to, reason=reason)
     print(f"rolled back from version {done.from_version} to {done.to_version}")
 

@@ -120,6 +120,11 @@ class Silo:
         if progress.step == self.config.inner.num_steps or (interval and progress.round % interval == 0):
             self.evaluate()
 
+    def read_from_position(self) -> None:
+        """Go on reading where the progress says, if that is not where we are: no text is read twice."""
+        if self.batches.state() != self.progress.position:
+            self.batches.restore(self.progress.position)
+
     def agreement_due(self, before: int) -> bool:
         """Whether the ranks talk after this step: when it is logged, and before anything is delivered or saved.
 
@@ -163,6 +168,8 @@ def train(silo: Silo) -> None:
     log = StepLog(config, silo.name, silo.journal, progress)
     if sync:
         sync.catch_up(engine, progress)
+        silo.read_from_position()
+    log.start()
     log.resume_training()
     saved_step = progress.step
 
@@ -176,6 +183,7 @@ def train(silo: Silo) -> None:
                     sync.wait(progress, version)  # for the aggregator's commit
                     sync.adopt(engine, progress, version)  # what was merged, checked against the commit's digest
             sync.catch_up(engine, progress)  # if others have gone on without us
+            silo.read_from_position()
             log.resume_training()
         if progress.step // schedule.sync_interval_steps > progress.round:
             silo.end_round()
@@ -250,7 +258,6 @@ def prepare(
     resumed = silo.checkpoints.load(silo.engine, ranks, sync.host_tensors if sync else {})
     if resumed:
         silo.progress = resumed
-        silo.batches.restore(resumed.position)
         if sync:
             sync.resume(silo.engine, resumed)
     elif sync:
@@ -259,6 +266,7 @@ def prepare(
         initial = build_initial(config.model, packed.vocab_size).named_parameters() if ranks.is_leader else None
         silo.engine.write(initial)
         silo.progress.version = 0
+    silo.read_from_position()
     silo.engine.check_masking()
     if not resumed:
         silo.evaluate()

@@ -74,7 +74,11 @@ def summary_of(run: Run) -> dict[str, Any]:
         "seconds_evaluating": sum(end.get("seconds_evaluating") or 0.0 for end in ends.values()),
         "val_loss": evaluated[-1].val_loss if evaluated else {},
         "val_loss_round": evaluated[-1].round if evaluated else None,
+        "val_sequences": evaluated[-1].sequences if evaluated else {},
         "val_loss_by_round": [{"round": one.round, "val_loss": one.val_loss} for one in evaluated],
+        "rollbacks": [
+            {key: record[key] for key in ("from_version", "to_version", "reason")} for record in run.records["rollback"]
+        ],
         "peak_memory_bytes": {silo: end.get("peak_memory_bytes") for silo, end in ends.items()},
     }
 

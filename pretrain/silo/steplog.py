@@ -27,6 +27,15 @@ class StepLog:
         self._since = self._logged = time.monotonic()
         self._step = progress.step
 
+    def start(self) -> None:
+        """Record where the silo starts: what it recorded of later steps before is done again, or was discarded."""
+        progress = self._progress
+        if self._journal:
+            tokens = progress.position * self._config.sequence_tokens
+            self._journal.record(
+                "start", step=progress.step, round=progress.round, version=progress.version, tokens=tokens
+            )
+
     def resume_training(self) -> None:
         """The clock of training starts here again; what went before was syncing, evaluating or saving."""
         self._since = self._logged = time.monotonic()

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -143,8 +144,16 @@ class AmongSilos:
         return True
 
     def initial(self) -> Received:
-        """Our own: everybody starts from the contract's parameters."""
-        return self._ledger.received(0)
+        """Our own: everybody starts from the contract's parameters; who has lost all checkpoints, from the newest."""
+        return self._ledger.initial()
+
+    def tokens_total(self, version: int, *, above: int = 0) -> int:
+        """Ask our ledger."""
+        return self._ledger.tokens_total(version, above=above)
+
+    def rollbacks(self) -> list[dict[str, Any]]:
+        """Nobody can take a version back."""
+        return []
 
     def moved(self) -> None:
         """The others may know."""

@@ -30,6 +30,7 @@ class ElasticSync(SiloSync):
     def start(self, engine: Engine, progress: Progress) -> None:
         """Take over version 0, or the newest, and say that we take part."""
         super().start(engine, progress)
+        self.set_pace(progress)
         if self._store:
             self._store.announce(progress.version)
 
@@ -100,7 +101,9 @@ class ElasticSync(SiloSync):
                 del local
         fetched = self._receivers.submit(self._fetch, progress, newest) if self.ranks.is_leader else None
         self._poll(fetched, f"version {newest}", progress)
-        num_bytes = fetched.result() if fetched else 0
+        num_bytes, position = fetched.result() if fetched else (0, 0)
+        # A checkpoint may be older than our newest part in what the others have made since.
+        progress.position = max(progress.position, self.ranks.from_leader(position))
         self._write(engine, list(engine.shapes), self.global_parameters)
         self._go_on_from(progress, newest)
         for version in range(newest + 1, progress.sent + 1):
@@ -115,8 +118,11 @@ class ElasticSync(SiloSync):
                 "catch_up", step=progress.step, version=newest, from_version=missed, bytes_received=num_bytes
             )
 
-    def _fetch(self, progress: Progress, newest: int) -> int:
-        """Bring the host copy to version `newest`; returns the bytes received."""
+    def _fetch(self, progress: Progress, newest: int) -> tuple[int, int]:
+        """Bring the host copy to version `newest`; returns the bytes received, and our position by the commits missed.
+
+        `progress` is where we were.
+        """
         assert self._store
         num_bytes, commit = 0, self._store.commit(newest)
         for received in self._store.changes(progress.version, newest, self.global_parameters):
@@ -127,4 +133,4 @@ class ElasticSync(SiloSync):
             flight = self._flights.pop(version)
             flight.coded.result()
             self._settle(progress, self._store.commit(version), refused=False)
-        return num_bytes
+        return num_bytes, self._position(newest, above=progress.version)

@@ -1,6 +1,7 @@
 """Going back to an earlier version: whole at every instant, on record, and the run goes on from there."""
 
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -307,11 +308,62 @@ def command(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytes
     return captured.err or captured.out
 
 
+WITHOUT = {
+    1: "it goes on from version 3 by the ledger, with a fresh inner optimizer",
+    2: "it cannot go on (fragments in turn or overlap, and no quorum)",
+}
+
+
+def test_nobody_to_ask(run: RunConfig, store: Path, monkeypatch: Any, capsys: Any) -> None:
+    before = files(store)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
+    assert command(["rollback", str(store), "--to", "4"], monkeypatch, capsys) == (
+        "atoll: --yes: not given, and there is no terminal to ask at; nothing is changed: version 5 is discarded for "
+        "ever, and what 7 tokens of all silos have taught them; silo alpha has a checkpoint of version 5: if it has "
+        f"none of 4 or older, {WITHOUT[run.outer.num_fragments].replace('version 3', 'version 4')}\n"
+    )
+    assert files(store) == before
+
+
+@pytest.mark.parametrize("answer", ["y", "n"])
+def test_the_question_on_a_terminal(run: RunConfig, store: Path, answer: str) -> None:
+    before = files(store)
+    ours, theirs = os.openpty()
+    os.write(ours, f"{answer}\n".encode())
+    arguments = [sys.executable, "-m", "launch.cli", "rollback", str(store), "--to", "4"]
+    ended = subprocess.run(arguments, stdin=theirs, capture_output=True, text=True, check=False, timeout=120)
+    os.close(ours)
+    os.close(theirs)
+    lines = ended.stdout.splitlines()
+    assert lines[0].startswith("version 5 is discarded for ever")
+    assert lines[1].startswith("silo alpha has a checkpoint of version 5")
+    if answer == "y":
+        assert (ended.returncode, lines[2:]) == (0, ["Roll back to version 4? [y/N]: rolled back from version 5 to 4"])
+        assert opened(store).newest_version() == 4
+    else:
+        assert (ended.returncode, lines[2:]) == (1, ["Roll back to version 4? [y/N]: nothing is changed"])
+        assert files(store) == before
+
+
+def test_an_interrupted_one_is_completed_without_a_question(
+    run: RunConfig, store: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    assert interrupted(store, 100, lambda exchange: roll_back(exchange, run.outer.num_fragments, to=2))
+    assert command(["rollback", str(store), "--to", "2"], monkeypatch, capsys).endswith(" 5 to 2\n")
+    assert opened(store).newest_version() == 2
+
+
 def test_the_command_and_the_status_after_it(run: RunConfig, store: Path, monkeypatch: Any, capsys: Any) -> None:
     where = str(store.parent)
-    shown = command(["rollback", where, "--to", "3", "--reason", "bad text"], monkeypatch, capsys)
-    assert shown == "rolled back from version 5 to 3\n"
-    assert command(["rollback", str(store), "--to", "2"], monkeypatch, capsys).endswith(" 3 to 2\n")
+    shown = command(["rollback", where, "--to", "3", "--reason", "bad text", "--yes"], monkeypatch, capsys)
+    tokens = 2 * (3 + 4)
+    lines = [
+        f"versions 4 to 5 are discarded for ever, and what {tokens} tokens of all silos have taught them",
+        "silo alpha has a checkpoint of version 5: if it has none of 3 or older, " + WITHOUT[run.outer.num_fragments],
+        "rolled back from version 5 to 3",
+    ]
+    assert shown.splitlines() == lines
+    assert command(["rollback", str(store), "--to", "2", "--yes"], monkeypatch, capsys).endswith(" 3 to 2\n")
     lines = [line.rstrip() for line in command(["status", where], monkeypatch, capsys).splitlines()]
     assert lines[1:3] == ["rolled back from 5 to 3: bad text", "rolled back from 3 to 2"]
     assert (store / "aggregator/000002.ended").is_file(), "nobody holds the store any more"
