@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from launch import cli
 from launch.show.status_reader import store_status
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import save_config
@@ -109,7 +110,9 @@ def test_a_name_that_is_taken_is_refused(finished: Outcome, tmp_path: Path) -> N
     assert before == {p: p.stat().st_mtime_ns for p in Path(finished.config.store_url).rglob("*") if p.is_file()}
 
 
-def test_the_exported_model_loads_generates_and_has_the_loss_of_eval(finished: Outcome, tmp_path: Path) -> None:
+def test_the_exported_model_loads_generates_and_has_the_loss_of_eval(
+    finished: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     provenance = export_global_model(finished.config, tmp_path / "model")
@@ -133,6 +136,16 @@ def test_the_exported_model_loads_generates_and_has_the_loss_of_eval(finished: O
     manifest = json.loads((split / "manifest.json").read_text())
     bits = plain / math.log(2) * manifest["num_tokens"] / manifest["num_bytes"]
     assert found.bits_per_byte == pytest.approx(bits, rel=1e-5)
+
+    monkeypatch.setattr(sys, "argv", ["atoll", "eval", str(tmp_path / "model"), "--data", str(split)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    summary = json.loads((Path(finished.config.directory) / "summary.json").read_text())
+    assert capsys.readouterr().out == (
+        f"{summary['val_loss']['alpha']:.4f} nats  perplexity {math.exp(plain):.2f}  {bits:.4f} bits/byte  "
+        f"{summary['val_sequences']['alpha']} sequences  {split}\n"
+    )
 
     made = model.generate(**tokenizer("ba", return_tensors="pt", return_token_type_ids=False), max_new_tokens=5)
     assert made.shape[1] > 1
