@@ -86,7 +86,10 @@ def summary_of(run: Run) -> dict[str, Any]:
 def _rounds_done(run: Run, steps_by_silo: Mapping[str, int]) -> int:
     if run.config.exchange.kind == "none":
         return max(steps_by_silo.values(), default=0) // run.config.outer.sync_interval_steps
-    return max((run.config.round_of(int(commit["version"])) for commit in run.records["commit"]), default=0)
+    # The commits are on the aggregator's machine; what a silo has adopted is on its own.
+    rounds = [int(sync["round"]) for sync in run.records["sync"]]
+    rounds += [run.config.round_of(int(commit["version"])) for commit in run.records["commit"]]
+    return max(rounds, default=0)
 
 
 def write_report(

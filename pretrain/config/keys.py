@@ -133,8 +133,8 @@ class MembershipConfig:
     steps: str = "equal"
     """equal: H inner steps a round for every silo; speed: for the fastest, and for others by their measured speed."""
     rejoin_warmup_steps: int = 0
-    """Linear warm-up of the inner learning rate after a silo has joined, caught up, or gone on from a version without a
-    checkpoint (as after a rollback), in inner steps."""
+    """Linear warm-up of the inner learning rate, in inner steps, after a silo has joined, caught up, gone back, or gone
+    on from a version without a checkpoint, as after a rollback."""
     max_norm_ratio: float | None = None
     """A pseudo-gradient with a norm above this many times the median of its round, and of the silo's own last ones, is
     refused; null refuses only what is not finite."""
