@@ -215,7 +215,7 @@ class SiloConfig:
     eval_interval_rounds: int = 1
     """Rounds between evaluations of the global model on `valid`; 0 evaluates before the first and after the last."""
     eval_sequences: int = 64
-    """Sequences per corpus in one evaluation; 0 takes all."""
+    """Sequences per corpus in one evaluation, spread evenly over it; 0 takes all."""
     log_interval_steps: int = 1
     """Inner steps between two log lines, and at most between a stop signal and the stop."""
     num_threads: int = 1

@@ -57,16 +57,15 @@ def consequences(url: str, *, to: int) -> list[str]:
     _check_kept(exchange, to, newest, outer["num_fragments"])
     tokens = sum(_tokens_of(exchange, version) for version in range(to + 1, newest + 1))
     discarded = f"versions {to + 1} to {newest} are" if newest > to + 1 else f"version {newest} is"
+    without = f"it goes on from version {to} by the ledger, with a fresh inner optimizer"
+    if to and not has_quorum and (outer["num_fragments"] > 1 or outer["overlap_steps"]):
+        without = "it cannot go on (fragments in turn or overlap, and no quorum)"
     said = [f"{discarded} discarded for ever, and what {tokens:,} tokens of all silos have taught them"]
     for silo in exchange.objects.names("silos"):
         held = max((int(n) for n in exchange.objects.names(f"silos/{silo}/resumable") if n.isdigit()), default=-1)
-        if held > to:
-            without = f"it goes on from version {to} by the ledger, with a fresh inner optimizer"
-            if not has_quorum and (outer["num_fragments"] > 1 or outer["overlap_steps"]):
-                without = "it cannot go on (fragments in turn or overlap, and no quorum)"
-            said.append(
-                f"silo {shown(silo)} has a checkpoint of version {held}: if it has none of {to} or older, {without}"
-            )
+        if held > to or held < 0:
+            known = f"a checkpoint of version {held}" if held >= 0 else "no checkpoint that is known here"
+            said.append(f"silo {shown(silo)} has {known}: if it has none of {to} or older, {without}")
     return said
 
 

@@ -363,7 +363,11 @@ def test_the_command_and_the_status_after_it(run: RunConfig, store: Path, monkey
         "rolled back from version 5 to 3",
     ]
     assert shown.splitlines() == lines
-    assert command(["rollback", str(store), "--to", "2", "--yes"], monkeypatch, capsys).endswith(" 3 to 2\n")
+    again = command(["rollback", str(store), "--to", "2", "--yes"], monkeypatch, capsys).splitlines()
+    without = WITHOUT[run.outer.num_fragments].replace("version 3", "version 2")
+    assert again[0] == "version 3 is discarded for ever, and what 7 tokens of all silos have taught them"
+    assert again[1] == f"silo alpha has no checkpoint that is known here: if it has none of 2 or older, {without}"
+    assert again[2:] == ["rolled back from version 3 to 2"]
     lines = [line.rstrip() for line in command(["status", where], monkeypatch, capsys).splitlines()]
     assert lines[1:3] == ["rolled back from 5 to 3: bad text", "rolled back from 3 to 2"]
     assert (store / "aggregator/000002.ended").is_file(), "nobody holds the store any more"
