@@ -36,7 +36,7 @@ from pretrain.silo.model import build_initial
 from pretrain.silo.optim import learning_rate
 from pretrain.silo.ranks import Ranks
 from pretrain.silo.shards import Manifest, tokenizer_sha256, verify_shards
-from pretrain.silo.steplog import StepLog
+from pretrain.silo.steplog import StepLog, go_on_without_checkpoint
 from pretrain.sync.among_silos import AmongSilos
 from pretrain.sync.elastic import ElasticSync
 from pretrain.sync.through_store import ThroughStore
@@ -262,6 +262,8 @@ def prepare(
             sync.resume(silo.engine, resumed)
     elif sync:
         sync.start(silo.engine, silo.progress)
+        if journal and silo.progress.version:
+            go_on_without_checkpoint(config, journal, silo.progress)
     else:
         initial = build_initial(config.model, packed.vocab_size).named_parameters() if ranks.is_leader else None
         silo.engine.write(initial)

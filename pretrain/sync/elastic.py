@@ -9,6 +9,7 @@ import torch
 from pretrain.outer.rounds import participants, steps_of_round
 from pretrain.silo.checkpoint import Progress
 from pretrain.silo.engine import Engine
+from pretrain.silo.steplog import count_seconds
 from pretrain.sync.silo_sync import SiloSync, done
 from pretrain.sync.through_store import ThroughStore
 
@@ -103,10 +104,13 @@ class ElasticSync(SiloSync):
         fetched = self._receivers.submit(self._fetch, progress, newest) if self.ranks.is_leader else None
         self._poll(fetched, f"version {newest}", progress)
         num_bytes, position = fetched.result() if fetched else (0, 0)
-        # A checkpoint may be older than our newest part in what the others have made since.
-        progress.position = max(progress.position, self.ranks.from_leader(position))
+        position = self.ranks.from_leader(position)
+        is_behind = position > progress.position  # a checkpoint that is older than our newest part in these versions
+        progress.position = max(progress.position, position)
         self._write(engine, list(engine.shapes), self.global_parameters)
         self._go_on_from(progress, newest)
+        if is_behind and self.journal:
+            count_seconds(self.journal, progress)
         for version in range(newest + 1, progress.sent + 1):
             if self.ranks.is_leader and version not in self._flights:
                 self._take_off(version, self._names(engine, version), done(None))

@@ -153,13 +153,6 @@ class SiloSync:
         self._write(engine, list(engine.shapes), self.global_parameters)
         self._go_on_from(progress, progress.version)
         progress.round = progress.step // self.schedule.sync_interval_steps
-        if self.journal and progress.version:
-            tokens = progress.position * self.config.sequence_tokens
-            print(
-                f"no checkpoint here: starts from version {progress.version}, step {progress.step}, with a fresh inner "
-                f"optimizer; {tokens:,} tokens of this silo are in it by the ledger",
-                flush=True,
-            )
 
     def _initial(self) -> tuple[Received, int]:
         """What a silo without checkpoint starts from, and our position there. Raises ConfigError if it cannot."""
@@ -425,6 +418,7 @@ class SiloSync:
             bytes_received=received.bytes_received,
             wait_seconds=flight.wait_seconds,
             pseudo_gradient_norm=sent[0].metrics["pseudo_gradient_norm"] if sent else 0.0,
+            **progress.seconds,
         )
         if self.config.exchange.kind == "collective" and self.silo == min(self.config.silos):
             self.journal.record("commit", **commit_record(self.config, commit))
