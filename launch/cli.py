@@ -278,16 +278,27 @@ def rollback(
     where: Annotated[str, typer.Argument(help="URL of the store, or a run directory with one in it.")],
     to: Annotated[int, typer.Option(help="Version to go back to; it must still be kept.")],
     reason: Annotated[str, typer.Option(help="Why, for the record.")] = "",
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Take a run back to an earlier version, for ever. [bold]Stop all its silos and its aggregator first.[/bold]
 
-    What came later is discarded; its commits and manifests are kept under rolled-back/. Started again, the run goes on
-    from there.
+    Says what that means, and asks. What came later is discarded; its commits and manifests are kept under
+    rolled-back/. Started again, the run goes on from there.
 
     [bold]Example:[/bold] atoll rollback s3://bucket/run --to 12 --reason "corrupted text since version 13"
     """
-    from pretrain.exchange.rollback import roll_back_store
+    from pretrain.exchange.rollback import consequences, roll_back_store
 
+    said = consequences(_store(where), to=to)
+    if said and not yes and not sys.stdin.isatty():
+        raise ConfigError(
+            f"--yes: not given, and there is no terminal to ask at; nothing is changed: {'; '.join(said)}"
+        )
+    for line in said:
+        print(line)
+    if said and not yes and not typer.confirm(f"Roll back to version {to}?"):
+        print("nothing is changed")
+        raise typer.Exit(1)
     done = roll_back_store(_store(where), to=to, reason=reason)
     print(f"rolled back from version {done.from_version} to {done.to_version}")
 
@@ -383,28 +394,42 @@ def export(
 @app.command("eval")
 def evaluate(
     model: Annotated[Path, typer.Argument(help="transformers directory (see atoll export).")],
+    *,
     data: Annotated[list[Path], typer.Option(help="Packed split; may be given several times.")],
     sequence_tokens: Annotated[int | None, typer.Option(help="Tokens of a sequence; default: as trained.")] = None,
-    num_sequences: Annotated[int, typer.Option(help="Sequences of each split; 0 takes all.")] = 0,
+    num_sequences: Annotated[
+        int | None,
+        typer.Option(min=0, help="Sequences, evenly spread over each split; 0: all; default: as the run did."),
+    ] = None,
+    batch_sequences: Annotated[int, typer.Option(min=1, help="Sequences of one forward pass.")] = 8,
     document_masking: Annotated[
         bool | None, typer.Option(help="Keep the documents of a sequence apart; default: as trained.")
     ] = None,
 ) -> None:
-    """Loss of a model on packed text, in nats per token.
+    """Loss of a model on packed text in nats per token, its perplexity, and bits per byte of text.
+
+    By default of the sequences that the run's own evaluations are of, so that the numbers are the same.
 
     [bold]Example:[/bold] atoll eval model --data runs/demo/packed/prose/valid
     """
+    from launch.show.evaluating import Evaluating
     from pretrain.federation.export import evaluate_directory
 
-    losses = evaluate_directory(
-        model,
-        data,
-        sequence_tokens=sequence_tokens,
-        document_masking=document_masking,
-        num_sequences=num_sequences,
-    )
-    for path, loss in losses.items():
-        print(f"{loss:.6f}  {path}")
+    with Evaluating() as evaluating:
+        found = evaluate_directory(
+            model,
+            data,
+            sequence_tokens=sequence_tokens,
+            document_masking=document_masking,
+            num_sequences=num_sequences,
+            batch_sequences=batch_sequences,
+            tell=evaluating.tell,
+        )
+    for path, split in found.items():
+        print(
+            f"{split.loss:.4f} nats  perplexity {split.perplexity:.2f}  {split.bits_per_byte:.4f} bits/byte  "
+            f"{split.num_sequences} of {split.of_sequences} sequences  {path}"
+        )
 
 
 def _store(where: str) -> str:

@@ -26,7 +26,7 @@ from pretrain.config.load import load_config
 from pretrain.exchange.lease import Lease
 from pretrain.exchange.objects import StoreTroubleError
 from pretrain.exchange.payload import PARAMETER, Tensors, check_header, save_tensors
-from pretrain.exchange.rollback import check_held, explain, finish_rollbacks, foreign
+from pretrain.exchange.rollback import check_held, explain, finish_rollbacks, foreign, rollback_records
 from pretrain.exchange.store import StoreExchange, delivery_path, file_payload, version_path
 from pretrain.host.disk import full_disk
 from pretrain.host.foreign import loads
@@ -114,6 +114,8 @@ class Aggregator:
         else:
             check_same_contract(ours, stored, self._config.store_url)
             finish_rollbacks(self._exchange)
+            for record in rollback_records(self._exchange, self._config):
+                self._journal.record("rollback", **record)
         newest = self._exchange.newest_version()
         return self._load(newest) if newest >= 0 else self._create()
 

@@ -31,12 +31,12 @@ from pretrain.outer.rounds import next_step
 from pretrain.silo.checkpoint import Checkpoints, Progress, save_parameters
 from pretrain.silo.data import BadTokenError, Batches, Mixture, PackedTokens, Prefetch
 from pretrain.silo.engine import Engine
-from pretrain.silo.evaluate import held_out_loss
+from pretrain.silo.evaluate import held_out_loss, sequences_evaluated
 from pretrain.silo.model import build_initial
 from pretrain.silo.optim import learning_rate
 from pretrain.silo.ranks import Ranks
 from pretrain.silo.shards import Manifest, tokenizer_sha256, verify_shards
-from pretrain.silo.steplog import StepLog
+from pretrain.silo.steplog import StepLog, go_on_without_checkpoint
 from pretrain.sync.among_silos import AmongSilos
 from pretrain.sync.elastic import ElasticSync
 from pretrain.sync.through_store import ThroughStore
@@ -99,8 +99,17 @@ class Silo:
         self.engine.evaluating(False)
         progress.seconds_evaluating += time.monotonic() - began
         if self.journal:
-            self.journal.record("eval", step=progress.step, round=progress.round, val_loss=losses)
-            shown = "  ".join(f"{corpus} {loss:.4f}" for corpus, loss in losses.items())
+            sequences = sequences_evaluated(self.held_out, settings.eval_sequences)
+            self.journal.record(
+                "eval",
+                step=progress.step,
+                round=progress.round,
+                version=progress.version,
+                tokens=progress.position * self.config.sequence_tokens,
+                val_loss=losses,
+                sequences=sequences,
+            )
+            shown = "  ".join(f"{c} {loss:.4f} ({sequences[c][0]} of {sequences[c][1]})" for c, loss in losses.items())
             print(f"round {progress.round:5d}  held-out {shown}", flush=True)
 
     def end_round(self) -> None:
@@ -111,6 +120,11 @@ class Silo:
             self.sync.set_pace(progress)
         if progress.step == self.config.inner.num_steps or (interval and progress.round % interval == 0):
             self.evaluate()
+
+    def read_from_position(self) -> None:
+        """Go on reading where the progress says, if that is not where we are: no text is read twice."""
+        if self.batches.state() != self.progress.position:
+            self.batches.restore(self.progress.position)
 
     def agreement_due(self, before: int) -> bool:
         """Whether the ranks talk after this step: when it is logged, and before anything is delivered or saved.
@@ -155,6 +169,8 @@ def train(silo: Silo) -> None:
     log = StepLog(config, silo.name, silo.journal, progress)
     if sync:
         sync.catch_up(engine, progress)
+        silo.read_from_position()
+    log.start()
     log.resume_training()
     saved_step = progress.step
 
@@ -168,6 +184,7 @@ def train(silo: Silo) -> None:
                     sync.wait(progress, version)  # for the aggregator's commit
                     sync.adopt(engine, progress, version)  # what was merged, checked against the commit's digest
             sync.catch_up(engine, progress)  # if others have gone on without us
+            silo.read_from_position()
             log.resume_training()
         if progress.step // schedule.sync_interval_steps > progress.round:
             silo.end_round()
@@ -242,15 +259,17 @@ def prepare(
     resumed = silo.checkpoints.load(silo.engine, ranks, sync.host_tensors if sync else {})
     if resumed:
         silo.progress = resumed
-        silo.batches.restore(resumed.position)
         if sync:
             sync.resume(silo.engine, resumed)
     elif sync:
         sync.start(silo.engine, silo.progress)
+        if journal and silo.progress.version:
+            go_on_without_checkpoint(config, journal, silo.progress)
     else:
         initial = build_initial(config.model, packed.vocab_size).named_parameters() if ranks.is_leader else None
         silo.engine.write(initial)
         silo.progress.version = 0
+    silo.read_from_position()
     silo.engine.check_masking()
     if not resumed:
         silo.evaluate()

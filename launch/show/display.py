@@ -75,7 +75,9 @@ class Progress:
         silo = self.silos.get(str(record.get("silo")))
         if silo is None:
             return
-        if record["kind"] == "step":
+        if record["kind"] == "start":  # after a rollback, before what was reached then
+            silo.step = int(record["step"])
+        elif record["kind"] == "step":
             silo.step = int(record["step"])
             silo.loss, silo.tokens_per_second = record.get("loss"), record.get("tokens_per_second")
         elif record["kind"] == "sync":

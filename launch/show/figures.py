@@ -17,6 +17,7 @@ from launch.show.run import Evaluation, Run
 
 MAIN_COLOR = "#0b3c5d"  # the darkest goes to the reported run
 COMPARISON_COLORS = ("#d55e00", "#8a8a8a", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+ROLLBACK_COLOR = "#c1121f"
 COMPARISON_DASHES = ("-", "--", "-.", ":")
 # Every color before the first dash or marker comes again.
 LINES = cycler(linestyle=COMPARISON_DASHES) * cycler(color=COLORS)
@@ -37,7 +38,7 @@ STYLE: Any = LOOK | {
 def draw_all(run: Run, evaluated: Mapping[str, list[Evaluation]]) -> dict[str, str]:
     """Every plot there is data for, by name, as SVG; the first run of `evaluated` is `run`, the others comparisons."""
     draw: dict[str, Callable[[], Figure | None]] = {
-        "held_out": lambda: held_out(evaluated),
+        "held_out": lambda: held_out(evaluated, run.rollbacks_at("tokens")),
         "training": lambda: training(run),
         "sync": lambda: sync(run),
         "time": lambda: time_by_silo(run),
@@ -48,8 +49,11 @@ def draw_all(run: Run, evaluated: Mapping[str, list[Evaluation]]) -> dict[str, s
         return {name: _svg(figure) for name, figure in figures.items() if figure is not None}
 
 
-def held_out(evaluated: Mapping[str, list[Evaluation]]) -> Figure | None:
-    """Held-out loss against tokens: the mean first, then one panel per corpus, every run in each."""
+def held_out(evaluated: Mapping[str, list[Evaluation]], rollbacks: Sequence[float] = ()) -> Figure | None:
+    """Held-out loss against tokens: the mean first, then one panel per corpus, every run in each.
+
+    `rollbacks` are the tokens to which the first run was taken back.
+    """
     main_name, main = next(iter(evaluated.items()))
     if not main:
         return None
@@ -68,6 +72,7 @@ def held_out(evaluated: Mapping[str, list[Evaluation]]) -> Figure | None:
             )
             marker = "o" if len(points) <= 30 else ""
             axes.plot(*_split(points), label=name, marker=marker, markersize=3.5, **style)  # type: ignore[arg-type]
+        _mark(axes, rollbacks)
         axes.set_title("mean over corpora" if corpus is None else corpus)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: _short(tokens)))
         axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -100,6 +105,7 @@ def training(run: Run) -> Figure | None:
     loss.legend(ncols=2)
     rate.set_title("learning rate")
     for axes in (loss, rate):
+        _mark(axes, run.rollbacks_at("step"))
         axes.set_xlabel("inner step")
         axes.margins(x=0.02)
     rate.set_ylim(bottom=0)
@@ -139,6 +145,7 @@ def sync(run: Run) -> Figure | None:
     wait.set_ylim(bottom=0, top=wait.get_ylim()[1] * 1.3)
     wait.legend(ncols=3, loc="upper left")
     for axes in (volume, wait):
+        _mark(axes, run.rollbacks_at("round"))
         _round_axis(axes)
     return figure
 
@@ -190,6 +197,7 @@ def pseudo_gradients(run: Run) -> Figure | None:
         panels[1].set_title("cosine between silos' pseudo-gradients, mean")
         panels[1].set_ylim(min(-0.3, panels[1].get_ylim()[0]), 1)
     for axes in panels:
+        _mark(axes, run.rollbacks_at("round"))
         _round_axis(axes)
     return figure
 
@@ -224,6 +232,12 @@ def _round_axis(axes: Axes) -> None:
     axes.set_xlabel("round")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="x", visible=False)
+
+
+def _mark(axes: Axes, rollbacks: Sequence[float]) -> None:
+    """A line where the run was taken back to, and went on from."""
+    for at in rollbacks:
+        axes.axvline(at, color=ROLLBACK_COLOR, linestyle=":", linewidth=1.4, gid="rollback")
 
 
 def _short(number: float) -> str:

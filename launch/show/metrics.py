@@ -47,19 +47,45 @@ IDENTITY = {
     "eval": ("silo", "round"),
     "commit": ("version", "fragment"),
     "summary": ("silo",),
+    "start": ("silo", "version"),
+    "rollback": ("number",),
 }
 
 
 def last_of_each(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """Records by kind, without those that a later one repeats, ordered by round, version or step."""
+    """Records by kind, without those that a later one repeats or takes back, ordered by round, version or step."""
     kept: dict[str, dict[str, Record]] = {kind: {} for kind in IDENTITY}
     for record in records:
-        if (kind := record["kind"]) in IDENTITY:
-            kept[kind][json.dumps([record.get(key) for key in IDENTITY[kind]])] = record
+        if (kind := record["kind"]) not in IDENTITY:
+            continue
+        identity = json.dumps([record.get(key) for key in IDENTITY[kind]])
+        if kind == "rollback" and identity in kept[kind]:
+            continue  # every process says at its start what was rolled back before
+        if kind in ("start", "rollback"):
+            for other, found in kept.items():
+                kept[other] = {key: one for key, one in found.items() if not _takes_back(record, one)}
+        kept[kind][identity] = record
     return {
         kind: sorted(found.values(), key=lambda r: (r.get("version") or r.get("round") or 0, r.get("step") or 0))
         for kind, found in kept.items()
     }
+
+
+def _takes_back(record: Record, earlier: Record) -> bool:
+    """Whether what an earlier record tells of is undone: a silo started before it, or the run was rolled back.
+
+    A silo that starts says at which step and version; what it had done after that, it does again, or it is discarded.
+    """
+    kind = earlier["kind"]
+    if record["kind"] == "rollback":
+        return kind == "commit" and int(earlier["version"]) > int(record["to_version"])
+    if earlier.get("silo") != record.get("silo"):
+        return False
+    if kind in ("step", "eval"):
+        return int(earlier["step"]) > int(record["step"])
+    if kind in ("sync", "start"):
+        return int(earlier["version"]) > int(record["version"])
+    return kind == "summary"  # it is written again at the end
 
 
 @dataclass(kw_only=True)

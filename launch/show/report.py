@@ -74,7 +74,11 @@ def summary_of(run: Run) -> dict[str, Any]:
         "seconds_evaluating": sum(end.get("seconds_evaluating") or 0.0 for end in ends.values()),
         "val_loss": evaluated[-1].val_loss if evaluated else {},
         "val_loss_round": evaluated[-1].round if evaluated else None,
+        "val_sequences": evaluated[-1].sequences if evaluated else {},
         "val_loss_by_round": [{"round": one.round, "val_loss": one.val_loss} for one in evaluated],
+        "rollbacks": [
+            {key: record[key] for key in ("from_version", "to_version", "reason")} for record in run.records["rollback"]
+        ],
         "peak_memory_bytes": {silo: end.get("peak_memory_bytes") for silo, end in ends.items()},
     }
 
@@ -82,7 +86,10 @@ def summary_of(run: Run) -> dict[str, Any]:
 def _rounds_done(run: Run, steps_by_silo: Mapping[str, int]) -> int:
     if run.config.exchange.kind == "none":
         return max(steps_by_silo.values(), default=0) // run.config.outer.sync_interval_steps
-    return max((run.config.round_of(int(commit["version"])) for commit in run.records["commit"]), default=0)
+    # The commits are on the aggregator's machine; what a silo has adopted is on its own.
+    rounds = [int(sync["round"]) for sync in run.records["sync"]]
+    rounds += [run.config.round_of(int(commit["version"])) for commit in run.records["commit"]]
+    return max(rounds, default=0)
 
 
 def write_report(

@@ -39,10 +39,20 @@ class Run:
         seen = {str(record["silo"]) for record in self.records["step"] if "silo" in record}
         return [*self.config.silos, *sorted(seen - set(self.config.silos))]
 
+    def rollbacks_at(self, where: str) -> list[float]:
+        """Where the run was rolled back to: on an axis of its `step`, `round` or `tokens`, of all silos together."""
+        found = self.records["rollback"]
+        if where == "tokens":
+            return [sum(self.tokens_at(silo, record["step"]) for silo in self.silos) for record in found]
+        return [float(record[where]) for record in found]
+
     def tokens_at(self, silo: str, step: int) -> float:
-        """Tokens that a silo had trained on after `step`; every step has as many."""
-        steps = self.of_silo("step", silo)
-        return 0.0 if not steps or not steps[-1]["step"] else steps[-1]["tokens"] * step / steps[-1]["step"]
+        """Tokens that a silo had trained on after a step of the schedule, between what it told of steps around it."""
+        told = [(one["step"], one["tokens"]) for kind in ("start", "step") for one in self.of_silo(kind, silo)]
+        before = max((one for one in told if one[0] <= step), default=(0, 0))
+        after = min((one for one in told if one[0] > step), default=before)
+        share = (step - before[0]) / (after[0] - before[0]) if after != before else 0.0
+        return float(before[1] + (after[1] - before[1]) * share)
 
 
 @dataclass(kw_only=True)
@@ -55,6 +65,8 @@ class Evaluation:
     """Trained on by then, all silos together."""
     val_loss: dict[str, float]
     """Corpus to loss in nats, the mean over the silos that evaluated it."""
+    sequences: dict[str, str]
+    """Corpus to how many of its sequences that is of: "64 of 406"."""
 
     @property
     def mean(self) -> float:
@@ -64,17 +76,25 @@ class Evaluation:
 
 def evaluations(run: Run) -> list[Evaluation]:
     """One entry per evaluated round, in order."""
-    losses: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    steps: dict[int, int] = defaultdict(int)
+    by_round: dict[int, list[Record]] = defaultdict(list)
     for record in run.records["eval"]:
-        steps[record["round"]] = max(steps[record["round"]], record["step"])
+        by_round[record["round"]].append(record)
+    return [_evaluation(run, number, by_round[number]) for number in sorted(by_round)]
+
+
+def _evaluation(run: Run, number: int, records: list[Record]) -> Evaluation:
+    losses: dict[str, list[float]] = defaultdict(list)
+    sequences: dict[str, set[str]] = defaultdict(set)
+    for record in records:
         for corpus, loss in (record.get("val_loss") or {}).items():
-            losses[record["round"]][corpus].append(loss)
-    return [
-        Evaluation(
-            round=number,
-            tokens=sum(run.tokens_at(silo, steps[number]) for silo in run.silos),
-            val_loss={corpus: sum(found) / len(found) for corpus, found in sorted(losses[number].items())},
-        )
-        for number in sorted(losses)
-    ]
+            losses[corpus].append(loss)
+        for corpus, (evaluated, of) in (record.get("sequences") or {}).items():
+            sequences[corpus].add(f"{evaluated} of {of}")
+    step = max(record["step"] for record in records)
+    told = {str(record.get("silo")): record["tokens"] for record in records if "tokens" in record}
+    return Evaluation(
+        round=number,
+        tokens=sum(told[silo] if silo in told else run.tokens_at(silo, step) for silo in run.silos),
+        val_loss={corpus: sum(found) / len(found) for corpus, found in sorted(losses.items())},
+        sequences={corpus: ", ".join(sorted(found)) for corpus, found in sorted(sequences.items())},
+    )

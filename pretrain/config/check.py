@@ -217,7 +217,7 @@ def _check_membership(config: RunConfig) -> None:
         _require(1 <= rules.quorum <= most, f"{key}.quorum", rules.quorum, f"null, or 1 to {what}")
         return
     for name, field in type(rules).__dataclass_fields__.items():
-        if name.startswith(("deadline_", "away_", "stale_", "rejoin_", "max_loss_")):
+        if name.startswith(("deadline_", "away_", "stale_", "max_loss_")):
             given = getattr(rules, name)
             _require(given == field.default, f"{key}.{name}", given, f"{field.default} without {key}.quorum")
 

@@ -138,7 +138,8 @@ class MembershipConfig:
     steps: str = "equal"
     """equal: H inner steps a round for every silo; speed: for the fastest, and for others by their measured speed."""
     rejoin_warmup_steps: int = 0
-    """Linear warm-up of the inner learning rate after a silo has joined or caught up, in inner steps."""
+    """Linear warm-up of the inner learning rate, in inner steps, after a silo has joined, caught up, gone back, or gone
+    on from a version without a checkpoint, as after a rollback."""
     max_norm_ratio: float | None = None
     """A pseudo-gradient with a norm above this many times the median of its round, and of the silo's own last ones, is
     refused; null refuses only what is not finite."""
@@ -219,7 +220,7 @@ class SiloConfig:
     eval_interval_rounds: int = 1
     """Rounds between evaluations of the global model on `valid`; 0 evaluates before the first and after the last."""
     eval_sequences: int = 64
-    """Sequences per corpus in one evaluation; 0 takes all."""
+    """Sequences per corpus in one evaluation, spread evenly over it; 0 takes all."""
     log_interval_steps: int = 1
     """Inner steps between two log lines, and at most between a stop signal and the stop."""
     num_threads: int = 1

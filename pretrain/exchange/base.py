@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -60,7 +60,18 @@ class Exchange(Protocol):
         """
 
     def initial(self) -> Received:
-        """All tensors of version 0, or with a quorum and after a rollback the newest; for a silo without checkpoint."""
+        """All tensors of version 0, for a silo without checkpoint; of the newest with a quorum, after a rollback, and
+        where version 0 was pruned.
+        """
+
+    def tokens_total(self, version: int, *, above: int = 0) -> int:
+        """Tokens that we had trained on at our newest delivery in the commits after `above`, up to `version`; else 0.
+
+        So many sequences of our text have been read for what these commits hold.
+        """
+
+    def rollbacks(self) -> list[dict[str, Any]]:
+        """What was taken back since the run began, oldest first, as metrics.jsonl has it."""
 
     def pieces(self, names: Sequence[str], base: Mapping[str, Tensor]) -> list[Piece]:
         """In which pieces a fragment's tensors are coded and sent."""

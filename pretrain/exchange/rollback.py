@@ -11,15 +11,15 @@ version that is committed has all it had; their tensors are deleted.
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pretrain.config.check import ConfigError
-from pretrain.config.keys import ExchangeConfig
+from pretrain.config.keys import ExchangeConfig, RunConfig
 from pretrain.exchange import words
 from pretrain.exchange.lease import Lease
 from pretrain.exchange.store import StoreExchange, version_path
-from pretrain.host.foreign import loads
-from pretrain.trust.ledger import RECORD_BYTES, Record, RefusedError, sha256_bytes
+from pretrain.host.foreign import loads, shown
+from pretrain.trust.ledger import RECORD_BYTES, Commit, Record, RefusedError, sha256_bytes
 
 FOLDER = "rollbacks"
 
@@ -41,11 +41,48 @@ class Rollback(Record):
     reason: str
 
 
+def consequences(url: str, *, to: int) -> list[str]:
+    """What a rollback to version `to` would mean, a line each; nothing to ask about if it only completes one.
+
+    Reads the store and writes nothing. Raises ConfigError if it cannot be done.
+    """
+    exchange = StoreExchange(url, retry_seconds=ExchangeConfig().retry_seconds)
+    outer, has_quorum = _terms(exchange)
+    try:
+        pending = [record for record, is_done in _read(exchange) if not is_done]
+    except RefusedError as error:
+        raise ConfigError(f"store: {url!r} given; it cannot be rolled back: {error}") from None
+    newest = pending[-1].to_version if pending else exchange.newest_version()
+    if pending and newest == to:
+        return []
+    _check_kept(exchange, to, newest, outer["num_fragments"])
+    tokens = sum(_tokens_of(exchange, version) for version in range(to + 1, newest + 1))
+    discarded = f"versions {to + 1} to {newest} are" if newest > to + 1 else f"version {newest} is"
+    without = f"it goes on from version {to} by the ledger, with a fresh inner optimizer"
+    if to and not has_quorum and (outer["num_fragments"] > 1 or outer["overlap_steps"]):
+        without = "it cannot go on (fragments in turn or overlap, and no quorum)"
+    said = [f"{discarded} discarded for ever, and what {tokens:,} tokens of all silos have taught them"]
+    for silo in exchange.objects.names("silos"):
+        held = max((int(n) for n in exchange.objects.names(f"silos/{silo}/resumable") if n.isdigit()), default=-1)
+        if held > to or held < 0:
+            known = f"a checkpoint of version {held}" if held >= 0 else "no checkpoint that is known here"
+            said.append(f"silo {shown(silo)} has {known}: if it has none of {to} or older, {without}")
+    return said
+
+
+def _tokens_of(exchange: StoreExchange, version: int) -> int:
+    """Tokens behind a commit; 0 where it is damaged, which is a reason to go back."""
+    try:
+        return sum(c.tokens for c in Commit.from_bytes(exchange.commit_bytes(version)).contributors)
+    except (FileNotFoundError, RefusedError):
+        return 0
+
+
 def roll_back_store(url: str, *, to: int, reason: str = "") -> Rollback:
     """Take the stopped run in a store back to version `to`; raises ConfigError if that cannot be done."""
     defaults = ExchangeConfig()
     exchange = StoreExchange(url, retry_seconds=defaults.retry_seconds)
-    num_fragments = _num_fragments(exchange)
+    num_fragments = _terms(exchange)[0]["num_fragments"]
     lease = Lease(exchange.objects, seconds=defaults.lease_seconds)
     try:
         return roll_back(exchange, num_fragments, to=to, reason=reason)
@@ -65,8 +102,7 @@ def roll_back(exchange: StoreExchange, num_fragments: int, *, to: int, reason: s
     if finished and finished[-1].to_version == to:
         return finished[-1]
     newest = exchange.newest_version()
-    if not 0 <= to < newest or not exchange.is_kept(to, num_fragments):
-        raise ConfigError(f"--to: {to} given; allowed: {_kept(exchange, newest, num_fragments)}")
+    _check_kept(exchange, to, newest, num_fragments)
     for version, payload in exchange.newest_state(to, num_fragments):
         # Before anything newer is thrown away: whether this can still be read and is what its commit says.
         exchange.fetch(version_path(version), payload, Path(os.devnull))
@@ -82,6 +118,21 @@ def roll_back(exchange: StoreExchange, num_fragments: int, *, to: int, reason: s
     exchange.objects.write(f"{FOLDER}/{len(records) + 1:06d}.json", record.to_bytes())
     finish_rollbacks(exchange)
     return record
+
+
+def rollback_records(exchange: StoreExchange, config: RunConfig) -> list[dict[str, Any]]:
+    """What metrics.jsonl says of each rollback, oldest first: where the run went back to. Raises RefusedError."""
+    return [
+        {
+            "number": number,
+            "from_version": record.from_version,
+            "to_version": record.to_version,
+            "step": config.schedule.adopted(record.to_version) if record.to_version else 0,
+            "round": config.round_of(record.to_version),
+            "reason": record.reason,
+        }
+        for number, (record, _) in enumerate(_read(exchange), start=1)
+    ]
 
 
 def finish_rollbacks(exchange: StoreExchange) -> list[Rollback]:
@@ -193,6 +244,11 @@ def _commit_sha256(exchange: StoreExchange, version: int) -> str | None:
         return None
 
 
+def _check_kept(exchange: StoreExchange, to: int, newest: int, num_fragments: int) -> None:
+    if not 0 <= to < newest or not exchange.is_kept(to, num_fragments):
+        raise ConfigError(f"--to: {to} given; allowed: {_kept(exchange, newest, num_fragments)}")
+
+
 def _kept(exchange: StoreExchange, newest: int, num_fragments: int) -> str:
     """The newest versions in a row that can be gone back to, in words."""
     last = newest - 1
@@ -206,8 +262,8 @@ def _kept(exchange: StoreExchange, newest: int, num_fragments: int) -> str:
     return f"{first}{f' to {last}' if last > first else ''}, what is kept before the newest version ({newest})"
 
 
-def _num_fragments(exchange: StoreExchange) -> int:
-    """From the contract; raises ConfigError for what is no store of a run."""
+def _terms(exchange: StoreExchange) -> tuple[dict[str, Any], bool]:
+    """Fragments, overlap, and whether there is a quorum, by the contract; ConfigError for what is no store of a run."""
     url, contract = exchange.objects.url, exchange.read_contract()
     # A collective's run directory, or one silo's own ledger in it: that looks like a store without silos.
     is_ledger = contract and not exchange.objects.names("silos") and exchange.newest_version() > 0
@@ -218,9 +274,10 @@ def _num_fragments(exchange: StoreExchange) -> int:
     if contract is None:
         raise ConfigError(f"store: {url!r} given; there is no run in it (no contract.json)")
     try:
-        num_fragments = int(loads(contract, limit_bytes=RECORD_BYTES)["outer"]["num_fragments"])
-        if num_fragments < 1:
+        terms = loads(contract, limit_bytes=RECORD_BYTES)
+        outer = {key: int(terms["outer"][key]) for key in ("num_fragments", "overlap_steps")}
+        if outer["num_fragments"] < 1:
             raise ValueError
-        return num_fragments
+        return outer, terms["membership"]["quorum"] is not None
     except (ValueError, KeyError, TypeError, OverflowError):
         raise ConfigError(f"store: {url!r} given; its contract.json has no outer.num_fragments") from None

@@ -26,6 +26,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -41,6 +42,7 @@ from pretrain.trust.ledger import Commit, Manifest, Payload, RefusedError, check
 
 CONTRACT = "contract.json"
 W = TypeVar("W", bound=Word)
+COMMITS_AT_ONCE = 16  # that are read side by side
 
 
 def version_path(version: int) -> str:
@@ -153,6 +155,26 @@ class StoreExchange:
             raise RefusedError(f"commit {version} is not in the one form that a commit has")
         return commit
 
+    def tokens_total(self, silo: str, newest: int, *, above: int = 0) -> int:
+        """Tokens a silo had trained on at its newest delivery in the commits after `above`, up to `newest`, or 0.
+
+        Looked for from the newest on. One that came too late may stand in a newer commit than a later one in time.
+        Raises RefusedError.
+        """
+        most = 0
+        for last in range(newest, above, -COMMITS_AT_ONCE):
+            versions = range(last, max(last - COMMITS_AT_ONCE, above), -1)
+            try:
+                with ThreadPoolExecutor(COMMITS_AT_ONCE) as readers:
+                    commits = [Commit.from_bytes(data) for data in readers.map(self.commit_bytes, versions)]
+            except FileNotFoundError as error:
+                raise RefusedError(f"a commit before it is missing: {error}") from None
+            ours = [(commit.version, c) for commit in commits for c in commit.contributors if c.silo == silo]
+            most = max([most, *(contributor.tokens_total for _, contributor in ours)])
+            if any(contributor.version == version for version, contributor in ours):
+                break
+        return most
+
     def commit_bytes(self, version: int) -> bytes:
         """The bytes of a commit."""
         return self.objects.read(f"{version_path(version)}/commit.json")
@@ -244,6 +266,11 @@ class StoreExchange:
             if payload.fragment == fragment and payload.file.startswith("parameter-"):
                 return payload
         raise RefusedError(f"version {version} does not hold fragment {fragment}")
+
+    def has_whole(self, version: int, num_fragments: int) -> bool:
+        """Whether the tensors of all fragments are there as `version` holds them itself. Raises RefusedError."""
+        files = [self.whole(version, fragment).file for fragment in range(num_fragments)]
+        return all(self.objects.exists(f"{version_path(version)}/{file}") for file in files)
 
     def changes(self, versions: Iterable[int], fragment: int, *, below_bytes: int) -> list[tuple[int, Payload, str]]:
         """A fragment's coded changes of several versions, oldest first: version, payload and codec.

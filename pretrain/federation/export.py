@@ -1,7 +1,10 @@
 """The global model of a run as a `transformers` directory, and the loss of such a directory on packed text."""
 
 import json
+import math
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +15,13 @@ from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
 from pretrain.config.check import ConfigError
-from pretrain.config.keys import RunConfig
+from pretrain.config.keys import RunConfig, SiloConfig
 from pretrain.exchange.options import store_options
 from pretrain.exchange.payload import PARAMETER
 from pretrain.exchange.store import StoreExchange, version_path
 from pretrain.outer.digest import digest_tensors
 from pretrain.silo.data import PackedTokens
-from pretrain.silo.evaluate import held_out_loss
+from pretrain.silo.evaluate import held_out_loss, sequences_evaluated
 from pretrain.silo.model import build_empty, check_document_masking, export, token_losses
 from pretrain.silo.shards import tokenizer_sha256
 from pretrain.trust.ledger import RefusedError
@@ -41,8 +44,15 @@ def load_global_model(config: RunConfig, version: int | None = None) -> tuple[nn
         "run": config.name,
         "sequence_tokens": config.sequence_tokens,
         "document_masking": config.document_masking,
+        "eval_sequences": _eval_sequences(config),
     }
     return model.eval(), provenance | fill(config, parameters, version)
+
+
+def _eval_sequences(config: RunConfig) -> int:
+    """What the silos of this machine evaluate on, or the default where they differ."""
+    found = {silo.eval_sequences for silo in config.silos.values()}
+    return found.pop() if len(found) == 1 else config.silo.eval_sequences
 
 
 def _fill_from_store(config: RunConfig, parameters: dict[str, Tensor], version: int | None) -> dict[str, Any]:
@@ -105,17 +115,44 @@ def export_global_model(config: RunConfig, directory: Path, version: int | None 
     return provenance
 
 
+@dataclass(frozen=True, kw_only=True)
+class SplitLoss:
+    """Held-out loss of a model on one split."""
+
+    loss: float
+    """Nats per token."""
+    num_sequences: int
+    """Sequences that were evaluated, evenly spread over the split, ..."""
+    of_sequences: int
+    """... and how many it has."""
+    bytes_per_token: float
+    """UTF-8 bytes of text a token, of the whole split."""
+
+    @property
+    def perplexity(self) -> float:
+        """Of a token."""
+        return math.exp(self.loss)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Comparable between tokenizers."""
+        return self.loss / math.log(2) / self.bytes_per_token
+
+
 def evaluate_directory(
     directory: Path,
     data: list[Path],
     *,
     sequence_tokens: int | None = None,
     document_masking: bool | None = None,
-    num_sequences: int = 0,
-) -> dict[str, float]:
-    """Loss in nats per token of a `transformers` directory on packed splits, each named by its path.
+    num_sequences: int | None = None,
+    batch_sequences: int = 8,
+    tell: Callable[[str, int, int], None] = lambda split, num_done, num_sequences: None,
+) -> dict[str, SplitLoss]:
+    """Loss of a `transformers` directory on packed splits, each named by its path; on a GPU where there is one.
 
-    `sequence_tokens` and `document_masking` are those of the run that it was exported from, unless they are given.
+    `sequence_tokens`, `document_masking` and `num_sequences` (0: all) are those of the run that it was exported from,
+    unless they are given. `tell` is called after each batch: split, sequences done, and of how many.
     Raises ConfigError if there is no model, or the text was packed with another tokenizer.
     """
     from transformers import AutoModelForCausalLM
@@ -129,21 +166,39 @@ def evaluate_directory(
         raise ConfigError("--sequence-tokens: none given; this model was not exported by atoll, so say how many")
     if document_masking is None:
         document_masking = provenance.get("document_masking", False)
+    if num_sequences is None:
+        num_sequences = int(provenance.get("eval_sequences", SiloConfig().eval_sequences))
     tokenizer = tokenizer_sha256(directory / "tokenizer.json")
     corpora = {
         str(path): PackedTokens([path], sequence_tokens=sequence_tokens, tokenizer_sha256=tokenizer, key="--data")
         for path in data
     }
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True).eval()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
+    model = model.eval().to(device)
     mask_at = None
     if document_masking:
         mask_at = corpora[str(data[0])].manifests[0].end_of_text_id
-        check_document_masking(model, mask_at, model.device)
-    return held_out_loss(
-        lambda input_ids, targets: token_losses(model, input_ids, targets, mask_at),
+        check_document_masking(model, mask_at, device)
+    sequences = sequences_evaluated(corpora, num_sequences)
+    losses = held_out_loss(
+        lambda input_ids, targets: token_losses(model, input_ids.to(device), targets.to(device), mask_at),
         corpora,
         num_sequences=num_sequences,
-        micro_batch_sequences=8,
+        micro_batch_sequences=batch_sequences,
+        tell=lambda split, num_done: tell(split, num_done, sequences[split][0]),
+    )
+    return {split: _split_loss(loss, corpora[split], sequences[split]) for split, loss in losses.items()}
+
+
+def _split_loss(loss: float, tokens: PackedTokens, sequences: list[int]) -> SplitLoss:
+    num_bytes = sum(manifest.num_bytes for manifest in tokens.manifests)
+    num_sequences, of_sequences = sequences
+    return SplitLoss(
+        loss=loss,
+        num_sequences=num_sequences,
+        of_sequences=of_sequences,
+        bytes_per_token=num_bytes / tokens.num_tokens,
     )
 
 

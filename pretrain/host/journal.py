@@ -50,6 +50,17 @@ class Journal:
             numbers |= {f"{kind}/{corpus}": loss for corpus, loss in values.get("val_loss", {}).items()}
             self._wandb.log(numbers)
 
+    def newest(self, kind: str, version: int) -> dict[str, Any]:
+        """The newest of this silo's records of a kind that is of a version up to `version`; empty if there is none."""
+        found: dict[str, Any] = {}
+        with suppress(FileNotFoundError), self._metrics.open("rb") as file:
+            for line in file:
+                with suppress(ValueError):  # a part of a line, which a full disk has left
+                    record = json.loads(line)
+                    is_own = record.get("kind") == kind and record.get("silo") == self._silo
+                    found = record if is_own and record["version"] <= version else found
+        return found
+
     def _append(self, line: bytes) -> None:
         descriptor = os.open(self._metrics, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:

@@ -27,6 +27,7 @@ from pretrain.config.check import ConfigError
 from pretrain.silo.engine import Engine
 from pretrain.silo.ranks import Ranks
 
+SECONDS = ("seconds_training", "seconds_waiting", "seconds_evaluating")
 HostTensors = dict[str, dict[str, Tensor]]
 
 
@@ -63,6 +64,11 @@ class Progress:
     seconds_training: float = 0.0
     seconds_waiting: float = 0.0
     seconds_evaluating: float = 0.0
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Where the silo's time has gone, by the names of these fields."""
+        return {name: value for name, value in vars(self).items() if name in SECONDS}
 
 
 class Checkpoints:

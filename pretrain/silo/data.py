@@ -303,20 +303,25 @@ class Prefetch(Iterator[tuple[torch.Tensor, torch.Tensor]]):
         self._reader.shutdown(cancel_futures=True)
 
 
+def num_held_out(tokens: PackedTokens, num_sequences: int) -> int:
+    """How many sequences of a split are evaluated when `num_sequences` are asked for (0: all that there are)."""
+    return min(num_sequences or tokens.num_sequences, tokens.num_sequences)
+
+
 def held_out_batches(
     tokens: PackedTokens, *, num_sequences: int, micro_batch_sequences: int, rank: int, num_ranks: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """One rank's part of the first `num_sequences` sequences (0, or more than there are: all), in order.
+    """One rank's part of `num_sequences` sequences (0, or more than there are: all), evenly spread over the split.
 
-    Yields inputs, targets # int64 (micro_batch_sequences, sequence_tokens) and weights # float32
-    (micro_batch_sequences,). Every rank gets equally many micro batches, because ZeRO-3 gathers parameters in every
-    forward pass; what pads the last ones is a repeated sequence of weight 0, and all others weigh 1.
-    Raises ConfigError when the text is shorter than one sequence.
+    The first of a split would be the text of a few documents. Yields inputs, targets # int64 (micro_batch_sequences,
+    sequence_tokens) and weights # float32 (micro_batch_sequences,). Every rank gets equally many micro batches, because
+    ZeRO-3 gathers parameters in every forward pass; what pads the last ones is a repeated sequence of weight 0, and all
+    others weigh 1. Raises ConfigError when the text is shorter than one sequence.
     """
     check_a_sequence(tokens.num_tokens, tokens.sequence_tokens, key=tokens.key)
-    total = min(num_sequences or tokens.num_sequences, tokens.num_sequences)
+    total = num_held_out(tokens, num_sequences)
     for first in range(0, total, micro_batch_sequences * num_ranks):
         begin = first + rank * micro_batch_sequences
-        indices = range(begin, begin + micro_batch_sequences)
-        inputs, targets = tokens.batch([min(index, total - 1) for index in indices])
-        yield inputs, targets, torch.tensor([float(index < total) for index in indices])
+        numbers = range(begin, begin + micro_batch_sequences)
+        inputs, targets = tokens.batch([min(number, total - 1) * tokens.num_sequences // total for number in numbers])
+        yield inputs, targets, torch.tensor([float(number < total) for number in numbers])

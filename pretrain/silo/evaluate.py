@@ -1,12 +1,13 @@
 """Loss on held-out text, in nats per token."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from pretrain.silo.data import PackedTokens, held_out_batches
+from pretrain.silo.data import PackedTokens, held_out_batches, num_held_out
 
 if TYPE_CHECKING:  # evaluating an exported model needs no DeepSpeed
     from pretrain.silo.ranks import Ranks
@@ -14,17 +15,22 @@ if TYPE_CHECKING:  # evaluating an exported model needs no DeepSpeed
 
 @torch.no_grad()
 def summed_loss(
-    token_losses: Callable[[Tensor, Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor, Tensor]]
+    token_losses: Callable[[Tensor, Tensor], Tensor],
+    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
+    tell: Callable[[int], None] = lambda num_done: None,
 ) -> tuple[float, float]:
     """Sum of the losses of all targets and their number, over batches of (input_ids, targets, weights).
 
     `token_losses` maps input_ids and targets to losses, all (num_sequences, sequence_tokens); weights (num_sequences,).
+    `tell` is called after each batch, with how many sequences are done.
     """
-    total, num_tokens = 0.0, 0.0
+    total, num_tokens, num_done = 0.0, 0.0, 0
     for input_ids, targets, weights in batches:
         losses = token_losses(input_ids, targets).double().cpu()
         total += (losses * weights[:, None]).sum().item()
         num_tokens += weights.sum().item() * targets.shape[1]
+        num_done += int(weights.sum().item())
+        tell(num_done)
     return total, num_tokens
 
 
@@ -35,8 +41,12 @@ def held_out_loss(
     num_sequences: int,
     micro_batch_sequences: int,
     ranks: "Ranks | None" = None,
+    tell: Callable[[str, int], None] = lambda corpus, num_done: None,
 ) -> dict[str, float]:
-    """Corpus name to mean loss per token over its first `num_sequences` (0: all), shared out over the ranks."""
+    """Corpus name to mean loss per token over `num_sequences` (0: all) spread over it, shared out over the ranks.
+
+    `tell` is called after each batch of this rank, with the corpus and how many of its sequences are done.
+    """
     rank, num_ranks = (ranks.rank, ranks.num_ranks) if ranks else (0, 1)
     result = {}
     for corpus, tokens in corpora.items():
@@ -47,8 +57,13 @@ def held_out_loss(
             rank=rank,
             num_ranks=num_ranks,
         )
-        total, num_tokens = summed_loss(token_losses, batches)
+        total, num_tokens = summed_loss(token_losses, batches, partial(tell, corpus))
         if ranks:
             total, num_tokens = ranks.sum([total, num_tokens])
         result[corpus] = total / num_tokens
     return result
+
+
+def sequences_evaluated(corpora: dict[str, PackedTokens], num_sequences: int) -> dict[str, list[int]]:
+    """Corpus name to how many of its sequences an evaluation takes, and of how many."""
+    return {name: [num_held_out(tokens, num_sequences), tokens.num_sequences] for name, tokens in corpora.items()}

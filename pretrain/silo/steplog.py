@@ -9,12 +9,30 @@ from deepspeed.accelerator import get_accelerator
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.host.journal import Journal
-from pretrain.silo.checkpoint import Progress
+from pretrain.silo.checkpoint import SECONDS, Progress
 from pretrain.silo.data import Mixture
 from pretrain.silo.engine import Engine
 from pretrain.silo.ranks import Ranks
 
 PACE = 0.2  # share of the newest step in the running mean of a step's seconds
+
+
+def go_on_without_checkpoint(config: RunConfig, journal: Journal, progress: Progress) -> None:
+    """A silo takes over a later version than 0: say so, and count its seconds from what that version had taken."""
+    count_seconds(journal, progress)
+    tokens = progress.position * config.sequence_tokens
+    print(
+        f"no checkpoint here: starts from version {progress.version}, step {progress.step}, with a fresh inner "
+        f"optimizer; {tokens:,} tokens of this silo are in it by the ledger",
+        flush=True,
+    )
+
+
+def count_seconds(journal: Journal, progress: Progress) -> None:
+    """Count at least the seconds that the silo had recorded when it adopted the version that it goes on from."""
+    before = journal.newest("sync", progress.version)
+    for name in SECONDS:
+        setattr(progress, name, max(getattr(progress, name), before.get(name, 0.0)))
 
 
 class StepLog:
@@ -26,6 +44,14 @@ class StepLog:
         self._tokens_logged = progress.position * config.sequence_tokens
         self._since = self._logged = time.monotonic()
         self._step = progress.step
+
+    def start(self) -> None:
+        """Record where the silo starts: what it recorded of later steps before is done again, or was discarded."""
+        progress = self._progress
+        if self._journal:
+            tokens = progress.position * self._config.sequence_tokens
+            place = {"step": progress.step, "round": progress.round, "version": progress.version}
+            self._journal.record("start", **place, tokens=tokens, **progress.seconds)
 
     def resume_training(self) -> None:
         """The clock of training starts here again; what went before was syncing, evaluating or saving."""
@@ -88,9 +114,7 @@ class StepLog:
                     draws * self._config.sequence_tokens for draws in mixture.draws(self._progress.position)
                 ],
                 parameters=sum(shape.numel() for shape in engine.shapes.values()),
-                seconds_training=self._progress.seconds_training,
-                seconds_waiting=self._progress.seconds_waiting,
-                seconds_evaluating=self._progress.seconds_evaluating,
+                **self._progress.seconds,
                 peak_memory_bytes=int(host_total),
                 peak_device_memory_bytes=int(device_total),
             )

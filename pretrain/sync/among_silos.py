@@ -146,8 +146,16 @@ class AmongSilos:
         return True
 
     def initial(self) -> Received:
-        """Our own: everybody starts from the contract's parameters."""
-        return self._ledger.received(0)
+        """Our own: everybody starts from the contract's parameters; who has lost all checkpoints, from the newest."""
+        return self._ledger.initial()
+
+    def tokens_total(self, version: int, *, above: int = 0) -> int:
+        """Ask our ledger."""
+        return self._ledger.tokens_total(version, above=above)
+
+    def rollbacks(self) -> list[dict[str, Any]]:
+        """Nobody can take a version back."""
+        return []
 
     def moved(self) -> None:
         """The others may know."""

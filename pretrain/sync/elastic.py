@@ -9,6 +9,7 @@ import torch
 from pretrain.outer.rounds import participants, steps_of_round
 from pretrain.silo.checkpoint import Progress
 from pretrain.silo.engine import Engine
+from pretrain.silo.steplog import count_seconds
 from pretrain.sync.silo_sync import SiloSync, done
 from pretrain.sync.through_store import ThroughStore
 
@@ -30,6 +31,7 @@ class ElasticSync(SiloSync):
     def start(self, engine: Engine, progress: Progress) -> None:
         """Take over version 0, or the newest, and say that we take part."""
         super().start(engine, progress)
+        self.set_pace(progress)
         if self._store:
             self._store.announce(progress.version)
 
@@ -78,6 +80,7 @@ class ElasticSync(SiloSync):
         self._write(engine, list(engine.shapes), self.global_parameters)
         engine.forget_optimizer()
         progress.sent_positions = {str(f): progress.position for f in range(self.schedule.num_fragments)}
+        progress.joined_step = progress.step  # a fresh optimizer warms up, as after joining
         if self.journal:
             print(f"loss {progress.loss:.4f} at step {progress.step}: back to version {progress.version}", flush=True)
             self.journal.record("went_back", step=progress.step, version=progress.version, loss=progress.loss)
@@ -100,9 +103,14 @@ class ElasticSync(SiloSync):
                 del local
         fetched = self._receivers.submit(self._fetch, progress, newest) if self.ranks.is_leader else None
         self._poll(fetched, f"version {newest}", progress)
-        num_bytes = fetched.result() if fetched else 0
+        num_bytes, position = fetched.result() if fetched else (0, 0)
+        position = self.ranks.from_leader(position)
+        is_behind = position > progress.position  # a checkpoint that is older than our newest part in these versions
+        progress.position = max(progress.position, position)
         self._write(engine, list(engine.shapes), self.global_parameters)
         self._go_on_from(progress, newest)
+        if is_behind and self.journal:
+            count_seconds(self.journal, progress)
         for version in range(newest + 1, progress.sent + 1):
             if self.ranks.is_leader and version not in self._flights:
                 self._take_off(version, self._names(engine, version), done(None))
@@ -115,8 +123,11 @@ class ElasticSync(SiloSync):
                 "catch_up", step=progress.step, version=newest, from_version=missed, bytes_received=num_bytes
             )
 
-    def _fetch(self, progress: Progress, newest: int) -> int:
-        """Bring the host copy to version `newest`; returns the bytes received."""
+    def _fetch(self, progress: Progress, newest: int) -> tuple[int, int]:
+        """Bring the host copy to version `newest`; returns the bytes received, and our position by the commits missed.
+
+        `progress` is where we were.
+        """
         assert self._store
         num_bytes, commit = 0, self._store.commit(newest)
         for received in self._store.changes(progress.version, newest, self.global_parameters):
@@ -127,4 +138,4 @@ class ElasticSync(SiloSync):
             flight = self._flights.pop(version)
             flight.coded.result()
             self._settle(progress, self._store.commit(version), refused=False)
-        return num_bytes
+        return num_bytes, self._position(newest, above=progress.version)

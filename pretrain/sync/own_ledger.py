@@ -24,7 +24,7 @@ from pretrain.outer.quantize import Parts
 from pretrain.outer.state import OuterTensors, kept_at_start
 from pretrain.silo.model import initial_parameters
 from pretrain.trust.contract import check_same_contract, contract_bytes
-from pretrain.trust.ledger import Commit, Contributor, Payload, sha256_bytes
+from pretrain.trust.ledger import Commit, Contributor, Payload, RefusedError, sha256_bytes
 
 Kept = dict[str, dict[str, Tensor]]  # kind to piece to tensor
 
@@ -138,6 +138,24 @@ class OwnLedger:
         if file_payload(file, payload.fragment) != payload:
             raise ConfigError(f"silos: another silo's version {commit.version} is not what its commit says")
         self.publish(commit, [file])
+
+    def initial(self) -> Received:
+        """All tensors of version 0; where these are pruned, of the newest. Raises ConfigError."""
+        num_fragments = self._schedule.num_fragments
+        try:
+            version = 0 if self._store.has_whole(0, num_fragments) else self.newest
+            values: dict[str, Tensor] = {}
+            for made, payload in self._store.newest_state(version, num_fragments):
+                values |= self._tensors(made, payload)[0]
+            commit = self._store.read_commit(version)
+        except RefusedError as error:
+            raise ConfigError(f"run directory: {self._store.objects.url} cannot be used: {error}; restore it") from None
+        rows = {name: tensor_row(name, value) for name, value in values.items()}
+        return Received(commit=commit, values=values, rows=rows, bytes_sent=0, bytes_received=0)
+
+    def tokens_total(self, version: int, *, above: int) -> int:
+        """As an exchange has it."""
+        return self._store.tokens_total(self._silo, version, above=above)
 
     def received(self, version: int) -> Received:
         """A version that is there already."""

@@ -114,6 +114,9 @@ class SiloSync:
         self._poll(joined, "the contract", Progress())
         if joined:
             joined.result()
+        if self.journal:
+            for record in self._exchange.rollbacks():
+                self.journal.record("rollback", **record)
         contract_sha256 = self.ranks.from_leader(self._exchange.contract_sha256 if self.ranks.is_leader else None)
         if not self.ranks.is_leader:
             self._exchange.assist(self.ranks.rank)
@@ -130,11 +133,14 @@ class SiloSync:
         return ours
 
     def start(self, engine: Engine, progress: Progress) -> None:
-        """Wait for version 0 and take it over, all fragments."""
-        initial = self._receivers.submit(self._exchange.initial) if self.ranks.is_leader else None
+        """Wait for version 0 and take it over, all fragments; or a later one, and what the ledger says of our text.
+
+        Raises ConfigError where a later one cannot be started from.
+        """
+        initial = self._receivers.submit(self._initial) if self.ranks.is_leader else None
         self._poll(initial, "version 0", progress)
         if initial:
-            received = initial.result()
+            received, progress.position = initial.result()
             if {name: value.shape for name, value in received.values.items()} != engine.shapes:
                 raise ConfigError(
                     f"silo {self.silo}: version 0 has other parameters than this model; "
@@ -143,9 +149,26 @@ class SiloSync:
             self._take_over(received)
             self._check_digest(progress, received.commit)
             progress.version = received.commit.version
-        progress.version = self.ranks.from_leader(progress.version)
+        progress.version, progress.position = self.ranks.from_leader((progress.version, progress.position))
         self._write(engine, list(engine.shapes), self.global_parameters)
         self._go_on_from(progress, progress.version)
+        progress.round = progress.step // self.schedule.sync_interval_steps
+
+    def _initial(self) -> tuple[Received, int]:
+        """What a silo without checkpoint starts from, and our position there. Raises ConfigError if it cannot."""
+        received, outer = self._exchange.initial(), self.config.outer
+        version = received.commit.version
+        if version and not self.config.membership.is_elastic and (outer.num_fragments > 1 or outer.overlap_steps):
+            raise ConfigError(
+                f"silo {self.silo}: no checkpoint here, and the run is at version {version}; with fragments in turn or "
+                "overlap, and no quorum, a silo goes on from a checkpoint only: restore one; a rollback may go only as "
+                "far back as silo.keep_checkpoints reach"
+            )
+        return received, self._position(version)
+
+    def _position(self, version: int, *, above: int = 0) -> int:
+        """Sequences that we had consumed for what the commits after `above`, up to a version, hold of ours; else 0."""
+        return self._exchange.tokens_total(version, above=above) // self.config.sequence_tokens
 
     def resume(self, engine: Engine, progress: Progress) -> None:
         """After a checkpoint was loaded: wait again for what was in flight when it was written."""
@@ -395,6 +418,7 @@ class SiloSync:
             bytes_received=received.bytes_received,
             wait_seconds=flight.wait_seconds,
             pseudo_gradient_norm=sent[0].metrics["pseudo_gradient_norm"] if sent else 0.0,
+            **progress.seconds,
         )
         if self.config.exchange.kind == "collective" and self.silo == min(self.config.silos):
             self.journal.record("commit", **commit_record(self.config, commit))

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor
@@ -18,7 +19,7 @@ from pretrain.exchange.base import Received
 from pretrain.exchange.beats import Beats
 from pretrain.exchange.objects import StopWaitingError, StoreTroubleError
 from pretrain.exchange.payload import Tensors, check_header
-from pretrain.exchange.rollback import check_held, explain, foreign, is_rolling_back
+from pretrain.exchange.rollback import check_held, explain, foreign, is_rolling_back, rollback_records
 from pretrain.exchange.store import StoreExchange, version_path
 from pretrain.host.foreign import shown
 from pretrain.host.identity import known_identity, own_identity
@@ -53,7 +54,6 @@ class ThroughStore:
         self._marking = ThreadPoolExecutor(1, thread_name_prefix="mark")
         self._beats: Beats | None = None
         self.lost = ""
-        self._was_rolled_back = False
         self._num_refused: dict[int, int] = {}  # of a version's deliveries, before ours of this start
         self._delivered = Delivered(self._directory / "delivered.txt")
         self._held: dict[int, tuple[str, str | None]] = {}  # commits that we have seen: sha256, and of the one before
@@ -88,23 +88,20 @@ class ThroughStore:
         found = explain(self._store, version, commit_sha256)
         if found == "foreign":
             raise ConfigError(foreign(f"silo {self._silo}'s checkpoint", version, commit_sha256, self._store))
-        self._was_rolled_back |= found == "rolled back"
         if found == "same":
             self._held[version] = commit_sha256, None
         return found == "same"
 
     def initial(self) -> Received:
-        """Wait for the aggregator's version 0; with a quorum, and after a rollback, take the newest."""
+        """Wait for the aggregator's version 0; take the newest with a quorum, after a rollback, and where 0 is pruned.
+
+        From version 0 a silo of a fixed roster makes all rounds again as they were, if it can.
+        """
         while (newest := self._store.newest_version()) < 0:
             self._pause()
-        if not (self._rules.is_elastic or self._was_rolled_back):
-            newest = 0
-        outer = self._config.outer
-        if newest and not self._rules.is_elastic and (outer.num_fragments > 1 or outer.overlap_steps):
-            raise ConfigError(
-                f"silo {self._silo}: the run was rolled back to version {newest}, and no checkpoint here is as old; "
-                "with fragments in turn or overlap, and no quorum, roll back only as far as silo.keep_checkpoints reach"
-            )
+        if not self._rules.is_elastic and not self.rollbacks():
+            with self._readable(0):
+                newest = 0 if self._store.has_whole(0, self._config.outer.num_fragments) else newest
         found = list(self.changes(-1, newest, {}))
         return Received(
             commit=found[-1].commit,
@@ -113,6 +110,23 @@ class ThroughStore:
             bytes_sent=0,
             bytes_received=sum(received.bytes_received for received in found),
         )
+
+    def tokens_total(self, version: int, *, above: int = 0) -> int:
+        """Ask the ledger."""
+        with self._readable(version):
+            return self._store.tokens_total(self._silo, version, above=above)
+
+    def rollbacks(self) -> list[dict[str, Any]]:
+        """From their records in the store."""
+        return rollback_records(self._store, self._config)
+
+    @contextmanager
+    def _readable(self, version: int) -> Iterator[None]:
+        """Raises ConfigError for what is wrong with a version."""
+        try:
+            yield
+        except RefusedError as error:
+            raise ConfigError(f"silo {self._silo}: version {version} in the store cannot be used: {error}") from None
 
     def pieces(self, names: Sequence[str], base: Mapping[str, Tensor]) -> list[Piece]:
         """Whole tensors."""

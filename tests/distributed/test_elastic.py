@@ -34,7 +34,7 @@ STREAMING = {
 def test_a_sample_of_the_silos_trains_and_one_whose_loss_explodes_goes_back(
     tmp_path: Path, tiny_config: TinyConfig, tiny_text: TinyText
 ) -> None:
-    rules = {"quorum": 2, "sample": 2, "sample_seed": 1, "max_loss_rise": 0.5}
+    rules = {"quorum": 2, "sample": 2, "sample_seed": 1, "max_loss_rise": 0.5, "rejoin_warmup_steps": 2}
     config = tiny_config(
         tmp_path, inner={"num_steps": 20}, membership=rules, silos={"gamma": tiny_silo(tiny_text, "gamma")}
     )
@@ -48,6 +48,8 @@ def test_a_sample_of_the_silos_trains_and_one_whose_loss_explodes_goes_back(
     (back,) = [record for record in run.records if record["kind"] == "went_back"]
     assert (back["silo"], back["version"]) == ("gamma", 1)
     assert back["step"] in (6, 7)
+    warming = learning_rate(back["step"], config.inner) / 2  # its optimizer is a fresh one
+    assert run.by_step("gamma", "lr")[back["step"] + 1] == pytest.approx(warming)
     all_tokens, forgotten = 2 * 4 * 4 * 16, (back["step"] - 4) * 4 * 16  # what it trained before it went back
     assert [commit.divisor for commit in commits] == [all_tokens, all_tokens - forgotten, *[all_tokens] * 3]
     losses = run.by_step("gamma", "loss")

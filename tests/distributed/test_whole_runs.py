@@ -1,6 +1,8 @@
 """Runs as a user meets them: stopped and resumed, a loss that is NaN, a name taken, export."""
 
 import dataclasses
+import json
+import math
 import os
 import signal
 import subprocess
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from launch import cli
 from launch.show.status_reader import store_status
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import save_config
@@ -107,7 +110,9 @@ def test_a_name_that_is_taken_is_refused(finished: Outcome, tmp_path: Path) -> N
     assert before == {p: p.stat().st_mtime_ns for p in Path(finished.config.store_url).rglob("*") if p.is_file()}
 
 
-def test_the_exported_model_loads_generates_and_has_the_loss_of_eval(finished: Outcome, tmp_path: Path) -> None:
+def test_the_exported_model_loads_generates_and_has_the_loss_of_eval(
+    finished: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     provenance = export_global_model(finished.config, tmp_path / "model")
@@ -117,14 +122,30 @@ def test_the_exported_model_loads_generates_and_has_the_loss_of_eval(finished: O
     assert_same_bits({n: p.detach() for n, p in model.named_parameters()}, finished.parameters(3))
 
     split = Path(finished.config.silos["alpha"].valid["alpha"])
-    losses = evaluate_directory(tmp_path / "model", [split], num_sequences=8)
+    found = evaluate_directory(tmp_path / "model", [split])[str(split)]  # as many as the silo has evaluated
     tokens = torch.frombuffer(bytearray((split / "shard-00000.bin").read_bytes()), dtype=torch.uint16).long()
-    rows = torch.stack([tokens[16 * i : 16 * i + 17] for i in range(8)])
+    all_sequences = (len(tokens) - 1) // 16
+    assert (found.num_sequences, found.of_sequences) == (8, all_sequences)
+    rows = torch.stack([tokens[16 * i : 16 * i + 17] for i in (n * all_sequences // 8 for n in range(8))])
     with torch.no_grad():
         logits = model(rows[:, :-1]).logits
     plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).item()
-    assert losses[str(split)] == pytest.approx(plain, rel=1e-6)
-    assert losses[str(split)] == pytest.approx(finished.held_out("alpha")[3]["alpha"], rel=1e-6)
+    assert found.loss == pytest.approx(plain, rel=1e-6)
+    assert found.loss == pytest.approx(finished.held_out("alpha")[3]["alpha"], rel=1e-6)
+    assert found.perplexity == pytest.approx(math.exp(plain), rel=1e-5)
+    manifest = json.loads((split / "manifest.json").read_text())
+    bits = plain / math.log(2) * manifest["num_tokens"] / manifest["num_bytes"]
+    assert found.bits_per_byte == pytest.approx(bits, rel=1e-5)
+
+    monkeypatch.setattr(sys, "argv", ["atoll", "eval", str(tmp_path / "model"), "--data", str(split)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    summary = json.loads((Path(finished.config.directory) / "summary.json").read_text())
+    assert capsys.readouterr().out == (
+        f"{summary['val_loss']['alpha']:.4f} nats  perplexity {math.exp(plain):.2f}  {bits:.4f} bits/byte  "
+        f"{summary['val_sequences']['alpha']} sequences  {split}\n"
+    )
 
     made = model.generate(**tokenizer("ba", return_tensors="pt", return_token_type_ids=False), max_new_tokens=5)
     assert made.shape[1] > 1

@@ -1,6 +1,7 @@
 """Going back to an earlier version: whole at every instant, on record, and the run goes on from there."""
 
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -307,11 +308,66 @@ def command(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytes
     return captured.err or captured.out
 
 
+WITHOUT = {
+    1: "it goes on from version 3 by the ledger, with a fresh inner optimizer",
+    2: "it cannot go on (fragments in turn or overlap, and no quorum)",
+}
+
+
+def test_nobody_to_ask(run: RunConfig, store: Path, monkeypatch: Any, capsys: Any) -> None:
+    before = files(store)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
+    assert command(["rollback", str(store), "--to", "4"], monkeypatch, capsys) == (
+        "atoll: --yes: not given, and there is no terminal to ask at; nothing is changed: version 5 is discarded for "
+        "ever, and what 7 tokens of all silos have taught them; silo alpha has a checkpoint of version 5: if it has "
+        f"none of 4 or older, {WITHOUT[run.outer.num_fragments].replace('version 3', 'version 4')}\n"
+    )
+    assert files(store) == before
+
+
+@pytest.mark.parametrize("answer", ["y", "n"])
+def test_the_question_on_a_terminal(run: RunConfig, store: Path, answer: str) -> None:
+    before = files(store)
+    ours, theirs = os.openpty()
+    os.write(ours, f"{answer}\n".encode())
+    arguments = [sys.executable, "-m", "launch.cli", "rollback", str(store), "--to", "4"]
+    ended = subprocess.run(arguments, stdin=theirs, capture_output=True, text=True, check=False, timeout=120)
+    os.close(ours)
+    os.close(theirs)
+    lines = ended.stdout.splitlines()
+    assert lines[0].startswith("version 5 is discarded for ever")
+    assert lines[1].startswith("silo alpha has a checkpoint of version 5")
+    if answer == "y":
+        assert (ended.returncode, lines[2:]) == (0, ["Roll back to version 4? [y/N]: rolled back from version 5 to 4"])
+        assert opened(store).newest_version() == 4
+    else:
+        assert (ended.returncode, lines[2:]) == (1, ["Roll back to version 4? [y/N]: nothing is changed"])
+        assert files(store) == before
+
+
+def test_an_interrupted_one_is_completed_without_a_question(
+    run: RunConfig, store: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    assert interrupted(store, 100, lambda exchange: roll_back(exchange, run.outer.num_fragments, to=2))
+    assert command(["rollback", str(store), "--to", "2"], monkeypatch, capsys).endswith(" 5 to 2\n")
+    assert opened(store).newest_version() == 2
+
+
 def test_the_command_and_the_status_after_it(run: RunConfig, store: Path, monkeypatch: Any, capsys: Any) -> None:
     where = str(store.parent)
-    shown = command(["rollback", where, "--to", "3", "--reason", "bad text"], monkeypatch, capsys)
-    assert shown == "rolled back from version 5 to 3\n"
-    assert command(["rollback", str(store), "--to", "2"], monkeypatch, capsys).endswith(" 3 to 2\n")
+    shown = command(["rollback", where, "--to", "3", "--reason", "bad text", "--yes"], monkeypatch, capsys)
+    tokens = 2 * (3 + 4)
+    lines = [
+        f"versions 4 to 5 are discarded for ever, and what {tokens} tokens of all silos have taught them",
+        "silo alpha has a checkpoint of version 5: if it has none of 3 or older, " + WITHOUT[run.outer.num_fragments],
+        "rolled back from version 5 to 3",
+    ]
+    assert shown.splitlines() == lines
+    again = command(["rollback", str(store), "--to", "2", "--yes"], monkeypatch, capsys).splitlines()
+    without = WITHOUT[run.outer.num_fragments].replace("version 3", "version 2")
+    assert again[0] == "version 3 is discarded for ever, and what 7 tokens of all silos have taught them"
+    assert again[1] == f"silo alpha has no checkpoint that is known here: if it has none of 2 or older, {without}"
+    assert again[2:] == ["rolled back from version 3 to 2"]
     lines = [line.rstrip() for line in command(["status", where], monkeypatch, capsys).splitlines()]
     assert lines[1:3] == ["rolled back from 5 to 3: bad text", "rolled back from 3 to 2"]
     assert (store / "aggregator/000002.ended").is_file(), "nobody holds the store any more"
@@ -421,54 +477,3 @@ def test_what_is_no_store_of_a_run(run: RunConfig, store: Path, tmp_path: Path, 
     for content in ("{}", "[]", "{"):
         (store / "contract.json").write_text(content)
         assert refused(store) == f"atoll: store: '{store}' given; its contract.json has no outer.num_fragments\n"
-
-
-# ---- a silo that leaves
-
-
-def test_leaving(tmp_path: Path, tiny_config: TinyConfig, monkeypatch: Any, capsys: Any) -> None:
-    config = tiny_config(tmp_path, membership={"quorum": 1})
-    settings = ["--config", str(tmp_path / "tiny.yaml")]
-
-    def leave(silo: str, *overrides: str) -> str:
-        return command(["leave", *settings, "--silo", silo, *overrides], monkeypatch, capsys)
-
-    url = config.store_url
-    assert leave("alpha") == f"atoll: exchange.url: {url} given; there is no run in it (no contract.json)\n"
-    start(config)
-    assert leave("gamma") == "atoll: --silo: 'gamma' given; allowed: alpha, beta\n"
-    assert leave("alpha") == f"atoll: --silo: 'alpha' given; this silo has never joined in {url}\n"
-    assert "inner.lr is 0.5 here and 0.003 there" in leave("alpha", "inner.lr=0.5")
-    assert leave("alpha", "membership.quorum=null") == (
-        "atoll: membership.quorum: null given; without a quorum every version waits for all of the roster\n"
-    )
-    exchange = StoreExchange(url)
-    exchange.announce("alpha", left=False, version=0)
-    assert leave("alpha") == "silo alpha left at version 0\n"
-    word = exchange.membership("alpha")
-    assert word
-    assert (word.left, word.version) == (True, 0)
-    assert leave("alpha") == f"atoll: --silo: 'alpha' given; this silo has left already in {url}\n"
-    exchange.announce("alpha", left=False, version=0)
-    code = (
-        "import sys; from pathlib import Path; from pretrain.host.lock import lock_directory; "
-        "lock_directory(Path(sys.argv[1]), 'a'); print('runs', flush=True); sys.stdin.readline()"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(config.silo_directory("alpha"))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as silo:
-        assert silo.stdout
-        assert silo.stdout.readline() == "runs\n"
-        message = leave("alpha")
-        silo.communicate("\n")
-    assert f"silo alpha runs there already (process {silo.pid}); stop it" in message
-    assert leave("alpha") == "silo alpha left at version 0\n"
-    collective = tiny_config(tmp_path / "c", exchange={"kind": "collective", "url": "tcp://localhost:1"})
-    settings[1] = str(tmp_path / "c/tiny.yaml")
-    assert collective.exchange.kind == "collective"
-    assert leave("alpha") == (
-        "atoll: exchange.kind: 'collective' given; a silo can leave only a run through a 'store'\n"
-    )

@@ -1,6 +1,7 @@
 """Packed shards to batches: the order, the cursor, the boundaries, and what a user is told."""
 
 import dataclasses
+import itertools
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -334,7 +335,11 @@ def test_held_out_batches_are_the_same_for_any_rank_count(
             assert weights.shape == (micro,)
             assert set(weights.tolist()) <= {0.0, 1.0}
             seen += (inputs[weights == 1.0, 0] // 3).tolist()
-    assert seen == list(range(min(num_sequences or 23, 23)))
+    total = min(num_sequences or 23, 23)
+    assert seen == [number * 23 // total for number in range(total)]
+    assert len(set(seen)) == total
+    gaps = {after - before for before, after in itertools.pairwise([*seen, 23])}
+    assert max(gaps) - min(gaps) <= 1, "evenly spread, from the first to the last part of the split"
 
 
 def test_held_out_text_shorter_than_a_sequence_is_said(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def silo_records(silo: str, *, kind: str) -> list[dict[str, Any]]:
         if over:
             continue
         for fragment in range(2 if number and kind == "store" else 0):
-            sizes = {"bytes_sent": 100, "bytes_received": 200, "wait_seconds": 0.5 * fragment}
+            sizes = {"version": number, "bytes_sent": 100, "bytes_received": 200, "wait_seconds": 0.5 * fragment}
             records.append({"kind": "sync", "step": step, "round": number, "fragment": fragment, **sizes})
             records[-1]["pseudo_gradient_norm"] = 3.0 + fragment
         losses = {"law": 8.0 - number, "prose": 7.0 - number}
@@ -89,6 +89,62 @@ def test_a_resumed_run_counts_nothing_twice(tmp_path: Path) -> None:
         for record in silo_records("law", kind="store")[10:]:
             file.write(json.dumps(record) + "\n")
     assert summarize(config) == before
+
+
+def append(config: RunConfig, *records: dict[str, Any]) -> None:
+    with Path(config.directory, "metrics.jsonl").open("a") as file:
+        file.write("".join(json.dumps({"time": 0.0, **record}) + "\n" for record in records))
+
+
+def rollback(number: int, *, from_version: int, to_version: int) -> dict[str, Any]:
+    place = {"step": to_version * INTERVAL, "round": to_version, "reason": "bad <text>"}
+    return {"kind": "rollback", "number": number, "from_version": from_version, "to_version": to_version, **place}
+
+
+def start(silo: str, *, version: int, tokens: int) -> dict[str, Any]:
+    step = version * INTERVAL
+    return {"kind": "start", "silo": silo, "step": step, "round": version, "version": version, "tokens": tokens}
+
+
+def test_what_was_rolled_back_counts_nothing_and_is_marked(tmp_path: Path) -> None:
+    config = make_run(tmp_path / "run")
+    back = rollback(1, from_version=3, to_version=1)
+    append(config, back, *(start(silo, version=1, tokens=40) for silo in SILOS))
+    summary = summarize(config)
+    assert (summary["rounds"], summary["steps"], summary["tokens"]) == (1, 4, 2 * 40)
+    assert (summary["bytes_sent"], summary["seconds_training"]) == (2 * 2 * 100, 0)
+    assert [one["round"] for one in summary["val_loss_by_round"]] == [0, 1]
+    assert summary["rollbacks"] == [{"from_version": 3, "to_version": 1, "reason": "bad <text>"}]
+
+    # The run goes on; whoever starts later says again what was rolled back, and takes nothing back by it.
+    eval_2 = {"kind": "eval", "step": 8, "round": 2, "version": 2, "tokens": 90, "val_loss": {"law": 3.0, "prose": 3.0}}
+    append(config, {"kind": "commit", "version": 2, "fragment": 0, "silos": [], "weights": []}, back)
+    append(config, *({**eval_2, "silo": silo, "sequences": {"law": [64, 406]}} for silo in SILOS))
+    assert summarize(config)["rounds"] == 2
+    found = evaluations(Run.read(config))
+    assert [(one.round, one.tokens, one.mean) for one in found] == [(0, 0, 7.5), (1, 80, 6.5), (2, 180, 3.0)]
+    assert found[-1].sequences == summarize(config)["val_sequences"] == {"law": "64 of 406"}
+    html = write_report(config).read_text()
+    assert "Rolled back from version 3 to 1" in html
+    assert "bad &lt;text&gt;" in html
+    assert "Of law 64 of 406 sequences" in html
+    assert html.count('id="rollback"') == 3 + 2 + 2 + 2  # in each panel of four figures
+
+
+def test_a_silo_that_was_killed_counts_what_it_had_saved(tmp_path: Path) -> None:
+    config = make_run(tmp_path / "run")
+    append(config, start("law", version=2, tokens=80))
+    summary = summarize(config)
+    assert summary["tokens"] == 80 + 120
+    assert summary["rounds"] == 3
+
+
+def test_tokens_of_a_silo_that_has_come_late(tmp_path: Path) -> None:
+    config = make_run(tmp_path / "run", silos=("law",))
+    append(config, start("late", version=2, tokens=0), {"kind": "step", "silo": "late", "step": 10, "tokens": 30})
+    run = Run.read(config)
+    assert [run.tokens_at("late", step) for step in (0, 4, 8, 9, 10, 12)] == [0, 0, 0, 15, 30, 30]
+    assert [run.tokens_at("law", step) for step in (0, 4, 5, 12)] == [0, 40, 50, 120]
 
 
 def test_a_run_that_was_stopped_has_a_summary(tmp_path: Path) -> None:

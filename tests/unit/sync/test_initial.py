@@ -1,0 +1,46 @@
+"""What a silo without a checkpoint starts from, in a run of a fixed roster that has gone on."""
+
+from pathlib import Path
+
+from pretrain.exchange.rollback import roll_back
+from pretrain.sync.through_store import ThroughStore
+from tests.conftest import TinyConfig
+from tests.unit.exchange.test_rollback import advance, opened
+from tests.unit.test_aggregate import start
+
+
+def test_from_version_0_while_it_is_there_and_else_from_the_newest(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    config = tiny_config(tmp_path, inner={"num_steps": 24}, exchange={"keep_versions": 9})
+    aggregator, state = start(config)
+    for _ in range(4):
+        advance(config, aggregator, state)
+    store = opened(Path(config.store_url))
+
+    def starts_from() -> int:
+        """As a new process does each time: what was said before is not remembered."""
+        exchange = ThroughStore(config, "alpha")
+        exchange._store.read_contract()
+        received = exchange.initial()
+        assert received.values.keys() == state.parameters.keys()
+        return received.commit.version
+
+    assert starts_from() == 0, "every round can be made again as it was"
+    store.prune([], 4, 2)
+    assert starts_from() == 4
+    roll_back(store, 1, to=3)
+    assert starts_from() == 3
+    assert starts_from() == 3, "also if it was killed before its first checkpoint"
+
+
+def test_after_a_rollback_from_the_version_gone_back_to(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    config = tiny_config(tmp_path, inner={"num_steps": 24}, exchange={"keep_versions": 9})
+    aggregator, state = start(config)
+    for _ in range(3):
+        advance(config, aggregator, state)
+    roll_back(opened(Path(config.store_url)), 1, to=2)
+    exchange = ThroughStore(config, "alpha")
+    exchange._store.read_contract()
+    assert exchange.initial().commit.version == 2
+    assert exchange.rollbacks() == [
+        {"number": 1, "from_version": 3, "to_version": 2, "step": 8, "round": 2, "reason": ""}
+    ]
