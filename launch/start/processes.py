@@ -84,7 +84,7 @@ class Child:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 pass_fds=self.inherited_files,
-                preexec_fn=_die_with(os.getpid()),  # noqa: PLW1509 - the launcher has one thread
+                preexec_fn=die_with(os.getpid()),  # noqa: PLW1509 - the launcher has one thread
             )
 
     @property
@@ -182,7 +182,7 @@ def run_here(argv: list[str], environment: dict[str, str]) -> int:
     Call it from the main thread.
     """
     variables = os.environ | environment
-    prepare = _die_with(os.getpid())
+    prepare = die_with(os.getpid())
     with subprocess.Popen(argv, env=variables, start_new_session=True, preexec_fn=prepare) as child:  # noqa: PLW1509
         for number in STOP_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
@@ -190,7 +190,7 @@ def run_here(argv: list[str], environment: dict[str, str]) -> int:
         return child.wait()
 
 
-def _die_with(launcher_pid: int) -> Callable[[], None]:
+def die_with(launcher_pid: int) -> Callable[[], None]:
     """What a fork of the launcher does before it becomes the child: ask for SIGTERM when the launcher dies."""
 
     def prepare() -> None:
