@@ -198,6 +198,19 @@ class StopSignals:
     def _count(self, number: int, _frame: FrameType | None) -> None:
         self.first = self.first or signal.Signals(number)
         self.count += 1
+        if number == signal.SIGHUP:
+            leave_closed_terminal()
+
+
+def leave_closed_terminal() -> None:
+    """Say what is still said to nobody, if our terminal was closed: else it would be an error, in place of a save."""
+    for descriptor in (1, 2):
+        try:
+            os.write(descriptor, b"")
+        except OSError:
+            nobody = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nobody, descriptor)
+            os.close(nobody)
 
 
 @dataclass(kw_only=True)
