@@ -1,5 +1,6 @@
 """`atoll launch torchrun`: the command of every node of a silo, for machines without a scheduler."""
 
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,8 @@ from launch.start.workers import KEEP_FREED_MEMORY, silo_command
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import save_config
+
+HOST = re.compile(r"[A-Za-z0-9\[:][A-Za-z0-9._:%\]-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,9 @@ def check_options(config: RunConfig, silo: str, hosts: list[str], port: int) -> 
             f"--host: {', '.join(hosts) or 'none'} given; allowed: {settings.num_nodes} different ones, as "
             f"silos.{silo}.num_nodes says"
         )
+    for host in hosts:  # it is printed for a shell, and handed to ssh, which would take -o for an option
+        if not HOST.fullmatch(host):
+            raise ConfigError(f"--host: {host!r} given; allowed: names or addresses")
     if not 1024 <= port <= 65_535:
         raise ConfigError(f"--port: {port} given; allowed: 1024 to 65535")
 

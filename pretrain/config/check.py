@@ -14,6 +14,8 @@ CODECS = ("fp32", "bf16", "int8", "int4", "e3m0", "topk")
 SECRET_NAME = re.compile(r"secret|token|passw|credential|connection_string|authorization|username|key$|key_id$", re.I)
 SECRET_VALUE = re.compile(r"://[^/\s]*:[^/\s]*@")
 SILO_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+# It may come from another institution, and goes into batch scripts.
+RUN_NAME = re.compile(r"[\w.-]{1,100}")
 
 # Keys of DeepSpeed's configuration that are computed from ours; giving them twice could only contradict.
 OWNED_DEEPSPEED_KEYS = {
@@ -54,6 +56,8 @@ def check_config(config: RunConfig) -> None:
     }
     for key, (value, allowed) in one_of.items():
         _require(value in allowed, key, value, ", ".join(allowed))
+    _require(bool(RUN_NAME.fullmatch(config.name)), "name", config.name, "up to 100 letters, digits, and _ . -")
+    _require(config.directory.isprintable(), "directory", config.directory, "a path without control characters")
     _check_numbers(config)
     _check_rates(config)
     _check_streaming(config.outer)
