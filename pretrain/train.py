@@ -1,6 +1,6 @@
-"""The silo's loop; what torchrun starts.
+"""The silo's loop; what `launch/start/workers.py` starts, or torchrun on several nodes.
 
-torchrun --nproc-per-node 2 -m pretrain.train --config run.yaml --silo law [key=value ...]
+python -m pretrain.train --config run.yaml --silo law [key=value ...]
 """
 
 import argparse
@@ -327,7 +327,10 @@ def _read_in_background(config: RunConfig, name: str) -> Future[str]:
 
 def run(config: RunConfig, name: str, journal: Journal | None) -> int:
     """Prepare and train; returns 0 when done, STOPPED when stopped with everything saved."""
-    ranks, asked_to_stop = Ranks(), note_signals()
+    ranks = Ranks(lambda what: journal.status("waiting", waiting_for=what) if journal else None)
+    if journal:
+        journal.status("starting")
+    asked_to_stop = note_signals()
     exchange = _exchange(config, name, ranks)
     sync = ElasticSync(config, name, ranks, journal, exchange, asked_to_stop=asked_to_stop) if exchange else None
     silo, ended = None, "has failed"

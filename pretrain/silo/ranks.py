@@ -3,6 +3,7 @@
 import json
 import os
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -20,7 +21,8 @@ from pretrain.silo.extensions import load_extension
 class Ranks:
     """The process group of one silo; rank 0 is the leader, the only one that talks to the exchange."""
 
-    def __init__(self) -> None:
+    def __init__(self, waits_for: Callable[[str], None] = lambda what: None) -> None:
+        """`waits_for` is told what takes long."""
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed wants it
         self.device = torch.device(get_accelerator().device_name(int(os.environ["LOCAL_RANK"])))
         if mode := os.environ.get(NUMA_BINDING):
@@ -31,7 +33,7 @@ class Ranks:
         # DeepSpeed calls collectives by names that torch has since renamed: one warning a parameter, none of them ours.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
         backend = "gloo" if self.device.type == "cpu" else get_accelerator().communication_backend_name()
-        load_extension("ShareMemCommBuilder")
+        load_extension("ShareMemCommBuilder", waits_for)
         _meet(backend, self.device)
         deepspeed.init_distributed(dist_backend=backend, verbose=False)
         self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
