@@ -23,6 +23,7 @@ from pretrain.config.load import load_config
 from pretrain.exchange.base import Exchange
 from pretrain.exchange.objects import StoreTroubleError
 from pretrain.federation.preflight import check_silo
+from pretrain.host.caches import use_writable_caches
 from pretrain.host.disk import full_disk
 from pretrain.host.journal import Journal
 from pretrain.host.lock import lock_directory
@@ -371,7 +372,9 @@ def main() -> int:
         config = load_config(arguments.config, arguments.overrides)
         if arguments.silo not in config.silos:
             raise ConfigError(f"--silo: {arguments.silo!r} given; allowed: {', '.join(sorted(config.silos))}")
+        caches = use_writable_caches(Path(config.directory))
         if is_leader:
+            print(caches, flush=True) if caches else None
             lock_directory(config.silo_directory(arguments.silo), f"silo {arguments.silo}")
             journal = Journal(config, f"silos/{arguments.silo}", silo=arguments.silo)
             journal.status("starting")

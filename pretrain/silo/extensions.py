@@ -17,6 +17,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch.utils.cpp_extension import get_default_build_root
 
+from pretrain.config.check import ConfigError
+
 
 def load_extension(builder_name: str, waits_for: Callable[[str], None] = lambda what: None) -> None:
     """Build and load an extension before DeepSpeed asks for it, by the name of its builder; nothing if it has none
@@ -55,7 +57,13 @@ def building() -> Iterator[Path]:
     that another version of ninja has built, so it is always the environment's own, whatever comes first on PATH.
     """
     directory = _directory()
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"TORCH_EXTENSIONS_DIR: {str(directory.parent)!r} given; {error.strerror}; allowed: a folder that can be "
+            "written"
+        ) from None
     with (directory / "building").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for left_behind in directory.glob("*/lock"):
