@@ -22,6 +22,7 @@ from launch.start.workers import SAVE_SECONDS, silo_command
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import save_config
+from pretrain.host.caches import use_writable_caches
 from pretrain.host.lock import lock_directory, lock_holder
 from pretrain.host.stopping import STOPPED
 
@@ -236,6 +237,8 @@ class Attempt:
     def run(self, commands: list[ChildCommand], inherited_files: tuple[int, ...] = ()) -> None:
         """Start all, watch them, and return when none is left."""
         directory = Path(self.config.directory)
+        if caches := use_writable_caches(directory):
+            self.console.print(caches, soft_wrap=True, markup=False, highlight=False)
         self._metrics = MetricsReader(directory / "metrics.jsonl")
         history = self._metrics.read_new()
         plan = f"{self._silos()}, {self.config.inner.num_steps:,} steps"

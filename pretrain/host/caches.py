@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-HOME_CACHES = {"XDG_CACHE_HOME": "~/.cache", "TRITON_CACHE_DIR": "~/.triton"}
+HOME_CACHES = {"XDG_CACHE_HOME": "~/.cache", "TRITON_CACHE_DIR": "~/.triton", "MPLCONFIGDIR": "~/.config"}
 """Environment variables that say so, and where it is without them."""
 
 
@@ -18,7 +18,7 @@ def use_writable_caches(directory: Path) -> str:
         if variable not in os.environ and not _can_be_written(place):
             os.environ[variable] = str((directory / "caches").absolute())
             moved.append(str(place))
-    return f"{' and '.join(moved)} cannot be written: caches go to {directory / 'caches'}" if moved else ""
+    return f"{', '.join(moved)} cannot be written: caches go to {directory / 'caches'}" if moved else ""
 
 
 def _can_be_written(place: Path) -> bool:

@@ -23,7 +23,7 @@ def test_caches_go_to_the_run_directory(tmp_path: Path, home: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     said, *_, directory = done.stdout.splitlines()
-    assert said == f"{home}/.cache and {home}/.triton cannot be written: caches go to {tmp_path}/caches"
+    assert said == f"{home}/.cache, {home}/.triton, {home}/.config cannot be written: caches go to {tmp_path}/caches"
     assert Path(directory).is_relative_to(tmp_path / "caches")
     assert Path(directory).is_dir()
 
