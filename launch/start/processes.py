@@ -2,11 +2,11 @@
 
 Three ways out, all leading to nothing left behind:
 
-- `Children.stop` (also on leaving the `with` block): SIGTERM to each child's leader, which lets torchrun pass it on to
+- `Children.stop` (also on leaving the `with` block): SIGTERM to each child's leader, which lets it pass it on to
   its workers and a silo save a checkpoint; SIGKILL to whatever is left when the grace is over. An ssh gets the end of
   its input instead, which reaches the far end.
 - The launcher is killed with SIGKILL: the kernel sends each leader SIGTERM (PR_SET_PDEATHSIG), so the same happens.
-- A leader is killed: its workers are orphans in sessions of their own (torchrun gives each worker one), out of reach
+- A leader is killed: its workers are orphans in sessions of their own (what starts several gives each one), out of reach
   of a process-group kill. They are found by an environment variable that only our children inherit.
 """
 

@@ -52,7 +52,7 @@ class JobConfig:
     """Folder of a node's own, such as `$TMPDIR` (the batch script's): shards are copied there at each start and caches
     put there, and both removed at its end."""
     numa: str | None = None
-    """How torchrun binds a process to the cores near its GPU: node, socket, exclusive or core-complex."""
+    """How a process is bound to the cores near its GPU: node, socket, exclusive or core-complex."""
     interface: str | None = None
     """Network interface for NCCL and gloo."""
     warn_seconds: int = 120

@@ -1,7 +1,7 @@
 """`atoll launch slurm`: one batch job for each silo and one for the aggregator, from a site's description.
 
 A job is written, checked by `sbatch --test-only`, and only when all are in order is any submitted. Inside it, one srun
-starts torchrun on every node (`node.py`). Before the time limit, and when it is preempted, the silo saves and stops,
+starts the silo on every node (`node.py`). Before the time limit, and when it is preempted, the silo saves and stops,
 and the job puts itself back into the queue (`requeue.py`), so that a run of any length passes through limits of any
 length.
 """
