@@ -6,7 +6,7 @@ Three ways out, all leading to nothing left behind:
   its workers and a silo save a checkpoint; SIGKILL to whatever is left when the grace is over. An ssh gets the end of
   its input instead, which reaches the far end.
 - The launcher is killed with SIGKILL: the kernel sends each leader SIGTERM (PR_SET_PDEATHSIG), so the same happens.
-- A leader is killed: its workers are orphans in sessions of their own (what starts several gives each one), out of reach
+- A leader is killed: its workers are orphans in sessions of their own (each rank of several has one), out of reach
   of a process-group kill. They are found by an environment variable that only our children inherit.
 """
 
