@@ -15,7 +15,7 @@ from rich.console import Console
 from launch.show.display import LiveDisplay, PlainDisplay, Progress, describe_setup, format_bytes, format_seconds
 from launch.show.metrics import MetricsReader, ProcessStatus, last_of_each, read_status
 from launch.start import local
-from launch.start.local import hold_directory, launch_local, local_commands, log_tail, new_attempt
+from launch.start.local import Attempt, hold_directory, launch_local, local_commands, log_tail, new_attempt
 from launch.start.processes import POLL_SECONDS, ChildCommand, Children
 from launch.start.workers import SAVE_SECONDS
 from pretrain.config.check import ConfigError
@@ -150,6 +150,38 @@ def test_a_silo_that_stops_early_is_a_failure(tmp_path: Path) -> None:
     code, text = run_quietly(make_config(tmp_path), [script("law", source, tmp_path)])
     assert code == 1
     assert "law stopped before the end" in text
+
+
+STOPS = """
+import pathlib, sys
+path = pathlib.Path(sys.argv[2]) / "run/silos/law/status.json"
+path.parent.mkdir(parents=True, exist_ok=True)
+path.write_text('{"phase": "stopped"}')
+print("stopped after step 3: why; all is saved")
+sys.exit(75)
+"""
+
+
+@pytest.mark.parametrize("is_alone", [False, True])
+def test_a_stop_is_a_failure_only_for_those_who_wait(tmp_path: Path, *, is_alone: bool) -> None:
+    config, output = make_config(tmp_path, 1), (tmp_path / "said").open("w+")
+    (tmp_path / "run").mkdir()
+    console = Console(file=output, width=200)
+    logs = new_attempt(tmp_path / "run")
+    attempt = Attempt(config=config, log_directory=logs, max_restarts=0, console=console, is_alone=is_alone)
+    attempt.run([script("law", STOPS, tmp_path)])
+    assert attempt.report(write=False) == (0 if is_alone else 1)
+    output.seek(0)
+    said = output.read()
+    assert ("\nsilo law stopped after step 3: why; all is saved\n" in said) == is_alone
+    assert ("error: law stopped before the end" in said) != is_alone
+
+
+def test_a_mistake_that_is_only_in_the_log_is_one_line(tmp_path: Path) -> None:
+    source = "import sys; print('atoll: silo law runs there already'); sys.exit(2)"
+    code, text = run_quietly(make_config(tmp_path), [script("law", source, tmp_path)], max_restarts=1)
+    assert code == 2
+    assert text.endswith("\nerror: law: silo law runs there already\n")
 
 
 def test_each_attempt_has_its_own_logs(tmp_path: Path) -> None:
