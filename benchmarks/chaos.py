@@ -3,7 +3,7 @@
     python -m benchmarks.chaos [--silos 3] [--rounds 30] [--kills 60] [--seed 0] [--streaming] [--directory DIR]
 
 Runs a small federation twice with `atoll launch local`. The second time SIGKILL strikes again and again: the
-aggregator, a silo's torchrun, which leaves its ranks behind, or any rank; the launcher starts again what died
+aggregator, what starts a silo's ranks if there are several, or any rank; the launcher starts again what died
 (`--max-restarts`). Compared are the final global parameters, every commit's bytes, each silo's loss, learning rate,
 tokens and gradient norm at every step, its held-out losses, and its last checkpoint.
 
@@ -144,7 +144,7 @@ class Target:
     child: str
     """A silo's name, or `aggregator`."""
     kind: str
-    """aggregator, torchrun, or rank and its number."""
+    """aggregator, starter, or rank and its number."""
     start: str
     """Names the start of the child that the process belongs to."""
     process: psutil.Process
@@ -153,20 +153,20 @@ class Target:
 def kinds(config: RunConfig) -> set[str]:
     """The kinds of process that a run has."""
     ranks = {rank for silo in config.silos.values() for rank in range(silo.processes_per_node)}
-    return {AGGREGATOR, "torchrun", *(f"rank {rank}" for rank in ranks)}
+    return {AGGREGATOR, *({"starter"} if len(ranks) > 1 else ()), *(f"rank {rank}" for rank in ranks)}
 
 
 def living(launcher: psutil.Process) -> Iterator[Target]:
-    """The launcher's own children, and of each torchrun its ranks: by parent, never by name."""
+    """The launcher's own children, and those of the starters of several ranks: by parent, never by name."""
     for leader in launcher.children():
         with contextlib.suppress(psutil.Error, KeyError):  # it has just ended, or is between fork and exec
-            start = leader.environ()[MARK]
+            start, rank = leader.environ()[MARK], leader.environ().get("RANK")
             child = start.rsplit("-", 1)[0]
-            for process in leader.children() if child != AGGREGATOR else ():
+            for process in leader.children() if child != AGGREGATOR and rank is None else ():
                 with contextlib.suppress(psutil.Error, KeyError):
                     yield Target(child=child, kind=f"rank {process.environ()['RANK']}", start=start, process=process)
             if leader.status() != psutil.STATUS_ZOMBIE:
-                kind = AGGREGATOR if child == AGGREGATOR else "torchrun"
+                kind = AGGREGATOR if child == AGGREGATOR else "starter" if rank is None else f"rank {rank}"
                 yield Target(child=child, kind=kind, start=start, process=leader)
 
 

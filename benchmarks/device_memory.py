@@ -1,7 +1,7 @@
 """Device memory that syncing needs beyond training, with fragments that take turns and overlap.
 
-    torchrun --standalone --nproc-per-node 1 -m benchmarks.device_memory
-    torchrun --standalone --nproc-per-node 2 -m benchmarks.device_memory --stage 3
+    python -m benchmarks.device_memory
+    python -m launch.start.workers --num-processes 2 -- python -m benchmarks.device_memory --stage 3
 
 First a silo's engine makes inner steps alone; then the silo's real loop goes on with it in a federation of one, with a
 real aggregator: fragments are delivered, merged, mixed and adopted, and the global model is swapped in for an

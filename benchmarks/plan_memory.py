@@ -1,6 +1,6 @@
 """Device memory that `atoll plan` predicts against what DeepSpeed really takes, at every ZeRO stage.
 
-    torchrun --standalone --nproc-per-node 2 -m benchmarks.plan_memory [key=value ...]
+    python -m launch.start.workers --num-processes 2 -- python -m benchmarks.plan_memory [key=value ...]
 
 An engine is built and makes three inner steps, at stages 0 to 3 one after another. Counted is the highest of any rank:
 on a GPU the allocator's own count, on a CPU tensor by tensor (benchmarks.device_memory).

@@ -1,7 +1,7 @@
 """What a silo's loop costs between syncs: its steps per second against a bare DeepSpeed loop, same model, same batch.
 
-    torchrun --standalone --nproc-per-node 1 -m benchmarks.silo_overhead
-    torchrun --standalone --nproc-per-node 2 -m benchmarks.silo_overhead --stage 2
+    python -m benchmarks.silo_overhead
+    python -m launch.start.workers --num-processes 2 -- python -m benchmarks.silo_overhead --stage 2
 
 Both loops drive the same engine in the same process and take turns, so that a busy machine slows both alike; the ratio
 is that of the medians over the turns. The bare loop has its batches in memory and neither logs nor schedules.

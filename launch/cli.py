@@ -53,7 +53,7 @@ def launch_local_command(
     overrides: Overrides = None,
     max_restarts: Annotated[int, typer.Option(help="How often a child that crashed is started again.")] = 0,
 ) -> None:
-    """Start the aggregator and one torchrun per silo on this machine, and watch them.
+    """Start the aggregator and every silo on this machine, and watch them.
 
     Ctrl-C saves and stops; the same command goes on.
 
@@ -195,13 +195,13 @@ def train(
     silo: Annotated[str, typer.Option(help="Which of the configuration's silos this is.")],
     overrides: Overrides = None,
 ) -> None:
-    """Train one silo on this machine with torchrun; the aggregator runs elsewhere.
+    """Train one silo on this machine, and watch it; the aggregator and the other silos run elsewhere.
 
-    On several nodes, start [bold]torchrun ... -m pretrain.train[/bold] with the same arguments on each.
+    Ctrl-C saves and stops; the same command goes on. For several nodes: atoll launch torchrun.
 
     [bold]Example:[/bold] atoll train --config run.yaml --silo law
     """
-    from launch.start.local import train_here, write_resolved
+    from launch.start.local import launch_silo
     from pretrain.federation.preflight import check_collective, check_silo
 
     checked = load_config(config, overrides or [])
@@ -211,7 +211,7 @@ def train(
         raise ConfigError(f"silos.{silo}.num_nodes: {checked.silos[silo].num_nodes} given; allowed: 1 with atoll train")
     check_silo(checked, silo)
     check_collective(checked, silo)
-    raise typer.Exit(train_here(checked, silo, write_resolved(checked)))
+    raise typer.Exit(launch_silo(checked, silo))
 
 
 @app.command()

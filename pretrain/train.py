@@ -1,6 +1,6 @@
-"""The silo's loop; what torchrun starts.
+"""The silo's loop; what `launch/start/workers.py` starts, or torchrun on several nodes.
 
-torchrun --nproc-per-node 2 -m pretrain.train --config run.yaml --silo law [key=value ...]
+python -m pretrain.train --config run.yaml --silo law [key=value ...]
 """
 
 import argparse
@@ -23,6 +23,7 @@ from pretrain.config.load import load_config
 from pretrain.exchange.base import Exchange
 from pretrain.exchange.objects import StoreTroubleError
 from pretrain.federation.preflight import check_silo
+from pretrain.host.caches import use_writable_caches
 from pretrain.host.disk import full_disk
 from pretrain.host.journal import Journal
 from pretrain.host.lock import lock_directory
@@ -347,7 +348,10 @@ def _read_in_background(config: RunConfig, name: str) -> Future[str]:
 
 def run(config: RunConfig, name: str, journal: Journal | None) -> int:
     """Prepare and train; returns 0 when done, STOPPED when stopped with everything saved."""
-    ranks, asked_to_stop = Ranks(), note_signals()
+    ranks = Ranks(lambda what: journal.status("waiting", waiting_for=what) if journal else None)
+    if journal:
+        journal.status("starting")
+    asked_to_stop = note_signals()
     exchange = _exchange(config, name, ranks)
     sync = ElasticSync(config, name, ranks, journal, exchange, asked_to_stop=asked_to_stop) if exchange else None
     silo, ended = None, "has failed"
@@ -388,7 +392,9 @@ def main() -> int:
         config = load_config(arguments.config, arguments.overrides)
         if arguments.silo not in config.silos:
             raise ConfigError(f"--silo: {arguments.silo!r} given; allowed: {', '.join(sorted(config.silos))}")
+        caches = use_writable_caches(Path(config.directory))
         if is_leader:
+            print(caches, flush=True) if caches else None
             lock_directory(config.silo_directory(arguments.silo), f"silo {arguments.silo}")
             journal = Journal(config, f"silos/{arguments.silo}", silo=arguments.silo)
             journal.status("starting")

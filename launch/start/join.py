@@ -10,7 +10,7 @@ from launch.show.display import format_bytes
 from launch.show.plan import format_seconds
 from launch.show.report import format_count
 from launch.show.status_reader import StoreStatus, store_status
-from launch.start.local import train_here, write_resolved
+from launch.start.local import launch_silo, write_resolved
 from launch.start.site import SiteConfig, check_gpus, load_site
 from launch.start.slurm import launch_slurm
 from pretrain.config.check import ConfigError
@@ -78,26 +78,26 @@ def _start(config: RunConfig, silo: str, site: SiteConfig | None, *, dry_run: bo
         jobs, notes = launch_slurm(config, site, aggregator=False, dry_run=dry_run)
         says.lines([*(f"{name}: {what}" for name, what in jobs.items()), *notes])  # as launch slurm does
         return 0
-    path = write_resolved(config)
     if dry_run:
+        path = write_resolved(config)
         says.line("dry run", f"nothing was started; atoll train --config {path} --silo {silo} would")
         return 0
-    return train_here(config, silo, path)
+    return launch_silo(config, silo, console=says.console)
 
 
 class Says:
     """One line for each thing that was found."""
 
     def __init__(self, console: Console) -> None:
-        self._console = console
+        self.console = console
 
     def line(self, what: str, text: str, style: str = "") -> None:
         """Print a thing and what it is."""
-        self._console.print(Text.assemble((f"{what:<11}", "bold"), (text, style)), soft_wrap=True)
+        self.console.print(Text.assemble((f"{what:<11}", "bold"), (text, style)), soft_wrap=True)
 
     def lines(self, texts: list[str]) -> None:
         """Print lines as they are."""
-        self._console.print(Text("\n".join(texts)), soft_wrap=True)
+        self.console.print(Text("\n".join(texts)), soft_wrap=True)
 
     def federation(self, federation: Federation, status: StoreStatus) -> None:
         """The contract, who is there, and how its software differs."""

@@ -1,5 +1,6 @@
 """`atoll launch local`: the aggregator and every silo of the roster on this machine, watched until they end."""
 
+import dataclasses
 import os
 import re
 import signal
@@ -7,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -16,21 +17,21 @@ from rich.console import Console
 
 from launch.show.display import AGGREGATOR, LiveDisplay, PlainDisplay, make_display
 from launch.show.metrics import MetricsReader, ProcessStatus, read_status
-from launch.start.processes import POLL_SECONDS, STOP_SIGNALS, Child, ChildCommand, Children, run_here
+from launch.start.processes import POLL_SECONDS, STOP_SIGNALS, Child, ChildCommand, Children
+from launch.start.workers import SAVE_SECONDS, silo_command
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import save_config
-from pretrain.host.lock import lock_directory
+from pretrain.host.caches import use_writable_caches
+from pretrain.host.lock import lock_directory, lock_holder
+from pretrain.host.stopping import STOPPED
 
-# torchrun gives its workers 30 seconds between SIGTERM and SIGKILL (TORCH_ELASTIC_SHUTDOWN_TIMEOUT): outlast that, so
-# that it is torchrun that ends them.
-GRACE_SECONDS = 40.0
+# Longer than what starts several processes (workers.py) gives them between SIGTERM and SIGKILL: it is to end them.
+GRACE_SECONDS = SAVE_SECONDS + 10
 DISPLAY_SECONDS = 0.5
 LOG_TAIL_LINES = 20
-# Activations are freed and allocated at every step; glibc's default hands them back to the kernel each time, which
-# costs training on a CPU up to a fifth of its speed (docs/benchmarks.md). Keep blocks up to 64 MiB, 256 MiB in all.
-KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(64 << 20), "MALLOC_TRIM_THRESHOLD_": str(256 << 20)}
-
+SAID = "atoll: "
+"""How a line begins with which a process tells of a user's mistake."""
 CommandBuilder = Callable[[RunConfig, Path], list[ChildCommand]]
 
 
@@ -68,7 +69,7 @@ def launch_local(
 
 
 def local_commands(config: RunConfig, config_path: Path) -> list[ChildCommand]:
-    """The aggregator's command, if there is one, and one torchrun per silo."""
+    """The aggregator's command, if there is one, and one for each silo."""
     commands = []
     if config.exchange.kind == "store":
         commands.append(
@@ -78,29 +79,40 @@ def local_commands(config: RunConfig, config_path: Path) -> list[ChildCommand]:
                 error_path=process_directory(config, AGGREGATOR) / "error.txt",
             )
         )
-    for name, silo in config.silos.items():
-        # --standalone picks a free port for each torchrun; --local-addr spares laptops whose own name does not resolve.
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-        torchrun += ["--nnodes", "1", "--nproc-per-node", str(silo.processes_per_node)]
-        commands.append(
-            ChildCommand(
-                name=name,
-                argv=[*torchrun, "-m", "pretrain.train", "--config", str(config_path), "--silo", name],
-                environment={"OMP_NUM_THREADS": str(silo.num_threads), **KEEP_FREED_MEMORY},
-                error_path=process_directory(config, name) / "error.txt",
-            )
-        )
-    return commands
+    return [*commands, *(silo_child(config, name, config_path) for name in config.silos)]
 
 
-def train_here(config: RunConfig, silo: str, config_path: Path) -> int:
-    """Run one silo's torchrun on this machine to its end; returns the exit status, 2 for a user's mistake."""
-    command = next(command for command in local_commands(config, config_path) if command.name == silo)
-    code = run_here(command.argv, command.environment)
-    if command.error_path and command.error_path.exists():
-        return 2 if code else 0
-    stopped = read_status(process_directory(config, silo) / "status.json").phase == "stopped"
-    return 0 if stopped else code  # torchrun takes it for a failure if only the silo was asked to stop
+def silo_child(config: RunConfig, silo: str, config_path: Path) -> ChildCommand:
+    """What runs a silo on this machine."""
+    argv, environment = silo_command(config, silo, config_path)
+    error_path = process_directory(config, silo) / "error.txt"
+    return ChildCommand(name=silo, argv=argv, environment=environment, error_path=error_path)
+
+
+def launch_silo(config: RunConfig, silo: str, *, console: Console | None = None) -> int:
+    """Run one silo on this machine, watched as by `launch_local`; aggregator and other silos run elsewhere.
+
+    Returns the exit status as that does, but 0 if the silo was stopped by others than us, with everything saved. Raises
+    ConfigError if it runs already, or its directory cannot be written. Call it from the main thread.
+    """
+    directory = Path(config.directory)
+    for folder, what in ((directory, "a launch"), (config.silo_directory(silo), f"silo {silo}")):
+        with suppress(NotADirectoryError):
+            if holder := lock_holder(folder):
+                raise ConfigError(
+                    f"directory: {config.directory!r} given; {what} runs there already (process {holder.process}); "
+                    "stop it, or name another directory"
+                )
+    path = write_resolved(config)
+    attempt = Attempt(
+        config=dataclasses.replace(config, silos={silo: config.silos[silo]}, roster=config.full_roster),
+        log_directory=new_attempt(directory),
+        max_restarts=0,
+        console=console or Console(),
+        is_alone=True,
+    )
+    attempt.run([silo_child(config, silo, path)])
+    return attempt.report(write=False)
 
 
 def write_resolved(config: RunConfig) -> Path:
@@ -149,9 +161,13 @@ def make_attempt(directory: Path) -> Path:
     logs = directory / "logs"
     logs.mkdir(exist_ok=True)
     numbers = [int(found[1]) for path in logs.iterdir() if (found := re.fullmatch(r"attempt-(\d+)", path.name))]
-    attempt = logs / f"attempt-{max(numbers, default=0) + 1:03}"
-    attempt.mkdir()
-    return attempt
+    number = max(numbers, default=0) + 1
+    while True:
+        attempt = logs / f"attempt-{number:03}"
+        with suppress(FileExistsError):  # silos that share a directory may be started at the same moment
+            attempt.mkdir()
+            return attempt
+        number += 1
 
 
 def point_latest(attempt: Path) -> None:
@@ -183,6 +199,19 @@ class StopSignals:
     def _count(self, number: int, _frame: FrameType | None) -> None:
         self.first = self.first or signal.Signals(number)
         self.count += 1
+        if number == signal.SIGHUP:
+            leave_closed_terminal()
+
+
+def leave_closed_terminal() -> None:
+    """Say what is still said to nobody, if our terminal was closed: else it would be an error, in place of a save."""
+    for descriptor in (1, 2):
+        try:
+            os.write(descriptor, b"")
+        except OSError:
+            nobody = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nobody, descriptor)
+            os.close(nobody)
 
 
 @dataclass(kw_only=True)
@@ -197,6 +226,10 @@ class Attempt:
     """How long a stop waits for what is being saved."""
     on_second_signal: str = "ends them at once, without saving"
     """What Ctrl-C does while it waits."""
+    is_alone: bool = False
+    """One silo, for which nothing else here waits: that it was stopped is no failure."""
+    stopped: str = ""
+    """What such a silo said when it was stopped."""
     failure: "Failure | None" = None
     """What went wrong, if something did."""
     signals: StopSignals = field(default_factory=StopSignals)
@@ -204,9 +237,11 @@ class Attempt:
     def run(self, commands: list[ChildCommand], inherited_files: tuple[int, ...] = ()) -> None:
         """Start all, watch them, and return when none is left."""
         directory = Path(self.config.directory)
+        if caches := use_writable_caches(directory):
+            self.console.print(caches, soft_wrap=True, markup=False, highlight=False)
         self._metrics = MetricsReader(directory / "metrics.jsonl")
         history = self._metrics.read_new()
-        plan = f"{len(self.config.silos)} silos, {self.config.inner.num_steps:,} steps"
+        plan = f"{self._silos()}, {self.config.inner.num_steps:,} steps"
         if self.config.exchange.kind != "none":
             plan += f", a sync every {self.config.outer.sync_interval_steps:,}"
         self.console.print(
@@ -226,16 +261,24 @@ class Attempt:
             finally:
                 display.close()
 
+    def _silos(self) -> str:
+        names = list(self.config.silos)
+        return f"silo {names[0]}" if len(names) == 1 else f"{len(names)} silos"
+
     def _watch(self, children: Children, display: LiveDisplay | PlainDisplay) -> None:
         """Return when every child has finished, one has failed for good, or a signal came."""
         next_display = 0.0
         while self.signals.first is None:
             failed = [child for child in children.all if has_failed(child, self.config)]
+            if self.is_alone and failed and has_stopped(failed[0], self.config):
+                self.stopped = log_tail(failed[0].log_path)[-1]
+                return
             # The one that says why it stopped is the cause; the others may have failed because of it.
             failed.sort(key=lambda child: child.error_line() is None)
             for child in failed:
-                if child.error_line() is not None or child.num_starts > self.max_restarts:
-                    self.failure = Failure.of(child)
+                failure = Failure.of(child)
+                if failure.is_users or child.num_starts > self.max_restarts:
+                    self.failure = failure
                     return
                 display.say(
                     f"{child.name} crashed (exit {child.returncode}); start {child.num_starts + 1} of "
@@ -291,13 +334,17 @@ class Attempt:
                 highlight=False,
             )
             return 128 + self.signals.first
+        if self.stopped:
+            self.console.print(f"{self._silos()} {self.stopped}", soft_wrap=True, markup=False, highlight=False)
+            return 0
         places = {"metrics": directory / "metrics.jsonl", "logs": self.log_directory, "silos": directory / "silos"}
         if write and places["metrics"].is_file():
             # Here and not above: what draws it takes a second to import, and a failed start should say so at once.
             from launch.show.report import write_report
 
             places = {"report": write_report(self.config), "summary": directory / "summary.json", **places}
-        lines = [f"finished: {self.config.inner.num_steps:,} steps in each of {len(self.config.silos)} silos"]
+        silos = f"each of {self._silos()}" if len(self.config.silos) > 1 else self._silos()
+        lines = [f"finished: {self.config.inner.num_steps:,} steps in {silos}"]
         lines += [f"  {what:<8} {path}" for what, path in places.items()]
         self.console.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
         return 0
@@ -315,11 +362,15 @@ def child_status(child: Child, config: RunConfig) -> ProcessStatus:
 def has_failed(child: Child, config: RunConfig) -> bool:
     """Whether the child ended before its work was done.
 
-    One that was asked to stop from outside exits with 0; the others would wait for it for ever.
+    So has one that was asked to stop from outside; the others would wait for it for ever.
     """
-    if child.returncode is None:
-        return False
-    return child.returncode != 0 or child_status(child, config).phase == "stopped"
+    return bool(child.returncode) or has_stopped(child, config)
+
+
+def has_stopped(child: Child, config: RunConfig) -> bool:
+    """Whether the child was asked to stop, and has saved everything."""
+    ended_well = child.returncode in (0, STOPPED) and child.error_line() is None
+    return ended_well and child_status(child, config).phase == "stopped"
 
 
 @dataclass(kw_only=True)
@@ -336,14 +387,19 @@ class Failure:
     @classmethod
     def of(cls, child: Child) -> "Failure":
         """Read the reason from what the child left behind."""
+        tail = log_tail(child.log_path)
         line = child.error_line()
+        if line is None and child.returncode == 2:  # a mistake found before it had the folder for a note of it
+            line = next((line.removeprefix(SAID) for line in reversed(tail) if line.startswith(SAID)), None)
         if line is not None:
             return cls(name=child.name, is_users=True, text=f"error: {child.name}: {line}")
-        how = "stopped before the end" if child.returncode == 0 else f"failed with exit status {child.returncode}"
+        how = f"failed with exit status {child.returncode}"
+        if child.returncode in (0, STOPPED):
+            how = "stopped before the end"
         if child.returncode is not None and child.returncode < 0:
             how = f"was ended by {signal.Signals(-child.returncode).name}"
-        tail = "\n".join(f"  | {line}" for line in log_tail(child.log_path))
-        text = f"error: {child.name} {how}; the end of its log:\n{tail}\nthe whole log: {child.log_path}"
+        shown = "\n".join(f"  | {line}" for line in tail)
+        text = f"error: {child.name} {how}; the end of its log:\n{shown}\nthe whole log: {child.log_path}"
         return cls(name=child.name, is_users=False, text=text)
 
 

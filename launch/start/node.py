@@ -1,15 +1,15 @@
-"""What srun starts on every node of a silo's job: shards copied to the node, torchrun, a note if it failed here.
+"""What srun starts on every node of a silo's job: shards copied to the node, the silo, a note if it failed here.
 
     python -m launch.start.node --config run/config.yaml --silo law --host 10.0.0.1 --host 10.0.0.2 --port 20017
 
-Exit code 2: a user's mistake, which another start would only repeat; otherwise torchrun's.
+A silo of several nodes is started by torchrun. Exit code 2: a user's mistake, which another start would only repeat;
+otherwise torchrun's, or the silo's own.
 """
 
 import argparse
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from launch.start.torchrun import node_command
+from launch.start.torchrun import config_path, node_command
+from launch.start.workers import SAVE_SECONDS, SAVE_VARIABLE, Asked, run_workers, train_command
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig, SiloConfig
 from pretrain.config.load import load_config
@@ -25,8 +26,6 @@ from pretrain.host.lock import lock_holder
 
 LOCK_SECONDS = 300
 CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
-# SLURM signals all processes of a step; torchrun is the one that answers.
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 def main() -> int:
@@ -42,39 +41,55 @@ def main() -> int:
     arguments = parser.parse_args()
     node, job = os.environ["SLURMD_NODENAME"], os.environ["SLURM_JOB_ID"]
     start = f"{job}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
-    signals: list[int] = []
-    for number in SIGNALS:
-        signal.signal(number, lambda number, _frame: signals.append(number))
+    asked = Asked()  # SLURM signals all processes of a step: torchrun answers, or the workers that we pass it on to
     try:
         if not arguments.config.is_file():
             raise ConfigError(f"{arguments.config} is not there; put the run directory where all nodes see it")
         config = load_config([arguments.config])
         with staged(config, arguments.silo, arguments.scratch, f"{job}-{node}") as (overrides, environment):
-            command = node_command(
-                config,
-                arguments.silo,
-                arguments.host,
-                int(os.environ["SLURM_NODEID"]),
-                port=arguments.port,
-                interface=arguments.interface,
-                identity=start,
-                numa=arguments.numa,
-                overrides=overrides,
-            )
             if os.environ.get("SLURM_RESTART_COUNT"):
                 _wait_for_the_last_start(config.silo_directory(arguments.silo))
-            if signals:
-                return 128 + signals[0]
-            variables = os.environ | command.environment | environment
-            code = subprocess.run(command.argv, env=variables, check=False).returncode
+            if asked.first:
+                return 128 + asked.first
+            code = _run(config, arguments, asked, start=start, overrides=overrides, environment=environment)
     except ConfigError as error:
         print(f"node {node}: {error}", file=sys.stderr, flush=True)
         return 2
-    if code and not signals:  # with signals it was ended, most likely because another node failed
+    if code and not asked.first:  # with signals it was ended, most likely because another node failed
         notes = notes_directory(config, arguments.silo)
         notes.mkdir(parents=True, exist_ok=True)
         (notes / f"{start}-{node}").write_text(json.dumps({"time": time.time(), "node": node}))
     return code
+
+
+def _run(
+    config: RunConfig,
+    arguments: argparse.Namespace,
+    asked: Asked,
+    *,
+    start: str,
+    overrides: list[str],
+    environment: dict[str, str],
+) -> int:
+    """Run the silo's part on this node; returns the exit code."""
+    silo, path = arguments.silo, config_path(config)
+    if len(arguments.host) == 1:
+        argv, variables = train_command(config, silo, path, overrides=overrides, numa=arguments.numa)
+        seconds = float(os.environ.get(SAVE_VARIABLE, SAVE_SECONDS))
+        num = config.silos[silo].processes_per_node
+        return run_workers(argv, num, variables | environment, asked, save_seconds=seconds)
+    command = node_command(
+        config,
+        silo,
+        arguments.host,
+        int(os.environ["SLURM_NODEID"]),
+        port=arguments.port,
+        interface=arguments.interface,
+        identity=start,
+        numa=arguments.numa,
+        overrides=overrides,
+    )
+    return subprocess.run(command.argv, env=os.environ | command.environment | environment, check=False).returncode
 
 
 def _wait_for_the_last_start(directory: Path) -> None:

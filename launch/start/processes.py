@@ -2,11 +2,11 @@
 
 Three ways out, all leading to nothing left behind:
 
-- `Children.stop` (also on leaving the `with` block): SIGTERM to each child's leader, which lets torchrun pass it on to
+- `Children.stop` (also on leaving the `with` block): SIGTERM to each child's leader, which lets it pass it on to
   its workers and a silo save a checkpoint; SIGKILL to whatever is left when the grace is over. An ssh gets the end of
   its input instead, which reaches the far end.
 - The launcher is killed with SIGKILL: the kernel sends each leader SIGTERM (PR_SET_PDEATHSIG), so the same happens.
-- A leader is killed: its workers are orphans in sessions of their own (torchrun gives each worker one), out of reach
+- A leader is killed: its workers are orphans in sessions of their own (each rank of several has one), out of reach
   of a process-group kill. They are found by an environment variable that only our children inherit.
 """
 
@@ -84,7 +84,7 @@ class Child:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 pass_fds=self.inherited_files,
-                preexec_fn=_die_with(os.getpid()),  # noqa: PLW1509 - the launcher has one thread
+                preexec_fn=die_with(os.getpid()),  # noqa: PLW1509 - the launcher has one thread
             )
 
     @property
@@ -182,7 +182,7 @@ def run_here(argv: list[str], environment: dict[str, str]) -> int:
     Call it from the main thread.
     """
     variables = os.environ | environment
-    prepare = _die_with(os.getpid())
+    prepare = die_with(os.getpid())
     with subprocess.Popen(argv, env=variables, start_new_session=True, preexec_fn=prepare) as child:  # noqa: PLW1509
         for number in STOP_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
@@ -190,7 +190,7 @@ def run_here(argv: list[str], environment: dict[str, str]) -> int:
         return child.wait()
 
 
-def _die_with(launcher_pid: int) -> Callable[[], None]:
+def die_with(launcher_pid: int) -> Callable[[], None]:
     """What a fork of the launcher does before it becomes the child: ask for SIGTERM when the launcher dies."""
 
     def prepare() -> None:

@@ -81,8 +81,8 @@ def _patiently(ask: Callable[[], str]) -> str:
 
 
 def _count_crash(directory: Path, notes: Path, job: str) -> dict[str, Any]:
-    """Crashes of this job since anything was last saved, and how many of all began on each node: where torchrun was
-    the first to fail.
+    """Crashes of this job since anything was last saved, and how many of all began on each node: where it was the
+    first to fail.
     """
     file, saved = directory / "crashes.json", _saved(directory)
     found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}

@@ -1,5 +1,6 @@
 """What a site says of its cluster, once for all runs: the keys of `configs/site/*.yaml`."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from pretrain.config.keys import RunConfig
 from pretrain.config.load import Section, load_typed, spread
 
 RUNTIMES = ("apptainer", "pyxis")
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 BINDINGS = ("node", "socket", "exclusive", "core-complex")
 
 
@@ -50,7 +52,7 @@ class JobConfig:
     """Folder of a node's own, such as `$TMPDIR` (the batch script's): shards are copied there at each start and caches
     put there, and both removed at its end."""
     numa: str | None = None
-    """How torchrun binds a process to the cores near its GPU: node, socket, exclusive or core-complex."""
+    """How a process is bound to the cores near its GPU: node, socket, exclusive or core-complex."""
     interface: str | None = None
     """Network interface for NCCL and gloo."""
     warn_seconds: int = 120
@@ -87,7 +89,21 @@ def load_site(paths: list[Path], config: RunConfig) -> SiteConfig:
             if given not in allowed:
                 words = ", ".join(str(one or "null") for one in allowed)
                 raise ConfigError(f"{name}: {key}: {given!r} given; allowed: {words}")
+        _check_lines(name, job)
     return site
+
+
+def _check_lines(name: str, job: JobConfig) -> None:
+    """Raise ConfigError for what would be more than a value in a batch script; `setup` is meant to be."""
+    for key, value in vars(job).items():
+        texts = [value] if isinstance(value, str) else [*value] if isinstance(value, list | dict) else []
+        texts += value.values() if isinstance(value, dict) else []
+        for text in texts:
+            if key != "setup" and not text.isprintable():
+                raise ConfigError(f"{name}: {key}: {text!r} given; allowed: one line, without control characters")
+    for variable in job.environment:
+        if not VARIABLE.fullmatch(variable):
+            raise ConfigError(f"{name}: environment: {variable!r} given; allowed: letters, digits, _")
 
 
 def check_gpus(silo: str, num_processes: int, num_gpus: int, where: str) -> None:

@@ -1,7 +1,7 @@
 """`atoll launch slurm`: one batch job for each silo and one for the aggregator, from a site's description.
 
 A job is written, checked by `sbatch --test-only`, and only when all are in order is any submitted. Inside it, one srun
-starts torchrun on every node (`node.py`). Before the time limit, and when it is preempted, the silo saves and stops,
+starts the silo on every node (`node.py`). Before the time limit, and when it is preempted, the silo saves and stops,
 and the job puts itself back into the queue (`requeue.py`), so that a run of any length passes through limits of any
 length.
 """
@@ -57,8 +57,9 @@ def render_jobs(config: RunConfig, site: SiteConfig, attempt: Path, *, aggregato
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        finalize=in_a_line,
     )
-    templates.filters["quote"] = lambda value: shlex.quote(str(value))
+    templates.filters |= {"quote": lambda value: shlex.quote(str(value)), "bash": Bash}
     jobs = []
     for name in ([AGGREGATOR] if aggregator and config.exchange.kind == "store" else []) + sorted(config.silos):
         job = site.aggregator if name == AGGREGATOR else site.silos[name]
@@ -79,6 +80,19 @@ def render_jobs(config: RunConfig, site: SiteConfig, attempt: Path, *, aggregato
         script.write_text(text)
         jobs.append(Job(name=name, script=script, settings=job))
     return jobs
+
+
+class Bash(str):
+    """Lines of bash that a site wants run: the one thing in a script that may be more than a value."""
+
+
+def in_a_line(value: object) -> object:
+    """What is put into a script, as it is. Raises ConfigError if it would end its line: sbatch reads a quoted value no
+    further, and bash would run the rest.
+    """
+    if not isinstance(value, Bash) and not str(value).isprintable():
+        raise ConfigError(f"{str(value)!r} given for a batch script; allowed: one line, without control characters")
+    return value
 
 
 def host_python(job: JobConfig) -> Path:

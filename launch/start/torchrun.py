@@ -1,14 +1,18 @@
 """`atoll launch torchrun`: the command of every node of a silo, for machines without a scheduler."""
 
+import re
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.start.local import KEEP_FREED_MEMORY
+from launch.start.workers import KEEP_FREED_MEMORY, silo_command
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import save_config
+
+HOST = re.compile(r"[A-Za-z0-9\[:][A-Za-z0-9._:%\]-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +55,9 @@ def check_options(config: RunConfig, silo: str, hosts: list[str], port: int) -> 
             f"--host: {', '.join(hosts) or 'none'} given; allowed: {settings.num_nodes} different ones, as "
             f"silos.{silo}.num_nodes says"
         )
+    for host in hosts:  # it is printed for a shell, and handed to ssh, which would take -o for an option
+        if not HOST.fullmatch(host):
+            raise ConfigError(f"--host: {host!r} given; allowed: names or addresses")
     if not 1024 <= port <= 65_535:
         raise ConfigError(f"--port: {port} given; allowed: 1024 to 65535")
 
@@ -71,22 +78,24 @@ def node_command(
     max_restarts: int = 0,
     identity: str = "",
     numa: str | None = None,
-    overrides: list[str] | None = None,
+    overrides: Sequence[str] = (),
 ) -> NodeCommand:
-    """The torchrun of node `number`; `identity` keeps the rendezvous apart from that of another start."""
-    settings = config.silos[silo]
+    """What runs a silo on node `number`: torchrun, if there are several; `identity` keeps the rendezvous apart from
+    that of another start.
+    """
+    settings, path = config.silos[silo], config_path(config)
+    if len(hosts) == 1:
+        argv, environment = silo_command(config, silo, path, max_restarts=max_restarts)
+        return NodeCommand(host=hosts[0], environment=environment, argv=argv)
     environment = {"OMP_NUM_THREADS": str(settings.num_threads), **KEEP_FREED_MEMORY}
     if interface:
         environment |= {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface}
-    if max_restarts:
-        # Else workers that are started again find in the agents' store the addresses of those before them, and wait for
-        # them for ever (https://github.com/pytorch/pytorch/issues/135712).
-        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     torchrun = [sys.executable, "-m", "torch.distributed.run"]
     torchrun += ["--nnodes", str(len(hosts)), "--nproc-per-node", str(settings.processes_per_node)]
-    torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{hosts[0]}:{port}"]
-    torchrun += ["--rdzv-id", f"{config.name}-{silo}-{identity}", "--rdzv-conf", f"is_host={int(number == 0)}"]
+    # The dynamic rendezvous, c10d, unpickles what it finds at that port, whoever wrote it.
+    torchrun += ["--rdzv-backend", "static", "--rdzv-endpoint", f"{hosts[0]}:{port}", "--node-rank", str(number)]
+    torchrun += ["--rdzv-id", f"{config.name}-{silo}-{identity}"]
     torchrun += ["--local-addr", hosts[number], "--max-restarts", str(max_restarts)]
     torchrun += ["--numa-binding", numa] if numa else []
-    train = ["-m", "pretrain.train", "--config", str(config_path(config)), "--silo", silo, *(overrides or [])]
+    train = ["-m", "pretrain.train", "--config", str(path), "--silo", silo, *overrides]
     return NodeCommand(host=hosts[number], environment=environment, argv=[*torchrun, *train])

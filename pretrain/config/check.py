@@ -15,6 +15,8 @@ SECRET_NAME = re.compile(r"secret|token|passw|credential|connection_string|autho
 SECRET_VALUE = re.compile(r"://[^/\s]*:[^/\s]*@")
 RUN_ID = re.compile(r"[a-z0-9_-]{0,64}")
 SILO_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+# It may come from another institution, and goes into batch scripts.
+RUN_NAME = re.compile(r"[\w.-]{1,100}")
 
 # Keys of DeepSpeed's configuration that are computed from ours; giving them twice could only contradict.
 OWNED_DEEPSPEED_KEYS = {
@@ -56,6 +58,8 @@ def check_config(config: RunConfig) -> None:
     _require(bool(RUN_ID.fullmatch(config.run_id)), "run_id", config.run_id, f"{RUN_ID.pattern}, or empty")
     for key, (value, allowed) in one_of.items():
         _require(value in allowed, key, value, ", ".join(allowed))
+    _require(bool(RUN_NAME.fullmatch(config.name)), "name", config.name, "up to 100 letters, digits, and _ . -")
+    _require(config.directory.isprintable(), "directory", config.directory, "a path without control characters")
     _check_numbers(config)
     _check_rates(config)
     _check_streaming(config.outer)

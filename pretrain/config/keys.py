@@ -194,7 +194,7 @@ class SiloConfig:
     valid: dict[str, str] = field(default_factory=dict)
     """Held-out text: corpus name to a directory of packed shards."""
     num_nodes: int = 1
-    """Nodes of the silo's torchrun job."""
+    """Nodes of the silo; several are started by torchrun."""
     processes_per_node: int = 1
     """Processes on each node, one per GPU."""
     global_batch_sequences: int = 8

@@ -4,7 +4,6 @@ Nothing is written but a probe into the store, which is deleted again.
 """
 
 import os
-import re
 import shutil
 import time
 import uuid
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.config.check import ConfigError, check_config
+from pretrain.config.check import RUN_NAME, ConfigError, check_config
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import Section, load_unchecked
 from pretrain.exchange.options import is_directory, store_options
@@ -36,7 +35,6 @@ from pretrain.trust.ledger import RefusedError
 
 PROBE_BYTES = 8 << 20
 # A contract comes from others and goes into file names, batch scripts and what builds the model.
-RUN_NAME = re.compile(r"[\w.-]{1,100}")
 CODE_KEYS = ("auto_map", "trust_remote_code")
 
 

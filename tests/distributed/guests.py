@@ -46,9 +46,10 @@ class Guest:
         self.kill()
 
     def workers(self) -> list[psutil.Process]:
-        """The processes that it has started: those that train, of a silo."""
+        """Of a silo, the processes that train: itself, or those that it has started."""
         assert self._process
-        return psutil.Process(self._process.pid).children(recursive=True)
+        itself = psutil.Process(self._process.pid)
+        return itself.children(recursive=True) or [itself]
 
     def kill(self) -> None:
         """SIGKILL all its processes, if it runs."""

@@ -233,6 +233,8 @@ def test_mistakes_are_one_line(tmp_path: Path, tiny_config: TinyConfig) -> None:
     two = "allowed: 2 different ones, as silos.alpha.num_nodes says"
     assert said("alpha", ["a"]) == f"--host: a given; {two}"
     assert said("alpha", ["a", "a"]) == f"--host: a, a given; {two}"
+    for host in ("-oProxyCommand=id", "b\nid", "b;id", ""):
+        assert said("alpha", ["a", host]) == f"--host: {host!r} given; allowed: names or addresses"
     assert said("alpha", ["a", "b"], port=80) == "--port: 80 given; allowed: 1024 to 65535"
     assert not Path(config.directory).exists()
 

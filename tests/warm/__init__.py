@@ -14,7 +14,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from launch.start.local import KEEP_FREED_MEMORY
+from launch.start.workers import KEEP_FREED_MEMORY
 from tests.support import ROOT
 from tests.waiting import wait_for
 

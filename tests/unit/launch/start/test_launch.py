@@ -15,8 +15,9 @@ from rich.console import Console
 from launch.show.display import LiveDisplay, PlainDisplay, Progress, describe_setup, format_bytes, format_seconds
 from launch.show.metrics import MetricsReader, ProcessStatus, last_of_each, read_status
 from launch.start import local
-from launch.start.local import hold_directory, launch_local, local_commands, log_tail, new_attempt
-from launch.start.processes import ChildCommand, Children
+from launch.start.local import Attempt, hold_directory, launch_local, local_commands, log_tail, new_attempt
+from launch.start.processes import POLL_SECONDS, ChildCommand, Children
+from launch.start.workers import SAVE_SECONDS
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig, SiloConfig
 from pretrain.config.load import save_config
@@ -151,6 +152,38 @@ def test_a_silo_that_stops_early_is_a_failure(tmp_path: Path) -> None:
     assert "law stopped before the end" in text
 
 
+STOPS = """
+import pathlib, sys
+path = pathlib.Path(sys.argv[2]) / "run/silos/law/status.json"
+path.parent.mkdir(parents=True, exist_ok=True)
+path.write_text('{"phase": "stopped"}')
+print("stopped after step 3: why; all is saved")
+sys.exit(75)
+"""
+
+
+@pytest.mark.parametrize("is_alone", [False, True])
+def test_a_stop_is_a_failure_only_for_those_who_wait(tmp_path: Path, *, is_alone: bool) -> None:
+    config, output = make_config(tmp_path, 1), (tmp_path / "said").open("w+")
+    (tmp_path / "run").mkdir()
+    console = Console(file=output, width=200)
+    logs = new_attempt(tmp_path / "run")
+    attempt = Attempt(config=config, log_directory=logs, max_restarts=0, console=console, is_alone=is_alone)
+    attempt.run([script("law", STOPS, tmp_path)])
+    assert attempt.report(write=False) == (0 if is_alone else 1)
+    output.seek(0)
+    said = output.read()
+    assert ("\nsilo law stopped after step 3: why; all is saved\n" in said) == is_alone
+    assert ("error: law stopped before the end" in said) != is_alone
+
+
+def test_a_mistake_that_is_only_in_the_log_is_one_line(tmp_path: Path) -> None:
+    source = "import sys; print('atoll: silo law runs there already'); sys.exit(2)"
+    code, text = run_quietly(make_config(tmp_path), [script("law", source, tmp_path)], max_restarts=1)
+    assert code == 2
+    assert text.endswith("\nerror: law: silo law runs there already\n")
+
+
 def test_each_attempt_has_its_own_logs(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     for _ in range(2):
@@ -206,30 +239,46 @@ def test_a_killed_launcher_leaves_nothing_and_holds_its_directory_until_then(tmp
         pass
 
 
-def torchrun(name: str, pids: Path) -> ChildCommand:
+def workers(name: str, pids: Path, num_processes: int = 2) -> ChildCommand:
+    """Two processes of a silo, and what starts them."""
     path = pids / "worker.py"
     path.write_text(PATIENT.replace("name, pids = sys.argv[1]", 'name, pids = sys.argv[1] + os.environ["RANK"]'))
-    argv = local_commands(make_config(pids, 1, kind="none"), pids / "config.yaml")[0].argv
-    return ChildCommand(name=name, argv=[*argv[: argv.index("-m", 3)], str(path), name, str(pids)])
+    config = make_config(pids, 1, kind="none")
+    config.silos["law"].processes_per_node = num_processes
+    argv = local_commands(config, pids / "config.yaml")[0].argv
+    words = [*argv[: argv.index("pretrain.train") - 1], str(path), name, str(pids)]
+    return ChildCommand(name=name, argv=words, environment={"RANK": "0"})
 
 
-def test_torchrun_passes_on_that_the_launcher_was_killed(tmp_path: Path) -> None:
-    driver = start_driver(tmp_path, [torchrun("law", tmp_path)])
-    pids = pids_of(tmp_path, "law0")
-    agent = psutil.Process(pids[0]).ppid()
+def test_what_starts_workers_passes_on_that_the_launcher_was_killed(tmp_path: Path) -> None:
+    driver = start_driver(tmp_path, [workers("law", tmp_path)])
+    pids = pids_of(tmp_path, "law0", "law1")
+    parent = psutil.Process(pids[0]).ppid()
     driver.kill()
     driver.communicate(timeout=10)
-    wait_for(lambda: not any(is_alive(pid) for pid in [agent, *pids]), seconds=15)
+    wait_for(lambda: not any(is_alive(pid) for pid in [parent, *pids]), seconds=15)
     assert (tmp_path / "law0.saved").exists()
+    assert (tmp_path / "law1.saved").exists()
 
 
-def test_workers_of_a_killed_torchrun_are_found(tmp_path: Path) -> None:
+def test_workers_save_when_what_started_them_is_killed(tmp_path: Path) -> None:
     with Children(grace_seconds=5) as children:
-        child = children.start(torchrun("law", tmp_path), tmp_path / "law.log")
+        child = children.start(workers("law", tmp_path), tmp_path / "law.log")
+        pids = pids_of(tmp_path, "law0", "law1")
+        os.kill(child.process.pid, signal.SIGKILL)
+        wait_for(lambda: not any(is_alive(pid) for pid in pids), seconds=15)
+        assert child.returncode == -signal.SIGKILL
+    assert (tmp_path / "law0.saved").exists()
+    assert (tmp_path / "law1.saved").exists()
+
+
+def test_what_a_killed_process_left_in_another_session_is_found(tmp_path: Path) -> None:
+    with Children(grace_seconds=5) as children:
+        child = children.start(workers("law", tmp_path, num_processes=1), tmp_path / "law.log")
         pids = pids_of(tmp_path, "law0")
         os.kill(child.process.pid, signal.SIGKILL)
         wait_for(lambda: child.returncode is not None, seconds=15)
-        assert all(is_alive(pid) for pid in pids), "they are in sessions of their own"
+        assert is_alive(pids[1])
     assert not [pid for pid in pids if is_alive(pid)]
 
 
@@ -257,7 +306,10 @@ def test_commands_of_a_local_launch(tmp_path: Path) -> None:
     config.silos["law"] = SiloConfig(processes_per_node=2, num_threads=3)
     aggregator, law, medicine = local_commands(config, tmp_path / "config.yaml")
     assert aggregator.argv[1:] == ["-m", "pretrain.aggregate", "--config", str(tmp_path / "config.yaml")]
-    assert "--nproc-per-node 2 -m pretrain.train" in " ".join(law.argv)
+    several = f"-m launch.start.workers --num-processes 2 --max-restarts 0 -- {sys.executable} -m pretrain.train"
+    assert several in " ".join(law.argv)
+    assert medicine.argv[1:3] == ["-m", "pretrain.train"]
+    assert medicine.environment["WORLD_SIZE"] == "1"
     assert law.argv[-2:] == ["--silo", "law"]
     assert law.environment["OMP_NUM_THREADS"] == "3"
     assert medicine.error_path == config.silo_directory("medicine") / "error.txt"
@@ -386,5 +438,5 @@ def test_the_launcher_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
 
 
-def test_torchrun_ends_its_workers_before_we_do() -> None:
-    assert local.GRACE_SECONDS > 30
+def test_what_starts_workers_ends_them_before_we_do() -> None:
+    assert local.GRACE_SECONDS > SAVE_SECONDS + POLL_SECONDS

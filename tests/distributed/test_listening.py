@@ -1,0 +1,121 @@
+"""What listens while a run trains: gloo, between the processes of one silo, and that on loopback."""
+
+import fcntl
+import os
+import pty
+import signal
+import socket
+import subprocess
+import sys
+import termios
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from launch.show.logs import read_logs
+from launch.show.metrics import read_status
+from launch.start.local import process_directory
+from launch.start.processes import MARK
+from tests.conftest import TinyConfig
+from tests.distributed.federation import left_behind
+from tests.waiting import wait_for
+
+RANKS = ("alpha rank 0", "beta rank 0", "beta rank 1")
+ATOLL = [sys.executable, "-m", "launch.cli"]
+LOOPBACK = "127.0.0.1"
+
+
+def listening(launcher: int) -> dict[str, set[str]]:
+    """Role of each process that a launcher has started, and of itself, to the addresses at which it listens, or takes
+    datagrams.
+    """
+    found: dict[str, set[str]] = {}
+    for process in [psutil.Process(launcher), *psutil.Process(launcher).children(recursive=True)]:
+        variables = process.environ()
+        role = variables.get(MARK, "launcher").rsplit("-", 1)[0]
+        if "pretrain.train" in process.cmdline() and "RANK" in variables:
+            role += f" rank {variables['RANK']}"
+        sockets = process.net_connections(kind="inet")
+        found[role] = {
+            socket.laddr.ip
+            for socket in sockets
+            if socket.status == psutil.CONN_LISTEN or (not socket.raddr and socket.status != psutil.CONN_CLOSE)
+        }
+    return found
+
+
+def test_nothing_listens_but_on_loopback(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    with socket.create_server(("", 0)):
+        (seen,) = listening(psutil.Process().pid).values()
+    assert seen & {"0.0.0.0", "::"}, "the test would see it"
+    two = {"processes_per_node": 2, "micro_batch_sequences": 2}
+    config = tiny_config(tmp_path, inner={"num_steps": 100_000}, silos={"beta": two})
+    command = [*ATOLL, "launch", "local", "--config", str(tmp_path / "tiny.yaml")]
+    statuses = [process_directory(config, silo) / "status.json" for silo in config.silos]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            wait_for(
+                lambda: all(read_status(status).step > 4 for status in statuses),
+                seconds=150,
+                meanwhile=lambda: process.poll() is None,
+            )
+            found = listening(process.pid)
+        finally:
+            process.terminate()
+            said, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, said
+    nowhere: dict[str, set[str]] = {name: set() for name in ("launcher", "aggregator", "beta")}
+    assert found == nowhere | {rank: {"127.0.0.1"} for rank in RANKS}
+
+
+def test_a_silo_by_itself_is_watched_saved_and_started_once(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    changes: dict[str, Any] = {"inner": {"num_steps": 100_000}, "silo": {"checkpoint_interval_steps": 100_000}}
+    config = tiny_config(tmp_path, exchange={"kind": "none"}, **changes)
+    status = process_directory(config, "alpha") / "status.json"
+    command = [*ATOLL, "train", "--config", str(tmp_path / "tiny.yaml"), "--silo", "alpha"]
+    terminal, ours = pty.openpty()
+    prepare = lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # noqa: E731 - a new session's terminal, whose end is SIGHUP
+    process = subprocess.Popen(
+        command,
+        stdin=ours,
+        stdout=ours,
+        stderr=ours,
+        start_new_session=True,
+        preexec_fn=prepare,  # noqa: PLW1509
+    )
+    os.close(ours)
+    threading.Thread(target=drain, args=(terminal,), daemon=True).start()
+    try:
+        wait_for(lambda: read_status(status).step > 4, seconds=150, meanwhile=lambda: process.poll() is None)
+        assert listening(process.pid) == {"launcher": set(), "alpha rank 0": {"127.0.0.1"}}
+        began = time.monotonic()
+        again = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert time.monotonic() - began < 10
+        holder = psutil.Process(process.pid).children()[0].pid
+        assert (again.returncode, again.stdout) == (2, "")
+        assert again.stderr == (
+            f"atoll: directory: '{config.directory}' given; silo alpha runs there already (process {holder}); stop it, "
+            "or name another directory\n"
+        )
+        os.close(terminal)  # as when its window is closed
+        process.wait(60)
+    finally:
+        process.terminate()
+    assert process.returncode == 128 + signal.SIGHUP
+    assert read_status(status).phase == "stopped"
+    (checkpoint,) = (process_directory(config, "alpha") / "checkpoints").glob("step-*/state.json")
+    *_, last = read_logs(Path(config.directory), ["alpha"], num_lines=20, follow=False)
+    step = int(checkpoint.parent.name.removeprefix("step-"))
+    assert last == f"alpha | stopped after step {step}: on request; all is saved, start again to go on"
+    assert not left_behind(str(tmp_path))
+
+
+def drain(terminal: int) -> None:
+    """Read what is drawn, so that nobody waits to be read."""
+    with suppress(OSError):
+        while os.read(terminal, 4096):
+            pass
