@@ -45,14 +45,16 @@ def model_config(settings: ModelConfig, vocab_size: int) -> PretrainedConfig:
         raise ConfigError(f"{key}: {one_line(error)}") from None
     _check_type(config.model_type, f"{key}.model_type" if settings.config else f"{key}: model_type")
     has = getattr(config, "vocab_size", None)
-    if not isinstance(has, int):
-        raise ConfigError(f"{key}: {config.model_type} given, which has no vocab_size; allowed: a model of text alone")
+    if not isinstance(has, int) or config.get_text_config() is not config:
+        raise ConfigError(
+            f"{key}: {config.model_type} given, which is not of text alone; allowed: a model of text alone"
+        )
     if has < vocab_size:
         raise ConfigError(f"model.config.vocab_size: {has} given; allowed: {vocab_size} (the tokenizer's) or more")
     pad = getattr(config, "pad_token_id", None)
     if isinstance(pad, int) and not -has <= pad < has:
         raise ConfigError(
-            f"{key}.pad_token_id: {pad} given; allowed: null, as packed text has no padding, or below {has}"
+            f"{key}.pad_token_id: {pad} given; allowed: null (packed text has no padding), or below {has}"
         )
     if getattr(config, "output_router_logits", False):
         raise ConfigError(

@@ -1,7 +1,9 @@
 """A causal language model of `transformers`, from a configuration or from a local checkpoint directory."""
 
+import inspect
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -12,7 +14,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
@@ -20,6 +22,7 @@ from pretrain.config.check import ConfigError
 from pretrain.config.keys import ModelConfig, RunConfig
 from pretrain.host.foreign import shown
 from pretrain.silo.architecture import model_config, one_line
+from pretrain.silo.shards import END_OF_TEXT_NAMES
 from pretrain.silo.weights import checkpoint_files, tensors_of
 
 # What masking may leave of the influence of the document before: 0, or a few roundings where experts take turns. Of the
@@ -38,7 +41,7 @@ def build_initial(settings: ModelConfig, vocab_size: int) -> nn.Module:
     """
     config = model_config(settings, vocab_size)
     if settings.checkpoint:
-        return _load(Path(settings.checkpoint))
+        return load_checkpoint(Path(settings.checkpoint))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         try:
@@ -47,9 +50,13 @@ def build_initial(settings: ModelConfig, vocab_size: int) -> nn.Module:
             raise ConfigError(f"model.config: {one_line(error)}") from None
 
 
-def _load(directory: Path) -> nn.Module:
-    """The model of a checkpoint; every tensor of either must be in the other."""
-    checkpoint_files(directory)
+def load_checkpoint(directory: Path, *, key: str = "model.checkpoint") -> PreTrainedModel:
+    """The fp32 model of a `transformers` directory.
+
+    Raises ConfigError, naming `key`, for files that are not whole, and unless every tensor of the model is in them and
+    they hold no other.
+    """
+    checkpoint_files(directory, key=key)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what it reports over many lines follows here in one
     try:
@@ -63,7 +70,7 @@ def _load(directory: Path) -> nn.Module:
             output_loading_info=True,
         )
     except Exception as error:  # each type of model raises what it likes
-        raise ConfigError(f"model.checkpoint: {str(directory)!r} given; {one_line(error)}") from None
+        raise ConfigError(f"{key}: {str(directory)!r} given; {one_line(error)}") from None
     finally:
         logging.set_verbosity(verbosity)
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
@@ -71,7 +78,7 @@ def _load(directory: Path) -> nn.Module:
     if missing or unexpected or other:
         names = [*other, *missing[:2], *unexpected[:1], *missing[2:], *unexpected[1:]]
         raise ConfigError(
-            f"model.checkpoint: {str(directory)!r} given; {len(missing)} of its model's tensors are missing, "
+            f"{key}: {str(directory)!r} given; {len(missing)} of its model's tensors are missing, "
             f"{len(unexpected)} are unexpected and {len(other)} have another shape: "
             f"{', '.join(shown(name) for name in names[:3])}{', ...' if len(names) > 3 else ''}; allowed: a directory "
             "whose weights fill the model of its config.json"
@@ -293,17 +300,26 @@ def check_document_masking(model: nn.Module, end_of_text_id: int, device: torch.
 
 
 def export(model: nn.Module, tokenizer_file: Path, directory: Path) -> None:
-    """Save a `transformers` directory that AutoModelForCausalLM and AutoTokenizer load."""
+    """Save a `transformers` directory that AutoModelForCausalLM and AutoTokenizer load.
+
+    Its end of text is the token that ended documents in training. It names no padding, as none was trained, and whoever
+    goes on from it would freeze the embedding of a token that is padding.
+    """
     from transformers import PreTrainedTokenizerFast
 
-    end_of_text = "<|endoftext|>"
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file))
-    if end_of_text in tokenizer.get_vocab():
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_file=str(tokenizer_file), eos_token=end_of_text, bos_token=end_of_text, pad_token=end_of_text
-        )
-        for part in (model.config, model.generation_config):  # type: ignore[union-attr]
-            part.eos_token_id = part.bos_token_id = part.pad_token_id = tokenizer.eos_token_id  # type: ignore[union-attr]
+    vocabulary = tokenizer.get_vocab()
+    name = next((name for name in END_OF_TEXT_NAMES if name in vocabulary), None)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file), eos_token=name, bos_token=name)
+    code = inspect.getsource(sys.modules[type(model).__module__])
+    for part in (model.config, model.generation_config):
+        settings: Any = part
+        settings.eos_token_id = settings.bos_token_id = None if name is None else vocabulary[name]
+        settings.use_cache = True  # switched off for training
+        if "create_position_ids_from_input_ids" not in code:  # roberta and its like count from there
+            settings.pad_token_id = None
     model.save_pretrained(directory)  # type: ignore[operator]
     tokenizer.save_pretrained(directory)
     shutil.copyfile(tokenizer_file, directory / "tokenizer.json")  # the very bytes that the contract's hash names
+    for file in directory.iterdir():
+        file.chmod((directory / "config.json").stat().st_mode)  # safetensors makes files that only their owner reads
