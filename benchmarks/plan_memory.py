@@ -16,8 +16,9 @@ from pretrain.config.keys import RunConfig, SiloConfig
 from pretrain.config.load import load_config
 from pretrain.plan.bytes import model_shapes
 from pretrain.plan.memory import silo_memory
+from pretrain.silo.architecture import model_config
 from pretrain.silo.engine import Engine
-from pretrain.silo.model import build_initial, model_config
+from pretrain.silo.model import build_initial
 from pretrain.silo.ranks import Ranks
 
 MIB = 1 << 20

@@ -7,12 +7,10 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pretrain.config.check import ConfigError
-from pretrain.silo.shards import atomic_path, tokenizer_sha256
+from pretrain.silo.shards import END_OF_TEXT_NAMES, atomic_path, tokenizer_sha256
 
 TOKENIZER_FILE = "tokenizer.json"
-END_OF_TEXT = "<|endoftext|>"
-# What published tokenizers call the token that ends a document; the first that is there is taken.
-END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
+END_OF_TEXT = END_OF_TEXT_NAMES[0]
 BYTE_ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 # Some 120 MB of text to learn from.
 MAX_OCCURRENCES = 20_000_000

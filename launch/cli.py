@@ -386,9 +386,10 @@ def export(
 
     [bold]Example:[/bold] atoll export runs/demo --output model
     """
-    from pretrain.federation.export import export_global_model
+    from pretrain.federation.export import describe_export, export_global_model
 
-    print(export_global_model(_resolved(directory), output, version))
+    config = _resolved(directory)
+    print(describe_export(config, output, export_global_model(config, output, version)))
 
 
 @app.command("eval")

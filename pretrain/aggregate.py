@@ -28,6 +28,7 @@ from pretrain.exchange.objects import StoreTroubleError
 from pretrain.exchange.payload import PARAMETER, Tensors, check_header, save_tensors
 from pretrain.exchange.rollback import check_held, explain, finish_rollbacks, foreign, rollback_records
 from pretrain.exchange.store import StoreExchange, delivery_path, file_payload, version_path
+from pretrain.federation.preflight import check_model
 from pretrain.host.disk import full_disk
 from pretrain.host.foreign import loads
 from pretrain.host.journal import Journal
@@ -104,12 +105,17 @@ class Aggregator:
 
     def start(self) -> OuterState:
         """Write or compare the contract; load the newest version, or write version 0."""
+        from pretrain.silo.model import initial_parameters
+
         ours = build_contract(self._config)
         stored = self._exchange.read_contract()
         self._check_history()
+        check_model(self._config)
+        initial: dict[str, Tensor] = {}
         if stored is None:
             if self._exchange.newest_version() >= 0:
                 raise ConfigError(f"exchange.url: {self._config.store_url} given; it has versions but no contract.json")
+            initial = initial_parameters(self._config)  # a mistake in the model must not leave a contract behind
             self._exchange.write_contract(first_contract(ours))
         else:
             check_same_contract(ours, stored, self._config.store_url)
@@ -117,7 +123,7 @@ class Aggregator:
             for record in rollback_records(self._exchange, self._config):
                 self._journal.record("rollback", **record)
         newest = self._exchange.newest_version()
-        return self._load(newest) if newest >= 0 else self._create()
+        return self._load(newest) if newest >= 0 else self._create(initial or initial_parameters(self._config))
 
     def _check_history(self) -> None:
         """Raise ConfigError if the store lacks the newest commit that was made from this run directory."""
@@ -134,11 +140,8 @@ class Aggregator:
         if explain(self._exchange, version, commit_sha256) == "foreign":
             raise ConfigError(foreign("this aggregator", version, commit_sha256, self._exchange))
 
-    def _create(self) -> OuterState:
+    def _create(self, parameters: dict[str, Tensor]) -> OuterState:
         """Version 0: the contract's initial parameters and an outer state of zeros."""
-        from pretrain.silo.model import initial_parameters
-
-        parameters = initial_parameters(self._config)
         outer = self._config.outer
         state = OuterState(
             version=-1,

@@ -22,7 +22,7 @@ from pretrain.config.keys import RunConfig, SiloConfig
 from pretrain.config.load import load_config
 from pretrain.exchange.base import Exchange
 from pretrain.exchange.objects import StoreTroubleError
-from pretrain.federation.preflight import check_silo
+from pretrain.federation.preflight import check_model, check_silo
 from pretrain.host.caches import use_writable_caches
 from pretrain.host.disk import full_disk
 from pretrain.host.journal import Journal
@@ -33,7 +33,7 @@ from pretrain.silo.checkpoint import Checkpoints, Progress, save_parameters
 from pretrain.silo.data import BadTokenError, Batches, Mixture, PackedTokens, Prefetch
 from pretrain.silo.engine import Engine
 from pretrain.silo.evaluate import held_out_loss, sequences_evaluated
-from pretrain.silo.model import build_initial
+from pretrain.silo.model import initial_parameters
 from pretrain.silo.optim import learning_rate
 from pretrain.silo.ranks import Ranks
 from pretrain.silo.shards import Manifest, tokenizer_sha256, verify_shards
@@ -234,6 +234,7 @@ def prepare(
     settings = config.silos[name]
     check_batch(name, settings, ranks.num_ranks)
     mixture, held_out = _open_data(config, name)
+    check_model(config)
     packed = mixture.corpora[0].manifests[0]
     reading = _read_in_background(config, name) if ranks.is_leader else Future[str]()
     contract_sha256 = sync.join() if sync else ""
@@ -267,11 +268,10 @@ def prepare(
         if journal and silo.progress.version:
             go_on_without_checkpoint(config, journal, silo.progress)
     else:
-        initial = build_initial(config.model, packed.vocab_size).named_parameters() if ranks.is_leader else None
-        silo.engine.write(initial)
+        silo.engine.write(iter(initial_parameters(config).items()) if ranks.is_leader else None)
         silo.progress.version = 0
     silo.read_from_position()
-    silo.engine.check_masking()
+    silo.engine.check_sight()
     if not resumed:
         silo.evaluate()
     return silo

@@ -2,8 +2,10 @@
 
 import math
 import re
+from difflib import get_close_matches
 from typing import Any
 
+from pretrain.config.deepspeed_keys import KNOWN
 from pretrain.config.keys import ModelConfig, OuterConfig, RunConfig, SiloConfig
 
 SCHEDULES = ("cosine", "wsd", "constant")
@@ -25,6 +27,7 @@ OWNED_DEEPSPEED_KEYS = {
     "gradient_accumulation_steps": "accumulation_steps",
     "gradient_clipping": "inner.clip_norm",
     "bf16": "precision",
+    "bfloat16": "precision",
     "fp16": "precision",
     "optimizer": "inner.optimizer",
     "scheduler": "inner.schedule",
@@ -143,7 +146,6 @@ def _check_muon_silo(name: str, zero: dict[str, Any]) -> None:
         "offload_optimizer.ratio": offload.get("ratio", 1) != 1,
         "offload_optimizer.super_offload": offload.get("super_offload"),
         "zenflow": zero.get("zenflow"),
-        "mics_shard_size": zero.get("mics_shard_size", 0) > 0,
     }
     for key in filter(refused.get, refused):
         raise ConfigError(
@@ -310,8 +312,8 @@ def _check_silo(name: str, silo: SiloConfig) -> None:
     for owned, ours in OWNED_DEEPSPEED_KEYS.items():
         if owned in silo.deepspeed:
             raise ConfigError(f"{key}.deepspeed.{owned}: {silo.deepspeed[owned]!r} given; set {ours} instead")
+    _check_deepspeed(silo.deepspeed, f"{key}.deepspeed", "")
     zero = silo.deepspeed.get("zero_optimization", {})
-    _require(isinstance(zero, dict), f"{key}.deepspeed.zero_optimization", zero, "a mapping")
     stage = zero.get("stage", 0)
     _require(stage in (0, 1, 2, 3), f"{key}.deepspeed.zero_optimization.stage", stage, "0, 1, 2, 3")
     # DeepSpeed 0.19 reorders the parameters, but not where it says that their fp32 values are.
@@ -319,6 +321,18 @@ def _check_silo(name: str, silo: SiloConfig) -> None:
     allowed = "false, at ZeRO stages 1 and 2"
     _require(not turns or stage in (0, 3), f"{key}.deepspeed.zero_optimization.round_robin_gradients", turns, allowed)
     check_batch(name, silo, silo.num_nodes * silo.processes_per_node)
+
+
+def _check_deepspeed(given: dict[str, Any], key: str, section: str) -> None:
+    """Refuse keys that DeepSpeed would pass over in silence, or with a traceback."""
+    for name, value in given.items():
+        if name not in KNOWN[section]:
+            near = get_close_matches(str(name), KNOWN[section], n=1) or KNOWN[section][:8]
+            raise ConfigError(f"{key}.{name}: unknown key given; allowed: DeepSpeed's, such as {', '.join(near)}")
+        inner = f"{section}.{name}" if section else name
+        if inner in KNOWN:
+            _require(isinstance(value, dict), f"{key}.{name}", value, "a section of keys and values")
+            _check_deepspeed(value, f"{key}.{name}", inner)
 
 
 def check_batch(name: str, silo: SiloConfig, num_ranks: int) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +23,14 @@ from pretrain.exchange.store import StoreExchange, version_path
 from pretrain.outer.digest import digest_tensors
 from pretrain.silo.data import PackedTokens
 from pretrain.silo.evaluate import held_out_loss, sequences_evaluated
-from pretrain.silo.model import build_empty, check_document_masking, export, token_losses
+from pretrain.silo.model import (
+    build_empty,
+    check_causality,
+    check_document_masking,
+    export,
+    load_checkpoint,
+    token_losses,
+)
 from pretrain.silo.shards import tokenizer_sha256
 from pretrain.trust.ledger import RefusedError
 
@@ -139,6 +147,21 @@ class SplitLoss:
         return self.loss / math.log(2) / self.bytes_per_token
 
 
+def describe_export(config: RunConfig, directory: Path, provenance: dict[str, Any]) -> str:
+    """Where an exported model is, of what length of text it has learned, and what to do next."""
+    whose = f"version {provenance['version']}" if "version" in provenance else f"silo {provenance['silo']}'s last"
+    trained, settings = config.sequence_tokens, json.loads((directory / "config.json").read_text())
+    allowed = max(
+        (settings.get(key) or 0 for key in ("max_position_embeddings", "n_positions", "seq_length")), default=0
+    )
+    untried = f"; its configuration allows {allowed:,}, more than it has seen" if allowed > trained else ""
+    split = next((split for silo in config.silos.values() for split in silo.valid.values()), "PACKED/valid")
+    return (
+        f"{directory}: {whose} of {config.name}, trained on sequences of {trained:,} tokens{untried}\n"
+        f"next: atoll eval {shlex.quote(str(directory))} --data {shlex.quote(split)}"
+    )
+
+
 def evaluate_directory(
     directory: Path,
     data: list[Path],
@@ -155,8 +178,6 @@ def evaluate_directory(
     unless they are given. `tell` is called after each batch: split, sequences done, and of how many.
     Raises ConfigError if there is no model, or the text was packed with another tokenizer.
     """
-    from transformers import AutoModelForCausalLM
-
     if not (directory / "config.json").is_file():
         raise ConfigError(f"model: {str(directory)!r} given; allowed: a transformers directory (see atoll export)")
     file = directory / PROVENANCE
@@ -174,8 +195,8 @@ def evaluate_directory(
         for path in data
     }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, local_files_only=True)
-    model = model.eval().to(device)
+    model = load_checkpoint(directory, key="model").eval().to(device)
+    check_causality(model, device)
     mask_at = None
     if document_masking:
         mask_at = corpora[str(data[0])].manifests[0].end_of_text_id
@@ -204,10 +225,10 @@ def _split_loss(loss: float, tokens: PackedTokens, sequences: list[int]) -> Spli
 
 def continuations(directory: Path, prompts: dict[str, str], *, num_tokens: int = 48, seed: int = 0) -> dict[str, str]:
     """Sampled continuations of prompts by a `transformers` directory."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    model = load_checkpoint(directory, key="model").eval()
     torch.manual_seed(seed)
     texts = {}
     for name, prompt in prompts.items():

@@ -19,6 +19,7 @@ from pretrain.config.load import Section, load_unchecked
 from pretrain.exchange.options import is_directory, store_options
 from pretrain.exchange.store import StoreExchange, version_path
 from pretrain.federation.preflight import PROBE
+from pretrain.host.foreign import shown
 from pretrain.host.identity import known_identity
 from pretrain.silo.shards import tokenizer_sha256
 from pretrain.trust.contract import (
@@ -36,6 +37,8 @@ from pretrain.trust.ledger import RefusedError
 PROBE_BYTES = 8 << 20
 # A contract comes from others and goes into file names, batch scripts and what builds the model.
 CODE_KEYS = ("auto_map", "trust_remote_code")
+# What a contract may make this machine count and build before anything else can be compared.
+MAX_SILOS, MAX_LAYERS, MAX_ENTRIES, MAX_NUMBER = 1000, 1000, 4000, 1 << 31
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +96,7 @@ def find_federation(url: str, paths: Sequence[Path], overrides: Sequence[str]) -
         raise ConfigError(f"store: {url!r} given; there is no run in it (no contract.json)")
     terms, software = read_contract(contract, url)
     _check_harmless(terms, software, url)
+    _check_lengths(terms, url)
     settings = _settings(terms, url)
     return Federation(
         url=url,
@@ -120,7 +124,28 @@ def _check_harmless(terms: dict[str, Any], software: dict[str, str], url: str) -
         if key in CODE_KEYS or (key.endswith("_implementation") and "/" in str(value)):  # of a repository
             wrong.append(key)
     if wrong:
-        raise ConfigError(f"store: {url!r} given; its contract.json holds {wrong[0]!r}, which no silo should take over")
+        raise ConfigError(
+            f"store: {url!r} given; its contract.json holds '{shown(wrong[0])}', which no silo should take over"
+        )
+
+
+def _check_lengths(terms: dict[str, Any], url: str) -> None:
+    """Refuse what would take this machine hours, or all its memory, to build."""
+    model = terms.get("model")
+    given = [("roster", terms.get("roster"), MAX_SILOS)]
+    given += [(key, value, MAX_ENTRIES) for key, value in _pairs(model) if isinstance(value, list | dict)]
+    found: list[tuple[str, float, int]] = [
+        (key, len(value), most) for key, value, most in given if isinstance(value, list | dict)
+    ]
+    # Layers and experts are modules, each; all else is a size of tensors without memory.
+    for key, value in _pairs(model):
+        if isinstance(value, int | float):
+            found.append((key, value, MAX_LAYERS if "layer" in key or "expert" in key else MAX_NUMBER))
+    for key, number, most in found:
+        if number > most:
+            raise ConfigError(
+                f"store: {url!r} given; its contract.json has {shown(key)} of {number:g}; allowed: up to {most:,}"
+            )
 
 
 def _pairs(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -207,18 +232,27 @@ def takes_part_already(federation: Federation, config: RunConfig, silo: str) -> 
 def measure_size(federation: Federation, config: RunConfig, silo: str, newest: int) -> Size:
     """How large the model is and what it moves. Raises ConfigError if version 0 is not the model that is built here."""
     from pretrain.plan.bytes import fragments, model_shapes, payload_bytes, traffic, vocabulary
+    from pretrain.silo.architecture import model_config
+    from pretrain.silo.model import check_shapes
 
-    shapes = model_shapes(config, vocabulary(config))
-    here = {fragment: payload_bytes("fp32", part) for fragment, part in enumerate(fragments(config, shapes))}
     try:
         there = {payload.fragment: payload.num_bytes for payload in federation.exchange.read_commit(0).payloads}
     except RefusedError as error:
         raise ConfigError(f"store: {federation.url!r} given; {error}") from None
+    other = ConfigError(
+        f"store: {federation.url!r} given; its {version_path(0)} has other parameters than this model; do all parties "
+        "have the same version of transformers?"
+    )
+    vocab_size = vocabulary(config)
+    sizes = model_config(config.model, vocab_size)
+    layers, width = (getattr(sizes, name, 0) for name in ("num_hidden_layers", "hidden_size"))
+    if isinstance(layers, int) and isinstance(width, int) and 4 * layers * width > sum(there.values()):
+        raise other  # before it is built: every layer has a vector at least, of 4 bytes a number
+    check_shapes(config.model, vocab_size, config.sequence_tokens)
+    shapes = model_shapes(config, vocab_size)
+    here = {fragment: payload_bytes("fp32", part) for fragment, part in enumerate(fragments(config, shapes))}
     if here != there:
-        raise ConfigError(
-            f"store: {federation.url!r} given; its {version_path(0)} has other parameters than this model; do all "
-            "parties have the same version of transformers?"
-        )
+        raise other
     moved, schedule = traffic(config, shapes, silo), config.schedule
     largest = max(moved, key=lambda one: one.num_elements)
     coming = range(newest + 1, schedule.num_versions + 1)

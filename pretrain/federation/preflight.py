@@ -1,4 +1,5 @@
-"""What can be checked before any process starts: a mistake is found in a second and touches nothing. No torch."""
+"""What can be checked before any process starts: a mistake is found in a second and touches nothing. No torch,
+but for the model."""
 
 import errno
 import socket
@@ -13,16 +14,21 @@ from pretrain.exchange.options import store_options
 from pretrain.exchange.store import StoreExchange
 from pretrain.host.software import differences
 from pretrain.silo.shards import check_a_sequence, check_enough, read_manifest, tokenizer_sha256
+from pretrain.silo.weights import checkpoint_files
 from pretrain.trust.contract import build_contract, check_same_contract, read_contract
 
 PROBE = "probe-"
 
 
 def check_run(config: RunConfig) -> None:
-    """Tokenizer, shards, and the store or the collective's port; prints how software differs. Raises ConfigError."""
+    """Tokenizer, shards, model, and the store or the collective's port; prints how software differs.
+
+    Raises ConfigError.
+    """
     for name in config.silos:
         check_silo(config, name)
         check_collective(config, name)
+    check_model(config)
     for difference in check_store(config):
         print(f"warning: {difference}", flush=True)
 
@@ -41,6 +47,21 @@ def check_silo(config: RunConfig, name: str) -> None:
     check_enough(num_tokens, config.sequence_tokens, silo.global_batch_sequences, key=key)
     for corpus, directory in silo.valid.items():
         read_manifest(Path(directory), key=f"silos.{name}.valid.{corpus}", tokenizer_sha256=tokenizer)
+
+
+def check_model(config: RunConfig) -> None:
+    """The model exists, can read sequences as long as the run's, and its checkpoint's files are whole.
+
+    Takes no memory, but torch. Raises ConfigError.
+    """
+    from tokenizers import Tokenizer
+
+    from pretrain.silo.model import check_shapes
+
+    if config.model.checkpoint:
+        checkpoint_files(Path(config.model.checkpoint))
+    vocab_size = Tokenizer.from_file(str(config.tokenizer_file)).get_vocab_size()
+    check_shapes(config.model, vocab_size, config.sequence_tokens)
 
 
 def check_store(config: RunConfig) -> list[str]:

@@ -21,7 +21,7 @@ from pretrain.outer.fragments import cut_fragments
 from pretrain.outer.moments import MOMENT, Moment
 from pretrain.outer.pieces import cut_pieces
 from pretrain.outer.quantize import QUANTIZERS
-from pretrain.silo.model import build_empty
+from pretrain.silo.model import build_without_memory
 from pretrain.sync.among_silos import num_bytes
 
 Shapes = Mapping[str, torch.Size]
@@ -67,8 +67,7 @@ def vocabulary(config: RunConfig) -> int:
 
 def model_shapes(config: RunConfig, vocab_size: int) -> dict[str, torch.Size]:
     """Name to shape of every trained parameter, as the silos and the aggregator name them; takes no memory."""
-    with torch.device("meta"):
-        model = build_empty(config.model, vocab_size, dtype=torch.float32)
+    model = build_without_memory(config.model, vocab_size)
     return {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
 
 

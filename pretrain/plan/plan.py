@@ -23,7 +23,8 @@ from pretrain.plan.bytes import (
 )
 from pretrain.plan.memory import SiloMemory, aggregator_bytes, silo_memory
 from pretrain.plan.seconds import Given, Pace, run_pace, step_seconds
-from pretrain.silo.model import model_config
+from pretrain.silo.architecture import model_config
+from pretrain.silo.model import check_shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,7 @@ def make_plan(config: RunConfig, given: Given, *, budget_tokens: int | None = No
     if config.exchange.kind == "none":
         raise ConfigError("exchange.kind: 'none' given; nothing is exchanged; allowed: store, collective")
     vocab_size = vocabulary(config)
+    check_shapes(config.model, vocab_size, config.sequence_tokens)
     shapes, hugging_face = model_shapes(config, vocab_size), model_config(config.model, vocab_size)
     moved = {silo: traffic(config, shapes, silo) for silo in config.silos}
     in_run = {silo: run_bytes(config, of) for silo, of in moved.items()}

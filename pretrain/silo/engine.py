@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import InnerConfig, ModelConfig, SiloConfig
-from pretrain.silo.model import build_empty, check_document_masking, restore_buffers, token_losses
+from pretrain.silo.model import build_empty, check_causality, check_document_masking, restore_buffers, token_losses
 from pretrain.silo.optim import MEAN_STEPS, MuonAdamW, Piece, build_optimizer
 from pretrain.silo.ranks import Ranks
 
@@ -134,12 +134,16 @@ class Engine:
         device = self._ranks.device
         return token_losses(self._deepspeed, input_ids.to(device), targets.to(device), self._mask_at)
 
-    def check_masking(self) -> None:
-        """Raise ConfigError, on all ranks alike, when documents are to be kept apart and this model does not do it."""
+    def check_sight(self) -> None:
+        """Raise ConfigError, on all ranks alike, when a token of this model sees what it must not.
+
+        That is a later token, and another document where they are to be kept apart.
+        """
+        self.evaluating(True)
+        check_causality(self._deepspeed, self._ranks.device)
         if self._mask_at is not None:
-            self.evaluating(True)
             check_document_masking(self._deepspeed, self._mask_at, self._ranks.device)
-            self.evaluating(False)
+        self.evaluating(False)
 
     def read(self, name: str) -> Tensor:
         """The whole fp32 parameter `name` on this rank's device; gathers one tensor, at no stage the model."""

@@ -1,62 +1,118 @@
 """A causal language model of `transformers`, from a configuration or from a local checkpoint directory."""
 
+import inspect
+import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.utils import logging
 
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import ModelConfig, RunConfig
+from pretrain.host.foreign import shown
+from pretrain.silo.architecture import model_config, one_line
+from pretrain.silo.shards import END_OF_TEXT_NAMES
+from pretrain.silo.weights import checkpoint_files, tensors_of
 
 # What masking may leave of the influence of the document before: 0, or a few roundings where experts take turns. Of the
 # types that do not mask, every one left a tenth or more.
 MASKING_TOLERANCE = 0.05
-
-
-def model_config(settings: ModelConfig, vocab_size: int) -> PretrainedConfig:
-    """The `transformers` configuration; a missing vocab_size is the tokenizer's `vocab_size`.
-
-    Raises ConfigError for an unknown model type, a wrong value, or a vocabulary smaller than the tokenizer's.
-    """
-    try:
-        if settings.checkpoint:
-            config = AutoConfig.from_pretrained(settings.checkpoint, local_files_only=True)
-        else:
-            given: dict[str, Any] = {"vocab_size": vocab_size, **settings.config}
-            config = AutoConfig.for_model(**given)
-    except (ValueError, TypeError, OSError, KeyError) as error:
-        key = "model.checkpoint" if settings.checkpoint else "model.config"
-        raise ConfigError(f"{key}: {' '.join(str(error).split())[:300]}") from None
-    if config.vocab_size < vocab_size:
-        raise ConfigError(
-            f"model.config.vocab_size: {config.vocab_size} given; allowed: {vocab_size} (the tokenizer's) or more"
-        )
-    return config
+# What a later token may change, of what an earlier one does: 0, or a few roundings. In an encoder it is as much.
+CAUSALITY_TOLERANCE = 0.2
+# How torch says that shapes do not fit each other.
+SHAPES = re.compile(r"shape|size|dimension|cannot be multiplied|number of heads", re.IGNORECASE)
 
 
 def build_initial(settings: ModelConfig, vocab_size: int) -> nn.Module:
-    """The model of version 0 in fp32 on the CPU: fresh weights from the contract's seed, or the checkpoint's."""
+    """The model of version 0 in fp32 on the CPU: fresh weights from the contract's seed, or the checkpoint's.
+
+    Raises ConfigError for a configuration of which there is no model, or a checkpoint that does not fill it.
+    """
     config = model_config(settings, vocab_size)
     if settings.checkpoint:
-        return AutoModelForCausalLM.from_pretrained(settings.checkpoint, dtype=torch.float32, local_files_only=True)
+        return load_checkpoint(Path(settings.checkpoint))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        try:
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        except Exception as error:  # each type of model raises what it likes
+            raise ConfigError(f"model.config: {one_line(error)}") from None
+
+
+def load_checkpoint(directory: Path, *, key: str = "model.checkpoint") -> PreTrainedModel:
+    """The fp32 model of a `transformers` directory.
+
+    Raises ConfigError, naming `key`, for files that are not whole, and unless every tensor of the model is in them and
+    they hold no other.
+    """
+    checkpoint_files(directory, key=key)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what it reports over many lines follows here in one
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # each type of model raises what it likes
+        raise ConfigError(f"{key}: {str(directory)!r} given; {one_line(error)}") from None
+    finally:
+        logging.set_verbosity(verbosity)
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    other = sorted(name for name, *_ in info["mismatched_keys"])
+    if missing or unexpected or other:
+        names = [*other, *missing[:2], *unexpected[:1], *missing[2:], *unexpected[1:]]
+        raise ConfigError(
+            f"{key}: {str(directory)!r} given; {len(missing)} of its model's tensors are missing, "
+            f"{len(unexpected)} are unexpected and {len(other)} have another shape: "
+            f"{', '.join(shown(name) for name in names[:3])}{', ...' if len(names) > 3 else ''}; allowed: a directory "
+            "whose weights fill the model of its config.json"
+        )
+    return model
 
 
 def initial_parameters(config: RunConfig) -> dict[str, Tensor]:
-    """What version 0 holds: the trained parameters of `build_initial`, by name."""
+    """What version 0 holds: the trained parameters of `build_initial`, by name.
+
+    Raises ConfigError, too, for a model that sees the future, or that is more than its parameters say to others.
+    """
     vocab_size = Tokenizer.from_file(str(config.tokenizer_file)).get_vocab_size()
-    named = build_initial(config.model, vocab_size).named_parameters()
+    model = build_initial(config.model, vocab_size)
+    _check_buffers(model, config.model, vocab_size)
+    was_training = model.training
+    check_causality(model.eval(), torch.device("cpu"))
+    named = model.train(was_training).named_parameters()
     return {name: parameter.detach() for name, parameter in named if parameter.requires_grad}
+
+
+def _check_buffers(model: nn.Module, settings: ModelConfig, vocab_size: int) -> None:
+    """Refuse a model with buffers that are neither computed from its configuration nor in its checkpoint.
+
+    Only parameters travel: silos and export would have others.
+    """
+    with _parameters_on_meta():
+        others = dict(build_empty(settings, vocab_size, dtype=torch.float32).named_buffers())
+    lost = [name for name, value in model.named_buffers() if not torch.equal(value, others[name])]
+    if lost:
+        raise ConfigError(
+            f"model: {len(lost)} buffers of {model.config.model_type} do not follow from its configuration: "  # type: ignore[union-attr]
+            f"{', '.join(lost[:3])}; allowed: a model that its parameters describe"
+        )
 
 
 def build_empty(
@@ -72,7 +128,85 @@ def build_empty(
     with partitioned or nullcontext(), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()  # part of the initialization that was skipped
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None  # packed text has no padding: whatever is looked up is trained
+    if settings.checkpoint:
+        _read_buffers(model, Path(settings.checkpoint))
     return model
+
+
+def _read_buffers(model: nn.Module, directory: Path) -> None:
+    """Fill the buffers that a checkpoint holds: no parameters, but what its training may have left there.
+
+    They need not travel, as all parties have the checkpoint. Raises ConfigError if one is not there.
+    """
+    saved = model.state_dict().keys()
+    buffers = {name: value for name, value in model.named_buffers() if name in saved and not value.is_meta}
+    if not buffers:
+        return
+    for file in checkpoint_files(directory):
+        if file.suffix == ".safetensors" and (names := buffers.keys() & tensors_of(file)):
+            with safe_open(file, framework="pt") as tensors:
+                for name in names:
+                    buffers.pop(name).copy_(tensors.get_tensor(name))
+    if buffers:
+        raise ConfigError(
+            f"model.checkpoint: {str(directory)!r} given; {len(buffers)} buffers of its model are not there: "
+            f"{', '.join(sorted(buffers)[:3])}; allowed: a directory that holds them under these names"
+        )
+
+
+def build_without_memory(settings: ModelConfig, vocab_size: int) -> nn.Module:
+    """The model's structure, which takes no memory. Raises ConfigError for a configuration of which there is none."""
+    try:
+        with torch.device("meta"):
+            return build_empty(settings, vocab_size, dtype=torch.float32)
+    except ConfigError:
+        raise
+    except Exception as error:  # each type of model raises what it likes
+        raise ConfigError(f"{_key(settings)}: {one_line(error)}") from None
+
+
+def check_shapes(settings: ModelConfig, vocab_size: int, sequence_tokens: int) -> None:
+    """Run a sequence through the model without memory; raises ConfigError where sizes do not fit each other.
+
+    Some types of model, with experts for instance, run only part of the way without memory. The first pass of the
+    engine, `check_causality`, is the whole way.
+    """
+    model = build_without_memory(settings, vocab_size)
+    config: Any = model.config
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < sequence_tokens:
+        name = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+        raise ConfigError(
+            f"{_key(settings)}.{name}: {positions} given; allowed: {sequence_tokens} (sequence_tokens) or more"
+        )
+    rows = torch.zeros((1, sequence_tokens), dtype=torch.long, device="meta")
+    try:
+        with torch.no_grad(), _fitting_sizes():
+            model.eval()(input_ids=rows, use_cache=True)  # without a cache, masks are made from values
+    except ConfigError:
+        raise
+    except Exception as error:
+        logging.get_logger(__name__).debug("no pass without memory: %s", error)
+
+
+@contextmanager
+def _fitting_sizes() -> Iterator[None]:
+    """Turns what torch says of shapes that do not fit each other into a ConfigError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "meta" in str(error) or not SHAPES.search(str(error)):
+            raise
+        raise ConfigError(
+            f"model: its sizes (numbers of heads, widths, experts) do not fit each other: {one_line(error)}"
+        ) from None
+
+
+def _key(settings: ModelConfig) -> str:
+    return "model.checkpoint: config.json" if settings.checkpoint else "model.config"
 
 
 @contextmanager
@@ -126,6 +260,25 @@ def _logits(model: nn.Module, input_ids: Tensor, mask_at: int | None) -> Tensor:
 
 
 @torch.no_grad()
+def check_causality(model: nn.Module, device: torch.device) -> None:
+    """Raise ConfigError unless a later token leaves the logits of those before it as they are.
+
+    One short forward pass. A model that sees what it shall predict learns nothing, at a loss that falls towards 0.
+    `model` holds its parameters and has dropout off.
+    """
+    rows = torch.arange(6, device=device).repeat(3, 1)
+    rows[1, 0], rows[2, -1] = 3, 3
+    with _fitting_sizes():
+        plain, first, last = _logits(model, rows, None).float()
+    forwards, backwards = (plain - first)[1:].abs().max().item(), (plain - last)[:-1].abs().max().item()
+    if backwards > CAUSALITY_TOLERANCE * forwards:
+        raise ConfigError(
+            "model: one given that sees the tokens which it shall predict (a later token changes what it says before); "
+            "allowed: a causal decoder, as bert and its like are with model.config.is_decoder=true"
+        )
+
+
+@torch.no_grad()
 def check_document_masking(model: nn.Module, end_of_text_id: int, device: torch.device) -> None:
     """Raise ConfigError unless masking keeps a document's logits from depending on the document before it.
 
@@ -147,17 +300,26 @@ def check_document_masking(model: nn.Module, end_of_text_id: int, device: torch.
 
 
 def export(model: nn.Module, tokenizer_file: Path, directory: Path) -> None:
-    """Save a `transformers` directory that AutoModelForCausalLM and AutoTokenizer load."""
+    """Save a `transformers` directory that AutoModelForCausalLM and AutoTokenizer load.
+
+    Its end of text is the token that ended documents in training. It names no padding, as none was trained, and whoever
+    goes on from it would freeze the embedding of a token that is padding.
+    """
     from transformers import PreTrainedTokenizerFast
 
-    end_of_text = "<|endoftext|>"
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file))
-    if end_of_text in tokenizer.get_vocab():
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_file=str(tokenizer_file), eos_token=end_of_text, bos_token=end_of_text, pad_token=end_of_text
-        )
-        for part in (model.config, model.generation_config):  # type: ignore[union-attr]
-            part.eos_token_id = part.bos_token_id = part.pad_token_id = tokenizer.eos_token_id  # type: ignore[union-attr]
+    vocabulary = tokenizer.get_vocab()
+    name = next((name for name in END_OF_TEXT_NAMES if name in vocabulary), None)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file), eos_token=name, bos_token=name)
+    code = inspect.getsource(sys.modules[type(model).__module__])
+    for part in (model.config, model.generation_config):
+        settings: Any = part
+        settings.eos_token_id = settings.bos_token_id = None if name is None else vocabulary[name]
+        settings.use_cache = True  # switched off for training
+        if "create_position_ids_from_input_ids" not in code:  # roberta and its like count from there
+            settings.pad_token_id = None
     model.save_pretrained(directory)  # type: ignore[operator]
     tokenizer.save_pretrained(directory)
     shutil.copyfile(tokenizer_file, directory / "tokenizer.json")  # the very bytes that the contract's hash names
+    for file in directory.iterdir():
+        file.chmod((directory / "config.json").stat().st_mode)  # safetensors makes files that only their owner reads

@@ -29,6 +29,8 @@ import numpy.typing as npt
 from pretrain.config.check import ConfigError
 
 FORMAT = 2
+# What published tokenizers call the token that ends a document; the first that is there is taken.
+END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 MANIFEST_FILE = "manifest.json"
 DOCUMENTS_FILE = "documents.bin"
 DOCUMENT_END = np.dtype("<u8")

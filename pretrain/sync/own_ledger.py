@@ -46,13 +46,15 @@ class OwnLedger:
     def open(self, contract: dict[str, Any]) -> None:
         """Begin with the contract and version 0, or go on; raises ConfigError if this is another run's."""
         stored = self._store.read_contract()
+        parameters: dict[str, Tensor] = {}
         if stored is None:
+            parameters = initial_parameters(self._config)  # a mistake in the model must not leave a contract behind
             self._store.write_contract(contract_bytes(contract))
         else:
             check_same_contract(contract, stored, self._store.objects.url)
         self.newest = self._store.newest_version()
         if self.newest < 0:
-            outer, parameters = self._config.outer, initial_parameters(self._config)
+            outer, parameters = self._config.outer, parameters or initial_parameters(self._config)
             kept = kept_at_start(parameters, outer.optimizer, outer.downlink_codec)
             self.publish(
                 *self.draft(

@@ -12,6 +12,7 @@ from pretrain.config.keys import RunConfig
 from pretrain.host.foreign import loads, shown
 from pretrain.host.software import VERSION, installed, minor
 from pretrain.silo.shards import tokenizer_sha256
+from pretrain.silo.weights import checkpoint_files
 from pretrain.trust.ledger import RECORD_BYTES
 
 FORMAT = 2
@@ -49,12 +50,7 @@ def build_contract(config: RunConfig) -> dict[str, Any]:
 def _model_terms(config: RunConfig) -> dict[str, Any]:
     if not config.model.checkpoint:
         return {"config": config.model.config, "seed": config.model.seed}
-    directory = Path(config.model.checkpoint)
-    files = [directory / "config.json", *sorted(directory.glob("*.safetensors"))]
-    if len(files) < 2 or not files[0].is_file():
-        raise ConfigError(
-            f"model.checkpoint: {str(directory)!r} given; allowed: a directory with config.json and *.safetensors"
-        )
+    files = checkpoint_files(Path(config.model.checkpoint))
     return {"checkpoint": {path.name: _file_sha256(path) for path in files}}
 
 

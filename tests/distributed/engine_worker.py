@@ -242,7 +242,7 @@ def check_masking(ranks: Ranks) -> dict[str, object]:
     initial = {name: p.detach() * 1.5 for name, p in build_initial(MODEL, VOCAB_SIZE).named_parameters()}
     engine = Engine(MODEL, silo, INNER, vocab_size=VOCAB_SIZE, ranks=ranks, mask_at=END)
     engine.write(iter(initial.items()) if ranks.is_leader else None)
-    engine.check_masking()
+    engine.check_sight()
     return {
         "losses": steps(engine, ranks, range(3), DOCUMENTS),
         "expected": plain_loop(initial, 3, DOCUMENTS, END)[0],

@@ -257,6 +257,9 @@ def change_contract(url: str, **changes: Any) -> None:
         ({"name": "a\x1b[2J"}, r"holds 'a\x1b[2J', which no silo should"),
         ({"model": {"config": {"auto_map": {"AutoModel": "x--y"}}}}, "holds 'auto_map', which no silo"),
         ({"model": {"config": {"attn_implementation": "x/y"}}}, "holds 'attn_implementation', which no silo"),
+        ({"model": {"config": {"num_hidden_layers": 10**6}}}, "has num_hidden_layers of 1e+06; allowed: up to 1,000"),
+        ({"model": {"config": {"hidden_size": 10**12}}}, "has hidden_size of 1e+12; allowed: up to 2,147,483,648"),
+        ({"roster": [f"s{i}" for i in range(2000)]}, "has roster of 2000; allowed: up to 1,000"),
         ({"model": {"config": {"a": [{"_attn_implementation": "x/y"}]}}}, "holds '_attn_implementation', which no"),
     ],
 )
@@ -329,13 +332,27 @@ def test_another_contract_is_refused_before_anything_is_submitted(begin: Begin) 
 # ---- this machine
 
 
-def test_a_model_that_is_built_otherwise_here(begin: Begin) -> None:
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"num_hidden_layers": 3}, "global/000000 has other parameters than this model; "),
+        ({"num_hidden_layers": 900, "hidden_size": 4096}, "global/000000 has other parameters than this model; "),
+        ({"to_dict": 1}, "model.config.to_dict: unknown key given; allowed: keys of llama"),
+        ({"_name_or_path": "x"}, "model.config._name_or_path: unknown key given"),
+        ({"hidden_act": "no"}, "model.config: KeyError: 'no'"),
+        ({"rope_scaling": "no"}, "model.config.rope_scaling: 'no' given; allowed: a section"),
+        ({"num_attention_heads": 0}, "model.config: ZeroDivisionError: "),
+        ({"model_type": "vit"}, "model.config.model_type: 'vit' given; allowed: a decoder that"),
+        ({"attn_implementation": "flash_attention_2"}, "model.config: ImportError: FlashAttention2"),
+        ({"quantization_config": {"quant_method": "x"}}, "model.config.quantization_config: unknown key given"),
+    ],
+)
+def test_a_model_that_is_built_otherwise_here(begin: Begin, changes: dict[str, Any], expected: str) -> None:
     site, _ = begin()
     federation = joining.find_federation(site.url, [site.configure()], [])
     config = joining.joined_config(federation, [site.configure()], [])
-    config.model.config["num_hidden_layers"] = 3
-    message = one_line_error(joining.measure_size, federation, config, "beta", 0)
-    assert message.startswith(f"store: '{site.url}' given; its global/000000 has other parameters than this model; ")
+    config.model.config |= changes
+    assert expected in one_line_error(joining.measure_size, federation, config, "beta", 0)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 3])

@@ -24,7 +24,8 @@ from pretrain.plan.bytes import model_shapes, payload_bytes, traffic, vocabulary
 from pretrain.plan.memory import activation_bytes, silo_memory
 from pretrain.plan.plan import make_plan
 from pretrain.plan.seconds import Given, _waiting_seconds, parse_bandwidth, run_pace, work_factor
-from pretrain.silo.model import initial_parameters, model_config
+from pretrain.silo.architecture import model_config
+from pretrain.silo.model import initial_parameters
 from pretrain.sync.among_silos import _pack
 from pretrain.sync.own_ledger import all_pieces
 from tests.conftest import TinyConfig

@@ -178,7 +178,6 @@ def test_muon_needs_layers() -> None:
             {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}},
         ),
         ("zenflow", {"stage": 3, "zenflow": {"topk_ratio": 0.1}}),
-        ("mics_shard_size", {"stage": 3, "mics_shard_size": 2}),
     ],
 )
 def test_muon_refuses_what_it_cannot_follow(

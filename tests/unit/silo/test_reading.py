@@ -357,7 +357,8 @@ def test_a_document_in_a_packed_sequence_has_its_loss_alone(tmp_path: Path, kind
     "kind",
     [
         {"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 2},  # passes over position_ids
-        SMALL | {"model_type": "opt", "ffn_dim": 48, "word_embed_proj_dim": 32},  # no mask from them
+        {"model_type": "opt", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 48}
+        | {"word_embed_proj_dim": 32, "init_std": 0.3},  # no mask from them
         SMALL | {"model_type": "qwen3_next", "num_hidden_layers": 4, "head_dim": 16},  # not in every layer
     ],
     ids=lambda kind: kind["model_type"],
