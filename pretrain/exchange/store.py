@@ -357,8 +357,10 @@ class StoreExchange:
     ) -> None:
         """Write the payloads of a version, then its commit. Raises FileExistsError if the version was committed.
 
-        `check` is called before every write, and raises if this process may not write any more.
+        `check` is called before every write, and raises if this process may not write any more. Raises RefusedError,
+        before anything is written, for a commit that no reader would take: it could never be taken back.
         """
+        Commit.from_bytes(commit.to_bytes())
         folder = version_path(commit.version)
         if self.objects.exists(f"{folder}/commit.json"):
             raise FileExistsError(f"{folder}/commit.json exists already; another aggregator works on this store")

@@ -428,6 +428,15 @@ class Dying(Objects):
 # ---- fragments
 
 
+def test_a_commit_that_no_reader_would_take_is_not_written(tmp_path: Path) -> None:
+    exchange = StoreExchange(str(tmp_path / "store"))
+    payload = file_payload(file := make_file(tmp_path, b"version 0", "parameter-000.safetensors"), 0)
+    commit = dataclasses.replace(make_commit(0, None, [payload]), divisor=1 << 53)
+    with pytest.raises(RefusedError, match=f"divisor: {1 << 53} given"):
+        exchange.publish(commit, [(payload, file)])
+    assert not (tmp_path / "store" / "global").exists()
+
+
 def publish_fragment(exchange: StoreExchange, version: int, codec: str, scratch: Path) -> None:
     """As the aggregator does with three fragments and Nesterov: version 0 has all, every other one changes one."""
     codec = codec if version else "fp32"
