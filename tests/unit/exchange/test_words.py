@@ -243,3 +243,12 @@ def test_names_that_something_else_has_are_one_line(exchange: StoreExchange, tmp
         assert one_line_error(take).startswith(
             f"exchange.url: {exchange.objects.url} given; {name} was not there, and cannot be written: "
         )
+
+
+def test_a_rollback_that_cannot_be_noted_is_one_line(exchange: StoreExchange, tmp_path: Path) -> None:
+    for version in range(3):
+        publish(exchange, version, tmp_path)
+    exchange.objects.write("rollbacks/000001.json", json.dumps(rollback(exchange)).encode())
+    os.mkfifo(tmp_path / "store" / "rollbacks" / "000001.done")
+    with pytest.raises(RefusedError, match=r"^rollbacks/000001\.done is taken by what is no part of a rollback"):
+        finish_rollbacks(exchange)
