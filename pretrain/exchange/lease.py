@@ -106,14 +106,14 @@ class Lease:
         theirs = min(holder.lease_seconds if holder else 0.0, MOST_LEASES * self._seconds)
         who, seconds = self._who(term, holder), max(self._seconds, theirs)
         print(f"{who} holds this store: waiting {seconds:g} s for a sign of life", flush=True)
-        began, seen = time.monotonic(), self._newest_beat(term)
+        began, seen = time.monotonic(), self._beats_of(term)
         while time.monotonic() - began < seconds:
             time.sleep(seconds / LOOKS_PER_LEASE)
             if self._objects.exists(ended):
                 return True
             if self._objects.exists(_record(term + 1)):
                 return False
-            if self._newest_beat(term) != seen:
+            if self._beats_of(term) != seen:
                 raise ConfigError(
                     f"exchange.url: {self._objects.url} given; {who} works on this store; stop it first, or name "
                     "another store"
@@ -121,9 +121,9 @@ class Lease:
         print(f"{who} has been silent for {seconds:g} s: taking over", flush=True)
         return True
 
-    def _newest_beat(self, term: int) -> str:
-        beats = (what for listed, what in _listed(self._objects) if listed == term and what.startswith("beat-"))
-        return max(beats, default="")
+    def _beats_of(self, term: int) -> list[str]:
+        """All there are: any change is a sign of life, whatever the highest number is."""
+        return [what for listed, what in _listed(self._objects) if listed == term and what.startswith("beat-")]
 
     # ---- our term
 

@@ -115,7 +115,7 @@ def roll_back(exchange: StoreExchange, num_fragments: int, *, to: int, reason: s
         discarded=[sha for version in range(to + 1, newest + 1) if (sha := _commit_sha256(exchange, version))],
         reason=" ".join(reason.split()),
     )
-    exchange.objects.write(f"{FOLDER}/{len(records) + 1:06d}.json", record.to_bytes())
+    _write(exchange, f"{FOLDER}/{len(records) + 1:06d}.json", record.to_bytes())
     finish_rollbacks(exchange)
     return record
 
@@ -149,9 +149,16 @@ def finish_rollbacks(exchange: StoreExchange) -> list[Rollback]:
         _check_discarded(exchange, number, record)
         for version in exchange.versions_above(record.to_version):
             exchange.take_back(version, f"rolled-back/{number:06d}")
-        exchange.objects.write(f"{FOLDER}/{number:06d}.done", b"{}\n")
+        _write(exchange, f"{FOLDER}/{number:06d}.done", b"{}\n")
         finished.append(record)
     return finished
+
+
+def _write(exchange: StoreExchange, name: str, data: bytes) -> None:
+    try:
+        exchange.objects.write(name, data)
+    except FileExistsError:
+        raise RefusedError(f"{name} is taken by what is no part of a rollback; take it away") from None
 
 
 def _check_discarded(exchange: StoreExchange, number: int, record: Rollback) -> None:

@@ -131,6 +131,12 @@ class StoreExchange:
             self._passed_over.add(name)
             print(f"{self.objects.url}: {shown(name)} is passed over: {shown(why)}", flush=True)
 
+    def _taken(self, name: str) -> ConfigError:
+        return ConfigError(
+            f"exchange.url: {self.objects.url} given; {name} was not there, and cannot be written: something else has "
+            "the name, or has just taken it; look at it, and start again"
+        )
+
     def _numbers(self, folder: str, *, after: str = "") -> list[int]:
         """The numbers that lie in a folder, sorted."""
         return sorted(n for name in self.objects.names(folder) if (n := number(name, after=after)) is not None)
@@ -199,7 +205,8 @@ class StoreExchange:
         try:
             self.objects.write(_identity_path(silo), Identity(identity=identity).to_bytes())
         except FileExistsError:
-            self.has_name(silo, identity)
+            if not self.has_name(silo, identity):
+                raise self._taken(_identity_path(silo)) from None
 
     def has_name(self, silo: str, identity: str) -> bool:
         """Whether the run directory that knows `identity` has taken the name. Raises ConfigError if another has."""
@@ -257,7 +264,11 @@ class StoreExchange:
         folder = f"silos/{silo}/membership"
         said = self._numbers(folder, after=".json")
         word = Membership(left=left, version=version)
-        self.objects.write(f"{folder}/{max(said, default=-1) + 1:06d}.json", word.to_bytes())
+        name = f"{folder}/{max(said, default=-1) + 1:06d}.json"
+        try:
+            self.objects.write(name, word.to_bytes())
+        except FileExistsError:
+            raise self._taken(name) from None
 
     def whole(self, version: int, fragment: int) -> Payload:
         """The payload that holds a fragment's tensors themselves as `version` made them. Raises RefusedError."""
@@ -308,8 +319,11 @@ class StoreExchange:
     # ---- the aggregator's verbs
 
     def write_contract(self, data: bytes) -> None:
-        """Write the contract. Raises FileExistsError if one is there."""
-        self.objects.write(CONTRACT, data)
+        """Write the contract. Raises ConfigError if something is there."""
+        try:
+            self.objects.write(CONTRACT, data)
+        except FileExistsError:
+            raise self._taken(CONTRACT) from None
         self.contract_sha256 = sha256_bytes(data)
 
     def delivery(self, silo: str, version: int) -> bytes | None:

@@ -26,6 +26,7 @@ from pretrain.exchange.options import is_directory, store_options
 from pretrain.exchange.rollback import FOLDER as ROLLBACKS
 from pretrain.exchange.rollback import Rollback, explain, foreign
 from pretrain.exchange.store import StoreExchange, delivery_path, version_path
+from pretrain.exchange.words import number
 from pretrain.host.lock import lock_directory
 from pretrain.host.stopping import STOPPED, StopRequested, raise_at_signals
 from pretrain.trust.contract import build_contract, check_same_contract
@@ -128,16 +129,17 @@ class Relay:
         about.
         """
         there, here = (store.objects.names(ROLLBACKS) for store in (self._there, self._here))
-        records = [name for name in there if name.endswith(".json")]
+        records = [name for name in there if number(name, after=".json") is not None]
         self._was_rolled_back = bool(records)
         for name in (name for name in records if name not in here):
             _copy(self._there.objects, self._here.objects, f"{ROLLBACKS}/{name}")
-        done = [name for name in there if name.endswith(".done") and name not in here]
-        for number in (name.removesuffix(".done") for name in done):
-            record = Rollback.from_bytes(self._there.objects.read(f"{ROLLBACKS}/{number}.json"))
+        done = [name.replace(".json", ".done") for name in records]
+        done = [name for name in done if name in there and name not in here]
+        for stem in (name.removesuffix(".done") for name in done):
+            record = Rollback.from_bytes(self._there.objects.read(f"{ROLLBACKS}/{stem}.json"))
             print(f"rolled back from version {record.from_version} to {record.to_version}", flush=True)
             for version in self._here.versions_above(record.to_version):
-                self._here.take_back(version, f"rolled-back/{number}")
+                self._here.take_back(version, f"rolled-back/{stem}")
         if done:
             self._newest, self._is_checked = self._here.newest_version(), False
             self._copy_whole()
@@ -223,8 +225,8 @@ class Relay:
         """Those for versions to come; where late ones count, for each fragment's newest, too."""
         first = self._newest + 1 - (self._config.outer.num_fragments if self._rules.stale_weight else 0)
         for name in self._here.objects.names(f"silos/{silo}"):
-            if name.isdigit() and int(name) >= first:
-                self._copy_delivery(silo, int(name))
+            if (version := number(name)) is not None and version >= first:
+                self._copy_delivery(silo, version)
 
     def _copy_delivery(self, silo: str, version: int) -> None:
         folder, began = delivery_path(silo, version), time.monotonic()

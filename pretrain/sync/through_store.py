@@ -341,14 +341,16 @@ class ThroughStore:
     def _fetch(self, version: int, payload: Payload, file: Path) -> int:
         """Download and check; what is damaged, the aggregator is asked to publish again. Raises RefusedError."""
         seconds = POLLS_FOR_REPAIR * self._config.exchange.poll_seconds
-        began = time.monotonic()
+        began, said = time.monotonic(), ""
         while True:
             try:
                 return self._store.fetch(version_path(version), payload, file)
             except RefusedError as error:
                 if time.monotonic() - began > seconds:
                     raise
-                print(f"version {version}: {error}; asking the aggregator for {seconds:g} s to repair it", flush=True)
+                if not said:
+                    said = f"version {version}: {error}; asking the aggregator for {seconds:g} s to repair it"
+                    print(said, flush=True)
                 self._store.say_damaged(self._silo, version, str(error))
             for _ in range(POLLS_PER_LOOK // 2):
                 self._pause()

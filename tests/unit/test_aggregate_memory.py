@@ -171,3 +171,23 @@ def test_no_manifest_of_one_silo_holds_up_the_others(what: str, tiny_config: Tin
     one_version(aggregator, state)
     assert [row["silo"] for row in json.loads(commit_file(config, 1).read_bytes())["contributors"]] == ["alpha"]
     assert (tmp_path / "private").read_text() == "secret"
+
+
+def test_a_delivery_of_another_run_of_the_same_terms_is_refused(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    rules = {"quorum": 1, "deadline_floor_seconds": 0.1, "deadline_ceiling_seconds": 0.1}
+    first, second = (tiny_config(tmp_path / name, membership=rules, run_id="") for name in ("first", "second"))
+    (_, state), (aggregator, again) = start(first), start(second)
+    GOOD.deliver(first, "beta", state, times(state, 2.0))
+    folder = Path("silos") / "beta" / "000001"
+    shutil.copytree(Path(first.store_url) / folder, Path(second.store_url) / folder)
+    GOOD.deliver(second, "alpha", again, times(again, 1.0))
+    one_version(aggregator, again)
+    assert [row["silo"] for row in json.loads(commit_file(second, 1).read_bytes())["contributors"]] == ["alpha"]
+    contracts = [json.loads((Path(run.store_url) / "contract.json").read_bytes()) for run in (first, second)]
+    assert len({contract.pop("run_id") for contract in contracts}) == 2
+    assert contracts[0] == contracts[1]
+    reason = json.loads((Path(second.store_url) / folder / "refused-0.json").read_bytes())["reason"]
+    assert reason.startswith("its contract_sha256 is ")
+    start(first)  # a configuration without an id goes on with the one that was drawn
+    other = tiny_config(tmp_path / "first", membership=rules, run_id="x")
+    assert 'it holds a run with another contract: run_id is "x" here and ' in one_line_error(start, other)

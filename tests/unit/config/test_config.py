@@ -29,7 +29,8 @@ silos: {alpha: {}, beta: {}}
 MISTAKES: list[tuple[list[str], list[str]]] = [
     # unknown keys
     (["inner.lrr=1"], ["inner.lrr: unknown key given; allowed: num_steps, ", "did you mean inner.lr?"]),
-    (["colour=1"], ["colour: unknown key given; allowed: name, directory, "]),
+    (["colour=1"], ["colour: unknown key given; allowed: name, run_id, directory, "]),
+    (["run_id=A b"], ["run_id: 'A b' given; allowed: [a-z0-9_-]{0,64}, or empty"]),
     (["silo.nope=1"], ["silo.nope: unknown key given; allowed: data, "]),
     (["silos.alpha.precison=bf16"], ["silos.alpha.precison: unknown key", "did you mean silos.alpha.precision?"]),
     (["=3"], ["unknown key given"]),

@@ -233,8 +233,7 @@ def test_contract_is_written_once(exchange: StoreExchange, url: str) -> None:
     reader = StoreExchange(url)
     assert reader.read_contract() == b"{}\n"
     assert reader.contract_sha256 == exchange.contract_sha256 == sha256_bytes(b"{}\n")
-    with pytest.raises(FileExistsError):
-        reader.write_contract(b"{ }\n")
+    assert "contract.json was not there, and cannot be written" in one_line_error(reader.write_contract, b"{ }\n")
 
 
 def test_a_name_belongs_to_one_run_directory(exchange: StoreExchange, url: str) -> None:

@@ -228,3 +228,27 @@ def test_what_nobody_can_copy_does_not_hold_up_a_rollback(exchange: StoreExchang
     finish_rollbacks(exchange)
     assert exchange.newest_version() == 0
     assert sorted(path.name for path in folder.iterdir()) == ["folder.json", "folder.safetensors", "link.json"]
+
+
+@pytest.mark.timeout(20)
+def test_names_that_something_else_has_are_one_line(exchange: StoreExchange, tmp_path: Path) -> None:
+    (tmp_path / "store" / "silos" / "law" / "membership").mkdir(parents=True)
+    takes: dict[str, Callable[[], object]] = {
+        "contract.json": lambda: exchange.write_contract(b"{}"),
+        "silos/law/identity.json": lambda: exchange.claim_name("law", "ab"),
+        "silos/law/membership/000000.json": lambda: exchange.announce("law", left=False, version=0),
+    }
+    for name, take in takes.items():
+        os.mkfifo(tmp_path / "store" / name)
+        assert one_line_error(take).startswith(
+            f"exchange.url: {exchange.objects.url} given; {name} was not there, and cannot be written: "
+        )
+
+
+def test_a_rollback_that_cannot_be_noted_is_one_line(exchange: StoreExchange, tmp_path: Path) -> None:
+    for version in range(3):
+        publish(exchange, version, tmp_path)
+    exchange.objects.write("rollbacks/000001.json", json.dumps(rollback(exchange)).encode())
+    os.mkfifo(tmp_path / "store" / "rollbacks" / "000001.done")
+    with pytest.raises(RefusedError, match=r"^rollbacks/000001\.done is taken by what is no part of a rollback"):
+        finish_rollbacks(exchange)
