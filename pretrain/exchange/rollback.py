@@ -237,6 +237,8 @@ def _terms(exchange: StoreExchange) -> tuple[dict[str, Any], bool]:
     try:
         terms = loads(contract)
         outer = {key: int(terms["outer"][key]) for key in ("num_fragments", "overlap_steps")}
+        if outer["num_fragments"] < 1:
+            raise ValueError
         return outer, terms["membership"]["quorum"] is not None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         raise ConfigError(f"store: {url!r} given; its contract.json has no outer.num_fragments") from None
