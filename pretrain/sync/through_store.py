@@ -71,8 +71,9 @@ class ThroughStore:
         check_same_contract(build_contract(self._config), stored, self._store.objects.url)
         for line in differences(read_contract(stored, self._store.objects.url)[1]):
             print(line, flush=True)
-        while is_rolling_back(self._store):
-            self._pause()
+        with self._readable("the record of a rollback"):
+            while is_rolling_back(self._store):
+                self._pause()
         is_new = not known_identity(self._directory)
         self._store.claim_name(self._silo, own_identity(self._directory))
         self._delivered.begin(0 if is_new else self._store.newest_version() + 1 + self._config.outer.num_fragments)
@@ -100,7 +101,7 @@ class ThroughStore:
         while (newest := self._store.newest_version()) < 0:
             self._pause()
         if not self._rules.is_elastic and not self.rollbacks():
-            with self._readable(0):
+            with self._readable("version 0"):
                 newest = 0 if self._store.has_whole(0, self._config.outer.num_fragments) else newest
         found = list(self.changes(-1, newest, {}))
         return Received(
@@ -113,20 +114,21 @@ class ThroughStore:
 
     def tokens_total(self, version: int, *, above: int = 0) -> int:
         """Ask the ledger."""
-        with self._readable(version):
+        with self._readable(f"version {version}"):
             return self._store.tokens_total(self._silo, version, above=above)
 
     def rollbacks(self) -> list[dict[str, Any]]:
         """From their records in the store."""
-        return rollback_records(self._store, self._config)
+        with self._readable("the record of a rollback"):
+            return rollback_records(self._store, self._config)
 
     @contextmanager
-    def _readable(self, version: int) -> Iterator[None]:
-        """Raises ConfigError for what is wrong with a version."""
+    def _readable(self, what: str) -> Iterator[None]:
+        """Raises ConfigError for what is wrong in the store."""
         try:
             yield
         except RefusedError as error:
-            raise ConfigError(f"silo {self._silo}: version {version} in the store cannot be used: {error}") from None
+            raise ConfigError(f"silo {self._silo}: {what} in the store cannot be used: {error}") from None
 
     def pieces(self, names: Sequence[str], base: Mapping[str, Tensor]) -> list[Piece]:
         """Whole tensors."""

@@ -152,10 +152,13 @@ def test_every_silo_evaluates_the_model_of_the_commit(mixed: Outcome) -> None:
 
 
 def test_every_line_of_the_file_contract_is_there(mixed: Outcome) -> None:
+    seconds = {"seconds_training", "seconds_waiting", "seconds_evaluating"}
     kinds = {
         "step": {"time", "silo", "step", "round", "loss", "lr", "tokens", "tokens_per_second", "grad_norm"},
         "sync": {"time", "silo", "step", "round", "fragment", "bytes_sent", "bytes_received", "wait_seconds"}
-        | {"version", "pseudo_gradient_norm"},
+        | {"version", "pseudo_gradient_norm", *seconds},
+        "eval": {"time", "silo", "step", "round", "version", "tokens", "val_loss", "sequences"},
+        "start": {"time", "silo", "step", "round", "version", "tokens", *seconds},
         "commit": {
             "time",
             "version",

@@ -5,6 +5,7 @@ from pathlib import Path
 from pretrain.exchange.rollback import roll_back
 from pretrain.sync.through_store import ThroughStore
 from tests.conftest import TinyConfig
+from tests.support import one_line_error
 from tests.unit.exchange.test_rollback import advance, opened
 from tests.unit.test_aggregate import start
 
@@ -44,3 +45,9 @@ def test_after_a_rollback_from_the_version_gone_back_to(tmp_path: Path, tiny_con
     assert exchange.rollbacks() == [
         {"number": 1, "from_version": 3, "to_version": 2, "step": 8, "round": 2, "reason": ""}
     ]
+    (Path(config.store_url) / "rollbacks/000001.json").write_bytes(b"{")
+    message = one_line_error(exchange.rollbacks)
+    assert message.startswith(
+        "silo alpha: the record of a rollback in the store cannot be used: rollbacks/000001.json: "
+    )
+    assert one_line_error(exchange.join) == message
