@@ -92,17 +92,15 @@ def values_in(file: Path) -> dict[str, torch.Tensor]:
 
 
 def warm(build_commands: CommandBuilder) -> CommandBuilder:
-    """The same commands, with processes that start warm; torchrun's workers, too.
+    """The same commands, with processes that start warm; the workers of a silo, too.
 
     What another program starts, as one that enters a namespace, starts cold: a fork is where its parent is.
     """
 
     def warmed(command: ChildCommand) -> ChildCommand:
-        program, *arguments = command.argv
-        if program != sys.executable:
+        if command.argv[0] != sys.executable:
             return command
-        environment = command.environment | {"PYTHON_EXEC": warm_python()}
-        return replace(command, argv=[warm_python(), *arguments], environment=environment)
+        return replace(command, argv=[warm_python() if word == sys.executable else word for word in command.argv])
 
     return lambda config, config_path: [warmed(command) for command in build_commands(config, config_path)]
 
