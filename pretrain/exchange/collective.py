@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pretrain.config.check import ConfigError
 from pretrain.exchange.objects import StopWaitingError
+from pretrain.host.foreign import shown
 
 MESSAGE_BYTES = 4 << 20  # a peer that passes less than one in `dead_seconds` counts as dead
 CONNECT_SECONDS = 5.0
@@ -190,7 +191,7 @@ class Collective:
                     if silo == self.silo or store.check([f"done/{silo}"]):
                         continue
                     if store.check([f"left/{silo}"]):
-                        raise PeerLostError(store.get(f"left/{silo}").decode())
+                        raise PeerLostError(shown(store.get(f"left/{silo}").decode(errors="replace")))
                     if store.check([f"beat/{silo}"]):  # it has come
                         beats, moves = store.get(f"beat/{silo}").decode().split()
                         self._check_beat(silo, beats, heard, self._dead_seconds, "nothing was heard of it")

@@ -21,6 +21,7 @@ from typing import Any
 from pretrain.config.check import ConfigError
 from pretrain.exchange.beats import Beats
 from pretrain.exchange.objects import Objects
+from pretrain.host.foreign import shown
 
 FOLDER = "aggregator"
 LOOKS_PER_LEASE = 20
@@ -140,7 +141,7 @@ def _record(term: int) -> str:
 
 
 def _who(holder: dict[str, Any]) -> str:
-    return f"the aggregator at {holder['holder']}"
+    return f"the aggregator at {shown(holder['holder'])}"
 
 
 def _machine() -> str:

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
+from pretrain.host.foreign import shown
+
 VERSION = "0.1.0"
 PACKAGES = ("torch", "transformers", "deepspeed", "tokenizers")
 
@@ -26,7 +28,8 @@ def differences(theirs: Mapping[str, str]) -> list[str]:
     """What of `installed` differs by more than a patch from another party's, a line each."""
     ours = installed()
     return [
-        f"{package} {ours.get(package, 'none')} here, {there} there: the models may differ in their last bits"
-        for package, there in theirs.items()
-        if minor(ours.get(package, "none")) != minor(there)
+        f"{package} {ours.get(package, 'none')} here, {shown(there, limit=40)} there: the models may differ in their "
+        "last bits"
+        for package in ("atoll", *PACKAGES)
+        if (there := theirs.get(package)) is not None and minor(ours.get(package, "none")) != minor(there)
     ]

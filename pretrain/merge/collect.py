@@ -13,6 +13,7 @@ from pathlib import Path
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.payload import Tensors
 from pretrain.exchange.store import StoreExchange
+from pretrain.host.foreign import shown
 from pretrain.host.journal import Journal
 from pretrain.outer.rounds import deadline_seconds, participants
 from pretrain.trust.ledger import Commit, Manifest, RefusedError
@@ -148,7 +149,7 @@ class Collector:
             return None
 
     def _refuse(self, silo: str, version: int, manifest: bytes, reason: str, *, final: bool = False) -> None:
-        print(f"version {version}: refused the delivery of silo {silo}: {reason}", flush=True)
+        print(f"version {version}: refused the delivery of silo {silo}: {shown(reason)}", flush=True)
         self._exchange.refuse(silo, version, manifest, reason, final=final)
 
     def _late(self, version: int, verify: Verify) -> list[Delivery]:

@@ -19,6 +19,7 @@ from pretrain.exchange.objects import StopWaitingError, StoreTroubleError
 from pretrain.exchange.payload import Tensors
 from pretrain.exchange.rollback import explain, foreign, is_rolling_back
 from pretrain.exchange.store import StoreExchange, version_path
+from pretrain.host.foreign import shown
 from pretrain.host.identity import own_identity
 from pretrain.host.software import differences
 from pretrain.merge.terms import shared_moments
@@ -148,7 +149,10 @@ class ThroughStore:
                 refusals = self._store.refusals(self._silo, version)
                 if len(refusals) > num_refused:
                     num_refused = len(refusals)
-                    print(f"version {version}: the aggregator refused our delivery: {refusals[-1].reason}", flush=True)
+                    print(
+                        f"version {version}: the aggregator refused our delivery: {shown(refusals[-1].reason)}",
+                        flush=True,
+                    )
                 elif not missed_before:  # the reason is written just after the manifest is removed: look once more
                     missed_before = True
                     self._pause()
@@ -158,7 +162,7 @@ class ThroughStore:
                     if not self._rules.is_elastic:
                         raise ConfigError(
                             f"silo {self._silo}: version {version} was refused {num_refused} times: "
-                            f"{refusals[-1].reason}"
+                            f"{shown(refusals[-1].reason)}"
                         )
                     sent = None  # the commit comes without us
                 elif not self._is_committed(version):
