@@ -7,9 +7,10 @@ from typing import Annotated
 import typer
 
 from data_tools.cli import app as data_app
-from pretrain.config.check import ConfigError
-from pretrain.config.keys import RunConfig
-from pretrain.config.load import load_config
+from pretrain.config.check import ConfigError, check_url
+from pretrain.config.keys import ExchangeConfig
+from pretrain.config.load import CONFIG_FILE, load_config, load_run
+from pretrain.config.paths import expand_home
 
 app = typer.Typer(
     name="atoll",
@@ -151,7 +152,7 @@ def launch_join_command(
     """
     from launch.start.join import join
 
-    raise typer.Exit(join(_store(url), config, overrides or [], sites=site or [], dry_run=dry_run))
+    raise typer.Exit(join(_store(url)[0], config, overrides or [], sites=site or [], dry_run=dry_run))
 
 
 @app.command()
@@ -202,7 +203,7 @@ def train(
     [bold]Example:[/bold] atoll train --config run.yaml --silo law
     """
     from launch.start.local import train_here, write_resolved
-    from pretrain.federation.preflight import check_collective, check_silo
+    from pretrain.federation.preflight import announce_store, check_collective, check_silo
 
     checked = load_config(config, overrides or [])
     if silo not in checked.silos:
@@ -211,6 +212,7 @@ def train(
         raise ConfigError(f"silos.{silo}.num_nodes: {checked.silos[silo].num_nodes} given; allowed: 1 with atoll train")
     check_silo(checked, silo)
     check_collective(checked, silo)
+    announce_store(checked)
     raise typer.Exit(train_here(checked, silo, write_resolved(checked)))
 
 
@@ -222,8 +224,11 @@ def aggregate(config: Config, overrides: Overrides = None) -> None:
     """
     from launch.start.local import write_resolved
     from launch.start.processes import run_here
+    from pretrain.federation.preflight import announce_store
 
-    path = write_resolved(load_config(config, overrides or []))
+    checked = load_config(config, overrides or [])
+    announce_store(checked)
+    path = write_resolved(checked)
     command = [sys.executable, "-m", "pretrain.aggregate", "--config", str(path)]
     raise typer.Exit(run_here(command, {}))
 
@@ -237,8 +242,10 @@ def status(
     [bold]Example:[/bold] atoll status s3://bucket/run
     """
     from launch.show.status import print_status
+    from pretrain.exchange.options import store_options
 
-    print_status(_store(where))
+    url, exchange = _store(where)
+    print_status(url, store_options(exchange, url))
 
 
 @app.command()
@@ -288,7 +295,7 @@ def rollback(
     """
     from pretrain.exchange.rollback import roll_back_store
 
-    done = roll_back_store(_store(where), to=to, reason=reason)
+    done = roll_back_store(_store(where)[0], to=to, reason=reason)
     print(f"rolled back from version {done.from_version} to {done.to_version}")
 
 
@@ -323,6 +330,8 @@ def relay(
     """
     from pretrain.federation.relay import relay as run_relay
 
+    remote = expand_home("--remote", remote)
+    check_url(remote, "--remote")
     raise typer.Exit(run_relay(load_config(config, overrides or []), remote))
 
 
@@ -377,7 +386,8 @@ def export(
     """
     from pretrain.federation.export import export_global_model
 
-    print(export_global_model(_resolved(directory), output, version))
+    output = Path(expand_home("--output", str(output)))
+    print(export_global_model(load_run(directory), output, version))
 
 
 @app.command("eval")
@@ -407,17 +417,18 @@ def evaluate(
         print(f"{loss:.6f}  {path}")
 
 
-def _store(where: str) -> str:
-    """A store's URL: what is given, or the store in a run directory."""
-    inside = Path(where) / "store"
-    return str(inside) if inside.is_dir() else where
-
-
-def _resolved(directory: Path) -> RunConfig:
-    path = directory / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"run directory: {str(directory)!r} given; there is no config.yaml in it")
-    return load_config([path])
+def _store(where: str) -> tuple[str, ExchangeConfig]:
+    """A store's URL, and how it is reached: what is given, or the store of a run directory."""
+    where = expand_home("store", where)
+    check_url(where, "store")
+    if (Path(where) / "store").is_dir():
+        return str(Path(where) / "store"), ExchangeConfig()
+    if not (Path(where) / CONFIG_FILE).is_file():
+        return where, ExchangeConfig()
+    config = load_run(Path(where))
+    if config.exchange.kind != "store":
+        raise ConfigError(f"store: {where!r} given; its run is one with exchange.kind={config.exchange.kind}")
+    return config.store_url, config.exchange
 
 
 def main() -> None:

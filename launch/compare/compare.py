@@ -20,7 +20,8 @@ from launch.start.local import GRACE_SECONDS, StopSignals
 from launch.start.processes import POLL_SECONDS, Child, ChildCommand, Children
 from pretrain.config.check import ConfigError, check_config
 from pretrain.config.keys import MembershipConfig, OuterConfig, RunConfig, SiloConfig
-from pretrain.config.load import load_config, load_typed, save_config
+from pretrain.config.load import load_config, load_run, load_typed, save_config
+from pretrain.config.paths import absolute, expand_home
 from pretrain.silo.shards import read_manifest
 
 KINDS = ("central", "isolated", "federated", "personalised")
@@ -113,6 +114,8 @@ class Planned:
 def load_comparison(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> CompareConfig:
     """Read and check a comparison. Raises ConfigError."""
     spec = load_typed(CompareConfig, paths, overrides)
+    spec.directory = expand_home("directory", spec.directory)
+    spec.run = [expand_home("run", path) for path in spec.run]
     if not spec.run:
         raise ConfigError("run: [] given; allowed: the YAML files of the federated run")
     if not spec.seeds or len(set(spec.seeds)) < len(spec.seeds):
@@ -369,7 +372,9 @@ def _check_begun(planned: Planned, runs: Sequence[Planned]) -> None:
     stored = planned.directory / "config.yaml"
     if not stored.is_file():
         return
-    theirs, ours = _leaves(dataclasses.asdict(load_config([stored]))), _leaves(dataclasses.asdict(planned.config))
+    theirs, ours = (
+        _leaves(dataclasses.asdict(absolute(config))) for config in (load_run(planned.directory), planned.config)
+    )
     different = sorted(key for key in theirs | ours if (key in theirs, theirs.get(key)) != (key in ours, ours.get(key)))
     if different:
         more = f" and {len(different) - 4} more" if len(different) > 4 else ""

@@ -1,6 +1,8 @@
 """What `atoll status` prints: who is alive, who takes part, what each contributed, and what is being waited for."""
 
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -16,9 +18,9 @@ WIDE = 100
 NAMED = 3  # of the objects that cannot be read
 
 
-def print_status(url: str, console: Console | None = None) -> None:
-    """Print where the run in a store stands; raises ConfigError as `store_status` does."""
-    show_status(store_status(url), console or Console())
+def print_status(url: str, options: Mapping[str, Any] | None = None, *, console: Console | None = None) -> None:
+    """Print where the run in a store stands; `options` go to fsspec. Raises ConfigError as `store_status` does."""
+    show_status(store_status(url, options), console or Console())
 
 
 def show_status(status: StoreStatus, console: Console) -> None:

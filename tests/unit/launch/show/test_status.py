@@ -39,13 +39,15 @@ def make(tmp_path: Path, tiny_config: TinyConfig, tiny_text: TinyText) -> Any:
     """A run of five silos."""
 
     def make(url: str = "", **membership: Any) -> RunConfig:
-        return tiny_config(
+        config: RunConfig = tiny_config(
             tmp_path,
             outer={"optimizer": "sgd", "lr": 1.0},
             silos={name: tiny_silo(tiny_text, "gamma") for name in ("gamma", "delta", "epsilon")},
             membership=membership,
-            exchange={"url": url, "lease_seconds": 600},
+            exchange={"lease_seconds": 600},
         )
+        config.exchange.url = url  # also memory://, which a configuration of several processes must not name
+        return config
 
     return make
 
@@ -95,7 +97,7 @@ def clock(seconds: float) -> str:
 
 def shown(url: str, width: int = 100) -> list[str]:
     console = Console(record=True, width=width, file=open(os.devnull, "w"))  # noqa: SIM115
-    print_status(url, console)
+    print_status(url, console=console)
     return [line.rstrip() for line in console.export_text().splitlines()]
 
 
