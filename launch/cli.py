@@ -152,7 +152,7 @@ def launch_join_command(
     """
     from launch.start.join import join
 
-    raise typer.Exit(join(_store(url)[0], config, overrides or [], sites=site or [], dry_run=dry_run))
+    raise typer.Exit(join(_store(url), config, overrides or [], sites=site or [], dry_run=dry_run))
 
 
 @app.command()
@@ -244,7 +244,7 @@ def status(
     from launch.show.status import print_status
     from pretrain.exchange.options import store_options
 
-    url, exchange = _store(where)
+    url, exchange = _reached(where)
     print_status(url, store_options(exchange, url))
 
 
@@ -295,7 +295,7 @@ def rollback(
     """
     from pretrain.exchange.rollback import roll_back_store
 
-    done = roll_back_store(_store(where)[0], to=to, reason=reason)
+    done = roll_back_store(_store(where), to=to, reason=reason)
     print(f"rolled back from version {done.from_version} to {done.to_version}")
 
 
@@ -417,8 +417,13 @@ def evaluate(
         print(f"{loss:.6f}  {path}")
 
 
-def _store(where: str) -> tuple[str, ExchangeConfig]:
-    """A store's URL, and how it is reached: what is given, or the store of a run directory."""
+def _store(where: str) -> str:
+    """A store's URL: what is given, or the store of a run directory."""
+    return _reached(where)[0]
+
+
+def _reached(where: str) -> tuple[str, ExchangeConfig]:
+    """The same, and how it is reached."""
     where = expand_home("store", where)
     check_url(where, "store")
     if (Path(where) / "store").is_dir():
