@@ -361,6 +361,8 @@ def compare(
 
     [bold]Example:[/bold] atoll compare --config compare.yaml --jobs 2
     """
+    from rich.console import Console
+
     from launch.compare.compare import compare as run_comparison
     from launch.compare.compare import describe_runs, load_comparison, plan_runs
     from launch.compare.table import write_results
@@ -370,7 +372,8 @@ def compare(
         print(describe_runs(plan_runs(spec)))
         return
     code = 0 if table else run_comparison(spec, jobs=jobs)
-    print(write_results(spec))
+    for each in write_results(spec):
+        each.show(Console())
     raise typer.Exit(code)
 
 
