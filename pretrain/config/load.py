@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pretrain.config.check import ConfigError, check_config
@@ -64,7 +64,9 @@ def load_typed(
 
     `prepare` changes what was given, in place, before it is typed.
     """
-    layers = [below or {}, *(_read_yaml(Path(path)) for path in paths)]
+    files = [_read_yaml(Path(path)) for path in paths]
+    _check_data_files(paths, files)
+    layers = [below or {}, *files]
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"command line: {override!r} given; allowed: key=value")
@@ -108,6 +110,21 @@ def _read_yaml(path: Path) -> Any:
     except (OmegaConfBaseException, yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path}: {' '.join(str(error).split())}") from None
     return loaded
+
+
+def _check_data_files(paths: Sequence[str | Path], files: Sequence[Any]) -> None:
+    """Refuse several of the files that `atoll data prepare` leaves: each says what every silo trains on."""
+    told = [
+        path
+        for path, given in zip(paths, files, strict=True)
+        if isinstance(given, DictConfig) and set(given) == {"silo"} and isinstance(given.silo, DictConfig)
+        if "data" in given.silo and set(given.silo) <= {"data", "data_weights", "valid"}
+    ]
+    if len(told) > 1:
+        raise ConfigError(
+            f"--config: {told[0]} and {told[1]} given, and each says what every silo trains on; allowed: one of them; "
+            "with several silos, put what each file says below silos.NAME instead of silo"
+        )
 
 
 def _first_line(error: Exception) -> str:

@@ -320,6 +320,18 @@ def test_a_run_directory_works_from_anywhere_and_can_be_moved(
         (tmp_path / "y: z").rename(tmp_path / "runs/x")
 
 
+def test_data_of_several_silos_is_not_given_by_files_for_all(minimal: Path, tmp_path: Path) -> None:
+    files = [tmp_path / "law/silo.yaml", tmp_path / "medicine/silo.yaml"]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text(yaml.safe_dump({"silo": {"data": [str(file.parent / "train")], "valid": {}}}))
+    assert load_config([minimal, files[0]]).silos["beta"].data == [str(tmp_path / "law/train")]
+    assert one_line_error(load_config, [minimal, *files]) == (
+        f"--config: {files[0]} and {files[1]} given, and each says what every silo trains on; allowed: one of them; "
+        "with several silos, put what each file says below silos.NAME instead of silo"
+    )
+
+
 def test_there_are_shipped_configurations() -> None:
     assert SHIPPED
 
