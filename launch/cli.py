@@ -7,9 +7,10 @@ from typing import Annotated
 import typer
 
 from data_tools.cli import app as data_app
-from pretrain.config.check import ConfigError
-from pretrain.config.keys import RunConfig
-from pretrain.config.load import load_config
+from pretrain.config.check import ConfigError, check_url
+from pretrain.config.keys import ExchangeConfig
+from pretrain.config.load import CONFIG_FILE, load_config, load_run
+from pretrain.config.paths import expand_home
 
 app = typer.Typer(
     name="atoll",
@@ -202,7 +203,7 @@ def train(
     [bold]Example:[/bold] atoll train --config run.yaml --silo law
     """
     from launch.start.local import launch_silo
-    from pretrain.federation.preflight import check_collective, check_silo
+    from pretrain.federation.preflight import announce_store, check_collective, check_silo
 
     checked = load_config(config, overrides or [])
     if silo not in checked.silos:
@@ -211,6 +212,7 @@ def train(
         raise ConfigError(f"silos.{silo}.num_nodes: {checked.silos[silo].num_nodes} given; allowed: 1 with atoll train")
     check_silo(checked, silo)
     check_collective(checked, silo)
+    announce_store(checked)
     raise typer.Exit(launch_silo(checked, silo))
 
 
@@ -222,8 +224,11 @@ def aggregate(config: Config, overrides: Overrides = None) -> None:
     """
     from launch.start.local import write_resolved
     from launch.start.processes import run_here
+    from pretrain.federation.preflight import announce_store
 
-    path = write_resolved(load_config(config, overrides or []))
+    checked = load_config(config, overrides or [])
+    announce_store(checked)
+    path = write_resolved(checked)
     command = [sys.executable, "-m", "pretrain.aggregate", "--config", str(path)]
     raise typer.Exit(run_here(command, {}))
 
@@ -237,8 +242,10 @@ def status(
     [bold]Example:[/bold] atoll status s3://bucket/run
     """
     from launch.show.status import print_status
+    from pretrain.exchange.options import store_options
 
-    print_status(_store(where))
+    url, exchange = _reached(where)
+    print_status(url, store_options(exchange, url))
 
 
 @app.command()
@@ -334,6 +341,8 @@ def relay(
     """
     from pretrain.federation.relay import relay as run_relay
 
+    remote = expand_home("--remote", remote)
+    check_url(remote, "--remote")
     raise typer.Exit(run_relay(load_config(config, overrides or []), remote))
 
 
@@ -363,6 +372,8 @@ def compare(
 
     [bold]Example:[/bold] atoll compare --config compare.yaml --jobs 2
     """
+    from rich.console import Console
+
     from launch.compare.compare import compare as run_comparison
     from launch.compare.compare import describe_runs, load_comparison, plan_runs
     from launch.compare.table import write_results
@@ -372,7 +383,8 @@ def compare(
         print(describe_runs(plan_runs(spec)))
         return
     code = 0 if table else run_comparison(spec, jobs=jobs)
-    print(write_results(spec))
+    for each in write_results(spec):
+        each.show(Console())
     raise typer.Exit(code)
 
 
@@ -388,7 +400,7 @@ def export(
     """
     from pretrain.federation.export import describe_export, export_global_model
 
-    config = _resolved(directory)
+    config, output = load_run(directory), Path(expand_home("--output", str(output)))
     print(describe_export(config, output, export_global_model(config, output, version)))
 
 
@@ -434,16 +446,22 @@ def evaluate(
 
 
 def _store(where: str) -> str:
-    """A store's URL: what is given, or the store in a run directory."""
-    inside = Path(where) / "store"
-    return str(inside) if inside.is_dir() else where
+    """A store's URL: what is given, or the store of a run directory."""
+    return _reached(where)[0]
 
 
-def _resolved(directory: Path) -> RunConfig:
-    path = directory / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"run directory: {str(directory)!r} given; there is no config.yaml in it")
-    return load_config([path])
+def _reached(where: str) -> tuple[str, ExchangeConfig]:
+    """The same, and how it is reached."""
+    where = expand_home("store", where)
+    check_url(where, "store")
+    if (Path(where) / "store").is_dir():
+        return str(Path(where) / "store"), ExchangeConfig()
+    if not (Path(where) / CONFIG_FILE).is_file():
+        return where, ExchangeConfig()
+    config = load_run(Path(where))
+    if config.exchange.kind != "store":
+        raise ConfigError(f"store: {where!r} given; its run is one with exchange.kind={config.exchange.kind}")
+    return config.store_url, config.exchange
 
 
 def main() -> None:

@@ -249,7 +249,10 @@ def prepare(
         mixture=mixture,
         held_out=held_out,
         checkpoints=Checkpoints(
-            config.silo_directory(name) / "checkpoints", keep=settings.keep_checkpoints, contract_sha256=contract_sha256
+            config.silo_directory(name) / "checkpoints",
+            keep=settings.keep_checkpoints,
+            contract_sha256=contract_sha256,
+            kind=config.exchange.kind,
         ),
         sync=sync,
         asked_to_stop=asked_to_stop,

@@ -15,12 +15,15 @@ from pathlib import Path
 
 from rich.console import Console
 
+from launch.compare.pace import Followed, Pace
+from launch.show.display import format_seconds
 from launch.show.metrics import read_status
 from launch.start.local import GRACE_SECONDS, StopSignals
 from launch.start.processes import POLL_SECONDS, Child, ChildCommand, Children
 from pretrain.config.check import ConfigError, check_config
 from pretrain.config.keys import MembershipConfig, OuterConfig, RunConfig, SiloConfig
-from pretrain.config.load import load_config, load_typed, save_config
+from pretrain.config.load import load_config, load_run, load_typed, save_config
+from pretrain.config.paths import absolute, expand_home
 from pretrain.silo.shards import read_manifest
 
 KINDS = ("central", "isolated", "federated", "personalised")
@@ -78,6 +81,11 @@ class Planned:
     config: RunConfig
 
     @property
+    def name(self) -> str:
+        """In words."""
+        return " ".join(filter(None, (self.model, self.silo, f"seed {self.seed}")))
+
+    @property
     def directory(self) -> Path:
         """Its run directory."""
         return Path(self.config.directory)
@@ -113,6 +121,8 @@ class Planned:
 def load_comparison(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> CompareConfig:
     """Read and check a comparison. Raises ConfigError."""
     spec = load_typed(CompareConfig, paths, overrides)
+    spec.directory = expand_home("directory", spec.directory)
+    spec.run = [expand_home("run", path) for path in spec.run]
     if not spec.run:
         raise ConfigError("run: [] given; allowed: the YAML files of the federated run")
     if not spec.seeds or len(set(spec.seeds)) < len(spec.seeds):
@@ -299,12 +309,13 @@ def compare(spec: CompareConfig, *, jobs: int = 1, console: Console | None = Non
     console = console or Console()
     runs = plan_runs(spec)
     waiting = [planned for planned in runs if not planned.is_finished]
-    console.print(
-        f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished ({spec.directory})",
-        soft_wrap=True,
-        markup=False,
-        highlight=False,
-    )
+    followed = {planned.directory: Followed(name=planned.name, config=planned.config) for planned in runs}
+    pace = Pace(list(followed.values()))
+
+    def say(line: str) -> None:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+    say(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished ({spec.directory})")
     running: list[tuple[Planned, Child]] = []
     with StopSignals() as signals, Children(grace_seconds=LAUNCH_GRACE_SECONDS) as children:
         while (waiting or running) and signals.first is None:
@@ -313,19 +324,18 @@ def compare(spec: CompareConfig, *, jobs: int = 1, console: Console | None = Non
                 for planned in ready[: jobs - len(running)]:
                     waiting.remove(planned)
                     running.append((planned, _start(planned, children)))
+                    followed[planned.directory].is_running = True
             for planned, child in [(planned, child) for planned, child in running if child.returncode is not None]:
                 running.remove((planned, child))
-                console.print(_outcome(planned, child), soft_wrap=True, markup=False, highlight=False)
+                followed[planned.directory].is_running = False
+                say(_outcome(planned, child))
                 if not planned.is_finished:
                     return child.returncode if child.returncode in (1, 2) else 1
+            if line := pace.due():
+                say(line)
             time.sleep(POLL_SECONDS)
         if signals.first is not None:
-            console.print(
-                "stopping: what is running saves; the same command goes on",
-                soft_wrap=True,
-                markup=False,
-                highlight=False,
-            )
+            say("stopping: what is running saves; the same command goes on")
             count = signals.count
             children.stop(lambda: signals.count > count)
             return 128 + signals.first
@@ -358,10 +368,9 @@ def _start(planned: Planned, children: Children) -> Child:
 
 
 def _outcome(planned: Planned, child: Child) -> str:
-    name = " ".join(filter(None, (planned.model, planned.silo, f"seed {planned.seed}")))
     if planned.is_finished:
-        return f"{name}: finished in {time.time() - child.started_unix_seconds:,.0f} s"
-    return f"{name}: exit status {child.returncode} in {planned.directory}; see {child.log_path}"
+        return f"{planned.name}: finished in {format_seconds(time.time() - child.started_unix_seconds)}"
+    return f"{planned.name}: exit status {child.returncode} in {planned.directory}; see {child.log_path}"
 
 
 def _check_begun(planned: Planned, runs: Sequence[Planned]) -> None:
@@ -369,7 +378,9 @@ def _check_begun(planned: Planned, runs: Sequence[Planned]) -> None:
     stored = planned.directory / "config.yaml"
     if not stored.is_file():
         return
-    theirs, ours = _leaves(dataclasses.asdict(load_config([stored]))), _leaves(dataclasses.asdict(planned.config))
+    theirs, ours = (
+        _leaves(dataclasses.asdict(absolute(config))) for config in (load_run(planned.directory), planned.config)
+    )
     different = sorted(key for key in theirs | ours if (key in theirs, theirs.get(key)) != (key in ours, ours.get(key)))
     if different:
         more = f" and {len(different) - 4} more" if len(different) > 4 else ""

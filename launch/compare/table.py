@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import rich.table
+from rich.console import Console
+from rich.text import Text
 
 from launch.compare.compare import CompareConfig, Planned, plan_runs
 from launch.show.report import summary_of
@@ -19,6 +22,7 @@ from pretrain.config.load import load_config
 # Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom.
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 NORMAL_QUANTILE = 1.960
+GAP = 2  # between columns in a terminal
 TOGETHER = ("central", "federated")  # kinds whose one model is for all silos
 
 
@@ -150,6 +154,26 @@ class Table:
         lines = [self.header, ["---"] * len(self.header), *self.rows]
         return f"{self.caption}\n\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
+    def show(self, console: Console) -> None:
+        """Print it for reading; what does not fit beside the first column goes below, with that again."""
+        console.print(Text(self.caption), "")
+        widths = [
+            max([*map(len, self.header[column].split()), *(len(cells[column]) for cells in self.rows)], default=0) + GAP
+            for column in range(len(self.header))
+        ]
+        left = list(range(1, len(self.header)))
+        while left:
+            taken = [left.pop(0)]
+            while left and sum(widths[column] for column in (0, *taken, left[0])) <= console.width:
+                taken.append(left.pop(0))
+            table = rich.table.Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="bold dim")
+            table.add_column(Text(self.header[0]), overflow="fold")
+            for column in taken:
+                table.add_column(Text(self.header[column]), justify="right", overflow="fold")
+            for cells in self.rows:
+                table.add_row(*(Text(cells[column]) for column in (0, *taken)))
+            console.print(table, "")
+
 
 def all_text(spec: CompareConfig, results: Results) -> Table:
     """Every model's loss over all corpora, and against the reference."""
@@ -201,8 +225,8 @@ def own_text(spec: CompareConfig, results: Results) -> Table:
 # ---- plots
 
 
-def write_results(spec: CompareConfig) -> str:
-    """Write results.json, table.md, loss.svg, own.svg and compare.html; returns the tables in Markdown."""
+def write_results(spec: CompareConfig) -> list[Table]:
+    """Write results.json, table.md, loss.svg, own.svg and compare.html; returns the tables."""
     results, directory = read_results(spec), Path(spec.directory)
     tables = [all_text(spec, results), own_text(spec, results)]
     text = "\n".join(map(str, tables))
@@ -218,7 +242,7 @@ def write_results(spec: CompareConfig) -> str:
         temporary = directory / f"{name}.tmp"
         temporary.write_text(content)
         temporary.replace(directory / name)
-    return text
+    return tables
 
 
 def draw(spec: CompareConfig, results: Results) -> dict[str, str]:

@@ -233,31 +233,32 @@ class LiveDisplay:
 
     def _draw(self) -> RenderableType:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold dim")
-        for heading in ("silo", "phase"):
-            table.add_column(heading, no_wrap=True)
+        table.add_column("silo", overflow="fold")
+        table.add_column("phase", no_wrap=True)
         for heading in ("round", "step", "loss", "held-out", "tokens/s"):
             table.add_column(heading, justify="right", no_wrap=True)
-        # The only columns that may be cut short; on a narrow terminal the set-up goes first.
+        # On a narrow terminal, what each waits for has lines of its own below the table, and the set-up is left out.
         is_wide = self._live.console.width >= WIDTH_WITH_SETUP
-        table.add_column("set-up" if is_wide else "")
-        table.add_column("waits for")
+        for heading in ("set-up", "waits for") if is_wide else ():
+            table.add_column(heading)
         for name, silo in self.progress.silos.items():
             status = self._statuses.get(name, ProcessStatus())
             step = silo.step or status.step
             table.add_row(
-                name,
+                Text(name),
                 Text(status.phase, style=PHASE_STYLES.get(status.phase, "")),
                 f"{self._round(step, status)}/{self.config.num_rounds}",
                 f"{step:,}/{self.config.inner.num_steps:,}",
                 _number(silo.loss),
                 _number(silo.held_out_loss),
                 _speed(silo.tokens_per_second),
-                _short(describe_setup(self.config.silos[name]) if is_wide else "", "dim"),
-                _wait(status),
+                *([_short(describe_setup(self.config.silos[name]), "dim"), _wait(status)] if is_wide else []),
             )
         if AGGREGATOR in self._statuses:
-            table.add_row(*self._aggregator_row(self._statuses[AGGREGATOR]))
-        return Group(table, Text(), self._progress_line())
+            table.add_row(*self._aggregator_row(self._statuses[AGGREGATOR], is_wide=is_wide))
+        waits = {} if is_wide else {name: _wait(status) for name, status in self._statuses.items()}
+        below = [Text.assemble(f"{name} waits ", wait) for name, wait in waits.items() if wait]
+        return Group(table, *below, Text(), self._progress_line())
 
     def _round(self, steps_done: int, status: ProcessStatus) -> int:
         """The round in progress, from 1; a silo that waits for the end of a round is still in it."""
@@ -265,7 +266,7 @@ class LiveDisplay:
         begun = steps_over > 0 or status.phase == "training"
         return min(self.config.num_rounds, rounds + begun)
 
-    def _aggregator_row(self, status: ProcessStatus) -> list[RenderableType]:
+    def _aggregator_row(self, status: ProcessStatus, *, is_wide: bool) -> list[RenderableType]:
         commit = self.progress.commit or {}
         version = commit.get("version", status.round)
         note = ""
@@ -273,8 +274,8 @@ class LiveDisplay:
             note = f"cosine {cosine:+.2f}"
         phase = Text(status.phase, style=PHASE_STYLES.get(status.phase, ""))
         version_text = f"{version}/{self.config.schedule.num_versions}"
-        is_wide = self._live.console.width >= WIDTH_WITH_SETUP
-        return [AGGREGATOR, phase, version_text, "", "", "", "", _short(note if is_wide else "", "dim"), _wait(status)]
+        more = [_short(note, "dim"), _wait(status)] if is_wide else []
+        return [AGGREGATOR, phase, version_text, "", "", "", "", *more]
 
     def _progress_line(self) -> RenderableType:
         done, total = self.progress.steps_done, self.progress.steps_total
@@ -338,7 +339,7 @@ def _wait(status: ProcessStatus) -> Text:
         return Text()
     seconds = status.waited_seconds
     style = "yellow" if seconds >= WAIT_WORTH_A_LINE_SECONDS else ""
-    return _short(f"{format_seconds(seconds):>5}  {status.waiting_for}", style)
+    return Text(f"{format_seconds(seconds):>5}  {status.waiting_for}", style=style)
 
 
 def _short(text: str, style: str = "") -> Text:

@@ -26,6 +26,7 @@ MAX_POINTS = 400
 PANELS_PER_ROW = 3
 
 STYLE: Any = LOOK | {
+    "text.parse_math": False,  # names of silos and corpora may have $ in them
     "svg.fonttype": "none",  # text stays text: small, selectable, in the reader's font
     "svg.hashsalt": "atoll",  # the same run gives the same file
     "font.family": "sans-serif",
@@ -262,10 +263,16 @@ def compared_losses(curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]
         axes = figure.subplots()
         axes.set_prop_cycle(LINES)
         for model, seeds in curves.items():
-            points = list(zip(*(seed[1:] for seed in seeds), strict=False))  # without the untrained model
+            # Without the untrained model, unless that is all.
+            points = list(zip(*(seed[1:] or seed for seed in seeds), strict=False))
             tokens = [same[0][0] for same in points]
             losses = [[loss for _, loss in same] for same in points]
-            (line,) = axes.plot(tokens, [sum(found) / len(found) for found in losses], label=model)
+            (line,) = axes.plot(
+                tokens,
+                [sum(found) / len(found) for found in losses],
+                label=model,
+                marker="o" if len(points) == 1 else "",
+            )
             low, high = [min(found) for found in losses], [max(found) for found in losses]
             axes.fill_between(tokens, low, high, color=line.get_color(), alpha=0.2, lw=0)
         axes.set_title("held-out loss, nats")

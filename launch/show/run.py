@@ -7,7 +7,7 @@ from pathlib import Path
 from launch.show.metrics import MetricsReader, Record, last_of_each
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig
-from pretrain.config.load import load_config
+from pretrain.config.load import load_run
 
 
 @dataclass(kw_only=True)
@@ -26,7 +26,7 @@ class Run:
         path = directory / "metrics.jsonl"
         if not path.is_file():
             raise ConfigError(f"run directory: {str(directory)!r} given; it has no metrics.jsonl, so nothing ran there")
-        config = run if isinstance(run, RunConfig) else load_config([directory / "config.yaml"])
+        config = run if isinstance(run, RunConfig) else load_run(directory)
         return cls(directory=directory, config=config, records=last_of_each(MetricsReader(path).read_new()))
 
     def of_silo(self, kind: str, silo: str) -> list[Record]:

@@ -1,6 +1,8 @@
 """What `atoll status` prints: who is alive, who takes part, what each contributed, and what is being waited for."""
 
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -10,11 +12,15 @@ from launch.show.display import format_seconds
 from launch.show.report import format_count
 from launch.show.status_reader import SiloStatus, StoreStatus, store_status
 from pretrain.config.keys import ExchangeConfig
+from pretrain.host.foreign import shown
+
+WIDE = 100
+NAMED = 3  # of the objects that cannot be read
 
 
-def print_status(url: str, console: Console | None = None) -> None:
-    """Print where the run in a store stands; raises ConfigError as `store_status` does."""
-    show_status(store_status(url), console or Console())
+def print_status(url: str, options: Mapping[str, Any] | None = None, *, console: Console | None = None) -> None:
+    """Print where the run in a store stands; `options` go to fsspec. Raises ConfigError as `store_status` does."""
+    show_status(store_status(url, options), console or Console())
 
 
 def show_status(status: StoreStatus, console: Console) -> None:
@@ -24,7 +30,13 @@ def show_status(status: StoreStatus, console: Console) -> None:
     for words in status.rollbacks:
         console.print(Text(words), soft_wrap=True)
     console.print(Text(f"aggregator: {status.aggregator.words}"), soft_wrap=True)
-    console.print(_table(status))
+    console.print(_table(status, is_wide=console.width >= WIDE))
+    for name, silo in status.silos.items():
+        if silo.refusals and not silo.has_delivered and not status.is_finished:
+            words = f"silo {name} was refused for version {(status.version or 0) + 1}: {silo.refusals[-1]}"
+            console.print(Text(words, style="red"))
+    if status.unreadable:
+        console.print(Text(_unreadable(status.unreadable), style="red"))
     silos = status.silos.values()
     num_alive, num_participating = sum(s.life.is_alive for s in silos), sum(s.part == "yes" for s in silos)
     num_tokens = sum(silo.tokens_contributed for silo in silos)
@@ -37,13 +49,15 @@ def show_status(status: StoreStatus, console: Console) -> None:
     console.print(_how_old(status), soft_wrap=True)
 
 
-def _table(status: StoreStatus) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold dim")
-    for heading in ("silo", "life", "takes part"):
+def _table(status: StoreStatus, *, is_wide: bool) -> Table:
+    """A row a silo; in a narrow terminal without the newest commit, so that names and words stay whole."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2 if is_wide else 1, 0, 0), header_style="bold dim")
+    table.add_column("silo", overflow="fold")
+    for heading in ("life", "takes part"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("tokens\ntrained", "commits", "newest", "tokens\ncontributed"):
+    for heading in ("tokens\ntrained", "commits", *(["newest"] if is_wide else []), "tokens\ncontributed"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("" if status.is_finished else f"version {(status.version or 0) + 1}")
+    table.add_column("" if status.is_finished else f"version {(status.version or 0) + 1}", no_wrap=True)
     for name, silo in status.silos.items():
         table.add_row(
             Text(name),
@@ -51,18 +65,24 @@ def _table(status: StoreStatus) -> Table:
             silo.part,
             "-" if silo.tokens_total is None else format_count(silo.tokens_total),
             str(silo.num_commits),
-            "-" if silo.newest_commit is None else str(silo.newest_commit),
+            *(["-" if silo.newest_commit is None else str(silo.newest_commit)] if is_wide else []),
             format_count(silo.tokens_contributed),
             Text() if status.is_finished else _progress(silo),
         )
     return table
 
 
+def _unreadable(paths: list[str]) -> str:
+    names = ", ".join(shown(path, limit=60) for path in paths[:NAMED])
+    more = f" and {len(paths) - NAMED:,} more" if len(paths) > NAMED else ""
+    return f"passed over, as they are not what their names say: {names}{more}"
+
+
 def _progress(silo: SiloStatus) -> Text:
     if silo.has_delivered:
         return Text("delivered", style="green")
     if silo.refusals:
-        return Text("refused: " + silo.refusals[-1], style="red")
+        return Text("refused", style="red")
     return Text("awaited", style="yellow") if silo.is_awaited else Text()
 
 
@@ -100,4 +120,7 @@ def _how_old(status: StoreStatus) -> Text:
 
 
 def _clock(unix_seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(unix_seconds))
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(unix_seconds))
+    except (OverflowError, ValueError, OSError):  # whoever writes into a shared directory can give it any time
+        return "a time beyond all calendars"

@@ -1,26 +1,38 @@
 """Where a run stands, read from its store alone, on any machine that can read the store.
 
+All that lies there is of other parties: what does not read as what it should be is passed over and named.
+
 All ages are differences between times of the store's own clock: now is when its newest object was written, a moment ago
 while anybody leaves signs of life there.
 """
 
-import json
 import re
 import statistics
+import types
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
-from itertools import pairwise
-from typing import Any
+from functools import cache
+from itertools import pairwise, takewhile
+from typing import Any, TypeVar, get_args, get_origin
 
 import fsspec
 
 from launch.show.display import format_seconds
-from pretrain.config.check import ConfigError
-from pretrain.config.keys import ExchangeConfig, InnerConfig, MembershipConfig, OuterConfig, RunConfig
+from pretrain.config.check import ConfigError, check_config
+from pretrain.config.keys import (
+    ExchangeConfig,
+    InnerConfig,
+    MembershipConfig,
+    ModelConfig,
+    OuterConfig,
+    RunConfig,
+    SiloConfig,
+)
+from pretrain.host.foreign import loads, shown
 from pretrain.outer.rounds import participants
+from pretrain.trust.ledger import Commit, Manifest, RefusedError
 
 # The layout is in pretrain/exchange/store.py; # is the number that tells objects of a kind apart.
 TERM = "aggregator/#.json"
@@ -30,9 +42,15 @@ BEAT = "silos/{}/beats/#"
 WORD = "silos/{}/membership/#.json"
 MANIFEST = "silos/{}/#/manifest.json"
 REFUSAL = "silos/{}/{}/refused-#.json"
-LAST_NUMBER = re.compile(r"(.*?)(\d+)(\D*)")
+COMMIT = "global/{:06d}/commit.json"
+CONTRACT = "contract.json"
+LAST_NUMBER = re.compile(r"(.*?)([0-9]{1,15})([^0-9]*)")
+LIMIT_BYTES = 4 << 20  # of one object; the largest, a commit of MAX_SILOS, has 2 MB
+LIMIT_SECONDS = 1e9  # of a time that another party states: 30 years
+MAX_SILOS = 4096
 
 Json = dict[str, Any]
+T = TypeVar("T")
 Numbered = dict[int, str]
 """Number to path, of objects of one kind."""
 
@@ -93,6 +111,8 @@ class StoreStatus:
     """When the store last changed, by its own clock; None where it tells no times."""
     rollbacks: list[str]
     """What was taken back, oldest first, each in words."""
+    unreadable: list[str] = field(default_factory=list)
+    """Objects that are not what their names say."""
     version_seconds: float | None = None
     """Median time from one commit to the next; None before there are two, or where the store tells no times."""
 
@@ -138,26 +158,60 @@ def store_status(url: str, options: Mapping[str, Any] | None = None) -> StoreSta
     """
     try:
         store = Listed(url, options)
+        content = store.read([CONTRACT]).get(CONTRACT)
     except Exception as error:  # every fsspec backend raises exceptions of its own
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"store: {url!r} given; it cannot be read: {reason}") from None
-    if "contract.json" not in store.times:
+        raise ConfigError(f"store: {url!r} given; it cannot be read: {shown(reason)}") from None
+    if CONTRACT not in store.times:
         raise ConfigError(f"store: {url!r} given; there is no run in it (no contract.json)")
-    return Reader(store, _terms(store.read(["contract.json"])["contract.json"], url)).status()
+    return Reader(store, _terms(content, url)).status()
 
 
-def _terms(contract: Json, url: str) -> RunConfig:
-    """What the contract says of roster, membership and schedule."""
+def _terms(stored: bytes | None, url: str) -> RunConfig:
+    """What the contract says of roster, membership and schedule, with silos as the defaults make them."""
     try:
-        return RunConfig(
-            inner=InnerConfig(**contract["inner"]),
-            outer=OuterConfig(**contract["outer"]),
-            membership=MembershipConfig(**contract["membership"]),
-            roster=[str(name) for name in contract["roster"]],
+        if stored is None:
+            raise ValueError(f"it has more than {LIMIT_BYTES:,} bytes")
+        contract = _object(stored)
+        inner, outer = _section(InnerConfig, contract, "inner"), _section(OuterConfig, contract, "outer")
+        membership = _section(MembershipConfig, contract, "membership")
+        roster: list[str] = contract.get("roster", [])
+        if not _fits(roster, list[str]) or len(roster) > MAX_SILOS:
+            raise ValueError(f"roster: {shown(str(roster)[:60])} given; allowed: up to {MAX_SILOS} names")
+        terms = RunConfig(
+            inner=inner,
+            outer=outer,
+            membership=membership,
+            model=ModelConfig(config={"model_type": "any"}),
+            silos={name: SiloConfig() for name in roster},
+            roster=roster,
         )
-    except (KeyError, TypeError) as error:
-        what = f"it has no {error.args[0]}" if isinstance(error, KeyError) else str(error)
+        check_config(terms)
+    except ValueError as error:
+        what = shown(error, limit=400)
         raise ConfigError(f"store: {url!r} given; its contract.json is not of this version of atoll: {what}") from None
+    return terms
+
+
+def _section(kind: type[T], contract: Json, key: str) -> T:
+    """One section of a contract; raises ValueError for what is no key of it, or of another type."""
+    given, allowed = contract.get(key), {f.name: f.type for f in fields(kind)}  # type: ignore[arg-type]
+    if not isinstance(given, dict):
+        raise ValueError(f"it has no {key}")
+    for name, value in given.items():
+        if name not in allowed or not _fits(value, allowed[name]):
+            raise ValueError(f"{key}.{shown(name, limit=60)}: {shown(value, limit=60)} given")
+    return kind(**given)
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    """Whether a value of JSON is of the type of a configuration's key."""
+    origin = get_origin(wanted)
+    if origin is types.UnionType:
+        return any(_fits(value, one) for one in get_args(wanted))
+    if origin is list:
+        return isinstance(value, list) and all(_fits(one, get_args(wanted)[0]) for one in value)
+    return type(value) in (int, float) if wanted is float else type(value) is wanted
 
 
 class Listed:
@@ -169,12 +223,16 @@ class Listed:
         self._filesystem, root = fsspec.core.url_to_fs(url, **(options or {}))
         self._filesystem.invalidate_cache()
         self._prefix = root.rstrip("/") + "/"
+        self._sizes: dict[str, int] = {}
         self.times: dict[str, float | None] = {}
         """Every object, to when it was written, in unix seconds of the store's clock if that tells."""
         self._numbered: defaultdict[str, Numbered] = defaultdict(dict)
         for full_path, entry in sorted(self._filesystem.find(root, detail=True).items()):
-            if full_path.startswith(self._prefix):
+            # Links and pipes are no objects: one leads out of the store, one never ends.
+            is_object = entry.get("type", "file") == "file" and not entry.get("islink")
+            if full_path.startswith(self._prefix) and is_object:
                 path = full_path.removeprefix(self._prefix)
+                self._sizes[path] = int(entry.get("size") or 0)
                 self.times[path] = _modified(entry)
                 if match := LAST_NUMBER.fullmatch(path):
                     self._numbered[f"{match[1]}#{match[3]}"][int(match[2])] = path
@@ -192,15 +250,15 @@ class Listed:
         """That with the largest number, if there is one."""
         return list(self.numbered(pattern).values())[-1:]
 
-    def read(self, paths: Iterable[str]) -> dict[str, Json]:
-        """JSON objects by path; empty where one is unreadable or was deleted since the listing."""
-        objects: dict[str, Json] = {path: {} for path in paths}
-        full = [self._prefix + path for path in objects]
-        for full_path, content in (self._filesystem.cat(full, on_error="omit") if full else {}).items():
-            with suppress(ValueError):
-                if isinstance(read := json.loads(content), dict):
-                    objects[full_path.removeprefix(self._prefix)] = read
-        return objects
+    def is_too_large(self, path: str) -> bool:
+        """Whether an object is none that any party of ours has written."""
+        return self._sizes[path] > LIMIT_BYTES
+
+    def read(self, paths: Iterable[str]) -> dict[str, bytes]:
+        """Objects by path, without those that are too large or were deleted since the listing."""
+        full = [self._prefix + path for path in paths if path in self.times and not self.is_too_large(path)]
+        found = self._filesystem.cat(full, on_error="omit") if full else {}
+        return {full_path.removeprefix(self._prefix): content for full_path, content in found.items()}
 
 
 class Reader:
@@ -208,18 +266,40 @@ class Reader:
 
     def __init__(self, store: Listed, terms: RunConfig) -> None:
         self._store, self._terms, self._rules = store, terms, terms.membership
-        commits = store.numbered("global/#/commit.json")
-        self._version = max(commits, default=None)
+        # Commits stay for ever, so the newest is where they end; one beyond that end belongs to no chain.
+        names = (COMMIT.format(version) for version in range(terms.schedule.num_versions + 1))
+        commits = list(takewhile(store.times.__contains__, names))
+        self._version = len(commits) - 1 if commits else None
         self._next = (self._version or 0) + 1
-        self._began = store.times["contract.json" if self._version is None else commits[self._version]]
-        wanted = [*commits.values(), *store.numbered(ROLLBACK).values(), *store.last(TERM)]
+        self._began = store.times[commits[-1] if commits else CONTRACT]
+        self._commits = commits
+        wanted = [*store.numbered(ROLLBACK).values(), *store.last(TERM)]
         wanted += [name for name in (self._waiting,) if name in store.times]
+        manifests = []
         for silo in terms.full_roster:
-            kinds = (BEAT, WORD, MANIFEST)
-            wanted += [path for kind in kinds for path in store.last(kind.format(silo))]
+            wanted += [path for kind in (BEAT, WORD) for path in store.last(kind.format(silo))]
             wanted += self._refused(silo)
-        self._objects = store.read(wanted)
-        self._tokens = {version: _tokens(self._objects[path]) for version, path in commits.items()}
+            manifests += store.last(MANIFEST.format(silo))
+        self._unreadable: list[str] = []
+        self._objects = self._parsed(wanted, _object)
+        self._manifests = self._parsed(manifests, Manifest.from_bytes)
+        committed = self._parsed(commits, Commit.from_bytes)
+        self._tokens = {v: _tokens(committed[path]) for v, path in enumerate(commits) if path in committed}
+        self._drawn = cache(self._drawn_anew)
+
+    def _parsed(self, paths: Iterable[str], parse: Callable[[bytes], T]) -> dict[str, T]:
+        """Objects by path, without those that are not what they should be: these are named."""
+        parsed: dict[str, T] = {}
+        paths = list(paths)
+        contents = self._store.read(paths)
+        for path in paths:
+            try:
+                parsed[path] = parse(contents[path])
+            except KeyError:  # too large, or gone meanwhile as the newest sign of life often is
+                self._unreadable += [path] if self._store.is_too_large(path) else []
+            except (ValueError, RefusedError):
+                self._unreadable.append(path)
+        return parsed
 
     @property
     def _waiting(self) -> str:
@@ -228,8 +308,11 @@ class Reader:
     def _refused(self, silo: str) -> list[str]:
         return list(self._store.numbered(REFUSAL.format(silo, f"{self._next:06d}")).values())
 
+    def _refusals(self, silo: str) -> list[Json]:
+        return [self._objects.get(path, {}) for path in self._refused(silo)]
+
     def _last(self, pattern: str) -> Json:
-        return next((self._objects[path] for path in self._store.last(pattern)), {})
+        return next((self._objects.get(path, {}) for path in self._store.last(pattern)), {})
 
     def status(self) -> StoreStatus:
         """All of it."""
@@ -251,12 +334,14 @@ class Reader:
             rollbacks=[
                 _rollback_words(self._objects[path], path.replace(".json", ".done") in store.times)
                 for path in store.numbered(ROLLBACK).values()
+                if path in self._objects
             ],
+            unreadable=self._unreadable,
             version_seconds=self._version_seconds(),
         )
 
     def _version_seconds(self) -> float | None:
-        times = [self._store.times[path] for path in self._store.numbered("global/#/commit.json").values()]
+        times = [self._store.times[path] for path in self._commits]
         known = [time for time in times if time is not None]
         return statistics.median(b - a for a, b in pairwise(known)) if len(known) > 1 else None
 
@@ -279,13 +364,13 @@ class Reader:
 
     def _aggregator(self) -> Life:
         for path in self._store.last(TERM):
-            term, record = path.removesuffix(".json"), self._objects[path]
+            term, record = path.removesuffix(".json"), self._objects.get(path, {})
             if f"{term}.ended" in self._store.times:
                 life = Life(is_alive=False, words="ended")
             else:
                 signs = [path, *self._store.numbered(f"{term}.beat-#").values()]
                 life = self._life(signs, _number(record, "lease_seconds"))
-            return replace(life, words=f"{life.words} ({record.get('holder', 'unknown')})")
+            return replace(life, words=f"{life.words} ({shown(record.get('holder', 'unknown'))})")
         return Life(is_alive=False, words="never seen")
 
     # ---- who takes part
@@ -293,15 +378,16 @@ class Reader:
     def _silo(self, name: str) -> SiloStatus:
         manifests = self._store.numbered(MANIFEST.format(name))
         tokens = {version: found[name] for version, found in self._tokens.items() if name in found}
+        newest = next((self._manifests.get(path) for path in self._store.last(MANIFEST.format(name))), None)
         return SiloStatus(
             life=self._life_of_silo(name),
             part=self._part(name),
-            tokens_total=int(_number(self._last(MANIFEST.format(name)), "tokens_total")) if manifests else None,
+            tokens_total=newest.tokens_total if newest else None,
             num_commits=len(tokens),
             newest_commit=max(tokens, default=None),
             tokens_contributed=sum(tokens.values()),
             has_delivered=self._next in manifests,
-            refusals=[str(self._objects[path].get("reason", "no reason given")) for path in self._refused(name)],
+            refusals=[shown(refusal.get("reason", "no reason given")) for refusal in self._refusals(name)],
         )
 
     def _part(self, name: str) -> str:
@@ -310,7 +396,7 @@ class Reader:
             if not self._store.last(WORD.format(name)):
                 return "not joined"
             word = self._last(WORD.format(name))
-            if word.get("left"):
+            if word.get("left") is True:
                 return "left"
             since = max([_number(word, "version"), *(v for v, found in self._tokens.items() if name in found)])
             num_missed = sum(v > since and name in self._drawn(v) for v in self._tokens)
@@ -318,9 +404,9 @@ class Reader:
                 return "away"
         return "yes" if name in self._drawn(self._next) else "not drawn"
 
-    def _drawn(self, version: int) -> list[str]:
+    def _drawn_anew(self, version: int) -> frozenset[str]:
         round, rules = self._terms.round_of(version), self._rules
-        return participants(self._terms.full_roster, round, sample=rules.sample, seed=rules.sample_seed)
+        return frozenset(participants(self._terms.full_roster, round, sample=rules.sample, seed=rules.sample_seed))
 
     # ---- what is waited for
 
@@ -328,38 +414,51 @@ class Reader:
         """Whom the aggregator waits for, by its word if it has left one."""
         told = self._objects.get(self._waiting, {}).get("silos")
         if isinstance(told, list):
-            return [name for name in silos if name in told]
+            awaited = {name for name in told if isinstance(name, str)}
+            return [name for name in silos if name in awaited]
         return [name for name, silo in silos.items() if silo.part == "yes"]
 
     def _is_out(self, name: str) -> bool:
         """Whether this version goes on without a silo whose delivery was refused for good."""
-        return self._rules.is_elastic and any(self._objects[path].get("final") for path in self._refused(name))
+        return self._rules.is_elastic and any(refusal.get("final") is True for refusal in self._refusals(name))
 
     def _deadline(self) -> float | None:
         """The aggregator counts from the commit before, or from its own start if that was later."""
-        seconds = self._objects.get(self._waiting, {}).get("deadline_seconds")
+        record = self._objects.get(self._waiting, {})
+        seconds = None if record.get("deadline_seconds") is None else _number(record, "deadline_seconds")
         began = [time for time in (self._began, self._store.newest(self._store.last(TERM))) if time is not None]
-        return max(began) + seconds if began and isinstance(seconds, int | float) else None
+        return max(began) + seconds if began and seconds is not None else None
+
+
+def _object(data: bytes) -> Json:
+    """JSON of another party that is an object; raises ValueError."""
+    found = loads(data, limit_bytes=LIMIT_BYTES)
+    if not isinstance(found, dict):
+        raise ValueError("no JSON object")
+    return found
 
 
 def _number(record: Json, key: str) -> float:
-    """A number in another party's record; 0 if there is none."""
+    """A number of versions or seconds in another party's record; 0 if there is none that can be meant."""
     value = record.get(key)
-    return value if isinstance(value, int | float) else 0
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return 0
+    return value if 0 <= value <= LIMIT_SECONDS else 0
 
 
-def _tokens(commit: Json) -> dict[str, int]:
+def _tokens(commit: Commit) -> dict[str, int]:
     """Silo to the tokens behind its contributions to a commit; two, if one of them came late."""
     found: defaultdict[str, int] = defaultdict(int)
-    for contributor in commit.get("contributors") or []:
-        found[str(contributor.get("silo"))] += int(_number(contributor, "tokens"))
+    for contributor in commit.contributors:
+        found[contributor.silo] += contributor.tokens
     return found
 
 
 def _rollback_words(record: Json, is_done: bool) -> str:
-    reason = f": {record['reason']}" if record.get("reason") else ""
+    reason = f": {shown(record['reason'])}" if record.get("reason") else ""
     unfinished = "" if is_done else " (interrupted; the aggregator completes it when it starts)"
-    return f"rolled back from {record.get('from_version')} to {record.get('to_version')}{reason}{unfinished}"
+    versions = (shown(record.get(key), limit=20) for key in ("from_version", "to_version"))
+    return f"rolled back from {' to '.join(versions)}{reason}{unfinished}"
 
 
 def _modified(entry: dict[str, Any]) -> float | None:

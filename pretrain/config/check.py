@@ -5,6 +5,8 @@ import re
 from difflib import get_close_matches
 from typing import Any
 
+import fsspec
+
 from pretrain.config.deepspeed_keys import KNOWN
 from pretrain.config.keys import ModelConfig, OuterConfig, RunConfig, SiloConfig
 
@@ -16,6 +18,8 @@ CODECS = ("fp32", "bf16", "int8", "int4", "e3m0", "topk")
 SECRET_NAME = re.compile(r"secret|token|passw|credential|connection_string|authorization|username|key$|key_id$", re.I)
 SECRET_VALUE = re.compile(r"://[^/\s]*:[^/\s]*@")
 RUN_ID = re.compile(r"[a-z0-9_-]{0,64}")
+# Kinds of fsspec that are in one process, or that copy what is elsewhere and do not look again.
+OWN_MEMORY = ("memory", "data", "blockcache", "cached", "filecache", "simplecache", "reference", "zip", "tar")
 SILO_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 # It may come from another institution, and goes into batch scripts.
 RUN_NAME = re.compile(r"[\w.-]{1,100}")
@@ -68,7 +72,7 @@ def check_config(config: RunConfig) -> None:
     _check_streaming(config.outer)
     _check_model(config.model)
     _check_roster(config)
-    for check in (_check_options, _check_collective, _check_membership, _check_merge, _check_muon):
+    for check in (_check_store, _check_options, _check_collective, _check_membership, _check_merge, _check_muon):
         check(config)
 
 
@@ -268,6 +272,27 @@ def _check_collective(config: RunConfig) -> None:
     for name, field in type(config.membership).__dataclass_fields__.items():
         given, allowed = getattr(config.membership, name), f"{field.default} with exchange.kind=collective"
         _require(given == field.default, f"membership.{name}", given, allowed)
+
+
+def check_url(url: str, key: str) -> None:
+    """Refuse a store's URL that is a slip of the pen, or that no other process would find. Raises ConfigError."""
+    for link in url.split("::"):
+        found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):(/*)(.?)", link)
+        if not found:
+            continue  # a directory
+        scheme, slashes, rest = found.groups()
+        if len(slashes) < 2 or not (rest or slashes[2:]):
+            raise ConfigError(f"{key}: {url!r} given; allowed: {scheme}://..., or a directory, as ./{url}")
+        if scheme.lower() in OWN_MEMORY:
+            allowed = f"a store that other processes see, too, which {scheme}:// is not"
+            raise ConfigError(f"{key}: {url!r} given; allowed: {allowed}")
+        if scheme.lower() not in fsspec.available_protocols():
+            raise ConfigError(f"{key}: {url!r} given; allowed: a directory, s3://, gs://, az:// or another of fsspec's")
+
+
+def _check_store(config: RunConfig) -> None:
+    if config.exchange.kind == "store":
+        check_url(config.exchange.url, "exchange.url")
 
 
 def _check_options(config: RunConfig) -> None:

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pretrain.config.check import ConfigError, check_config
 from pretrain.config.keys import RunConfig
+from pretrain.config.paths import expand_homes, portable
+
+CONFIG_FILE = "config.yaml"
 
 T = TypeVar("T")
 Section = dict[Any, Any]
@@ -32,7 +35,18 @@ def load_unchecked(
     paths: Sequence[str | Path], overrides: Sequence[str] = (), *, below: Section | None = None
 ) -> RunConfig:
     """`load_config` without checking the values; `below` is merged before the files. Raises ConfigError."""
-    return load_typed(RunConfig, paths, overrides, below=below, prepare=_spread_silo_defaults)
+    return expand_homes(load_typed(RunConfig, paths, overrides, below=below, prepare=_spread_silo_defaults))
+
+
+def load_run(directory: Path) -> RunConfig:
+    """The configuration of a run from its directory, wherever that is by now. Raises ConfigError."""
+    path = directory / CONFIG_FILE
+    if not path.is_file():
+        raise ConfigError(f"run directory: {str(directory)!r} given; there is no {CONFIG_FILE} in it")
+    here = {"directory": str(directory.absolute())}
+    config = load_typed(RunConfig, [path], above=here, prepare=_spread_silo_defaults)
+    check_config(config)
+    return config
 
 
 def load_typed(
@@ -41,13 +55,18 @@ def load_typed(
     overrides: Sequence[str] = (),
     *,
     below: Section | None = None,
+    above: Section | None = None,
     prepare: Prepare = lambda given: None,
 ) -> T:
-    """Merge defaults, `below`, YAML files and overrides into a dataclass; check keys and types. Raises ConfigError.
+    """Merge defaults, `below`, YAML files, overrides and `above` into a dataclass; check keys and types.
+
+    Raises ConfigError.
 
     `prepare` changes what was given, in place, before it is typed.
     """
-    layers = [below or {}, *(_read_yaml(Path(path)) for path in paths)]
+    files = [_read_yaml(Path(path)) for path in paths]
+    _check_data_files(paths, files)
+    layers = [below or {}, *files]
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"command line: {override!r} given; allowed: key=value")
@@ -55,6 +74,7 @@ def load_typed(
             layers.append(OmegaConf.from_dotlist([override]))
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise ConfigError(f"command line: {override!r} given; {_first_line(error)}") from None
+    layers.append(above or {})
     try:
         given = OmegaConf.to_container(OmegaConf.merge({}, *layers), resolve=True)
     except (OmegaConfBaseException, TypeError, ValueError) as error:
@@ -72,10 +92,13 @@ def load_typed(
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    """Write the resolved configuration as YAML that `load_config` reads back to the same values."""
+    """Write the resolved configuration as YAML that `load_config` reads back to the same values, on any way there.
+
+    Places are named from the root on, and those in the run directory from there (`load_run`).
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(portable(config))))
     temporary.replace(path)
 
 
@@ -87,6 +110,21 @@ def _read_yaml(path: Path) -> Any:
     except (OmegaConfBaseException, yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path}: {' '.join(str(error).split())}") from None
     return loaded
+
+
+def _check_data_files(paths: Sequence[str | Path], files: Sequence[Any]) -> None:
+    """Refuse several of the files that `atoll data prepare` leaves: each says what every silo trains on."""
+    told = [
+        path
+        for path, given in zip(paths, files, strict=True)
+        if isinstance(given, DictConfig) and set(given) == {"silo"} and isinstance(given.silo, DictConfig)
+        if "data" in given.silo and set(given.silo) <= {"data", "data_weights", "valid"}
+    ]
+    if len(told) > 1:
+        raise ConfigError(
+            f"--config: {told[0]} and {told[1]} given, and each says what every silo trains on; allowed: one of them; "
+            "with several silos, put what each file says below silos.NAME instead of silo"
+        )
 
 
 def _first_line(error: Exception) -> str:

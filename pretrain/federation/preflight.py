@@ -8,10 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import fsspec
+
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig
-from pretrain.exchange.options import store_options
-from pretrain.exchange.store import StoreExchange
+from pretrain.exchange.options import is_directory, store_options
+from pretrain.exchange.store import CONTRACT, StoreExchange
 from pretrain.host.software import differences
 from pretrain.silo.shards import check_a_sequence, check_enough, read_manifest, tokenizer_sha256
 from pretrain.silo.weights import checkpoint_files
@@ -29,8 +31,19 @@ def check_run(config: RunConfig) -> None:
         check_silo(config, name)
         check_collective(config, name)
     check_model(config)
+    announce_store(config)
     for difference in check_store(config):
         print(f"warning: {difference}", flush=True)
+
+
+def announce_store(config: RunConfig) -> None:
+    """Say where a run begins if a URL was given and no run is there: it may be meant to be elsewhere."""
+    url = config.exchange.url
+    if config.exchange.kind != "store" or not url or not is_directory(url):
+        return
+    directory = Path(fsspec.core.strip_protocol(url))
+    if not (directory / CONTRACT).exists():
+        print(f"exchange.url: a new run begins in {directory}, a directory of this machine", flush=True)
 
 
 def check_silo(config: RunConfig, name: str) -> None:

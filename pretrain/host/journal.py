@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config.keys import RunConfig
+from pretrain.host.tracker import Tracker
 
 
 class Journal:
@@ -22,19 +23,7 @@ class Journal:
         self.directory.mkdir(parents=True, exist_ok=True)
         (self.directory / "error.txt").unlink(missing_ok=True)
         self._end_broken_line()
-        self._wandb: Any = None
-        if config.wandb.mode != "disabled":
-            import wandb
-
-            self._wandb = wandb.init(
-                project=config.wandb.project,
-                group=config.name,
-                name=f"{config.name}-{silo or part}",
-                mode=config.wandb.mode,  # type: ignore[arg-type]
-                dir=str(self.directory),
-                config={"silo": silo},
-                settings=wandb.Settings(silent=True, console="off"),
-            )
+        self._tracker = Tracker(config, part, silo=silo)
 
     def record(self, kind: str, **values: Any) -> None:
         """Append one line to metrics.jsonl. One write in append mode: lines of several processes do not mix.
@@ -45,10 +34,7 @@ class Journal:
         if self._silo:
             head["silo"] = self._silo
         self._append((json.dumps(head | values) + "\n").encode())
-        if self._wandb:
-            numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
-            numbers |= {f"{kind}/{corpus}": loss for corpus, loss in values.get("val_loss", {}).items()}
-            self._wandb.log(numbers)
+        self._tracker.log(kind, values)
 
     def newest(self, kind: str, version: int) -> dict[str, Any]:
         """The newest of this silo's records of a kind that is of a version up to `version`; empty if there is none."""
@@ -89,5 +75,4 @@ class Journal:
 
     def close(self) -> None:
         """Finish the Weights & Biases run, if there is one."""
-        if self._wandb:
-            self._wandb.finish()
+        self._tracker.close()

@@ -3,9 +3,13 @@
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
+
+from pretrain.host.foreign import shown
 
 VERSION = "0.1.0"
 PACKAGES = ("torch", "transformers", "deepspeed", "tokenizers")
+NAMED = 16  # of another party's packages; more than anybody records
 
 
 def installed() -> dict[str, str]:
@@ -26,7 +30,8 @@ def differences(theirs: Mapping[str, str]) -> list[str]:
     """What of `installed` differs by more than a patch from another party's, a line each."""
     ours = installed()
     return [
-        f"{package} {ours.get(package, 'none')} here, {there} there: the models may differ in their last bits"
-        for package, there in theirs.items()
+        f"{shown(package, limit=40)} {ours.get(package, 'none')} here, {shown(there, limit=40)} there: the models may "
+        "differ in their last bits"
+        for package, there in islice(theirs.items(), NAMED)
         if minor(ours.get(package, "none")) != minor(there)
     ]

@@ -74,8 +74,9 @@ class Progress:
 class Checkpoints:
     """The checkpoints of one silo in one folder; a folder that is not complete does not count."""
 
-    def __init__(self, directory: Path, *, keep: int, contract_sha256: str) -> None:
-        self._directory = directory
+    def __init__(self, directory: Path, *, keep: int, contract_sha256: str, kind: str = "store") -> None:
+        """`kind` is that of the exchange: what a silo can do without its checkpoints depends on it."""
+        self._directory, self._kind = directory, kind
         self._keep = keep
         self._contract_sha256 = contract_sha256
 
@@ -114,8 +115,7 @@ class Checkpoints:
                 if tensors:
                     save_file(tensors, temporary / f"{name}.safetensors")
             state = dataclasses.asdict(progress) | {
-                "num_ranks": ranks.num_ranks,
-                "stage": engine.stage,
+                **engine.terms,
                 "contract_sha256": self._contract_sha256,
             }
             (temporary / "state.json").write_text(json.dumps(state, indent=1) + "\n")
@@ -133,20 +133,18 @@ class Checkpoints:
     def load(self, engine: Engine, ranks: Ranks, host: HostTensors) -> Progress | None:
         """Resume from the newest checkpoint, all ranks together; None if there is none.
 
-        Fills `host` on the leader. Raises ConfigError if the checkpoint is of another contract, number of
-        ranks or ZeRO stage.
+        Fills `host` on the leader. Raises ConfigError if the checkpoint is of another contract, number of ranks, ZeRO
+        stage, precision, optimizer or model.
         """
         newest = ranks.from_leader(str(self.newest) if self.newest else None)
         if newest is None:
             return None
         directory = Path(newest)
         state: dict[str, Any] = json.loads((directory / "state.json").read_text())
-        expected = {"num_ranks": ranks.num_ranks, "stage": engine.stage, "contract_sha256": self._contract_sha256}
-        for key, value in expected.items():
-            if state.pop(key) != value:
+        for key, ours in {**engine.terms, "contract_sha256": self._contract_sha256}.items():
+            if (theirs := state.pop(key, ours)) != ours:
                 raise ConfigError(
-                    f"{directory}: a checkpoint with another {key} than this run's {value}; go on with the settings it "
-                    "was written with, or name another run directory"
+                    f"{directory}: it was written with {key} {theirs}, and this is {ours}; {self._ways()}"
                 )
         engine.load(directory)
         _restore_random_state(load_file(directory / f"rng-{ranks.rank:05d}.safetensors"))
@@ -154,6 +152,16 @@ class Checkpoints:
             if (directory / f"{name}.safetensors").is_file():
                 tensors.update(load_file(directory / f"{name}.safetensors"))
         return Progress(**state)
+
+    def _ways(self) -> str:
+        """What leads on where a checkpoint is of other settings."""
+        same = "allowed: what it was written with"
+        if self._kind == "store":
+            return (
+                f"{same}; or move {self._directory} away, and the silo goes on from the store's newest version with a "
+                "fresh inner optimizer"
+            )
+        return f"{same}; or another run directory, to start anew" if self._kind == "none" else same
 
 
 def save_parameters(file: Path, engine: Engine, ranks: Ranks) -> None:

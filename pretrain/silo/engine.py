@@ -4,6 +4,8 @@ All that knows DeepSpeed's inner names is in this file (`_refresh_module`, `_fp3
 `_pieces`, `_own_piece`).
 """
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -76,6 +78,7 @@ class Engine:
         self._parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         self._masters = _fp32_masters(self._deepspeed)
         self._ranks = ranks
+        self._precision, self._optimizer_name = silo.precision, inner.optimizer
         self._mask_at = mask_at
         self._optimizer = optimizer
         _forget_initial_step(optimizer)
@@ -86,6 +89,18 @@ class Engine:
     def module(self) -> nn.Module:
         """The model that computes, in the silo's precision; its parameters may be partitioned."""
         return self._deepspeed.module
+
+    @property
+    def terms(self) -> dict[str, Any]:
+        """What its checkpoints can only be loaded with; by the name of what to change."""
+        shapes = json.dumps({name: list(shape) for name, shape in self.shapes.items()})
+        return {
+            "num_ranks": self._ranks.num_ranks,
+            "stage": self.stage,
+            "precision": self._precision,
+            "optimizer": self._optimizer_name,
+            "model": hashlib.sha256(shapes.encode()).hexdigest()[:12],
+        }
 
     @property
     def shapes(self) -> dict[str, torch.Size]:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import torch
 from launch import cli
 from launch.show.status_reader import store_status
 from pretrain.config.keys import RunConfig
-from pretrain.config.load import save_config
+from pretrain.config.load import load_run, save_config
 from pretrain.federation.export import evaluate_directory, export_global_model
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, assert_same_bits, federate, launched
@@ -108,6 +109,30 @@ def test_a_name_that_is_taken_is_refused(finished: Outcome, tmp_path: Path) -> N
     message = (tmp_path / "run/silos/alpha/error.txt").read_text()
     assert "another run directory takes part under this name" in message
     assert before == {p: p.stat().st_mtime_ns for p in Path(finished.config.store_url).rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"precision": "bf16"}, "precision fp32, and this is bf16"),
+        ({"processes_per_node": 2, "micro_batch_sequences": 2}, "num_ranks 1, and this is 2"),
+    ],
+)
+def test_a_checkpoint_of_another_engine_is_one_line(
+    finished: Outcome, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    moved = Path(shutil.copytree(finished.config.directory, tmp_path / "moved", symlinks=True))
+    config = load_run(moved)
+    config.silos["beta"] = dataclasses.replace(config.silos["beta"], **changes)
+    code, output = launched(config)
+    assert code == 2, output
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    checkpoints = moved / "silos/beta/checkpoints"
+    assert line.endswith(
+        f"{checkpoints}/step-00000012: it was written with {said}; allowed: what it was written with; or move "
+        f"{checkpoints} away, and the silo goes on from the store's newest version with a fresh inner optimizer"
+    )
+    assert "Traceback" not in output
 
 
 def test_the_exported_model_loads_generates_and_has_the_loss_of_eval(

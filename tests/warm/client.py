@@ -5,7 +5,6 @@ import signal
 import socket
 import sys
 
-STARTED_WITH = ("-u", "-m")  # torchrun's way, and with "-m" alone the launchers'
 PASSED_ON = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGCONT")
 
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-IMPORTED = ("pretrain.train", "pretrain.aggregate", "torch.distributed.run", "s3fs")
+IMPORTED = ("pretrain.train", "pretrain.aggregate", "launch.start.workers", "s3fs")
 FIRST_FREE = 200  # numbers of received files, out of the way of those that they shall get
 
 

@@ -1,5 +1,6 @@
 """Every mistake in a configuration is one line that names the key, before anything starts."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import yaml
 from launch.start.site import load_site
 from pretrain.config.check import OWNED_DEEPSPEED_KEYS, check_batch
 from pretrain.config.keys import RunConfig
-from pretrain.config.load import load_config, save_config
+from pretrain.config.load import load_config, load_run, load_unchecked, save_config
 from pretrain.federation.preflight import check_silo
 from pretrain.silo.shards import read_manifest
 from tests.conftest import TinyConfig
@@ -91,6 +92,24 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
         )
         for stage in (1, 2)
     ),
+    # places
+    *(
+        ([f"exchange.url={url}"], [f"exchange.url: {url!r} given; allowed: {allowed}"])
+        for url, allowed in (
+            ("s3:/bucket/run", "s3://..., or a directory, as ./s3:/bucket/run"),
+            ("gs:bucket/run", "gs://..., or a directory, as ./gs:bucket/run"),
+            ("s3://", "s3://..., or a directory"),
+            ("S3:/bucket", "S3://..., or a directory"),
+            ("simplecache://x::s3://bucket", "a store that other processes see, too, which simplecache:// is not"),
+            ("memory://run", "a store that other processes see, too, which memory:// is not"),
+            ("s4://bucket/run", "a directory, s3://, gs://, az:// or another of fsspec's"),
+        )
+    ),
+    *(
+        ([f"{key}=~no-such-user/x"], [f"{key}: '~no-such-user/x' given; allowed: a ~ that is a home"])
+        for key in ("directory", "tokenizer", "exchange.url", "exchange.ca_file", "silos.alpha.valid.v")
+    ),
+    (["silo.data=[~no-such-user/x]"], ["silo.data: '~no-such-user/x' given; allowed: a ~ that is a home"]),
     # ranges
     (["outer.sync_interval_steps=0"], ["outer.sync_interval_steps: 0 given; allowed: 1 or more"]),
     (["inner.num_steps=0"], ["inner.num_steps: 0 given; allowed: 1 or more"]),
@@ -260,6 +279,58 @@ def test_saved_configuration_loads_to_the_same(tmp_path: Path, tiny_config: Tiny
     save_config(again, path)
     assert path.read_bytes() == first
     assert [file.name for file in path.parent.iterdir()] == ["config.yaml"]
+
+
+def test_home_is_expanded_in_every_place(minimal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    keys = ["directory=~/run", "tokenizer=~/tokenizer", "exchange.url=~/s", "exchange.ca_file=~/ca.pem"]
+    keys += ["silo.data=[~/a, b/~c]", "silo.valid.v=~/v", "model={config: {}, checkpoint: ~/model}"]
+    config = load_unchecked([minimal], keys)
+    assert (config.directory, config.tokenizer) == ("/home/me/run", "/home/me/tokenizer")
+    assert (config.exchange.url, config.exchange.ca_file) == ("/home/me/s", "/home/me/ca.pem")
+    assert (config.silos["alpha"].data, config.silo.data) == (["/home/me/a", "b/~c"], ["/home/me/a", "b/~c"])
+    assert (config.silos["alpha"].valid["v"], config.model.checkpoint) == ("/home/me/v", "/home/me/model")
+
+
+def test_a_run_directory_works_from_anywhere_and_can_be_moved(
+    minimal: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ["directory=runs/x", "tokenizer=tokenizer", "silo.data=[runs/x/packed, runs/xy]"]
+    monkeypatch.chdir(tmp_path)
+    for url, moved_url in (
+        ("", "../y: z/store"),
+        ("runs/x/inside", "../y: z/inside"),
+        ("beside", "beside"),
+        ("s3://bucket/run", ""),
+    ):
+        config = load_config([minimal], [*given, *([f"exchange.url={url}"] if url else [])])
+        save_config(config, Path(config.directory) / "config.yaml")
+        (tmp_path / "elsewhere").mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        there = load_run(Path("../runs/x"))
+        anywhere = load_config([tmp_path / "runs/x/config.yaml"])
+        assert os.path.normpath(anywhere.store_url) == os.path.normpath(there.store_url)
+        (tmp_path / "runs/x").rename(tmp_path / "y: z")
+        moved = load_run(Path("../y: z"))
+        expected = url if "://" in url else str(tmp_path / moved_url.removeprefix("../"))
+        assert os.path.normpath(moved.store_url) == os.path.normpath(expected)
+        assert moved.tokenizer == str(tmp_path / "tokenizer")
+        packed = [os.path.normpath(place) for place in moved.silos["alpha"].data]
+        assert packed == [str(tmp_path / "y: z/packed"), str(tmp_path / "runs/xy")]
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "y: z").rename(tmp_path / "runs/x")
+
+
+def test_data_of_several_silos_is_not_given_by_files_for_all(minimal: Path, tmp_path: Path) -> None:
+    files = [tmp_path / "law/silo.yaml", tmp_path / "medicine/silo.yaml"]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text(yaml.safe_dump({"silo": {"data": [str(file.parent / "train")], "valid": {}}}))
+    assert load_config([minimal, files[0]]).silos["beta"].data == [str(tmp_path / "law/train")]
+    assert one_line_error(load_config, [minimal, *files]) == (
+        f"--config: {files[0]} and {files[1]} given, and each says what every silo trains on; allowed: one of them; "
+        "with several silos, put what each file says below silos.NAME instead of silo"
+    )
 
 
 def test_there_are_shipped_configurations() -> None:

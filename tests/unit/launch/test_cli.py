@@ -11,6 +11,10 @@ import typer
 from typer.testing import CliRunner
 
 from launch import cli
+from pretrain.config.load import load_config, save_config
+from pretrain.exchange.store import StoreExchange
+from pretrain.federation.preflight import announce_store
+from pretrain.trust.contract import build_contract, contract_bytes
 from tests.support import ROOT, TinyText, write_corpus, write_settings
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
@@ -77,6 +81,10 @@ def test_a_mistake_is_one_line_and_touches_nothing(
         ),
         (["launch", "join", "nowhere", "--config", "tiny.yaml"], "there is no run in it (no contract.json)"),
         (["status", "nowhere"], "nowhere"),
+        (["status", "s3:/bucket/run"], "store: 's3:/bucket/run' given; allowed: s3://..., or a directory"),
+        (["launch", "join", "memory://run", "--config", "tiny.yaml"], "a store that other processes see, too"),
+        (["relay", "--config", "tiny.yaml", "--remote", "s3:/bucket"], "--remote: 's3:/bucket' given; allowed: s3://"),
+        (["export", "nowhere", "--output", "~no-such-user/x"], "--output: '~no-such-user/x' given; allowed: a ~ that"),
         (["report", "nowhere"], "nowhere"),
         (["export", "nowhere", "--output", "model"], "run directory: 'nowhere' given; there is no config.yaml in it"),
         (["eval", "nowhere", "--data", "nowhere"], "model: 'nowhere' given"),
@@ -153,3 +161,22 @@ def test_the_command_line_starts_without_torch() -> None:
     code = "import sys, launch.cli; print([m for m in ('torch', 'transformers', 'deepspeed') if m in sys.modules])"
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ended.stdout == "[]\n"
+
+
+def test_a_store_elsewhere_is_found_from_the_run_directory_and_a_new_one_is_announced(
+    settings: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config([settings], ["directory=runs/x", "exchange.url=shared"])
+    announce_store(config)
+    assert capsys.readouterr().out == "exchange.url: a new run begins in shared, a directory of this machine\n".replace(
+        "shared", str(settings.parent / "shared")
+    )
+    StoreExchange(config.store_url).write_contract(contract_bytes(build_contract(config)))
+    announce_store(config)
+    assert capsys.readouterr().out == ""
+    save_config(config, Path(config.directory) / "config.yaml")
+    (settings.parent / "elsewhere").mkdir()
+    monkeypatch.chdir(settings.parent / "elsewhere")
+    found = CliRunner().invoke(cli.app, ["status", "../runs/x"])
+    assert found.exit_code == 0, found.output
+    assert "shared: no version yet" in found.output

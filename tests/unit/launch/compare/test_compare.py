@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,15 @@ from xml.etree import ElementTree
 
 import pytest
 import yaml
+from rich.console import Console
 from typer.testing import CliRunner
 
 from launch.cli import app
 from launch.compare.compare import CompareConfig, Planned, compare, load_comparison, plan_runs
+from launch.compare.pace import Followed, Pace
 from launch.compare.table import Interval, read_results, t_quantile, write_results
 from launch.show import figures
+from launch.show.display import format_seconds
 from pretrain.config.load import save_config
 from tests.support import ROOT, TinyText, one_line_error, tiny_settings, tiny_silo
 
@@ -128,7 +133,7 @@ def write_all(spec: CompareConfig) -> None:
 def test_the_table(comparison: Path) -> None:
     spec = load_comparison([comparison], ["choice=best"])
     write_all(spec)
-    table = write_results(spec)
+    table = "\n".join(map(str, write_results(spec)))
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if "|" in line]
     rows = {name: cells for name, *cells in lines}
     assert "| averaged | 4.1830 ± 1.8170 | +2.0 % ± 12.7 | 2 | 3,072 | 5.0 |" in table
@@ -144,6 +149,57 @@ def test_the_table(comparison: Path) -> None:
     page = (Path(spec.directory) / "compare.html").read_text()
     assert page.count("<svg") == 2
     assert "<td>4.1830 ± 1.8170</td><td>+2.0 % ± 12.7</td>" in page
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_tables_fit_the_terminal_and_lose_nothing(comparison: Path, width: int) -> None:
+    spec = load_comparison([comparison])
+    write_all(spec)
+    tables = write_results(spec)
+    console = Console(record=True, width=width, file=open(os.devnull, "w"))  # noqa: SIM115
+    for table in tables:
+        table.show(console)
+    lines = [line.rstrip() for line in console.export_text().splitlines()]
+    assert max(map(len, lines)) <= width
+    assert not any("…" in line for line in lines)
+    for cell in {cell for table in tables for row in table.rows for cell in row}:
+        assert any(cell in line for line in lines), cell
+    assert sum(line.startswith("personal ") for line in lines) == (2 if width == 200 else 3)
+
+
+@pytest.mark.parametrize("curve", [[(0.0, 7.0)], [(0.0, 7.0), (5.0, 6.0)]])
+def test_one_evaluation_of_a_model_is_seen_in_the_plot(curve: list[tuple[float, float]]) -> None:
+    """A line through one point is invisible: there is a mark, in the plot and in its legend."""
+    plot = ElementTree.fromstring(figures.compared_losses({"price_$x_$": [curve, curve]}))
+    shapes = {f"#{path.get('id')}" for path in plot.iterfind(".//{*}defs/{*}path") if "C" in path.get("d", "")}
+    marks = [use for use in plot.iterfind(".//{*}use") if use.get("{http://www.w3.org/1999/xlink}href") in shapes]
+    assert len(marks) == 2
+    assert "price_$x_$" in "".join(plot.itertext())
+
+
+def test_progress_and_time_left(comparison: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = load_comparison([comparison])
+    runs = plan_runs(spec)
+    first = runs[0]
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    followed = [Followed(name=planned.name, config=planned.config) for planned in runs]
+    pace = Pace(followed)
+    assert pace.due() is None
+    now = 131.0
+    followed[0].is_running = True
+    steps = first.config.inner.num_steps
+    assert pace.due() == f"0% of all tokens, measuring the time left; running: {first.name} at step 0 of {steps}"
+    assert pace.due() is None
+    first.directory.mkdir(parents=True)
+    step = {"kind": "step", "silo": next(iter(first.config.silos)), "step": steps // 2}
+    (first.directory / "metrics.jsonl").write_text(json.dumps(step) + "\n")
+    now = 191.0
+    share = first.tokens / 2 / sum(planned.tokens for planned in runs)
+    left = format_seconds(91 / share - 91)
+    assert pace.due() == (
+        f"{share:.0%} of all tokens, about {left} left; running: {first.name} at step {steps // 2} of {steps}"
+    )
 
 
 def test_no_two_models_look_alike_in_the_plots() -> None:
@@ -205,7 +261,7 @@ def test_a_model_may_have_fewer_seeds(comparison: Path) -> None:
     assert set(by_model(spec, 3)) == {"central", "isolated"}
     assert set(by_model(spec, 4)) == set(MODELS)
     write_all(spec)
-    lines = [line.split(" | ") for line in write_results(spec).splitlines()]
+    lines = [line.split(" | ") for table in write_results(spec) for line in str(table).splitlines()]
     (averaged, _) = [cells for cells in lines if cells[0] == "| averaged"]
     assert averaged[1:4] == ["4.8260", "+2.7 %", "1"]  # 4.2 * 1.03 + 0.5 against 4.2 + 0.5
 

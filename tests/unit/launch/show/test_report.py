@@ -198,6 +198,17 @@ def test_report_with_comparisons(tmp_path: Path) -> None:
         ElementTree.fromstring(figure)
 
 
+def test_a_dollar_in_a_name_is_a_dollar(tmp_path: Path) -> None:
+    config = make_run(tmp_path / "run", silos=("$\\law$",))
+    metrics = tmp_path / "run/metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"prose"', '"price_$x_$"'))
+    alone = make_run(tmp_path / "alone", silos=("law",), kind="none")
+    save_config(alone, tmp_path / "alone/config.yaml")
+    html = write_report(config, {"a_$^$": tmp_path / "alone"}).read_text()
+    for name in ("price_$x_$", "$\\law$", "a_$^$"):
+        assert f">{name}<" in html
+
+
 def test_report_of_a_silo_alone(tmp_path: Path) -> None:
     config = make_run(tmp_path / "run", silos=("law",), kind="none")
     html = write_report(config).read_text()

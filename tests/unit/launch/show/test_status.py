@@ -1,7 +1,9 @@
 """`atoll status`: who is alive, who takes part, what is waited for, of stores that the real parties have written."""
 
+import dataclasses
 import json
 import os
+import shutil
 import time
 import uuid
 from pathlib import Path
@@ -11,9 +13,10 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from rich.console import Console
 
-from launch.show.status import print_status
-from launch.show.status_reader import store_status
+from launch.show.status import print_status, show_status
+from launch.show.status_reader import StoreStatus, store_status
 from pretrain.config.keys import RunConfig
+from pretrain.config.load import load_config
 from pretrain.exchange.beats import Beats
 from pretrain.exchange.lease import Lease
 from pretrain.exchange.objects import Objects
@@ -22,7 +25,7 @@ from pretrain.outer.rounds import participants
 from pretrain.sync.through_store import ThroughStore
 from pretrain.trust.contract import build_contract, contract_bytes
 from tests.conftest import TinyConfig
-from tests.support import TinyText, one_line_error, tiny_silo
+from tests.support import TinyText, one_line_error, tiny_silo, write_settings
 from tests.unit.merge.test_membership import join
 from tests.unit.test_aggregate import GOOD, one_version, plus_noise, start
 from tests.waiting import wait_for
@@ -36,15 +39,36 @@ def make(tmp_path: Path, tiny_config: TinyConfig, tiny_text: TinyText) -> Any:
     """A run of five silos."""
 
     def make(url: str = "", **membership: Any) -> RunConfig:
-        return tiny_config(
+        config: RunConfig = tiny_config(
             tmp_path,
             outer={"optimizer": "sgd", "lr": 1.0},
             silos={name: tiny_silo(tiny_text, "gamma") for name in ("gamma", "delta", "epsilon")},
             membership=membership,
-            exchange={"url": url, "lease_seconds": 600},
+            exchange={"lease_seconds": 600},
         )
+        config.exchange.url = url  # also memory://, which a configuration of several processes must not name
+        return config
 
     return make
+
+
+@pytest.fixture(scope="module")
+def written_once(tmp_path_factory: pytest.TempPathFactory, tiny_text: TinyText) -> Path:
+    """The store of a run of two silos with a quorum, where version 1 is committed."""
+    directory = tmp_path_factory.mktemp("written-once")
+    config = load_config([write_settings(directory, tiny_text, membership={"quorum": 1})])
+    aggregator, state = start(config)
+    join(config, ["alpha", "beta"])
+    for silo in ("alpha", "beta"):
+        GOOD.deliver(config, silo, state, plus_noise(state))
+    one_version(aggregator, state)
+    return Path(config.store_url)
+
+
+@pytest.fixture
+def store_of_one(written_once: Path, tmp_path: Path) -> Path:
+    """A copy of it, into which others have put what they like."""
+    return Path(shutil.copytree(written_once, tmp_path / "store"))
 
 
 def joined(config: RunConfig, silo: str) -> ThroughStore:
@@ -73,7 +97,7 @@ def clock(seconds: float) -> str:
 
 def shown(url: str, width: int = 100) -> list[str]:
     console = Console(record=True, width=width, file=open(os.devnull, "w"))  # noqa: SIM115
-    print_status(url, console)
+    print_status(url, console=console)
     return [line.rstrip() for line in console.export_text().splitlines()]
 
 
@@ -147,8 +171,9 @@ def test_a_quorum_that_has_not_come_together(make: Any) -> None:
     manifest = exchange.delivery("beta", 1)
     assert manifest
     exchange.refuse("beta", 1, manifest, "its norm is absurd", final=True)
-    lines = shown(config.store_url, width=120)
-    assert lines[5].endswith("refused: its norm is absurd")
+    lines = shown(config.store_url, width=80)
+    assert lines[5] == "beta    never seen yes              -       0           0 refused"
+    assert lines[9] == "silo beta was refused for version 1: its norm is absurd"
     assert lines[-2] == (
         "waiting for more silos to join, for version 1: 0 s since commit 0; "
         "2 deliveries are enough after the deadline, so far: 1"
@@ -223,7 +248,7 @@ def test_what_is_no_store(tmp_path: Path) -> None:
     words = f"store: {str(tmp_path)!r} given; its contract.json is not of this version of atoll: "
     assert one_line_error(store_status, str(tmp_path)) == f"{words}it has no inner"
     (tmp_path / "contract.json").write_text('{"inner": {"speed": 1}}')
-    assert one_line_error(store_status, str(tmp_path)).startswith(f"{words}InnerConfig.__init__() got an unexpected")
+    assert one_line_error(store_status, str(tmp_path)).startswith(f"{words}inner.speed: 1 given")
 
 
 def test_signs_of_life_go_on_where_a_killed_process_ended(tmp_path: Path) -> None:
@@ -242,3 +267,143 @@ def test_signs_of_life_go_on_where_a_killed_process_ended(tmp_path: Path) -> Non
     (tmp_path / "away").rename(tmp_path / "store")
     Beats(objects, "beats/", lease_seconds=600).stop(take_back=True)
     assert objects.names("beats") == []
+
+
+PASSED_OVER = "passed over, as they are not what their names say:"
+ESCAPES = "\x1b[2J\x1b]0;title\x07\u202e[red]bold"
+
+
+def nested(depth: int) -> str:
+    return "[" * depth + "]" * depth
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "7", nested(100_000), '{"a": 1e999}', "\x00", "9" * 5000])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "global/000001/commit.json",
+        "silos/alpha/000001/manifest.json",
+        "silos/alpha/000002/refused-0.json",
+        "silos/alpha/membership/000007.json",
+        "silos/alpha/beats/999999",
+        "rollbacks/000001.json",
+        "aggregator/000009.json",
+        "waiting/000002.json",
+    ],
+)
+def test_an_object_that_is_none_is_passed_over_and_named(name: str, content: str, store_of_one: Path) -> None:
+    (store_of_one / name).parent.mkdir(parents=True, exist_ok=True)
+    (store_of_one / name).write_text(content)
+    lines = shown(str(store_of_one), width=80)
+    assert f"{PASSED_OVER} {name}" in " ".join(lines)
+    assert all(len(line) <= 80 for line in lines[3:-4])
+
+
+@pytest.mark.parametrize(
+    ("name", "record"),
+    [
+        ("aggregator/000009.json", {"holder": ESCAPES, "lease_seconds": 1e30}),
+        ("aggregator/000009.json", {"holder": {"a": ["b"] * 1000}, "lease_seconds": "long"}),
+        ("rollbacks/000001.json", {"reason": ESCAPES, "from_version": ESCAPES, "to_version": [1]}),
+        ("silos/alpha/000002/refused-0.json", {"reason": ESCAPES, "final": "yes"}),
+        ("silos/alpha/000002/refused-0.json", {"reason": {"a": 1}, "final": 1}),
+        ("silos/alpha/membership/000007.json", {"left": ESCAPES, "version": "2"}),
+        ("silos/alpha/beats/999999", {"lease_seconds": -5}),
+        ("waiting/000002.json", {"silos": [ESCAPES, 1, [], {}], "deadline_seconds": 1e300}),
+        ("waiting/000002.json", {"silos": {}, "deadline_seconds": "soon"}),
+        ("waiting/000002.json", {"silos": ["alpha"], "deadline_seconds": True}),
+    ],
+)
+def test_what_others_say_reaches_no_terminal_raw(name: str, record: Any, store_of_one: Path) -> None:
+    (store_of_one / name).parent.mkdir(parents=True, exist_ok=True)
+    (store_of_one / name).write_text(json.dumps(record))
+    lines = shown(str(store_of_one), width=80)
+    assert all(line.isprintable() for line in lines)
+    assert not any("passed over" in line for line in lines)
+    if ESCAPES in record.values() and name.split("/", maxsplit=1)[0] in ("rollbacks", "aggregator"):
+        assert r"\x1b[2J\x1b]0;title\x07\u202e[red]bold" in "".join(lines)
+
+
+def untimed(store: Path) -> StoreStatus:
+    """All but the clock, which goes on."""
+    return dataclasses.replace(store_status(str(store)), now_unix_seconds=None, waited_seconds=None)
+
+
+def test_what_is_no_object_and_what_is_no_number_is_not_looked_at(store_of_one: Path) -> None:
+    before = untimed(store_of_one)
+    names = ["global/\u00b2/commit.json", "global/999999/commit.json", "silos/alpha/resumable/\u00b2"]
+    for name in names:
+        (store_of_one / name).parent.mkdir(parents=True, exist_ok=True)
+        (store_of_one / name).write_text("{}")
+    (store_of_one / "waiting").mkdir(exist_ok=True)
+    os.mkfifo(store_of_one / "waiting/000002.json")  # read, it would never end
+    (store_of_one / "loop").symlink_to(store_of_one)
+    (store_of_one / "rollbacks").mkdir()
+    (store_of_one / "rollbacks/000001.json").symlink_to("/proc/kmsg")
+    assert untimed(store_of_one) == before
+    manifest = store_of_one / "silos/beta/000001/manifest.json"
+    os.truncate(manifest, 300 << 20)  # larger than any of ours
+    assert f"{PASSED_OVER} silos/beta/000001/manifest.json" in " ".join(shown(str(store_of_one)))
+
+
+def test_a_time_that_no_calendar_has(store_of_one: Path) -> None:
+    console = Console(record=True, width=80, file=open(os.devnull, "w"))  # noqa: SIM115
+    status = dataclasses.replace(store_status(str(store_of_one)), now_unix_seconds=1e18, deadline_unix_seconds=1e19)
+    show_status(status, console)
+    assert "0 s since the store last changed (a time beyond all calendars)" in console.export_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"outer": {"sync_interval_steps": 0}}, "outer.sync_interval_steps: 0 given; allowed: 1 or more"),
+        ({"inner": {"num_steps": "many"}}, "inner.num_steps: many given"),
+        ({"inner": {"num_steps": True}}, "inner.num_steps: True given"),
+        ({"inner": {ESCAPES: 1}}, r"inner.\x1b[2J"),
+        ({"membership": {"quorum": "two"}}, "membership.quorum: two given"),
+        ({"membership": {"quorum": 9}}, "membership.quorum: 9 given; allowed: null, or 1 to the 2 silos of the roster"),
+        ({"membership": {"sample": -1}}, "membership.sample: -1 given"),
+        ({"membership": {"away_after_versions": 0}}, "membership.away_after_versions: 0 given"),
+        ({"membership": None}, "it has no membership"),
+        ({"roster": "alpha"}, "roster: alpha given; allowed: up to 4096 names"),
+        ({"roster": [ESCAPES]}, r"roster: '\x1b[2J"),
+        ({"roster": [["alpha"]]}, "roster: [['alpha']] given"),
+        ({"roster": []}, "silos: {} given"),
+        ({"roster": [f"silo-{number}" for number in range(100_000)]}, "roster: ['silo-0', "),
+        ({"roster": [f"silo-{number}" for number in range(1_000_000)]}, "it has more than 4,194,304 bytes"),
+        ({"inner": {"lr": [[1]]}}, "inner.lr: [[1]] given"),
+    ],
+)
+def test_a_contract_that_cannot_be_one_is_one_line(change: Any, said: str, store_of_one: Path) -> None:
+    file = store_of_one / "contract.json"
+    contract = json.loads(file.read_text())
+    for key, value in change.items():
+        contract[key] = contract[key] | value if isinstance(value, dict) else value
+    file.write_text(json.dumps(contract))
+    line = one_line_error(store_status, str(store_of_one))
+    assert line.startswith(f"store: {str(store_of_one)!r} given; its contract.json is not of this version of atoll: ")
+    assert said in line
+    assert line.isprintable()
+    assert len(line) < 800
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", nested(100_000), '{"inner": 1e999}'])
+def test_a_contract_that_is_no_json_object_is_one_line(content: str, store_of_one: Path) -> None:
+    (store_of_one / "contract.json").write_text(content)
+    assert "its contract.json is not of this version of atoll: " in one_line_error(store_status, str(store_of_one))
+
+
+def test_long_names_stay_whole_in_a_narrow_terminal(
+    tmp_path: Path, tiny_config: TinyConfig, tiny_text: TinyText
+) -> None:
+    names = ["university-hospital-of-the-northern-region", "b"]
+    config = tiny_config(
+        tmp_path, silos={"alpha": None, "beta": None} | {n: tiny_silo(tiny_text, "alpha") for n in names}
+    )
+    StoreExchange(config.store_url).write_contract(contract_bytes(build_contract(config)))
+    lines = shown(config.store_url, width=80)
+    end = next(number for number, line in enumerate(lines) if line.startswith("alive "))
+    start = next(number for number, line in enumerate(lines) if line.startswith("silo "))
+    width = lines[start].index("life")
+    assert names[0] in "".join(line[:width].strip() for line in lines[start + 1 : end])
+    assert not any("…" in line for line in lines)

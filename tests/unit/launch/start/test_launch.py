@@ -368,8 +368,8 @@ def test_a_status_of_an_earlier_start_does_not_count(tmp_path: Path) -> None:
     assert read_status(path, time.time() + 10).phase == "starting"
 
 
-def drawn(display: LiveDisplay) -> str:
-    console = Console(width=140, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+def drawn(display: LiveDisplay, width: int = 140) -> str:
+    console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     console.print(display._draw())
     return console.export_text()
 
@@ -391,6 +391,26 @@ def test_live_table(tmp_path: Path) -> None:
     for part in ("waiting", "1/4", "10/40", "5.2500", "12,345", "2 ranks, ZeRO-3, bf16", "25 s  commit 1 from the"):
         assert part in law
     assert "12%" in text
+
+
+def test_the_live_table_cuts_nothing_at_80_columns(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    long = "university-hospital-of-the-northern-region-department-of-surgery"
+    config.silos[long] = config.silos.pop("law")
+    display = LiveDisplay(config, Console(file=open(os.devnull, "w"), force_terminal=True, width=80))  # noqa: SIM115
+    words = f"delivery for version 1,234 from {long}, medicine: 2 are enough 600 s after the commit before"
+    waiting = ProcessStatus(phase="waiting", waiting_for=words, since_unix_seconds=time.time() - 4000)
+    step = {"kind": "step", "silo": long, "step": 10, "loss": 5.25, "tokens_per_second": 1234567.0}
+    display.update([step], {long: waiting, "aggregator": waiting})
+    display.close()
+    lines = drawn(display, 80).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert not any("…" in line for line in lines)
+    text = " ".join(line.strip() for line in lines)
+    assert f"aggregator waits 1:06:40 h  {words}" in text
+    assert "1,234,567" in text
+    name = "".join(line[: lines[0].index("phase")].strip() for line in lines[1:])
+    assert name.startswith(("medicine" + long, long))
 
 
 def test_plain_lines(tmp_path: Path) -> None:

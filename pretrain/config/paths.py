@@ -1,0 +1,62 @@
+"""The keys of a configuration that are places: ~ is the home, and a run directory can move with all that is in it."""
+
+import copy
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from pretrain.config.check import ConfigError
+from pretrain.config.keys import RunConfig
+
+Change = Callable[[str, str], str]
+"""Key and place to what stands there instead."""
+INSIDE = "${directory}/"  # what OmegaConf puts the run directory in for
+
+
+def expand_homes(config: RunConfig) -> RunConfig:
+    """The same with ~ and ~NAME expanded in every key that is a place. Raises ConfigError for homes that are none."""
+    return _changed(config, expand_home)
+
+
+def expand_home(key: str, place: str) -> str:
+    """One place, of a key or an option."""
+    found = os.path.expanduser(place)
+    if found.startswith("~"):
+        raise ConfigError(f"{key}: {place!r} given; allowed: a ~ that is a home; for a folder of that name, ./{place}")
+    return found
+
+
+def absolute(config: RunConfig) -> RunConfig:
+    """The same wherever it is read: every place from the root on."""
+    return _changed(config, lambda _, place: place if "://" in place else str(Path(place).absolute()))
+
+
+def portable(config: RunConfig) -> RunConfig:
+    """The same as it is written: what is in the run directory is named from there, so that both can move."""
+    config = absolute(config)
+    stem = config.directory.rstrip("/") + "/"
+
+    def named(key: str, place: str) -> str:
+        is_inside = key != "directory" and place.startswith(stem)
+        return INSIDE + place.removeprefix(stem) if is_inside else place
+
+    return _changed(config, named)
+
+
+def _changed(config: RunConfig, change: Change) -> RunConfig:
+    """A copy with every place changed; empty ones stay."""
+    config = copy.deepcopy(config)
+
+    def at(key: str, place: str) -> str:
+        return change(key, place) if place else place
+
+    config.directory = at("directory", config.directory)
+    config.tokenizer = at("tokenizer", config.tokenizer)
+    config.model.checkpoint = at("model.checkpoint", config.model.checkpoint or "") or None
+    config.exchange.ca_file = at("exchange.ca_file", config.exchange.ca_file)
+    if config.exchange.kind == "store":
+        config.exchange.url = at("exchange.url", config.exchange.url)
+    for key, silo in [("silo", config.silo), *((f"silos.{name}", silo) for name, silo in config.silos.items())]:
+        silo.data = [at(f"{key}.data", place) for place in silo.data]
+        silo.valid = {corpus: at(f"{key}.valid.{corpus}", place) for corpus, place in silo.valid.items()}
+    return config
