@@ -19,13 +19,15 @@ from typing import Any
 
 import yaml
 from rich.console import Console
+from rich.text import Text
 
 from data_tools import encode
 from data_tools.clean import Cleaning, write_grams
 from data_tools.encode import Job
+from data_tools.listing import Listing, check_listed
 from data_tools.progress import Speed
 from data_tools.report import REPORT_FILE, write_report
-from data_tools.sources import Block, Part, Source, list_parts, part_identity, read_blocks, source_name
+from data_tools.sources import Block, Part, Source, find_text, part_identity, read_blocks, source_name
 from data_tools.tokenizer import end_of_text_id, load_tokenizer, tokenizer_file, vocab_size_of
 from data_tools.work import Work
 from data_tools.workers import in_order, num_cores
@@ -100,7 +102,9 @@ def prepare(
     if on_bad not in ("stop", "skip"):
         raise ConfigError(f"--on-bad: {on_bad!r} given; allowed: stop, skip")
     recipe.check()
-    pieces = _pieces(recipe.sources)
+    console = console or Console(stderr=True)
+    listings = _listings(recipe, on_bad, console, asked_to_stop)
+    pieces = _pieces(listings)
     terms = _terms(recipe, pieces)
     partial = output.with_name(output.name + ".partial")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
@@ -112,8 +116,16 @@ def prepare(
         num_workers = 0 if all(num_bytes) and sum(num_bytes) < SMALL_BYTES else num_cores()
     lock = lock_directory(partial, f"preparing {output}")
     try:
-        packing = _Packing(recipe, terms=terms, pieces=pieces, partial=partial, num_workers=num_workers, on_bad=on_bad)
-        manifests = packing.run(console or Console(stderr=True), asked_to_stop, commit_seconds)
+        packing = _Packing(
+            recipe,
+            terms=terms,
+            pieces=pieces,
+            left_out={name: listing.num_left_out for name, listing in listings.items()},
+            partial=partial,
+            num_workers=num_workers,
+            on_bad=on_bad,
+        )
+        manifests = packing.run(console, asked_to_stop, commit_seconds)
         _write_overlay(partial / "output", output, recipe.sources, manifests)
         (partial / "output").replace(output)
         shutil.rmtree(partial)
@@ -128,18 +140,38 @@ def prepare(
     return manifests
 
 
-def _pieces(sources: tuple[Source, ...]) -> list[_Piece]:
-    """All parts of all sources, held-out text first: what it repeats is then dropped from the training text."""
-    if not sources:
+def _listings(recipe: Recipe, on_bad: str, console: Console, asked_to_stop: Callable[[], bool]) -> dict[str, Listing]:
+    """What there is of each source, by its name; said before anything is read."""
+
+    def check() -> None:
+        if asked_to_stop():
+            raise StoppedError
+
+    if not recipe.sources:
         raise ConfigError("corpus: nothing given; allowed: files, folders or globs of text, --dataset or --sources")
-    names = [source_name(source) for source in sources]
+    names = [source_name(source) for source in recipe.sources]
     if len(set(names)) < len(names):
-        raise ConfigError(f"corpus: sources named {', '.join(names)} given; allowed: each name once: use --sources")
+        raise ConfigError(
+            f"corpus: sources named {', '.join(names)} given; allowed: each name once: put a glob in quotes, or use "
+            "--sources"
+        )
+    listings = {name: find_text(source, check) for name, source in zip(names, recipe.sources, strict=True)}
+    for name, listing in listings.items():
+        for line in listing.lines(name, held_out=recipe.held_out):
+            console.print(Text(line), soft_wrap=True)
+    check_listed(listings.values() if on_bad == "stop" else (), advice=", or give --on-bad skip")
+    return listings
+
+
+def _pieces(listings: dict[str, Listing]) -> list[_Piece]:
+    """All parts of all sources, held-out text first: what it repeats is then dropped from the training text."""
     pieces = [
-        _Piece(name, f"{name}/" if len(sources) > 1 else "", part)
-        for name, source in zip(names, sources, strict=True)
-        for part in list_parts(source)
+        _Piece(name, f"{name}/" if len(listings) > 1 else "", part)
+        for name, listing in listings.items()
+        for part in listing.parts
     ]
+    if all(piece.part.split == "valid" for piece in pieces):
+        raise ConfigError("corpus: all files given are held out, by their names; allowed: text to train on, too")
     return sorted(pieces, key=lambda piece: piece.part.split != "valid")
 
 
@@ -183,13 +215,14 @@ class _Packing:
         *,
         terms: dict[str, Any],
         pieces: list[_Piece],
+        left_out: dict[str, dict[str, int]],
         partial: Path,
         num_workers: int,
         on_bad: str,
     ) -> None:
         tokenizer = tokenizer_file(recipe.tokenizer)
         encoder = load_tokenizer(tokenizer)
-        self._pieces, self._partial = pieces, partial
+        self._pieces, self._left_out, self._partial = pieces, left_out, partial
         self._num_workers, self._on_bad = num_workers, on_bad
         self._job = Job(tokenizer=tokenizer, cleaning=recipe.cleaning, held_out=recipe.held_out)
         self._work = Work(
@@ -244,6 +277,7 @@ class _Packing:
         report = {
             "format": 1,
             "sources": work.counts,
+            "left_out": self._left_out,
             "recipe": work.terms,
             "seconds": work.seconds,
             "bytes_per_second": num_bytes / work.seconds,
