@@ -28,7 +28,7 @@ from data_tools.listing import Listing, check_listed
 from data_tools.progress import Speed
 from data_tools.report import REPORT_FILE, write_report
 from data_tools.sources import Block, Part, Source, find_text, part_identity, read_blocks, source_name
-from data_tools.tokenizer import end_of_text_id, load_tokenizer, tokenizer_file, vocab_size_of
+from data_tools.tokenizer import PlainText, tokenizer_file
 from data_tools.work import Work
 from data_tools.workers import in_order, num_cores
 from pretrain.config.check import ConfigError
@@ -102,6 +102,7 @@ def prepare(
     if on_bad not in ("stop", "skip"):
         raise ConfigError(f"--on-bad: {on_bad!r} given; allowed: stop, skip")
     recipe.check()
+    plain = PlainText(tokenizer_file(recipe.tokenizer))
     console = console or Console(stderr=True)
     listings = _listings(recipe, on_bad, console, asked_to_stop)
     pieces = _pieces(listings)
@@ -111,13 +112,12 @@ def prepare(
         manifests = _already_there(output, terms)
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed after its last rename
         return manifests
-    if num_workers is None:
-        num_bytes = [piece.part.num_bytes for piece in pieces]
-        num_workers = 0 if all(num_bytes) and sum(num_bytes) < SMALL_BYTES else num_cores()
+    num_workers = _num_workers(pieces) if num_workers is None else num_workers
     lock = lock_directory(partial, f"preparing {output}")
     try:
         packing = _Packing(
             recipe,
+            plain=plain,
             terms=terms,
             pieces=pieces,
             left_out={name: listing.num_left_out for name, listing in listings.items()},
@@ -138,6 +138,11 @@ def prepare(
     finally:
         os.close(lock)
     return manifests
+
+
+def _num_workers(pieces: list[_Piece]) -> int:
+    num_bytes = [piece.part.num_bytes for piece in pieces]
+    return 0 if all(num_bytes) and sum(num_bytes) < SMALL_BYTES else num_cores()
 
 
 def _listings(recipe: Recipe, on_bad: str, console: Console, asked_to_stop: Callable[[], bool]) -> dict[str, Listing]:
@@ -213,6 +218,7 @@ class _Packing:
         self,
         recipe: Recipe,
         *,
+        plain: PlainText,
         terms: dict[str, Any],
         pieces: list[_Piece],
         left_out: dict[str, dict[str, int]],
@@ -220,16 +226,14 @@ class _Packing:
         num_workers: int,
         on_bad: str,
     ) -> None:
-        tokenizer = tokenizer_file(recipe.tokenizer)
-        encoder = load_tokenizer(tokenizer)
         self._pieces, self._left_out, self._partial = pieces, left_out, partial
         self._num_workers, self._on_bad = num_workers, on_bad
-        self._job = Job(tokenizer=tokenizer, cleaning=recipe.cleaning, held_out=recipe.held_out)
+        self._job = Job(tokenizer=tokenizer_file(recipe.tokenizer), cleaning=recipe.cleaning, held_out=recipe.held_out)
         self._work = Work(
             partial,
             terms,
-            vocab_size=vocab_size_of(encoder),
-            end_of_text_id=end_of_text_id(encoder),
+            vocab_size=plain.vocab_size,
+            end_of_text_id=plain.end_id,
             near_duplicates=recipe.cleaning.near_duplicates,
         )
         if differing := _differences(terms, self._work.terms):

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
@@ -15,6 +14,7 @@ from transformers.initialization import no_init_weights
 
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import ModelConfig, RunConfig
+from pretrain.silo.vocabulary import vocabulary_size
 
 # What masking may leave of the influence of the document before: 0, or a few roundings where experts take turns. Of the
 # types that do not mask, every one left a tenth or more.
@@ -54,7 +54,7 @@ def build_initial(settings: ModelConfig, vocab_size: int) -> nn.Module:
 
 def initial_parameters(config: RunConfig) -> dict[str, Tensor]:
     """What version 0 holds: the trained parameters of `build_initial`, by name."""
-    vocab_size = Tokenizer.from_file(str(config.tokenizer_file)).get_vocab_size()
+    vocab_size = vocabulary_size(config.tokenizer_file)
     named = build_initial(config.model, vocab_size).named_parameters()
     return {name: parameter.detach() for name, parameter in named if parameter.requires_grad}
 

@@ -27,11 +27,14 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain.config.check import ConfigError
+from pretrain.host.foreign import loads, shown
 
 FORMAT = 2
 MANIFEST_FILE = "manifest.json"
 DOCUMENTS_FILE = "documents.bin"
 DOCUMENT_END = np.dtype("<u8")
+# Large vocabularies have some tens of MB.
+LIMIT_BYTES = 1 << 29
 # Tokens that `verify_tokens` looks at together.
 VERIFY_TOKENS = 1 << 22
 TOKEN_TYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
@@ -135,11 +138,11 @@ def tokenizer_sha256(file: Path, *, key: str = "tokenizer") -> str:
 
 def _read_json(file: Path, *, missing: str) -> dict[str, Any]:
     try:
-        loaded = json.loads(file.read_bytes())
+        loaded = loads(file.read_bytes(), limit_bytes=LIMIT_BYTES)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise ConfigError(missing) from None
     except ValueError as error:
-        raise ConfigError(f"{file}: not JSON ({' '.join(str(error).split())}): make it again") from None
+        raise ConfigError(f"{file}: not JSON ({shown(error)}): make it again") from None
     if not isinstance(loaded, dict):
         raise ConfigError(f"{file}: a {type(loaded).__name__} given; allowed: a JSON object: make it again")
     return loaded
