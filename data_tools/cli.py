@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -101,12 +102,15 @@ def tokenizer(
     from pretrain.config.check import ConfigError
     from pretrain.silo.shards import tokenizer_sha256
 
-    if bool(corpora) == bool(counts):
-        raise ConfigError("tokenizer: text and counts, or neither, given; allowed: text, or --counts of every silo")
+    if corpora and counts:  # what a shell makes of --counts *.tsv
+        typed = " ".join(f"--counts {shlex.quote(str(file))}" for file in [*counts, *corpora])
+        raise ConfigError(f"--counts: text or files beside it given; allowed: one file each: type {typed}")
+    if not corpora and not counts:
+        raise ConfigError("tokenizer: neither text nor counts given; allowed: text, or --counts of every silo")
     divisor, texts = 1, _texts(corpora or [], text_field)
     with _waiting("training the tokenizer"):
         if counts:
-            file, divisor = train_from_counts(merge_counts(counts), vocab_size=vocab_size, output=output)
+            file, divisor = train_from_counts(merge_counts(counts, warn=_warn), vocab_size=vocab_size, output=output)
         else:
             file = train_tokenizer(texts, vocab_size=vocab_size, output=output)
     scaled = f"  (counts divided by {divisor})" if divisor > 1 else ""
@@ -269,6 +273,10 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _warn(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _waiting(what: str) -> Status:

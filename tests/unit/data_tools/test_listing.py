@@ -251,6 +251,15 @@ def test_counts_say_what_was_passed_over(tmp_path: Path) -> None:
     assert "left out: 30 .py (0.py, 1.py, 10.py, ...); 1 .tar.gz (b.tar.gz); 1 .pdf.xz (c.pdf.xz)" in done.stderr
 
 
+def test_counts_that_a_shell_spread_out_are_answered_with_what_to_type(tmp_path: Path) -> None:
+    command = ["tokenizer", "--counts", "a.tsv", "b.tsv", "c d.tsv", "--output", str(tmp_path)]
+    done = CliRunner().invoke(app, command)
+    assert str(done.exception) == (
+        "--counts: text or files beside it given; allowed: one file each: type --counts a.tsv --counts b.tsv "
+        "--counts 'c d.tsv'"
+    )
+
+
 # --- endings ---
 
 
