@@ -229,7 +229,11 @@ def prepare(
         mixture=mixture,
         held_out=held_out,
         checkpoints=Checkpoints(
-            config.silo_directory(name) / "checkpoints", keep=settings.keep_checkpoints, contract_sha256=contract_sha256
+            config.silo_directory(name) / "checkpoints",
+            keep=settings.keep_checkpoints,
+            contract_sha256=contract_sha256,
+            data=mixture.terms,
+            accept_other_data=settings.accept_other_data,
         ),
         sync=sync,
         asked_to_stop=asked_to_stop,

@@ -68,7 +68,17 @@ class Progress:
 class Checkpoints:
     """The checkpoints of one silo in one folder; a folder that is not complete does not count."""
 
-    def __init__(self, directory: Path, *, keep: int, contract_sha256: str) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        keep: int,
+        contract_sha256: str,
+        data: dict[str, Any] | None = None,
+        accept_other_data: bool = False,
+    ) -> None:
+        """`data` says what a position counts in (`Mixture.terms`); None: a position of any text is taken."""
+        self._data, self._accept_other_data = data, accept_other_data
         self._directory = directory
         self._keep = keep
         self._contract_sha256 = contract_sha256
@@ -111,6 +121,7 @@ class Checkpoints:
                 "num_ranks": ranks.num_ranks,
                 "stage": engine.stage,
                 "contract_sha256": self._contract_sha256,
+                "data": self._data,
             }
             (temporary / "state.json").write_text(json.dumps(state, indent=1) + "\n")
         ranks.barrier()
@@ -128,7 +139,7 @@ class Checkpoints:
         """Resume from the newest checkpoint, all ranks together; None if there is none.
 
         Fills `host` on the leader. Raises ConfigError if the checkpoint is of another contract, number of
-        ranks or ZeRO stage.
+        ranks or ZeRO stage, or its position counts in other text.
         """
         newest = ranks.from_leader(str(self.newest) if self.newest else None)
         if newest is None:
@@ -142,12 +153,30 @@ class Checkpoints:
                     f"{directory}: a checkpoint with another {key} than this run's {value}; go on with the settings it "
                     "was written with, or name another run directory"
                 )
+        changed = other_data(state.pop("data", None), self._data)
+        if changed:
+            meaning = (
+                f"{directory}: {changed} of the silo changed since it was written, and the {state['position']} "
+                "sequences that it counts as read are other ones now"
+            )
+            if not self._accept_other_data:
+                raise ConfigError(
+                    f"{meaning}; allowed: what it was written with, or accept_other_data=true in the silo's section, "
+                    "to go on there: some text is then read again and some is left out, up to the end of the epoch"
+                )
+            if ranks.is_leader:
+                print(f"warning: {meaning}; it goes on, as accept_other_data says", flush=True)
         engine.load(directory)
         _restore_random_state(load_file(directory / f"rng-{ranks.rank:05d}.safetensors"))
         for name, tensors in host.items() if ranks.is_leader else ():
             if (directory / f"{name}.safetensors").is_file():
                 tensors.update(load_file(directory / f"{name}.safetensors"))
         return Progress(**state)
+
+
+def other_data(recorded: dict[str, Any] | None, ours: dict[str, Any] | None) -> str:
+    """Which terms of the data differ from a checkpoint's, or nothing; a checkpoint without them says nothing."""
+    return ", ".join(key for key in ours if recorded.get(key) != ours[key]) if recorded and ours else ""
 
 
 def save_parameters(file: Path, engine: Engine, ranks: Ranks) -> None:

@@ -85,6 +85,12 @@ class Manifest:
         return TOKEN_TYPES[self.token_type]
 
 
+def text_sha256(manifest: Manifest) -> str:
+    """What tells whether a split holds the same tokens, wherever it lies and whenever it was prepared."""
+    terms = [manifest.documents_sha256, *((shard.num_tokens, shard.sha256) for shard in manifest.shards)]
+    return hashlib.sha256(json.dumps(terms).encode()).hexdigest()
+
+
 def token_type_for(vocab_size: int) -> str:
     """The smallest token type that holds every id below `vocab_size`."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
