@@ -123,7 +123,9 @@ def prepare(
         list[str] | None, typer.Argument(help="Files, folders or globs: .jsonl .txt .csv .tsv (also packed), .parquet.")
     ] = None,
     *,
-    tokenizer: Annotated[Path, typer.Option(help="The shared tokenizer.json, or the folder that holds it.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="The shared tokenizer.json, or the folder that holds it; required.")
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder to make train/ and valid/ in, NAME/train/ for several sources.")],
     text_field: Annotated[str, typer.Option(help="JSON key or column that holds the text.")] = "text",
     dataset: Annotated[
@@ -172,9 +174,20 @@ def prepare(
         filter=filter,
     )
     recipe = Recipe(
-        sources=listed, tokenizer=tokenizer, cleaning=cleaning, held_out=held_out, shard_tokens=shard_tokens
+        sources=listed, tokenizer=_given(tokenizer), cleaning=cleaning, held_out=held_out, shard_tokens=shard_tokens
     )
     _prepare(recipe, output, on_bad, workers)
+
+
+def _given(tokenizer: Path | None) -> Path:
+    from pretrain.config.check import ConfigError
+
+    if tokenizer is None:
+        raise ConfigError(
+            "--tokenizer: nothing given; allowed: the tokenizer.json that all silos share, or its folder: type "
+            "--tokenizer tokenizer (atoll data tokenizer makes one)"
+        )
+    return tokenizer
 
 
 def _sources(paths: list[str], datasets: list[str], file: Path | None, text_field: str) -> "tuple[Source, ...]":

@@ -8,6 +8,7 @@ text and the recipe only, not on the number of workers or on how often the work 
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 import sqlite3
@@ -41,6 +42,10 @@ COMMIT_SECONDS = 2.0
 # Less text than this is done before worker processes have started.
 SMALL_BYTES = 8_000_000
 OVERLAY_FILE = "silo.yaml"
+# With less held-out text than this, some 50 sequences of 1,024 tokens, its loss says little.
+ENOUGH_DOCUMENTS, ENOUGH_TOKENS = 100, 50 * 1024
+MOST_HELD_OUT = 0.2
+_NOTHING_KEPT = {"documents": 0, "tokens": 0}
 
 
 class StoppedError(Exception):
@@ -262,7 +267,10 @@ class _Packing:
                         committed = time.monotonic()
                     if stop:
                         raise StoppedError
-            return self._finish()
+            manifests = self._finish()
+            for line in self._too_little_held_out():
+                console.print(Text(line), soft_wrap=True)
+            return manifests
         finally:
             work.close()
 
@@ -289,6 +297,25 @@ class _Packing:
         }
         write_report(report, work.output)
         return manifests
+
+    def _too_little_held_out(self) -> list[str]:
+        """A line for each source of whose documents too few were held out by their hash to measure a loss with."""
+        share, lines = self._job.held_out, []
+        by_hash = {piece.source for piece in self._pieces if not piece.part.split}
+        for name, source in self._work.counts.items():
+            kept = source["kept"].get("valid", _NOTHING_KEPT)
+            documents, tokens = (sum(one[what] for one in source["kept"].values()) for what in ("documents", "tokens"))
+            if not share or name not in by_hash or not tokens:
+                continue
+            wanted = max(ENOUGH_DOCUMENTS / documents, ENOUGH_TOKENS / tokens)
+            if kept["documents"] < ENOUGH_DOCUMENTS or kept["tokens"] < ENOUGH_TOKENS:
+                better = f"--held-out {min(MOST_HELD_OUT, math.ceil(wanted * 100) / 100):g}"
+                enough = f"{better} is the most that makes sense" if wanted > MOST_HELD_OUT else f"{better} would do"
+                lines.append(
+                    f"{name}: warning: --held-out {share:g} holds out {kept['documents']:,} of {documents:,} documents "
+                    f"({kept['tokens']:,} tokens), too few for a loss that says much: {enough}, at another --output"
+                )
+        return lines
 
     def _each_block(
         self, task: Callable[[tuple[int, Block]], Any], place: tuple[int, int, int]

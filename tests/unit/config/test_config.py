@@ -29,6 +29,8 @@ silos: {alpha: {}, beta: {}}
 MISTAKES: list[tuple[list[str], list[str]]] = [
     # unknown keys
     (["inner.lrr=1"], ["inner.lrr: unknown key given; allowed: num_steps, ", "did you mean inner.lr?"]),
+    (["data=[a]"], ["data: unknown key given", "; type silo.data=... or silos.NAME.data=..."]),
+    (["silos.alpha.data=a"], ["silos.alpha.data: 'a' given; allowed: a list: type silos.alpha.data=[a]"]),
     (["colour=1"], ["colour: unknown key given; allowed: name, directory, "]),
     (["silo.nope=1"], ["silo.nope: unknown key given; allowed: data, "]),
     (["silos.alpha.precison=bf16"], ["silos.alpha.precison: unknown key", "did you mean silos.alpha.precision?"]),
