@@ -102,11 +102,11 @@ def tokenizer(
     from pretrain.config.check import ConfigError
     from pretrain.silo.shards import tokenizer_sha256
 
-    if corpora and counts:  # what a shell makes of --counts *.tsv
+    if corpora and counts and {Path(one).suffix for one in corpora} == {counts[0].suffix}:  # a shell's --counts *.tsv
         typed = " ".join(f"--counts {shlex.quote(str(file))}" for file in [*counts, *corpora])
         raise ConfigError(f"--counts: text or files beside it given; allowed: one file each: type {typed}")
-    if not corpora and not counts:
-        raise ConfigError("tokenizer: neither text nor counts given; allowed: text, or --counts of every silo")
+    if bool(corpora) == bool(counts):
+        raise ConfigError("tokenizer: text and counts, or neither, given; allowed: text, or --counts of every silo")
     divisor, texts = 1, _texts(corpora or [], text_field)
     with _waiting("training the tokenizer"):
         if counts:
