@@ -283,13 +283,17 @@ def _no_such_column(part: Part, found: str) -> PartEnds:
     )
 
 
+def _name_not_utf8(error: UnicodeDecodeError) -> PartEnds:
+    return PartEnds("not Parquet", f"the name of a column is not UTF-8 ({error.reason}): write it again")
+
+
 def _check_column(part: Part, schema: "pa.Schema") -> None:
     import pyarrow as pa
 
     try:
         columns = ", ".join(f"{one.name} ({one.type})" for one in schema)
     except UnicodeDecodeError as error:  # nobody has checked the names either
-        raise PartEnds("not Parquet", f"the name of a column is not UTF-8 ({error.reason}): write it again") from None
+        raise _name_not_utf8(error) from None
     index = schema.get_field_index(part.text)
     if index < 0 or not (pa.types.is_string(schema.types[index]) or pa.types.is_large_string(schema.types[index])):
         raise _no_such_column(part, one_line(columns))
@@ -322,6 +326,8 @@ def parquet_rows(part: Part, first: int) -> Iterator[Row]:
         file = pyarrow.parquet.ParquetFile(part.path, buffer_size=READ_BYTES, pre_buffer=False)
     except OSError as error:
         raise unreadable(error) from None
+    except UnicodeDecodeError as error:
+        raise _name_not_utf8(error) from None
     except pa.ArrowException as error:
         raise PartEnds("not Parquet", f"not Parquet ({one_line(error)}): copy it again") from None
     with file:

@@ -270,3 +270,10 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
         ]
         assert one_line_error(list, read_documents(file)) == f"corpus: '{file}' given; No such file or directory"
     assert "allowed: a folder or a file of .jsonl .ndjson" in one_line_error(list, read_documents(tmp_path / "x.docx"))
+
+
+def test_a_column_whose_name_is_not_utf8_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    pa.parquet.write_table(pa.table({"text": ["a"], "zzzz": ["b"]}), file, store_schema=False)
+    file.write_bytes(file.read_bytes().replace(b"zzzz", b"zz\xffz"))
+    assert messages(part_of(file)) == [": the name of a column is not UTF-8 (invalid start byte): write it again"]
