@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -62,9 +63,10 @@ def counts(
     """
     from data_tools.counts import export_counts
 
+    texts = _texts(corpora, text_field)
     with _waiting("counting"):
         done = export_counts(
-            _texts(corpora, text_field),
+            texts,
             output=output,
             min_count=min_count,
             min_documents=min_documents,
@@ -100,14 +102,17 @@ def tokenizer(
     from pretrain.config.check import ConfigError
     from pretrain.silo.shards import tokenizer_sha256
 
+    if corpora and counts and {Path(one).suffix for one in corpora} == {counts[0].suffix}:  # a shell's --counts *.tsv
+        typed = " ".join(f"--counts {shlex.quote(str(file))}" for file in [*counts, *corpora])
+        raise ConfigError(f"--counts: text or files beside it given; allowed: one file each: type {typed}")
     if bool(corpora) == bool(counts):
         raise ConfigError("tokenizer: text and counts, or neither, given; allowed: text, or --counts of every silo")
-    divisor = 1
+    divisor, texts = 1, _texts(corpora or [], text_field)
     with _waiting("training the tokenizer"):
         if counts:
-            file, divisor = train_from_counts(merge_counts(counts), vocab_size=vocab_size, output=output)
+            file, divisor = train_from_counts(merge_counts(counts, warn=_warn), vocab_size=vocab_size, output=output)
         else:
-            file = train_tokenizer(_texts(corpora or [], text_field), vocab_size=vocab_size, output=output)
+            file = train_tokenizer(texts, vocab_size=vocab_size, output=output)
     scaled = f"  (counts divided by {divisor})" if divisor > 1 else ""
     _say(f"{file}  vocabulary {vocab_size:,}  sha256 {tokenizer_sha256(file)}{scaled}")
 
@@ -115,10 +120,12 @@ def tokenizer(
 @app.command()
 def prepare(
     corpora: Annotated[
-        list[str] | None, typer.Argument(help="Files, folders or globs: .jsonl .txt .csv .tsv [.gz .zst], .parquet.")
+        list[str] | None, typer.Argument(help="Files, folders or globs: .jsonl .txt .csv .tsv (also packed), .parquet.")
     ] = None,
     *,
-    tokenizer: Annotated[Path, typer.Option(help="The shared tokenizer.json, or the folder that holds it.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="The shared tokenizer.json, or the folder that holds it; required.")
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder to make train/ and valid/ in, NAME/train/ for several sources.")],
     text_field: Annotated[str, typer.Option(help="JSON key or column that holds the text.")] = "text",
     dataset: Annotated[
@@ -128,7 +135,7 @@ def prepare(
         Path | None, typer.Option(help="YAML file of sources, each with path or dataset, text, name and weight.")
     ] = None,
     held_out: Annotated[
-        float, typer.Option(help="Share of documents for valid/, chosen by hash; a train/valid folder stays as it is.")
+        float, typer.Option(help="Share of documents for valid/, chosen by hash; text that is split already stays so.")
     ] = 0.01,
     normalize: Annotated[str, typer.Option(help="Unicode normalisation: NFC, NFD, NFKC or NFKD.")] = "",
     min_characters: Annotated[int, typer.Option(help="Drop shorter documents.")] = 0,
@@ -141,7 +148,7 @@ def prepare(
         bool, typer.Option("--drop-overlap", help="Drop training documents that share 13 words in a row with valid/.")
     ] = False,
     filter: Annotated[str, typer.Option(help="Your own, package.module:function, str -> bool or new str.")] = "",
-    on_bad: Annotated[str, typer.Option(help="stop or skip: what to do with a record that cannot be used.")] = "stop",
+    on_bad: Annotated[str, typer.Option(help="stop or skip what cannot be used or listed.")] = "stop",
     shard_tokens: Annotated[int, typer.Option(help="Most tokens in one shard file.")] = 100_000_000,
     workers: Annotated[int | None, typer.Option(help="Processes that clean and tokenize; default: one a core.")] = None,
 ) -> None:
@@ -167,9 +174,20 @@ def prepare(
         filter=filter,
     )
     recipe = Recipe(
-        sources=listed, tokenizer=tokenizer, cleaning=cleaning, held_out=held_out, shard_tokens=shard_tokens
+        sources=listed, tokenizer=_given(tokenizer), cleaning=cleaning, held_out=held_out, shard_tokens=shard_tokens
     )
     _prepare(recipe, output, on_bad, workers)
+
+
+def _given(tokenizer: Path | None) -> Path:
+    from pretrain.config.check import ConfigError
+
+    if tokenizer is None:
+        raise ConfigError(
+            "--tokenizer: nothing given; allowed: the tokenizer.json that all silos share, or its folder: type "
+            "--tokenizer tokenizer (atoll data tokenizer makes one)"
+        )
+    return tokenizer
 
 
 def _sources(paths: list[str], datasets: list[str], file: Path | None, text_field: str) -> "tuple[Source, ...]":
@@ -188,7 +206,9 @@ def _prepare(recipe: "Recipe", output: Path, on_bad: str, num_workers: int | Non
         with _stop_signals() as asked_to_stop:
             manifests = prepare(recipe, output, on_bad=on_bad, num_workers=num_workers, asked_to_stop=asked_to_stop)
     except StoppedError:
-        print(f"stopped on request; all is saved in {output}.partial, the same command goes on", file=sys.stderr)
+        begun = Path(f"{output}.partial").exists()
+        saved = f"all is saved in {output}.partial, the same command goes on" if begun else "nothing was read yet"
+        print(f"stopped on request; {saved}", file=sys.stderr)
         raise typer.Exit(STOPPED) from None
     print_report(json.loads((output / REPORT_FILE).read_text()), Console())
     for split, manifest in manifests.items():
@@ -234,11 +254,16 @@ def inspect(
 
 
 def _texts(corpora: list[str], text_field: str) -> Iterator[str]:
-    """The training text of files, folders and globs."""
-    from data_tools.sources import Source, read_source
+    """The training text of files, folders and globs; what is read and what is not is said before."""
+    from data_tools.listing import check_listed
+    from data_tools.sources import Source, find_text, read_parts, source_name
 
-    for corpus in corpora:
-        yield from read_source(Source(path=corpus, text=text_field))
+    listings = {source: find_text(source) for source in (Source(path=path, text=text_field) for path in corpora)}
+    for source, listing in listings.items():
+        for line in listing.lines(source_name(source)):
+            print(line, file=sys.stderr)
+    check_listed(listings.values(), advice=", or name what is to be read, file by file or by a glob")
+    return read_parts(part for listing in listings.values() for part in listing.parts)
 
 
 def _summary(manifest: "Manifest") -> str:
@@ -261,6 +286,10 @@ def _stop_signals() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _warn(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _waiting(what: str) -> Status:

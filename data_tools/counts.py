@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
-from statistics import NormalDist
+from statistics import NormalDist, median
 from typing import IO, NamedTuple
 
 from tokenizers import pre_tokenizers
@@ -45,6 +45,8 @@ BATCH_CHARACTERS = 1_000_000
 # Below so many batches, starting processes costs more than they save.
 MIN_PARALLEL_BATCHES = 8
 MAX_LINE_BYTES = 1024
+# What one export adds up to, relative to the median of the others, at most: see merge_counts.
+MAX_OTHERS = 2
 SENTENCE = (
     "# How often pre-tokens (words, numbers, runs of signs or spaces) occur in one institution's text, "
     "to train a shared tokenizer from; this file holds nothing else of that text."
@@ -367,10 +369,15 @@ def _escaped(character: str) -> str:
 # --- reading and merging ----------------------------------------------------------------------------------------------
 
 
-def merge_counts(files: Sequence[Path]) -> dict[str, int]:
-    """The sums of several exports. Raises ConfigError as `read_counts` does, and when their kinds differ."""
+def merge_counts(files: Sequence[Path], *, warn: Callable[[str], None] = lambda line: None) -> dict[str, int]:
+    """The sums of several exports; none counts for more than MAX_OTHERS times what the median of the others adds up to.
+
+    Whoever claims more is scaled down, all its counts alike, each rounded down, and `warn` is called with a line. The
+    order of the files does not matter. Raises ConfigError as `read_counts` does, and when their kinds differ.
+    """
     merged: dict[str, int] = {}
     first_kind = ""
+    tables = []
     for file in files:
         header, counts = read_counts(file)
         first_kind = first_kind or header.kind
@@ -379,8 +386,19 @@ def merge_counts(files: Sequence[Path]) -> dict[str, int]:
                 f"{file}: counts {header.kind}, {files[0]} {first_kind}; allowed: one kind: "
                 "export all with --epsilon or all without"
             )
+        tables.append(counts)
+    totals = [sum(counts.values()) for counts in tables]
+    for index, (file, counts) in enumerate(zip(files, tables, strict=True)):
+        others = totals[:index] + totals[index + 1 :]
+        most = int(MAX_OTHERS * median(others)) if others else totals[index]
+        if totals[index] > most:
+            warn(
+                f"warning: {file} adds up to {totals[index]:,}, more than {MAX_OTHERS} times the median of the others; "
+                f"it is taken as {most:,}, all its counts in proportion"
+            )
         for pretoken, count in counts.items():
-            merged[pretoken] = merged.get(pretoken, 0) + count
+            if taken := count * min(most, totals[index]) // totals[index]:
+                merged[pretoken] = merged.get(pretoken, 0) + taken
     return merged
 
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from data_tools.clean import Cleaner, Cleaning, document_hash, is_held_out, text_grams
 from data_tools.sources import Bad, Block, parse_block
-from data_tools.tokenizer import end_of_text_id, load_tokenizer, vocab_size_of
+from data_tools.tokenizer import PlainText
 from pretrain.silo.shards import TOKEN_TYPES, token_type_for
 
 # Documents that are tokenized at once: the library's objects take some 300 bytes a token.
@@ -59,9 +59,8 @@ class Encoder:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._cleaner = Cleaner(job.cleaning, job.held_out_grams)
-        self._tokenizer = load_tokenizer(job.tokenizer)
-        self._end_id = end_of_text_id(self._tokenizer)
-        self._dtype = TOKEN_TYPES[token_type_for(vocab_size_of(self._tokenizer))]
+        self._plain = PlainText(job.tokenizer)
+        self._dtype = TOKEN_TYPES[token_type_for(self._plain.vocab_size)]
 
     def encode(self, block: Block) -> Encoded:
         """Parse, clean and tokenize a block."""
@@ -119,9 +118,8 @@ class Encoder:
         for last, text in enumerate(texts, start=1):
             num_characters += len(text)
             if num_characters >= BATCH_BYTES or last == len(texts):
-                for document in self._tokenizer.encode_batch_fast(texts[first:last], add_special_tokens=False):
-                    ids = document.ids
-                    ids.append(self._end_id)
+                for ids in self._plain.encode(texts[first:last]):
+                    ids.append(self._plain.end_id)
                     yield np.array(ids, dtype=self._dtype)
                 first, num_characters = last, 0
 

@@ -1,50 +1,42 @@
-"""The formats of text: unpacking them, cutting them where records end, and parsing records.
+"""The formats of text: cutting them where records end, and parsing records; data_tools.pieces unpacks them.
 
-    NAME.jsonl           one JSON object a line, the text under the part's key; other keys are not read
-    NAME.txt             documents separated by lines that hold <|endoftext|> and nothing else
+    NAME.jsonl, .ndjson  one JSON object a line, the text under the part's key; other keys are not read
+    NAME.json            the same, where the first line is such an object
+    NAME.txt, .text      documents separated by lines that hold <|endoftext|> and nothing else
     NAME.csv, NAME.tsv   a header row, then rows; the text in the part's column
     NAME.parquet         the text in the part's column, which holds strings
     a data set           saved by `datasets`, or what its `load_dataset` takes, streamed
 
-All but Parquet also as .gz and .zst; text is UTF-8, and a byte order mark before it is dropped.
+All but Parquet also as .gz, .zst, .bz2 and .xz; text is UTF-8, and a byte order mark before it is dropped.
 """
 
 import codecs
 import csv
-import gzip
 import io
 import itertools
 import json
-import os
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import zstandard
-
+from data_tools.pieces import READ_BYTES, PartEnds, Pieces, one_line, suffix_of, unreadable
 from pretrain.config.check import ConfigError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-SUFFIXES = tuple(f".{kind}{packed}" for kind in ("jsonl", "txt", "csv", "tsv") for packed in (".gz", ".zst", ""))
-SUFFIXES += (".parquet",)
 TEXT_SEPARATOR = "<|endoftext|>"
 # A text file without separators would be one document of any size; it is cut so that memory stays bounded.
 MAX_TEXT_DOCUMENT_BYTES = 1_000_000
 # A quote that is never closed would swallow the rest of the file.
 MAX_CSV_FIELD_CHARACTERS = 1 << 27
-# What a plain file is read by.
-READ_BYTES = 1 << 20
-# What is unpacked at a time; so much text before the damage in an archive can be lost.
-PIECE_BYTES = 1 << 16
 # Bytes and rows that are taken from a column at a time.
 COLUMN_BYTES = 1 << 20
 COLUMN_ROWS = 2_000
-MAX_QUOTED_CHARACTERS = 300
+# More is not read of a .json to see whether it is JSON lines.
+MAX_FIRST_LINE_BYTES = 1 << 26
 _SEPARATOR_LINE = re.compile(rb"(?m)^(?:\xef\xbb\xbf)?[ \t\r\f\v]*<\|endoftext\|>[ \t\r\f\v]*(?:\n|\Z)")
 
 Row = tuple[int, Any, int]
@@ -86,82 +78,6 @@ class Bad:
     """Its kind, the name of a count."""
     message: str
     """One line: file, line or row number, what is wrong and what to do."""
-
-
-class PartEnds(Exception):
-    """Nothing more can be read from a part. Has the reason of its Bad, and the message without the place."""
-
-    def __init__(self, reason: str, what: str) -> None:
-        super().__init__(reason, what)
-        self.reason, self.what = reason, what
-
-
-def suffix_of(name: str) -> str:
-    """The one of SUFFIXES that a file's name ends with, in letters of any case, or nothing."""
-    return next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
-
-
-def one_line(value: object) -> str:
-    """Another's words, fit to be quoted in a line of ours."""
-    line = " ".join(str(value).split())
-    line = line if len(line) <= MAX_QUOTED_CHARACTERS else line[:MAX_QUOTED_CHARACTERS] + "..."
-    return line.encode("utf-8", "backslashreplace").decode()
-
-
-# --- bytes ------------------------------------------------------------------------------------------------------------
-
-
-class Pieces:
-    """The unpacked bytes of a file from an offset on, piece by piece. Raises PartEnds where they end early."""
-
-    def __init__(self, path: str, offset: int) -> None:
-        self._path, self._offset = path, offset
-        self.bytes_read = 0
-
-    def __iter__(self) -> Iterator[bytes]:
-        suffix, skip_bytes = suffix_of(self._path), self._offset
-        try:
-            with open(self._path, "rb") as raw:
-                if suffix.endswith(".gz"):
-                    pieces = _gzip_pieces(raw)
-                elif suffix.endswith(".zst"):
-                    pieces = _zstandard_pieces(raw)
-                else:
-                    raw.seek(skip_bytes)
-                    pieces, skip_bytes = iter(lambda: raw.read(READ_BYTES), b""), 0
-                for piece in pieces:
-                    self.bytes_read = raw.tell()
-                    if len(piece) > skip_bytes:
-                        yield piece[skip_bytes:]
-                    skip_bytes = max(0, skip_bytes - len(piece))
-        except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
-            raise PartEnds("damaged archive", f"damaged archive ({one_line(error)}): copy it again") from None
-        except OSError as error:
-            raise _unreadable(error) from None
-
-
-def _unreadable(error: OSError) -> PartEnds:
-    what = os.strerror(error.errno) if error.errno else one_line(error)
-    return PartEnds("unreadable", f"unreadable ({what}): mend its permissions or its disk, or leave it out")
-
-
-def _gzip_pieces(raw: IO[bytes]) -> Iterator[bytes]:
-    # read1: what precedes an error is returned before it is raised.
-    unpacked = gzip.GzipFile(fileobj=raw)
-    return iter(lambda: unpacked.read1(PIECE_BYTES), b"")
-
-
-def _zstandard_pieces(raw: IO[bytes]) -> Iterator[bytes]:
-    """Unpack frame after frame. The library's own reader takes a file that was cut off for a whole one."""
-    frame, packed = None, b""
-    while packed or (packed := raw.read(PIECE_BYTES)):
-        # Large corpora come with the largest window there is (zstd --long=31).
-        frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-        yield frame.decompress(packed)
-        packed = frame.unused_data if frame.eof else b""
-        frame = None if frame.eof else frame
-    if frame:
-        raise EOFError("it ends within a frame")
 
 
 def whole_records(kind: str, pieces: Iterable[bytes], block_bytes: int) -> Iterator[bytes]:
@@ -221,6 +137,27 @@ def parse_json_lines(part: Part, raw: bytes, first: int) -> Iterator[tuple[int, 
     for number, line in enumerate(_without_mark(raw, at_start=first == 1).split(b"\n"), start=first):
         if line and not line.isspace():
             yield number, _json_text(part, line, number)
+
+
+def is_json_lines(path: str, text: str) -> bool:
+    """Whether the first line of a file is a JSON object with text under the key; an empty or unreadable file is for the
+    reader."""
+    start = b""
+    try:
+        for piece in Pieces(path, 0):
+            start = _without_mark(start + piece, at_start=True).lstrip()
+            if (start and not start.startswith(b"{")) or len(start) > MAX_FIRST_LINE_BYTES:
+                return False
+            if b"\n" in start:
+                break
+        if not start:
+            return True
+        record = json.loads(start.partition(b"\n")[0])
+    except PartEnds:  # the reader says so
+        return True
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and isinstance(record.get(text), str)
 
 
 def _json_text(part: Part, line: bytes, number: int) -> str | Bad:
@@ -346,12 +283,20 @@ def _no_such_column(part: Part, found: str) -> PartEnds:
     )
 
 
+def _name_not_utf8(error: UnicodeDecodeError) -> PartEnds:
+    return PartEnds("not Parquet", f"the name of a column is not UTF-8 ({error.reason}): write it again")
+
+
 def _check_column(part: Part, schema: "pa.Schema") -> None:
     import pyarrow as pa
 
+    try:
+        columns = ", ".join(f"{one.name} ({one.type})" for one in schema)
+    except UnicodeDecodeError as error:  # nobody has checked the names either
+        raise _name_not_utf8(error) from None
     index = schema.get_field_index(part.text)
     if index < 0 or not (pa.types.is_string(schema.types[index]) or pa.types.is_large_string(schema.types[index])):
-        raise _no_such_column(part, one_line(", ".join(f"{one.name} ({one.type})" for one in schema)))
+        raise _no_such_column(part, one_line(columns))
 
 
 def _column_values(part: Part, batches: Iterator[Any]) -> Iterator[bytes | None]:
@@ -380,7 +325,9 @@ def parquet_rows(part: Part, first: int) -> Iterator[Row]:
         # Without the buffer size, a whole row group's column is held.
         file = pyarrow.parquet.ParquetFile(part.path, buffer_size=READ_BYTES, pre_buffer=False)
     except OSError as error:
-        raise _unreadable(error) from None
+        raise unreadable(error) from None
+    except UnicodeDecodeError as error:
+        raise _name_not_utf8(error) from None
     except pa.ArrowException as error:
         raise PartEnds("not Parquet", f"not Parquet ({one_line(error)}): copy it again") from None
     with file:

@@ -8,6 +8,7 @@ text and the recipe only, not on the number of workers or on how often the work 
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 import sqlite3
@@ -19,14 +20,16 @@ from typing import Any
 
 import yaml
 from rich.console import Console
+from rich.text import Text
 
 from data_tools import encode
 from data_tools.clean import Cleaning, write_grams
 from data_tools.encode import Job
+from data_tools.listing import Listing, check_listed
 from data_tools.progress import Speed
 from data_tools.report import REPORT_FILE, write_report
-from data_tools.sources import Block, Part, Source, list_parts, part_identity, read_blocks, source_name
-from data_tools.tokenizer import end_of_text_id, load_tokenizer, tokenizer_file, vocab_size_of
+from data_tools.sources import Block, Part, Source, find_text, part_identity, read_blocks, source_name
+from data_tools.tokenizer import PlainText, tokenizer_file
 from data_tools.work import Work
 from data_tools.workers import in_order, num_cores
 from pretrain.config.check import ConfigError
@@ -39,6 +42,10 @@ COMMIT_SECONDS = 2.0
 # Less text than this is done before worker processes have started.
 SMALL_BYTES = 8_000_000
 OVERLAY_FILE = "silo.yaml"
+# With less held-out text than this, some 50 sequences of 1,024 tokens, its loss says little.
+ENOUGH_DOCUMENTS, ENOUGH_TOKENS = 100, 50 * 1024
+MOST_HELD_OUT = 0.2
+_NOTHING_KEPT = {"documents": 0, "tokens": 0}
 
 
 class StoppedError(Exception):
@@ -100,20 +107,30 @@ def prepare(
     if on_bad not in ("stop", "skip"):
         raise ConfigError(f"--on-bad: {on_bad!r} given; allowed: stop, skip")
     recipe.check()
-    pieces = _pieces(recipe.sources)
+    plain = PlainText(tokenizer_file(recipe.tokenizer))
+    console = console or Console(stderr=True)
+    listings = _listings(recipe, on_bad, console, asked_to_stop)
+    pieces = _pieces(listings)
     terms = _terms(recipe, pieces)
     partial = output.with_name(output.name + ".partial")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         manifests = _already_there(output, terms)
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed after its last rename
         return manifests
-    if num_workers is None:
-        num_bytes = [piece.part.num_bytes for piece in pieces]
-        num_workers = 0 if all(num_bytes) and sum(num_bytes) < SMALL_BYTES else num_cores()
+    num_workers = _num_workers(pieces) if num_workers is None else num_workers
     lock = lock_directory(partial, f"preparing {output}")
     try:
-        packing = _Packing(recipe, terms=terms, pieces=pieces, partial=partial, num_workers=num_workers, on_bad=on_bad)
-        manifests = packing.run(console or Console(stderr=True), asked_to_stop, commit_seconds)
+        packing = _Packing(
+            recipe,
+            plain=plain,
+            terms=terms,
+            pieces=pieces,
+            left_out={name: listing.num_left_out for name, listing in listings.items()},
+            partial=partial,
+            num_workers=num_workers,
+            on_bad=on_bad,
+        )
+        manifests = packing.run(console, asked_to_stop, commit_seconds)
         _write_overlay(partial / "output", output, recipe.sources, manifests)
         (partial / "output").replace(output)
         shutil.rmtree(partial)
@@ -128,18 +145,43 @@ def prepare(
     return manifests
 
 
-def _pieces(sources: tuple[Source, ...]) -> list[_Piece]:
-    """All parts of all sources, held-out text first: what it repeats is then dropped from the training text."""
-    if not sources:
+def _num_workers(pieces: list[_Piece]) -> int:
+    num_bytes = [piece.part.num_bytes for piece in pieces]
+    return 0 if all(num_bytes) and sum(num_bytes) < SMALL_BYTES else num_cores()
+
+
+def _listings(recipe: Recipe, on_bad: str, console: Console, asked_to_stop: Callable[[], bool]) -> dict[str, Listing]:
+    """What there is of each source, by its name; said before anything is read."""
+
+    def check() -> None:
+        if asked_to_stop():
+            raise StoppedError
+
+    if not recipe.sources:
         raise ConfigError("corpus: nothing given; allowed: files, folders or globs of text, --dataset or --sources")
-    names = [source_name(source) for source in sources]
+    names = [source_name(source) for source in recipe.sources]
     if len(set(names)) < len(names):
-        raise ConfigError(f"corpus: sources named {', '.join(names)} given; allowed: each name once: use --sources")
+        raise ConfigError(
+            f"corpus: sources named {', '.join(names)} given; allowed: each name once: put a glob in quotes, or use "
+            "--sources"
+        )
+    listings = {name: find_text(source, check) for name, source in zip(names, recipe.sources, strict=True)}
+    for name, listing in listings.items():
+        for line in listing.lines(name, held_out=recipe.held_out):
+            console.print(Text(line), soft_wrap=True)
+    check_listed(listings.values() if on_bad == "stop" else (), advice=", or give --on-bad skip")
+    return listings
+
+
+def _pieces(listings: dict[str, Listing]) -> list[_Piece]:
+    """All parts of all sources, held-out text first: what it repeats is then dropped from the training text."""
     pieces = [
-        _Piece(name, f"{name}/" if len(sources) > 1 else "", part)
-        for name, source in zip(names, sources, strict=True)
-        for part in list_parts(source)
+        _Piece(name, f"{name}/" if len(listings) > 1 else "", part)
+        for name, listing in listings.items()
+        for part in listing.parts
     ]
+    if all(piece.part.split == "valid" for piece in pieces):
+        raise ConfigError("corpus: all files given are held out, by their names; allowed: text to train on, too")
     return sorted(pieces, key=lambda piece: piece.part.split != "valid")
 
 
@@ -181,22 +223,22 @@ class _Packing:
         self,
         recipe: Recipe,
         *,
+        plain: PlainText,
         terms: dict[str, Any],
         pieces: list[_Piece],
+        left_out: dict[str, dict[str, int]],
         partial: Path,
         num_workers: int,
         on_bad: str,
     ) -> None:
-        tokenizer = tokenizer_file(recipe.tokenizer)
-        encoder = load_tokenizer(tokenizer)
-        self._pieces, self._partial = pieces, partial
+        self._pieces, self._left_out, self._partial = pieces, left_out, partial
         self._num_workers, self._on_bad = num_workers, on_bad
-        self._job = Job(tokenizer=tokenizer, cleaning=recipe.cleaning, held_out=recipe.held_out)
+        self._job = Job(tokenizer=tokenizer_file(recipe.tokenizer), cleaning=recipe.cleaning, held_out=recipe.held_out)
         self._work = Work(
             partial,
             terms,
-            vocab_size=vocab_size_of(encoder),
-            end_of_text_id=end_of_text_id(encoder),
+            vocab_size=plain.vocab_size,
+            end_of_text_id=plain.end_id,
             near_duplicates=recipe.cleaning.near_duplicates,
         )
         if differing := _differences(terms, self._work.terms):
@@ -225,7 +267,10 @@ class _Packing:
                         committed = time.monotonic()
                     if stop:
                         raise StoppedError
-            return self._finish()
+            manifests = self._finish()
+            for line in self._too_little_held_out():
+                console.print(Text(line), soft_wrap=True)
+            return manifests
         finally:
             work.close()
 
@@ -244,6 +289,7 @@ class _Packing:
         report = {
             "format": 1,
             "sources": work.counts,
+            "left_out": self._left_out,
             "recipe": work.terms,
             "seconds": work.seconds,
             "bytes_per_second": num_bytes / work.seconds,
@@ -251,6 +297,25 @@ class _Packing:
         }
         write_report(report, work.output)
         return manifests
+
+    def _too_little_held_out(self) -> list[str]:
+        """A line for each source of whose documents too few were held out by their hash to measure a loss with."""
+        share, lines = self._job.held_out, []
+        by_hash = {piece.source for piece in self._pieces if not piece.part.split}
+        for name, source in self._work.counts.items():
+            kept = source["kept"].get("valid", _NOTHING_KEPT)
+            documents, tokens = (sum(one[what] for one in source["kept"].values()) for what in ("documents", "tokens"))
+            if not share or name not in by_hash or not tokens:
+                continue
+            wanted = max(ENOUGH_DOCUMENTS / documents, ENOUGH_TOKENS / tokens)
+            if kept["documents"] < ENOUGH_DOCUMENTS or kept["tokens"] < ENOUGH_TOKENS:
+                better = f"--held-out {min(MOST_HELD_OUT, math.ceil(wanted * 100) / 100):g}"
+                enough = f"{better} is the most that makes sense" if wanted > MOST_HELD_OUT else f"{better} would do"
+                lines.append(
+                    f"{name}: warning: --held-out {share:g} holds out {kept['documents']:,} of {documents:,} documents "
+                    f"({kept['tokens']:,} tokens), too few for a loss that says much: {enough}, at another --output"
+                )
+        return lines
 
     def _each_block(
         self, task: Callable[[tuple[int, Block]], Any], place: tuple[int, int, int]

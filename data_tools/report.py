@@ -9,6 +9,7 @@ A report is what JSON holds, so that it is the same before and after it was writ
                      bad, bad_examples    reason -> records that could not be used, and the first of them
                      lengths_kept         documents by floor(log2(bytes of text)), 32 of them
                      lengths_dropped      the same of what was dropped
+    left_out: name -> reason -> files     what was there and was not read
 
 How data tools draw and tabulate is here, too. No picture has a time or a version in it: equal data give equal files.
 """

@@ -11,33 +11,30 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import yaml
 
 from data_tools.formats import (
-    SUFFIXES,
     Bad,
     Part,
-    PartEnds,
-    Pieces,
     Row,
     checked_text,
     csv_rows,
     load_dataset,
     loaded,
-    one_line,
     parquet_rows,
     parse_documents,
     parse_json_lines,
     saved_rows,
     streamed_rows,
-    suffix_of,
     whole_records,
 )
+from data_tools.listing import SPLIT_NAMES, TEST, Listing, file_part, list_files, split_of
+from data_tools.pieces import FORMATS, SUFFIXES, PartEnds, Pieces, one_line, suffix_of
 from pretrain.config.check import ConfigError
 
 SPLITS = ("train", "valid")
@@ -141,26 +138,22 @@ def _checked_source(given: Any, key: str) -> Source:
 
 
 def source_name(source: Source) -> str:
-    """The source's name, or else one from the last part of its path that is no wildcard and neither train nor valid."""
+    """The source's name, or else one from the last part of its path that is no wildcard and no split's name."""
     if source.name:
         return source.name
     parts = Path(os.path.abspath(source.path or source.dataset)).parts
     stems = [part.removesuffix(suffix_of(part)).lower() for part in parts if not glob.has_magic(part)]
-    last = next((stem for stem in reversed(stems) if stem not in SPLITS), "")
+    last = next((stem for stem in reversed(stems) if not split_of(stem)), "")
     return re.sub(r"[^a-z0-9_]+", "-", last).strip("-") or "text"
 
 
 def split_file(corpus: Path, split: str) -> Path:
     """The file of a corpus folder's split (`train` or `valid`). Raises ConfigError unless there is exactly one."""
-    found = _split_files(corpus, split)
+    found = [path for suffix in SUFFIXES if (path := corpus / f"{split}{suffix}").is_file()]
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
-        raise ConfigError(f"corpus: {corpus} has {names}; allowed: one of {', '.join(split + s for s in SUFFIXES)}")
+        raise ConfigError(f"corpus: {corpus} has {names}; allowed: one {split} file: {FORMATS}")
     return found[0]
-
-
-def _split_files(corpus: Path, split: str) -> list[Path]:
-    return [path for suffix in SUFFIXES if (path := corpus / f"{split}{suffix}").is_file()]
 
 
 def training_file(corpus: Path) -> Path:
@@ -168,55 +161,29 @@ def training_file(corpus: Path) -> Path:
     return split_file(corpus, "train") if corpus.is_dir() else corpus
 
 
-def list_parts(source: Source) -> list[Part]:
-    """The parts of a source, in the order in which they are read.
+def find_text(source: Source, check: Callable[[], None] = lambda: None) -> Listing:
+    """What there is of a source, and what each part is for: see `data_tools.listing`, also for data sets' splits.
 
-    A folder with one train and one valid file is these two; any other is all its files of known formats, at any depth,
-    by relative path, without hidden ones. A data set that was saved with train and valid (or validation) is these two.
-    Raises ConfigError when there is nothing to read, or a data set cannot be loaded.
+    `check` is called again and again, to raise when it is time to stop. Raises ConfigError when there is nothing to
+    read, or a data set cannot be loaded.
     """
     if bool(source.path) == bool(source.dataset):
         raise ConfigError(f"corpus: path {source.path!r} and dataset {source.dataset!r} given; allowed: one of them")
-    path = Path(source.path)
-    if source.dataset or _is_saved(path):
-        return _dataset_parts(source)
-    if path.is_file():
-        return [_file_part(path, source.text)]
-    if path.is_dir():
-        splits = [_split_files(path, split) for split in SPLITS]
-        if all(splits) or any(len(found) > 1 for found in splits):
-            return [_file_part(split_file(path, split), source.text, split) for split in SPLITS]
-        names = glob.glob("**/*", root_dir=path, recursive=True)
-    elif glob.has_magic(source.path):
-        path, names = Path(), glob.glob(source.path, recursive=True)
-    else:
-        raise ConfigError(f"corpus: {source.path!r} given; there is no such file or folder")
-    files = [path / name for name in sorted(names) if suffix_of(name) and (path / name).is_file()]
-    if not files:
-        raise ConfigError(f"corpus: {source.path!r} given, which has no file to read; allowed: {' '.join(SUFFIXES)}")
-    return [_file_part(file, source.text) for file in files]
-
-
-def _file_part(path: Path, text: str, split: str = "") -> Part:
-    suffix = suffix_of(path.name)
-    if not suffix:
-        raise ConfigError(f"corpus: {str(path)!r} given; allowed: a folder or a file of {' '.join(SUFFIXES)}")
-    try:
-        stat = path.stat()
-    except OSError as error:
-        raise ConfigError(f"corpus: {str(path)!r} given; {error.strerror}") from None
-    kind = cast(Literal["jsonl", "txt", "csv", "parquet"], suffix.split(".")[1].replace("tsv", "csv"))
-    return Part(path=str(path), kind=kind, text=text, split=split, num_bytes=stat.st_size, mtime_ns=stat.st_mtime_ns)
+    if source.dataset or _is_saved(Path(source.path)):
+        return _list_dataset(source)
+    return list_files(source.path, source.text, check)
 
 
 def _is_saved(path: Path) -> bool:
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
-def _dataset_parts(source: Source) -> list[Part]:
+def _list_dataset(source: Source) -> Listing:
     path = Path(source.dataset or source.path)
+    left_out: dict[str, list[str]] = {}
     if _is_saved(path):
-        parts = [_saved_part(folder, source.text, split) for folder, split in _saved_splits(path, source).items()]
+        splits, left_out = _saved_splits(path, source)
+        parts = [_saved_part(folder, source.text, split) for folder, split in splits.items()]
     else:
         config, split = source.dataset_config, source.dataset_split
         parts = [
@@ -224,19 +191,25 @@ def _dataset_parts(source: Source) -> list[Part]:
         ]
     for part in parts:
         load_dataset(part)  # what cannot be loaded is told before anything is begun
-    return parts
+    return Listing(parts=parts, left_out=left_out)
 
 
-def _saved_splits(path: Path, source: Source) -> dict[Path, str]:
+def _saved_splits(path: Path, source: Source) -> tuple[dict[Path, str], dict[str, list[str]]]:
+    """The folders to read, each with its split, and the splits that are left out."""
     if not (path / "dataset_dict.json").is_file():
-        return {path: ""}
+        return {path: ""}, {}
     names = loaded(path, lambda: json.loads((path / "dataset_dict.json").read_bytes())["splits"])
     if source.dataset_split not in names:
         raise ConfigError(f"dataset_split: {source.dataset_split!r} given; {path} has {', '.join(names)}")
-    for name in ("valid", "validation"):
-        if name in names and source.dataset_split == "train":
-            return {path / "train": "train", path / name: "valid"}
-    return {path / source.dataset_split: ""}
+    used = {path / source.dataset_split: ""}
+    if source.dataset_split == "train":
+        valid = {path / name: "valid" for name in names if SPLIT_NAMES.get(name) == "valid"}
+        used = {path / "train": "train", **valid} if valid else used
+    left_out: dict[str, list[str]] = {}
+    for name in names:
+        if path / name not in used:
+            left_out.setdefault(TEST if SPLIT_NAMES.get(name) == "test" else "of other splits", []).append(name)
+    return used, left_out
 
 
 def _saved_part(folder: Path, text: str, split: str) -> Part:
@@ -338,12 +311,12 @@ def read_documents(path: Path) -> Iterator[str]:
 
     Raises ConfigError, with file and line, for what cannot be used.
     """
-    yield from _part_texts(_file_part(path, "text"))
+    yield from _part_texts(file_part(path, "text"))
 
 
-def read_source(source: Source) -> Iterator[str]:
-    """Yield the texts of a source that are not blank, but for those that are held out. Raises ConfigError."""
-    for part in list_parts(source):
+def read_parts(parts: Iterable[Part]) -> Iterator[str]:
+    """Yield the texts of parts that are not blank, but for those that are held out. Raises ConfigError."""
+    for part in parts:
         if part.split != "valid":
             yield from _part_texts(part)
 

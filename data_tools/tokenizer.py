@@ -1,5 +1,7 @@
 """The tokenizer that all silos share: byte-level BPE, trained once; every silo packs its own text with it."""
 
+import itertools
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,10 +10,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pretrain.config.check import ConfigError
 from pretrain.silo.shards import END_OF_TEXT_NAMES, atomic_path, tokenizer_sha256
+from pretrain.silo.vocabulary import read_tokenizer, vocab_size_of
 
 TOKENIZER_FILE = "tokenizer.json"
 END_OF_TEXT = END_OF_TEXT_NAMES[0]
 BYTE_ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+# Characters that few vocabularies have.
+UNUSUAL_TEXT = "a \u0378 \u2603 \U000e0fff \x00 \U0001f9ff"
 # Some 120 MB of text to learn from.
 MAX_OCCURRENCES = 20_000_000
 REPEATS_AT_ONCE = 10_000
@@ -100,20 +105,11 @@ def load_tokenizer(file: Path, *, key: str = "--tokenizer") -> Tokenizer:
     What the file says about truncation and padding is switched off, and a special token's name within a text is
     encoded as the characters it has. Raises ConfigError, naming `key`, when the file is missing or is no tokenizer.
     """
-    tokenizer_sha256(file, key=key)
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises no narrower one
-        raise ConfigError(f"{key}: {file} is not a tokenizer ({' '.join(str(error).split())})") from None
+    tokenizer = read_tokenizer(file, key=key)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
     return tokenizer
-
-
-def vocab_size_of(tokenizer: Tokenizer) -> int:
-    """One more than the largest token id (added tokens may leave gaps)."""
-    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def end_of_text_id(tokenizer: Tokenizer, *, key: str = "--tokenizer") -> int:
@@ -123,3 +119,48 @@ def end_of_text_id(tokenizer: Tokenizer, *, key: str = "--tokenizer") -> int:
         if token_id is not None:
             return int(token_id)
     raise ConfigError(f"{key}: no end-of-text token; allowed: one of {' '.join(END_OF_TEXT_NAMES)}")
+
+
+class PlainText:
+    """Encodes documents so that nothing in them becomes a special token, whatever they spell.
+
+    The library sees to that where a token is marked as special and no piece of the model's vocabulary. Text that spells
+    another one is cut in the middle of its name, and what is before and after is encoded by itself.
+    """
+
+    def __init__(self, file: Path, *, key: str = "--tokenizer") -> None:
+        """Of a tokenizer.json. Raises ConfigError as `load_tokenizer` does, or when it ends documents by itself."""
+        self._tokenizer = load_tokenizer(file, key=key)
+        self.end_id = end_of_text_id(self._tokenizer, key=key)
+        self.vocab_size = vocab_size_of(self._tokenizer)
+        self._key = key
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        self._names = {number: token.content for number, token in added if token.special and token.content}
+        self._names[self.end_id] = str(self._tokenizer.id_to_token(self.end_id))
+        self._spelled = re.compile("|".join(map(re.escape, self._names.values())))
+        list(self.encode([UNUSUAL_TEXT, *(f"a {name}b{name}" for name in self._names.values())]))
+
+    def encode(self, texts: list[str]) -> Iterator[list[int]]:
+        """The token ids of each text, without an end."""
+        encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        for text, document in zip(texts, encoded, strict=True):
+            ids = document.ids
+            is_plain = self.end_id not in ids and not self._spelled.search(text)
+            yield ids if is_plain else self._cut(text)
+
+    def _cut(self, text: str) -> list[int]:
+        encoded = self._tokenizer.encode(text, add_special_tokens=False)
+        cuts = [0]
+        for number, (begin, end) in zip(encoded.ids, encoded.offsets, strict=True):
+            if number == self.end_id or self._names.get(number, text) in text[begin:end]:
+                if end - begin > 1:
+                    cuts.append((begin + end) // 2)
+                elif number == self.end_id:
+                    raise ConfigError(
+                        f"{self._key}: it makes {self._names[number]!r}, which ends documents, of {text[begin:end]!a} "
+                        "in their text; allowed: a tokenizer whose unknown token is another one"
+                    )
+        if len(cuts) == 1:
+            return encoded.ids
+        pieces = [text[begin:end] for begin, end in itertools.pairwise([*cuts, len(text)])]
+        return [number for ids in self.encode(pieces) for number in ids]

@@ -253,6 +253,8 @@ def prepare(
             keep=settings.keep_checkpoints,
             contract_sha256=contract_sha256,
             kind=config.exchange.kind,
+            data=mixture.terms,
+            accept_other_data=settings.accept_other_data,
         ),
         sync=sync,
         asked_to_stop=asked_to_stop,

@@ -1,9 +1,11 @@
 """Files of text in every format, written for tests, and what is read from them."""
 
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
 import pickle
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,9 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from data_tools import formats, sources
+from data_tools import formats, pieces, sources
 from data_tools.formats import Bad, Part
-from data_tools.sources import Block, Place, Source, list_parts, parse_block, read_blocks
+from data_tools.sources import Block, Place, Source, find_text, parse_block, read_blocks
 
 TEXTS = [
     "The appeal is allowed.\nCosts follow the event.\n",
@@ -34,6 +36,10 @@ def pack(name: str, raw: bytes, *, num_frames: int = 1) -> bytes:
         return b"".join(gzip.compress(part) for part in parts)
     if name.endswith(".zst"):
         return b"".join(zstandard.ZstdCompressor(write_checksum=True).compress(part) for part in parts)
+    if name.endswith(".bz2"):
+        return b"".join(bz2.compress(part) for part in parts)
+    if name.endswith(".xz"):
+        return b"".join(lzma.compress(part) for part in parts)
     return raw
 
 
@@ -70,8 +76,8 @@ def save_dataset(path: Path, texts: list[Any]) -> Path:
     return path
 
 
-def part_of(path: Path, text: str = "text") -> Part:
-    (part,) = list_parts(Source(path=str(path), text=text))
+def part_of(path: Path, text: str = "text", *, key: str = "path") -> Part:
+    (part,) = find_text(Source(**{key: str(path)}, text=text)).parts
     return part
 
 
@@ -97,7 +103,7 @@ def records_of(part: Part, place: Place = (0, 0), **constants: int) -> Records:
 def set_constants(patch: pytest.MonkeyPatch, constants: dict[str, int]) -> None:
     """Set constants of the module that has them."""
     for name, value in constants.items():
-        patch.setattr(sources if hasattr(sources, name) else formats, name, value)
+        patch.setattr(next(module for module in (sources, pieces, formats) if hasattr(module, name)), name, value)
 
 
 def messages(part: Part) -> list[str]:

@@ -211,6 +211,8 @@ class SiloConfig:
     """DeepSpeed's own configuration, passed through; batch sizes, precision and clipping are set from above."""
     data_seed: int | None = None
     """Seed of the order of sequences; null derives one from the silo's name."""
+    accept_other_data: bool = False
+    """Go on from a checkpoint although text, shares or their order are others than when it was written."""
     prefetch_batches: int = 2
     """Micro batches of each rank that a thread reads ahead; 0 reads when a batch is asked for."""
     checkpoint_interval_steps: int = 500

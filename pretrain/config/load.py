@@ -138,6 +138,8 @@ def _check_keys(given: dict[Any, Any], schema: type, prefix: str) -> None:
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1)
             hint = f"; did you mean {prefix}{near[0]}?" if near else ""
+            if places := [] if prefix else _places(str(key)):
+                hint = f"; type {' or '.join(f'{place}=...' for place in places)}"
             raise ConfigError(f"{prefix}{key}: unknown key given; allowed: {', '.join(fields)}{hint}")
         kind = fields[key]
         section = kind if isinstance(kind, type) and dataclasses.is_dataclass(kind) else None
@@ -145,6 +147,8 @@ def _check_keys(given: dict[Any, Any], schema: type, prefix: str) -> None:
             raise ConfigError(f"{prefix}{key}: {value!r} given; allowed: a section of keys and values")
         if section and value is not None:
             _check_keys(value, section, f"{prefix}{key}.")
+        if str(kind).startswith("list") and not isinstance(value, list | None):
+            raise ConfigError(f"{prefix}{key}: {value!r} given; allowed: a list: type {prefix}{key}=[{value}]")
         if str(kind).startswith("dict") and not isinstance(value, dict | None):
             raise ConfigError(f"{prefix}{key}: {value!r} given; allowed: a section of keys and values")
         named = [of for of in get_args(kind) if isinstance(of, type) and dataclasses.is_dataclass(of)]
@@ -152,6 +156,17 @@ def _check_keys(given: dict[Any, Any], schema: type, prefix: str) -> None:
             if entry is not None and not isinstance(entry, dict):
                 raise ConfigError(f"{key}.{name}: {entry!r} given; allowed: a section of keys and values")
             _check_keys(entry or {}, named[0], f"{key}.{name}.")
+
+
+def _places(key: str) -> list[str]:
+    """The sections of a run's configuration that have a key, with it."""
+    found = []
+    for field in dataclasses.fields(RunConfig):
+        for kind in (field.type, *get_args(field.type)):
+            if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+                of_one = "" if kind is field.type else ".NAME"
+                found += [f"{field.name}{of_one}.{key}" for one in dataclasses.fields(kind) if one.name == key]
+    return found
 
 
 def spread(defaults: Section | None, sections: Section | None) -> Section:

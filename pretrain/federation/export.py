@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
@@ -32,6 +31,7 @@ from pretrain.silo.model import (
     token_losses,
 )
 from pretrain.silo.shards import tokenizer_sha256
+from pretrain.silo.vocabulary import vocabulary_size
 from pretrain.trust.ledger import RefusedError
 
 PROVENANCE = "atoll.json"
@@ -44,7 +44,7 @@ def load_global_model(config: RunConfig, version: int | None = None) -> tuple[nn
     Of a run whose one silo trained alone, that silo's final model. Raises ConfigError if there is no such version, or
     its bytes are not what the commit says.
     """
-    vocab_size = Tokenizer.from_file(str(config.tokenizer_file)).get_vocab_size()
+    vocab_size = vocabulary_size(config.tokenizer_file)
     model = build_empty(config.model, vocab_size, dtype=torch.float32)
     parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     fill = _fill_from_silo if config.exchange.kind == "none" else _fill_from_store

@@ -67,14 +67,12 @@ def check_model(config: RunConfig) -> None:
 
     Takes no memory, but torch. Raises ConfigError.
     """
-    from tokenizers import Tokenizer
-
     from pretrain.silo.model import check_shapes
+    from pretrain.silo.vocabulary import vocabulary_size
 
     if config.model.checkpoint:
         checkpoint_files(Path(config.model.checkpoint))
-    vocab_size = Tokenizer.from_file(str(config.tokenizer_file)).get_vocab_size()
-    check_shapes(config.model, vocab_size, config.sequence_tokens)
+    check_shapes(config.model, vocabulary_size(config.tokenizer_file), config.sequence_tokens)
 
 
 def check_store(config: RunConfig) -> list[str]:

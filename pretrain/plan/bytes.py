@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from tokenizers import Tokenizer
 
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig
@@ -22,6 +21,7 @@ from pretrain.outer.moments import MOMENT, Moment
 from pretrain.outer.pieces import cut_pieces
 from pretrain.outer.quantize import QUANTIZERS
 from pretrain.silo.model import build_without_memory
+from pretrain.silo.vocabulary import vocabulary_size
 from pretrain.sync.among_silos import num_bytes
 
 Shapes = Mapping[str, torch.Size]
@@ -55,7 +55,7 @@ class Traffic:
 def vocabulary(config: RunConfig) -> int:
     """The tokenizer's size; before there is one, `model.config.vocab_size`. Raises ConfigError without either."""
     if config.tokenizer and config.tokenizer_file.is_file():
-        return Tokenizer.from_file(str(config.tokenizer_file)).get_vocab_size()
+        return vocabulary_size(config.tokenizer_file)
     given = config.model.config.get("vocab_size", 0)
     if not config.model.checkpoint and not given:
         raise ConfigError(

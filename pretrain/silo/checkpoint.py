@@ -74,8 +74,20 @@ class Progress:
 class Checkpoints:
     """The checkpoints of one silo in one folder; a folder that is not complete does not count."""
 
-    def __init__(self, directory: Path, *, keep: int, contract_sha256: str, kind: str = "store") -> None:
-        """`kind` is that of the exchange: what a silo can do without its checkpoints depends on it."""
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        keep: int,
+        contract_sha256: str,
+        kind: str = "store",
+        data: dict[str, Any] | None = None,
+        accept_other_data: bool = False,
+    ) -> None:
+        """`kind` is that of the exchange: what a silo can do without its checkpoints depends on it; `data` says what a
+        position counts in (`Mixture.terms`), None: a position of any text is taken.
+        """
+        self._data, self._accept_other_data = data, accept_other_data
         self._directory, self._kind = directory, kind
         self._keep = keep
         self._contract_sha256 = contract_sha256
@@ -117,6 +129,7 @@ class Checkpoints:
             state = dataclasses.asdict(progress) | {
                 **engine.terms,
                 "contract_sha256": self._contract_sha256,
+                "data": self._data,
             }
             (temporary / "state.json").write_text(json.dumps(state, indent=1) + "\n")
         ranks.barrier()
@@ -134,7 +147,7 @@ class Checkpoints:
         """Resume from the newest checkpoint, all ranks together; None if there is none.
 
         Fills `host` on the leader. Raises ConfigError if the checkpoint is of another contract, number of ranks, ZeRO
-        stage, precision, optimizer or model.
+        stage, precision, optimizer or model, or its position counts in other text.
         """
         newest = ranks.from_leader(str(self.newest) if self.newest else None)
         if newest is None:
@@ -146,6 +159,19 @@ class Checkpoints:
                 raise ConfigError(
                     f"{directory}: it was written with {key} {theirs}, and this is {ours}; {self._ways()}"
                 )
+        changed = other_data(state.pop("data", None), self._data)
+        if changed:
+            meaning = (
+                f"{directory}: {changed} of the silo changed since it was written, and the {state['position']} "
+                "sequences that it counts as read are other ones now"
+            )
+            if not self._accept_other_data:
+                raise ConfigError(
+                    f"{meaning}; allowed: what it was written with, or accept_other_data=true in the silo's section, "
+                    "to go on there: some text is then read again and some is left out, up to the end of the epoch"
+                )
+            if ranks.is_leader:
+                print(f"warning: {meaning}; it goes on, as accept_other_data says", flush=True)
         engine.load(directory)
         _restore_random_state(load_file(directory / f"rng-{ranks.rank:05d}.safetensors"))
         for name, tensors in host.items() if ranks.is_leader else ():
@@ -162,6 +188,11 @@ class Checkpoints:
                 "fresh inner optimizer"
             )
         return f"{same}; or another run directory, to start anew" if self._kind == "none" else same
+
+
+def other_data(recorded: dict[str, Any] | None, ours: dict[str, Any] | None) -> str:
+    """Which terms of the data differ from a checkpoint's, or nothing; a checkpoint without them says nothing."""
+    return ", ".join(key for key in ours if recorded.get(key) != ours[key]) if recorded and ours else ""
 
 
 def save_parameters(file: Path, engine: Engine, ranks: Ranks) -> None:

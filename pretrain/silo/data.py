@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +32,7 @@ from pretrain.silo.shards import (
     count_sequences,
     open_shard,
     read_manifest,
+    text_sha256,
     token_outside_vocabulary,
 )
 
@@ -176,6 +178,7 @@ class Mixture:
         for tokens in corpora:
             check_a_sequence(tokens.num_tokens, tokens.sequence_tokens, key=tokens.key)
         self.corpora = list(corpora)
+        self._seed = [seed, silo]
         self._orders = [
             Order(seed=seed, silo=silo, corpus=corpus, num_sequences=tokens.num_sequences)
             for corpus, tokens in enumerate(corpora)
@@ -183,6 +186,16 @@ class Mixture:
         # Each corpus's part of what those before it leave over. By way of str, 0.1 is a tenth and not a bit more.
         exact = [Fraction(str(weight)) for weight in weights]
         self._parts = [weight / sum(exact[corpus:]) for corpus, weight in enumerate(exact)]
+
+    @property
+    def terms(self) -> dict[str, Any]:
+        """All that says which sequence a position is, as JSON holds it; with other terms it is another one."""
+        return {
+            "data": [[text_sha256(manifest) for manifest in tokens.manifests] for tokens in self.corpora],
+            "data_weights": [str(part) for part in self._parts],
+            "data_seed": self._seed,
+            "sequence_tokens": self.corpora[0].sequence_tokens,
+        }
 
     @property
     def num_tokens(self) -> int:

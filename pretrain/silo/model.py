@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -23,6 +22,7 @@ from pretrain.config.keys import ModelConfig, RunConfig
 from pretrain.host.foreign import shown
 from pretrain.silo.architecture import model_config, one_line
 from pretrain.silo.shards import END_OF_TEXT_NAMES
+from pretrain.silo.vocabulary import vocabulary_size
 from pretrain.silo.weights import checkpoint_files, tensors_of
 
 # What masking may leave of the influence of the document before: 0, or a few roundings where experts take turns. Of the
@@ -91,7 +91,7 @@ def initial_parameters(config: RunConfig) -> dict[str, Tensor]:
 
     Raises ConfigError, too, for a model that sees the future, or that is more than its parameters say to others.
     """
-    vocab_size = Tokenizer.from_file(str(config.tokenizer_file)).get_vocab_size()
+    vocab_size = vocabulary_size(config.tokenizer_file)
     model = build_initial(config.model, vocab_size)
     _check_buffers(model, config.model, vocab_size)
     was_training = model.training

@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain.config.check import ConfigError
+from pretrain.host.foreign import loads, shown
 
 FORMAT = 2
 # What published tokenizers call the token that ends a document; the first that is there is taken.
@@ -34,6 +35,8 @@ END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos
 MANIFEST_FILE = "manifest.json"
 DOCUMENTS_FILE = "documents.bin"
 DOCUMENT_END = np.dtype("<u8")
+# Large vocabularies have some tens of MB.
+LIMIT_BYTES = 1 << 29
 # Tokens that `verify_tokens` looks at together.
 VERIFY_TOKENS = 1 << 22
 TOKEN_TYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
@@ -82,6 +85,12 @@ class Manifest:
     def dtype(self) -> np.dtype[Any]:
         """The numpy type of a token on disk."""
         return TOKEN_TYPES[self.token_type]
+
+
+def text_sha256(manifest: Manifest) -> str:
+    """What tells whether a split holds the same tokens, wherever it lies and whenever it was prepared."""
+    terms = [manifest.documents_sha256, *((shard.num_tokens, shard.sha256) for shard in manifest.shards)]
+    return hashlib.sha256(json.dumps(terms).encode()).hexdigest()
 
 
 def token_type_for(vocab_size: int) -> str:
@@ -137,11 +146,11 @@ def tokenizer_sha256(file: Path, *, key: str = "tokenizer") -> str:
 
 def _read_json(file: Path, *, missing: str) -> dict[str, Any]:
     try:
-        loaded = json.loads(file.read_bytes())
+        loaded = loads(file.read_bytes(), limit_bytes=LIMIT_BYTES)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise ConfigError(missing) from None
     except ValueError as error:
-        raise ConfigError(f"{file}: not JSON ({' '.join(str(error).split())}): make it again") from None
+        raise ConfigError(f"{file}: not JSON ({shown(error)}): make it again") from None
     if not isinstance(loaded, dict):
         raise ConfigError(f"{file}: a {type(loaded).__name__} given; allowed: a JSON object: make it again")
     return loaded

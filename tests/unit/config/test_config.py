@@ -30,6 +30,8 @@ silos: {alpha: {}, beta: {}}
 MISTAKES: list[tuple[list[str], list[str]]] = [
     # unknown keys
     (["inner.lrr=1"], ["inner.lrr: unknown key given; allowed: num_steps, ", "did you mean inner.lr?"]),
+    (["data=[a]"], ["data: unknown key given", "; type silo.data=... or silos.NAME.data=..."]),
+    (["silos.alpha.data=a"], ["silos.alpha.data: 'a' given; allowed: a list: type silos.alpha.data=[a]"]),
     (["colour=1"], ["colour: unknown key given; allowed: name, run_id, directory, "]),
     (["run_id=A b"], ["run_id: 'A b' given; allowed: [a-z0-9_-]{0,64}, or empty"]),
     (["silo.nope=1"], ["silo.nope: unknown key given; allowed: data, "]),

@@ -205,6 +205,29 @@ def test_counts_are_added_up(tmp_path: Path) -> None:
     )
 
 
+def test_who_claims_more_than_the_others_is_scaled_down(tmp_path: Path) -> None:
+    files = []
+    for name, texts in (("a", ["x y"] * 4), ("b", ["x z"] * 6), ("c", ["x w"] * 9)):
+        files.append(tmp_path / name)
+        export_counts(texts, output=files[-1], min_count=1, min_documents=1)
+    said: list[str] = []
+    honest = merge_counts(files, warn=said.append)
+    assert honest == {"x": 19, " y": 4, " z": 6, " w": 9}
+    assert not said
+    liar = tmp_path / "liar"
+    header = files[0].read_text().splitlines()[:2]
+    liar.write_text("\n".join([*header, *(f'{10**16}\t"word{number}"' for number in range(5)), '7\t"few"']) + "\n")
+    merged = merge_counts([*files, liar], warn=said.append)
+    # 8, 12 and 18 are the others' totals, 24 twice their median.
+    assert merged == honest | {f"word{number}": 4 for number in range(5)}
+    assert said == [
+        f"warning: {liar} adds up to 50,000,000,000,000,007, more than 2 times the median of the others; it is taken "
+        "as 24, all its counts in proportion"
+    ]
+    assert merge_counts([liar, *reversed(files)]) == merged
+    assert merge_counts([liar])["few"] == 7  # nobody to compare with
+
+
 @pytest.mark.parametrize(
     ("lines", "expected"),
     [

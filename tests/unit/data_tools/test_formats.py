@@ -7,11 +7,12 @@ import pyarrow as pa
 import pytest
 
 from data_tools import formats
-from data_tools.formats import SUFFIXES, Bad, Part
+from data_tools.formats import Bad, Part
+from data_tools.pieces import SUFFIXES
 from data_tools.sources import (
     Block,
     Source,
-    list_parts,
+    find_text,
     parse_block,
     read_blocks,
     read_documents,
@@ -57,9 +58,9 @@ def test_every_format_gives_the_same_texts(tmp_path: Path, suffix: str) -> None:
     file = tmp_path / f"a{suffix}"
     if suffix == ".parquet":
         write_parquet(file, TEXTS, text_type=pa.large_string())
-    elif suffix.startswith(".txt"):
+    elif suffix.startswith((".txt", ".text")):
         write(file, "\n<|endoftext|>\n".join(TEXTS).encode())
-    elif suffix.startswith(".jsonl"):
+    elif suffix.startswith((".json", ".ndjson")):
         write_jsonl(file, TEXTS)
     else:
         write_csv(file, TEXTS, delimiter="\t" if suffix.startswith(".tsv") else ",")
@@ -245,9 +246,7 @@ def test_a_missing_column_is_named_with_those_that_are_there(tmp_path: Path) -> 
         assert messages(part_of(path, "body")) == [f"{missing}id (int64), text (string){ask}"]
         assert messages(part_of(path, "id"))[0].startswith(": no column of text named 'id'; it has id (int64)")
         assert reasons(part_of(path, "id")) == ["no such column"]
-    (streamed,) = list_parts(
-        Source(dataset=str(write_parquet(tmp_path / "hub" / "a.parquet", TEXTS).parent), text="body")
-    )
+    streamed = part_of(write_parquet(tmp_path / "hub" / "a.parquet", TEXTS).parent, "body", key="dataset")
     assert messages(streamed) == [f"{missing}id (int64), text (string){ask}"]
     broken = write(tmp_path / "b.csv", b'id,"te"xt\n1,2\n')
     assert messages(part_of(broken)) == [": not CSV (',' expected after '\"'): mend the header row"]
@@ -255,7 +254,7 @@ def test_a_missing_column_is_named_with_those_that_are_there(tmp_path: Path) -> 
 
 def test_a_streamed_data_set_that_breaks_off_is_named(tmp_path: Path) -> None:
     write(tmp_path / "hub" / "train.jsonl", b'{"text": "a"}\n{"text": "b"}\n')
-    (part,) = list_parts(Source(dataset=str(tmp_path / "hub")))
+    (part,) = find_text(Source(dataset=str(tmp_path / "hub"))).parts
     write(tmp_path / "hub" / "train.jsonl", b'{"text": "a"}\n{"text"')
     (message,) = messages(part)
     assert message.startswith(": unreadable (")
@@ -270,6 +269,11 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
             ": unreadable (No such file or directory): mend its permissions or its disk, or leave it out"
         ]
         assert one_line_error(list, read_documents(file)) == f"corpus: '{file}' given; No such file or directory"
-    assert "allowed: a folder or a file of .jsonl.gz .jsonl.zst .jsonl" in one_line_error(
-        list, read_documents(tmp_path / "x.docx")
-    )
+    assert "allowed: a folder or a file of .jsonl .ndjson" in one_line_error(list, read_documents(tmp_path / "x.docx"))
+
+
+def test_a_column_whose_name_is_not_utf8_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    pa.parquet.write_table(pa.table({"text": ["a"], "zzzz": ["b"]}), file, store_schema=False)
+    file.write_bytes(file.read_bytes().replace(b"zzzz", b"zz\xffz"))
+    assert messages(part_of(file)) == [": the name of a column is not UTF-8 (invalid start byte): write it again"]

@@ -16,8 +16,9 @@ from tokenizers import Tokenizer
 from data_tools import inspect as inspect_module
 from data_tools.inspect import Inspection, find_splits, inspect_splits, print_inspections
 from data_tools.report import new_picture
-from data_tools.tokenizer import end_of_text_id, train_tokenizer, vocab_size_of
+from data_tools.tokenizer import end_of_text_id, train_tokenizer
 from pretrain.silo.shards import SplitWriter, tokenizer_sha256
+from pretrain.silo.vocabulary import vocab_size_of
 from tests.support import one_line_error
 
 TEXTS = [

@@ -1,6 +1,7 @@
 """Raw text to packed shards: what is kept and counted, resuming, and what a user is told."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -203,6 +204,32 @@ def keep(text: str) -> bool:
     return not text.startswith("please drop me")
 
 
+def test_too_little_held_out_text_is_said_with_a_share_that_would_do(
+    tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    documents = pseudo_text("held out", 300_000)
+    source = write_jsonl(tmp_path / "law.jsonl", documents)
+
+    def warnings(held_out: float) -> list[str]:
+        settings = recipe(tokenizer, source, held_out=held_out)
+        manifests = prepare(settings, tmp_path / f"packed-{held_out}")
+        if held_out:
+            assert manifests["valid"].num_documents > 0
+        return [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+
+    (line,) = warnings(0.01)
+    # So many tokens are more of this text than so many documents.
+    num_tokens = json.loads((tmp_path / "packed-0.01" / "report.json").read_text())["sources"]["law"]["kept"]
+    share = math.ceil(51_200 * 100 / sum(one["tokens"] for one in num_tokens.values())) / 100
+    assert line.startswith("law: warning: --held-out 0.01 holds out ")
+    assert line.endswith(f"too few for a loss that says much: --held-out {share:g} would do, at another --output")
+    assert not warnings(share + 0.04)
+    assert not warnings(0.0)
+    few = write_jsonl(tmp_path / "few.jsonl", documents[:200])
+    prepare(recipe(tokenizer, few, held_out=0.1), tmp_path / "few")
+    assert "--held-out 0.2 is the most that makes sense" in capsys.readouterr().err
+
+
 # --- stopping and going on ---
 
 
@@ -350,7 +377,7 @@ def test_a_full_disk_is_said_and_the_work_goes_on_after_room_is_made(tokenizer: 
         command += ["--tokenizer", str(tokenizer), "--output", str(output), "--drop-duplicates"]
         failed = subprocess.run(command, check=False, capture_output=True, text=True)
         assert failed.returncode == 2
-        assert failed.stderr.count("\n") == 1
+        assert failed.stderr.count("\n") == 2  # the first says what is read for what
         assert f"--output: {output}: No space left on device: mend it (make room)" in failed.stderr
         assert not output.exists()
         subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)

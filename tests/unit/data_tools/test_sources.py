@@ -15,8 +15,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from data_tools.formats import SUFFIXES, Bad, Part
-from data_tools.sources import Source, list_parts, load_sources, part_identity, source_name, split_file
+from data_tools.formats import Bad, Part
+from data_tools.pieces import FORMATS, PACKED
+from data_tools.sources import Source, find_text, load_sources, part_identity, source_name, split_file
 from tests.support import one_line_error
 from tests.text_files import (
     TEXTS,
@@ -56,8 +57,8 @@ TEXT_LINES = st.sampled_from(
         MARK,
     ]
 )
-SUFFIX = st.sampled_from(["", ".gz", ".zst"])
-ARCHIVES = ["jsonl.gz", "jsonl.zst", "txt.gz", "txt.zst", "csv.gz", "csv.zst"]
+SUFFIX = st.sampled_from(["", *PACKED])
+ARCHIVES = [f"{kind}{packed}" for kind in ("jsonl", "txt", "csv") for packed in PACKED]
 VALUES = st.lists(st.sampled_from([*TEXTS, "", "a" * 50, None]), min_size=1, max_size=12)
 
 
@@ -156,7 +157,7 @@ def test_data_sets_are_the_same_for_any_cut(texts: list[Any], cut: Any, other: A
         hub = write_parquet(Path(name) / "hub" / "data" / "train-00000.parquet", texts).parents[1]
         before = sorted(os.walk(name))
         for source in (Source(path=str(saved)), Source(dataset=str(saved)), Source(dataset=str(hub))):
-            (part,) = list_parts(source)
+            (part,) = find_text(source).parts
             records = check_law(part, cut, other)
             assert [None if isinstance(text, Bad) else text for _, text in records] == texts
         assert sorted(os.walk(name)) == before
@@ -196,68 +197,69 @@ def test_a_folder_is_its_files_in_order(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a/z.txt.gz", "a/y/x.csv", "c.tsv.zst", ".hidden.txt", ".git/a.txt", "read.me", "a.json"):
         write(tmp_path / name, b"text\nmore\n")
     write_parquet(tmp_path / "d.parquet", TEXTS)
-    parts = list_parts(Source(path=str(tmp_path), text="body"))
+    parts = find_text(Source(path=str(tmp_path), text="body")).parts
     assert names_of(parts, tmp_path) == ["a/y/x.csv", "a/z.txt.gz", "b.jsonl", "c.tsv.zst", "d.parquet"]
     assert [part.kind for part in parts] == ["csv", "txt", "jsonl", "csv", "parquet"]
     assert {part.text for part in parts} == {"body"}
     assert {part.split for part in parts} == {""}
     assert parts[0].unit == "line"
     assert parts[4].unit == "row"
-    assert names_of(list_parts(Source(path=str(tmp_path / "**/*.*"))), tmp_path) == names_of(parts, tmp_path)
-    assert names_of(list_parts(Source(path=str(tmp_path / "[bc].*"))), tmp_path) == ["b.jsonl", "c.tsv.zst"]
-    assert names_of(list_parts(Source(path=str(tmp_path / "b.jsonl"))), tmp_path) == ["b.jsonl"]
+    assert names_of(find_text(Source(path=str(tmp_path / "**/*.*"))).parts, tmp_path) == names_of(parts, tmp_path)
+    assert names_of(find_text(Source(path=str(tmp_path / "[bc].*"))).parts, tmp_path) == ["b.jsonl", "c.tsv.zst"]
+    assert names_of(find_text(Source(path=str(tmp_path / "b.jsonl"))).parts, tmp_path) == ["b.jsonl"]
 
 
 def test_a_folder_with_train_and_valid_is_these_two(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train.jsonl.zst", TEXTS)
     write_jsonl(tmp_path / "more.jsonl", TEXTS)
-    assert {part.split for part in list_parts(Source(path=str(tmp_path)))} == {""}
+    assert {part.split for part in find_text(Source(path=str(tmp_path))).parts} == {""}
     write_csv(tmp_path / "valid.csv", TEXTS)
-    parts = list_parts(Source(path=str(tmp_path)))
+    parts = find_text(Source(path=str(tmp_path))).parts
     assert [(part.split, Path(part.path).name) for part in parts] == [
         ("train", "train.jsonl.zst"),
         ("valid", "valid.csv"),
     ]
     write_jsonl(tmp_path / "train.jsonl", TEXTS)
-    expected = f"corpus: {tmp_path} has train.jsonl.zst, train.jsonl; allowed: one of train.jsonl.gz, train.jsonl.zst"
-    assert one_line_error(list_parts, Source(path=str(tmp_path))).startswith(expected)
-    assert f"corpus: {tmp_path} has none; allowed: one of valid.jsonl.gz" in one_line_error(
+    assert one_line_error(find_text, Source(path=str(tmp_path))) == (
+        f"corpus: {tmp_path} has train.jsonl, train.jsonl.zst; allowed: one of them: move the other away"
+    )
+    assert f"corpus: {tmp_path} has none; allowed: one valid file: .jsonl .ndjson" in one_line_error(
         split_file, tmp_path / "nowhere", "valid"
     ).replace("/nowhere", "")
 
 
 def test_saved_data_sets_and_their_splits(tmp_path: Path) -> None:
     saved = save_dataset(tmp_path / "saved", TEXTS)
-    (part,) = list_parts(Source(dataset=str(saved)))
+    (part,) = find_text(Source(dataset=str(saved))).parts
     assert (part.kind, part.split, part.num_bytes) == ("saved", "", 0)
     one = datasets.load_from_disk(str(saved))
     both = tmp_path / "both"
     datasets.DatasetDict({"train": one, "validation": one, "test": one}).save_to_disk(str(both))
-    parts = list_parts(Source(path=str(both)))
+    parts = find_text(Source(path=str(both))).parts
     assert [(part.split, Path(part.path).name) for part in parts] == [("train", "train"), ("valid", "validation")]
     assert [text for _, text in records_of(parts[1])] == TEXTS
-    parts = list_parts(Source(path=str(both), dataset_split="test"))
+    parts = find_text(Source(path=str(both), dataset_split="test")).parts
     assert [(part.split, Path(part.path).name) for part in parts] == [("", "test")]
-    assert one_line_error(list_parts, Source(path=str(both), dataset_split="dev")) == (
+    assert one_line_error(find_text, Source(path=str(both), dataset_split="dev")) == (
         f"dataset_split: 'dev' given; {both} has train, validation, test"
     )
     shutil.rmtree(both / "test")
     assert f"dataset: '{both}/test' given; it does not load (" in one_line_error(
-        list_parts, Source(path=str(both), dataset_split="test")
+        find_text, Source(path=str(both), dataset_split="test")
     )
     (saved / "state.json").write_text("{}")
-    assert f"dataset: '{saved}' given; it does not load (" in one_line_error(list_parts, Source(path=str(saved)))
+    assert f"dataset: '{saved}' given; it does not load (" in one_line_error(find_text, Source(path=str(saved)))
 
 
 def test_a_data_set_that_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
     hub = write_parquet(tmp_path / "hub" / "a.parquet", TEXTS).parent
     assert "it does not load (Bad split: dev." in one_line_error(
-        list_parts, Source(dataset=str(hub), dataset_split="dev")
+        find_text, Source(dataset=str(hub), dataset_split="dev")
     )
-    assert "(BuilderConfig 'en' not found." in one_line_error(list_parts, Source(dataset=str(hub), dataset_config="en"))
+    assert "(BuilderConfig 'en' not found." in one_line_error(find_text, Source(dataset=str(hub), dataset_config="en"))
     code = (
         "from data_tools.sources import *\n"
-        "try: list_parts(Source(dataset='an-institution/a-data-set'))\n"
+        "try: find_text(Source(dataset='an-institution/a-data-set')).parts\n"
         "except ConfigError as error: print(error)"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
@@ -270,16 +272,16 @@ def test_a_data_set_that_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
 
 def test_nothing_to_read_is_named(tmp_path: Path) -> None:
     missing = tmp_path / "no"
-    assert one_line_error(list_parts, Source(path=str(missing))) == (
+    assert one_line_error(find_text, Source(path=str(missing))) == (
         f"corpus: {str(missing)!r} given; there is no such file or folder"
     )
     for path in (str(tmp_path), f"{tmp_path}/*.jsonl"):
-        assert one_line_error(list_parts, Source(path=path)) == (
-            f"corpus: {path!r} given, which has no file to read; allowed: {' '.join(SUFFIXES)}"
+        assert one_line_error(find_text, Source(path=path)) == (
+            f"corpus: {path!r} given, which has no file to read; allowed: {FORMATS}"
         )
     other = write(tmp_path / "a.docx", b"")
-    assert "allowed: a folder or a file of" in one_line_error(list_parts, Source(path=str(other)))
-    assert one_line_error(list_parts, Source()) == "corpus: path '' and dataset '' given; allowed: one of them"
+    assert "allowed: a folder or a file of" in one_line_error(find_text, Source(path=str(other)))
+    assert one_line_error(find_text, Source()) == "corpus: path '' and dataset '' given; allowed: one of them"
 
 
 def test_a_part_is_known_by_what_it_holds(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import os
 import threading
 from collections import Counter
@@ -19,6 +20,7 @@ from torch import nn
 
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import ModelConfig
+from pretrain.silo.checkpoint import other_data
 from pretrain.silo.data import BadTokenError, Batches, Mixture, Order, PackedTokens, Prefetch, held_out_batches
 from pretrain.silo.evaluate import summed_loss
 from pretrain.silo.model import build_initial, check_document_masking, document_positions, token_losses
@@ -89,6 +91,22 @@ def test_a_corpus_hands_out_its_own_order_whatever_stands_beside_it(five: list[P
         assert sequences == list(map(order.index, range(len(sequences))))
     # A change here breaks the resumption of every run that is under way.
     assert [mixture.locate(position)[0] for position in range(10)] == [2, 1, 2, 1, 0, 1, 2, 1, 1, 0]
+
+
+def test_what_a_position_means_is_told_apart(five: list[PackedTokens]) -> None:
+    def terms(
+        corpora: list[PackedTokens], weights: list[float], *, seed: int = 0, silo: str = "court"
+    ) -> dict[str, Any]:
+        return Mixture(corpora, weights=weights, seed=seed, silo="court").terms
+
+    ours = terms(five[:2], [1, 3])
+    assert json.loads(json.dumps(ours)) == ours == terms(five[:2], [0.5, 1.5])
+    assert not other_data(ours, ours)
+    assert not other_data(None, ours)  # a checkpoint of before
+    assert other_data(ours, terms(five[:2], [1, 2])) == "data_weights"
+    assert other_data(ours, terms(five[1::-1], [1, 3])) == "data"
+    assert other_data(ours, terms(five[:1], [1])) == "data, data_weights"
+    assert other_data(ours, terms(five[:2], [1, 3], seed=1)) == "data_seed"
 
 
 def test_a_corpus_alone_is_its_order(five: list[PackedTokens]) -> None:

@@ -1,0 +1,190 @@
+"""What is read of a folder, a glob or a file, and for what: by the names of its files, before one of them is read.
+
+Known names of splits are train, training; valid, validation, val, dev, eval; test, testing: as a folder (`test/a.txt`),
+as a file (`test.jsonl`) or as a file's beginning with a number (`test-00000-of-00001.parquet`, `test_2.jsonl`). Test
+text is never trained on, and never held out for choosing by.
+"""
+
+import glob
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data_tools.files import CHECK_ENTRIES, find_files
+from data_tools.formats import Part, is_json_lines
+from data_tools.pieces import FORMATS, KINDS, PACKED, suffix_of
+from pretrain.config.check import ConfigError
+from pretrain.host.foreign import shown
+
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("valid", "validation", "val", "dev", "eval"), "valid"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+TEST, NO_SPLIT, NO_JSON_LINES = "of test text", "beside the splits, by no split's name", ".json that is no JSON lines"
+_NUMBERED = re.compile(r"([a-z]+)[-_.]\d+(?:-of-\d+)?")
+# So many names are said of each kind.
+MAX_NAMES = 3
+
+
+@dataclass(kw_only=True, frozen=True)
+class Listing:
+    """What there is of one source."""
+
+    parts: list[Part]
+    """What is read, in this order."""
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    """What is not, to the names of the files."""
+    unlisted: list[str] = field(default_factory=list)
+    """Files and folders that the system does not let us look at, with the reason."""
+    remarks: list[str] = field(default_factory=list)
+    """What else to know about it."""
+
+    @property
+    def num_left_out(self) -> dict[str, int]:
+        """Why something is not read, to how many files and folders that concerns."""
+        counts = {why: len(names) for why, names in self.left_out.items()}
+        return counts | ({"not listed": len(self.unlisted)} if self.unlisted else {})
+
+    def lines(self, name: str, *, held_out: float | None = None) -> Iterator[str]:
+        """What a user is told before anything is read; `held_out` is the share of documents that are chosen by hash."""
+        by_split = {split: [one for one in self.parts if one.split == split] for split in ("valid", "train", "")}
+        uses = {"train": "to train on", "valid": "held out", "": "to train on"}
+        if held_out:
+            uses[""] = f"to train on, but for {100 * held_out:g} % of the documents, held out"
+        said = [f"{_files(parts)} {uses[split]}" for split, parts in reversed(by_split.items()) if parts]
+        yield f"{name}: {'; '.join(said)}"
+        if self.left_out:
+            yield f"{name}: left out: {named(self.left_out)}"
+        if self.unlisted:
+            yield f"{name}: warning: {len(self.unlisted)} cannot be listed: {_some(self.unlisted)}"
+        yield from (f"{name}: {remark}" for remark in self.remarks)
+
+
+def named(left_out: dict[str, list[str]]) -> str:
+    """Numbers and the first names of what is left out."""
+    return "; ".join(f"{len(names):,} {why} ({_some(names)})" for why, names in left_out.items())
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(shown(name) for name in names[:MAX_NAMES]) + (", ..." if len(names) > MAX_NAMES else "")
+
+
+def _files(parts: list[Part]) -> str:
+    num_bytes = sum(part.num_bytes for part in parts)
+    what = "data sets" if parts[0].kind in ("saved", "dataset") else "files"
+    size = f" of {num_bytes / 1e6:,.1f} MB" if num_bytes else ""
+    return f"{len(parts):,} {what if len(parts) > 1 else what[:-1]}{size}"
+
+
+def check_listed(listings: Iterable[Listing], *, advice: str) -> None:
+    """Raise ConfigError when something could not be listed."""
+    unlisted = [place for listing in listings for place in listing.unlisted]
+    if unlisted:
+        raise ConfigError(f"corpus: {len(unlisted)} cannot be listed: {_some(unlisted)}; mend or remove them{advice}")
+
+
+def split_of(name: str) -> str:
+    """train, valid or test where a relative path says so, or nothing; of several the one furthest from training."""
+    *folders, file = Path(name.lower()).parts
+    stem = file.removesuffix(suffix_of(file))
+    numbered = _NUMBERED.fullmatch(stem)
+    found = {SPLIT_NAMES.get(one, "") for one in (*folders, numbered[1] if numbered else stem)}
+    return next((split for split in ("test", "valid", "train") if split in found), "")
+
+
+def list_files(path: str, text: str, check: Callable[[], None]) -> Listing:
+    """The listing of a file, a folder or a glob, the text of whose records has the key or column `text`.
+
+    `check` is called again and again, to raise when it is time to stop. Raises ConfigError when there is nothing to
+    read.
+    """
+    if os.path.isfile(path):
+        part = file_part(Path(path), text)
+        if _no_text(Path(path), text):
+            line = f'{{{json.dumps(text, ensure_ascii=False)}: "..."}}'
+            raise ConfigError(f"corpus: {path!r} given, which is no JSON lines; allowed in a .json: lines of {line}")
+        split = split_of(Path(path).name)
+        remark = f"warning: {Path(path).name} is by its name {split} text, and is trained on as it was named alone"
+        return Listing(parts=[part], remarks=[remark] if split in ("valid", "test") else [])
+    if not os.path.isdir(path) and not glob.has_magic(path):
+        raise ConfigError(f"corpus: {path!r} given; there is no such file or folder")
+    found = find_files(path, check)
+    left_out = dict(found.left_out)
+    names = []
+    for number, name in enumerate(found.files):
+        if number % CHECK_ENTRIES == CHECK_ENTRIES - 1:
+            check()
+        if why := _no_text(found.root / name, text):
+            left_out.setdefault(why, []).append(name)
+        else:
+            names.append(name)
+    splits = _splits(names)
+    for name in names:
+        if (why := splits[name]) in (TEST, NO_SPLIT):
+            left_out.setdefault(why, []).append(name)
+    read = {name: split for name, split in splits.items() if split not in (TEST, NO_SPLIT)}
+    _check_once(found.root, read)
+    parts = [file_part(found.root / name, text, split) for name, split in read.items()]
+    if not parts:
+        there = f"; there are {named(left_out)}" if left_out else ""
+        why = f", {len(found.unlisted)} cannot be listed: {_some(found.unlisted)}" if found.unlisted else ""
+        raise ConfigError(f"corpus: {path!r} given, which has no file to read{why}; allowed: {FORMATS}{there}")
+    outside = found.outside
+    remarks = [f"{len(outside):,} of its links lead out of {path}: {_some(outside)}"] if outside else []
+    return Listing(parts=parts, left_out=left_out, unlisted=found.unlisted, remarks=remarks)
+
+
+def _no_text(file: Path, text: str) -> str:
+    """Why a file is of no known format, or nothing."""
+    suffix = suffix_of(file.name)
+    if suffix.startswith(".json") and not suffix.startswith(".jsonl") and not is_json_lines(str(file), text):
+        return NO_JSON_LINES
+    if suffix:
+        return ""
+    *stems, ending = file.name.lower().split(".")
+    if not stems:
+        return "without an ending"
+    return f".{stems[-1]}.{ending}" if f".{ending}" in PACKED and len(stems) > 1 else f".{ending}"
+
+
+def _splits(names: list[str]) -> dict[str, str]:
+    """What each file is for: train or valid, nothing for text that is still to be split, or why it is left out."""
+    exact = {name: SPLIT_NAMES.get(name.lower().removesuffix(suffix_of(name)), "") for name in names}
+    if {"train", "valid"} <= set(exact.values()):  # these two are the corpus, whatever lies beside and below them
+        splits = {name: split or ("test" if split_of(name) == "test" else "") for name, split in exact.items()}
+    else:
+        splits = {name: split_of(name) for name in names}
+    there = set(splits.values())
+    if "valid" in there:
+        rest = NO_SPLIT if "train" in there else "train"
+        purposes = {"train": "train", "valid": "valid", "test": TEST, "": rest}
+    else:  # held-out text is still to be chosen from what is trained on
+        rest = NO_SPLIT if there >= {"train", "test"} else ""
+        purposes = {"train": "", "test": TEST, "": rest}
+    return {name: purposes[split] for name, split in splits.items()}
+
+
+def _check_once(root: Path, names: Iterable[str]) -> None:
+    """Raise ConfigError for `train.jsonl` beside `train.jsonl.zst`, most likely the same text."""
+    stems: dict[str, str] = {}
+    for name in names:
+        stem = name.lower().removesuffix(suffix_of(name))
+        if Path(stem).name in SPLIT_NAMES and stems.setdefault(stem, name) != name:
+            raise ConfigError(f"corpus: {root} has {stems[stem]}, {name}; allowed: one of them: move the other away")
+
+
+def file_part(path: Path, text: str, split: str = "") -> Part:
+    """A file as part of a source. Raises ConfigError when it is of no known format, or cannot be looked at."""
+    suffix = suffix_of(path.name)
+    if not suffix:
+        raise ConfigError(f"corpus: {str(path)!r} given; allowed: a folder or a file of {FORMATS}")
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise ConfigError(f"corpus: {str(path)!r} given; {error.strerror}") from None
+    kind = "parquet" if suffix == ".parquet" else KINDS[suffix.split(".")[1]]
+    return Part(path=str(path), kind=kind, text=text, split=split, num_bytes=stat.st_size, mtime_ns=stat.st_mtime_ns)
