@@ -400,7 +400,8 @@ def export(
     """
     from pretrain.federation.export import describe_export, export_global_model
 
-    config, output = load_run(directory), Path(expand_home("--output", str(output)))
+    output = Path(expand_home("--output", str(output)))
+    config = load_run(directory)
     print(describe_export(config, output, export_global_model(config, output, version)))
 
 

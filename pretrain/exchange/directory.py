@@ -5,6 +5,7 @@ store's own directory would lead what is read or deleted out of the store, and a
 So every part of a name is opened from the folder before it, without following links.
 """
 
+import errno
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -37,10 +38,13 @@ class Directory:
     def open(self, name: str) -> IO[bytes]:
         """An object to be read. Raises FileNotFoundError, NotADirectoryError."""
         *folders, last = _parts(name)
-        with self._folder(folders) as folder:
-            if not self._is_ours(name, os.stat(last, dir_fd=folder, follow_symlinks=False).st_mode):
-                raise FileNotFoundError(name)
-            file = os.open(last, READ, dir_fd=folder)
+        try:
+            with self._folder(folders) as folder:
+                if not self._is_ours(name, os.stat(last, dir_fd=folder, follow_symlinks=False).st_mode):
+                    raise FileNotFoundError(name)
+                file = os.open(last, READ, dir_fd=folder)
+        except FileNotFoundError as error:  # with the whole name, which the system has not been told
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name) from error
         mode = os.fstat(file).st_mode
         if not stat.S_ISREG(mode):  # exchanged since it was looked at, or a folder
             os.close(file)

@@ -89,7 +89,7 @@ def test_a_mistake_is_one_line_and_touches_nothing(
         (["export", "nowhere", "--output", "model"], "run directory: 'nowhere' given; there is no config.yaml in it"),
         (["eval", "nowhere", "--data", "nowhere"], "model: 'nowhere' given"),
         (["demo", "--corpora", "nowhere"], "--corpora: 'nowhere' given"),
-        (["data", "prepare", "nowhere", "--tokenizer", "none", "--output", "packed"], "'nowhere' given"),
+        (["data", "prepare", "nowhere", "--tokenizer", "none", "--output", "packed"], "--tokenizer: 'none' given"),
         (["data", "tokenizer", "nowhere", "--output", "tokenizer"], "'nowhere' given"),
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",

@@ -42,7 +42,7 @@ def silo_records(silo: str, *, kind: str) -> list[dict[str, Any]]:
 
 
 def make_run(directory: Path, *, silos: tuple[str, ...] = SILOS, kind: str = "store") -> RunConfig:
-    config = RunConfig(name="trial <run>", directory=str(directory))
+    config = RunConfig(name="trial-run", directory=str(directory))
     config.model.config = {"model_type": "llama", "hidden_size": 64}
     config.inner.num_steps, config.outer.sync_interval_steps = NUM_ROUNDS * INTERVAL, INTERVAL
     config.silos = {name: SiloConfig() for name in silos}
@@ -182,7 +182,7 @@ def test_report_with_comparisons(tmp_path: Path) -> None:
         "federated",
         "central",
         "alone: law",
-        "trial &lt;run&gt;",
+        "trial-run",
         "prose &lt;b&gt; 30",
         "abababababab",
         "4.5000",
