@@ -40,11 +40,11 @@ def listening(launcher: int) -> dict[str, set[str]]:
         if "pretrain.train" in process.cmdline() and "RANK" in variables:
             role += f" rank {variables['RANK']}"
         sockets = process.net_connections(kind="inet")
-        found[role] = {
+        found.setdefault(role, set()).update(
             socket.laddr.ip
             for socket in sockets
             if socket.status == psutil.CONN_LISTEN or (not socket.raddr and socket.status != psutil.CONN_CLOSE)
-        }
+        )
     return found
 
 
