@@ -7,17 +7,17 @@ All its state is in the store: killed at any point, it goes on with the same ver
 
 import argparse
 import json
+import os
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from pretrain.config.check import ConfigError
@@ -25,9 +25,9 @@ from pretrain.config.keys import RunConfig
 from pretrain.config.load import load_config
 from pretrain.exchange.lease import Lease
 from pretrain.exchange.objects import StoreTroubleError
-from pretrain.exchange.payload import PARAMETER, Tensors, check_header, save_tensors
+from pretrain.exchange.payload import PARAMETER, Tensors, save_tensors
 from pretrain.exchange.rollback import check_held, explain, finish_rollbacks, foreign, rollback_records
-from pretrain.exchange.store import StoreExchange, delivery_path, file_payload, version_path
+from pretrain.exchange.store import StoreExchange, file_payload, version_path
 from pretrain.federation.preflight import check_model
 from pretrain.host.disk import full_disk
 from pretrain.host.foreign import loads
@@ -36,41 +36,21 @@ from pretrain.host.lock import lock_directory
 from pretrain.host.stopping import STOPPED, StopRequested, raise_at_signals
 from pretrain.merge.collect import Collector, Delivery
 from pretrain.merge.step import Step, shares
-from pretrain.merge.terms import (
-    check_norm,
-    check_payload_size,
-    commit_record,
-    contributor,
-    read_delivery,
-    shared_moments,
-)
-from pretrain.outer.codec import check, decoded, encode
-from pretrain.outer.digest import Row, digest_rows, tensor_row
+from pretrain.merge.terms import commit_record, contributor
+from pretrain.merge.verify import Verifier, base_of, pseudo_gradient
+from pretrain.outer.blocks import in_threads
+from pretrain.outer.codec import encode
+from pretrain.outer.digest import tensor_row
 from pretrain.outer.fragments import cut_fragments
 from pretrain.outer.merge import mean_cosine
-from pretrain.outer.moments import Moment, check_lengths, check_moments
 from pretrain.outer.pieces import Piece
 from pretrain.outer.quantize import Parts
-from pretrain.outer.state import OuterTensors, kept_at_start, kept_kinds
+from pretrain.outer.state import OuterState, kept_at_start, kept_kinds
 from pretrain.trust.contract import build_contract, check_same_contract, first_contract
 from pretrain.trust.ledger import Commit, Contributor, Payload, RefusedError, sha256_bytes
 
 POLLS_PER_LOOK = 20  # while it waits, an aggregator looks whether the store still has its newest commit
 MOST_REPAIRS = 3  # a version: whoever says that it is damaged has all of it read again
-
-
-@dataclass(kw_only=True)
-class OuterState(OuterTensors):
-    """The global parameters and the outer optimizer's state."""
-
-    version: int
-    rows: dict[str, Row] = field(default_factory=dict)
-    """Of the parameters' digest, one a tensor."""
-
-    @property
-    def parameters_digest(self) -> str:
-        """Digest of all parameters as published."""
-        return digest_rows(self.rows.values())
 
 
 @dataclass(kw_only=True)
@@ -100,6 +80,8 @@ class Aggregator:
         self._roster = config.full_roster
         self._fragments: list[list[str]] = []
         self._collector = Collector(config, self._exchange, journal)
+        self._num_threads = len(os.sched_getaffinity(0))
+        self._verifier = Verifier(config, self._exchange, self._scratch / "inbox", self._num_threads)
 
     # ---- start
 
@@ -226,69 +208,12 @@ class Aggregator:
             print(f"version {commit.version}: {line}", flush=True)
 
     def _verify(self, silo: str, data: bytes, state: OuterState, version: int) -> Delivery:
-        """Check manifest, checksums, names, shapes, dtypes and values; raises RefusedError."""
+        """Raises RefusedError for a delivery that is not as agreed."""
         names = self._fragments[self._schedule.fragment(version)]
-        late = None if version > state.version else self._late_base(version)
-        rows = [tensor_row(name, late.parts(name)["values"]) if late else state.rows[name] for name in names]
-        manifest = read_delivery(
-            data,
-            silo=silo,
-            version=version,
-            base_digest=digest_rows(rows),
-            config=self._config,
-            contract_sha256=self._exchange.contract_sha256,
-        )
-        file = self._scratch / "inbox" / f"{silo}-{version:06d}.safetensors"
-        shapes = {name: state.parameters[name].shape for name in names}
-        header_bytes = check_payload_size(
-            manifest.payloads[0], self._config.outer.codec, shapes, self._moments(state, names)
-        )
-        self._exchange.fetch(delivery_path(silo, version), manifest.payloads[0], file)
-        try:
-            check_header(file, limit_bytes=header_bytes)
-            tensors = Tensors(file)
-            delivery = Delivery(manifest=manifest, manifest_bytes=data, tensors=tensors, norm=0.0, base=late)
-            delivery.norm = self._check_values(delivery, names, state)
-        except SafetensorError as error:
-            raise RefusedError(f"its payload is no safetensors file: {error}") from None
-        except ValueError as error:
-            raise RefusedError(str(error)) from None
-        finally:
-            file.unlink()  # what is open stays readable
-        return delivery
-
-    def _late_base(self, version: int) -> Tensors:
-        """The fragment that a late delivery for `version` builds on, as it was then."""
-        base = self._schedule.base(version)
-        payload = self._exchange.whole(base, self._schedule.fragment(version))
-        file = self._scratch / "inbox" / f"base-{base:06d}.safetensors"
-        self._exchange.fetch(version_path(base), payload, file)
-        return Tensors(file)
-
-    def _check_values(self, delivery: Delivery, names: list[str], state: OuterState) -> float:
-        """Check a payload's tensors; returns the norm of the pseudo-gradient in it. Raises ValueError."""
-        if delivery.tensors.names != sorted(names):
-            raise ValueError("it holds other tensors than those of its fragment")
-        agreed = self._moments(state, names)
-        check_moments(delivery.tensors.moments, agreed)
-        check_lengths(delivery.tensors.moments, agreed, clip_norm=self._config.inner.clip_norm)
-        norm_squared = 0.0
-        for name in names:
-            try:
-                check(self._config.outer.codec, delivery.tensors.parts(name), state.parameters[name].shape)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
-            norm_squared += torch.linalg.vector_norm(self._pseudo_gradient(delivery, name, state)).item() ** 2
-        check_norm(norm := norm_squared**0.5)
-        return norm
-
-    def _pseudo_gradient(self, delivery: Delivery, name: str, state: OuterState) -> Tensor:
-        """One tensor of a delivery, decoded, float64."""
-        base = delivery.base.parts(name)["values"] if delivery.base else state.parameters[name]
-        return decoded(self._config.outer.codec, base, delivery.tensors.parts(name))
+        return self._verifier.verify(silo, data, state, names, version)
 
     def merge(self, state: OuterState, deliveries: list[Delivery]) -> Merged:
-        """Merge and take the outer step in place, one tensor at a time."""
+        """Merge and take the outer step in place, block by block."""
         names = self._fragments[self._schedule.fragment(state.version + 1)]
         stale = self._config.membership.stale_weight
         weights, factors = shares(
@@ -296,7 +221,7 @@ class Aggregator:
             [delivery.manifest for delivery in deliveries],
             norms=[delivery.norm for delivery in deliveries],
             staleness=[stale if delivery.base else 1.0 for delivery in deliveries],
-            pseudo_gradients=([self._pseudo_gradient(d, name, state) for d in deliveries] for name in names),
+            pseudo_gradients=([pseudo_gradient(d, name, state, self._config) for d in deliveries] for name in names),
         )
         step = Step(
             self._config,
@@ -306,29 +231,20 @@ class Aggregator:
             told=[delivery.tensors.moments for delivery in deliveries],
             shapes={name: state.parameters[name].shape for name in names},
         )
-        changes: dict[str, Parts] = {}
-        units_squared = 0.0
-        for name in names:
-            base = state.parameters[name]
-            units = torch.zeros(base.shape, dtype=torch.float64)  # sum of the silos' directions, for the cosine
-            try:
-                changes[name] = step.take(Piece(name), self._each(state, deliveries, factors, name, units))
-            except ValueError as error:
-                raise RefusedError(str(error)) from None
-            units_squared += torch.linalg.vector_norm(units).item() ** 2
-            state.rows[name] = tensor_row(name, base)
-        metrics = {"update_norm": step.update_squared**0.5, "cosine_mean": mean_cosine(units_squared, len(deliveries))}
-        return Merged(changes=changes, moments=step.merged_moments(), weights=weights, metrics=metrics)
 
-    def _each(
-        self, state: OuterState, deliveries: list[Delivery], factors: list[float], name: str, units: Tensor
-    ) -> Iterator[Tensor]:
-        """The pseudo-gradient of one tensor, silo after silo; adds each one's direction to `units`."""
-        for delivery, factor in zip(deliveries, factors, strict=True):
-            pseudo_gradient = self._pseudo_gradient(delivery, name, state)
-            if delivery.norm:
-                units.add_(pseudo_gradient, alpha=1 / delivery.norm)
-            yield pseudo_gradient if factor == 1 else pseudo_gradient * factor
+        def coded(piece: Piece) -> list[tuple[Parts, Tensor]]:
+            return [(d.tensors.parts(piece.name), base_of(d, piece.name, state)) for d in deliveries]
+
+        try:
+            pieces, norms = [Piece(name) for name in names], [delivery.norm for delivery in deliveries]
+            changes = step.take(pieces, coded, factors=factors, norms=norms, num_threads=self._num_threads)
+        except ValueError as error:
+            raise RefusedError(str(error)) from None
+        rows = in_threads(lambda name: tensor_row(name, state.parameters[name]), names, self._num_threads)
+        state.rows |= dict(zip(names, rows, strict=True))
+        cosine = mean_cosine(step.units_squared, len(deliveries))
+        metrics = {"update_norm": step.update_squared**0.5, "cosine_mean": cosine}
+        return Merged(changes=changes, moments=step.merged_moments(), weights=weights, metrics=metrics)
 
     def commit(self, state: OuterState, deliveries: list[Delivery], merged: Merged) -> None:
         """Publish the next version, record it, prune what nobody can need again."""
@@ -354,9 +270,6 @@ class Aggregator:
             self._config.exchange.keep_versions,
             self._schedule.num_fragments * (2 if self._config.membership.stale_weight else 1),
         )
-
-    def _moments(self, state: OuterState, names: list[str]) -> dict[str, Moment]:
-        return shared_moments(self._config, names, {name: state.parameters[name].shape for name in names})
 
     def _facts(self, deliveries: list[Delivery]) -> dict[str, float]:
         """What later rounds need to know of the silos in this one."""

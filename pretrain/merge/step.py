@@ -4,15 +4,18 @@ The aggregator takes one whole tensor after another, a silo of a collective the 
 an element is the same, to the last bit.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from pretrain.config.keys import OuterConfig, RunConfig
 from pretrain.merge.terms import merge_weight, outer_optimizer, shared_moments
-from pretrain.outer.merge import importance_mean, weighted_mean
-from pretrain.outer.moments import SecondMoment, bounded, importance
+from pretrain.outer.blocks import Coded, OutOfRangeError, Rule, Target, take_steps
+from pretrain.outer.moments import SecondMoment, bounded
+from pretrain.outer.optimizer import MOMENTS
 from pretrain.outer.pieces import Piece
 from pretrain.outer.quantize import Parts
 from pretrain.outer.robust import clip_factors, coordinate_median, krum, trimmed_mean
@@ -24,7 +27,7 @@ ROBUST = ("clip", "trimmed_mean", "median")  # krum takes one silo's parameters 
 
 
 class Step:
-    """One version's: merges piece after piece, takes the outer step of each in place, and sums up what was done."""
+    """One version's: merges all pieces, takes their outer steps in place, and sums up what was done."""
 
     def __init__(
         self,
@@ -35,48 +38,83 @@ class Step:
         weights: Sequence[int],
         told: Sequence[Mapping[str, Parts]],
         shapes: Mapping[str, torch.Size],
+        gram: bool = False,
     ) -> None:
         """`weights` of the deliveries (0: none of it counts), what each told of its moments, all in one order;
-        `shapes` of the fragment's whole tensors by name."""
+        `shapes` of the fragment's whole tensors by name. With `gram` all scalar products are asked for."""
         self._outer, self._version, self._state = config.outer, version, state
-        self._optimizer, self._lr = outer_optimizer(config.outer), config.outer_lr(version)
-        self._count = config.schedule.count(version)
+        self._rule = Rule(
+            codec=config.outer.codec,
+            downlink_codec=config.outer.downlink_codec,
+            optimizer=outer_optimizer(config.outer),
+            lr=config.outer_lr(version),
+            count=config.schedule.count(version),
+            merge=_robust(config.outer),
+            gram=gram,
+        )
         self._weights, self._moments = weights, shared_moments(config, shapes, shapes)
         self._told = bounded(told, self._moments)
         self.update_squared = 0.0
-        """Squared norm of all updates so far."""
+        """Squared norm of all updates."""
+        self.units_squared = 0.0
+        """Squared norm of the sum of all silos' directions, unless scalar products are asked for."""
+        self.gram = torch.zeros(len(weights), len(weights), dtype=torch.float64)
+        """Of all silos' pseudo-gradients, if asked for."""
 
-    def take(self, piece: Piece, pseudo_gradients: Iterable[Tensor]) -> Parts:
-        """Merge a piece, take its outer step; returns the coded change of the published parameters.
+    def take(
+        self,
+        pieces: Sequence[Piece],
+        coded: Callable[[Piece], Sequence[tuple[Parts, Tensor]]],
+        *,
+        factors: Sequence[float] = (),
+        norms: Sequence[float] = (),
+        num_threads: int = 1,
+    ) -> dict[str, Parts]:
+        """Merge the pieces and take their outer steps; returns the coded changes of the published parameters by key.
 
-        `pseudo_gradients` are the deliveries', float64 of the piece's shape. Where the merge allows it one is held at a
-        time. Raises ValueError if the step leaves the range of fp32.
+        `coded` has of a piece what each silo delivered, checked, and what that was coded against. What each
+        pseudo-gradient is multiplied by is in `factors`, and its norm, if known, in `norms`. Raises ValueError if a
+        step leaves the range of fp32.
         """
+        units = [1 / norm if norm else 0.0 for norm in norms] or [0.0] * len(self._weights)
+        works = [(self._target(piece), self._coded(piece, coded(piece), factors, units)) for piece in pieces]
         try:
-            change, squared = self._state.step(
-                piece.key,
-                self._merged(piece, pseudo_gradients),
-                self._optimizer,
-                lr=self._lr,
-                count=self._count,
-                codec=self._outer.downlink_codec,
-            )
-        except ValueError as error:
-            raise ValueError(f"version {self._version}: {piece.name}: {error}") from None
-        self.update_squared += squared
-        return change
+            stepped = take_steps(self._rule, works, num_threads)
+        except OutOfRangeError as error:
+            name = pieces[error.args[0]].name
+            raise ValueError(f"version {self._version}: {name}: the outer step leaves the range of fp32") from None
+        self.update_squared = math.fsum(one for done in stepped for one in done.update_squared)
+        self.units_squared = math.fsum(one for done in stepped for one in done.units_squared)
+        self.gram += sum(done.gram for done in stepped if done.gram is not None)
+        return {piece.key: done.change for piece, done in zip(pieces, stepped, strict=True)}
 
-    def _merged(self, piece: Piece, pseudo_gradients: Iterable[Tensor]) -> Tensor:
-        shape, way = self._state.parameters[piece.key].shape, self._outer.merge
-        if way == "median":
-            return coordinate_median(torch.stack(list(pseudo_gradients)))
-        if way == "trimmed_mean":
-            return trimmed_mean(torch.stack(list(pseudo_gradients)), self._outer.num_malicious)
-        weighted = zip(self._weights, pseudo_gradients, strict=True)
-        if way == "importance" and isinstance(moment := self._moments.get(piece.name), SecondMoment):
-            said = (piece.of(importance(moment.decode(told[piece.name]))) for told in self._told)
-            return importance_mean(((*one, other) for one, other in zip(weighted, said, strict=True)), shape)
-        return weighted_mean((one for one in weighted if one[0]), shape)[0]
+    def _target(self, piece: Piece) -> Target:
+        state = self._state
+        kinds = MOMENTS[self._rule.optimizer.name]
+        return Target(
+            published=state.parameters[piece.key],
+            target=state.target[piece.key],
+            moments={kind: state.kept[kind][piece.key] for kind in kinds},
+        )
+
+    def _coded(
+        self, piece: Piece, coded: Sequence[tuple[Parts, Tensor]], factors: Sequence[float], units: Sequence[float]
+    ) -> list[Coded]:
+        moment = self._moments.get(piece.name)
+        second = moment if self._outer.merge == "importance" and isinstance(moment, SecondMoment) else None
+        return [
+            Coded(
+                parts=parts,
+                base=base,
+                weight=weight,
+                factor=factor,
+                unit=unit,
+                importance=(*second.factors(told[piece.name]), piece.start) if second else None,
+            )
+            for (parts, base), weight, factor, unit, told in zip(
+                coded, self._weights, factors or [1.0] * len(coded), units, self._told, strict=True
+            )
+        ]
 
     def merged_moments(self) -> dict[str, Parts]:
         """What all silos are told of each other's gradients: weighted like the merge, or as robust."""
@@ -88,6 +126,13 @@ class Step:
             )
             for name, moment in self._moments.items()
         }
+
+
+def _robust(outer: OuterConfig) -> Callable[[Tensor], Tensor] | None:
+    """What makes one of all silos' values, if it is no mean."""
+    if outer.merge == "median":
+        return coordinate_median
+    return partial(trimmed_mean, num_malicious=outer.num_malicious) if outer.merge == "trimmed_mean" else None
 
 
 def shares(

@@ -19,7 +19,7 @@ def weighted_mean(weighted: Iterable[tuple[int, Tensor]], shape: torch.Size) -> 
         if weight <= 0:
             raise ValueError(f"a weight of {weight} tokens given; allowed: 1 or more")
         divisor += weight
-        mean.add_(pseudo_gradient - mean, alpha=weight / divisor)
+        add_to_mean(mean, pseudo_gradient, weight / divisor)
     if divisor <= 0:
         raise ValueError("nobody contributed: the total weight is 0")
     return mean, divisor
@@ -34,10 +34,23 @@ def importance_mean(weighted: Iterable[tuple[int, Tensor, Tensor]], shape: torch
     """
     mean, total = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
     for weight, pseudo_gradient, importance in weighted:
-        share = importance * weight
-        total.add_(share)
-        mean.add_((pseudo_gradient - mean) * share.div_(total))
+        add_to_importance_mean(mean, total, pseudo_gradient, importance, weight)
     return mean
+
+
+def add_to_mean(mean: Tensor, value: Tensor, share: float) -> None:
+    """Move `mean` towards a value by its share of all weight so far.
+
+    Multiplied and then added: one call for both may round once or twice, as the processor likes.
+    """
+    mean.add_((value - mean).mul_(share))
+
+
+def add_to_importance_mean(mean: Tensor, total: Tensor, value: Tensor, importance: Tensor, weight: int) -> None:
+    """The same, element by element; `total` is the sum of all weights so far."""
+    share = importance * weight
+    total.add_(share)
+    mean.add_((value - mean) * share.div_(total))
 
 
 def mean_cosine(sum_of_unit_vectors_norm_squared: float, num_silos: int) -> float:

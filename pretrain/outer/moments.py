@@ -92,13 +92,17 @@ class SecondMoment(Moment):
             return {"values": value.contiguous()}
         return {"columns": value.mean(0), "rows": value.mean(1)}
 
-    def decode(self, parts: Parts) -> Tensor:
-        """Rows x columns / their common mean."""
+    def factors(self, parts: Parts) -> tuple[Tensor, Tensor]:
+        """What of each row and of each column multiplies to an element, row by row; of no matrix, one column."""
         if "values" in parts:
-            return parts["values"]
+            return parts["values"].view(-1), torch.ones(1)
         rows, columns = parts["rows"], parts["columns"]
         mean = rows.mean()
-        return torch.outer(rows, columns / mean) if mean > 0 else torch.zeros(self.shape)
+        return rows, columns / mean if mean > 0 else torch.zeros_like(columns)
+
+    def decode(self, parts: Parts) -> Tensor:
+        """Rows x columns / their common mean."""
+        return torch.outer(*self.factors(parts)).view(self.shape)
 
     def check(self, parts: Parts) -> None:
         """Values are finite, 0 or more."""
@@ -108,7 +112,8 @@ class SecondMoment(Moment):
             raise ValueError(f"{given} given; allowed: {expected}")
         if not all(value.isfinite().all() and (value >= 0).all() for value in parts.values()):
             raise ValueError("infinite, NaN or negative given; allowed: finite, 0 or more")
-        if not self.decode(parts).isfinite().all():
+        rows, columns = self.factors(parts)
+        if not (rows.amax() * columns.amax()).isfinite():
             raise ValueError("rows and columns whose product is infinite given; allowed: a finite one")
 
     def length(self, parts: Parts) -> float:

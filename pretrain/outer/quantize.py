@@ -311,8 +311,8 @@ def _largest(keys: Tensor, num_kept: int) -> Tensor:
     return keys.topk(num_kept, dim=1, sorted=False).values
 
 
-def _sum_of_pairs(values: Tensor) -> Tensor:
-    """(chunks, NUM_KEPT) -> (chunks, 1), first half plus second half until one is left: no library's own order."""
+def sum_of_pairs(values: Tensor) -> Tensor:
+    """(chunks, a power of two) -> (chunks, 1), halves added until one is left: no library's own order."""
     while (half := values.shape[1] // 2) > 0:
         values = values[:, :half] + values[:, half:]
     return values
@@ -325,9 +325,9 @@ def _two_levels(magnitudes: Tensor) -> tuple[Tensor, Tensor]:
     """
     num_kept = magnitudes.shape[1]
     wide = torch.nn.functional.pad(magnitudes.double(), (0, NUM_KEPT - num_kept))
-    total, count = _sum_of_pairs(wide), wide.new_tensor(float(num_kept))
+    total, count = sum_of_pairs(wide), wide.new_tensor(float(num_kept))
     high = wide > total / count
-    num_high, sum_high = _sum_of_pairs(high.double()), _sum_of_pairs(wide * high)
+    num_high, sum_high = sum_of_pairs(high.double()), sum_of_pairs(wide * high)
     low_mean = (total - sum_high) / (count - num_high)  # the smallest is never above the mean
     high_mean = torch.where(num_high > 0, sum_high / num_high.clamp(min=1), low_mean)
     means = torch.cat([low_mean, high_mean], 1).clamp_(max=LARGEST_BF16).float()

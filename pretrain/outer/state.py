@@ -1,14 +1,12 @@
 """What whoever takes outer steps keeps of each tensor, and the whole step on one tensor."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from pretrain.outer.codec import apply_change, encode
-from pretrain.outer.digest import digest_tensors
-from pretrain.outer.optimizer import MOMENTS, OuterOptimizer
-from pretrain.outer.quantize import Parts
+from pretrain.outer.digest import Row, digest_rows, digest_tensors
+from pretrain.outer.optimizer import MOMENTS
 
 TARGET = "target"
 
@@ -32,27 +30,19 @@ class OuterTensors:
         """Digest of `kept`."""
         return digest_tensors((f"{kind}/{name}", t) for kind, values in self.kept.items() for name, t in values.items())
 
-    def step(
-        self, name: str, merged: Tensor, optimizer: OuterOptimizer, *, lr: float, count: int, codec: str
-    ) -> tuple[Parts, float]:
-        """Take the outer step of one tensor in place; `merged` is its pseudo-gradient, float64.
 
-        Returns the change of the published tensor in the downlink's codec, and the squared norm of the update. What the
-        codec leaves out stays in the target. Raises ValueError if the step leaves the range of fp32.
-        """
-        published, target = self.parameters[name], self.target[name]
-        before = {kind: self.kept[kind][name] for kind in MOMENTS[optimizer.name]}
-        new, moments = optimizer.step(target, merged, before, lr=lr, count=count)
-        update = new - target  # not finite where the new one is not
-        if not all(value.isfinite().all() for value in (update, new - published, *moments.values())):
-            raise ValueError("the outer step leaves the range of fp32")
-        change = encode(codec, published, new)
-        apply_change(codec, published, change)
-        if target is not published:
-            target.copy_(new)
-        for kind, value in moments.items():
-            before[kind].copy_(value)
-        return change, torch.linalg.vector_norm(update, dtype=torch.float64).item() ** 2
+@dataclass(kw_only=True)
+class OuterState(OuterTensors):
+    """The global parameters and the outer optimizer's state."""
+
+    version: int
+    rows: dict[str, Row] = field(default_factory=dict)
+    """Of the parameters' digest, one a tensor."""
+
+    @property
+    def parameters_digest(self) -> str:
+        """Digest of all parameters as published."""
+        return digest_rows(self.rows.values())
 
 
 def kept_kinds(optimizer: str, downlink_codec: str) -> tuple[str, ...]:

@@ -35,7 +35,8 @@ from pretrain.host.foreign import loads, shown
 from pretrain.host.identity import own_identity
 from pretrain.merge.step import Step, shares
 from pretrain.merge.terms import check_norm, contributor, read_delivery, shared_moments
-from pretrain.outer.codec import apply_change, check, decoded
+from pretrain.outer.blocks import squared_norm
+from pretrain.outer.codec import apply_change, check
 from pretrain.outer.digest import Row, digest_rows, tensor_row
 from pretrain.outer.merge import mean_cosine, unit_sum_squared
 from pretrain.outer.moments import Moment, check_lengths, check_moments
@@ -216,11 +217,11 @@ class AmongSilos:
         )
         weights, _ = shares(self._config.outer, [manifests[silo] for silo in self._roster])
         shapes = {name: value.shape for name, value in base.items()}
-        step = Step(self._config, version, outer, weights=weights, told=told_moments, shapes=shapes)
-        changes, gram = self._step(step, outer, mine, arrived)
+        step = Step(self._config, version, outer, weights=weights, told=told_moments, shapes=shapes, gram=True)
+        changes = self._step(step, outer, mine, arrived)
         self._ledger.keep(version, outer.kept)  # before anybody can have what belongs to it
 
-        words = {"update_squared": step.update_squared, "gram": gram.tolist(), "kept_digest": outer.kept_digest}
+        words = {"update_squared": step.update_squared, "gram": step.gram.tolist(), "kept_digest": outer.kept_digest}
         stepped = self._collective.share(f"{version}/stepped", json.dumps(words))
         change = _pack(changes)
         merged = self._swap([change] * len(parts), [num_bytes(downlink, part) for part in parts])
@@ -270,29 +271,23 @@ class AmongSilos:
             [0 if index == self._index else size for index, size in enumerate(sizes)],
         )
 
-    def _step(
-        self, step: Step, outer: OuterTensors, mine: Sequence[Piece], arrived: Sequence[Tensor]
-    ) -> tuple[list[Parts], Tensor]:
-        """Take the step of our part; returns the coded changes of its pieces, and all scalar products in it."""
-        codec = self._config.outer.codec
-        unpacked = [_unpack(data, codec, mine) for data in arrived]
-        gram = torch.zeros(len(arrived), len(arrived), dtype=torch.float64)
-        changes = []
-        for piece, *coded in zip(mine, *unpacked, strict=True):
-            for silo, parts in zip(self._roster, coded, strict=True):
+    def _step(self, step: Step, outer: OuterTensors, mine: Sequence[Piece], arrived: Sequence[Tensor]) -> list[Parts]:
+        """Take the step of our part; returns the coded changes of its pieces."""
+        codec, num_threads = self._config.outer.codec, torch.get_num_threads()
+        coded: dict[str, list[tuple[Parts, Tensor]]] = {piece.key: [] for piece in mine}
+        for silo, data in zip(self._roster, arrived, strict=True):
+            for piece, parts in zip(mine, _unpack(data, codec, mine), strict=True):
                 self._check(silo, codec, parts, piece)
-            found = torch.stack([decoded(codec, outer.parameters[piece.key], parts) for parts in coded])
-            gram += (products := found @ found.T)
-            for silo, norm in zip(self._roster, products.diagonal().sqrt().tolist(), strict=True):
+                base = outer.parameters[piece.key]
                 try:
-                    check_norm(norm)
+                    check_norm(squared_norm(codec, parts, base, num_threads) ** 0.5)
                 except ValueError as error:
                     raise PeerLostError(f"silo {silo}: {piece.name}: {error}") from None
-            try:
-                changes.append(step.take(piece, found))
-            except ValueError as error:
-                raise ConfigError(str(error)) from None
-        return changes, gram
+                coded[piece.key].append((parts, base))
+        try:
+            return list(step.take(mine, lambda piece: coded[piece.key], num_threads=num_threads).values())
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
 
     @staticmethod
     def _check(silo: str, codec: str, parts: Parts, piece: Piece) -> None:

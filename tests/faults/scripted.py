@@ -99,11 +99,11 @@ AGGREGATOR_POINTS: dict[str, Point] = {  # as its loop comes to them
     "verified": (AGGREGATE, "Aggregator._verify", "after", lambda self, silo, data, state, version: version),
     "before_refusal": (OBJECTS, "Objects.write", "before", lambda self, name, data: refusal(name)),
     "before_merge": (AGGREGATE, "Aggregator.merge", "before", lambda self, state, deliveries: state.version),
-    "merging": (  # the first tensor is merged; its fragment's outer steps are counted
-        "pretrain.outer.state",
-        "OuterTensors.step",
+    "merging": (  # the first elements are merged; their fragment's outer steps are counted
+        "pretrain.outer.blocks",
+        "_Work.add",
         "after",
-        lambda self, name, merged, optimizer, lr, count, codec: count,
+        lambda self, *found: self.rule.count,
     ),
     "after_merge": (AGGREGATE, "Aggregator.merge", "after", lambda self, state, deliveries: state.version),
     "before_upload": (OBJECTS, "Objects.upload", "before", lambda self, file, name: version(name)),

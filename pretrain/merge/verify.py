@@ -1,0 +1,98 @@
+"""A silo's delivery, compared with all that was agreed before any of it counts."""
+
+import math
+from pathlib import Path
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from pretrain.config.keys import RunConfig
+from pretrain.exchange.payload import Tensors, check_header
+from pretrain.exchange.store import StoreExchange, delivery_path, version_path
+from pretrain.merge.collect import Delivery
+from pretrain.merge.terms import check_norm, check_payload_size, read_delivery, shared_moments
+from pretrain.outer.blocks import squared_norm
+from pretrain.outer.codec import check, decoded
+from pretrain.outer.digest import digest_rows, tensor_row
+from pretrain.outer.moments import check_lengths, check_moments
+from pretrain.outer.state import OuterState
+from pretrain.trust.ledger import RefusedError
+
+
+class Verifier:
+    """Reads the deliveries of one store."""
+
+    def __init__(self, config: RunConfig, exchange: StoreExchange, inbox: Path, num_threads: int) -> None:
+        """`inbox` is the folder into which payloads are downloaded."""
+        self._config, self._exchange, self._schedule = config, exchange, config.schedule
+        self._inbox, self._num_threads = inbox, num_threads
+
+    def verify(self, silo: str, data: bytes, state: OuterState, names: list[str], version: int) -> Delivery:
+        """Check the manifest `data`, checksums, names, shapes, dtypes and values; raises RefusedError.
+
+        `names` are the tensors of the version's fragment.
+        """
+        late = None if version > state.version else self._late_base(version)
+        rows = [tensor_row(name, late.parts(name)["values"]) if late else state.rows[name] for name in names]
+        manifest = read_delivery(
+            data,
+            silo=silo,
+            version=version,
+            base_digest=digest_rows(rows),
+            config=self._config,
+            contract_sha256=self._exchange.contract_sha256,
+        )
+        file = self._inbox / f"{silo}-{version:06d}.safetensors"
+        shapes = {name: state.parameters[name].shape for name in names}
+        header_bytes = check_payload_size(
+            manifest.payloads[0], self._config.outer.codec, shapes, shared_moments(self._config, names, shapes)
+        )
+        self._exchange.fetch(delivery_path(silo, version), manifest.payloads[0], file)
+        try:
+            check_header(file, limit_bytes=header_bytes)
+            tensors = Tensors(file)
+            delivery = Delivery(manifest=manifest, manifest_bytes=data, tensors=tensors, norm=0.0, base=late)
+            delivery.norm = self._check_values(delivery, names, state)
+        except SafetensorError as error:
+            raise RefusedError(f"its payload is no safetensors file: {error}") from None
+        except ValueError as error:
+            raise RefusedError(str(error)) from None
+        finally:
+            file.unlink()  # what is open stays readable
+        return delivery
+
+    def _late_base(self, version: int) -> Tensors:
+        """The fragment that a late delivery for `version` builds on, as it was then."""
+        base = self._schedule.base(version)
+        payload = self._exchange.whole(base, self._schedule.fragment(version))
+        file = self._inbox / f"base-{base:06d}.safetensors"
+        self._exchange.fetch(version_path(base), payload, file)
+        return Tensors(file)
+
+    def _check_values(self, delivery: Delivery, names: list[str], state: OuterState) -> float:
+        """Check a payload's tensors; returns the norm of the pseudo-gradient in it. Raises ValueError."""
+        if delivery.tensors.names != sorted(names):
+            raise ValueError("it holds other tensors than those of its fragment")
+        agreed = shared_moments(self._config, names, {name: state.parameters[name].shape for name in names})
+        check_moments(delivery.tensors.moments, agreed)
+        check_lengths(delivery.tensors.moments, agreed, clip_norm=self._config.inner.clip_norm)
+        codec, squares = self._config.outer.codec, []
+        for name in names:
+            parts = delivery.tensors.parts(name)
+            try:
+                check(codec, parts, state.parameters[name].shape)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+            squares.append(squared_norm(codec, parts, base_of(delivery, name, state), self._num_threads))
+        check_norm(norm := math.fsum(squares) ** 0.5)
+        return norm
+
+
+def base_of(delivery: Delivery, name: str, state: OuterState) -> Tensor:
+    """What a tensor of a delivery was coded against."""
+    return delivery.base.parts(name)["values"] if delivery.base else state.parameters[name]
+
+
+def pseudo_gradient(delivery: Delivery, name: str, state: OuterState, config: RunConfig) -> Tensor:
+    """One tensor of a delivery, decoded, float64."""
+    return decoded(config.outer.codec, base_of(delivery, name, state), delivery.tensors.parts(name))

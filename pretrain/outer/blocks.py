@@ -1,0 +1,247 @@
+"""One pass over a fragment: every block of elements is decoded, merged, stepped, coded and published in the cache.
+
+What a commit does to an element is one loop over blocks; threads take ranges of them. The stages of a block are
+fused.py's, compiled, or plain.py's where numba is missing: slower, and the same to the last bit. So are all sums, which
+are of chunks in a fixed order, and exact from there on (`math.fsum`).
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pretrain.outer.optimizer import OuterOptimizer
+from pretrain.outer.plain import Importance, array, arrays
+from pretrain.outer.quantize import CHUNK, QUANTIZERS, Parts
+
+stages: Any
+try:
+    from pretrain.outer import fused as stages
+
+    without_numba = ""
+except ImportError as missing:
+    from pretrain.outer import plain as stages
+
+    without_numba = f"numba is not here, so merging takes several times as long: {missing}"
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+BLOCK_ELEMENTS = 1 << 15  # scratch of a few times 8 bytes each fits a core's second cache
+RANGE_ELEMENTS = 1 << 20  # what a thread takes at a time
+
+
+class OutOfRangeError(ValueError):
+    """The outer step of a piece, whose number is given, leaves the range of fp32."""
+
+
+def in_threads(function: Callable[[T], R], items: Iterable[T], num_threads: int) -> list[R]:
+    """The results in the order of the items."""
+    if num_threads == 1:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(num_threads) as pool:
+        return list(pool.map(function, items))
+
+
+def _ranges(num_elements: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + RANGE_ELEMENTS, num_elements)) for start in range(0, num_elements, RANGE_ELEMENTS))
+
+
+def _blocks(start: int, stop: int) -> Iterator[tuple[int, int]]:
+    return ((first, min(first + BLOCK_ELEMENTS, stop)) for first in range(start, stop, BLOCK_ELEMENTS))
+
+
+def _num_chunks(num_elements: int) -> int:
+    return -(-num_elements // CHUNK)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coded:
+    """A silo's coded pseudo-gradient of a piece, and how it counts in the merge."""
+
+    parts: Parts
+    base: Tensor
+    """What it was coded against, fp32 of the piece's shape."""
+    weight: int = 1
+    """0: it does not count."""
+    factor: float = 1.0
+    """What it is multiplied by."""
+    unit: float = 0.0
+    """One over the norm of the silo's whole pseudo-gradient, or 0."""
+    importance: tuple[Tensor, Tensor, int] | None = None
+    """Second moments of the tensor: factors of each row and column, fp32; and the piece's first element."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """What is the same for all elements of a version."""
+
+    codec: str
+    """Of the deliveries."""
+    downlink_codec: str
+    optimizer: OuterOptimizer
+    lr: float
+    count: int
+    """Outer steps of these parameters, this one included."""
+    merge: Callable[[Tensor], Tensor] | None = None
+    """(num_silos, elements) in float64 to what is merged of them; None: their weighted mean."""
+    gram: bool = False
+    """Whether scalar products of all pairs are asked for, (num_silos, num_silos), or the sum of units squared."""
+
+
+@dataclass(kw_only=True)
+class Stepped:
+    """What came of a piece."""
+
+    change: Parts
+    """Of the published parameters, coded."""
+    update_squared: list[float] = field(default_factory=list)
+    """Of chunks of the update."""
+    units_squared: list[float] = field(default_factory=list)
+    """Of chunks of the sum of the silos' directions."""
+    gram: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a piece's outer step changes in place: contiguous fp32."""
+
+    published: Tensor
+    target: Tensor
+    """Where the outer steps have led; the published tensor itself if its codec leaves nothing out."""
+    moments: dict[str, Tensor]
+
+
+def squared_norm(codec: str, parts: Parts, base: Tensor, num_threads: int = 1) -> float:
+    """Squared norm of a silo's coded pseudo-gradient of a tensor."""
+    of_tensor, of_base = arrays(parts), array(base)
+
+    def of_range(bounds: tuple[int, int]) -> list[float]:
+        found: list[float] = []
+        scratch = np.empty(BLOCK_ELEMENTS)
+        for start, stop in _blocks(*bounds):
+            stages.decode(codec, of_tensor, of_base, start, stop, value := scratch[: stop - start])
+            found += _sums(value)
+        return found
+
+    return math.fsum(one for found in in_threads(of_range, _ranges(base.numel()), num_threads) for one in found)
+
+
+def take_steps(rule: Rule, pieces: Sequence[tuple[Target, Sequence[Coded]]], num_threads: int = 1) -> list[Stepped]:
+    """Merge what silos have delivered of each piece and take its outer step, in place.
+
+    Raises OutOfRangeError if a step leaves the range of fp32; what is changed in place is of no use then.
+    """
+    works = [_Work(rule, number, target, coded) for number, (target, coded) in enumerate(pieces)]
+    tasks = [(work, bounds) for work in works for bounds in _ranges(work.num_elements)]
+    for (work, _), found in zip(
+        tasks, in_threads(lambda task: task[0].of_range(*task[1]), tasks, num_threads), strict=True
+    ):
+        work.add(*found)
+    return [work.stepped for work in works]
+
+
+class _Work:
+    """One piece's."""
+
+    def __init__(self, rule: Rule, number: int, target: Target, coded: Sequence[Coded]) -> None:
+        self.rule, self.number, self.coded = rule, number, coded
+        self.num_elements = target.published.numel()
+        self.published, self.target = array(target.published), array(target.target)
+        self.moments = {kind: array(value) for kind, value in target.moments.items()}
+        layout = QUANTIZERS[rule.downlink_codec].layout(self.num_elements)
+        change = {part: torch.empty(length, dtype=dtype) for part, (dtype, length) in layout.items()}
+        if rule.downlink_codec == "fp32":
+            change = {"values": torch.empty_like(target.published)}  # of its own shape
+        self.stepped, self.change = Stepped(change=change), arrays(change)
+        self.of_silos = [(arrays(one.parts), array(one.base)) for one in coded]
+        self.importances: list[Importance | None] = [
+            one.importance and (one.importance[0].numpy(), one.importance[1].numpy(), one.importance[2])
+            for one in coded
+        ]
+
+    def add(self, update_squared: list[float], units_squared: list[float], gram: Tensor | None) -> None:
+        done = self.stepped
+        done.update_squared += update_squared
+        done.units_squared += units_squared
+        if gram is not None:
+            done.gram = gram if done.gram is None else done.gram + gram
+
+    def of_range(self, start: int, stop: int) -> tuple[list[float], list[float], Tensor | None]:
+        """Take the steps of some elements: what `add` takes."""
+        scratch = _Scratch(len(self.coded) if self.rule.merge or self.rule.gram else 1)
+        update_squared: list[float] = []
+        units_squared: list[float] = []
+        gram = torch.zeros(len(self.coded), len(self.coded), dtype=torch.float64) if self.rule.gram else None
+        for first, last in _blocks(start, stop):
+            merged, units = self._merged(first, last, scratch, gram)
+            update_squared += _sums(self._step(first, last, merged, scratch))
+            units_squared += [] if self.rule.gram else _sums(units)
+        return update_squared, units_squared, gram
+
+    def _merged(self, start: int, stop: int, scratch: "_Scratch", gram: Tensor | None) -> tuple[NDArray, NDArray]:
+        """A block's merged pseudo-gradient, and the sum of the silos' directions."""
+        mean, total, units = (whole[: stop - start] for whole in scratch.sums)
+        values, divisor = scratch.values[:, : stop - start], 0
+        scratch.sums.fill(0)
+        for index, (one, importance) in enumerate(zip(self.coded, self.importances, strict=True)):
+            value = values[min(index, len(values) - 1)]
+            stages.decode(self.rule.codec, *self.of_silos[index], start, stop, value)
+            if one.unit:
+                stages.add_scaled(value, one.unit, units)
+            if one.factor != 1:
+                value *= one.factor
+            divisor += one.weight
+            if one.weight and importance:
+                stages.add_importance(value, importance, start, one.weight, mean, total)
+            elif one.weight:
+                stages.add_mean(value, one.weight / divisor, mean)
+        of_silos = torch.from_numpy(values)
+        if gram is not None:
+            gram += of_silos @ of_silos.T
+        return self.rule.merge(of_silos).numpy() if self.rule.merge else mean, units
+
+    def _step(self, start: int, stop: int, merged: NDArray, scratch: "_Scratch") -> NDArray:
+        """Take a block's outer step and publish it; returns its update."""
+        new, update = (whole[: stop - start] for whole in scratch.steps)
+        lr, count, published = self.rule.lr, self.rule.count, self.published
+        if not stages.step(
+            self.rule.optimizer,
+            merged,
+            published,
+            self.target,
+            self.moments,
+            start,
+            stop,
+            new,
+            update,
+            lr=lr,
+            count=count,
+        ):
+            raise OutOfRangeError(self.number)
+        stages.publish(self.rule.downlink_codec, published, new, start, stop, self.change)
+        if self.target is not published:
+            self.target[start:stop] = new
+        return update
+
+
+class _Scratch:
+    """What one thread needs for one block after another."""
+
+    def __init__(self, num_values: int) -> None:
+        self.values = np.empty((num_values, BLOCK_ELEMENTS))
+        self.sums = np.empty((3, BLOCK_ELEMENTS))
+        self.steps = np.empty((2, BLOCK_ELEMENTS), np.float32)
+
+
+def _sums(value: NDArray) -> list[float]:
+    """Sums of squares of its chunks."""
+    sums = np.empty(_num_chunks(len(value)))
+    stages.sums_of_squares(value, sums)
+    return sums.tolist()
