@@ -24,7 +24,8 @@ FEEDBACK_DECAY = dict.fromkeys(CODECS, 0.0) | {"topk": 0.95}
 def encode(codec: str, base: Tensor, value: Tensor, *, residual: Tensor | None = None, decay: float = 0.0) -> Parts:
     """What travels; `residual`, fp32 of the same shape, is replaced by what is kept for the next time.
 
-    Raises ValueError if a value is infinite or NaN.
+    It is multiplied and then added: one call for both rounds once or twice, as the processor likes. Raises ValueError
+    if a value is infinite or NaN.
     """
     if codec == "fp32":
         if not value.isfinite().all():
@@ -32,7 +33,7 @@ def encode(codec: str, base: Tensor, value: Tensor, *, residual: Tensor | None =
         return {"values": value.contiguous()}
     difference = base - value
     if residual is not None:
-        difference.add_(residual, alpha=decay)
+        difference.add_(residual * decay)
     parts = QUANTIZERS[codec].encode(difference)
     if residual is not None:
         QUANTIZERS[codec].decode_add(parts, residual.copy_(difference), -1.0)
