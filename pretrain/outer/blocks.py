@@ -165,24 +165,30 @@ class _ToSend:
         return found
 
 
-def adopt(codec: str, changes: Sequence[tuple[Tensor, Parts]], num_threads: int = 1) -> list[Tensor]:
-    """New tensors: published ones, contiguous, and what checked parts change of them.
+@dataclass(frozen=True, kw_only=True)
+class Adopted:
+    """What is made of a published piece: contiguous fp32 tensors of one shape."""
 
-    They have the bits of `codec.apply_change`, and share no memory with either.
-    """
-    new = [torch.empty_like(published) for published, _ in changes]
-    works = [(array(made), array(base), arrays(parts)) for made, (base, parts) in zip(new, changes, strict=True)]
+    published: Tensor
+    parts: Parts
+    """What changes of it, checked."""
+    new: Tensor
+    """Where it goes; shares no memory with the published one."""
+
+
+def adopt(codec: str, changes: Sequence[Adopted], num_threads: int = 1) -> None:
+    """Write new tensors, what the parts make of the published ones, with the bits of `codec.apply_change`."""
+    works = [(array(one.published), arrays(one.parts), array(one.new)) for one in changes]
 
     def of_range(task: tuple[int, tuple[int, int]]) -> None:
-        made, published, parts = works[task[0]]
+        published, parts, new = works[task[0]]
         for start, stop in _blocks(*task[1]):
-            made_of_block = made[start:stop]
-            made_of_block[:] = (parts["values"] if codec == "fp32" else published)[start:stop]
+            of_block = new[start:stop]
+            of_block[:] = (parts["values"] if codec == "fp32" else published)[start:stop]
             if codec != "fp32":
-                stages.subtract(codec, parts, made_of_block, start, stop)
+                stages.subtract(codec, parts, of_block, start, stop)
 
     in_threads(of_range, [(n, bounds) for n, work in enumerate(works) for bounds in _ranges(len(work[0]))], num_threads)
-    return new
 
 
 def _empty_parts(codec: str, like: Tensor) -> Parts:

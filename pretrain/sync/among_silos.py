@@ -35,9 +35,9 @@ from pretrain.host.foreign import loads, shown
 from pretrain.host.identity import own_identity
 from pretrain.merge.step import Step, shares
 from pretrain.merge.terms import check_norm, contributor, read_delivery, shared_moments
-from pretrain.outer.blocks import squared_norm
-from pretrain.outer.codec import apply_change, check
-from pretrain.outer.digest import Row, digest_rows, tensor_row
+from pretrain.outer.blocks import Adopted, adopt, squared_norm
+from pretrain.outer.codec import check
+from pretrain.outer.digest import Row, digest_rows, tensor_rows
 from pretrain.outer.merge import mean_cosine, unit_sum_squared
 from pretrain.outer.moments import Moment, check_lengths, check_moments
 from pretrain.outer.pieces import Piece
@@ -227,7 +227,7 @@ class AmongSilos:
         merged = self._swap([change] * len(parts), [num_bytes(downlink, part) for part in parts])
         merged[self._index] = change
         values = self._apply(merged, parts, base)
-        rows = {name: tensor_row(name, value) for name, value in values.items()}
+        rows = tensor_rows(values, torch.get_num_threads())
         contributors = [
             contributor(manifests[silo], told[silo], weight) for silo, weight in zip(self._roster, weights, strict=True)
         ]
@@ -322,11 +322,17 @@ class AmongSilos:
         self, merged: Sequence[Tensor], parts: Sequence[list[Piece]], base: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """The fragment after the step: every silo's coded change applied to its part."""
-        values, codec = {name: tensor.clone() for name, tensor in base.items()}, self._config.outer.downlink_codec
+        values, codec = (
+            {name: torch.empty_like(tensor) for name, tensor in base.items()},
+            self._config.outer.downlink_codec,
+        )
+        changes = []
         for silo, data, pieces in zip(self._roster, merged, parts, strict=True):
             for piece, change in zip(pieces, _unpack(data, codec, pieces), strict=True):
                 self._check(silo, codec, change, piece)
-                apply_change(codec, piece.of(values[piece.name]), change)
+                published, new = piece.of(base[piece.name]), piece.of(values[piece.name])
+                changes.append(Adopted(published=published, parts=change, new=new))
+        adopt(codec, changes, torch.get_num_threads())
         return values
 
     def _commit(

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pretrain.config.check import ConfigError
@@ -17,7 +18,7 @@ from pretrain.config.keys import RunConfig
 from pretrain.exchange.base import Received
 from pretrain.exchange.payload import PARAMETER, Tensors, save_tensors
 from pretrain.exchange.store import StoreExchange, file_payload, version_path
-from pretrain.outer.digest import Row, digest_rows, tensor_row
+from pretrain.outer.digest import Row, digest_rows, tensor_rows
 from pretrain.outer.fragments import cut_fragments
 from pretrain.outer.pieces import Piece, cut_pieces
 from pretrain.outer.quantize import Parts
@@ -60,7 +61,7 @@ class OwnLedger:
                 *self.draft(
                     0,
                     {f: {n: parameters[n] for n in names} for f, names in enumerate(self._cut(parameters))},
-                    parameters_digest=digest_rows(tensor_row(name, value) for name, value in parameters.items()),
+                    parameters_digest=digest_rows(tensor_rows(parameters, torch.get_num_threads()).values()),
                     outer_digest=OuterTensors(parameters=parameters, kept=kept).kept_digest,
                 )
             )
@@ -152,7 +153,7 @@ class OwnLedger:
             commit = self._store.read_commit(version)
         except RefusedError as error:
             raise ConfigError(f"run directory: {self._store.objects.url} cannot be used: {error}; restore it") from None
-        rows = {name: tensor_row(name, value) for name, value in values.items()}
+        rows = tensor_rows(values, torch.get_num_threads())
         return Received(commit=commit, values=values, rows=rows, bytes_sent=0, bytes_received=0)
 
     def tokens_total(self, version: int, *, above: int) -> int:
@@ -168,7 +169,7 @@ class OwnLedger:
             found, beside = self._tensors(version, payload)
             values |= found
             moments |= beside
-        rows = {name: tensor_row(name, value) for name, value in values.items()}
+        rows = tensor_rows(values, torch.get_num_threads())
         return Received(commit=commit, values=values, rows=rows, moments=moments, bytes_sent=0, bytes_received=0)
 
     def _tensors(self, version: int, payload: Payload) -> tuple[dict[str, Tensor], dict[str, Parts]]:
@@ -199,7 +200,7 @@ class OwnLedger:
         num_silos, index = len(self._config.full_roster), self._config.full_roster.index(self._silo)
         for version, payload in self._store.newest_state(self.newest, self._schedule.num_fragments):
             values, _ = self._tensors(version, payload)
-            rows |= {name: tensor_row(name, value) for name, value in values.items()}
+            rows |= tensor_rows(values, torch.get_num_threads())
             mine = all_pieces(values, num_silos)[index]
             pieces |= {piece.key: piece.of(values[piece.name]).clone() for piece in mine}
         kept = kept_at_start(pieces, self._config.outer.optimizer, self._config.outer.downlink_codec)

@@ -28,7 +28,7 @@ from pretrain.host.stopping import StopRequested
 from pretrain.merge.terms import commit_record, shared_moments
 from pretrain.outer.blocks import Change, NotSentError, code
 from pretrain.outer.codec import FEEDBACK_DECAY, decoded
-from pretrain.outer.digest import Row, digest_rows, tensor_row
+from pretrain.outer.digest import Row, digest_rows, tensor_rows
 from pretrain.outer.fragments import cut_fragments
 from pretrain.outer.moments import SecondMoment
 from pretrain.outer.pieces import Piece
@@ -176,7 +176,7 @@ class SiloSync:
         """After a checkpoint was loaded: wait again for what was in flight when it was written."""
         if not self.ranks.is_leader:
             return
-        self._rows = {name: tensor_row(name, value) for name, value in self.global_parameters.items()}
+        self._rows = tensor_rows(self.global_parameters, torch.get_num_threads())
         for version in range(progress.version + 1, progress.sent + 1):
             self._take_off(version, self._names(engine, version), done(self._outgoing(version)))
 

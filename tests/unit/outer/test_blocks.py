@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pretrain.outer import blocks, plain
 from pretrain.outer.blocks import (
+    Adopted,
     Change,
     Coded,
     NotSentError,
@@ -256,12 +257,10 @@ def test_what_is_taken_over_has_the_bits_of_apply_change(
         apply_change(codec, expected[-1], parts)
     for stages in (blocks.stages, plain):
         monkeypatch.setattr(blocks, "stages", stages)
-        new = adopt(codec, changes, num_threads)
-        assert all(same_bits(made, wanted) for made, wanted in zip(new, expected, strict=True))
-    for made, (published, parts) in zip(new, changes, strict=True):  # whose memory may be a file's, or in use
-        assert made.untyped_storage().data_ptr() not in {
-            other.untyped_storage().data_ptr() for other in (published, *parts.values())
-        }
+        works = [Adopted(published=p, parts=parts, new=torch.full(SHAPE, math.nan)) for p, parts in changes]
+        adopt(codec, works, num_threads)
+        assert all(same_bits(one.new, wanted) for one, wanted in zip(works, expected, strict=True))
+        assert all(same_bits(one.published, odd_values(seed, 0.02)) for one, seed in zip(works, (3, 7), strict=True))
 
 
 def test_half_numbers_at_their_limits(monkeypatch: pytest.MonkeyPatch) -> None:
