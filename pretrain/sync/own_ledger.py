@@ -85,14 +85,16 @@ class OwnLedger:
     ) -> tuple[Commit, list[Path]]:
         """A commit that is not written yet, and the files that it names."""
         files = [self._file(fragment) for fragment in values]
-        for file, tensors in zip(files, values.values(), strict=True):
-            save_tensors({name: {"values": value} for name, value in tensors.items()}, file, moments=moments)
+        payloads = []
+        for file, (fragment, tensors) in zip(files, values.items(), strict=True):
+            coded = {name: {"values": value} for name, value in tensors.items()}
+            payloads.append(save_tensors(coded, file, fragment=fragment, moments=moments))
         commit = Commit(
             contract_sha256=self.contract_sha256,
             version=version,
             previous=self.sha256(version - 1) if version else None,
             codec="fp32",
-            payloads=[file_payload(file, fragment) for file, fragment in zip(files, values, strict=True)],
+            payloads=payloads,
             state_payloads=[],
             contributors=list(contributors),
             divisor=sum(contributor.weight for contributor in contributors),

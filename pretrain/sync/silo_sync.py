@@ -22,7 +22,6 @@ from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.base import Exchange, Received
 from pretrain.exchange.payload import Tensors, save_tensors
-from pretrain.exchange.store import file_payload
 from pretrain.host.journal import Journal
 from pretrain.host.stopping import StopRequested
 from pretrain.merge.terms import commit_record, shared_moments
@@ -282,7 +281,7 @@ class SiloSync:
         coded = {piece.key: parts for piece, (parts, _) in zip(pieces, sent, strict=True)}
         norm_squared = math.fsum(squared for _, squared in sent)
         file = self._outbox / f"{version:06d}.safetensors"
-        save_tensors(coded, file, moments=moments)
+        payload = save_tensors(coded, file, fragment=self.schedule.fragment(version), moments=moments)
         by_speed = self.config.membership.steps == "speed"
         speed = {"seconds_per_step": progress.seconds_per_step} if by_speed else {}
         manifest = Manifest(
@@ -292,7 +291,7 @@ class SiloSync:
             base_version=self.schedule.base(version),
             base_digest=base_digest,
             codec=outer.codec,
-            payloads=[file_payload(file, self.schedule.fragment(version))],
+            payloads=[payload],
             tokens=num_sequences * self.config.sequence_tokens,
             steps=num_sequences // self.config.silos[self.silo].global_batch_sequences,
             tokens_total=progress.position * self.config.sequence_tokens,
