@@ -199,19 +199,28 @@ def _empty_parts(codec: str, like: Tensor) -> Parts:
     return {part: torch.empty(length, dtype=dtype) for part, (dtype, length) in layout.items()}
 
 
-def squared_norm(codec: str, parts: Parts, base: Tensor, num_threads: int = 1) -> float:
-    """Squared norm of a silo's coded pseudo-gradient of a tensor."""
-    of_tensor, of_base = arrays(parts), array(base)
+def squared_norms(codec: str, coded: Sequence[tuple[Parts, Tensor]], num_threads: int = 1) -> list[float]:
+    """Squared norms of coded pseudo-gradients of tensors, each of which comes with what it was coded against."""
+    works = [(arrays(parts), array(base)) for parts, base in coded]
 
-    def of_range(bounds: tuple[int, int]) -> list[float]:
+    def of_range(task: tuple[int, tuple[int, int]]) -> list[float]:
         found: list[float] = []
         scratch = np.empty(BLOCK_ELEMENTS)
-        for start, stop in _blocks(*bounds):
-            stages.decode(codec, of_tensor, of_base, start, stop, value := scratch[: stop - start])
+        for start, stop in _blocks(*task[1]):
+            stages.decode(codec, *works[task[0]], start, stop, value := scratch[: stop - start])
             found += _sums(value)
         return found
 
-    return math.fsum(one for found in in_threads(of_range, _ranges(base.numel()), num_threads) for one in found)
+    tasks = [(number, bounds) for number, (_, base) in enumerate(works) for bounds in _ranges(len(base))]
+    sums: list[list[float]] = [[] for _ in works]
+    for (number, _), found in zip(tasks, in_threads(of_range, tasks, num_threads), strict=True):
+        sums[number] += found
+    return [math.fsum(of_tensor) for of_tensor in sums]
+
+
+def squared_norm(codec: str, parts: Parts, base: Tensor, num_threads: int = 1) -> float:
+    """Squared norm of a silo's coded pseudo-gradient of a tensor."""
+    return squared_norms(codec, [(parts, base)], num_threads)[0]
 
 
 def take_steps(rule: Rule, pieces: Sequence[tuple[Target, Sequence[Coded]]], num_threads: int = 1) -> list[Stepped]:

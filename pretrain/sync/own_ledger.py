@@ -106,9 +106,7 @@ class OwnLedger:
 
     def publish(self, commit: Commit, files: Sequence[Path]) -> None:
         """Write a version for ever, and prune what nobody needs again."""
-        self._store.publish(commit, zip(commit.payloads, files, strict=True))
-        for file in files:
-            file.unlink()
+        self._store.publish(commit, zip(commit.payloads, files, strict=True), give=True)
         self.newest = commit.version
         keep, num_fragments = self._config.exchange.keep_versions, self._schedule.num_fragments
         self._store.prune([self._silo], self.newest, keep, num_fragments)
