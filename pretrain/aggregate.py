@@ -27,7 +27,7 @@ from pretrain.exchange.lease import Lease
 from pretrain.exchange.objects import StoreTroubleError
 from pretrain.exchange.payload import PARAMETER, Tensors, save_tensors
 from pretrain.exchange.rollback import check_held, explain, finish_rollbacks, foreign, rollback_records
-from pretrain.exchange.store import StoreExchange, file_payload, version_path
+from pretrain.exchange.store import StoreExchange, version_path
 from pretrain.federation.preflight import check_model
 from pretrain.host.disk import full_disk
 from pretrain.host.foreign import loads
@@ -304,8 +304,7 @@ class Aggregator:
             stem: str, kind: str, fragment: int, values: Mapping[str, Parts], beside: dict[str, Parts] | None = None
         ) -> tuple[Payload, Path]:
             file = outbox / f"{stem}-{fragment:03d}.safetensors"
-            save_tensors(values, file, kind, moments=beside)
-            return file_payload(file, fragment), file
+            return save_tensors(values, file, kind, fragment=fragment, moments=beside), file
 
         for fragment in fragments:
             names = self._fragments[fragment]

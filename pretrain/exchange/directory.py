@@ -72,22 +72,38 @@ class Directory:
         except (NotADirectoryError, IsADirectoryError):
             raise FileNotFoundError(name) from None
 
-    def create(self, name: str, temporary: str, fill: Callable[[IO[bytes]], object], *, make_root: bool) -> None:
+    def create(
+        self,
+        name: str,
+        temporary: str,
+        fill: Callable[[IO[bytes]], object],
+        *,
+        make_root: bool,
+        given: Path | None = None,
+    ) -> None:
         """Write a temporary file beside the final name and link it there: atomic, and fails if that exists.
 
-        Makes folders that are missing, but the store's own only if `make_root`. Raises OSError.
+        A `given` file, which nobody writes to any more, is moved there where it lies on the same file system; if this
+        fails in the end, it is where it was. Makes folders that are missing, but the store's own only if `make_root`.
+        Raises OSError.
         """
         if make_root:
             Path(self._root).mkdir(parents=True, exist_ok=True)
         *folders, last = _parts(name)
         with self._folder(folders, make=True) as folder:
+            moved = given is not None and _move(given, temporary, folder)
             try:
-                with os.fdopen(os.open(temporary, CREATE, 0o666, dir_fd=folder), "wb") as file:
-                    fill(file)
-                    file.flush()
-                    os.fsync(file.fileno())
+                if not moved:
+                    with os.fdopen(os.open(temporary, CREATE, 0o666, dir_fd=folder), "wb") as file:
+                        fill(file)
+                        file.flush()
+                        os.fsync(file.fileno())
                 os.link(temporary, last, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
                 os.fsync(folder)
+            except BaseException:
+                if given and moved:
+                    os.rename(temporary, given, src_dir_fd=folder)
+                raise
             finally:
                 with suppress(OSError):
                     os.unlink(temporary, dir_fd=folder)
@@ -119,6 +135,20 @@ class Directory:
             what = "a link" if stat.S_ISLNK(mode) else "a pipe" if stat.S_ISFIFO(mode) else "no regular file"
             print(f"{shown(self._root)}: {shown(name)} is {what}, no object of a store: passed over", flush=True)
         return False
+
+
+def _move(given: Path, temporary: str, folder: int) -> bool:
+    """Move a file, whose bytes are on the disk then; False where it cannot be moved.
+
+    It has one name at any time: with two, whoever writes anew under the first would change the object.
+    """
+    with given.open("rb") as file:
+        os.fsync(file.fileno())
+    try:
+        os.rename(given, temporary, dst_dir_fd=folder)
+    except OSError:
+        return False
+    return True
 
 
 def _parts(name: str) -> list[str]:

@@ -144,8 +144,19 @@ class Objects:
             is_same,
         )
 
+    def give(self, file: Path, name: str) -> None:
+        """Make a local file that nobody writes to or needs any more a new object, uncopied where that can be.
+
+        Then the file is gone. Raises FileExistsError if the name is taken.
+        """
+        self._upload(file, name, given=file)
+        file.unlink(missing_ok=True)  # copied
+
     def upload(self, file: Path, name: str) -> None:
         """Copy a local file to a new object. Raises FileExistsError if the name is taken."""
+        self._upload(file, name)
+
+    def _upload(self, file: Path, name: str, *, given: Path | None = None) -> None:
 
         def is_same() -> bool:
             size = file.stat().st_size
@@ -161,6 +172,7 @@ class Objects:
             copy_it,
             lambda path: self._fs.put_file(str(file), path, mode="create"),
             is_same,
+            given=given,
         )
 
     def download(self, name: str, file: Path, *, limit_bytes: int) -> tuple[str, int]:
@@ -202,6 +214,8 @@ class Objects:
         fill: Callable[[IO[bytes]], object],
         put: Callable[[str], object],
         is_same: Callable[[], bool],
+        *,
+        given: Path | None = None,
     ) -> None:
         temporary = f".{name.rsplit('/', 1)[-1]}.{uuid.uuid4().hex}.tmp"  # one for all tries, so the last one clears up
 
@@ -213,7 +227,8 @@ class Objects:
             try:
                 if self._directory:
                     # The store's own directory only at first: one that is gone must not be made anew.
-                    self._directory.create(name, temporary, fill, make_root=not self._was_there.is_set())
+                    make_root = not self._was_there.is_set()
+                    self._directory.create(name, temporary, fill, make_root=make_root, given=given)
                 else:
                     put(self._path(name))
             except FileExistsError:

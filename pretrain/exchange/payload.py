@@ -4,34 +4,86 @@ A tensor's parts lie under KIND/PART/NAME: its kind is part of the key, so that 
 the header and the tensors that are asked for are read.
 """
 
+import hashlib
+import json
+import math
 from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from pretrain.outer.moments import MOMENT
 from pretrain.outer.quantize import Parts
+from pretrain.trust.ledger import Payload
 
 PARAMETER = "parameter"  # a kind, and the beginning of a file name
+NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
+BLOCK_BYTES = 1 << 18  # what is hashed and written at a time lies in the processor's cache
 
 
 def save_tensors(
-    coded: Mapping[str, Parts], file: Path, kind: str = PARAMETER, *, moments: Mapping[str, Parts] | None = None
-) -> None:
-    """Write the parts of named tensors, and moments beside them."""
+    coded: Mapping[str, Parts],
+    file: Path,
+    kind: str = PARAMETER,
+    *,
+    fragment: int = 0,
+    moments: Mapping[str, Parts] | None = None,
+) -> Payload:
+    """Write the parts of named tensors, and moments beside them, to a new file; hashes what it writes.
+
+    The bytes are those of safetensors' own `save_file`. Whoever has an older file of the name open keeps that.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
+    file.unlink(missing_ok=True)
     kinds = {kind: coded, MOMENT: moments or {}}
-    save_file(
-        {
-            f"{kind}/{part}/{name}": value.contiguous()
-            for kind, tensors in kinds.items()
-            for name, parts in tensors.items()
-            for part, value in parts.items()
-        },
-        file,
-    )
+    tensors = {
+        f"{kind}/{part}/{name}": value
+        for kind, tensors in kinds.items()
+        for name, parts in tensors.items()
+        for part, value in parts.items()
+    }
+    words = header({key: (value.dtype, list(value.shape)) for key, value in tensors.items()})
+    digest, num_bytes = hashlib.sha256(words), len(words)
+    with file.open("xb", buffering=0) as opened:
+        opened.write(words)
+        for key in in_order({key: value.dtype for key, value in tensors.items()}):
+            flat = tensors[key].detach().contiguous().view(-1).view(torch.uint8).numpy().data
+            for start in range(0, len(flat), BLOCK_BYTES):
+                block = flat[start : start + BLOCK_BYTES]
+                digest.update(block)
+                _write(opened, block)
+            num_bytes += len(flat)
+    return Payload(fragment=fragment, file=file.name, sha256=digest.hexdigest(), num_bytes=num_bytes)
+
+
+def _write(opened: FileIO, block: memoryview) -> None:
+    """All of it: a disk that gets full writes a part, and says so at the next try."""
+    while len(block):
+        block = block[opened.write(block) :]
+
+
+def in_order(dtypes: Mapping[str, torch.dtype]) -> list[str]:
+    """Keys as they lie in a file: wide types first, then by name."""
+    return sorted(dtypes, key=lambda key: (-dtypes[key].itemsize, key))
+
+
+def header(layout: Mapping[str, tuple[torch.dtype, list[int]]]) -> bytes:
+    """What a file begins with, from dtype and shape of each key.
+
+    Eight bytes, and JSON padded to eight: https://github.com/huggingface/safetensors#format
+    """
+    words, offset = {}, 0
+    for key in in_order({key: dtype for key, (dtype, _) in layout.items()}):
+        dtype, shape = layout[key]
+        end = offset + dtype.itemsize * math.prod(shape)
+        words[key] = {"dtype": NAMES[dtype], "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(words, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def check_header(file: Path, *, limit_bytes: int) -> None:

@@ -367,10 +367,16 @@ class StoreExchange:
                 self.objects.write(name, word.to_bytes())
 
     def publish(
-        self, commit: Commit, files: Iterable[tuple[Payload, Path]], *, check: Callable[[], None] = lambda: None
+        self,
+        commit: Commit,
+        files: Iterable[tuple[Payload, Path]],
+        *,
+        check: Callable[[], None] = lambda: None,
+        give: bool = False,
     ) -> None:
         """Write the payloads of a version, then its commit. Raises FileExistsError if the version was committed.
 
+        With `give` the files are given away, and gone then; else they can be published again.
         `check` is called before every write, and raises if this process may not write any more. Raises RefusedError,
         before anything is written, for a commit that no reader would take: it could never be taken back.
         """
@@ -381,7 +387,7 @@ class StoreExchange:
         for payload, file in files:
             check()
             self.objects.delete(f"{folder}/{payload.file}")  # left by an aggregator that died before its commit
-            self.objects.upload(file, f"{folder}/{payload.file}")
+            (self.objects.give if give else self.objects.upload)(file, f"{folder}/{payload.file}")
         check()
         self.objects.write(f"{folder}/commit.json", commit.to_bytes())
         self.objects.delete(f"waiting/{commit.version:06d}.json")

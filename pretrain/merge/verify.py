@@ -78,12 +78,13 @@ class Verifier:
         check_lengths(delivery.tensors.moments, agreed, clip_norm=self._config.inner.clip_norm)
         codec, squares = self._config.outer.codec, []
         for name in names:
-            parts = delivery.tensors.parts(name)
+            parts, shape = delivery.tensors.parts(name), state.parameters[name].shape
             try:
-                check(codec, parts, state.parameters[name].shape)
+                check(codec, parts, shape)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
-            squares.append(squared_norm(codec, parts, base_of(delivery, name, state), self._num_threads))
+            base = base_of(delivery, name, state)
+            squares.append(squared_norm(codec, parts, shape, base=base, num_threads=self._num_threads))
         check_norm(norm := math.fsum(squares) ** 0.5)
         return norm
 

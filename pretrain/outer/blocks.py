@@ -1,15 +1,15 @@
 """One pass over a fragment: every block of elements is decoded, merged, stepped, coded and published in the cache.
 
-What a commit does to an element is one loop over blocks; threads take ranges of them. The stages of a block are
-fused.py's, compiled, or plain.py's where numba is missing: slower, and the same to the last bit. So are all sums, which
-are of chunks in a fixed order, and exact from there on (`math.fsum`).
+What a commit does to an element is one loop over blocks; threads take ranges of them. So it is with what a silo does to
+one before a commit (`code`) and after it (`adopt`). The stages of a block are fused.py's, compiled, or plain.py's where
+numba is missing: slower, and the same to the last bit. So are all sums, which are of chunks in a fixed order, and exact
+from there on (`math.fsum`).
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from pretrain.outer.optimizer import OuterOptimizer
 from pretrain.outer.plain import Importance, array, arrays
 from pretrain.outer.quantize import CHUNK, QUANTIZERS, Parts
+from pretrain.outer.threads import in_threads
 
 stages: Any
 slower: str
@@ -32,9 +33,6 @@ except ImportError as missing:
 
     slower = f"numba is not here, so coding and merging take several times as long: {missing}"
 
-T = TypeVar("T")
-R = TypeVar("R")
-
 BLOCK_ELEMENTS = 1 << 15  # scratch of a few times 8 bytes each fits a core's second cache
 RANGE_ELEMENTS = 1 << 20  # what a thread takes at a time
 
@@ -43,16 +41,12 @@ class OutOfRangeError(ValueError):
     """The outer step of a piece, whose number is given, leaves the range of fp32."""
 
 
-def in_threads(function: Callable[[T], R], items: Iterable[T], num_threads: int) -> list[R]:
-    """The results in the order of the items."""
-    if num_threads == 1:
-        return [function(item) for item in items]
-    with ThreadPoolExecutor(num_threads) as pool:
-        return list(pool.map(function, items))
+class NotSentError(ValueError):
+    """A change, whose number is given, has what does not travel; then comes the reason."""
 
 
-def _ranges(num_elements: int) -> Iterator[tuple[int, int]]:
-    return ((start, min(start + RANGE_ELEMENTS, num_elements)) for start in range(0, num_elements, RANGE_ELEMENTS))
+def _ranges(num_elements: int) -> list[tuple[int, int]]:
+    return [(start, min(start + RANGE_ELEMENTS, num_elements)) for start in range(0, num_elements, RANGE_ELEMENTS)]
 
 
 def _blocks(start: int, stop: int) -> Iterator[tuple[int, int]]:
@@ -120,9 +114,117 @@ class Target:
     moments: dict[str, Tensor]
 
 
-def squared_norm(codec: str, parts: Parts, base: Tensor, num_threads: int = 1) -> float:
-    """Squared norm of a silo's coded pseudo-gradient of a tensor."""
-    of_tensor, of_base = arrays(parts), array(base)
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """What a silo is about to send of a piece: fp32 tensors of one shape, contiguous but for the value."""
+
+    base: Tensor
+    value: Tensor
+    """What training made of it."""
+    residual: Tensor | None = None
+    """Error feedback: what was left out before, and afterwards what is; None: it is lost."""
+
+
+def code(codec: str, changes: Sequence[Change], decay: float = 0.0, num_threads: int = 1) -> list[tuple[Parts, float]]:
+    """Code what silos send: the parts of each change, and the squared norm of its difference `base - value`, without
+    what was left out before.
+
+    Parts and residual have the bits of `codec.encode`. Of fp32, the parts are the values themselves, uncopied where
+    they are contiguous. Raises NotSentError; the residuals are of no use then.
+    """
+    works = [_ToSend(codec, number, change) for number, change in enumerate(changes)]
+    tasks = [(work, bounds) for work in works for bounds in _ranges(len(work.base))]
+    sums: list[list[float]] = [[] for _ in works]
+    found = in_threads(lambda task: task[0].of_range(*task[1], decay), tasks, num_threads)
+    for (work, _), of_range in zip(tasks, found, strict=True):
+        sums[work.number] += of_range
+    return [(work.parts, math.fsum(of_work)) for work, of_work in zip(works, sums, strict=True)]
+
+
+class _ToSend:
+    """One change's."""
+
+    def __init__(self, codec: str, number: int, change: Change) -> None:
+        self.codec, self.number, value = codec, number, change.value.contiguous()
+        self.base, self.value = array(change.base), array(value)
+        self.residual = None if change.residual is None or codec == "fp32" else array(change.residual)
+        self.parts = {"values": value} if codec == "fp32" else _empty_parts(codec, value)
+        self.coded = arrays(self.parts)
+
+    def of_range(self, start: int, stop: int, decay: float) -> list[float]:
+        """Code some elements: sums of squares of their differences."""
+        found: list[float] = []
+        scratch = np.empty(BLOCK_ELEMENTS, np.float32)
+        for first, last in _blocks(start, stop):
+            difference = scratch[: last - first]
+            try:
+                stages.code(
+                    self.codec, self.base, self.value, self.residual, decay, first, last, difference, self.coded
+                )
+            except ValueError as error:
+                raise NotSentError(self.number, str(error)) from None
+            found += _sums(difference)
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adopted:
+    """What is made of a published piece: contiguous fp32 tensors of one shape."""
+
+    published: Tensor
+    parts: Parts
+    """What changes of it, checked."""
+    new: Tensor
+    """Where it goes; shares no memory with the published one."""
+
+
+def adopt(codec: str, changes: Sequence[Adopted], num_threads: int = 1) -> None:
+    """Write new tensors, what the parts make of the published ones, with the bits of `codec.apply_change`."""
+    works = [(array(one.published), arrays(one.parts), array(one.new)) for one in changes]
+
+    def of_range(task: tuple[int, tuple[int, int]]) -> None:
+        published, parts, new = works[task[0]]
+        for start, stop in _blocks(*task[1]):
+            of_block = new[start:stop]
+            of_block[:] = (parts["values"] if codec == "fp32" else published)[start:stop]
+            if codec != "fp32":
+                stages.subtract(codec, parts, of_block, start, stop)
+
+    in_threads(of_range, [(n, bounds) for n, work in enumerate(works) for bounds in _ranges(len(work[0]))], num_threads)
+
+
+def _empty_parts(codec: str, like: Tensor) -> Parts:
+    """Memory for what is coded of a tensor; of fp32 it has the tensor's own shape."""
+    if codec == "fp32":
+        return {"values": torch.empty_like(like)}
+    layout = QUANTIZERS[codec].layout(like.numel())
+    return {part: torch.empty(length, dtype=dtype) for part, (dtype, length) in layout.items()}
+
+
+def squared_norms(codec: str, coded: Sequence[tuple[Parts, Tensor]], num_threads: int = 1) -> list[float]:
+    """Squared norms of coded pseudo-gradients of tensors, each of which comes with what it was coded against."""
+    works = [(arrays(parts), array(base)) for parts, base in coded]
+
+    def of_range(task: tuple[int, tuple[int, int]]) -> list[float]:
+        found: list[float] = []
+        scratch = np.empty(BLOCK_ELEMENTS)
+        for start, stop in _blocks(*task[1]):
+            stages.decode(codec, *works[task[0]], start, stop, value := scratch[: stop - start])
+            found += _sums(value)
+        return found
+
+    tasks = [(number, bounds) for number, (_, base) in enumerate(works) for bounds in _ranges(len(base))]
+    sums: list[list[float]] = [[] for _ in works]
+    for (number, _), found in zip(tasks, in_threads(of_range, tasks, num_threads), strict=True):
+        sums[number] += found
+    return [math.fsum(of_tensor) for of_tensor in sums]
+
+
+def squared_norm(
+    codec: str, parts: Parts, shape: torch.Size, *, base: Tensor | None = None, num_threads: int = 1
+) -> float:
+    """Squared norm of a coded difference of a tensor; codec fp32 needs the base that it was coded against."""
+    of_tensor, of_base = arrays(parts), None if base is None else array(base)
 
     def of_range(bounds: tuple[int, int]) -> list[float]:
         found: list[float] = []
@@ -132,7 +234,30 @@ def squared_norm(codec: str, parts: Parts, base: Tensor, num_threads: int = 1) -
             found += _sums(value)
         return found
 
-    return math.fsum(one for found in in_threads(of_range, _ranges(base.numel()), num_threads) for one in found)
+    return math.fsum(one for found in in_threads(of_range, _ranges(shape.numel()), num_threads) for one in found)
+
+
+def mean_of(codec: str, weighted: Sequence[tuple[int, Parts]], shape: torch.Size, num_threads: int = 1) -> Parts:
+    """The weighted mean of coded differences of a tensor, in float64, rounded to fp32 and coded again."""
+    of_silos = [(weight, arrays(parts)) for weight, parts in weighted]
+    merged = torch.empty(shape)
+    found = array(merged)
+
+    def of_range(bounds: tuple[int, int]) -> None:
+        scratch = np.empty((2, BLOCK_ELEMENTS))
+        for start, stop in _blocks(*bounds):
+            value, mean = scratch[:, : stop - start]
+            mean.fill(0)
+            divisor = 0
+            for weight, parts in of_silos:
+                divisor += weight
+                stages.decode(codec, parts, None, start, stop, value)
+                stages.add_mean(value, weight / divisor, mean)
+            found[start:stop] = mean
+
+    in_threads(of_range, _ranges(shape.numel()), num_threads)
+    [(parts, _)] = code(codec, [Change(base=merged, value=torch.zeros(shape))], num_threads=num_threads)
+    return parts
 
 
 def take_steps(rule: Rule, pieces: Sequence[tuple[Target, Sequence[Coded]]], num_threads: int = 1) -> list[Stepped]:
@@ -157,10 +282,7 @@ class _Work:
         self.num_elements = target.published.numel()
         self.published, self.target = array(target.published), array(target.target)
         self.moments = {kind: array(value) for kind, value in target.moments.items()}
-        layout = QUANTIZERS[rule.downlink_codec].layout(self.num_elements)
-        change = {part: torch.empty(length, dtype=dtype) for part, (dtype, length) in layout.items()}
-        if rule.downlink_codec == "fp32":
-            change = {"values": torch.empty_like(target.published)}  # of its own shape
+        change = _empty_parts(rule.downlink_codec, target.published)
         self.stepped, self.change = Stepped(change=change), arrays(change)
         self.of_silos = [(arrays(one.parts), array(one.base)) for one in coded]
         self.importances: list[Importance | None] = [

@@ -14,7 +14,7 @@ far and what is kept add up to all differences (decay 1).
 import torch
 from torch import Tensor
 
-from pretrain.outer.quantize import QUANTIZERS, Parts, check_parts, decode
+from pretrain.outer.quantize import QUANTIZERS, Parts, all_finite, check_parts, decode
 
 CODECS = tuple(QUANTIZERS)
 # What a codec needs unless the configuration says otherwise; top-k: SparseLoCo, https://arxiv.org/abs/2508.15706
@@ -24,15 +24,16 @@ FEEDBACK_DECAY = dict.fromkeys(CODECS, 0.0) | {"topk": 0.95}
 def encode(codec: str, base: Tensor, value: Tensor, *, residual: Tensor | None = None, decay: float = 0.0) -> Parts:
     """What travels; `residual`, fp32 of the same shape, is replaced by what is kept for the next time.
 
-    Raises ValueError if a value is infinite or NaN.
+    It is multiplied and then added: one call for both rounds once or twice, as the processor likes. Raises ValueError
+    if a value is infinite or NaN.
     """
     if codec == "fp32":
-        if not value.isfinite().all():
+        if not all_finite(value):
             raise ValueError("infinite or NaN given; allowed: finite values")
         return {"values": value.contiguous()}
     difference = base - value
     if residual is not None:
-        difference.add_(residual, alpha=decay)
+        difference.add_(residual * decay)
     parts = QUANTIZERS[codec].encode(difference)
     if residual is not None:
         QUANTIZERS[codec].decode_add(parts, residual.copy_(difference), -1.0)
@@ -63,5 +64,5 @@ def check(codec: str, parts: Parts, shape: torch.Size) -> None:
     expected = {"values": f"{torch.float32} {list(shape)}"}
     if given != expected:
         raise ValueError(f"{given} given; allowed: {expected}")
-    if not parts["values"].isfinite().all():
+    if not all_finite(parts["values"]):
         raise ValueError("infinite or NaN given; allowed: finite values")

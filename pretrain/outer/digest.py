@@ -2,11 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from pretrain.outer.threads import in_threads
 
 Row = list[Any]
 
@@ -20,6 +22,13 @@ def tensor_sha256(tensor: Tensor) -> str:
 def tensor_row(name: str, tensor: Tensor) -> Row:
     """What a digest says of one tensor: name, dtype, shape, sha256 of the bytes."""
     return [name, str(tensor.dtype), list(tensor.shape), tensor_sha256(tensor)]
+
+
+def tensor_rows(tensors: Mapping[str, Tensor], num_threads: int) -> dict[str, Row]:
+    """The rows of named tensors, several at once, as hashing gives up Python's lock."""
+    largest_first = sorted(tensors, key=lambda name: -tensors[name].numel())
+    rows = in_threads(lambda name: tensor_row(name, tensors[name]), largest_first, num_threads)
+    return dict(zip(largest_first, rows, strict=True))
 
 
 def digest_rows(rows: Iterable[Row]) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.outer import plain
-from pretrain.outer.moments import LEAST_IMPORTANCE
+from pretrain.outer.merge import LEAST_IMPORTANCE
 from pretrain.outer.optimizer import OuterOptimizer
 from pretrain.outer.plain import Arrays, Importance
 from pretrain.outer.quantize import BLOCK, CHUNK, E3M0, INT4, INT8, SMALLEST_SCALE
@@ -31,6 +31,7 @@ CACHES = _can_cache()
 compiled = numba.njit(nogil=True, cache=CACHES, error_model="numpy")
 INFINITE = np.uint32(0x7F800000)
 MAGNITUDE = np.uint32(0x7FFFFFFF)
+LARGEST_HALF = np.uint32(0x7F7F0000)  # the largest bf16, as an fp32
 NIBBLES = {
     "int4": np.array([*range(8), *range(-8, 0)], dtype=np.float32),
     "e3m0": np.array([0, *(2**e for e in range(7)), 0, *(-(2**e) for e in range(7))], dtype=np.float32),
@@ -38,21 +39,28 @@ NIBBLES = {
 LEVELS = {"int4": INT4, "e3m0": E3M0, "int8": INT8}
 
 
+def _num_compiled(codec: str, num_elements: int) -> int:
+    """How many of a block's elements are done here: those of whole blocks of a scale, and of top-k none."""
+    if codec in ("fp32", "bf16"):
+        return num_elements
+    return num_elements // BLOCK * BLOCK if codec in LEVELS else 0
+
+
 # ---- what a silo's codes stand for
 
 
-def decode(codec: str, of_tensor: Arrays, base: NDArray, start: int, stop: int, out: NDArray) -> None:
-    """A block of a pseudo-gradient, float64."""
-    whole = (stop - start) // BLOCK * BLOCK
+def decode(codec: str, of_tensor: Arrays, base: NDArray | None, start: int, stop: int, out: NDArray) -> None:
+    """A block of a coded difference, float64; codec fp32 needs the base."""
+    whole = _num_compiled(codec, stop - start)
     if codec == "fp32":
+        assert base is not None
         _difference(base, of_tensor["values"], start, out)
-        return
-    if codec in NIBBLES:
+    elif codec == "bf16":
+        _from_halves(of_tensor["values"], start, out)
+    elif codec in NIBBLES:
         _from_nibbles(of_tensor["codes"], of_tensor["scales"], NIBBLES[codec], start, out[:whole])
     elif codec == "int8":
         _from_bytes(of_tensor["codes"].view(np.int8), of_tensor["scales"], start, out[:whole])
-    else:
-        whole = 0
     if whole < stop - start:
         plain.decode(codec, of_tensor, base, start + whole, stop, out[whole:])
 
@@ -70,6 +78,13 @@ def _widened(halves: NDArray, first: int, num: int) -> Any:
     for b in range(num):
         bits[b] = np.uint32(halves[first + b]) << np.uint32(16)  # what a bf16 leaves out of an fp32
     return scales
+
+
+@compiled
+def _from_halves(halves: NDArray, start: int, out: NDArray) -> None:
+    values = _widened(halves, start, len(out))
+    for i in range(len(out)):
+        out[i] = np.float32(0) + values[i]
 
 
 @compiled
@@ -233,19 +248,120 @@ def publish(codec: str, published: NDArray, new: NDArray, start: int, stop: int,
     if codec == "fp32":
         change["values"][start:stop] = published[start:stop] = new
         return
-    whole = (stop - start) // BLOCK * BLOCK if codec in LEVELS else 0
+    whole = _num_compiled(codec, stop - start)
     if whole:
-        levels, of_block = LEVELS[codec], published[start : start + whole]
-        scales = change["scales"][start // BLOCK : (start + whole) // BLOCK]
-        codes = change["codes"][levels.num_bytes(start) : levels.num_bytes(start + whole)]
-        difference = of_block - new[:whole]
-        wide = _scales(difference, levels.top, levels.largest_scale, scales)
-        if codec == "e3m0":
-            _to_powers(of_block, difference, wide, codes, NIBBLES[codec])
-        else:
-            _to_integers(of_block, difference, wide, codes, levels.bits)
+        of_block = published[start : start + whole]
+        _encode(codec, of_block - new[:whole], of_block, start, change)
     if whole < stop - start:
         plain.publish(codec, published, new[whole:], start + whole, stop, change)
+
+
+def code(
+    codec: str,
+    base: NDArray,
+    value: NDArray,
+    residual: NDArray | None,
+    decay: float,
+    start: int,
+    stop: int,
+    difference: NDArray,
+    parts: Arrays,
+) -> None:
+    """Code a block of what a silo sends; `difference` becomes `base - value`, and the residual what is left out.
+
+    Of fp32 nothing is written, as the parts are the values themselves. Raises ValueError for what does not travel.
+    """
+    whole = _num_compiled(codec, stop - start)
+    middle = start + whole
+    travels = _is_difference(base[start:middle], value[start:middle], difference[:whole])
+    if codec == "fp32":
+        travels = _is_finite(value[start:middle])
+    elif whole:
+        wanted = difference[:whole].copy()
+        if residual is not None:
+            travels = _add_feedback(residual[start:middle], np.float32(decay), wanted)
+        if travels:
+            left = np.empty_like(wanted) if residual is None else residual[start:middle]
+            left[:] = wanted
+            _encode(codec, wanted, left, start, parts)
+    if not travels or middle < stop:  # of what does not travel, it says why
+        first = middle if travels else start
+        plain.code(codec, base, value, residual, decay, first, stop, difference[first - start :], parts)
+
+
+@compiled
+def _add_feedback(residual: NDArray, decay: float, wanted: NDArray) -> bool:
+    """Adds what was left out before, and says whether all is finite."""
+    for i in range(len(wanted)):
+        wanted[i] += residual[i] * decay
+    return _is_finite(wanted)
+
+
+def _encode(codec: str, difference: NDArray, left: NDArray, start: int, parts: Arrays) -> None:
+    """Code a block's `difference`, whose memory is used up, and take from `left` what the codes stand for."""
+    if codec == "bf16":
+        _to_halves(left, difference, parts["values"][start : start + len(left)])
+        return
+    levels, stop = LEVELS[codec], start + len(left)
+    scales, codes = parts["scales"][start // BLOCK : stop // BLOCK], parts["codes"]
+    codes = codes[levels.num_bytes(start) : levels.num_bytes(stop)]
+    wide = _scales(difference, levels.top, levels.largest_scale, scales)
+    if codec == "e3m0":
+        _to_powers(left, difference, wide, codes, NIBBLES[codec])
+    else:
+        _to_integers(left, difference, wide, codes, levels.bits)
+
+
+@compiled
+def _to_halves(published: NDArray, difference: NDArray, halves: NDArray) -> None:
+    bits = difference.view(np.uint32)
+    for i in range(len(halves)):
+        magnitude = min(bits[i] & MAGNITUDE, LARGEST_HALF)
+        magnitude = (magnitude + np.uint32(0x7FFF) + (magnitude >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
+        half = magnitude | bits[i] >> np.uint32(16) & np.uint32(0x8000)  # the nearest bf16, or the even one
+        halves[i] = half
+        bits[i] = half << np.uint32(16)
+    for i in range(len(published)):
+        published[i] -= difference[i]
+
+
+def subtract(codec: str, of_tensor: Arrays, value: NDArray, start: int, stop: int) -> None:
+    """Take what a block's codes stand for from its `value`, fp32."""
+    whole = _num_compiled(codec, stop - start)
+    if codec == "bf16":
+        _subtract_halves(of_tensor["values"], start, value)
+    elif codec in NIBBLES:
+        _subtract_nibbles(of_tensor["codes"], of_tensor["scales"], NIBBLES[codec], start, value[:whole])
+    elif codec == "int8":
+        _subtract_bytes(of_tensor["codes"].view(np.int8), of_tensor["scales"], start, value[:whole])
+    if whole < stop - start:
+        plain.subtract(codec, of_tensor, value[whole:], start + whole, stop)
+
+
+@compiled
+def _subtract_halves(halves: NDArray, start: int, value: NDArray) -> None:
+    values = _widened(halves, start, len(value))
+    for i in range(len(value)):
+        value[i] -= values[i]
+
+
+@compiled
+def _subtract_nibbles(codes: NDArray, halves: NDArray, levels: NDArray, start: int, value: NDArray) -> None:
+    scales = _widened(halves, start // BLOCK, len(value) // BLOCK)
+    for b in range(len(scales)):
+        scale, first, byte = -scales[b], b * BLOCK, (start + b * BLOCK) // 2
+        for j in range(BLOCK // 2):
+            coded = codes[byte + j]
+            value[first + 2 * j] += levels[coded & 15] * scale
+            value[first + 2 * j + 1] += levels[coded >> 4] * scale
+
+
+@compiled
+def _subtract_bytes(codes: NDArray, halves: NDArray, start: int, value: NDArray) -> None:
+    scales = _widened(halves, start // BLOCK, len(value) // BLOCK)
+    for b in range(len(scales)):
+        for j in range(b * BLOCK, (b + 1) * BLOCK):
+            value[j] += np.float32(codes[start + j]) * -scales[b]
 
 
 @compiled

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+LEAST_IMPORTANCE = 1e-8  # Adam's epsilon: what no silo has met is merged by tokens alone
+
 
 def weighted_mean(weighted: Iterable[tuple[int, Tensor]], shape: torch.Size) -> tuple[Tensor, int]:
     """Mean of pseudo-gradients, float64, and the divisor: the weight of those that are in it, never of the roster.
@@ -51,6 +53,11 @@ def add_to_importance_mean(mean: Tensor, total: Tensor, value: Tensor, importanc
     share = importance * weight
     total.add_(share)
     mean.add_((value - mean) * share.div_(total))
+
+
+def importance(second_moment: Tensor) -> Tensor:
+    """How much a silo's text has to say of each element, float64: the root of its second moment, and never 0."""
+    return second_moment.double().sqrt_().add_(LEAST_IMPORTANCE)
 
 
 def mean_cosine(sum_of_unit_vectors_norm_squared: float, num_silos: int) -> float:

@@ -21,12 +21,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pretrain.outer.blocks import mean_of, squared_norm
 from pretrain.outer.merge import weighted_mean
 from pretrain.outer.quantize import QUANTIZERS, Parts, check_parts, decode
 from pretrain.outer.robust import coordinate_median
 
 MOMENT = "moment"  # the kind in a payload
-LEAST_IMPORTANCE = 1e-8  # Adam's epsilon: what no silo has met is merged by tokens alone
 GRADIENT = QUANTIZERS["int4"]
 FURTHEST = 4.0  # a silo's moment of a tensor counts up to this many times the length of the median silo's
 LONGEST = 4.0  # of all a silo's moments, in lengths to which gradients are clipped: honest ones have up to 1
@@ -156,16 +156,18 @@ class MeanGradient(Moment):
 
     def length(self, parts: Parts) -> float:
         """Its norm."""
-        return torch.linalg.vector_norm(self.decode(parts), dtype=torch.float64).item()
+        return math.sqrt(squared_norm(GRADIENT.name, parts, self.shape))
 
     def scaled(self, parts: Parts, factor: float) -> Parts:
         """Coded again."""
         return self.encode(self.decode(parts) * factor)
 
     def merge(self, weighted: Sequence[tuple[int, Parts]], *, robust: bool = False) -> Parts:
-        """Decoded, merged, and coded again."""
-        decoded = [(weight, self.decode(parts)) for weight, parts in weighted]
-        return self.encode(_merge(decoded, self.shape, robust=robust))
+        """Decoded, merged, and coded again, block by block."""
+        if robust:
+            decoded = [(weight, self.decode(parts)) for weight, parts in weighted]
+            return self.encode(_merge(decoded, self.shape, robust=True))
+        return mean_of(GRADIENT.name, weighted, self.shape)
 
 
 def _merge(weighted: Sequence[tuple[int, Tensor]], shape: torch.Size, *, robust: bool) -> Tensor:
@@ -173,11 +175,6 @@ def _merge(weighted: Sequence[tuple[int, Tensor]], shape: torch.Size, *, robust:
     if robust:
         return coordinate_median(torch.stack([value for _, value in values])).float()
     return weighted_mean(values, shape)[0].float()
-
-
-def importance(second_moment: Tensor) -> Tensor:
-    """How much a silo's text has to say of each element, float64: the root of its second moment, and never 0."""
-    return second_moment.double().sqrt_().add_(LEAST_IMPORTANCE)
 
 
 def check_moments(found: Mapping[str, Parts], agreed: Mapping[str, Moment]) -> None:

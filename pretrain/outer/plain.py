@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pretrain.outer.codec import apply_change, decoded, encode
-from pretrain.outer.merge import add_to_importance_mean, add_to_mean
-from pretrain.outer.moments import importance
+from pretrain.outer.merge import add_to_importance_mean, add_to_mean, importance
 from pretrain.outer.optimizer import OuterOptimizer
 from pretrain.outer.quantize import CHUNK, QUANTIZERS, Parts, sum_of_pairs
 
@@ -39,9 +38,43 @@ def cut(codec: str, of_tensor: Arrays, start: int, stop: int) -> Parts:
     }
 
 
-def decode(codec: str, of_tensor: Arrays, base: NDArray, start: int, stop: int, out: NDArray) -> None:
-    """A block of a pseudo-gradient, float64."""
-    of_base = torch.from_numpy(base[start:stop])
+def code(
+    codec: str,
+    base: NDArray,
+    value: NDArray,
+    residual: NDArray | None,
+    decay: float,
+    start: int,
+    stop: int,
+    difference: NDArray,
+    parts: Arrays,
+) -> None:
+    """Code a block of what a silo sends; `difference` becomes `base - value`, and the residual what is left out.
+
+    Of fp32 nothing is written, as the parts are the values themselves. Raises ValueError for what does not travel.
+    """
+    of_base, of_value = (torch.from_numpy(whole[start:stop]) for whole in (base, value))
+    torch.sub(of_base, of_value, out=torch.from_numpy(difference))
+    left = None if residual is None else torch.from_numpy(residual[start:stop])
+    found = encode(codec, of_base, of_value, residual=left, decay=decay)
+    if codec != "fp32":
+        _keep(codec, found, start, stop, parts)
+
+
+def _keep(codec: str, found: Parts, start: int, stop: int, parts: Arrays) -> None:
+    """Put a block's parts into the tensor's."""
+    for part, value in cut(codec, parts, start, stop).items():
+        value.copy_(found[part])
+
+
+def subtract(codec: str, of_tensor: Arrays, value: NDArray, start: int, stop: int) -> None:
+    """Take what a block's codes stand for from its `value`, fp32."""
+    QUANTIZERS[codec].decode_add(cut(codec, of_tensor, start, stop), torch.from_numpy(value), -1.0)
+
+
+def decode(codec: str, of_tensor: Arrays, base: NDArray | None, start: int, stop: int, out: NDArray) -> None:
+    """A block of a coded difference, float64; codec fp32 needs the base."""
+    of_base = torch.empty(stop - start) if base is None else torch.from_numpy(base[start:stop])
     torch.from_numpy(out).copy_(decoded(codec, of_base, cut(codec, of_tensor, start, stop)))
 
 
@@ -106,5 +139,4 @@ def publish(codec: str, published: NDArray, new: NDArray, start: int, stop: int,
     of_block = torch.from_numpy(published[start:stop])
     parts = encode(codec, of_block, torch.from_numpy(new))
     apply_change(codec, of_block, parts)
-    for part, value in cut(codec, change, start, stop).items():
-        value.copy_(parts[part])
+    _keep(codec, parts, start, stop, change)

@@ -99,6 +99,11 @@ def _pieces(num_elements: int, device: torch.device) -> Iterator[slice]:
     return (slice(start, min(start + piece, num_elements)) for start in range(0, num_elements, piece))
 
 
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is infinite or NaN, which both extremes would be: one pass, and no tensor of answers."""
+    return all(extreme.isfinite().item() for extreme in values.aminmax())
+
+
 def _refuse_non_finite(peaks: Tensor) -> None:
     """`peaks`: the largest magnitudes of all parts of a tensor; NaN where there is a NaN."""
     if not torch.isfinite(peaks).all():
@@ -132,7 +137,7 @@ def _decode_add_values(parts: Parts, out: Tensor, weight: float) -> None:
 
 
 def _check_values(parts: Parts, num_elements: int) -> str | None:
-    return None if torch.isfinite(parts["values"]).all() else "an infinite value or NaN given; allowed: finite values"
+    return None if all_finite(parts["values"]) else "an infinite value or NaN given; allowed: finite values"
 
 
 def _values(name: str, dtype: torch.dtype) -> Quantizer:

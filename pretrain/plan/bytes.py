@@ -4,7 +4,6 @@ Manifests and commits, a few kB of JSON for each version, and what the link adds
 `bytes_sent` count them.
 """
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ import torch
 
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig
-from pretrain.exchange.payload import PARAMETER
+from pretrain.exchange.payload import PARAMETER, header
 from pretrain.merge.terms import shared_moments
 from pretrain.outer.fragments import cut_fragments
 from pretrain.outer.moments import MOMENT, Moment
@@ -26,8 +25,6 @@ from pretrain.sync.among_silos import num_bytes
 
 Shapes = Mapping[str, torch.Size]
 """Name to shape of trained parameters."""
-
-SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,26 +79,15 @@ def fragments(config: RunConfig, shapes: Shapes) -> list[dict[str, torch.Size]]:
 
 
 def payload_bytes(codec: str, shapes: Shapes, moments: Mapping[str, Moment] | None = None) -> int:
-    """Bytes of the file that `payload.save_tensors` makes of these tensors in a codec, and of `moments`.
-
-    The layout is safetensors': eight bytes, a JSON header padded to eight, and the parts, wide types first, then by
-    name: https://github.com/huggingface/safetensors#format
-    """
-    parts: list[tuple[int, str, str, list[int]]] = []
+    """Bytes of the file that `payload.save_tensors` makes of these tensors in a codec, and of `moments`."""
+    layout: dict[str, tuple[torch.dtype, list[int]]] = {}
     for name, shape in shapes.items():
         for part, (dtype, length) in QUANTIZERS[codec].layout(shape.numel()).items():
-            sent = list(shape) if codec == "fp32" else [length]
-            parts.append((-dtype.itemsize, f"{PARAMETER}/{part}/{name}", SAFETENSORS_NAMES[dtype], sent))
+            layout[f"{PARAMETER}/{part}/{name}"] = dtype, list(shape) if codec == "fp32" else [length]
     for name, moment in (moments or {}).items():
         for part, (dtype, size) in moment.layout.items():
-            parts.append((-dtype.itemsize, f"{MOMENT}/{part}/{name}", SAFETENSORS_NAMES[dtype], list(size)))
-    header, offset = {}, 0
-    for negative_width, key, dtype_name, sent in sorted(parts):
-        end = offset - negative_width * math.prod(sent)
-        header[key] = {"dtype": dtype_name, "shape": sent, "data_offsets": [offset, end]}
-        offset = end
-    words = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    return 8 + -(-len(words) // 8) * 8 + offset
+            layout[f"{MOMENT}/{part}/{name}"] = dtype, list(size)
+    return len(header(layout)) + sum(dtype.itemsize * math.prod(size) for dtype, size in layout.values())
 
 
 def traffic(config: RunConfig, shapes: Shapes, silo: str) -> list[Traffic]:

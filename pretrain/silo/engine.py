@@ -175,15 +175,16 @@ class Engine:
         shapes = self.shapes
         for name in shapes if names is None else names:
             shape = shapes[name]
-            buffer = torch.empty(shape, dtype=torch.float32, device=self._ranks.device)
             if values is not None:
-                given_name, value = next(values)
-                assert (given_name, value.shape) == (name, shape)
-                buffer.copy_(value)
+                given_name, given = next(values)
+                assert (given_name, given.shape) == (name, shape)
+                value = given.to(self._ranks.device).contiguous()  # itself, where it is in host memory anyway
+            else:
+                value = torch.empty(shape, dtype=torch.float32, device=self._ranks.device)
             if self._ranks.num_ranks > 1:
-                dist.broadcast(buffer, src=0)
-            self._write_one(name, buffer)
-            del buffer  # before the next one is made
+                dist.broadcast(value, src=0)
+            self._write_one(name, value)
+            del value  # before the next one is made
         _refresh_module(self._deepspeed, self.stage)
 
     def _write_one(self, name: str, value: Tensor) -> None:

@@ -35,9 +35,9 @@ from pretrain.host.foreign import loads, shown
 from pretrain.host.identity import own_identity
 from pretrain.merge.step import Step, shares
 from pretrain.merge.terms import check_norm, contributor, read_delivery, shared_moments
-from pretrain.outer.blocks import squared_norm
-from pretrain.outer.codec import apply_change, check
-from pretrain.outer.digest import Row, digest_rows, tensor_row
+from pretrain.outer.blocks import Adopted, adopt, squared_norms
+from pretrain.outer.codec import check
+from pretrain.outer.digest import Row, digest_rows, tensor_rows
 from pretrain.outer.merge import mean_cosine, unit_sum_squared
 from pretrain.outer.moments import Moment, check_lengths, check_moments
 from pretrain.outer.pieces import Piece
@@ -207,37 +207,33 @@ class AmongSilos:
         uplink, downlink = self._config.outer.codec, self._config.outer.downlink_codec
         parts, others = self._parts(base), [silo != self._silo for silo in self._roster]
         mine = parts[self._index]
-        out = [_pack([coded.parts(piece.key) for piece in part]) for part in parts]
+        own = [coded.parts(piece.key) for piece in mine]
+        out = [_pack([coded.parts(p.key) for p in part if other]) for part, other in zip(parts, others, strict=True)]
         arrived = self._swap(out, [num_bytes(uplink, mine)] * len(parts))
-        arrived[self._index] = out[self._index]
         told_moments, num_moment_bytes = self._swap_moments(coded.moments, base)
         outer = OuterTensors(
             parameters={piece.key: piece.of(base[piece.name]).clone() for piece in mine},
-            kept={kind: {piece.key: of[piece.key].clone() for piece in mine} for kind, of in self._kept.items()},
+            kept={kind: {piece.key: of[piece.key] for piece in mine} for kind, of in self._kept.items()},
         )
         weights, _ = shares(self._config.outer, [manifests[silo] for silo in self._roster])
         shapes = {name: value.shape for name, value in base.items()}
         step = Step(self._config, version, outer, weights=weights, told=told_moments, shapes=shapes, gram=True)
-        changes = self._step(step, outer, mine, arrived)
+        changes = self._step(step, outer, mine, self._unpacked(arrived, uplink, [mine] * len(parts), own))
         self._ledger.keep(version, outer.kept)  # before anybody can have what belongs to it
 
         words = {"update_squared": step.update_squared, "gram": step.gram.tolist(), "kept_digest": outer.kept_digest}
         stepped = self._collective.share(f"{version}/stepped", json.dumps(words))
         change = _pack(changes)
         merged = self._swap([change] * len(parts), [num_bytes(downlink, part) for part in parts])
-        merged[self._index] = change
-        values = self._apply(merged, parts, base)
-        rows = {name: tensor_row(name, value) for name, value in values.items()}
+        values = self._apply(self._unpacked(merged, downlink, parts, changes), parts, base)
+        rows = tensor_rows(values, torch.get_num_threads())
         contributors = [
             contributor(manifests[silo], told[silo], weight) for silo, weight in zip(self._roster, weights, strict=True)
         ]
         moments = step.merged_moments()
         self._commit(version, values, rows, contributors, stepped, moments=moments)
         self._rows |= rows
-        for kind, tensors in outer.kept.items():
-            self._kept[kind] |= tensors
-        sent = sum(len(data) for data, other in zip(out, others, strict=True) if other)
-        received = sum(len(data) for data, other in zip((*arrived, *merged), others * 2, strict=True) if other)
+        sent, received = sum(map(len, out)), sum(map(len, (*arrived, *merged)))
         return Received(
             commit=Commit.from_bytes(self._ledger.words(version).encode()),
             values=values,
@@ -271,19 +267,31 @@ class AmongSilos:
             [0 if index == self._index else size for index, size in enumerate(sizes)],
         )
 
-    def _step(self, step: Step, outer: OuterTensors, mine: Sequence[Piece], arrived: Sequence[Tensor]) -> list[Parts]:
+    def _unpacked(
+        self, arrived: Sequence[Tensor], codec: str, pieces: Sequence[Sequence[Piece]], own: list[Parts]
+    ) -> list[list[Parts]]:
+        """What came from each silo, and `own`, as it is here."""
+        return [
+            own if index == self._index else _unpack(data, codec, of_silo)
+            for index, (data, of_silo) in enumerate(zip(arrived, pieces, strict=True))
+        ]
+
+    def _step(
+        self, step: Step, outer: OuterTensors, mine: Sequence[Piece], arrived: Sequence[Sequence[Parts]]
+    ) -> list[Parts]:
         """Take the step of our part; returns the coded changes of its pieces."""
         codec, num_threads = self._config.outer.codec, torch.get_num_threads()
         coded: dict[str, list[tuple[Parts, Tensor]]] = {piece.key: [] for piece in mine}
-        for silo, data in zip(self._roster, arrived, strict=True):
-            for piece, parts in zip(mine, _unpack(data, codec, mine), strict=True):
+        for silo, of_silo in zip(self._roster, arrived, strict=True):
+            for piece, parts in zip(mine, of_silo, strict=True):
                 self._check(silo, codec, parts, piece)
-                base = outer.parameters[piece.key]
+                coded[piece.key].append((parts, outer.parameters[piece.key]))
+            squared = squared_norms(codec, [coded[piece.key][-1] for piece in mine], num_threads)
+            for piece, one in zip(mine, squared, strict=True):
                 try:
-                    check_norm(squared_norm(codec, parts, base, num_threads) ** 0.5)
+                    check_norm(one**0.5)
                 except ValueError as error:
                     raise PeerLostError(f"silo {silo}: {piece.name}: {error}") from None
-                coded[piece.key].append((parts, base))
         try:
             return list(step.take(mine, lambda piece: coded[piece.key], num_threads=num_threads).values())
         except ValueError as error:
@@ -319,14 +327,20 @@ class AmongSilos:
         return found, len(mine) * (len(self._roster) - 1)
 
     def _apply(
-        self, merged: Sequence[Tensor], parts: Sequence[list[Piece]], base: Mapping[str, Tensor]
+        self, merged: Sequence[list[Parts]], parts: Sequence[list[Piece]], base: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """The fragment after the step: every silo's coded change applied to its part."""
-        values, codec = {name: tensor.clone() for name, tensor in base.items()}, self._config.outer.downlink_codec
-        for silo, data, pieces in zip(self._roster, merged, parts, strict=True):
-            for piece, change in zip(pieces, _unpack(data, codec, pieces), strict=True):
+        values, codec = (
+            {name: torch.empty_like(tensor) for name, tensor in base.items()},
+            self._config.outer.downlink_codec,
+        )
+        changes = []
+        for silo, of_silo, pieces in zip(self._roster, merged, parts, strict=True):
+            for piece, change in zip(pieces, of_silo, strict=True):
                 self._check(silo, codec, change, piece)
-                apply_change(codec, piece.of(values[piece.name]), change)
+                published, new = piece.of(base[piece.name]), piece.of(values[piece.name])
+                changes.append(Adopted(published=published, parts=change, new=new))
+        adopt(codec, changes, torch.get_num_threads())
         return values
 
     def _commit(
@@ -400,10 +414,14 @@ def _pack(coded: Sequence[Parts]) -> Tensor:
 
 
 def _unpack(data: Tensor, codec: str, pieces: Sequence[Piece]) -> list[Parts]:
-    """Coded pieces from bytes."""
+    """Coded pieces from bytes, whose memory they keep; but for what lies where its type cannot."""
     layouts = [_layout(codec, piece) for piece in pieces]
     chunks = iter(data.split([size for layout in layouts for _, _, size in layout]))
-    return [{part: next(chunks).clone().view(dtype) for part, dtype, _ in layout} for layout in layouts]
+    return [{part: _typed(next(chunks), dtype) for part, dtype, _ in layout} for layout in layouts]
+
+
+def _typed(data: Tensor, dtype: torch.dtype) -> Tensor:
+    return (data.clone() if data.storage_offset() % dtype.itemsize else data).view(dtype)
 
 
 def unpack_moments(data: Tensor, moments: Mapping[str, Moment]) -> dict[str, Parts]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pretrain.config.check import ConfigError
@@ -17,7 +18,7 @@ from pretrain.config.keys import RunConfig
 from pretrain.exchange.base import Received
 from pretrain.exchange.payload import PARAMETER, Tensors, save_tensors
 from pretrain.exchange.store import StoreExchange, file_payload, version_path
-from pretrain.outer.digest import Row, digest_rows, tensor_row
+from pretrain.outer.digest import Row, digest_rows, tensor_rows
 from pretrain.outer.fragments import cut_fragments
 from pretrain.outer.pieces import Piece, cut_pieces
 from pretrain.outer.quantize import Parts
@@ -60,7 +61,7 @@ class OwnLedger:
                 *self.draft(
                     0,
                     {f: {n: parameters[n] for n in names} for f, names in enumerate(self._cut(parameters))},
-                    parameters_digest=digest_rows(tensor_row(name, value) for name, value in parameters.items()),
+                    parameters_digest=digest_rows(tensor_rows(parameters, torch.get_num_threads()).values()),
                     outer_digest=OuterTensors(parameters=parameters, kept=kept).kept_digest,
                 )
             )
@@ -84,14 +85,16 @@ class OwnLedger:
     ) -> tuple[Commit, list[Path]]:
         """A commit that is not written yet, and the files that it names."""
         files = [self._file(fragment) for fragment in values]
-        for file, tensors in zip(files, values.values(), strict=True):
-            save_tensors({name: {"values": value} for name, value in tensors.items()}, file, moments=moments)
+        payloads = []
+        for file, (fragment, tensors) in zip(files, values.items(), strict=True):
+            coded = {name: {"values": value} for name, value in tensors.items()}
+            payloads.append(save_tensors(coded, file, fragment=fragment, moments=moments))
         commit = Commit(
             contract_sha256=self.contract_sha256,
             version=version,
             previous=self.sha256(version - 1) if version else None,
             codec="fp32",
-            payloads=[file_payload(file, fragment) for file, fragment in zip(files, values, strict=True)],
+            payloads=payloads,
             state_payloads=[],
             contributors=list(contributors),
             divisor=sum(contributor.weight for contributor in contributors),
@@ -103,9 +106,7 @@ class OwnLedger:
 
     def publish(self, commit: Commit, files: Sequence[Path]) -> None:
         """Write a version for ever, and prune what nobody needs again."""
-        self._store.publish(commit, zip(commit.payloads, files, strict=True))
-        for file in files:
-            file.unlink()
+        self._store.publish(commit, zip(commit.payloads, files, strict=True), give=True)
         self.newest = commit.version
         keep, num_fragments = self._config.exchange.keep_versions, self._schedule.num_fragments
         self._store.prune([self._silo], self.newest, keep, num_fragments)
@@ -152,7 +153,7 @@ class OwnLedger:
             commit = self._store.read_commit(version)
         except RefusedError as error:
             raise ConfigError(f"run directory: {self._store.objects.url} cannot be used: {error}; restore it") from None
-        rows = {name: tensor_row(name, value) for name, value in values.items()}
+        rows = tensor_rows(values, torch.get_num_threads())
         return Received(commit=commit, values=values, rows=rows, bytes_sent=0, bytes_received=0)
 
     def tokens_total(self, version: int, *, above: int) -> int:
@@ -168,7 +169,7 @@ class OwnLedger:
             found, beside = self._tensors(version, payload)
             values |= found
             moments |= beside
-        rows = {name: tensor_row(name, value) for name, value in values.items()}
+        rows = tensor_rows(values, torch.get_num_threads())
         return Received(commit=commit, values=values, rows=rows, moments=moments, bytes_sent=0, bytes_received=0)
 
     def _tensors(self, version: int, payload: Payload) -> tuple[dict[str, Tensor], dict[str, Parts]]:
@@ -199,7 +200,7 @@ class OwnLedger:
         num_silos, index = len(self._config.full_roster), self._config.full_roster.index(self._silo)
         for version, payload in self._store.newest_state(self.newest, self._schedule.num_fragments):
             values, _ = self._tensors(version, payload)
-            rows |= {name: tensor_row(name, value) for name, value in values.items()}
+            rows |= tensor_rows(values, torch.get_num_threads())
             mine = all_pieces(values, num_silos)[index]
             pieces |= {piece.key: piece.of(values[piece.name]).clone() for piece in mine}
         kept = kept_at_start(pieces, self._config.outer.optimizer, self._config.outer.downlink_codec)

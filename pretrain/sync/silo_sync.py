@@ -22,14 +22,15 @@ from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.base import Exchange, Received
 from pretrain.exchange.payload import Tensors, save_tensors
-from pretrain.exchange.store import file_payload
 from pretrain.host.journal import Journal
 from pretrain.host.stopping import StopRequested
 from pretrain.merge.terms import commit_record, shared_moments
-from pretrain.outer.codec import FEEDBACK_DECAY, decoded, encode
-from pretrain.outer.digest import Row, digest_rows, tensor_row
+from pretrain.outer.blocks import Change, NotSentError, code
+from pretrain.outer.codec import FEEDBACK_DECAY, decoded
+from pretrain.outer.digest import Row, digest_rows, tensor_rows
 from pretrain.outer.fragments import cut_fragments
 from pretrain.outer.moments import SecondMoment
+from pretrain.outer.pieces import Piece
 from pretrain.outer.quantize import Parts
 from pretrain.silo.checkpoint import HostTensors, Progress
 from pretrain.silo.engine import Engine
@@ -174,7 +175,7 @@ class SiloSync:
         """After a checkpoint was loaded: wait again for what was in flight when it was written."""
         if not self.ranks.is_leader:
             return
-        self._rows = {name: tensor_row(name, value) for name, value in self.global_parameters.items()}
+        self._rows = tensor_rows(self.global_parameters, torch.get_num_threads())
         for version in range(progress.version + 1, progress.sent + 1):
             self._take_off(version, self._names(engine, version), done(self._outgoing(version)))
 
@@ -268,22 +269,19 @@ class SiloSync:
         progress: Progress,
     ) -> tuple[Manifest, Path]:
         """Code a fragment against the global parameters and write it to the outbox."""
-        coded, norm_squared, outer = {}, 0.0, self.config.outer
+        outer, pieces = self.config.outer, self._exchange.pieces(list(local), self.global_parameters)
         base_digest = digest_rows(self._rows[name] for name in local)
-        for piece in self._exchange.pieces(list(local), self.global_parameters):
-            base, value, residual = piece.of(self.global_parameters[piece.name]), piece.of(local[piece.name]), None
-            norm_squared += torch.linalg.vector_norm(base - value, dtype=torch.float64).item() ** 2
-            if self._decay:
-                whole = self.global_parameters[piece.name]
-                residual = piece.of(self.residuals.setdefault(piece.name, torch.zeros_like(whole)))
-            try:
-                coded[piece.key] = encode(outer.codec, base, value, residual=residual, decay=self._decay)
-            except ValueError as error:
-                raise ConfigError(
-                    f"silo {self.silo}: version {version}: {piece.name}: {error}; nothing was sent"
-                ) from None
+        try:
+            changes = [self._change(piece, local[piece.name]) for piece in pieces]
+            sent = code(outer.codec, changes, self._decay, torch.get_num_threads())
+        except NotSentError as error:
+            number, reason = error.args
+            name = pieces[number].name
+            raise ConfigError(f"silo {self.silo}: version {version}: {name}: {reason}; nothing was sent") from None
+        coded = {piece.key: parts for piece, (parts, _) in zip(pieces, sent, strict=True)}
+        norm_squared = math.fsum(squared for _, squared in sent)
         file = self._outbox / f"{version:06d}.safetensors"
-        save_tensors(coded, file, moments=moments)
+        payload = save_tensors(coded, file, fragment=self.schedule.fragment(version), moments=moments)
         by_speed = self.config.membership.steps == "speed"
         speed = {"seconds_per_step": progress.seconds_per_step} if by_speed else {}
         manifest = Manifest(
@@ -293,7 +291,7 @@ class SiloSync:
             base_version=self.schedule.base(version),
             base_digest=base_digest,
             codec=outer.codec,
-            payloads=[file_payload(file, self.schedule.fragment(version))],
+            payloads=[payload],
             tokens=num_sequences * self.config.sequence_tokens,
             steps=num_sequences // self.config.silos[self.silo].global_batch_sequences,
             tokens_total=progress.position * self.config.sequence_tokens,
@@ -301,6 +299,14 @@ class SiloSync:
         )
         file.with_suffix(".json").write_bytes(manifest.to_bytes())
         return manifest, file
+
+    def _change(self, piece: Piece, local: Tensor) -> Change:
+        whole, residual = self.global_parameters[piece.name], None
+        if self._decay:
+            if piece.name not in self.residuals:
+                self.residuals[piece.name] = torch.zeros_like(whole)
+            residual = piece.of(self.residuals[piece.name])
+        return Change(base=piece.of(whole), value=piece.of(local), residual=residual)
 
     def wait(self, progress: Progress, version: int) -> None:
         """Wait until a version has come. Raises StopRequested on all ranks, and what went wrong beside training."""

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -25,8 +26,9 @@ from pretrain.host.foreign import shown
 from pretrain.host.identity import known_identity, own_identity
 from pretrain.host.software import differences
 from pretrain.merge.terms import check_payload_size, shared_moments
-from pretrain.outer.codec import apply_change, check
-from pretrain.outer.digest import tensor_row
+from pretrain.outer.blocks import Adopted, adopt
+from pretrain.outer.codec import check
+from pretrain.outer.digest import tensor_rows
 from pretrain.outer.moments import check_moments
 from pretrain.outer.pieces import Piece
 from pretrain.outer.quantize import Parts
@@ -305,7 +307,7 @@ class ThroughStore:
             before = values or {name: base[name] for name in tensors.names} if codec else {}
             values = changed_tensors(tensors, codec, before)
             file.unlink()
-        rows = {name: tensor_row(name, value) for name, value in values.items()}
+        rows = tensor_rows(values, torch.get_num_threads())
         num_bytes = sum(payload.num_bytes for _, payload, _ in changes) or whole.num_bytes
         return Received(commit=last, values=values, rows=rows, bytes_sent=0, bytes_received=num_bytes)
 
@@ -335,7 +337,7 @@ class ThroughStore:
             raise
         except (RefusedError, SafetensorError, ValueError) as error:
             raise ConfigError(f"silo {self._silo}: version {version} in the store cannot be used: {error}") from None
-        rows = {name: tensor_row(name, value) for name, value in values.items()}
+        rows = tensor_rows(values, torch.get_num_threads())
         return Received(
             commit=commit, values=values, rows=rows, moments=moments, bytes_sent=0, bytes_received=num_bytes
         )
@@ -385,13 +387,13 @@ def changed_tensors(payload: Tensors, codec: str, base: Mapping[str, Tensor]) ->
         return {name: payload.parts(name)["values"].clone() for name in payload.names}
     if payload.names != sorted(base):
         raise RefusedError("it changes other tensors than those of its fragment")
-    values = {}
+    changes = {}
     for name, before in base.items():
         parts = payload.parts(name)
         try:
             check(codec, parts, before.shape)
         except ValueError as error:
             raise RefusedError(f"{name}: {error}") from None
-        values[name] = before.clone()
-        apply_change(codec, values[name], parts)
-    return values
+        changes[name] = Adopted(published=before, parts=parts, new=torch.empty_like(before))
+    adopt(codec, list(changes.values()), torch.get_num_threads())
+    return {name: change.new for name, change in changes.items()}

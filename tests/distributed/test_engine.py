@@ -71,7 +71,8 @@ def test_parameters_read_back_as_written(results: dict, optimizer: str, stage: i
 @pytest.mark.parametrize(("optimizer", "stage", "precision"), CASES)
 def test_reading_and_writing_hold_one_tensor(results: dict, optimizer: str, stage: int, precision: str) -> None:
     row, padding = results[optimizer, stage, precision], 4
-    assert 0 < row["held_bytes"] <= row["largest_bytes"] + padding
+    assert row["held_bytes"] <= row["largest_bytes"] + padding
+    assert row["held_bytes"] or not stage  # without ZeRO, the leader's is written as it is given
 
 
 @pytest.mark.parametrize(("optimizer", "stage", "precision"), CASES)

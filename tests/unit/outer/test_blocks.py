@@ -1,7 +1,11 @@
-"""One pass over a piece: the compiled stages have the plain ones' bits, whatever the threads."""
+"""One pass over a piece: the compiled stages have the plain ones' bits, whatever the threads.
+
+So has what a silo sends and takes over.
+"""
 
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,10 +16,24 @@ import torch
 from torch import Tensor
 
 from pretrain.outer import blocks, plain
-from pretrain.outer.blocks import Coded, OutOfRangeError, Rule, Stepped, Target, squared_norm, take_steps
-from pretrain.outer.codec import CODECS, decoded, encode
+from pretrain.outer.blocks import (
+    Adopted,
+    Change,
+    Coded,
+    NotSentError,
+    OutOfRangeError,
+    Rule,
+    Stepped,
+    Target,
+    adopt,
+    code,
+    squared_norm,
+    take_steps,
+)
+from pretrain.outer.codec import CODECS, apply_change, decoded, encode
 from pretrain.outer.moments import SecondMoment
 from pretrain.outer.optimizer import MOMENTS, OuterOptimizer
+from pretrain.outer.quantize import Parts
 from pretrain.outer.robust import coordinate_median
 from tests.support import ROOT
 from tests.unit.outer.test_outer import same_bits
@@ -131,7 +149,7 @@ def test_the_norm_is_that_of_what_is_decoded(codec: str) -> None:
     base = odd_values(0, 0.02)
     parts = encode(codec, base, base - odd_values(1, 1e-3))
     expected = math.fsum(value * value for value in decoded(codec, base, parts).view(-1).tolist())
-    assert squared_norm(codec, parts, base, 2) == pytest.approx(expected, rel=1e-14)
+    assert squared_norm(codec, parts, base.shape, base=base, num_threads=2) == pytest.approx(expected, rel=1e-14)
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -158,3 +176,112 @@ def test_without_a_folder_for_machine_code_it_says_so() -> None:
     assert said_of("pass") == "\n"
     locators = "from numba.core.caching import CacheImpl; CacheImpl._locator_classes = []"
     assert said_of(locators).startswith("numba finds no folder that can be written, and compiles anew")
+
+
+# ---- what a silo sends and takes over
+
+
+def to_send(seed: int, *, feedback: bool) -> Change:
+    base = odd_values(seed, 0.02)
+    residual = odd_values(seed + 1, 1e-3) if feedback else None
+    return Change(base=base, value=base - odd_values(seed + 2, 1e-3), residual=residual)
+
+
+def coded_bits(changes: list[Change], found: list[tuple[Parts, float]]) -> list[Tensor]:
+    residuals = [change.residual for change in changes if change.residual is not None]
+    norms = [torch.tensor(squared, dtype=torch.float64) for _, squared in found]
+    return [*(value for parts, _ in found for _, value in sorted(parts.items())), *residuals, *norms]
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.parametrize("decay", [None, 1.0, 0.95])
+@pytest.mark.parametrize("codec", CODECS)
+def test_what_is_sent_has_the_bits_of_encode(
+    codec: str, decay: float | None, num_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert blocks.stages is not plain, "numba is missing"
+    monkeypatch.setattr(blocks, "RANGE_ELEMENTS", blocks.BLOCK_ELEMENTS)
+    found = []
+    for stages in (blocks.stages, plain):
+        monkeypatch.setattr(blocks, "stages", stages)
+        changes = [to_send(seed, feedback=decay is not None) for seed in (3, 7)]
+        found.append(coded_bits(changes, code(codec, changes, decay or 0.0, num_threads)))
+    changes, expected = [to_send(seed, feedback=decay is not None) for seed in (3, 7)], []
+    for change in changes:
+        parts = encode(codec, change.base, change.value, residual=change.residual, decay=decay or 0.0)
+        squares = math.fsum(one * one for one in (change.base - change.value).double().view(-1).tolist())
+        expected.append((parts, squares))
+    for one, other, wanted in zip(*found, coded_bits(changes, expected), strict=True):
+        assert same_bits(one, other)
+        assert one.item() == pytest.approx(wanted.item(), rel=1e-14) if wanted.ndim == 0 else same_bits(one, wanted)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("shape", [(1,), (128,), (3, 129), (2, 1 << 14)])
+def test_any_size_is_sent(codec: str, shape: tuple[int, ...]) -> None:
+    """Of values that lie in memory in another order."""
+    value = torch.randn(shape[::-1], generator=torch.Generator().manual_seed(1))
+    value = value.permute(*range(value.ndim - 1, -1, -1))
+    [(parts, _)] = code(codec, [Change(base=torch.zeros(shape), value=value)])
+    assert all(same_bits(parts[part], wanted) for part, wanted in encode(codec, torch.zeros(shape), value).items())
+
+
+@pytest.mark.parametrize("feedback", [False, True])
+@pytest.mark.parametrize("place", [0, -1])
+@pytest.mark.parametrize("stages", ["fused", "plain"])
+@pytest.mark.parametrize("codec", CODECS)
+def test_what_is_not_finite_is_never_sent(
+    codec: str, stages: str, place: int, feedback: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "stages", plain if stages == "plain" else blocks.stages)
+    for bad in (math.inf, math.nan):
+        changes = [to_send(seed, feedback=feedback) for seed in (3, 7)]
+        changes[1].value.view(-1)[place] = bad
+        with pytest.raises(NotSentError) as caught:
+            code(codec, changes, 0.5)
+        number, reason = caught.value.args
+        assert number == 1
+        assert re.fullmatch(r"[^\n]*infinite or NaN[^\n]*; allowed: finite values", reason)
+
+
+@pytest.mark.parametrize("codec", [codec for codec in CODECS if codec != "fp32"])
+def test_feedback_that_leads_out_of_range_is_never_sent(codec: str) -> None:
+    """All three are finite, their sum is not."""
+    whole = [torch.full((256,), value) for value in (1e38, -2e38, 3e38)]
+    with pytest.raises(NotSentError, match="infinite or NaN"):
+        code(codec, [Change(base=whole[0], value=whole[1], residual=whole[2])], 1.0)
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.parametrize("codec", CODECS)
+def test_what_is_taken_over_has_the_bits_of_apply_change(
+    codec: str, num_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "RANGE_ELEMENTS", blocks.BLOCK_ELEMENTS)
+    changes, expected = [], []
+    for seed in (3, 7):
+        published = odd_values(seed, 0.02)
+        parts = encode(codec, published, published - odd_values(seed + 1, 1e-3))
+        if "scales" in parts:
+            parts["scales"][5] = 0.0  # none of ours sends it, and it is allowed
+        changes.append((published, parts))
+        expected.append(published.clone())
+        apply_change(codec, expected[-1], parts)
+    for stages in (blocks.stages, plain):
+        monkeypatch.setattr(blocks, "stages", stages)
+        works = [Adopted(published=p, parts=parts, new=torch.full(SHAPE, math.nan)) for p, parts in changes]
+        adopt(codec, works, num_threads)
+        assert all(same_bits(one.new, wanted) for one, wanted in zip(works, expected, strict=True))
+        assert all(same_bits(one.published, odd_values(seed, 0.02)) for one, seed in zip(works, (3, 7), strict=True))
+
+
+def test_half_numbers_at_their_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Largest and smallest of fp32 and bf16, and what lies between two."""
+    one = torch.tensor([3.4028235e38, 3.3895314e38, 3.394e38, 1e-45, 9.2e-41, 2**-126, 1.00390625, 1.01171875, 0.0])
+    value = torch.cat([one, -one])
+    found = []
+    for stages in (blocks.stages, plain):
+        monkeypatch.setattr(blocks, "stages", stages)
+        changes = [Change(base=torch.zeros(18), value=value, residual=torch.full((18,), -0.0))]
+        found.append(coded_bits(changes, code("bf16", changes, 1.0)))
+    assert all(same_bits(a, b) for a, b in zip(*found, strict=True))

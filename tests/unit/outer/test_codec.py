@@ -13,8 +13,10 @@ from torch import Tensor
 
 from pretrain.config import check as config_check
 from pretrain.exchange.payload import Tensors, save_tensors
+from pretrain.exchange.store import file_payload
 from pretrain.outer.codec import CODECS, FEEDBACK_DECAY, apply_change, check, decoded, encode
 from pretrain.outer.digest import digest_tensors, tensor_sha256
+from pretrain.outer.moments import MeanGradient, SecondMoment
 from pretrain.outer.optimizer import OuterOptimizer
 from pretrain.outer.quantize import BLOCK, Parts
 
@@ -353,3 +355,19 @@ def test_what_is_no_payload(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "payload").write_bytes(data)
     with pytest.raises(SafetensorError):
         Tensors(tmp_path / "payload")
+
+
+def test_a_payload_has_the_bytes_of_safetensors_own(tmp_path: Path) -> None:
+    """Whose sorting goes by the type first; names may be any text. And it is named by what was written."""
+    codecs = {"b": "fp32", 'é"\n\x7f': "int4", "a": "topk"}
+    coded = {name: encode(codec, normal(1), normal(2)) for name, codec in codecs.items()}
+    moments = {"b": SecondMoment(SHAPE).encode(normal(3).square()), "m": MeanGradient(SHAPE).encode(normal(4))}
+    kinds = {"target": coded, "moment": moments}
+    expected = save({f"{k}/{p}/{n}": t for k, of in kinds.items() for n, parts in of.items() for p, t in parts.items()})
+    file = tmp_path / "new" / "payload"
+    payload = save_tensors(coded, file, "target", fragment=3, moments=moments)
+    assert file.read_bytes() == expected
+    assert payload == file_payload(file, 3)
+    opened = Tensors(file, "target")
+    save_tensors({}, file)  # a file of its own: the other one is still being read
+    assert same_bits(opened.parts("b")["values"], coded["b"]["values"])

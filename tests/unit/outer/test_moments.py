@@ -7,16 +7,8 @@ import pytest
 import torch
 
 from pretrain.exchange.payload import Tensors, save_tensors
-from pretrain.outer.merge import importance_mean
-from pretrain.outer.moments import (
-    LEAST_IMPORTANCE,
-    MeanGradient,
-    SecondMoment,
-    bounded,
-    check_lengths,
-    check_moments,
-    importance,
-)
+from pretrain.outer.merge import LEAST_IMPORTANCE, importance, importance_mean, weighted_mean
+from pretrain.outer.moments import MeanGradient, SecondMoment, bounded, check_lengths, check_moments
 from pretrain.outer.quantize import Parts
 
 MATRIX_MOMENT, ROW_MOMENT = SecondMoment(torch.Size([3, 2])), SecondMoment(torch.Size([2, 3]))
@@ -30,6 +22,17 @@ def test_a_matrix_is_its_rows_and_columns() -> None:
     assert torch.equal(MATRIX_MOMENT.decode(parts), MATRIX)  # of rank one, so nothing is lost
     zero = MATRIX_MOMENT.encode(torch.zeros(3, 2))
     assert MATRIX_MOMENT.decode(zero).tolist() == [[0.0, 0.0]] * 3
+
+
+def test_mean_gradients_merge_to_the_code_of_their_mean() -> None:
+    shape = torch.Size([301, 257])
+    moment, of_silos = MeanGradient(shape), []
+    for seed in (1, 2, 3):
+        value = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) / seed
+        of_silos.append((seed, moment.encode(value)))
+    mean, _ = weighted_mean(((weight, moment.decode(parts).double()) for weight, parts in of_silos), shape)
+    for part, value in moment.encode(mean.float()).items():
+        assert torch.equal(moment.merge(of_silos)[part], value)
 
 
 def test_the_means_of_rows_and_columns_survive() -> None:
