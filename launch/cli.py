@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from data_tools.cli import app as data_app
-from pretrain.config.check import ConfigError, check_url
+from pretrain.config.check import ConfigError, check_url, named
 from pretrain.config.keys import ExchangeConfig
 from pretrain.config.load import CONFIG_FILE, load_config, load_run
 from pretrain.config.paths import expand_home
@@ -207,7 +207,7 @@ def train(
 
     checked = load_config(config, overrides or [])
     if silo not in checked.silos:
-        raise ConfigError(f"--silo: {silo!r} given; allowed: {', '.join(sorted(checked.silos))}")
+        raise ConfigError(f"--silo: {silo!r} given; allowed: {named(sorted(checked.silos))}")
     if checked.silos[silo].num_nodes != 1:
         raise ConfigError(f"silos.{silo}.num_nodes: {checked.silos[silo].num_nodes} given; allowed: 1 with atoll train")
     check_silo(checked, silo)

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pretrain.config.check import ConfigError
+from pretrain.config.check import ConfigError, named
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import load_config
 from pretrain.exchange.lease import Lease
@@ -259,7 +259,7 @@ class Aggregator:
         )
         print(
             f"commit {state.version:5d}/{self._schedule.num_versions}  fragment {fragment}  "
-            f"silos {', '.join(c.silo for c in contributors)}  divisor {divisor}  update {metrics['update_norm']:.4f}  "
+            f"silos {named([c.silo for c in contributors])}  divisor {divisor}  update {metrics['update_norm']:.4f}  "
             f"cosine {metrics['cosine_mean']:+.3f}  digest {state.parameters_digest[:12]}",
             flush=True,
         )

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from pretrain.config.check import ConfigError, check_batch
+from pretrain.config.check import ConfigError, check_batch, named
 from pretrain.config.keys import RunConfig, SiloConfig
 from pretrain.config.load import load_config
 from pretrain.exchange.base import Exchange
@@ -397,7 +397,7 @@ def main() -> int:
     try:
         config = load_config(arguments.config, arguments.overrides)
         if arguments.silo not in config.silos:
-            raise ConfigError(f"--silo: {arguments.silo!r} given; allowed: {', '.join(sorted(config.silos))}")
+            raise ConfigError(f"--silo: {arguments.silo!r} given; allowed: {named(sorted(config.silos))}")
         caches = use_writable_caches(Path(config.directory))
         if is_leader:
             for line in filter(None, (caches, slower)):

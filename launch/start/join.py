@@ -13,7 +13,7 @@ from launch.show.status_reader import StoreStatus, store_status
 from launch.start.local import launch_silo, write_resolved
 from launch.start.site import SiteConfig, check_gpus, load_site
 from launch.start.slurm import launch_slurm
-from pretrain.config.check import ConfigError
+from pretrain.config.check import ConfigError, named
 from pretrain.config.keys import RunConfig
 from pretrain.federation import join as joining
 from pretrain.federation.join import Federation, Link, Size
@@ -118,10 +118,10 @@ class Says:
             f"{outer.optimizer}, lr {outer.lr:g}; merged by {outer.merge}",
         )
         enough = "every version waits for all" if quorum is None else f"{quorum} are enough for a version"
-        self.line("roster", f"{', '.join(agreed.full_roster)}; {enough}")
+        self.line("roster", f"{named(agreed.full_roster)}; {enough}")
         alive = [name for name, silo in status.silos.items() if silo.life.is_alive]
         version = "no version yet" if status.version is None else f"version {status.version} of {status.num_versions}"
-        self.line("now", f"{version}; silos alive: {', '.join(alive) or 'none'}; aggregator {status.aggregator.words}")
+        self.line("now", f"{version}; silos alive: {named(alive) or 'none'}; aggregator {status.aggregator.words}")
         if not status.aggregator.is_alive and not status.is_finished:
             self.warning("without an aggregator there is no commit: until it runs, silos wait")
         self.line("software", ", ".join(f"{name} {version}" for name, version in installed().items()))

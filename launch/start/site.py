@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch.show.display import AGGREGATOR
-from pretrain.config.check import ConfigError
+from pretrain.config.check import ConfigError, named
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import Section, load_typed, spread
 
@@ -78,7 +78,7 @@ def load_site(paths: list[Path], config: RunConfig) -> SiteConfig:
     def prepare(given: Section) -> None:
         unknown = sorted(set(given.get("silos") or {}) - set(config.full_roster))
         if unknown:
-            raise ConfigError(f"silos.{unknown[0]}: unknown silo given; allowed: {', '.join(config.full_roster)}")
+            raise ConfigError(f"silos.{unknown[0]}: unknown silo given; allowed: {named(config.full_roster)}")
         sections = spread(given.get("job"), {AGGREGATOR: given.get(AGGREGATOR), **(given.get("silos") or {})})
         given[AGGREGATOR] = sections.pop(AGGREGATOR)
         given["silos"] = spread(given.get("job"), dict.fromkeys(config.silos)) | sections

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.start.workers import KEEP_FREED_MEMORY, silo_command
-from pretrain.config.check import ConfigError
+from pretrain.config.check import ConfigError, named
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import save_config
 
@@ -48,7 +48,7 @@ def node_commands(
 def check_options(config: RunConfig, silo: str, hosts: list[str], port: int) -> None:
     """Raise ConfigError for an unknown silo, as many hosts as it has no nodes, or a port that nobody may serve."""
     if silo not in config.silos:
-        raise ConfigError(f"--silo: {silo!r} given; allowed: {', '.join(sorted(config.silos))}")
+        raise ConfigError(f"--silo: {silo!r} given; allowed: {named(sorted(config.silos))}")
     settings = config.silos[silo]
     if len(set(hosts)) != settings.num_nodes or len(hosts) != settings.num_nodes:
         raise ConfigError(

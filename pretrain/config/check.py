@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -23,6 +24,7 @@ OWN_MEMORY = ("memory", "data", "blockcache", "cached", "filecache", "simplecach
 SILO_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 # It may come from another institution, and goes into batch scripts.
 RUN_NAME = re.compile(r"[\w.-]{1,100}")
+MOST_NAMED = 12  # silos in a line
 
 # Keys of DeepSpeed's configuration that are computed from ours; giving them twice could only contradict.
 OWNED_DEEPSPEED_KEYS = {
@@ -40,6 +42,13 @@ OWNED_DEEPSPEED_KEYS = {
 
 class ConfigError(ValueError):
     """A user's mistake, said in one line: what was given, what is allowed, which key to change."""
+
+
+def named(names: Sequence[str]) -> str:
+    """Names for a line: those of many silos are counted, not told."""
+    if len(names) <= MOST_NAMED:
+        return ", ".join(names)
+    return f"{', '.join(names[:MOST_NAMED])}, ... ({len(names):,} in all)"
 
 
 def _require(ok: bool, key: str, given: object, allowed: str) -> None:
@@ -195,7 +204,7 @@ def _check_roster(config: RunConfig) -> None:
         fits = SILO_NAME.fullmatch(name) and name != "aggregator"
         _require(bool(fits), key, name, "names of a-z, 0-9, _ and -, and not aggregator")
     for name, silo in config.silos.items():
-        _require(name in config.full_roster, "silos", name, f"names of the roster: {', '.join(config.full_roster)}")
+        _require(name in config.full_roster, "silos", name, f"names of the roster: {named(config.full_roster)}")
         _check_silo(name, silo)
 
 

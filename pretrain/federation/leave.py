@@ -1,6 +1,6 @@
 """A silo's word that it takes part no more. No torch."""
 
-from pretrain.config.check import ConfigError
+from pretrain.config.check import ConfigError, named
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.store import StoreExchange
 from pretrain.host.lock import lock_directory
@@ -14,7 +14,7 @@ def say_left(config: RunConfig, silo: str) -> int:
             f"exchange.kind: {config.exchange.kind!r} given; a silo can leave only a run through a 'store'"
         )
     if silo not in config.full_roster:
-        raise ConfigError(f"--silo: {silo!r} given; allowed: {', '.join(config.full_roster)}")
+        raise ConfigError(f"--silo: {silo!r} given; allowed: {named(config.full_roster)}")
     if not config.membership.is_elastic:
         raise ConfigError("membership.quorum: null given; without a quorum every version waits for all of the roster")
     exchange = StoreExchange.of_run(config)

@@ -10,17 +10,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pretrain.config.check import named
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.payload import Tensors
 from pretrain.exchange.store import StoreExchange
 from pretrain.host.foreign import loads, shown
 from pretrain.host.journal import Journal
 from pretrain.outer.rounds import deadline_seconds, participants
+from pretrain.outer.threads import in_threads
 from pretrain.trust.ledger import Commit, Manifest, RefusedError
 
 ARRIVALS = 64  # how many of the newest ones the deadline follows from
 NORMS = 8  # and how many of a silo's own pseudo-gradients of a fragment a new one is compared with
 SAYS_AFTER_SECONDS = 5.0
+LOOKS_AT_ONCE = 16  # a look is a few requests to the store, and where there is something a download and its check
 ABSURDLY_FASTER = 10_000.0  # than the median of the others: no pair of machines differs as much
 
 
@@ -75,8 +78,10 @@ class Collector:
         refused: set[str] = set()
         announced = ""
         while True:
-            for silo in chosen:
-                if silo not in arrived and silo not in refused and (found := self._look(silo, version, verify)):
+            pending = [silo for silo in chosen if silo not in arrived and silo not in refused]
+            looks = in_threads(lambda silo: self._look(silo, version, verify), pending, LOOKS_AT_ONCE)
+            for silo, found in zip(pending, looks, strict=True):
+                if found:
                     arrived[silo] = found
                     self._arrivals.append(time.monotonic() - began)
             missing = [silo for silo in self._awaited(chosen) if silo not in arrived and silo not in refused]
@@ -91,7 +96,7 @@ class Collector:
                 if len(chosen) - len(refused) < needed:
                     raise RefusedError(
                         f"version {version}: it needs the deliveries of {needed} silos, and that of "
-                        f"{', '.join(f'{silo} is refused for good: {reason}' for silo, reason in absurd.items())}"
+                        f"{named([f'{silo} is refused for good: {reason}' for silo, reason in absurd.items()])}"
                     )
                 continue
             words = self._words(version, missing, len(arrived), deadline)
@@ -137,7 +142,7 @@ class Collector:
     def _words(self, version: int, missing: list[str], num_arrived: int, deadline: float) -> str:
         """What is waited for, and until when."""
         quorum = self._rules.quorum
-        what = f"silo {', '.join(missing)}: delivery for version {version}"
+        what = f"silo {named(missing)}: delivery for version {version}"
         if quorum is None:
             return what
         if not missing:

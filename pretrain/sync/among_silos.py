@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.config.check import ConfigError
+from pretrain.config.check import ConfigError, named
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.base import Received
 from pretrain.exchange.collective import Collective, Lane, PeerLostError, connect
@@ -84,7 +84,7 @@ class AmongSilos:
     @property
     def waiting_for(self) -> str:
         """The silos that have not come as far as we have."""
-        return ", ".join(f"silo {silo}" for silo in self._collective.missing)
+        return named([f"silo {silo}" for silo in self._collective.missing])
 
     # ---- coming and going
 
@@ -377,7 +377,7 @@ class AmongSilos:
         if number < len(found):
             odd = [silo for silo in self._roster if found[silo] != usual or 2 * number <= len(found)]
             raise PeerLostError(
-                f"silo {', '.join(odd)}: another version {version} than the other silos' came out of the same "
+                f"silo {named(odd)}: another version {version} than the other silos' came out of the same "
                 "deliveries; the version is not written"
             )
         self._ledger.publish(commit, files)

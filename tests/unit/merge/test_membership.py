@@ -5,6 +5,7 @@ import re
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pretrain.trust.ledger import RefusedError
 from tests.conftest import TinyConfig
 from tests.support import TinyText, one_line_error, tiny_silo
 from tests.unit.test_aggregate import GOOD, Hand, commit_of, one_version, plus_noise, start, times
+from tests.waiting import wait_for
 
 ROSTER = ("alpha", "beta", "gamma")
 SOON = {"quorum": 2, "deadline_floor_seconds": 0.4, "deadline_ceiling_seconds": 0.4}
@@ -327,3 +329,20 @@ def test_a_join_with_another_contract_is_refused(make: Any) -> None:
     start(make(quorum=2))
     message = one_line_error(lambda: start(make(quorum=3)))
     assert "it holds a run with another contract: membership.quorum is 3 here and 2 there" in message
+
+
+def test_many_silos_deliver_at_once_and_are_counted_in_lines(
+    tiny_config: TinyConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    others = [f"s{index:02d}" for index in range(40)]
+    config = tiny_config(tmp_path, outer={"optimizer": "sgd", "lr": 1.0}, roster=["alpha", "beta", *others])
+    aggregator, state = start(config)
+    for silo in ("alpha", *others):
+        GOOD.deliver(config, silo, state, times(state, 2.0))
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(one_version, aggregator, state)
+        wait_for(lambda: "waiting for silo beta" in capsys.readouterr().out)
+        GOOD.deliver(config, "beta", state, times(state, 2.0))
+        waiting.result(60)
+    assert silos_of(commit_of(config, 1)) == sorted(["alpha", "beta", *others])
+    assert f"silos alpha, beta, {', '.join(others[:10])}, ... (42 in all)  divisor" in capsys.readouterr().out
