@@ -16,6 +16,7 @@ from itertools import count
 from typing import Any
 from urllib.parse import urlsplit
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -51,18 +52,18 @@ class Lane:
         except RuntimeError as error:
             raise PeerLostError(f"silo {silo} cannot connect lane {lane} with all others: {error}") from None
 
-    def swap(self, out: Sequence[Tensor], into: Sequence[Tensor]) -> None:
+    def swap(self, out: Sequence[Sequence[Tensor]], into: Sequence[Tensor]) -> None:
         """Send each silo its bytes, `out`, and fill `into` with theirs, both in the roster's order; ours are left out.
 
-        Raises PeerLostError.
+        What is sent may lie in several places, one behind the other for whoever receives it. Raises PeerLostError.
         """
         work: list[tuple[int, dist.Work]] = []
         group: Any = self._group  # torch's types leave send and recv out
         for peer in (peer for peer in range(len(self._roster)) if peer != self._me):
             with self._naming(peer):  # of a peer that is known to be gone, nothing more is taken
-                for pass_on, data in ((group.recv, into[peer]), (group.send, out[peer])):
-                    messages = data.split(MESSAGE_BYTES) if len(data) else ()
-                    work += [(peer, pass_on([message], peer, tag)) for tag, message in enumerate(messages)]
+                for pass_on, data in ((group.recv, into[peer : peer + 1]), (group.send, out[peer])):
+                    for tag, message in enumerate(messages(data)):
+                        work.append((peer, pass_on([message], peer, tag)))
         for peer, passing in work:
             with self._naming(peer):
                 passing.wait(self._timeout)
@@ -74,6 +75,26 @@ class Lane:
         except RuntimeError as error:
             reason = str(error).split("] ")[-1].split(". ")[0]
             raise PeerLostError(f"silo {self._roster[peer]} is lost: {reason}") from None
+
+
+def messages(parts: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Bytes that lie in several places, cut after every MESSAGE_BYTES; copied where a cut has more than one place."""
+    waiting: list[Tensor] = []
+    num_bytes = 0
+    for part in parts:
+        done = 0
+        while done < len(part):
+            waiting.append(part[done : done + MESSAGE_BYTES - num_bytes])
+            done, num_bytes = done + len(waiting[-1]), num_bytes + len(waiting[-1])
+            if num_bytes == MESSAGE_BYTES:
+                yield _joined(waiting)
+                waiting, num_bytes = [], 0
+    if waiting:
+        yield _joined(waiting)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 class Collective:

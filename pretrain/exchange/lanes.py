@@ -18,28 +18,29 @@ class Lanes:
         """`group` has the silo's ranks 0 to `num_lanes` - 1, for these messages alone; unused with one lane."""
         self._first, self._num_lanes, self._group = first, num_lanes, group
 
-    def swap(self, out: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+    def swap(self, out: Sequence[Sequence[Tensor]], sizes: Sequence[int]) -> list[Tensor]:
         """Send every silo its bytes, `out`, and return theirs, of `sizes`; ours stay out.
 
-        Raises PeerLostError.
+        What is sent to one may lie in several places. Raises PeerLostError.
         """
         into = [torch.empty(size, dtype=torch.uint8) for size in sizes]
         shares = [
-            ([_share(t, i, self._num_lanes) for t in out], [_share(t, i, self._num_lanes) for t in into])
+            ([_share(parts, i, self._num_lanes) for parts in out], [_share([t], i, self._num_lanes) for t in into])
             for i in range(self._num_lanes)
         ]
         for lane, (mine, theirs) in enumerate(shares[1:], 1):
-            dist.send(torch.tensor([len(t) for t in (*mine, *theirs)]), lane, self._group)
-            _send(torch.cat(mine), lane, self._group)
-        self._first.swap(*shares[0])
+            counts = [sum(map(len, parts)) for parts in (*mine, *theirs)]
+            dist.send(torch.tensor(counts), lane, self._group)
+            _send(torch.cat([part for parts in mine for part in parts]), lane, self._group)
+        self._first.swap(shares[0][0], [share for (share,) in shares[0][1]])
         for lane, (_, theirs) in enumerate(shares[1:], 1):
             failed = torch.empty(1, dtype=torch.int64)
             dist.recv(failed, lane, self._group)
             if failed:
                 raise PeerLostError(bytes(_receive(int(failed), lane, self._group).numpy()).decode())
-            arrived = _receive(sum(map(len, theirs)), lane, self._group)
-            for share, part in zip(theirs, arrived.split([len(t) for t in theirs]), strict=True):
-                share.copy_(part)
+            for (share,) in theirs:
+                if len(share):
+                    dist.recv(share, lane, self._group)
         return into
 
     def close(self, num_silos: int) -> None:
@@ -61,20 +62,26 @@ def carry(make_lane: Callable[[], Lane], group: dist.ProcessGroup, num_silos: in
             return
         out_sizes, in_sizes = sizes[:num_silos].tolist(), sizes[num_silos:].tolist()
         out = _receive(sum(out_sizes), 0, group).split(out_sizes)
-        into = torch.empty(sum(in_sizes), dtype=torch.uint8)
+        into = [torch.empty(size, dtype=torch.uint8) for size in in_sizes]
         error = b""
         try:
             lane = lane or make_lane()
-            lane.swap(out, into.split(in_sizes))
+            lane.swap([[data] for data in out], into)
         except (PeerLostError, dist.DistError) as lost:
             error = str(lost).encode()
         dist.send(torch.tensor([len(error)]), 0, group)
-        _send(torch.frombuffer(bytearray(error), dtype=torch.uint8) if error else into, 0, group)
+        for data in [torch.frombuffer(bytearray(error), dtype=torch.uint8)] if error else into:
+            _send(data, 0, group)
 
 
-def _share(data: Tensor, lane: int, num_lanes: int) -> Tensor:
-    cuts = [len(data) * part // num_lanes for part in range(num_lanes + 1)]
-    return data[cuts[lane] : cuts[lane + 1]]
+def _share(parts: Sequence[Tensor], lane: int, num_lanes: int) -> list[Tensor]:
+    """What a lane has of bytes that lie one behind the other; one piece of each place, which may be empty."""
+    total, before, found = sum(map(len, parts)), 0, []
+    first, last = total * lane // num_lanes, total * (lane + 1) // num_lanes
+    for part in parts:
+        found.append(part[max(0, first - before) : max(0, last - before)])
+        before += len(part)
+    return found
 
 
 def _send(data: Tensor, rank: int, group: dist.ProcessGroup | None) -> None:

@@ -7,13 +7,14 @@ the header and the tensors that are asked for are read.
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from pretrain.outer.moments import MOMENT
 from pretrain.outer.quantize import Parts
@@ -36,8 +37,6 @@ def save_tensors(
 
     The bytes are those of safetensors' own `save_file`. Whoever has an older file of the name open keeps that.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.unlink(missing_ok=True)
     kinds = {kind: coded, MOMENT: moments or {}}
     tensors = {
         f"{kind}/{part}/{name}": value
@@ -45,18 +44,31 @@ def save_tensors(
         for name, parts in tensors.items()
         for part, value in parts.items()
     }
+    digest = hashlib.sha256()
+    num_bytes = _write_file(tensors, file, digest.update)
+    return Payload(fragment=fragment, file=file.name, sha256=digest.hexdigest(), num_bytes=num_bytes)
+
+
+def keep_tensors(values: Mapping[str, Tensor], file: Path, kind: str) -> None:
+    """Write named tensors to a file of our own, whose hash nobody is told."""
+    _write_file({f"{kind}/values/{name}": value for name, value in values.items()}, file, lambda block: None)
+
+
+def _write_file(tensors: Mapping[str, Tensor], file: Path, hear: Callable[[memoryview | bytes], None]) -> int:
+    """Write tensors by key; all that is written is heard, block by block. Returns the number of bytes."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.unlink(missing_ok=True)
     words = header({key: (value.dtype, list(value.shape)) for key, value in tensors.items()})
-    digest, num_bytes = hashlib.sha256(words), len(words)
     with file.open("xb", buffering=0) as opened:
-        opened.write(words)
+        hear(words)
+        _write(opened, memoryview(words))
         for key in in_order({key: value.dtype for key, value in tensors.items()}):
             flat = tensors[key].detach().contiguous().view(-1).view(torch.uint8).numpy().data
             for start in range(0, len(flat), BLOCK_BYTES):
                 block = flat[start : start + BLOCK_BYTES]
-                digest.update(block)
+                hear(block)
                 _write(opened, block)
-            num_bytes += len(flat)
-    return Payload(fragment=fragment, file=file.name, sha256=digest.hexdigest(), num_bytes=num_bytes)
+        return opened.tell()
 
 
 def _write(opened: FileIO, block: memoryview) -> None:

@@ -124,7 +124,7 @@ class AmongSilos:
             commit = Commit.from_bytes(said[ahead[0]])
             gift = _bytes(self._ledger.payload(last) if self._silo == ahead[0] else b"")
             num_bytes = 0 if has_it else commit.payloads[0].num_bytes
-            out = [gift if silo in behind else gift[:0] for silo in self._roster]
+            out = [[gift] if silo in behind else [] for silo in self._roster]
             arrived = self._lanes.swap(out, [num_bytes if silo == ahead[0] else 0 for silo in self._roster])
             if not has_it:
                 self._ledger.take(commit, arrived[self._roster.index(ahead[0])].numpy().tobytes())
@@ -233,13 +233,13 @@ class AmongSilos:
         moments = step.merged_moments()
         self._commit(version, values, rows, contributors, stepped, moments=moments)
         self._rows |= rows
-        sent, received = sum(map(len, out)), sum(map(len, (*arrived, *merged)))
+        sent, received = sum(map(_length, out)) + _length(change) * sum(others), sum(map(len, (*arrived, *merged)))
         return Received(
             commit=Commit.from_bytes(self._ledger.words(version).encode()),
             values=values,
             rows=rows,
             moments=moments,
-            bytes_sent=sent + len(change) * sum(others) + num_moment_bytes,
+            bytes_sent=sent + num_moment_bytes,
             bytes_received=received + num_moment_bytes,
         )
 
@@ -259,11 +259,10 @@ class AmongSilos:
                 raise PeerLostError(f"silo {silo}: its part of version {version}: {error}") from None
         return manifests
 
-    def _swap(self, out: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+    def _swap(self, out: Sequence[list[Tensor]], sizes: Sequence[int]) -> list[Tensor]:
         assert self._lanes
-        none = torch.empty(0, dtype=torch.uint8)
         return self._lanes.swap(
-            [none if index == self._index else data for index, data in enumerate(out)],
+            [[] if index == self._index else parts for index, parts in enumerate(out)],
             [0 if index == self._index else size for index, size in enumerate(sizes)],
         )
 
@@ -315,16 +314,15 @@ class AmongSilos:
         if not moments:
             return [{} for _ in self._roster], 0
         mine = _pack([own[name] for name in moments])
-        arrived = self._swap([mine] * len(self._roster), [len(mine)] * len(self._roster))
-        arrived[self._index] = mine
-        found = [unpack_moments(data, moments) for data in arrived]
+        arrived = self._swap([mine] * len(self._roster), [_length(mine)] * len(self._roster))
+        found = [unpack_moments(data, moments) if len(data) else dict(own) for data in arrived]
         for silo, told in zip(self._roster, found, strict=True):
             try:
                 check_moments(told, moments)
                 check_lengths(told, moments, clip_norm=self._config.inner.clip_norm)
             except ValueError as error:
                 raise PeerLostError(f"silo {silo} sent what cannot be used: {error}") from None
-        return found, len(mine) * (len(self._roster) - 1)
+        return found, _length(mine) * (len(self._roster) - 1)
 
     def _apply(
         self, merged: Sequence[list[Parts]], parts: Sequence[list[Piece]], base: Mapping[str, Tensor]
@@ -407,10 +405,13 @@ def _layout(codec: str, piece: Piece) -> list[tuple[str, torch.dtype, int]]:
     return [(part, dtype, number * dtype.itemsize) for part, (dtype, number) in sorted(layout.items())]
 
 
-def _pack(coded: Sequence[Parts]) -> Tensor:
-    """Coded pieces as bytes."""
-    parts = [parts[part].contiguous().view(torch.uint8).view(-1) for parts in coded for part in sorted(parts)]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
+def _pack(coded: Sequence[Parts]) -> list[Tensor]:
+    """Coded pieces as bytes, where they are: they are sent one behind the other."""
+    return [parts[part].contiguous().view(torch.uint8).view(-1) for parts in coded for part in sorted(parts)]
+
+
+def _length(data: Sequence[Tensor]) -> int:
+    return sum(map(len, data))
 
 
 def _unpack(data: Tensor, codec: str, pieces: Sequence[Piece]) -> list[Parts]:

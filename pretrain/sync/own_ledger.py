@@ -16,7 +16,7 @@ from torch import Tensor
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.base import Received
-from pretrain.exchange.payload import PARAMETER, Tensors, save_tensors
+from pretrain.exchange.payload import PARAMETER, Tensors, keep_tensors, save_tensors
 from pretrain.exchange.store import StoreExchange, file_payload, version_path
 from pretrain.outer.digest import Row, digest_rows, tensor_rows
 from pretrain.outer.fragments import cut_fragments
@@ -187,7 +187,7 @@ class OwnLedger:
         """Write what step `version` made of our part."""
         for kind, values in kept.items():
             file = self._kept_file(version, kind)
-            save_tensors({key: {"values": value} for key, value in values.items()}, file.with_suffix(".tmp"), kind)
+            keep_tensors(values, file.with_suffix(".tmp"), kind)
             file.with_suffix(".tmp").replace(file)
 
     def _kept_file(self, version: int, kind: str) -> Path:
@@ -202,7 +202,7 @@ class OwnLedger:
             values, _ = self._tensors(version, payload)
             rows |= tensor_rows(values, torch.get_num_threads())
             mine = all_pieces(values, num_silos)[index]
-            pieces |= {piece.key: piece.of(values[piece.name]).clone() for piece in mine}
+            pieces |= {piece.key: piece.of(values[piece.name]) for piece in mine}
         kept = kept_at_start(pieces, self._config.outer.optimizer, self._config.outer.downlink_codec)
         for version in range(max(1, self.newest - self._schedule.num_fragments + 1), self.newest + 1):
             for kind in kept:

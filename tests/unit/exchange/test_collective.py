@@ -7,13 +7,15 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 
 from pretrain.config.check import ConfigError
-from pretrain.exchange.collective import MESSAGE_BYTES, Collective, Lane, PeerLostError, connect
+from pretrain.exchange.collective import MESSAGE_BYTES, Collective, Lane, PeerLostError, connect, messages
+from pretrain.exchange.lanes import _share
 from tests.support import free_port
 from tests.waiting import wait_for
 
@@ -46,7 +48,8 @@ def test_words_and_bytes_reach_everybody(silos: list[Collective]) -> None:
 
     def swap(silo: Collective) -> list[torch.Tensor]:
         me = ROSTER.index(silo.silo)
-        out = [torch.full((sizes[me],), 10 * me + peer, dtype=torch.uint8) for peer in range(3)]
+        whole = [torch.full((sizes[me],), 10 * me + peer, dtype=torch.uint8) for peer in range(3)]
+        out = [[data[:3], data[3:3], data[3:]] for data in whole]  # in several places
         into = [torch.empty(sizes[peer], dtype=torch.uint8) for peer in range(3)]
         silo.first_lane().swap(out, into)
         return into
@@ -54,6 +57,23 @@ def test_words_and_bytes_reach_everybody(silos: list[Collective]) -> None:
     for me, into in enumerate(in_all(silos, swap)):
         for peer in set(range(3)) - {me}:
             assert (into[peer] == 10 * peer + me).all()
+
+
+def test_bytes_in_several_places_are_cut_like_one() -> None:
+    whole = torch.arange(3 * MESSAGE_BYTES + 5, dtype=torch.int64).to(torch.uint8)
+    cuts = [0, 1, MESSAGE_BYTES - 1, MESSAGE_BYTES + 2, MESSAGE_BYTES + 2, 3 * MESSAGE_BYTES, len(whole)]
+    parts = [whole[start:stop] for start, stop in pairwise(cuts)]
+    for places in (parts, [whole], [*parts, whole[:0]]):
+        found = list(messages(places))
+        assert [len(message) for message in found] == [MESSAGE_BYTES] * 3 + [5]
+        assert torch.equal(torch.cat(found), whole)
+    assert next(messages([whole])).data_ptr() == whole.data_ptr()  # uncopied
+    for num_lanes in (1, 2, 5):
+        shares = [_share(parts, lane, num_lanes) for lane in range(num_lanes)]
+        assert torch.equal(torch.cat([part for share in shares for part in share]), whole)
+        assert [sum(map(len, share)) for share in shares] == [
+            len(_share([whole], lane, num_lanes)[0]) for lane in range(num_lanes)
+        ]
 
 
 def test_all_are_told_who_stopped_and_why(silos: list[Collective]) -> None:
@@ -116,9 +136,7 @@ def first_lane(silo: str, url: str) -> Lane:
 
 def pass_one_byte_and_die(url: str) -> None:
     nothing = torch.empty(0, dtype=torch.uint8)
-    first_lane("beta", url).swap(
-        [torch.ones(1, dtype=torch.uint8), nothing], [torch.empty(1, dtype=torch.uint8), nothing]
-    )
+    first_lane("beta", url).swap([[torch.ones(1, dtype=torch.uint8)], []], [torch.empty(1, dtype=torch.uint8), nothing])
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -132,7 +150,7 @@ def test_a_silo_that_died_before_the_bytes_were_given_to_the_connection_is_named
     )
 
     def swap() -> None:
-        lane.swap([*out], [*into])
+        lane.swap([[one] for one in out], [*into])
 
     swap()
     beta.join()

@@ -1,8 +1,11 @@
 """A directory store that several accounts write to: no link leads out of it, and no pipe holds its reader."""
 
+import errno
 import os
 import socket
+import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -86,3 +89,39 @@ def test_a_small_object_is_small(root: Path) -> None:
     assert len(objects.read("a/big", limit_bytes=1001)) == 1001
     with pytest.raises(RefusedError, match=r"^a/big has more than the 1000 bytes that it may have$"):
         objects.read("a/big", limit_bytes=1000)
+
+
+def make_file(directory: Path, data: bytes) -> Path:
+    (directory / "file").write_bytes(data)
+    return directory / "file"
+
+
+@pytest.mark.parametrize("is_directory", [True, False])
+def test_a_file_that_is_given_away_is_not_copied(is_directory: bool, tmp_path: Path) -> None:
+    """And is where it was, if the name is taken. Where it cannot be moved it is copied."""
+    objects = Objects(str(tmp_path / "store") if is_directory else f"memory://{uuid.uuid4().hex}")
+    file = make_file(tmp_path, b"given")
+    inode = file.stat().st_ino
+    objects.give(file, "a/b")
+    assert not file.exists()
+    assert objects.read("a/b") == b"given"
+    assert objects.names("a") == ["b"]
+    if is_directory:
+        assert Path(objects.url, "a", "b").stat().st_ino == inode
+    other = make_file(tmp_path, b"other")
+    with pytest.raises(FileExistsError):
+        objects.give(other, "a/b")
+    assert other.read_bytes() == b"other"
+    assert objects.read("a/b") == b"given"
+    assert objects.names("a") == ["b"]
+
+
+def test_a_file_of_another_file_system_is_given_as_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*names: str, **folders: Any) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "rename", refuse)
+    file, objects = make_file(tmp_path, b"given"), Objects(str(tmp_path / "store"))
+    objects.give(file, "a/b")
+    assert not file.exists()
+    assert objects.read("a/b") == b"given"

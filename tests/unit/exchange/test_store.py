@@ -1,7 +1,6 @@
 """The store on a directory, in memory, and on a real S3 API: atomic, never overwritten, prunable."""
 
 import dataclasses
-import errno
 import gc
 import json
 import os
@@ -10,7 +9,7 @@ import uuid
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import pytest
 
@@ -127,35 +126,6 @@ def test_of_many_writers_one_succeeds(url: str) -> None:
         written = list(pool.map(write, range(8)))
     assert written.count(True) == 1
     assert objects.read("name") == str(written.index(True)).encode()
-
-
-def test_a_file_that_is_given_away_is_not_copied(objects: Objects, tmp_path: Path) -> None:
-    """And is another object's, or where it was, if the name is taken."""
-    file = make_file(tmp_path, b"given")
-    inode = file.stat().st_ino
-    objects.give(file, "a/b")
-    assert not file.exists()
-    assert objects.read("a/b") == b"given"
-    assert objects.names("a") == ["b"]
-    if objects._directory:
-        assert Path(objects.url, "a", "b").stat().st_ino == inode
-    other = make_file(tmp_path, b"other")
-    with pytest.raises(FileExistsError):
-        objects.give(other, "a/b")
-    assert other.read_bytes() == b"other"
-    assert objects.read("a/b") == b"given"
-    assert objects.names("a") == ["b"]
-
-
-def test_a_file_of_another_file_system_is_given_as_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*names: str, **folders: Any) -> None:
-        raise OSError(errno.EXDEV, "Invalid cross-device link")
-
-    monkeypatch.setattr(os, "rename", refuse)
-    file, objects = make_file(tmp_path, b"given"), Objects(str(tmp_path / "store"))
-    objects.give(file, "a/b")
-    assert not file.exists()
-    assert objects.read("a/b") == b"given"
 
 
 def test_a_crash_within_an_upload_leaves_nothing_to_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

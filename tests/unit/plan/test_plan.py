@@ -114,7 +114,7 @@ def test_a_collective_moves_the_planned_bytes(codec: str, tmp_path: Path, tiny_c
 
     def packed(of: str) -> list[int]:
         coded = [[encode(of, p.of(values[p.name]), -p.of(values[p.name])) for p in part] for part in parts]
-        return [len(_pack(part)) for part in coded]
+        return [sum(map(len, _pack(part))) for part in coded]
 
     ups, downs = packed(codec), packed("int8")
     for mine, silo in enumerate(roster):
