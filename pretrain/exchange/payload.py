@@ -4,15 +4,21 @@ A tensor's parts lie under KIND/PART/NAME: its kind is part of the key, so that 
 the header and the tensors that are asked for are read.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
+from pretrain.exchange.history import Made
+from pretrain.exchange.store import StoreExchange, version_path
+from pretrain.outer.codec import apply_change, check
 from pretrain.outer.moments import MOMENT
 from pretrain.outer.quantize import Parts
+from pretrain.trust.ledger import RefusedError
 
 PARAMETER = "parameter"  # a kind, and the beginning of a file name
 
@@ -87,3 +93,52 @@ class _Moments(Mapping[str, Parts]):
 
     def __len__(self) -> int:
         return len(self._keys)
+
+
+def changed_tensors(payload: Tensors, codec: str, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a payload makes of the tensors in `base`, which are left as they are; of none, what it holds itself.
+
+    Raises RefusedError if it changes others, or is of another codec or shape.
+    """
+    values: dict[str, Tensor] = {}
+    for name in payload.names if not base else ():
+        parts = payload.parts(name)
+        if parts.keys() != {"values"}:
+            raise RefusedError(f"{name}: it does not hold the tensor itself")
+        values[name] = parts["values"].clone()
+    if base and payload.names != sorted(base):
+        raise RefusedError("it changes other tensors than those of its fragment")
+    for name, before in base.items():
+        parts = payload.parts(name)
+        try:
+            check(codec, parts, before.shape)
+        except ValueError as error:
+            raise RefusedError(f"{name}: {error}") from None
+        values[name] = before.clone()
+        apply_change(codec, values[name], parts)
+    return values
+
+
+def read_parameters(
+    exchange: StoreExchange, made: Sequence[Made], scratch: Path, base: Mapping[str, Tensor] = MappingProxyType({})
+) -> dict[str, Tensor]:
+    """A fragment's parameters from what they are made of (`History.parameters`), downloaded into the folder `scratch`.
+
+    `base` has what they are made of where `made` begins with a change. Raises RefusedError for what is not as it
+    should be, and whose it is.
+    """
+    values: dict[str, Tensor] = {}
+    for version, payload, codec in made:
+        file = scratch / f"{version:06d}-{payload.file}"
+        exchange.fetch(version_path(version), payload, file)
+        try:
+            tensors = Tensors(file)
+            before = (values or {name: base[name] for name in tensors.names if name in base}) if codec else {}
+            if codec and not before:
+                raise RefusedError("it changes other tensors than those of its fragment")
+            values = changed_tensors(tensors, codec, before)
+        except (RefusedError, SafetensorError, ValueError) as error:
+            raise RefusedError(f"{version_path(version)}/{payload.file}: {error}") from None
+        finally:
+            file.unlink()
+    return values

@@ -19,6 +19,7 @@ from launch import cli
 from launch.show.status import print_status
 from pretrain.aggregate import Aggregator, OuterState
 from pretrain.config.keys import RunConfig
+from pretrain.exchange.history import History
 from pretrain.exchange.objects import Objects
 from pretrain.exchange.rollback import (
     Rollback,
@@ -382,13 +383,13 @@ def test_not_an_earlier_version(run: RunConfig, store: Path, to: int) -> None:
 
 def test_a_version_whose_tensors_were_pruned(run: RunConfig, store: Path) -> None:
     num_fragments, exchange = run.outer.num_fragments, opened(store)
-    exchange.prune([], NEWEST, 2, num_fragments)
+    History(exchange, num_fragments).prune([], NEWEST, 2)
     before = files(store)
     message = one_line_error(roll_back, exchange, num_fragments, to=3)
     assert message == "--to: 3 given; allowed: 4, what is kept before the newest version (5)"
     assert files(store) == before
     further = opened(shutil.copytree(store, store.parent / "further"))
-    further.prune([], NEWEST, 1, num_fragments)
+    History(further, num_fragments).prune([], NEWEST, 1)
     message = one_line_error(roll_back, further, num_fragments, to=4)
     assert message == "--to: 4 given; allowed: none, as no version before the newest (5) is kept"
     roll_back(exchange, num_fragments, to=4)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from pretrain.exchange.history import History
 from pretrain.exchange.objects import Objects
 from pretrain.exchange.rollback import explain, finish_rollbacks, is_rolling_back, roll_back
 from pretrain.exchange.store import Refusal, StoreExchange
@@ -22,7 +23,8 @@ from pretrain.trust.contract import build_contract, contract_bytes
 from pretrain.trust.ledger import sha256_bytes
 from tests.conftest import TinyConfig
 from tests.support import one_line_error
-from tests.unit.exchange.test_store import deliver, publish, publish_fragment
+from tests.unit.exchange.test_history import publish_fragment
+from tests.unit.exchange.test_store import deliver, publish
 from tests.waiting import wait_for
 
 Files = dict[str, bytes]
@@ -179,7 +181,7 @@ def test_pruned_here_and_not_fetched_again(site: Site, tmp_path: Path) -> None:
     assert files(here) == before
     # Of a store that has pruned, what is left comes.
     there.mark_resumable("beta", 4)
-    assert there.prune(["alpha", "beta"], 4, 2) == [2, 1, 0]
+    assert History(there, 1).prune(["alpha", "beta"], 4, 2) == [2, 1, 0]
     shutil.rmtree(here.objects.url)
     site.relay().copy()
     assert [version for version in range(5) if tensors_of(StoreExchange(here.objects.url), version)] == [3, 4]
