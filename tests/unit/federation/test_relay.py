@@ -114,6 +114,28 @@ def test_versions_come_and_deliveries_go(site: Site, tmp_path: Path, capsys: pyt
     ]
 
 
+def test_what_a_version_between_snapshots_is_made_of_comes_after_a_rollback(
+    tmp_path: Path, tiny_config: TinyConfig
+) -> None:
+    """Also what was pruned here, as this site's silo needed it no longer."""
+    site = Site(tmp_path, tiny_config, outer={"num_fragments": 3})
+    for version in range(9):
+        publish_fragment(site.there, version, "int4", tmp_path, every=2)
+    relay, history = site.relay(), History(site.here, 3)
+    site.here.claim_name("alpha", "identity")
+    site.here.mark_resumable("alpha", 8)
+    relay.copy()
+    assert site.here.read_contract()
+    assert [version for version in range(9) if tensors_of(site.here, version)] == [4, 5, 6, 7, 8]
+    assert not history.has_parameters(8)  # silos of a fixed roster read changes alone
+    roll_back(site.there, 3, to=5)
+    relay.copy()
+    assert site.here.newest_version() == 5
+    assert history.has_parameters(5)
+    made = [(version, codec) for fragment in range(3) for version, _, codec in history.parameters(5, fragment)]
+    assert made == [(0, ""), (3, "int4"), (4, ""), (5, "")]
+
+
 @pytest.mark.parametrize("why", ["quorum", "rollback"])
 def test_whole_parameters_come_where_a_silo_may_need_them(why: str, tmp_path: Path, tiny_config: TinyConfig) -> None:
     rules: dict[str, Any] = {"membership": {"quorum": 1}} if why == "quorum" else {}
