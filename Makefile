@@ -10,9 +10,10 @@ PIP_FLAGS ?=
 demo: .venv/installed
 	$(BIN)/atoll demo $(ARGS)
 
-# Two workers: one for all that starts processes, which is first in line, one for the rest (tests/conftest.py).
+# Two workers: one for all that starts processes, which is first in line, one for the rest (tests/conftest.py). One that
+# a test's time limit ends is not replaced, so that the test is named.
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder --durations=20 -rs $(ARGS)
+	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder --max-worker-restart=0 --durations=20 -rs $(ARGS)
 
 soak: .venv/installed
 	$(BIN)/python -m pytest -m soak --durations=20 -rs $(ARGS)

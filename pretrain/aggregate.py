@@ -39,7 +39,7 @@ from pretrain.merge.collect import Collector, Delivery
 from pretrain.merge.step import Step, factors_of, shares
 from pretrain.merge.terms import commit_record, contributor, snapshot_versions
 from pretrain.merge.verify import Verifier, base_of, pseudo_gradient
-from pretrain.outer.blocks import in_threads
+from pretrain.outer.blocks import in_threads, slower
 from pretrain.outer.codec import encode
 from pretrain.outer.digest import tensor_row
 from pretrain.outer.fragments import cut_fragments
@@ -439,6 +439,7 @@ def main() -> int:
         journal = Journal(config, "aggregator", silo=None)
         journal.status("starting")
         torch.set_num_threads(1)
+        print(slower, flush=True) if slower else None
         raise_at_signals()
         aggregate(config, journal)
     except StopRequested:

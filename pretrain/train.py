@@ -28,6 +28,7 @@ from pretrain.host.disk import full_disk
 from pretrain.host.journal import Journal
 from pretrain.host.lock import lock_directory
 from pretrain.host.stopping import STOPPED, StopRequested, note_signals
+from pretrain.outer.blocks import slower
 from pretrain.outer.rounds import next_step
 from pretrain.silo.checkpoint import Checkpoints, Progress, save_parameters
 from pretrain.silo.data import BadTokenError, Batches, Mixture, PackedTokens, Prefetch
@@ -399,7 +400,8 @@ def main() -> int:
             raise ConfigError(f"--silo: {arguments.silo!r} given; allowed: {', '.join(sorted(config.silos))}")
         caches = use_writable_caches(Path(config.directory))
         if is_leader:
-            print(caches, flush=True) if caches else None
+            for line in filter(None, (caches, slower)):
+                print(line, flush=True)
             lock_directory(config.silo_directory(arguments.silo), f"silo {arguments.silo}")
             journal = Journal(config, f"silos/{arguments.silo}", silo=arguments.silo)
             journal.status("starting")

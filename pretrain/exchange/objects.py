@@ -77,7 +77,7 @@ class Objects:
         except (ValueError, TypeError, ImportError) as error:
             raise ConfigError(f"exchange.url: {url!r} given; {error}") from None
         self._directory = Directory(self._root) if isinstance(self._fs, LocalFileSystem) else None
-        self._was_there = False
+        self._was_there = threading.Event()  # for copies, too: one that has nothing to do for long must know
 
     def at_once(self) -> "Objects":
         """The same objects, without retries."""
@@ -213,7 +213,7 @@ class Objects:
             try:
                 if self._directory:
                     # The store's own directory only at first: one that is gone must not be made anew.
-                    self._directory.create(name, temporary, fill, make_root=not self._was_there)
+                    self._directory.create(name, temporary, fill, make_root=not self._was_there.is_set())
                 else:
                     put(self._path(name))
             except FileExistsError:
@@ -275,10 +275,10 @@ class Objects:
         try:
             os.stat(f"{self._root}/{self._anchor}")
         except (FileNotFoundError, NotADirectoryError):
-            if self._was_there:
+            if self._was_there.is_set():
                 raise OSError("this directory is not there any more") from None
         else:
-            self._was_there = True
+            self._was_there.set()
 
     def _pause(self, num_failures: int, left_seconds: float) -> None:
         longest = min(LONGEST_DELAY_SECONDS, FIRST_DELAY_SECONDS * 2 ** min(num_failures, 10))

@@ -21,14 +21,16 @@ from pretrain.outer.plain import Importance, array, arrays
 from pretrain.outer.quantize import CHUNK, QUANTIZERS, Parts
 
 stages: Any
+slower: str
+"""Why merging is slower than it could be here, for whoever starts to say once; or ""."""
 try:
     from pretrain.outer import fused as stages
 
-    without_numba = ""
+    slower = "" if stages.CACHES else "numba finds no folder that can be written, and compiles anew (NUMBA_CACHE_DIR)"
 except ImportError as missing:
     from pretrain.outer import plain as stages
 
-    without_numba = f"numba is not here, so merging takes several times as long: {missing}"
+    slower = f"numba is not here, so coding and merging take several times as long: {missing}"
 
 T = TypeVar("T")
 R = TypeVar("R")

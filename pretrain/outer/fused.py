@@ -18,7 +18,17 @@ from pretrain.outer.optimizer import OuterOptimizer
 from pretrain.outer.plain import Arrays, Importance
 from pretrain.outer.quantize import BLOCK, CHUNK, E3M0, INT4, INT8, SMALLEST_SCALE
 
-compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
+
+def _can_cache() -> bool:
+    try:
+        numba.njit(cache=True)(_can_cache)
+    except RuntimeError:  # neither beside this file nor in the home directory
+        return False
+    return True
+
+
+CACHES = _can_cache()
+compiled = numba.njit(nogil=True, cache=CACHES, error_model="numpy")
 INFINITE = np.uint32(0x7F800000)
 MAGNITUDE = np.uint32(0x7FFFFFFF)
 NIBBLES = {

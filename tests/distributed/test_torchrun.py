@@ -90,7 +90,7 @@ def test_a_silo_over_two_nodes_started_by_ssh(tmp_path: Path, tiny_config: TinyC
             argv = command(config, "--interface", "silo", "--ssh", ssh_to(keys, port), *options)
             done = subprocess.run(inside(hub, argv), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "finished: 12 steps in each of 1 silos" in done.stdout
+    assert "finished: 12 steps in silo alpha" in done.stdout
     latest = Path(config.directory) / "logs" / "latest"
     assert sorted(path.name for path in latest.iterdir()) == [f"alpha-{address}.log" for address in hosts.values()]
     check_same(Outcome(config=config), local)

@@ -96,12 +96,7 @@ AGGREGATOR_POINTS: dict[str, Point] = {  # as its loop comes to them
         lambda self, state, commits, snapshots: state.version if commits else None,
     ),
     "version_loaded": (AGGREGATE, "Aggregator._load", "after", lambda self, newest: newest),
-    "reading_delivery": (  # the first block is read and not written yet
-        "fsspec.implementations.local",
-        "LocalFileOpener.read",
-        "after",
-        lambda self, *size: delivery(below_store(self.path, 4)),
-    ),
+    "reading_delivery": (OBJECTS, "Objects._open", "after", lambda self, name: delivery(name)),  # nothing is read yet
     "delivery_read": (OBJECTS, "Objects.download", "after", lambda self, name, file, limit_bytes: delivery(name)),
     "verified": (AGGREGATE, "Aggregator._verify", "after", lambda self, silo, data, state, version: version),
     "before_refusal": (OBJECTS, "Objects.write", "before", lambda self, name, data: refusal(name)),
@@ -115,12 +110,12 @@ AGGREGATOR_POINTS: dict[str, Point] = {  # as its loop comes to them
     "after_merge": (AGGREGATE, "Aggregator.merge", "after", lambda self, state, deliveries: state.version),
     "before_upload": (OBJECTS, "Objects.upload", "before", lambda self, file, name: version(name)),
     # What is linked was copied whole, under another name.
-    "uploading": ("os", "link", "before", lambda copied, final, **more: version(below_store(final, 3))),
+    "uploading": ("os", "link", "before", lambda copied, final, **more: version(linked(final, **more))),
     "mid_publish": (OBJECTS, "Objects.upload", "after", lambda self, file, name: version(name)),
     "velocity_uploaded": (OBJECTS, "Objects.upload", "after", lambda self, file, name: version(name, "velocity-")),
     "target_uploaded": (OBJECTS, "Objects.upload", "after", lambda self, file, name: version(name, "target-")),
     "before_commit": (OBJECTS, "Objects.write", "before", lambda self, name, data: commit(name)),
-    "committing": ("os", "link", "before", lambda written, final, **more: commit(below_store(final, 3))),
+    "committing": ("os", "link", "before", lambda written, final, **more: commit(linked(final, **more))),
     "after_commit": (OBJECTS, "Objects.write", "after", lambda self, name, data: commit(name)),
     "before_pruning": (HISTORY, "History.prune", "before", lambda self, roster, newest, keep, **settings: newest),
     "delivery_pruned": (OBJECTS, "Objects.delete", "after", lambda self, name: pruned(self, name, delivery(name))),
@@ -206,9 +201,9 @@ def contract(name: str) -> int | None:
     return 0 if name == "contract.json" else None
 
 
-def below_store(path: str | Path, num_parts: int) -> str:
-    """The name of the object that lies at `path`, `num_parts` folders and file deep in its store."""
-    return "/".join(Path(path).parts[-num_parts:])
+def linked(final: str, *, dst_dir_fd: int, **more: Any) -> str:
+    """The name of an object in a folder of three levels, which a directory store is about to link there."""
+    return "/".join(Path(os.readlink(f"/proc/self/fd/{dst_dir_fd}"), final).parts[-3:])
 
 
 def pruned(objects: Any, name: str, version: int | None) -> int | None:

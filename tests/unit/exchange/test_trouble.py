@@ -173,6 +173,20 @@ def test_the_time_runs_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert over == []
 
 
+def test_a_copy_knows_what_was_seen_since_it_was_made(tmp_path: Path) -> None:
+    """Who takes a lease, and leaves signs of life seldom, has looked for the last time before there was a contract."""
+    root = tmp_path / "store"
+    objects = Objects(str(root), anchor="contract.json")
+    seldom = objects.at_once()
+    seldom.write("aggregator/000001.beat-000000", b"")
+    objects.write("contract.json", b"{}")
+    assert objects.exists("contract.json")
+    with moved(root):
+        with pytest.raises(StoreTroubleError, match=r"this directory is not there any more$"):
+            seldom.write("aggregator/000001.beat-000001", b"")
+        assert not root.exists()
+
+
 def test_a_process_that_is_asked_to_end_does_not_wait(tmp_path: Path) -> None:
     closing = threading.Event()
     objects = store_of(tmp_path / "store", retry_seconds=3600, closing=closing)

@@ -1,6 +1,7 @@
 """One pass over a piece: the compiled stages have the plain ones' bits, whatever the threads."""
 
 import math
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -142,7 +143,18 @@ def test_an_outer_step_that_is_too_long_for_fp32_is_noticed(codec: str) -> None:
         take_steps(rule, [(Target(published=value, target=value.clone(), moments={}), [coded])])
 
 
+def said_of(code: str, **environment: str) -> str:
+    code += "; from pretrain.outer import blocks; print(blocks.slower)"
+    command = [sys.executable, "-c", code]
+    return subprocess.check_output(command, cwd=ROOT, env=os.environ | environment, text=True)
+
+
 def test_without_numba_it_goes_on_and_says_so() -> None:
-    code = "import sys; sys.modules['numba'] = None; from pretrain.outer import blocks; print(blocks.without_numba)"
-    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert said.startswith("numba is not here, so merging takes several times as long: ")
+    said = said_of("import sys; sys.modules['numba'] = None")
+    assert said.startswith("numba is not here, so coding and merging take several times as long: ")
+
+
+def test_without_a_folder_for_machine_code_it_says_so() -> None:
+    assert said_of("pass") == "\n"
+    locators = "from numba.core.caching import CacheImpl; CacheImpl._locator_classes = []"
+    assert said_of(locators).startswith("numba finds no folder that can be written, and compiles anew")

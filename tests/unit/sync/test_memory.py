@@ -162,9 +162,11 @@ def test_a_damaged_version_is_waited_for_until_it_is_repaired(run: Run, capsys: 
     file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
     with ThreadPoolExecutor(2) as pool:
         waiting = pool.submit(aggregator.collect, state)
-        received = silo.receive(1, None, base)
-        for name in config.full_roster:
-            GOOD.deliver(config, name, state, times(state, 0.5))
+        try:
+            received = silo.receive(1, None, base)
+        finally:  # or the aggregator would wait for ever
+            for name in config.full_roster:
+                GOOD.deliver(config, name, state, times(state, 0.5))
         waiting.result(30)
     for name, value in state.parameters.items():
         assert torch.equal(received.values[name], value)
