@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from pretrain.config.keys import OuterConfig, RunConfig
+from pretrain.exchange.payload import PARAMETER
 from pretrain.outer.moments import MeanGradient, Moment, SecondMoment
 from pretrain.outer.optimizer import OuterOptimizer
 from pretrain.outer.quantize import QUANTIZERS
@@ -125,14 +126,15 @@ def snapshot_versions(config: RunConfig) -> int:
     """
     outer, down = config.outer, QUANTIZERS[config.outer.downlink_codec]
     payload_bytes = (len(config.full_roster) * QUANTIZERS[outer.codec].bits + down.bits) / 8  # a parameter, as all here
-    if not (num_bytes := snapshot_bytes(outer)):
+    if not (kinds := snapshot_kinds(outer)):
         return 1
-    return config.exchange.snapshot_versions or max(1, math.ceil(PAYLOADS_A_SNAPSHOT * num_bytes / payload_bytes))
+    by_bytes = math.ceil(PAYLOADS_A_SNAPSHOT * 4 * len(kinds) / payload_bytes)
+    return config.exchange.snapshot_versions or max(1, by_bytes)
 
 
-def snapshot_bytes(outer: OuterConfig) -> int:
-    """What a snapshot writes of each parameter: the outer state, and the parameters where payloads have but changes."""
-    return 4 * (len(kept_kinds(outer.optimizer, outer.downlink_codec)) + (outer.downlink_codec != "fp32"))
+def snapshot_kinds(outer: OuterConfig) -> tuple[str, ...]:
+    """What a snapshot writes, fp32: the outer state, and the parameters where payloads have but their changes."""
+    return kept_kinds(outer.optimizer, outer.downlink_codec) + ((PARAMETER,) if outer.downlink_codec != "fp32" else ())
 
 
 def commit_record(config: RunConfig, commit: Commit) -> dict[str, Any]:
