@@ -200,8 +200,11 @@ class Aggregator:
                     _, data = self._exchange.contributed(one)
                     deliveries.append(self._verify(one.silo, data, state, one.version))
                 except RefusedError as error:
-                    why = f"the delivery of silo {one.silo} for version {one.version}: {error}"
-                    raise RefusedError(f"version {version} cannot be replayed: {why}") from None
+                    raise RefusedError(
+                        f"version {version} cannot be replayed: the delivery of silo {one.silo} for version "
+                        f"{one.version}: {error}; restore it, or go back: atoll rollback "
+                        f"{self._exchange.objects.url} --to {version - 1}"
+                    ) from None
             factors = factors_of(self._config.outer, [delivery.norm for delivery in deliveries])
             self._take_step(state, deliveries, [one.weight for one in commit.contributors], factors)
             # Before, the fragments that have a later snapshot are ahead.

@@ -218,6 +218,10 @@ def test_what_a_replay_needs_and_is_damaged_is_one_line(
     assert error.startswith(f"atoll: {expected}")
     assert error.count("\n") == 1
     assert files(config, "global") == before
+    if expected.startswith(CANNOT):
+        assert error.endswith(f"; restore it, or go back: atoll rollback {config.store_url} --to 3\n")
+        roll_back(opened(config), 1, to=3)
+        assert start(config)[1].version == 3
 
 
 def test_a_delivery_that_was_swapped_with_its_commit_is_no_replay(tmp_path: Path, tiny_config: TinyConfig) -> None:
