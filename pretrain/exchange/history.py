@@ -118,7 +118,12 @@ class History:
         if version not in self._known:
             nearby = range(max(0, version - COMMITS_AHEAD + 1), version + 1)
             unknown = [one for one in nearby if one not in self._known]
-            for one, commit in zip(unknown, self._exchange.peek_commits(unknown), strict=True):
+            try:
+                commits = self._exchange.peek_commits(unknown)
+            except RefusedError:  # of one that may not matter
+                unknown = [version]
+                commits = self._exchange.peek_commits(unknown)
+            for one, commit in zip(unknown, commits, strict=True):
                 self._known[one] = commit.is_snapshot, commit.is_snapshot or commit.codec == "fp32"
         return self._known[version]
 

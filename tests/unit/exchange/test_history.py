@@ -183,6 +183,8 @@ def test_between_snapshots_a_version_is_made_of_changes_and_deliveries(tmp_path:
     assert [version for version in range(13) if history.is_kept(version)] == [6, 7, 8, 9, 10, 11, 12]
     with pytest.raises(RefusedError, match=r"^commit 13 is missing"):
         history.first_needed(13)
+    (tmp_path / "store" / version_path(3) / "commit.json").write_bytes(b"{")
+    assert History(exchange, 3).first_needed(8) == 4, "whatever older commits are"
 
 
 def test_a_whole_change_is_told_alone(tmp_path: Path) -> None:
