@@ -188,6 +188,6 @@ def aggregator_bytes(config: RunConfig, shapes: Shapes) -> int:
     coded = fragment * (num_silos * QUANTIZERS[outer.codec].bits + QUANTIZERS[outer.downlink_codec].bits) / 8
     late = (
         8 * fragment if config.membership.stale_weight else 0
-    )  # what they were coded against, and a change added to it
+    )  # what they were coded against, before and after a change
     merging, state = coded + late + (MERGE_BYTES + stacked) * largest, 4 * (1 + len(kinds)) * _num_elements(shapes)
     return round(AGGREGATOR_BYTES + _client_bytes(config, shapes) + state + max(merging, 4 * _num_elements(shapes)))
