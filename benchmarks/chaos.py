@@ -38,7 +38,8 @@ from launch.start.local import process_directory
 from launch.start.processes import MARK
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import load_config, save_config
-from pretrain.exchange.store import StoreExchange, version_path
+from pretrain.exchange.history import History
+from pretrain.exchange.store import StoreExchange
 
 SYNC_INTERVAL_STEPS = 10
 MEAN_SECONDS = 1.0
@@ -307,8 +308,8 @@ def compare_ledgers(run: RunConfig, undisturbed: RunConfig) -> list[str]:
     for version in range(last + 1):
         if stores[0].commit_bytes(version) != stores[1].commit_bytes(version):
             problems.append(f"commit {version} differs")
-    for version, payload in stores[1].newest_state(last, run.outer.num_fragments):
-        name = f"{version_path(version)}/{payload.file}"
+    for folder, payload in History(stores[1], run.outer.num_fragments).made_of(last):
+        name = f"{folder}/{payload.file}"
         first, second = (store.objects.read(name, limit_bytes=payload.num_bytes) for store in stores)
         if first != second:
             problems.append(f"{name} differs")

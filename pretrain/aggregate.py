@@ -12,7 +12,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch import Tensor
 from pretrain.config.check import ConfigError, named
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import load_config
+from pretrain.exchange.history import History, whole_of
 from pretrain.exchange.lease import Lease
 from pretrain.exchange.objects import StoreTroubleError
 from pretrain.exchange.payload import PARAMETER, Tensors, save_tensors
@@ -35,12 +36,12 @@ from pretrain.host.journal import Journal
 from pretrain.host.lock import lock_directory
 from pretrain.host.stopping import STOPPED, StopRequested, raise_at_signals
 from pretrain.merge.collect import Collector, Delivery
-from pretrain.merge.step import Step, shares
-from pretrain.merge.terms import commit_record, contributor
+from pretrain.merge.step import Step, factors_of, shares
+from pretrain.merge.terms import commit_record, contributor, snapshot_versions
 from pretrain.merge.verify import Verifier, base_of, pseudo_gradient
-from pretrain.outer.blocks import in_threads, slower
+from pretrain.outer.blocks import slower
 from pretrain.outer.codec import encode
-from pretrain.outer.digest import tensor_row
+from pretrain.outer.digest import tensor_rows
 from pretrain.outer.fragments import cut_fragments
 from pretrain.outer.merge import mean_cosine
 from pretrain.outer.pieces import Piece
@@ -73,6 +74,7 @@ class Aggregator:
         """`check_lease` raises ConfigError before a commit if another aggregator works on this store by now."""
         self._config, self._journal, self._schedule, self._check_lease = config, journal, config.schedule, check_lease
         self._exchange = StoreExchange.of_run(config)
+        self._history = History(self._exchange, config.outer.num_fragments)
         self._scratch = Path(config.directory) / "aggregator"
         self._newest_file = self._scratch / "newest.json"
         self._newest: Commit | None = None
@@ -129,7 +131,7 @@ class Aggregator:
             version=-1,
             parameters=parameters,
             kept=kept_at_start(parameters, outer.optimizer, outer.downlink_codec),
-            rows={n: tensor_row(n, p) for n, p in parameters.items()},
+            rows=tensor_rows(parameters, self._num_threads),
         )
         self._cut(parameters)
         changes = {name: encode("fp32", value, value) for name, value in parameters.items()}
@@ -144,39 +146,85 @@ class Aggregator:
             raise ConfigError(str(error)) from None
 
     def _load(self, newest: int) -> OuterState:
-        """Restart: check the chain of commits, then load what the newest version is made of and compare the digests."""
-        for version in range(newest + 1):
-            commit = self._exchange.read_commit(version)
+        """Restart: load each fragment's last snapshot, and follow the newest version from it and the deliveries since.
+
+        The chain of commits is checked as far back as any of them is used, and the digests of what comes out.
+        """
+        num_fragments = self._schedule.num_fragments
+        snapshots = [self._history.snapshot(newest, fragment) for fragment in range(num_fragments)]
+        first = max(0, min(*snapshots, newest + 1 - self._collector.num_remembered))
+        commits = {commit.version: commit for commit in self._exchange.read_commits(first, newest)}
+        for commit in commits.values():
             self._collector.committed(commit)
         kinds = kept_kinds(self._config.outer.optimizer, self._config.outer.downlink_codec)
         found: dict[str, dict[str, Tensor]] = {kind: {} for kind in (PARAMETER, *kinds)}
-        for version, payload in self._exchange.newest_state(newest, self._schedule.num_fragments):
-            file = self._scratch / "inbox" / payload.file
+        for fragment, version in enumerate(snapshots):
+            for kind, values in self._load_whole(commits[version], fragment):
+                found[kind] |= values
+        parameters = found.pop(PARAMETER)
+        if any(of.keys() != parameters.keys() for of in found.values()):
+            raise RefusedError(f"the snapshots behind version {newest} do not have all of the outer state")
+        self._cut(parameters)
+        rows = tensor_rows(parameters, self._num_threads)
+        state = OuterState(version=newest, parameters=parameters, kept=found, rows=rows)
+        for version in {*snapshots}:
+            written = {payload.fragment for payload in commits[version].payloads}
+            names = [name for fragment in written for name in self._fragments[fragment]]
+            in_use = all(snapshots[fragment] == version for fragment in written)
+            if in_use and state.kept_digest(names) != commits[version].outer_digest:
+                raise RefusedError(f"version {version}: its outer state does not have the digest of its commit")
+        self._replay(state, [c for v, c in commits.items() if v > snapshots[self._schedule.fragment(v)]], snapshots)
+        self._newest = commits[newest]
+        if state.parameters_digest != self._newest.parameters_digest:
+            raise RefusedError(f"version {newest}: its parameters do not have the digest of its commit")
+        if newest:  # whoever committed it may have died before it wrote this
+            self._journal.record("commit", **commit_record(self._config, self._newest))
+        return state
+
+    def _replay(self, state: OuterState, commits: Sequence[Commit], snapshots: Sequence[int]) -> None:
+        """Take the outer steps of these versions again, in their order, each with the deliveries that it names.
+
+        `state` has each fragment as its snapshot has it. Raises RefusedError.
+        """
+        if commits:
+            num_deliveries = sum(len(commit.contributors) for commit in commits)
+            versions = _span("version", [commit.version for commit in commits])
+            since = _span("snapshot", snapshots)
+            print(f"replaying {versions} from {since} and {num_deliveries} deliveries", flush=True)
+        newest, in_step = state.version, max(snapshots)
+        for commit in commits:
+            version, state.version = commit.version, commit.version - 1
+            deliveries = []
+            for one in commit.contributors:
+                try:
+                    _, data = self._exchange.contributed(one)
+                    deliveries.append(self._verify(one.silo, data, state, one.version))
+                except RefusedError as error:
+                    raise RefusedError(
+                        f"version {version} cannot be replayed: the delivery of silo {one.silo} for version "
+                        f"{one.version}: {error}; restore it, or go back: atoll rollback "
+                        f"{self._exchange.objects.url} --to {version - 1}"
+                    ) from None
+            factors = factors_of(self._config.outer, [delivery.norm for delivery in deliveries])
+            self._take_step(state, deliveries, [one.weight for one in commit.contributors], factors)
+            # Before, the fragments that have a later snapshot are ahead.
+            if version >= in_step and state.parameters_digest != commit.parameters_digest:
+                raise RefusedError(f"version {version}, replayed, does not have the digest of its commit")
+        state.version = newest
+
+    def _load_whole(self, commit: Commit, fragment: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Kind and tensors of all that a snapshot holds of a fragment. Raises RefusedError."""
+        for payload in whole_of(commit, fragment):
+            file, folder = self._scratch / "inbox" / payload.file, version_path(commit.version)
             try:
-                self._exchange.fetch(version_path(version), payload, file)
+                self._exchange.fetch(folder, payload, file)
             except RefusedError:
-                self._repair(self._exchange.read_commit(version))
-                self._exchange.fetch(version_path(version), payload, file)
+                self._repair(commit)
+                self._exchange.fetch(folder, payload, file)
             kind = payload.file.split("-")[0]
             tensors = Tensors(file, kind)
-            found[kind] |= {name: tensors.parts(name)["values"].clone() for name in tensors.names}
+            yield kind, {name: tensors.parts(name)["values"].clone() for name in tensors.names}
             file.unlink()
-        parameters = found.pop(PARAMETER)
-        state = OuterState(
-            version=newest,
-            parameters=parameters,
-            kept=found,
-            rows={name: tensor_row(name, value) for name, value in parameters.items()},
-        )
-        if state.parameters_digest != commit.parameters_digest:
-            raise RefusedError(f"version {newest}: its parameters do not have the digest of its commit")
-        if state.kept_digest != commit.outer_digest:
-            raise RefusedError(f"version {newest}: its outer state does not have the digest of its commit")
-        self._cut(parameters)
-        self._newest = commit
-        if newest:  # whoever committed it may have died before it wrote this
-            self._journal.record("commit", **commit_record(self._config, commit))
-        return state
 
     # ---- one version
 
@@ -223,6 +271,16 @@ class Aggregator:
             staleness=[stale if delivery.base else 1.0 for delivery in deliveries],
             pseudo_gradients=([pseudo_gradient(d, name, state, self._config) for d in deliveries] for name in names),
         )
+        step, changes = self._take_step(state, deliveries, weights, factors)
+        cosine = mean_cosine(step.units_squared, len(deliveries))
+        metrics = {"update_norm": step.update_squared**0.5, "cosine_mean": cosine}
+        return Merged(changes=changes, moments=step.merged_moments(), weights=weights, metrics=metrics)
+
+    def _take_step(
+        self, state: OuterState, deliveries: Sequence[Delivery], weights: Sequence[int], factors: Sequence[float]
+    ) -> tuple[Step, dict[str, Parts]]:
+        """Take the next version's outer step in place; returns it, and the coded changes. Raises RefusedError."""
+        names = self._fragments[self._schedule.fragment(state.version + 1)]
         step = Step(
             self._config,
             state.version + 1,
@@ -240,11 +298,8 @@ class Aggregator:
             changes = step.take(pieces, coded, factors=factors, norms=norms, num_threads=self._num_threads)
         except ValueError as error:
             raise RefusedError(str(error)) from None
-        rows = in_threads(lambda name: tensor_row(name, state.parameters[name]), names, self._num_threads)
-        state.rows |= dict(zip(names, rows, strict=True))
-        cosine = mean_cosine(step.units_squared, len(deliveries))
-        metrics = {"update_norm": step.update_squared**0.5, "cosine_mean": cosine}
-        return Merged(changes=changes, moments=step.merged_moments(), weights=weights, metrics=metrics)
+        state.rows |= tensor_rows({name: state.parameters[name] for name in names}, self._num_threads)
+        return step, changes
 
     def commit(self, state: OuterState, deliveries: list[Delivery], merged: Merged) -> None:
         """Publish the next version, record it, prune what nobody can need again."""
@@ -264,12 +319,8 @@ class Aggregator:
             flush=True,
         )
         self._journal.record("commit", **commit_record(self._config, commit))
-        self._exchange.prune(
-            self._collector.members(),
-            state.version,
-            self._config.exchange.keep_versions,
-            self._schedule.num_fragments * (2 if self._config.membership.stale_weight else 1),
-        )
+        keep, late = self._config.exchange.keep_versions, self._config.membership.stale_weight > 0
+        self._history.prune(self._collector.members(), state.version, keep, late=late)
 
     def _facts(self, deliveries: list[Delivery]) -> dict[str, float]:
         """What later rounds need to know of the silos in this one."""
@@ -306,13 +357,15 @@ class Aggregator:
             file = outbox / f"{stem}-{fragment:03d}.safetensors"
             return save_tensors(values, file, kind, fragment=fragment, moments=beside), file
 
+        is_snapshot = self._schedule.count(version) % snapshot_versions(self._config) == 0
+        whole = state.kept | ({PARAMETER: state.parameters} if codec != "fp32" else {}) if is_snapshot else {}
         for fragment in fragments:
             names = self._fragments[fragment]
             coded = {name: changes[name] for name in names}
             payloads.append(write(PARAMETER if codec == "fp32" else "change", PARAMETER, fragment, coded, moments))
-            for kind, values in (state.kept | ({PARAMETER: state.parameters} if codec != "fp32" else {})).items():
-                whole = {name: {"values": values[name]} for name in names}
-                state_payloads.append(write(kind, kind, fragment, whole))
+            for kind, values in whole.items():
+                tensors = {name: {"values": values[name]} for name in names}
+                state_payloads.append(write(kind, kind, fragment, tensors))
         commit = Commit(
             contract_sha256=self._exchange.contract_sha256,
             version=version,
@@ -323,7 +376,7 @@ class Aggregator:
             contributors=contributors,
             divisor=divisor,
             parameters_digest=state.parameters_digest,
-            outer_digest=state.kept_digest,
+            outer_digest=state.kept_digest(changes) if is_snapshot else "",
             metrics=metrics,
         )
         self._publish(commit, payloads + state_payloads)
@@ -346,6 +399,12 @@ class Aggregator:
         temporary = self._newest_file.with_suffix(".tmp")
         temporary.write_text(json.dumps(known))
         temporary.replace(self._newest_file)
+
+
+def _span(what: str, versions: Sequence[int]) -> str:
+    """Version 7, or versions 7 to 9."""
+    first, last = min(versions), max(versions)
+    return f"{what} {first}" if first == last else f"{what}s {first} to {last}"
 
 
 def aggregate(config: RunConfig, journal: Journal) -> None:

@@ -120,7 +120,16 @@ def _bytes(plan: Plan) -> Table:
         numbers = (largest.sent_bytes, largest.received_bytes, plan.sent_bytes[silo], plan.received_bytes[silo])
         table.add_row(Text(silo), *(format_bytes(number) for number in numbers))
     if plan.first_bytes:
-        table.caption, table.caption_justify = f"and {format_bytes(plan.first_bytes)} received once, version 0", "left"
+        sent, received = plan.aggregator_sent_bytes, plan.aggregator_received_bytes
+        a_sync = [number / plan.config.schedule.num_versions for number in (sent, received)]
+        table.add_row("aggregator", *(format_bytes(number) for number in (*a_sync, sent, received)))
+        table.caption, table.caption_justify = (
+            (
+                f"and {format_bytes(plan.first_bytes)} received once, version 0; the store grows by "
+                f"{format_bytes(sum(a_sync))} a sync before pruning, outer state included"
+            ),
+            "left",
+        )
     return table
 
 

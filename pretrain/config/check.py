@@ -122,6 +122,8 @@ def _check_numbers(config: RunConfig) -> None:
     _require(0 < config.outer.max_share <= 1, "outer.max_share", config.outer.max_share, "above 0, to 1")
     largest = max((silo.global_batch_sequences for silo in config.silos.values()), default=1)
     most = config.outer.max_batch_sequences
+    every = config.exchange.snapshot_versions
+    _require(every is None or every >= 1, "exchange.snapshot_versions", every, "null, or 1 or more")
     key, allowed = "outer.max_batch_sequences", f"null, or {largest} or more, as a silo's batch is"
     _require(most is None or most >= largest, key, most, allowed)
     _require(

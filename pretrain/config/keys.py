@@ -181,6 +181,9 @@ class ExchangeConfig:
     """The same for one that is there but does not go on: above its longest evaluation, checkpoint or logged step."""
     keep_versions: int = 2
     """Newest versions of the global parameters that pruning always keeps."""
+    snapshot_versions: int | None = None
+    """The outer state of each fragment is written at every so many of its outer steps; in between, a restart follows it
+    from the deliveries. Null: so often that it is a fifth of the payloads' bytes at most."""
 
 
 @dataclass(kw_only=True)

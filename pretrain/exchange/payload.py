@@ -7,18 +7,23 @@ the header and the tensors that are asked for are read.
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pretrain.exchange.history import Made
+from pretrain.exchange.store import StoreExchange, version_path
+from pretrain.outer.blocks import Adopted, adopt
+from pretrain.outer.codec import check
 from pretrain.outer.moments import MOMENT
 from pretrain.outer.quantize import Parts
-from pretrain.trust.ledger import Payload
+from pretrain.trust.ledger import Payload, RefusedError
 
 PARAMETER = "parameter"  # a kind, and the beginning of a file name
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
@@ -151,3 +156,53 @@ class _Moments(Mapping[str, Parts]):
 
     def __len__(self) -> int:
         return len(self._keys)
+
+
+def changed_tensors(payload: Tensors, codec: str, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a payload makes of the tensors in `base`, which are left as they are; of none, what it holds itself.
+
+    Raises RefusedError if it changes others, or is of another codec or shape.
+    """
+    values: dict[str, Tensor] = {}
+    for name in payload.names if not base else ():
+        parts = payload.parts(name)
+        if parts.keys() != {"values"}:
+            raise RefusedError(f"{name}: it does not hold the tensor itself")
+        values[name] = parts["values"].clone()
+    if base and payload.names != sorted(base):
+        raise RefusedError("it changes other tensors than those of its fragment")
+    changes = {}
+    for name, before in base.items():
+        parts = payload.parts(name)
+        try:
+            check(codec, parts, before.shape)
+        except ValueError as error:
+            raise RefusedError(f"{name}: {error}") from None
+        changes[name] = Adopted(published=before, parts=parts, new=torch.empty_like(before))
+    adopt(codec, list(changes.values()), torch.get_num_threads())
+    return values | {name: change.new for name, change in changes.items()}
+
+
+def read_parameters(
+    exchange: StoreExchange, made: Sequence[Made], scratch: Path, base: Mapping[str, Tensor] = MappingProxyType({})
+) -> dict[str, Tensor]:
+    """A fragment's parameters from what they are made of (`History.parameters`), downloaded into the folder `scratch`.
+
+    `base` has what they are made of where `made` begins with a change. Raises RefusedError for what is not as it
+    should be, and whose it is.
+    """
+    values: dict[str, Tensor] = {}
+    for version, payload, codec in made:
+        file = scratch / f"{version:06d}-{payload.file}"
+        exchange.fetch(version_path(version), payload, file)
+        try:
+            tensors = Tensors(file)
+            before = (values or {name: base[name] for name in tensors.names if name in base}) if codec else {}
+            if codec and not before:
+                raise RefusedError("it changes other tensors than those of its fragment")
+            values = changed_tensors(tensors, codec, before)
+        except (RefusedError, SafetensorError, ValueError) as error:
+            raise RefusedError(f"{version_path(version)}/{payload.file}: {error}") from None
+        finally:
+            file.unlink()
+    return values

@@ -16,14 +16,15 @@ from typing import Any, Literal
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import ExchangeConfig, RunConfig
 from pretrain.exchange import words
+from pretrain.exchange.history import History
 from pretrain.exchange.lease import Lease
-from pretrain.exchange.store import StoreExchange, version_path
+from pretrain.exchange.store import StoreExchange
 from pretrain.host.foreign import loads, shown
 from pretrain.trust.ledger import RECORD_BYTES, Commit, Record, RefusedError, sha256_bytes
 
 FOLDER = "rollbacks"
 
-History = Literal["same", "rolled back", "foreign"]
+Origin = Literal["same", "rolled back", "foreign"]
 """A commit that somebody has seen is the run's own; or was, before a rollback; or is of another run."""
 
 
@@ -55,7 +56,7 @@ def consequences(url: str, *, to: int) -> list[str]:
     newest = pending[-1].to_version if pending else exchange.newest_version()
     if pending and newest == to:
         return []
-    _check_kept(exchange, to, newest, outer["num_fragments"])
+    _check_kept(History(exchange, outer["num_fragments"]), to, newest)
     tokens = sum(_tokens_of(exchange, version) for version in range(to + 1, newest + 1))
     discarded = f"versions {to + 1} to {newest} are" if newest > to + 1 else f"version {newest} is"
     without = f"it goes on from version {to} by the ledger, with a fresh inner optimizer"
@@ -101,11 +102,11 @@ def roll_back(exchange: StoreExchange, num_fragments: int, *, to: int, reason: s
     finished = finish_rollbacks(exchange)
     if finished and finished[-1].to_version == to:
         return finished[-1]
-    newest = exchange.newest_version()
-    _check_kept(exchange, to, newest, num_fragments)
-    for version, payload in exchange.newest_state(to, num_fragments):
+    newest, history = exchange.newest_version(), History(exchange, num_fragments)
+    _check_kept(history, to, newest)
+    for folder, payload in history.made_of(to):
         # Before anything newer is thrown away: whether this can still be read and is what its commit says.
-        exchange.fetch(version_path(version), payload, Path(os.devnull))
+        exchange.fetch(folder, payload, Path(os.devnull))
     records = [record for record, _ in _read(exchange)]
     record = Rollback(
         previous=sha256_bytes(records[-1].to_bytes()) if records else None,
@@ -182,7 +183,7 @@ def is_rolling_back(exchange: StoreExchange) -> bool:
     return any(not is_done for _, is_done in _read(exchange))
 
 
-def explain(exchange: StoreExchange, version: int, commit_sha256: str) -> History:
+def explain(exchange: StoreExchange, version: int, commit_sha256: str) -> Origin:
     """What the store knows of a commit that a silo holds: it is its own, it was discarded by a rollback, or neither.
 
     Neither is another history: an old backup of the store was restored, or this is another run. Raises RefusedError.
@@ -251,20 +252,20 @@ def _commit_sha256(exchange: StoreExchange, version: int) -> str | None:
         return None
 
 
-def _check_kept(exchange: StoreExchange, to: int, newest: int, num_fragments: int) -> None:
-    if not 0 <= to < newest or not exchange.is_kept(to, num_fragments):
-        raise ConfigError(f"--to: {to} given; allowed: {_kept(exchange, newest, num_fragments)}")
+def _check_kept(history: History, to: int, newest: int) -> None:
+    if not 0 <= to < newest or not history.is_kept(to):
+        raise ConfigError(f"--to: {to} given; allowed: {_kept(history, newest)}")
 
 
-def _kept(exchange: StoreExchange, newest: int, num_fragments: int) -> str:
+def _kept(history: History, newest: int) -> str:
     """The newest versions in a row that can be gone back to, in words."""
     last = newest - 1
-    while last >= 0 and not exchange.is_kept(last, num_fragments):
+    while last >= 0 and not history.is_kept(last):
         last -= 1
     if last < 0:
         return f"none, as no version before the newest ({newest}) is kept"
     first = last
-    while first > 0 and exchange.is_kept(first - 1, num_fragments):
+    while first > 0 and history.is_kept(first - 1):
         first -= 1
     return f"{first}{f' to {last}' if last > first else ''}, what is kept before the newest version ({newest})"
 

@@ -3,9 +3,9 @@
     contract.json                            what all silos agreed to
     global/000017/commit.json                written last: the version is there when this is
     global/000017/change-001.safetensors     how commit 17 changed fragment 1, coded; or, where the codec is fp32,
-    global/000017/parameter-001.safetensors its new values, which are there for the aggregator's restart otherwise
-    global/000017/velocity-001.safetensors   the outer optimizer's state of the fragment, and target-001 what the
-                                             downlink's codec has not sent yet, for the aggregator's own restart
+    global/000017/parameter-001.safetensors its new values, which are there in a snapshot otherwise
+    global/000017/velocity-001.safetensors   of a snapshot: the outer optimizer's state of the fragment, and target-001
+                                             what the downlink's codec has not sent yet (history.py)
     silos/NAME/identity.json                 which run directory holds this name
     silos/NAME/000017/000017.safetensors     the coded fragment of the pseudo-gradient for version 17
     silos/NAME/000017/manifest.json          written last: the delivery is there when this is
@@ -25,7 +25,7 @@ import hashlib
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import count
@@ -38,7 +38,7 @@ from pretrain.exchange.objects import Objects
 from pretrain.exchange.options import store_options
 from pretrain.exchange.words import WORD_BYTES, Damaged, Identity, Membership, Refusal, Waiting, Word, number
 from pretrain.host.foreign import shown
-from pretrain.trust.ledger import Commit, Manifest, Payload, RefusedError, check_link, sha256_bytes
+from pretrain.trust.ledger import Commit, Contributor, Manifest, Payload, RefusedError, check_link, sha256_bytes
 
 CONTRACT = "contract.json"
 W = TypeVar("W", bound=Word)
@@ -115,7 +115,7 @@ class StoreExchange:
         One by one, also after a listing: that may not have the newest yet.
         """
         if start < 0:
-            listed = set(self._numbers("global"))
+            listed = set(self.numbers("global"))
             whole = next(n for n in count() if n not in listed)  # what lies above a gap follows nothing
             for beyond in sorted(n for n in listed if n > whole)[:1]:
                 self._pass_over(version_path(beyond), f"there is no version {whole}, which it would need")
@@ -137,7 +137,7 @@ class StoreExchange:
             "the name, or has just taken it; look at it, and start again"
         )
 
-    def _numbers(self, folder: str, *, after: str = "") -> list[int]:
+    def numbers(self, folder: str, *, after: str = "") -> list[int]:
         """The numbers that lie in a folder, sorted."""
         return sorted(n for name in self.objects.names(folder) if (n := number(name, after=after)) is not None)
 
@@ -151,15 +151,38 @@ class StoreExchange:
 
     def read_commit(self, version: int) -> Commit:
         """Read a commit and check that it follows its predecessor. Raises RefusedError."""
-        try:
-            commit = Commit.from_bytes(data := self.commit_bytes(version))
-            previous = self.commit_bytes(version - 1) if version else None
-        except FileNotFoundError as error:
-            raise RefusedError(f"commit {version} or its predecessor is missing: {error}") from None
-        check_link(commit, version, previous, self.contract_sha256)
-        if data != commit.to_bytes():
-            raise RefusedError(f"commit {version} is not in the one form that a commit has")
-        return commit
+        return self.read_commits(version, version)[0]
+
+    def read_commits(self, first: int, last: int) -> list[Commit]:
+        """Read the commits of versions in a row, and check that each follows its predecessor. Raises RefusedError."""
+        before = [first - 1] if first else []
+        data = dict(zip(versions := [*before, *range(first, last + 1)], self._commits_bytes(versions), strict=True))
+        found = []
+        for version in versions[len(before) :]:
+            commit = Commit.from_bytes(data[version])
+            check_link(commit, version, data.get(version - 1), self.contract_sha256)
+            if data[version] != commit.to_bytes():
+                raise RefusedError(f"commit {version} is not in the one form that a commit has")
+            found.append(commit)
+        return found
+
+    def peek_commits(self, versions: Sequence[int]) -> list[Commit]:
+        """Commits as they lie there, read side by side, whatever they follow. Raises RefusedError."""
+        return [Commit.from_bytes(data) for data in self._commits_bytes(versions)]
+
+    def _commits_bytes(self, versions: Sequence[int]) -> list[bytes]:
+        """Of several commits, read side by side. Raises RefusedError."""
+
+        def read(version: int) -> bytes:
+            try:
+                return self.commit_bytes(version)
+            except FileNotFoundError as error:
+                raise RefusedError(f"commit {version} is missing: {error}") from None
+
+        if len(versions) <= 2:
+            return [read(version) for version in versions]
+        with ThreadPoolExecutor(COMMITS_AT_ONCE) as readers:
+            return list(readers.map(read, versions))
 
     def tokens_total(self, silo: str, newest: int, *, above: int = 0) -> int:
         """Tokens a silo had trained on at its newest delivery in the commits after `above`, up to `newest`, or 0.
@@ -170,12 +193,12 @@ class StoreExchange:
         most = 0
         for last in range(newest, above, -COMMITS_AT_ONCE):
             versions = range(last, max(last - COMMITS_AT_ONCE, above), -1)
-            try:
-                with ThreadPoolExecutor(COMMITS_AT_ONCE) as readers:
-                    commits = [Commit.from_bytes(data) for data in readers.map(self.commit_bytes, versions)]
-            except FileNotFoundError as error:
-                raise RefusedError(f"a commit before it is missing: {error}") from None
-            ours = [(commit.version, c) for commit in commits for c in commit.contributors if c.silo == silo]
+            ours = [
+                (commit.version, c)
+                for commit in self.peek_commits(versions)
+                for c in commit.contributors
+                if c.silo == silo
+            ]
             most = max([most, *(contributor.tokens_total for _, contributor in ours)])
             if any(contributor.version == version for version, contributor in ours):
                 break
@@ -262,44 +285,13 @@ class StoreExchange:
     def announce(self, silo: str, *, left: bool, version: int) -> None:
         """Say that a silo joins or leaves, where `version` is the newest that it has seen."""
         folder = f"silos/{silo}/membership"
-        said = self._numbers(folder, after=".json")
+        said = self.numbers(folder, after=".json")
         word = Membership(left=left, version=version)
         name = f"{folder}/{max(said, default=-1) + 1:06d}.json"
         try:
             self.objects.write(name, word.to_bytes())
         except FileExistsError:
             raise self._taken(name) from None
-
-    def whole(self, version: int, fragment: int) -> Payload:
-        """The payload that holds a fragment's tensors themselves as `version` made them. Raises RefusedError."""
-        commit = self.read_commit(version)
-        for payload in commit.payloads + commit.state_payloads:
-            if payload.fragment == fragment and payload.file.startswith("parameter-"):
-                return payload
-        raise RefusedError(f"version {version} does not hold fragment {fragment}")
-
-    def has_whole(self, version: int, num_fragments: int) -> bool:
-        """Whether the tensors of all fragments are there as `version` holds them itself. Raises RefusedError."""
-        files = [self.whole(version, fragment).file for fragment in range(num_fragments)]
-        return all(self.objects.exists(f"{version_path(version)}/{file}") for file in files)
-
-    def changes(self, versions: Iterable[int], fragment: int, *, below_bytes: int) -> list[tuple[int, Payload, str]]:
-        """A fragment's coded changes of several versions, oldest first: version, payload and codec.
-
-        Empty if one is no change but a whole value, is not there any more, or all are not below a size.
-        """
-        found: list[tuple[int, Payload, str]] = []
-        for version in versions:
-            commit = self.read_commit(version)
-            payload = next((payload for payload in commit.payloads if payload.fragment == fragment), None)
-            if commit.codec == "fp32" or not payload:
-                return []
-            found.append((version, payload, commit.codec))
-            if sum(payload.num_bytes for _, payload, _ in found) >= below_bytes:
-                return []
-            if not self.objects.exists(f"{version_path(version)}/{payload.file}"):
-                return []
-        return found
 
     def mark_resumable(self, silo: str, version: int) -> None:
         """Say that this silo has a checkpoint holding `version`, so that older versions may be pruned."""
@@ -333,6 +325,16 @@ class StoreExchange:
             return self.objects.read(name) if self.objects.exists(name) else None
         return None
 
+    def contributed(self, contributor: Contributor) -> tuple[Manifest, bytes]:
+        """The manifest, and its bytes, that a commit names as a silo's part in it. Raises RefusedError."""
+        silo, version = contributor.silo, contributor.version
+        data = self.delivery(silo, version)
+        if data is None:
+            raise RefusedError(f"{delivery_path(silo, version)}/manifest.json is missing")
+        if sha256_bytes(data) != contributor.manifest_sha256:
+            raise RefusedError(f"{delivery_path(silo, version)}/manifest.json is not the one that was merged")
+        return Manifest.from_bytes(data), data
+
     def is_delivered(self, silo: str, version: int) -> bool:
         """Whether there is a manifest."""
         return self.objects.exists(f"{delivery_path(silo, version)}/manifest.json")
@@ -354,7 +356,7 @@ class StoreExchange:
     def membership(self, silo: str) -> Membership | None:
         """Whether a silo has joined or left, by its last word that is one; None if it never said one."""
         folder = f"silos/{silo}/membership"
-        said = self._numbers(folder, after=".json")
+        said = self.numbers(folder, after=".json")
         words = (self._word(Membership, f"{folder}/{n:06d}.json") for n in reversed(said))
         return next((word for word in words if word), None)
 
@@ -419,49 +421,11 @@ class StoreExchange:
                 lines.append(f"{error}; it was published again")
         return lines
 
-    def newest_state(self, newest: int, num_fragments: int) -> Iterator[tuple[int, Payload]]:
-        """What version `newest` is made of: each fragment's last change. Yields the payloads that hold whole tensors.
-
-        Raises RefusedError.
-        """
-        for version in range(max(0, newest - num_fragments + 1), newest + 1):
-            commit = self.read_commit(version)
-            # Version 0 has every fragment; which of them have changed since?
-            changed = set() if version else {later % num_fragments for later in range(1, newest + 1)}
-            whole = commit.state_payloads + (commit.payloads if commit.codec == "fp32" else [])
-            yield from ((version, payload) for payload in whole if payload.fragment not in changed)
-
-    def prune(self, roster: list[str], newest: int, keep_versions: int, num_fragments: int = 1) -> list[int]:
-        """Delete tensors that nobody can need again; commits and manifests stay. Returns the pruned versions.
-
-        Kept are the newest `keep_versions`, all from which a silo's newest checkpoint would go on, and of each
-        fragment what these are made of.
-        """
-        resumable = [max(self._numbers(f"silos/{silo}/resumable"), default=0) for silo in roster]
-        first_kept = max(0, min([newest - keep_versions + 1, *resumable]) - num_fragments + 1)
-        pruned: list[int] = []
-        while (version := first_kept - 1 - len(pruned)) >= 0 and self._tensors(version_path(version)):
-            pruned.append(version)
-        for version in reversed(pruned):  # oldest first: whoever is killed here leaves no gap behind
-            # A delivery is needed until its commit is there; then only its manifest stays. The version's own folder
-            # comes last: while it holds tensors, the next pruning sees that this one was not finished.
-            for folder in [*(delivery_path(silo, version) for silo in roster), version_path(version)]:
-                for name in self._tensors(folder):
-                    self.objects.delete(f"{folder}/{name}")
-        return pruned
-
-    def _tensors(self, folder: str) -> list[str]:
+    def tensors(self, folder: str) -> list[str]:
+        """Names of the payloads in a folder."""
         return [name for name in self.objects.names(folder) if name.endswith(".safetensors")]
 
     # ---- taking versions back
-
-    def is_kept(self, version: int, num_fragments: int) -> bool:
-        """Whether all is there that a version is made of: its commits, as they should be, and their tensors."""
-        try:
-            state = list(self.newest_state(version, num_fragments))
-        except RefusedError:
-            return False
-        return all(self.objects.exists(f"{version_path(made)}/{payload.file}") for made, payload in state)
 
     def versions_above(self, version: int) -> list[int]:
         """All newer versions, committed or not, of which anything is there; the newest first."""
@@ -474,7 +438,7 @@ class StoreExchange:
         """Remove all there is of a version, its commit first; what is no tensor is copied below `folder` before."""
         silos = self.objects.names("silos")
         for place in (version_path(version), *(delivery_path(silo, version) for silo in silos)):
-            tensors = self._tensors(place)
+            tensors = self.tensors(place)
             for name in (name for name in self.objects.names(place) if name not in tensors):
                 try:
                     self.objects.write(f"{folder}/{place}/{name}", self.objects.read(f"{place}/{name}"))

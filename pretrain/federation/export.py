@@ -16,9 +16,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig, SiloConfig
+from pretrain.exchange.history import History
 from pretrain.exchange.options import store_options
-from pretrain.exchange.payload import PARAMETER
-from pretrain.exchange.store import StoreExchange, version_path
+from pretrain.exchange.payload import read_parameters
+from pretrain.exchange.store import StoreExchange
 from pretrain.outer.digest import digest_tensors
 from pretrain.silo.data import PackedTokens
 from pretrain.silo.evaluate import held_out_loss, sequences_evaluated
@@ -72,14 +73,14 @@ def _fill_from_store(config: RunConfig, parameters: dict[str, Tensor], version: 
     version = newest if version is None else version
     if not 0 <= version <= newest:
         raise ConfigError(f"--version: {version} given; allowed: 0 to {newest}")
+    history = History(exchange, config.outer.num_fragments)
     try:
         commit = exchange.read_commit(version)
         with tempfile.TemporaryDirectory() as scratch:
-            for changed, payload in exchange.newest_state(version, config.outer.num_fragments):
-                if payload.file.startswith(PARAMETER):
-                    file = Path(scratch) / payload.file
-                    exchange.fetch(version_path(changed), payload, file)
-                    _copy_file(file, parameters, prefix=f"{PARAMETER}/values/")
+            for fragment in range(config.outer.num_fragments):
+                made = history.parameters(version, fragment)
+                for name, value in read_parameters(exchange, made, Path(scratch)).items():
+                    parameters[name].copy_(value)
         if digest_tensors(parameters.items()) != commit.parameters_digest:
             raise RefusedError("its parameters do not have the digest of its commit")
     except RefusedError as error:
@@ -97,15 +98,10 @@ def _fill_from_silo(config: RunConfig, parameters: dict[str, Tensor], version: i
     (name,) = config.silos
     if not config.final_parameters(name).is_file():
         raise ConfigError(f"run directory: silo {name} has not finished; there is no {config.final_parameters(name)}")
-    _copy_file(config.final_parameters(name), parameters, prefix="")
+    with safe_open(config.final_parameters(name), framework="pt") as tensors:
+        for one in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
+            parameters[one].copy_(tensors.get_tensor(one))
     return {"silo": name, "parameters_digest": digest_tensors(parameters.items())}
-
-
-def _copy_file(file: Path, parameters: dict[str, Tensor], *, prefix: str) -> None:
-    with safe_open(file, framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
-            if name.startswith(prefix):
-                parameters[name.removeprefix(prefix)].copy_(tensors.get_tensor(name))
 
 
 def export_global_model(config: RunConfig, directory: Path, version: int | None = None) -> dict[str, Any]:

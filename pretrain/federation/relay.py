@@ -21,6 +21,7 @@ import fsspec
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.beats import BEATS_PER_LEASE
+from pretrain.exchange.history import History
 from pretrain.exchange.objects import Objects
 from pretrain.exchange.options import is_directory, store_options
 from pretrain.exchange.rollback import FOLDER as ROLLBACKS
@@ -76,6 +77,7 @@ class Relay:
         self._here = StoreExchange.of_run(config)
         options = store_options(exchange, remote_url)
         self._there = StoreExchange(remote_url, options=options, retry_seconds=exchange.retry_seconds)
+        self._history = History(self._here, config.outer.num_fragments)
         self._scratch = Path(config.directory) / "relay" / "inbox"
         self._newest = -1
         self._is_checked, self._was_rolled_back = False, False
@@ -142,18 +144,20 @@ class Relay:
                 self._here.take_back(version, f"rolled-back/{stem}")
         if done:
             self._newest, self._is_checked = self._here.newest_version(), False
-            self._copy_whole()
+            self._history = History(self._here, self._config.outer.num_fragments)  # which forgets what it was
+            self._copy_made_of()
         for name in done:
             _copy(self._there.objects, self._here.objects, f"{ROLLBACKS}/{name}")
         return all(name.replace(".json", ".done") in there for name in records)
 
-    def _copy_whole(self) -> None:
-        """The newest version's parameters, for silos whose checkpoints are all of what was taken back."""
-        if self._newest >= 0:
-            commit = Commit.from_bytes(self._here.commit_bytes(self._newest))
-            for payload, file in self._fetched(commit, _whole(commit)):
-                with suppress(FileExistsError):
-                    self._here.objects.upload(file, f"{version_path(self._newest)}/{payload.file}")
+    def _copy_made_of(self) -> None:
+        """What the newest version's parameters are made of, for silos whose checkpoints are all taken back."""
+        for fragment in range(self._config.outer.num_fragments) if self._newest >= 0 else ():
+            for version, payload, _ in self._history.parameters(self._newest, fragment):
+                name = f"{version_path(version)}/{payload.file}"
+                if not self._here.objects.exists(name):
+                    for _, file in self._fetched(version, [payload]):
+                        self._here.objects.upload(file, name)
 
     def _check_history(self) -> None:
         """Raise ConfigError, at the first look, if what is here is not of the run that is there."""
@@ -167,7 +171,7 @@ class Relay:
         self._is_checked = True
 
     def _copy_version(self, version: int) -> bool:
-        """Whether it was there. Silos read the change; with a quorum, and after a rollback, whole parameters, too."""
+        """Whether it was there. Silos read changes; with a quorum, or after a rollback, snapshots' parameters, too."""
         try:
             data = self._there.commit_bytes(version)
         except FileNotFoundError:
@@ -176,13 +180,13 @@ class Relay:
         before = self._here.commit_bytes(version - 1) if version else None
         check_link(commit, version, before, self._here.contract_sha256)
         payloads = commit.payloads + (_whole(commit) if self._rules.is_elastic or self._was_rolled_back else [])
-        self._here.publish(commit, self._fetched(commit, payloads))
+        self._here.publish(commit, self._fetched(version, payloads))
         _say(f"version {version}: came", payloads, began)
         return True
 
-    def _fetched(self, commit: Commit, payloads: Iterable[Payload]) -> Iterator[tuple[Payload, Path]]:
+    def _fetched(self, version: int, payloads: Iterable[Payload]) -> Iterator[tuple[Payload, Path]]:
         """Files of a version, checked, one after another; not what was pruned there. Raises RefusedError."""
-        folder = version_path(commit.version)
+        folder = version_path(version)
         for payload in payloads:
             file = self._scratch / payload.file
             try:
@@ -198,8 +202,7 @@ class Relay:
         silos = self._silos
         if self._rules.is_elastic:
             silos = [silo for silo in silos if (word := self._here.membership(silo)) and not word.left]
-        num_fragments = self._config.outer.num_fragments * (2 if self._rules.stale_weight else 1)
-        self._here.prune(silos, self._newest, self._config.exchange.keep_versions, num_fragments)
+        self._history.prune(silos, self._newest, self._config.exchange.keep_versions)
 
     # ---- up
 
@@ -264,7 +267,7 @@ class Relay:
 
 
 def _whole(commit: Commit) -> list[Payload]:
-    """Of the aggregator's state, the parameters themselves."""
+    """Of a snapshot, the parameters themselves."""
     return [payload for payload in commit.state_payloads if payload.file.startswith("parameter-")]
 
 

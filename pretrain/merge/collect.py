@@ -6,9 +6,11 @@ import json
 import statistics
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from torch import Tensor
 
 from pretrain.config.check import named
 from pretrain.config.keys import RunConfig
@@ -35,7 +37,7 @@ class Delivery:
     manifest_bytes: bytes
     tensors: Tensors
     norm: float
-    base: Tensors | None = None
+    base: Mapping[str, Tensor] | None = None
     """The parameters that it builds on, if it is late; else the newest."""
 
 
@@ -53,7 +55,11 @@ class Collector:
         self._arrivals: deque[float] = deque(maxlen=ARRIVALS)
         if self._rules.is_elastic and self._file.is_file():
             self._arrivals.extend(_read_arrivals(self._file))
-        self._commits: deque[Commit] = deque(maxlen=max(NORMS, self._rules.away_after_versions) * 2 * len(self._roster))
+        self.num_remembered = max(
+            max(NORMS, self._rules.away_after_versions) * 2 * len(self._roster), config.outer.num_fragments
+        )
+        """Newest commits that are asked about."""
+        self._commits: deque[Commit] = deque(maxlen=self.num_remembered)
 
     def committed(self, commit: Commit) -> None:
         """A version was committed, now or before this process started; in their order."""

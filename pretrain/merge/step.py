@@ -162,7 +162,12 @@ def shares(
         max(1, round(merge_weight(manifest.tokens, outer.weight_power) * share))
         for manifest, share in zip(manifests, staleness or ones, strict=True)
     ]
-    return capped(weights, outer.max_share), clip_factors(norms) if outer.merge == "clip" else ones
+    return capped(weights, outer.max_share), factors_of(outer, norms) or ones
+
+
+def factors_of(outer: OuterConfig, norms: Sequence[float]) -> list[float]:
+    """What the pseudo-gradients of these norms are multiplied by in the merge; none: by 1."""
+    return clip_factors(norms) if outer.merge == "clip" else []
 
 
 def capped(weights: Sequence[int], max_share: float) -> list[int]:

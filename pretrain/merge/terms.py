@@ -1,19 +1,24 @@
 """What merging takes, whoever merges: the deliveries' terms, the outer optimizer, the commit's contributors."""
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
 from pretrain.config.keys import OuterConfig, RunConfig
+from pretrain.exchange.payload import PARAMETER
 from pretrain.outer.moments import MeanGradient, Moment, SecondMoment
 from pretrain.outer.optimizer import OuterOptimizer
 from pretrain.outer.quantize import QUANTIZERS
+from pretrain.outer.state import kept_kinds
 from pretrain.silo.optim import is_muon_matrix
 from pretrain.trust.ledger import Commit, Contributor, Manifest, Payload, RefusedError, sha256_bytes
 
 HEADER_BYTES = 256  # of a payload's header, for each part of a tensor beside its name
+
+PAYLOADS_A_SNAPSHOT = 5  # bytes of payloads for each byte of outer state that is written
 
 MOST_TOKENS = 1 << 36  # of one delivery; weights made of them stay far below 2^53, which every reader can hold
 LONGEST_NORM = 2.0**60  # of a pseudo-gradient: what is shorter stays in the range of fp32, squared by Adam, too
@@ -112,6 +117,24 @@ def outer_optimizer(outer: OuterConfig) -> OuterOptimizer:
     """The outer optimizer of a configuration."""
     first, second = outer.betas
     return OuterOptimizer(name=outer.optimizer, momentum=outer.momentum, betas=(first, second), eps=outer.eps)
+
+
+def snapshot_versions(config: RunConfig) -> int:
+    """A fragment's outer state is written at every so many of its outer steps: as configured, or by bytes.
+
+    Payloads are counted without names and moments. Where the payloads are all there is to write, every step has it.
+    """
+    outer, down = config.outer, QUANTIZERS[config.outer.downlink_codec]
+    payload_bytes = (len(config.full_roster) * QUANTIZERS[outer.codec].bits + down.bits) / 8  # a parameter, as all here
+    if not (kinds := snapshot_kinds(outer)):
+        return 1
+    by_bytes = math.ceil(PAYLOADS_A_SNAPSHOT * 4 * len(kinds) / payload_bytes)
+    return config.exchange.snapshot_versions or max(1, by_bytes)
+
+
+def snapshot_kinds(outer: OuterConfig) -> tuple[str, ...]:
+    """What a snapshot writes, fp32: the outer state, and the parameters where payloads have but their changes."""
+    return kept_kinds(outer.optimizer, outer.downlink_codec) + ((PARAMETER,) if outer.downlink_codec != "fp32" else ())
 
 
 def commit_record(config: RunConfig, commit: Commit) -> dict[str, Any]:

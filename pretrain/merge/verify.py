@@ -7,8 +7,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from pretrain.config.keys import RunConfig
-from pretrain.exchange.payload import Tensors, check_header
-from pretrain.exchange.store import StoreExchange, delivery_path, version_path
+from pretrain.exchange.history import History
+from pretrain.exchange.payload import Tensors, check_header, read_parameters
+from pretrain.exchange.store import StoreExchange, delivery_path
 from pretrain.merge.collect import Delivery
 from pretrain.merge.terms import check_norm, check_payload_size, read_delivery, shared_moments
 from pretrain.outer.blocks import squared_norm
@@ -26,6 +27,8 @@ class Verifier:
         """`inbox` is the folder into which payloads are downloaded."""
         self._config, self._exchange, self._schedule = config, exchange, config.schedule
         self._inbox, self._num_threads = inbox, num_threads
+        self._history = History(exchange, config.outer.num_fragments)
+        self._last_base: tuple[int, dict[str, Tensor]] = -1, {}
 
     def verify(self, silo: str, data: bytes, state: OuterState, names: list[str], version: int) -> Delivery:
         """Check the manifest `data`, checksums, names, shapes, dtypes and values; raises RefusedError.
@@ -33,7 +36,7 @@ class Verifier:
         `names` are the tensors of the version's fragment.
         """
         late = None if version > state.version else self._late_base(version)
-        rows = [tensor_row(name, late.parts(name)["values"]) if late else state.rows[name] for name in names]
+        rows = [tensor_row(name, late[name]) if late else state.rows[name] for name in names]
         manifest = read_delivery(
             data,
             silo=silo,
@@ -61,13 +64,12 @@ class Verifier:
             file.unlink()  # what is open stays readable
         return delivery
 
-    def _late_base(self, version: int) -> Tensors:
-        """The fragment that a late delivery for `version` builds on, as it was then."""
-        base = self._schedule.base(version)
-        payload = self._exchange.whole(base, self._schedule.fragment(version))
-        file = self._inbox / f"base-{base:06d}.safetensors"
-        self._exchange.fetch(version_path(base), payload, file)
-        return Tensors(file)
+    def _late_base(self, version: int) -> dict[str, Tensor]:
+        """The fragment that a late delivery for `version` builds on, as it was then; the last one is remembered."""
+        if self._last_base[0] != (base := self._schedule.base(version)):
+            made = self._history.parameters(base, self._schedule.fragment(version))
+            self._last_base = base, read_parameters(self._exchange, made, self._inbox)
+        return self._last_base[1]
 
     def _check_values(self, delivery: Delivery, names: list[str], state: OuterState) -> float:
         """Check a payload's tensors; returns the norm of the pseudo-gradient in it. Raises ValueError."""
@@ -91,7 +93,7 @@ class Verifier:
 
 def base_of(delivery: Delivery, name: str, state: OuterState) -> Tensor:
     """What a tensor of a delivery was coded against."""
-    return delivery.base.parts(name)["values"] if delivery.base else state.parameters[name]
+    return delivery.base[name] if delivery.base else state.parameters[name]
 
 
 def pseudo_gradient(delivery: Delivery, name: str, state: OuterState, config: RunConfig) -> Tensor:

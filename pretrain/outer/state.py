@@ -1,5 +1,6 @@
 """What whoever takes outer steps keeps of each tensor, and the whole step on one tensor."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -25,10 +26,10 @@ class OuterTensors:
         """Where the outer steps have led."""
         return self.kept.get(TARGET, self.parameters)
 
-    @property
-    def kept_digest(self) -> str:
-        """Digest of `kept`."""
-        return digest_tensors((f"{kind}/{name}", t) for kind, values in self.kept.items() for name, t in values.items())
+    def kept_digest(self, names: Iterable[str]) -> str:
+        """Digest of what is `kept` of some tensors."""
+        wanted = list(names)
+        return digest_tensors((f"{kind}/{name}", of[name]) for kind, of in self.kept.items() for name in wanted)
 
 
 @dataclass(kw_only=True)

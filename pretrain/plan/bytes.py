@@ -14,7 +14,7 @@ import torch
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.payload import PARAMETER, header
-from pretrain.merge.terms import shared_moments
+from pretrain.merge.terms import shared_moments, snapshot_kinds, snapshot_versions
 from pretrain.outer.fragments import cut_fragments
 from pretrain.outer.moments import MOMENT, Moment
 from pretrain.outer.pieces import cut_pieces
@@ -78,12 +78,14 @@ def fragments(config: RunConfig, shapes: Shapes) -> list[dict[str, torch.Size]]:
     return [{name: shapes[name] for name in names} for names in cut]
 
 
-def payload_bytes(codec: str, shapes: Shapes, moments: Mapping[str, Moment] | None = None) -> int:
+def payload_bytes(
+    codec: str, shapes: Shapes, moments: Mapping[str, Moment] | None = None, *, kind: str = PARAMETER
+) -> int:
     """Bytes of the file that `payload.save_tensors` makes of these tensors in a codec, and of `moments`."""
     layout: dict[str, tuple[torch.dtype, list[int]]] = {}
     for name, shape in shapes.items():
         for part, (dtype, length) in QUANTIZERS[codec].layout(shape.numel()).items():
-            layout[f"{PARAMETER}/{part}/{name}"] = dtype, list(shape) if codec == "fp32" else [length]
+            layout[f"{kind}/{part}/{name}"] = dtype, list(shape) if codec == "fp32" else [length]
     for name, moment in (moments or {}).items():
         for part, (dtype, size) in moment.layout.items():
             layout[f"{MOMENT}/{part}/{name}"] = dtype, list(size)
@@ -113,9 +115,29 @@ def traffic(config: RunConfig, shapes: Shapes, silo: str) -> list[Traffic]:
 
 def run_bytes(config: RunConfig, moved: list[Traffic]) -> tuple[int, int]:
     """What a silo sends and receives in the whole run; version 0, which it receives besides, is not in it."""
-    schedule = config.schedule
-    times = Counter(schedule.fragment(version) for version in range(1, schedule.num_versions + 1))
+    times = _num_versions(config)
     return (
         sum(one.sent_bytes * times[fragment] for fragment, one in enumerate(moved)),
         sum(one.received_bytes * times[fragment] for fragment, one in enumerate(moved)),
     )
+
+
+def aggregator_run_bytes(config: RunConfig, shapes: Shapes) -> tuple[int, int]:
+    """What the aggregator of a store writes in the whole run, snapshots included and version 0 not, and what it reads.
+
+    That is all that the store grows by, before pruning.
+    """
+    outer, times, every = config.outer, _num_versions(config), snapshot_versions(config)
+    sent = received = 0
+    for fragment, part in enumerate(fragments(config, shapes)):
+        moments, num_versions = shared_moments(config, part, part), times[fragment]
+        sent += num_versions * payload_bytes(outer.downlink_codec, part, moments)
+        sent += num_versions // every * sum(payload_bytes("fp32", part, kind=kind) for kind in snapshot_kinds(outer))
+        received += num_versions * len(config.full_roster) * payload_bytes(outer.codec, part, moments)
+    return sent, received
+
+
+def _num_versions(config: RunConfig) -> Counter[int]:
+    """How many versions of the run each fragment has."""
+    schedule = config.schedule
+    return Counter(schedule.fragment(version) for version in range(1, schedule.num_versions + 1))

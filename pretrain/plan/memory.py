@@ -186,5 +186,8 @@ def aggregator_bytes(config: RunConfig, shapes: Shapes) -> int:
     largest = max(shape.numel() for shape in shapes.values())
     # Deliveries are mapped files, and count as long as there is room. Version 0 is a model before it is a state.
     coded = fragment * (num_silos * QUANTIZERS[outer.codec].bits + QUANTIZERS[outer.downlink_codec].bits) / 8
-    merging, state = coded + (MERGE_BYTES + stacked) * largest, 4 * (1 + len(kinds)) * _num_elements(shapes)
+    late = (
+        8 * fragment if config.membership.stale_weight else 0
+    )  # what they were coded against, before and after a change
+    merging, state = coded + late + (MERGE_BYTES + stacked) * largest, 4 * (1 + len(kinds)) * _num_elements(shapes)
     return round(AGGREGATOR_BYTES + _client_bytes(config, shapes) + state + max(merging, 4 * _num_elements(shapes)))

@@ -14,6 +14,7 @@ from pretrain.config.keys import OuterConfig, RunConfig
 from pretrain.plan.bytes import (
     Shapes,
     Traffic,
+    aggregator_run_bytes,
     fragments,
     model_shapes,
     payload_bytes,
@@ -60,11 +61,13 @@ class Plan:
     received_bytes: dict[str, int]
     first_bytes: int
     """Received once, as version 0; in a collective nothing."""
+    aggregator_sent_bytes: int
+    """In the run, snapshots included; in a collective 0, as all of the aggregator's."""
+    aggregator_received_bytes: int
     pace: Pace
     neighbours: list[Neighbour]
     memory: dict[str, SiloMemory]
     aggregator_memory_bytes: int
-    """0 in a collective, which has none."""
 
 
 def make_plan(config: RunConfig, given: Given, *, budget_tokens: int | None = None) -> Plan:
@@ -81,6 +84,7 @@ def make_plan(config: RunConfig, given: Given, *, budget_tokens: int | None = No
     batch = statistics.mean(silo.global_batch_sequences for silo in config.silos.values()) * len(config.full_roster)
     tokens = round(batch * config.sequence_tokens * config.inner.num_steps)
     budget, is_store = budget_tokens or tokens, config.exchange.kind == "store"
+    written, read = aggregator_run_bytes(config, shapes) if is_store else (0, 0)
     return Plan(
         config=config,
         num_parameters=sum(shape.numel() for shape in shapes.values()),
@@ -92,6 +96,8 @@ def make_plan(config: RunConfig, given: Given, *, budget_tokens: int | None = No
         sent_bytes={silo: sent for silo, (sent, _) in in_run.items()},
         received_bytes={silo: received for silo, (_, received) in in_run.items()},
         first_bytes=sum(payload_bytes("fp32", part) for part in fragments(config, shapes)) if is_store else 0,
+        aggregator_sent_bytes=written,
+        aggregator_received_bytes=read,
         pace=pace,
         neighbours=better_neighbours(config, shapes, given, pace),
         memory={name: silo_memory(config, name, shapes, hugging_face) for name in config.silos},

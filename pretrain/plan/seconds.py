@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig
+from pretrain.merge.terms import snapshot_versions
 from pretrain.outer.schedule import Schedule
 from pretrain.outer.state import kept_kinds
 from pretrain.plan.bytes import Shapes, Traffic, model_shapes, traffic, vocabulary
@@ -25,7 +26,7 @@ PAYLOAD_SHARE = 1448 / 1514
 DELIVER_SECONDS, ADOPT_SECONDS = 1e-9, 1e-9  # out of and into the engine: nothing hides it
 CODE_SECONDS, DECODE_SECONDS = 5e-9, 6e-9
 MERGE_SECONDS, MERGE_SILO_SECONDS = 15e-9, 10e-9  # the outer step and its files; each delivery
-STATE_SECONDS = 2e-9  # each kind of outer state, for every element of the model: its digest is of all
+STATE_SECONDS = 2e-9  # each kind of outer state in a snapshot, and in every version of a collective
 LEDGER_SECONDS = 9e-9  # in a collective each silo writes the version
 
 # Requests that wait for one another: of a silo, of the aggregator for each silo, and for itself.
@@ -74,9 +75,8 @@ def parse_bandwidth(text: str) -> float:
 
 def run_pace(config: RunConfig, shapes: Shapes, given: Given) -> Pace:
     """Go through the run as its silos do: the slowest sets the pace, and the others wait for it."""
-    num_parameters = sum(shape.numel() for shape in shapes.values())
     moved = traffic(config, shapes, next(iter(config.silos)))
-    stages = [_stage_seconds(config, one, num_parameters, given) for one in moved]
+    stages = [_stage_seconds(config, one, given) for one in moved]
     work = [one.num_elements * given.work_factor for one in moved]
     engine = [(DELIVER_SECONDS * elements, ADOPT_SECONDS * elements) for elements in work]
     steps = step_seconds(config, given)
@@ -120,7 +120,7 @@ def work_factor(config: RunConfig, wait_seconds: Sequence[float]) -> float:
     return max(0.0, statistics.median(wait_seconds) - expected(0.0)) / (expected(1.0) - expected(0.0))
 
 
-def _stage_seconds(config: RunConfig, moved: Traffic, num_parameters: int, given: Given) -> list[float]:
+def _stage_seconds(config: RunConfig, moved: Traffic, given: Given) -> list[float]:
     """What a version goes through one after another; each stage takes one version at a time.
 
     In the store: coding, the link up, the aggregator, the link down, decoding. In a collective one thread does all
@@ -129,8 +129,9 @@ def _stage_seconds(config: RunConfig, moved: Traffic, num_parameters: int, given
     outer, exchange, num_silos = config.outer, config.exchange, len(config.full_roster)
     work, latency, elements = given.work_factor, given.latency_seconds, moved.num_elements
     before, after = _link_seconds(moved, given)
-    num_kinds = len(kept_kinds(outer.optimizer, outer.downlink_codec))
-    merging = (MERGE_SECONDS + MERGE_SILO_SECONDS * num_silos) * elements + STATE_SECONDS * num_kinds * num_parameters
+    every = snapshot_versions(config) if exchange.kind == "store" else 1
+    state = STATE_SECONDS * len(kept_kinds(outer.optimizer, outer.downlink_codec)) / every
+    merging = (MERGE_SECONDS + MERGE_SILO_SECONDS * num_silos + state) * elements
     code, decode = CODE_SECONDS * elements * work, DECODE_SECONDS * elements * work
     if exchange.kind == "collective":
         trips = WORDS * (2 * num_silos + 1) + 2

@@ -221,7 +221,8 @@ class AmongSilos:
         changes = self._step(step, outer, mine, self._unpacked(arrived, uplink, [mine] * len(parts), own))
         self._ledger.keep(version, outer.kept)  # before anybody can have what belongs to it
 
-        words = {"update_squared": step.update_squared, "gram": step.gram.tolist(), "kept_digest": outer.kept_digest}
+        words: dict[str, Any] = {"update_squared": step.update_squared, "gram": step.gram.tolist()}
+        words["kept_digest"] = outer.kept_digest(outer.parameters)
         stepped = self._collective.share(f"{version}/stepped", json.dumps(words))
         change = _pack(changes)
         merged = self._swap([change] * len(parts), [num_bytes(downlink, part) for part in parts])

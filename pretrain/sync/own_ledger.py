@@ -16,7 +16,8 @@ from torch import Tensor
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.base import Received
-from pretrain.exchange.payload import PARAMETER, Tensors, keep_tensors, save_tensors
+from pretrain.exchange.history import History
+from pretrain.exchange.payload import PARAMETER, Tensors, keep_tensors, read_parameters, save_tensors
 from pretrain.exchange.store import StoreExchange, file_payload, version_path
 from pretrain.outer.digest import Row, digest_rows, tensor_rows
 from pretrain.outer.fragments import cut_fragments
@@ -37,6 +38,7 @@ class OwnLedger:
         self._config, self._silo, self._schedule = config, silo, config.schedule
         self._directory = config.silo_directory(silo)
         self._store = StoreExchange(config.ledger_url(silo))
+        self._history = History(self._store, self._schedule.num_fragments)
         self.newest = -1
 
     @property
@@ -62,7 +64,7 @@ class OwnLedger:
                     0,
                     {f: {n: parameters[n] for n in names} for f, names in enumerate(self._cut(parameters))},
                     parameters_digest=digest_rows(tensor_rows(parameters, torch.get_num_threads()).values()),
-                    outer_digest=OuterTensors(parameters=parameters, kept=kept).kept_digest,
+                    outer_digest=OuterTensors(parameters=parameters, kept=kept).kept_digest(parameters),
                 )
             )
 
@@ -109,7 +111,7 @@ class OwnLedger:
         self._store.publish(commit, zip(commit.payloads, files, strict=True), give=True)
         self.newest = commit.version
         keep, num_fragments = self._config.exchange.keep_versions, self._schedule.num_fragments
-        self._store.prune([self._silo], self.newest, keep, num_fragments)
+        self._history.prune([self._silo], self.newest, keep)
         for file in (self._directory / "kept").glob("*.safetensors"):
             if int(file.name[:6]) <= self.newest - num_fragments:
                 file.unlink()
@@ -144,12 +146,9 @@ class OwnLedger:
 
     def initial(self) -> Received:
         """All tensors of version 0; where these are pruned, of the newest. Raises ConfigError."""
-        num_fragments = self._schedule.num_fragments
         try:
-            version = 0 if self._store.has_whole(0, num_fragments) else self.newest
-            values: dict[str, Tensor] = {}
-            for made, payload in self._store.newest_state(version, num_fragments):
-                values |= self._tensors(made, payload)[0]
+            version = 0 if self._history.has_parameters(0) else self.newest
+            values = self._parameters(version)
             commit = self._store.read_commit(version)
         except RefusedError as error:
             raise ConfigError(f"run directory: {self._store.objects.url} cannot be used: {error}; restore it") from None
@@ -181,6 +180,15 @@ class OwnLedger:
         file.unlink()
         return values, moments
 
+    def _parameters(self, version: int) -> dict[str, Tensor]:
+        """All tensors as `version` has them. Raises RefusedError."""
+        fragments = (self._fragment(version, fragment) for fragment in range(self._schedule.num_fragments))
+        return {name: value for values in fragments for name, value in values.items()}
+
+    def _fragment(self, version: int, fragment: int) -> dict[str, Tensor]:
+        made = self._history.parameters(version, fragment)
+        return read_parameters(self._store, made, self._directory / "inbox")
+
     # ---- our part of the outer state
 
     def keep(self, version: int, kept: Kept) -> None:
@@ -198,8 +206,8 @@ class OwnLedger:
         rows: dict[str, Row] = {}
         pieces: dict[str, Tensor] = {}
         num_silos, index = len(self._config.full_roster), self._config.full_roster.index(self._silo)
-        for version, payload in self._store.newest_state(self.newest, self._schedule.num_fragments):
-            values, _ = self._tensors(version, payload)
+        for fragment in range(self._schedule.num_fragments):
+            values = self._fragment(self.newest, fragment)
             rows |= tensor_rows(values, torch.get_num_threads())
             mine = all_pieces(values, num_silos)[index]
             pieces |= {piece.key: piece.of(values[piece.name]) for piece in mine}

@@ -18,16 +18,15 @@ from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.base import Received
 from pretrain.exchange.beats import Beats
+from pretrain.exchange.history import History
 from pretrain.exchange.objects import StopWaitingError, StoreTroubleError
-from pretrain.exchange.payload import Tensors, check_header
+from pretrain.exchange.payload import Tensors, changed_tensors, check_header, read_parameters
 from pretrain.exchange.rollback import check_held, explain, foreign, is_rolling_back, rollback_records
 from pretrain.exchange.store import StoreExchange, version_path
 from pretrain.host.foreign import shown
 from pretrain.host.identity import known_identity, own_identity
 from pretrain.host.software import differences
 from pretrain.merge.terms import check_payload_size, shared_moments
-from pretrain.outer.blocks import Adopted, adopt
-from pretrain.outer.codec import check
 from pretrain.outer.digest import tensor_rows
 from pretrain.outer.moments import check_moments
 from pretrain.outer.pieces import Piece
@@ -52,6 +51,7 @@ class ThroughStore:
         self._rules = config.membership
         self._closing = threading.Event()
         self._store = StoreExchange.of_run(config, closing=self._closing)
+        self._history = History(self._store, config.outer.num_fragments)
         self._directory = config.silo_directory(silo)
         self._marking = ThreadPoolExecutor(1, thread_name_prefix="mark")
         self._beats: Beats | None = None
@@ -104,7 +104,7 @@ class ThroughStore:
             self._pause()
         if not self._rules.is_elastic and not self.rollbacks():
             with self._readable("version 0"):
-                newest = 0 if self._store.has_whole(0, self._config.outer.num_fragments) else newest
+                newest = 0 if self._history.has_parameters(0) else newest
         found = list(self.changes(-1, newest, {}))
         return Received(
             commit=found[-1].commit,
@@ -280,36 +280,17 @@ class ThroughStore:
     def changes(self, version: int, newest: int, base: Mapping[str, Tensor]) -> Iterator[Received]:
         """What makes version `newest` of `version`, whose tensors are `base`, one fragment after another.
 
-        Each fragment comes as the coded changes that were missed, or whole if these are gone or not smaller. The last
-        commit is in all of them. Raises ConfigError.
+        Each fragment comes as the coded changes that were missed; if these are gone or not smaller, whole as the last
+        snapshot had it, and the changes since. The last commit is in all of them. Raises ConfigError.
         """
-        last, num_fragments = self.commit(newest), self._config.outer.num_fragments
-        for fragment in range(num_fragments):
-            missed = [v for v in range(max(version, 0) + 1, newest + 1) if v % num_fragments == fragment]
-            if not missed and version >= 0:
-                continue
-            try:
-                yield self._changed(missed[-1] if missed else 0, missed if version >= 0 else [], last, base, fragment)
-            except (RefusedError, SafetensorError) as error:
-                raise ConfigError(f"silo {self._silo}: version {newest} in the store cannot be used: {error}") from None
-
-    def _changed(
-        self, newest: int, missed: list[int], last: Commit, base: Mapping[str, Tensor], fragment: int
-    ) -> Received:
-        """One fragment as version `newest` made it, from the changes of `missed` or whole."""
-        whole = self._store.whole(newest, fragment)
-        changes = self._store.changes(missed, fragment, below_bytes=whole.num_bytes)
-        values: dict[str, Tensor] = {}
-        for number, payload, codec in changes or [(newest, whole, "")]:
-            file = self._directory / "inbox" / f"{number:06d}-{fragment:03d}.safetensors"
-            self._store.fetch(version_path(number), payload, file)
-            tensors = Tensors(file)
-            before = values or {name: base[name] for name in tensors.names} if codec else {}
-            values = changed_tensors(tensors, codec, before)
-            file.unlink()
-        rows = tensor_rows(values, torch.get_num_threads())
-        num_bytes = sum(payload.num_bytes for _, payload, _ in changes) or whole.num_bytes
-        return Received(commit=last, values=values, rows=rows, bytes_sent=0, bytes_received=num_bytes)
+        last = self.commit(newest)
+        for fragment in range(self._config.outer.num_fragments):
+            with self._readable(f"version {newest}"):
+                if made := self._history.parameters(newest, fragment, since=version):
+                    values = read_parameters(self._store, made, self._directory / "inbox", base)
+                    rows = tensor_rows(values, torch.get_num_threads())
+                    num_bytes = sum(payload.num_bytes for _, payload, _ in made)
+                    yield Received(commit=last, values=values, rows=rows, bytes_sent=0, bytes_received=num_bytes)
 
     def _download(self, version: int, base: Mapping[str, Tensor]) -> Received:
         """Fetch a commit's payloads and check them before a byte is decoded."""
@@ -376,24 +357,3 @@ class ThroughStore:
         self._closing.set()
         if self._beats:
             self._beats.stop(take_back=True)
-
-
-def changed_tensors(payload: Tensors, codec: str, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a payload makes of the tensors in `base`, which are left as they are; of none, what it holds itself.
-
-    Raises RefusedError if it changes others, or is of another codec or shape.
-    """
-    if not base:
-        return {name: payload.parts(name)["values"].clone() for name in payload.names}
-    if payload.names != sorted(base):
-        raise RefusedError("it changes other tensors than those of its fragment")
-    changes = {}
-    for name, before in base.items():
-        parts = payload.parts(name)
-        try:
-            check(codec, parts, before.shape)
-        except ValueError as error:
-            raise RefusedError(f"{name}: {error}") from None
-        changes[name] = Adopted(published=before, parts=parts, new=torch.empty_like(before))
-    adopt(codec, list(changes.values()), torch.get_num_threads())
-    return {name: change.new for name, change in changes.items()}

@@ -15,7 +15,7 @@ from typing import Any, Self, get_args, get_origin
 
 from pretrain.host.foreign import loads, shown
 
-FORMAT = 1
+FORMAT, COMMIT_FORMAT = 1, 2
 RECORD_BYTES = 4 << 20  # of a record: a commit of ten thousand silos
 METRIC = re.compile(r"[A-Za-z0-9_./-]{1,128}")
 MANIFEST_METRICS = 16  # how many a manifest may have; ours have three
@@ -49,8 +49,8 @@ class Record:
     def from_bytes(cls, data: bytes) -> Self:
         """Read a record of another party; raises RefusedError if anything is missing, unknown or of another type."""
         given = typed_keys(cls, data, limit_bytes=RECORD_BYTES)
-        if given["format"] != FORMAT:
-            raise RefusedError(f"format {shown(given['format'])} given; this version reads {FORMAT}")
+        if given["format"] != cls.format:  # the class's own
+            raise RefusedError(f"format {shown(given['format'])} given; this version reads {cls.format}")
         check_types(cls, given)
         for name, row_type in (("payloads", Payload), ("state_payloads", Payload), ("contributors", Contributor)):
             if name in given:
@@ -157,18 +157,26 @@ class Contributor:
 class Commit(Record):
     """One finished outer step, recorded for ever. Version 0 is the initial state and has no contributors."""
 
+    format: int = COMMIT_FORMAT
     contract_sha256: str
     version: int
     previous: str | None
     codec: str
     payloads: list[Payload]
     state_payloads: list[Payload]
+    """Of a snapshot, what a restart needs beside the payloads: see `is_snapshot`."""
     contributors: list[Contributor]
     divisor: int
     parameters_digest: str
     outer_digest: str
+    """Of the outer state that is written here, of the fragments that changed; empty if none is."""
     metrics: dict[str, float] = field(default_factory=dict)
     signature: str | None = None
+
+    @property
+    def is_snapshot(self) -> bool:
+        """Whether the outer state of what it changes is here; else it follows from earlier versions and deliveries."""
+        return bool(self.outer_digest)
 
 
 def sha256_bytes(data: bytes) -> str:

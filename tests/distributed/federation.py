@@ -1,6 +1,7 @@
 """Run a federation with real processes, and read back what it left."""
 
 import sys
+import tempfile
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,7 +18,9 @@ from launch.show.metrics import MetricsReader
 from launch.start.local import CommandBuilder, launch_local, local_commands
 from launch.start.processes import ChildCommand
 from pretrain.config.keys import RunConfig
-from pretrain.exchange.store import StoreExchange, version_path
+from pretrain.exchange.history import History
+from pretrain.exchange.payload import read_parameters
+from pretrain.exchange.store import StoreExchange
 from pretrain.silo.data import PackedTokens
 from pretrain.silo.model import build_initial, token_losses
 from pretrain.trust.ledger import Commit
@@ -68,10 +71,11 @@ class Outcome:
     def parameters(self, version: int) -> dict[str, torch.Tensor]:
         """The global parameters of a version that was not pruned."""
         found: dict[str, torch.Tensor] = {}
-        for changed, payload in self.exchange.newest_state(version, self.config.outer.num_fragments):
-            if payload.file.startswith("parameter"):
-                file = Path(self.ledger) / version_path(changed) / payload.file
-                found |= values_in(file)
+        num_fragments = self.config.outer.num_fragments
+        with tempfile.TemporaryDirectory() as scratch:
+            for fragment in range(num_fragments):
+                made = History(self.exchange, num_fragments).parameters(version, fragment)
+                found |= read_parameters(self.exchange, made, Path(scratch))
         return found
 
     def delivered(self, silo: str, round: int) -> dict[str, torch.Tensor]:

@@ -52,6 +52,7 @@ LASTING = ("slow", "flip", "scale", "noise")
 Point = tuple[str, str, str, Callable[..., int | None]]
 OBJECTS = "pretrain.exchange.objects"
 STORE = "pretrain.exchange.store"
+HISTORY = "pretrain.exchange.history"
 AGGREGATE = "pretrain.aggregate"
 SILO_SYNC = "pretrain.sync.silo_sync"
 OWN_LEDGER = "pretrain.sync.own_ledger"
@@ -88,6 +89,12 @@ AGGREGATOR_POINTS: dict[str, Point] = {  # as its loop comes to them
     "before_contract": (OBJECTS, "Objects.write", "before", lambda self, name, data: contract(name)),
     "after_contract": (OBJECTS, "Objects.write", "after", lambda self, name, data: contract(name)),
     "version_read": (OBJECTS, "Objects.download", "after", lambda self, name, file, limit_bytes: version(name)),
+    "replaying": (  # what is to be replayed is known, and none of it done
+        AGGREGATE,
+        "Aggregator._replay",
+        "before",
+        lambda self, state, commits, snapshots: state.version if commits else None,
+    ),
     "version_loaded": (AGGREGATE, "Aggregator._load", "after", lambda self, newest: newest),
     "reading_delivery": (OBJECTS, "Objects._open", "after", lambda self, name: delivery(name)),  # nothing is read yet
     "delivery_read": (OBJECTS, "Objects.download", "after", lambda self, name, file, limit_bytes: delivery(name)),
@@ -110,10 +117,10 @@ AGGREGATOR_POINTS: dict[str, Point] = {  # as its loop comes to them
     "before_commit": (OBJECTS, "Objects.write", "before", lambda self, name, data: commit(name)),
     "committing": ("os", "link", "before", lambda written, final, **more: commit(linked(final, **more))),
     "after_commit": (OBJECTS, "Objects.write", "after", lambda self, name, data: commit(name)),
-    "before_pruning": (STORE, "StoreExchange.prune", "before", lambda self, roster, newest, *settings: newest),
+    "before_pruning": (HISTORY, "History.prune", "before", lambda self, roster, newest, keep, **settings: newest),
     "delivery_pruned": (OBJECTS, "Objects.delete", "after", lambda self, name: pruned(self, name, delivery(name))),
     "pruning": (OBJECTS, "Objects.delete", "after", lambda self, name: pruned(self, name, version(name))),
-    "after_pruning": (STORE, "StoreExchange.prune", "after", lambda self, roster, newest, *settings: newest),
+    "after_pruning": (HISTORY, "History.prune", "after", lambda self, roster, newest, keep, **settings: newest),
     "releasing": ("pretrain.exchange.lease", "Lease.release", "before", lambda self: 0),
     "finishing": (
         "pretrain.host.journal",

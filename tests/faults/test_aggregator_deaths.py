@@ -16,12 +16,13 @@ pytestmark = pytest.mark.soak
 
 
 def make_config(tiny_config: TinyConfig, directory: Path) -> RunConfig:
-    """Six versions, so that old ones are pruned, with a target and a velocity beside each."""
+    """Six versions, so that old ones are pruned, with a target and a velocity beside 3 and 6."""
     return tiny_config(
         directory,
         inner={"num_steps": 4 * NUM_VERSIONS},
         outer={"optimizer": "nesterov", "downlink_codec": "bf16"},
         silo={"checkpoint_interval_steps": 3},
+        exchange={"snapshot_versions": 3},
     )
 
 
@@ -32,7 +33,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_config: TinyConfi
 
 
 # In the order in which they strike. The numbers of before_merge and after_merge are those of the version before. At
-# commit 4 the versions 1 and 2 are pruned, at commit 5 what is left of them and 3, at commit 6 the rest and 4.
+# commit 4 version 3 is a snapshot of which all is made that is kept: 0 to 2 are pruned, and at commit 5 what is left.
 DEATHS: Faults = {
     "aggregator": [
         ("lease_taken", 0),
@@ -51,6 +52,7 @@ DEATHS: Faults = {
         ("verified", 1),
         ("before_merge", 0),
         ("after_commit", 1),
+        ("replaying", 1),
         ("before_refusal", 2),
         ("merging", 2),
         ("after_merge", 1),

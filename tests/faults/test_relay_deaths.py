@@ -49,7 +49,7 @@ def behind_relay(build: CommandBuilder, silo: str, here: Path) -> CommandBuilder
 
 
 def configured(tiny_config: TinyConfig, directory: Path, num_steps: int, exchange: dict[str, Any]) -> RunConfig:
-    config = make_config(tiny_config, directory, exchange, **STREAMING)
+    config = make_config(tiny_config, directory, exchange | {"snapshot_versions": 2}, **STREAMING)
     return dataclasses.replace(config, inner=dataclasses.replace(config.inner, num_steps=num_steps))
 
 

@@ -194,7 +194,7 @@ def check_commit(config: RunConfig, state: OuterState, changed: list[str], befor
     assert commit["parameters_digest"] == state.parameters_digest == digest_tensors(state.parameters.items())
     fragment = version % 2
     assert [p["file"] for p in commit["payloads"]] == [f"parameter-{fragment:03d}.safetensors"]
-    assert [p["file"] for p in commit["state_payloads"]] == [f"velocity-{fragment:03d}.safetensors"]
+    assert (commit["state_payloads"], commit["outer_digest"]) == ([], "")  # no snapshot: these are every second step's
     assert stored(config, version, f"parameter-{fragment:03d}.safetensors").keys() == {
         f"parameter/values/{name}" for name in changed
     }

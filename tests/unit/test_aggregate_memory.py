@@ -102,7 +102,8 @@ def test_what_is_damaged_when_it_starts_is_published_again(config: RunConfig) ->
     file = next(commit_file(config, 0).parent.glob("velocity-*.safetensors"))
     before = file.read_bytes()
     file.write_bytes(before[:-1] + b"\x7f")
-    assert start(config)[1].kept_digest == state.kept_digest
+    names = sorted(state.parameters)
+    assert start(config)[1].kept_digest(names) == state.kept_digest(names)
     assert file.read_bytes() == before
 
 

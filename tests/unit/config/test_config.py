@@ -119,6 +119,7 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     (["sequence_tokens=1"], ["sequence_tokens: 1 given; allowed: 2 or more"]),
     (["outer.num_fragments=0"], ["outer.num_fragments: 0 given; allowed: 1 or more"]),
     (["exchange.keep_versions=0"], ["exchange.keep_versions: 0 given; allowed: 1 or more"]),
+    (["exchange.snapshot_versions=0"], ["exchange.snapshot_versions: 0 given; allowed: null, or 1 or more"]),
     (["exchange.poll_seconds=0"], ["exchange.poll_seconds: 0.0 given; allowed: above 0"]),
     (["inner.lr=0"], ["inner.lr: 0.0 given; allowed: above 0"]),
     (["inner.lr=nan"], ["inner.lr: nan given; allowed: above 0"]),

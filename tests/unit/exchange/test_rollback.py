@@ -19,6 +19,7 @@ from launch import cli
 from launch.show.status import print_status
 from pretrain.aggregate import Aggregator, OuterState
 from pretrain.config.keys import RunConfig
+from pretrain.exchange.history import History
 from pretrain.exchange.objects import Objects
 from pretrain.exchange.rollback import (
     Rollback,
@@ -61,8 +62,9 @@ def opened(store: Path) -> StoreExchange:
 
 @pytest.fixture(scope="module", params=STREAMS)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_config: TinyConfig) -> RunConfig:
-    """A run of five versions, with a sixth under way; never write into it."""
-    config = tiny_config(tmp_path_factory.mktemp("run"), inner={"num_steps": 24}, outer=STREAMS[request.param])
+    """A run of five versions, with a sixth under way; never write into it. With one fragment 2 and 4 are snapshots."""
+    outer, exchange = STREAMS[request.param], {"snapshot_versions": 3 - request.param}
+    config = tiny_config(tmp_path_factory.mktemp("run"), inner={"num_steps": 24}, outer=outer, exchange=exchange)
     aggregator, state = start(config)
     exchange = opened(Path(config.store_url))
     for version in range(1, NEWEST + 1):
@@ -382,15 +384,18 @@ def test_not_an_earlier_version(run: RunConfig, store: Path, to: int) -> None:
 
 def test_a_version_whose_tensors_were_pruned(run: RunConfig, store: Path) -> None:
     num_fragments, exchange = run.outer.num_fragments, opened(store)
-    exchange.prune([], NEWEST, 2, num_fragments)
+    History(exchange, num_fragments).prune([], NEWEST, 2)
     before = files(store)
     message = one_line_error(roll_back, exchange, num_fragments, to=3)
     assert message == "--to: 3 given; allowed: 4, what is kept before the newest version (5)"
     assert files(store) == before
     further = opened(shutil.copytree(store, store.parent / "further"))
-    further.prune([], NEWEST, 1, num_fragments)
-    message = one_line_error(roll_back, further, num_fragments, to=4)
-    assert message == "--to: 4 given; allowed: none, as no version before the newest (5) is kept"
+    History(further, num_fragments).prune([], NEWEST, 1)
+    if num_fragments == 2:
+        message = one_line_error(roll_back, further, num_fragments, to=4)
+        assert message == "--to: 4 given; allowed: none, as no version before the newest (5) is kept"
+    else:
+        roll_back(further, num_fragments, to=4)  # a snapshot, of which 5 was made
     roll_back(exchange, num_fragments, to=4)
     assert start(elsewhere(run, store))[1].version == 4
 

@@ -51,7 +51,7 @@ def test_the_newest_part_is_found_however_long_ago(tmp_path: Path) -> None:
     assert exchange.tokens_total("early", newest, above=3) == 0
     assert exchange.tokens_total("never", newest) == exchange.tokens_total("always", 0) == 0
     (tmp_path / version_path(2) / "commit.json").unlink()
-    with pytest.raises(RefusedError, match=r"^a commit before it is missing: .*000002/commit\.json"):
+    with pytest.raises(RefusedError, match=r"^commit 2 is missing: .*000002/commit\.json"):
         exchange.tokens_total("never", newest)
 
 

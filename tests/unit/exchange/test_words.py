@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.exchange.history import History
 from pretrain.exchange.lease import Lease
 from pretrain.exchange.objects import Objects
 from pretrain.exchange.rollback import finish_rollbacks
@@ -99,7 +100,7 @@ def test_marks_and_versions_that_are_no_numbers_are_nobodys(exchange: StoreExcha
     for name in ("global/²", "silos/law/resumable/²", "global/junk", "waiting/³.json"):
         exchange.objects.write(name, b"")
     exchange.mark_resumable("law", 1)
-    assert exchange.prune(["law"], 1, 2) == []
+    assert History(exchange, 1).prune(["law"], 1, 2) == []
     assert StoreExchange(exchange.objects.url).newest_version() == 1
     assert exchange.versions_above(0) == [1]
 

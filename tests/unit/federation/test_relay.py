@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from pretrain.exchange.history import History
 from pretrain.exchange.objects import Objects
 from pretrain.exchange.rollback import explain, finish_rollbacks, is_rolling_back, roll_back
 from pretrain.exchange.store import Refusal, StoreExchange
@@ -22,7 +23,8 @@ from pretrain.trust.contract import build_contract, contract_bytes
 from pretrain.trust.ledger import sha256_bytes
 from tests.conftest import TinyConfig
 from tests.support import one_line_error
-from tests.unit.exchange.test_store import deliver, publish, publish_fragment
+from tests.unit.exchange.test_history import publish_fragment
+from tests.unit.exchange.test_store import deliver, publish
 from tests.waiting import wait_for
 
 Files = dict[str, bytes]
@@ -112,6 +114,28 @@ def test_versions_come_and_deliveries_go(site: Site, tmp_path: Path, capsys: pyt
     ]
 
 
+def test_what_a_version_between_snapshots_is_made_of_comes_after_a_rollback(
+    tmp_path: Path, tiny_config: TinyConfig
+) -> None:
+    """Also what was pruned here, as this site's silo needed it no longer."""
+    site = Site(tmp_path, tiny_config, outer={"num_fragments": 3})
+    for version in range(9):
+        publish_fragment(site.there, version, "int4", tmp_path, every=2)
+    relay, history = site.relay(), History(site.here, 3)
+    site.here.claim_name("alpha", "identity")
+    site.here.mark_resumable("alpha", 8)
+    relay.copy()
+    assert site.here.read_contract()
+    assert [version for version in range(9) if tensors_of(site.here, version)] == [4, 5, 6, 7, 8]
+    assert not history.has_parameters(8)  # silos of a fixed roster read changes alone
+    roll_back(site.there, 3, to=5)
+    relay.copy()
+    assert site.here.newest_version() == 5
+    assert history.has_parameters(5)
+    made = [(version, codec) for fragment in range(3) for version, _, codec in history.parameters(5, fragment)]
+    assert made == [(0, ""), (3, "int4"), (4, ""), (5, "")]
+
+
 @pytest.mark.parametrize("why", ["quorum", "rollback"])
 def test_whole_parameters_come_where_a_silo_may_need_them(why: str, tmp_path: Path, tiny_config: TinyConfig) -> None:
     rules: dict[str, Any] = {"membership": {"quorum": 1}} if why == "quorum" else {}
@@ -179,7 +203,7 @@ def test_pruned_here_and_not_fetched_again(site: Site, tmp_path: Path) -> None:
     assert files(here) == before
     # Of a store that has pruned, what is left comes.
     there.mark_resumable("beta", 4)
-    assert there.prune(["alpha", "beta"], 4, 2) == [2, 1, 0]
+    assert History(there, 1).prune(["alpha", "beta"], 4, 2) == [2, 1, 0]
     shutil.rmtree(here.objects.url)
     site.relay().copy()
     assert [version for version in range(5) if tensors_of(StoreExchange(here.objects.url), version)] == [3, 4]

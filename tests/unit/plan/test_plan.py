@@ -82,7 +82,7 @@ def test_a_run_through_the_store_moves_the_planned_bytes(
     codec: str, num_fragments: int, tmp_path: Path, tiny_config: TinyConfig
 ) -> None:
     outer = {"codec": codec, "downlink_codec": codec, "num_fragments": num_fragments}
-    config = tiny_config(tmp_path, inner={"num_steps": 8}, outer=outer)
+    config = tiny_config(tmp_path, inner={"num_steps": 8}, outer=outer, exchange={"snapshot_versions": 2})
     aggregator, state = start(config)
     while state.version < config.schedule.num_versions:
         for seed, silo in enumerate(config.silos):
@@ -101,6 +101,11 @@ def test_a_run_through_the_store_moves_the_planned_bytes(
         assert [one.sent_bytes for one in moved] == sent
         assert [one.received_bytes for one in moved] == received
         assert (plan.sent_bytes[silo], plan.received_bytes[silo]) == (sum(sent), sum(received))
+    written = [payload for commit in commits[1:] for payload in commit["payloads"] + commit["state_payloads"]]
+    assert plan.aggregator_sent_bytes == sum(payload["num_bytes"] for payload in written)
+    assert plan.aggregator_received_bytes == sum(plan.sent_bytes.values())
+    grown = [file for file in store.rglob("*.safetensors") if "000000" not in str(file)]
+    assert sum(file.stat().st_size for file in grown) == plan.aggregator_sent_bytes + plan.aggregator_received_bytes
 
 
 @pytest.mark.parametrize("codec", CODECS)

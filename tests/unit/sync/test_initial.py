@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from pretrain.config.keys import RunConfig
+from pretrain.exchange.history import History
 from pretrain.exchange.rollback import roll_back
 from pretrain.sync.delivered import Delivered
 from pretrain.sync.through_store import ThroughStore
@@ -34,7 +35,7 @@ def test_from_version_0_while_it_is_there_and_else_from_the_newest(tmp_path: Pat
         return received.commit.version
 
     assert starts_from() == 0, "every round can be made again as it was"
-    store.prune([], 4, 2)
+    History(store, 1).prune([], 4, 2)
     assert starts_from() == 4
     roll_back(store, 1, to=3)
     assert starts_from() == 3

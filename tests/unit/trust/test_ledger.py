@@ -158,6 +158,10 @@ def test_malformed_manifests_are_refused(case: str) -> None:
     assert expected in refusal(Manifest, changed(MANIFEST, change))
 
 
+def test_a_commit_from_before_there_were_snapshots_is_refused() -> None:
+    assert refusal(Commit, changed(COMMIT, put("format", 1))) == "format 1 given; this version reads 2"
+
+
 @pytest.mark.parametrize("record", [MANIFEST, COMMIT], ids=["manifest", "commit"])
 def test_no_key_may_be_missing(record: Record) -> None:
     for field in dataclasses.fields(record):
