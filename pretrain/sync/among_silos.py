@@ -219,6 +219,9 @@ class AmongSilos:
         shapes = {name: value.shape for name, value in base.items()}
         step = Step(self._config, version, outer, weights=weights, told=told_moments, shapes=shapes, gram=True)
         changes = self._step(step, outer, mine, self._unpacked(arrived, uplink, [mine] * len(parts), own))
+        sent, received = sum(map(_length, out)), _length(arrived)
+        del arrived  # each of these is a fragment, or a silo's part of one
+        outer.parameters.clear()
         self._ledger.keep(version, outer.kept)  # before anybody can have what belongs to it
 
         words: dict[str, Any] = {"update_squared": step.update_squared, "gram": step.gram.tolist()}
@@ -227,6 +230,8 @@ class AmongSilos:
         change = _pack(changes)
         merged = self._swap([change] * len(parts), [num_bytes(downlink, part) for part in parts])
         values = self._apply(self._unpacked(merged, downlink, parts, changes), parts, base)
+        sent, received = sent + _length(change) * sum(others), received + _length(merged)
+        del merged, change, changes
         rows = tensor_rows(values, torch.get_num_threads())
         contributors = [
             contributor(manifests[silo], told[silo], weight) for silo, weight in zip(self._roster, weights, strict=True)
@@ -234,7 +239,6 @@ class AmongSilos:
         moments = step.merged_moments()
         self._commit(version, values, rows, contributors, stepped, moments=moments)
         self._rows |= rows
-        sent, received = sum(map(_length, out)) + _length(change) * sum(others), sum(map(len, (*arrived, *merged)))
         return Received(
             commit=Commit.from_bytes(self._ledger.words(version).encode()),
             values=values,

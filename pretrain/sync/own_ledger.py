@@ -210,7 +210,7 @@ class OwnLedger:
             values = self._fragment(self.newest, fragment)
             rows |= tensor_rows(values, torch.get_num_threads())
             mine = all_pieces(values, num_silos)[index]
-            pieces |= {piece.key: piece.of(values[piece.name]) for piece in mine}
+            pieces |= {piece.key: piece.of(values[piece.name]).clone() for piece in mine}
         kept = kept_at_start(pieces, self._config.outer.optimizer, self._config.outer.downlink_codec)
         for version in range(max(1, self.newest - self._schedule.num_fragments + 1), self.newest + 1):
             for kind in kept:
