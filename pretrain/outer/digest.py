@@ -1,4 +1,7 @@
-"""One name for a set of tensors: equal digests mean equal bits."""
+"""One name for a set of tensors: equal digests mean equal bits.
+
+Their bytes are hashed by BLAKE3, some four times as fast as sha256 by a processor that has instructions for it.
+"""
 
 import hashlib
 import json
@@ -6,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from pretrain.outer.threads import in_threads
@@ -13,15 +17,15 @@ from pretrain.outer.threads import in_threads
 Row = list[Any]
 
 
-def tensor_sha256(tensor: Tensor) -> str:
-    """sha256 of the tensor's little-endian bytes (CPU)."""
+def tensor_hash(tensor: Tensor) -> str:
+    """BLAKE3 (https://github.com/BLAKE3-team/BLAKE3-specs) of the tensor's little-endian bytes (CPU)."""
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    return hashlib.sha256(flat.numpy().data).hexdigest()
+    return f"blake3:{blake3(flat.numpy().data).hexdigest()}"
 
 
 def tensor_row(name: str, tensor: Tensor) -> Row:
-    """What a digest says of one tensor: name, dtype, shape, sha256 of the bytes."""
-    return [name, str(tensor.dtype), list(tensor.shape), tensor_sha256(tensor)]
+    """What a digest says of one tensor: name, dtype, shape, BLAKE3 of the bytes."""
+    return [name, str(tensor.dtype), list(tensor.shape), tensor_hash(tensor)]
 
 
 def tensor_rows(tensors: Mapping[str, Tensor], num_threads: int) -> dict[str, Row]:

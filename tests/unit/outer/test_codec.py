@@ -15,7 +15,7 @@ from pretrain.config import check as config_check
 from pretrain.exchange.payload import Tensors, save_tensors
 from pretrain.exchange.store import file_payload
 from pretrain.outer.codec import CODECS, FEEDBACK_DECAY, apply_change, check, decoded, encode
-from pretrain.outer.digest import digest_tensors, tensor_sha256
+from pretrain.outer.digest import digest_tensors, tensor_hash
 from pretrain.outer.moments import MeanGradient, SecondMoment
 from pretrain.outer.optimizer import OuterOptimizer
 from pretrain.outer.quantize import BLOCK, Parts
@@ -26,7 +26,7 @@ SHAPE = torch.Size([3, 1500])  # more than a chunk of top-k, and no whole number
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and tensor_sha256(a) == tensor_sha256(b)
+    return a.dtype == b.dtype and a.shape == b.shape and tensor_hash(a) == tensor_hash(b)
 
 
 def normal(seed: int, scale: float = 1.0) -> Tensor:

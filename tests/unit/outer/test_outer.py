@@ -1,5 +1,6 @@
 """The outer mathematics: golden numbers that can be checked by hand, and laws."""
 
+import hashlib
 import json
 import math
 import os
@@ -10,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from blake3 import blake3
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pretrain.outer.digest import digest_rows, digest_tensors, tensor_row, tensor_sha256
+from pretrain.outer.digest import digest_rows, digest_tensors, tensor_hash, tensor_row
 from pretrain.outer.merge import mean_cosine, weighted_mean
 from pretrain.outer.optimizer import MOMENTS, OuterOptimizer
 from tests.support import GOLDEN
@@ -29,7 +31,7 @@ def double(*values: float) -> Tensor:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and tensor_sha256(a) == tensor_sha256(b)
+    return a.dtype == b.dtype and a.shape == b.shape and tensor_hash(a) == tensor_hash(b)
 
 
 # ---- outer step
@@ -182,9 +184,8 @@ def test_mean_cosine_by_hand(vectors: list[tuple[int, int]], expected: float) ->
 
 def test_digest_is_a_known_number() -> None:
     """Little-endian bytes of 1.0f are 00 00 80 3f; the rest is JSON: two lines of any language give the same."""
-    import hashlib
-
-    inner = hashlib.sha256(np.array([1.0], dtype="<f4").tobytes()).hexdigest()
+    assert blake3(b"").hexdigest() == "af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262"  # the paper's
+    inner = f"blake3:{blake3(np.array([1.0], dtype='<f4').tobytes()).hexdigest()}"
     expected = hashlib.sha256(json.dumps([["a", "torch.float32", [1], inner]]).encode()).hexdigest()
     assert digest_tensors([("a", torch.tensor([1.0]))]) == expected
 
