@@ -178,9 +178,16 @@ def measure(  # noqa: PLR0917 (apply has no others)
 
 def one_version(aggregator: Aggregator, state: OuterState) -> None:
     """What the aggregator's loop does, in silence."""
-    with Path(os.devnull).open("w") as nothing, contextlib.redirect_stdout(nothing):
+    with in_silence():
         deliveries = aggregator.collect(state)
         aggregator.commit(state, deliveries, aggregator.merge(state, deliveries))
+
+
+@contextlib.contextmanager
+def in_silence() -> Iterator[None]:
+    """What is printed is lost."""
+    with Path(os.devnull).open("w") as nothing, contextlib.redirect_stdout(nothing):
+        yield
 
 
 def main() -> None:

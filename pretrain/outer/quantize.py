@@ -22,7 +22,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -163,7 +163,7 @@ class _Levels:
     to_bytes: Callable[[Tensor], Tensor]  # (blocks, BLOCK) fp32 in -top ... top, overwritten -> flat uint8
     to_levels: Callable[[Tensor], Tensor]  # flat uint8 -> flat int8
 
-    @property
+    @cached_property
     def largest_scale(self) -> float:
         """The largest bf16 with which the top level is finite."""
         return (torch.tensor(LARGEST_FP32 / self.top).view(torch.int32) & -65536).view(torch.float32).item()

@@ -1,0 +1,103 @@
+"""What a version costs an aggregator by number of silos: seconds, memory, and requests to the store.
+
+    python -m benchmarks.many_silos [--silos 8 64 512 1000] [--versions 3] [--directory DIR]
+
+The real aggregator commits versions of a model of half a million parameters in int4, from deliveries that are written
+by hand and all there when it looks. Counted are the median seconds from its first look to its commit, the processors'
+seconds, what its memory grows by while it holds the deliveries, and how often it reads, lists, writes and deletes in
+the store.
+"""
+
+import argparse
+import multiprocessing
+import re
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.merge import SIZES, Deliveries, configuration, in_silence
+from pretrain.aggregate import Aggregator
+from pretrain.exchange.objects import Objects
+from pretrain.host.journal import Journal
+
+REQUESTS = {"read": "exists read download", "listed": "names", "written": "write upload", "deleted": "delete"}
+MODEL = SIZES["0.5M"] | {"num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 3200}
+
+
+def counted(requests: Counter[str]) -> None:
+    """Have all stores of this process count what is asked of them."""
+    for kind, methods in REQUESTS.items():
+        for method in methods.split():
+            setattr(Objects, method, _counting(getattr(Objects, method), kind, requests))
+
+
+def _counting(method: Callable[..., Any], kind: str, requests: Counter[str]) -> Callable[..., Any]:
+    @wraps(method)
+    def counting(*arguments: Any, **named: Any) -> Any:
+        requests[kind] += 1
+        return method(*arguments, **named)
+
+    return counting
+
+
+def measure(directory: Path, num_silos: int, num_versions: int) -> str:
+    """The table's line."""
+    torch.set_num_threads(1)
+    names = [f"silo-{index:04d}" for index in range(num_silos)]
+    codecs = ["outer.codec=int4", "outer.downlink_codec=int4"]
+    config = configuration(directory, MODEL, names, [f"inner.num_steps={num_versions}", *codecs])
+    requests = Counter[str]()
+    counted(requests)
+    aggregator = Aggregator(config, Journal(config, "aggregator", silo=None))
+    state = aggregator.start()
+    deliveries = Deliveries(config, state, aggregator._exchange.contract_sha256, directory)
+    seconds, processor, grown = [], [], []
+    for version in range(1, num_versions + 1):
+        for _ in deliveries.write(version):
+            pass
+        requests.clear()
+        before_kb, began, worked = anonymous_kb(), time.perf_counter(), time.process_time()
+        with in_silence():
+            arrived = aggregator.collect(state)
+            merged = aggregator.merge(state, arrived)
+            grown.append(anonymous_kb() - before_kb)
+            aggregator.commit(state, arrived, merged)
+        seconds.append(time.perf_counter() - began)
+        processor.append(time.process_time() - worked)
+    num_elements = sum(value.numel() for value in state.parameters.values())
+    asked = "  ".join(f"{kind} {requests[kind] / num_silos:.2f}" for kind in REQUESTS)
+    return (
+        f"{num_silos:5d} silos  {num_elements / 1e6:.2f} M  {statistics.median(seconds):7.3f} s  "
+        f"{statistics.median(seconds) / num_silos * 1e3:6.2f} ms a silo  "
+        f"{statistics.median(processor) / num_silos * 1e3:6.2f} ms of processors  "
+        f"{statistics.median(grown) / num_silos:7.1f} kB a silo  a silo and version {asked}"
+    )
+
+
+def anonymous_kb() -> int:
+    """Memory of this process that is no file's: payloads are mapped."""
+    return int(re.search(r"RssAnon:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
+
+
+def main() -> None:
+    """Print a line for each number of silos, each measured in a process of its own."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--silos", type=int, nargs="+", default=[8, 64, 512, 1000])
+    parser.add_argument("--versions", type=int, default=3, help="commits, of which the median counts")
+    parser.add_argument("--directory", type=Path, help="on the disk that is to be measured (default: a temporary one)")
+    arguments = parser.parse_args()
+    context = multiprocessing.get_context("spawn")
+    for num_silos in arguments.silos:
+        with tempfile.TemporaryDirectory(dir=arguments.directory) as directory, context.Pool(1) as process:
+            print(process.apply(measure, (Path(directory), num_silos, arguments.versions)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
