@@ -38,7 +38,7 @@ from pretrain.merge.collect import Collector, Delivery
 from pretrain.merge.step import Step, shares
 from pretrain.merge.terms import commit_record, contributor
 from pretrain.merge.verify import Verifier, base_of, pseudo_gradient
-from pretrain.outer.blocks import in_threads
+from pretrain.outer.blocks import without_numba
 from pretrain.outer.codec import encode
 from pretrain.outer.digest import tensor_row
 from pretrain.outer.fragments import cut_fragments
@@ -46,6 +46,7 @@ from pretrain.outer.merge import mean_cosine
 from pretrain.outer.pieces import Piece
 from pretrain.outer.quantize import Parts
 from pretrain.outer.state import OuterState, kept_at_start, kept_kinds
+from pretrain.outer.threads import in_threads
 from pretrain.trust.contract import build_contract, check_same_contract, first_contract
 from pretrain.trust.ledger import Commit, Contributor, Payload, RefusedError, sha256_bytes
 
@@ -382,6 +383,8 @@ def main() -> int:
         journal.status("starting")
         torch.set_num_threads(1)
         raise_at_signals()
+        if without_numba:
+            print(without_numba, flush=True)
         aggregate(config, journal)
     except StopRequested:
         assert journal

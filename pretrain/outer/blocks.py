@@ -29,7 +29,7 @@ try:
 except ImportError as missing:
     from pretrain.outer import plain as stages
 
-    without_numba = f"numba is not here, so merging takes several times as long: {missing}"
+    without_numba = f"numba is not here, so coding and merging take several times as long: {missing}"
 
 BLOCK_ELEMENTS = 1 << 15  # scratch of a few times 8 bytes each fits a core's second cache
 RANGE_ELEMENTS = 1 << 20  # what a thread takes at a time

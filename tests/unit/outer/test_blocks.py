@@ -163,7 +163,7 @@ def test_an_outer_step_that_is_too_long_for_fp32_is_noticed(codec: str) -> None:
 def test_without_numba_it_goes_on_and_says_so() -> None:
     code = "import sys; sys.modules['numba'] = None; from pretrain.outer import blocks; print(blocks.without_numba)"
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert said.startswith("numba is not here, so merging takes several times as long: ")
+    assert said.startswith("numba is not here, so coding and merging take several times as long: ")
 
 
 # ---- what a silo sends and takes over
