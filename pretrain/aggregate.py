@@ -47,6 +47,7 @@ from pretrain.outer.merge import mean_cosine
 from pretrain.outer.pieces import Piece
 from pretrain.outer.quantize import Parts
 from pretrain.outer.state import OuterState, kept_at_start, kept_kinds
+from pretrain.outer.threads import in_threads
 from pretrain.trust.contract import build_contract, check_same_contract, first_contract
 from pretrain.trust.ledger import Commit, Contributor, Payload, RefusedError, sha256_bytes
 
