@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -52,6 +53,7 @@ from pretrain.trust.contract import build_contract, check_same_contract, first_c
 from pretrain.trust.ledger import Commit, Contributor, Payload, RefusedError, sha256_bytes
 
 POLLS_PER_LOOK = 20  # while it waits, an aggregator looks whether the store still has its newest commit
+DELIVERIES_AT_ONCE = 16  # that are read side by side to replay a version
 MOST_REPAIRS = 3  # a version: whoever says that it is damaged has all of it read again
 
 
@@ -195,23 +197,26 @@ class Aggregator:
         newest, in_step = state.version, max(snapshots)
         for commit in commits:
             version, state.version = commit.version, commit.version - 1
-            deliveries = []
-            for one in commit.contributors:
-                try:
-                    _, data = self._exchange.contributed(one)
-                    deliveries.append(self._verify(one.silo, data, state, one.version))
-                except RefusedError as error:
-                    raise RefusedError(
-                        f"version {version} cannot be replayed: the delivery of silo {one.silo} for version "
-                        f"{one.version}: {error}; restore it, or go back: atoll rollback "
-                        f"{self._exchange.objects.url} --to {version - 1}"
-                    ) from None
+            read = partial(self._contributed, state, version)
+            deliveries = in_threads(read, commit.contributors, DELIVERIES_AT_ONCE)
             factors = factors_of(self._config.outer, [delivery.norm for delivery in deliveries])
             self._take_step(state, deliveries, [one.weight for one in commit.contributors], factors)
             # Before, the fragments that have a later snapshot are ahead.
             if version >= in_step and state.parameters_digest != commit.parameters_digest:
                 raise RefusedError(f"version {version}, replayed, does not have the digest of its commit")
         state.version = newest
+
+    def _contributed(self, state: OuterState, version: int, contributor: Contributor) -> Delivery:
+        """A delivery that was merged before, checked as then. Raises RefusedError, which says what can be done."""
+        silo, its_version = contributor.silo, contributor.version
+        try:
+            _, data = self._exchange.contributed(contributor)
+            return self._verify(silo, data, state, its_version)
+        except RefusedError as error:
+            raise RefusedError(
+                f"version {version} cannot be replayed: the delivery of silo {silo} for version {its_version}: {error}"
+                f"; restore it, or go back: atoll rollback {self._exchange.objects.url} --to {version - 1}"
+            ) from None
 
     def _load_whole(self, commit: Commit, fragment: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Kind and tensors of all that a snapshot holds of a fragment. Raises RefusedError."""

@@ -123,12 +123,10 @@ def _bytes(plan: Plan) -> Table:
         sent, received = plan.aggregator_sent_bytes, plan.aggregator_received_bytes
         a_sync = [number / plan.config.schedule.num_versions for number in (sent, received)]
         table.add_row("aggregator", *(format_bytes(number) for number in (*a_sync, sent, received)))
-        table.caption, table.caption_justify = (
-            (
-                f"and {format_bytes(plan.first_bytes)} received once, version 0; the store grows by "
-                f"{format_bytes(sum(a_sync))} a sync before pruning, outer state included"
-            ),
-            "left",
+        table.caption_justify = "left"
+        table.caption = (
+            f"and {format_bytes(plan.first_bytes)} received once, version 0; the store grows by "
+            f"{format_bytes(sum(a_sync))} a sync, with a snapshot every {plan.snapshot_versions} outer steps"
         )
     return table
 

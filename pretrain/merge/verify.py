@@ -1,6 +1,7 @@
 """A silo's delivery, compared with all that was agreed before any of it counts."""
 
 import math
+import threading
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -28,6 +29,7 @@ class Verifier:
         self._config, self._exchange, self._schedule = config, exchange, config.schedule
         self._inbox, self._num_threads = inbox, num_threads
         self._history = History(exchange, config.outer.num_fragments)
+        self._reading_base = threading.Lock()
         self._last_base: tuple[int, dict[str, Tensor]] = -1, {}
 
     def verify(self, silo: str, data: bytes, state: OuterState, names: list[str], version: int) -> Delivery:
@@ -66,10 +68,11 @@ class Verifier:
 
     def _late_base(self, version: int) -> dict[str, Tensor]:
         """The fragment that a late delivery for `version` builds on, as it was then; the last one is remembered."""
-        if self._last_base[0] != (base := self._schedule.base(version)):
-            made = self._history.parameters(base, self._schedule.fragment(version))
-            self._last_base = base, read_parameters(self._exchange, made, self._inbox)
-        return self._last_base[1]
+        with self._reading_base:  # deliveries may be verified side by side
+            if self._last_base[0] != (base := self._schedule.base(version)):
+                made = self._history.parameters(base, self._schedule.fragment(version))
+                self._last_base = base, read_parameters(self._exchange, made, self._inbox)
+            return self._last_base[1]
 
     def _check_values(self, delivery: Delivery, names: list[str], state: OuterState) -> float:
         """Check a payload's tensors; returns the norm of the pseudo-gradient in it. Raises ValueError."""

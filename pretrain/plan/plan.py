@@ -11,6 +11,7 @@ from typing import Any
 
 from pretrain.config.check import ConfigError, check_config
 from pretrain.config.keys import OuterConfig, RunConfig
+from pretrain.merge.terms import snapshot_versions
 from pretrain.plan.bytes import (
     Shapes,
     Traffic,
@@ -64,6 +65,8 @@ class Plan:
     aggregator_sent_bytes: int
     """In the run, snapshots included; in a collective 0, as all of the aggregator's."""
     aggregator_received_bytes: int
+    snapshot_versions: int
+    """Outer steps of a fragment from one snapshot to the next."""
     pace: Pace
     neighbours: list[Neighbour]
     memory: dict[str, SiloMemory]
@@ -98,6 +101,7 @@ def make_plan(config: RunConfig, given: Given, *, budget_tokens: int | None = No
         first_bytes=sum(payload_bytes("fp32", part) for part in fragments(config, shapes)) if is_store else 0,
         aggregator_sent_bytes=written,
         aggregator_received_bytes=read,
+        snapshot_versions=snapshot_versions(config),
         pace=pace,
         neighbours=better_neighbours(config, shapes, given, pace),
         memory={name: silo_memory(config, name, shapes, hugging_face) for name in config.silos},

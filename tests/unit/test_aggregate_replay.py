@@ -16,6 +16,7 @@ from pretrain.config.keys import RunConfig
 from pretrain.exchange.history import History
 from pretrain.exchange.rollback import roll_back
 from pretrain.exchange.store import StoreExchange
+from pretrain.federation.export import load_global_model
 from pretrain.merge.terms import snapshot_kinds, snapshot_versions
 from pretrain.outer.digest import digest_tensors
 from pretrain.outer.quantize import QUANTIZERS
@@ -267,6 +268,10 @@ def test_a_late_joiner_follows_from_a_snapshot(
     for since in (-1, 0, 1, state.version - 1):
         assert digest_tensors(holds(since).items()) == state.parameters_digest, since
     assert list(silo.changes(state.version, state.version, state.parameters)) == []
+    for version in (state.version, 4 * num_fragments - 1):  # what is exported is read in the same way
+        model = dict(load_global_model(config, version)[0].named_parameters())
+        parameters = seen.get(version, state.parameters)
+        assert all(torch.equal(model[name], value) for name, value in parameters.items())
 
 
 @pytest.mark.parametrize("num_fragments", [1, 3])

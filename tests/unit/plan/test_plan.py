@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -361,6 +362,12 @@ def test_the_command_prints_the_plan(
     printed = capsys.readouterr().out
     for words in ("tiny: ", "utilisation", "as configured", "1.00 G tokens", "aggregator", "ZeRO-3", "alpha", "beta"):
         assert words in printed
+    # Of 39,840 parameters: three payloads a version, and of three versions one has the velocity. Names are more.
+    grows = re.search(
+        r"the store grows by ([0-9.]+) kB a sync, with a snapshot every 2 outer steps", " ".join(printed.split())
+    )
+    assert grows
+    assert 39_840 * 4 * (3 + 1 / 3) / 1000 < float(grows[1]) < 39_840 * 4 * (3 + 1 / 3) / 1000 * 1.05
 
 
 def test_a_mistake_is_one_line(
