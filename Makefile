@@ -10,13 +10,15 @@ PIP_FLAGS ?=
 demo: .venv/installed
 	$(BIN)/atoll demo $(ARGS)
 
-# Two workers: one for all that starts processes, which is first in line, one for the rest (tests/conftest.py). One that
-# a test's time limit ends is not replaced, so that the test is named.
+# One for all that starts processes, which is first in line, one for the rest (tests/conftest.py). One that a test's time
+# limit ends is not replaced, so that the test is named.
+TWO_WORKERS = -n 2 --no-loadscope-reorder --max-worker-restart=0
+
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder --max-worker-restart=0 --durations=20 -rs $(ARGS)
+	$(BIN)/python -m pytest $(TWO_WORKERS) --durations=20 -rs $(ARGS)
 
 soak: .venv/installed
-	$(BIN)/python -m pytest -m soak --durations=20 -rs $(ARGS)
+	$(BIN)/python -m pytest -m soak $(TWO_WORKERS) --durations=20 -rs $(ARGS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -28,7 +28,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class ProcessesTogether(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return nodeid.partition("::")[0] if nodeid.startswith("tests/unit/") else "processes"
+            return nodeid.partition("::")[0] if nodeid.startswith(("tests/unit/", "tests/fuzz/")) else "processes"
 
     return ProcessesTogether(config, log)
 

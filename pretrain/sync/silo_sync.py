@@ -25,7 +25,7 @@ from pretrain.exchange.payload import Tensors, save_tensors
 from pretrain.host.journal import Journal
 from pretrain.host.stopping import StopRequested
 from pretrain.merge.terms import commit_record, shared_moments
-from pretrain.outer.blocks import Change, NotSentError, code, without_numba
+from pretrain.outer.blocks import Change, NotSentError, code
 from pretrain.outer.codec import FEEDBACK_DECAY, decoded
 from pretrain.outer.digest import Row, digest_rows, tensor_rows
 from pretrain.outer.fragments import cut_fragments
@@ -116,8 +116,6 @@ class SiloSync:
         if joined:
             joined.result()
         if self.journal:
-            if without_numba:
-                print(without_numba, flush=True)
             for record in self._exchange.rollbacks():
                 self.journal.record("rollback", **record)
         contract_sha256 = self.ranks.from_leader(self._exchange.contract_sha256 if self.ranks.is_leader else None)
