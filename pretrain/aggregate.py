@@ -325,9 +325,8 @@ class Aggregator:
             flush=True,
         )
         self._journal.record("commit", **commit_record(self._config, commit))
-        if commit.is_snapshot:  # until then all is needed that was needed before
-            keep, late = self._config.exchange.keep_versions, self._config.membership.stale_weight > 0
-            self._history.prune(self._collector.members(), state.version, keep, late=late)
+        keep, late = self._config.exchange.keep_versions, self._config.membership.stale_weight > 0
+        self._history.prune(self._collector.members(), state.version, keep, late=late)
 
     def _facts(self, deliveries: list[Delivery]) -> dict[str, float]:
         """What later rounds need to know of the silos in this one."""

@@ -306,9 +306,9 @@ class Mortal(Objects):
         super().__init__(url)
         self._lives = lives
 
-    def _create(self, name: str, *more: Callable[..., Any]) -> None:
+    def _create(self, name: str, *more: Callable[..., Any], **named: Any) -> None:
         self._live()
-        super()._create(name, *more)
+        super()._create(name, *more, **named)
 
     def delete(self, name: str) -> None:
         self._live()
