@@ -13,7 +13,7 @@ from pretrain.exchange.payload import Tensors, check_header, read_parameters
 from pretrain.exchange.store import StoreExchange, delivery_path
 from pretrain.merge.collect import Delivery
 from pretrain.merge.terms import check_norm, check_payload_size, read_delivery, shared_moments
-from pretrain.outer.blocks import squared_norm
+from pretrain.outer.blocks import squared_norms
 from pretrain.outer.codec import check, decoded
 from pretrain.outer.digest import digest_rows, tensor_row
 from pretrain.outer.moments import check_lengths, check_moments
@@ -81,16 +81,15 @@ class Verifier:
         agreed = shared_moments(self._config, names, {name: state.parameters[name].shape for name in names})
         check_moments(delivery.tensors.moments, agreed)
         check_lengths(delivery.tensors.moments, agreed, clip_norm=self._config.inner.clip_norm)
-        codec, squares = self._config.outer.codec, []
+        codec, coded = self._config.outer.codec, []
         for name in names:
-            parts, shape = delivery.tensors.parts(name), state.parameters[name].shape
+            parts, base = delivery.tensors.parts(name), base_of(delivery, name, state)
             try:
-                check(codec, parts, shape)
+                check(codec, parts, base.shape)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
-            base = base_of(delivery, name, state)
-            squares.append(squared_norm(codec, parts, shape, base=base, num_threads=self._num_threads))
-        check_norm(norm := math.fsum(squares) ** 0.5)
+            coded.append((parts, base))
+        check_norm(norm := math.fsum(squared_norms(codec, coded, self._num_threads)) ** 0.5)
         return norm
 
 

@@ -220,23 +220,6 @@ def squared_norms(codec: str, coded: Sequence[tuple[Parts, Tensor]], num_threads
     return [math.fsum(of_tensor) for of_tensor in sums]
 
 
-def squared_norm(
-    codec: str, parts: Parts, shape: torch.Size, *, base: Tensor | None = None, num_threads: int = 1
-) -> float:
-    """Squared norm of a coded difference of a tensor; codec fp32 needs the base that it was coded against."""
-    of_tensor, of_base = arrays(parts), None if base is None else array(base)
-
-    def of_range(bounds: tuple[int, int]) -> list[float]:
-        found: list[float] = []
-        scratch = np.empty(BLOCK_ELEMENTS)
-        for start, stop in _blocks(*bounds):
-            stages.decode(codec, of_tensor, of_base, start, stop, value := scratch[: stop - start])
-            found += _sums(value)
-        return found
-
-    return math.fsum(one for found in in_threads(of_range, _ranges(shape.numel()), num_threads) for one in found)
-
-
 def mean_of(codec: str, weighted: Sequence[tuple[int, Parts]], shape: torch.Size, num_threads: int = 1) -> Parts:
     """The weighted mean of coded differences of a tensor, in float64, rounded to fp32 and coded again."""
     of_silos = [(weight, arrays(parts)) for weight, parts in weighted]

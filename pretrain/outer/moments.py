@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pretrain.outer.blocks import mean_of, squared_norm
+from pretrain.outer.blocks import mean_of, squared_norms
 from pretrain.outer.merge import weighted_mean
 from pretrain.outer.quantize import QUANTIZERS, Parts, check_parts, decode
 from pretrain.outer.robust import coordinate_median
@@ -156,7 +156,8 @@ class MeanGradient(Moment):
 
     def length(self, parts: Parts) -> float:
         """Its norm."""
-        return math.sqrt(squared_norm(GRADIENT.name, parts, self.shape))
+        nothing_read = torch.empty(self.shape)  # int4 stands for differences, whatever they are to
+        return math.sqrt(squared_norms(GRADIENT.name, [(parts, nothing_read)])[0])
 
     def scaled(self, parts: Parts, factor: float) -> Parts:
         """Coded again."""

@@ -27,7 +27,7 @@ from pretrain.outer.blocks import (
     Target,
     adopt,
     code,
-    squared_norm,
+    squared_norms,
     take_steps,
 )
 from pretrain.outer.codec import CODECS, apply_change, decoded, encode
@@ -149,7 +149,7 @@ def test_the_norm_is_that_of_what_is_decoded(codec: str) -> None:
     base = odd_values(0, 0.02)
     parts = encode(codec, base, base - odd_values(1, 1e-3))
     expected = math.fsum(value * value for value in decoded(codec, base, parts).view(-1).tolist())
-    assert squared_norm(codec, parts, base.shape, base=base, num_threads=2) == pytest.approx(expected, rel=1e-14)
+    assert squared_norms(codec, [(parts, base)], 2)[0] == pytest.approx(expected, rel=1e-14)
 
 
 @pytest.mark.parametrize("codec", CODECS)
