@@ -43,6 +43,15 @@ OWNED_DEEPSPEED_KEYS = {
 class ConfigError(ValueError):
     """A user's mistake, said in one line: what was given, what is allowed, which key to change."""
 
+    def __init__(self, message: object) -> None:
+        """What is quoted may hold anything: a message stays a line."""
+        super().__init__(printable(str(message)))
+
+
+def printable(text: str) -> str:
+    """Spells out all that `str.isprintable` denies: escapes, line ends, marks that turn the direction."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
 
 def named(names: Sequence[str]) -> str:
     """Names for a line: those of many silos are counted, not told."""

@@ -109,6 +109,8 @@ def _read_yaml(path: Path) -> Any:
         raise ConfigError(f"--config: {str(path)!r} given; there is no such file") from None
     except (OmegaConfBaseException, yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path}: {' '.join(str(error).split())}") from None
+    except AssertionError:  # the library takes a text for YAML once more, and asserts that this is a mapping
+        raise ConfigError(f"--config {path}: one value given; allowed: a mapping of keys to values") from None
     return loaded
 
 

@@ -4,6 +4,8 @@ import json
 import math
 from typing import Any, NoReturn
 
+from pretrain.config.check import printable
+
 LIMIT_BYTES = 64 << 20
 LIMIT_DEPTH = 32  # of lists and objects in each other; ours have 5
 SHOWN_CHARACTERS = 200
@@ -35,13 +37,9 @@ def loads(data: bytes | str, *, limit_bytes: int = LIMIT_BYTES) -> Any:
 
 
 def shown(text: object, *, limit: int = SHOWN_CHARACTERS) -> str:
-    """Text of another party as it may reach a terminal, a log or a page: one line, cut, control characters spelled out.
-
-    What is spelled out is all that `str.isprintable` denies: escapes, line ends, marks that turn the direction.
-    """
+    """Text of another party as it may reach a terminal, a log or a page: one line, cut, odd characters spelled out."""
     words = str(text)
-    cut = words[:limit] + ("..." if len(words) > limit else "")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)
+    return printable(words[:limit]) + ("..." if len(words) > limit else "")
 
 
 def _refuse(name: str) -> NoReturn:

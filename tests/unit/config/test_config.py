@@ -1,5 +1,6 @@
 """Every mistake in a configuration is one line that names the key, before anything starts."""
 
+import json
 import os
 import subprocess
 import sys
@@ -201,6 +202,19 @@ def test_defaults_then_files_in_order_then_overrides(minimal: Path, tmp_path: Pa
     assert (config.silos["alpha"].num_threads, config.silos["beta"].num_threads) == (3, 1)
     swapped = load_config([minimal, third, second])
     assert swapped.inner.eps == 0.25
+
+
+def test_a_key_of_anything_is_quoted_in_a_line(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps({"\n\x1b[2J": None}))
+    assert one_line_error(load_config, [file]).startswith(r"\n\x1b[2J: unknown key given; allowed: name, ")
+
+
+@pytest.mark.parametrize("text", ['"0"', "'{}'", "'[1]'", '"a: 1"'])
+def test_a_file_that_holds_one_text_is_one_line(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    assert one_line_error(load_config, [file])
 
 
 def test_derived_values(minimal: Path, tmp_path: Path) -> None:
