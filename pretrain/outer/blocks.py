@@ -53,6 +53,14 @@ def _blocks(start: int, stop: int) -> Iterator[tuple[int, int]]:
     return ((first, min(first + BLOCK_ELEMENTS, stop)) for first in range(start, stop, BLOCK_ELEMENTS))
 
 
+def _in_threads(
+    function: Callable[[Any], Any], tasks: Sequence[tuple[Any, tuple[int, int]]], num_threads: int
+) -> list[Any]:
+    """`in_threads` of tasks that end with the bounds of a range: few elements are not worth a thread."""
+    num_elements = sum(stop - start for _, (start, stop) in tasks)
+    return in_threads(function, tasks, max(1, min(num_threads, num_elements // RANGE_ELEMENTS)))
+
+
 def _num_chunks(num_elements: int) -> int:
     return -(-num_elements // CHUNK)
 
@@ -135,7 +143,7 @@ def code(codec: str, changes: Sequence[Change], decay: float = 0.0, num_threads:
     works = [_ToSend(codec, number, change) for number, change in enumerate(changes)]
     tasks = [(work, bounds) for work in works for bounds in _ranges(len(work.base))]
     sums: list[list[float]] = [[] for _ in works]
-    found = in_threads(lambda task: task[0].of_range(*task[1], decay), tasks, num_threads)
+    found = _in_threads(lambda task: task[0].of_range(*task[1], decay), tasks, num_threads)
     for (work, _), of_range in zip(tasks, found, strict=True):
         sums[work.number] += of_range
     return [(work.parts, math.fsum(of_work)) for work, of_work in zip(works, sums, strict=True)]
@@ -190,7 +198,9 @@ def adopt(codec: str, changes: Sequence[Adopted], num_threads: int = 1) -> None:
             if codec != "fp32":
                 stages.subtract(codec, parts, of_block, start, stop)
 
-    in_threads(of_range, [(n, bounds) for n, work in enumerate(works) for bounds in _ranges(len(work[0]))], num_threads)
+    _in_threads(
+        of_range, [(n, bounds) for n, work in enumerate(works) for bounds in _ranges(len(work[0]))], num_threads
+    )
 
 
 def _empty_parts(codec: str, like: Tensor) -> Parts:
@@ -215,7 +225,7 @@ def squared_norms(codec: str, coded: Sequence[tuple[Parts, Tensor]], num_threads
 
     tasks = [(number, bounds) for number, (_, base) in enumerate(works) for bounds in _ranges(len(base))]
     sums: list[list[float]] = [[] for _ in works]
-    for (number, _), found in zip(tasks, in_threads(of_range, tasks, num_threads), strict=True):
+    for (number, _), found in zip(tasks, _in_threads(of_range, tasks, num_threads), strict=True):
         sums[number] += found
     return [math.fsum(of_tensor) for of_tensor in sums]
 
@@ -251,7 +261,7 @@ def take_steps(rule: Rule, pieces: Sequence[tuple[Target, Sequence[Coded]]], num
     works = [_Work(rule, number, target, coded) for number, (target, coded) in enumerate(pieces)]
     tasks = [(work, bounds) for work in works for bounds in _ranges(work.num_elements)]
     for (work, _), found in zip(
-        tasks, in_threads(lambda task: task[0].of_range(*task[1]), tasks, num_threads), strict=True
+        tasks, _in_threads(lambda task: task[0].of_range(*task[1]), tasks, num_threads), strict=True
     ):
         work.add(*found)
     return [work.stepped for work in works]
