@@ -225,7 +225,7 @@ class AmongSilos:
         self._ledger.keep(version, outer.kept)  # before anybody can have what belongs to it
 
         words: dict[str, Any] = {"update_squared": step.update_squared, "gram": step.gram.tolist()}
-        words["kept_digest"] = outer.kept_digest(outer.parameters)
+        words["kept_digest"] = outer.kept_digest(piece.key for piece in mine)
         stepped = self._collective.share(f"{version}/stepped", json.dumps(words))
         change = _pack(changes)
         merged = self._swap([change] * len(parts), [num_bytes(downlink, part) for part in parts])

@@ -1,13 +1,17 @@
 """Silos among themselves: the same bits as through a store, the promised bytes, and nobody's death unnoticed."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pretrain.config.keys import RunConfig
+from pretrain.exchange.payload import Tensors
 from pretrain.exchange.store import StoreExchange
+from pretrain.outer.digest import digest_tensors
 from pretrain.silo.model import build_initial
+from pretrain.trust.ledger import sha256_bytes
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, assert_evaluated_last, assert_same_bits, federate
 from tests.support import TWO_RANKS, VOCAB_SIZE, TinyText, free_port, tiny_silo, zero
@@ -53,7 +57,22 @@ def test_the_same_bits_as_through_a_store(tmp_path: Path, tiny_config: TinyConfi
         assert among.by_step(silo, "loss") == stored.by_step(silo, "loss")
         ledger = StoreExchange(among.config.ledger_url(silo))
         assert ledger.commit_bytes(last) == among.exchange.commit_bytes(last)
+    assert among.commit(last).outer_digest == outer_digest(among.config, last)
     assert_evaluated_last(among)
+
+
+def outer_digest(config: RunConfig, version: int) -> str:
+    """Of what each silo keeps of its part."""
+    found = []
+    for silo in config.full_roster:
+        kept = {}
+        for file in sorted((config.silo_directory(silo) / "kept").glob(f"{version:06d}-*.safetensors")):
+            kind = file.stem.partition("-")[2]
+            tensors = Tensors(file, kind)
+            kept |= {f"{kind}/{key}": tensors.parts(key)["values"] for key in tensors.names}
+        assert kept
+        found.append(digest_tensors(kept.items()))
+    return sha256_bytes(json.dumps(found).encode())
 
 
 @pytest.fixture(scope="module")
