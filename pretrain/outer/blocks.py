@@ -7,9 +7,10 @@ from there on (`math.fsum`).
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import chain
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +21,10 @@ from pretrain.outer.optimizer import OuterOptimizer
 from pretrain.outer.plain import Importance, array, arrays
 from pretrain.outer.quantize import CHUNK, QUANTIZERS, Parts
 from pretrain.outer.threads import in_threads
+
+R = TypeVar("R")
+Range = tuple[list[float], list[float], Tensor | None]
+"""Sums of squares of a range's chunks, of update and of directions; and the scalar products in it."""
 
 stages: Any
 slower: str
@@ -53,12 +58,22 @@ def _blocks(start: int, stop: int) -> Iterator[tuple[int, int]]:
     return ((first, min(first + BLOCK_ELEMENTS, stop)) for first in range(start, stop, BLOCK_ELEMENTS))
 
 
-def _in_threads(
-    function: Callable[[Any], Any], tasks: Sequence[tuple[Any, tuple[int, int]]], num_threads: int
-) -> list[Any]:
-    """`in_threads` of tasks that end with the bounds of a range: few elements are not worth a thread."""
-    num_elements = sum(stop - start for _, (start, stop) in tasks)
-    return in_threads(function, tasks, max(1, min(num_threads, num_elements // RANGE_ELEMENTS)))
+def _over_ranges(sizes: Sequence[int], function: Callable[[int, int, int], R], num_threads: int) -> list[list[R]]:
+    """What `function` makes of each tensor's ranges, from the tensor's number, start and stop, in their order.
+
+    Few elements are not worth a thread.
+    """
+    tasks = [(number, *bounds) for number, size in enumerate(sizes) for bounds in _ranges(size)]
+    found: list[list[R]] = [[] for _ in sizes]
+    num_useful = max(1, min(num_threads, sum(sizes) // RANGE_ELEMENTS))
+    for (number, *_), one in zip(tasks, in_threads(lambda task: function(*task), tasks, num_useful), strict=True):
+        found[number].append(one)
+    return found
+
+
+def _exact_sum(of_ranges: Iterable[Iterable[float]]) -> float:
+    """Of the sums of all chunks."""
+    return math.fsum(chain.from_iterable(of_ranges))
 
 
 def _num_chunks(num_elements: int) -> int:
@@ -141,12 +156,12 @@ def code(codec: str, changes: Sequence[Change], decay: float = 0.0, num_threads:
     they are contiguous. Raises NotSentError; the residuals are of no use then.
     """
     works = [_ToSend(codec, number, change) for number, change in enumerate(changes)]
-    tasks = [(work, bounds) for work in works for bounds in _ranges(len(work.base))]
-    sums: list[list[float]] = [[] for _ in works]
-    found = _in_threads(lambda task: task[0].of_range(*task[1], decay), tasks, num_threads)
-    for (work, _), of_range in zip(tasks, found, strict=True):
-        sums[work.number] += of_range
-    return [(work.parts, math.fsum(of_work)) for work, of_work in zip(works, sums, strict=True)]
+
+    def of_range(number: int, start: int, stop: int) -> list[float]:
+        return works[number].of_range(start, stop, decay)
+
+    sums = _over_ranges([len(work.base) for work in works], of_range, num_threads)
+    return [(work.parts, _exact_sum(of_work)) for work, of_work in zip(works, sums, strict=True)]
 
 
 class _ToSend:
@@ -190,17 +205,15 @@ def adopt(codec: str, changes: Sequence[Adopted], num_threads: int = 1) -> None:
     """Write new tensors, what the parts make of the published ones, with the bits of `codec.apply_change`."""
     works = [(array(one.published), arrays(one.parts), array(one.new)) for one in changes]
 
-    def of_range(task: tuple[int, tuple[int, int]]) -> None:
-        published, parts, new = works[task[0]]
-        for start, stop in _blocks(*task[1]):
-            of_block = new[start:stop]
-            of_block[:] = (parts["values"] if codec == "fp32" else published)[start:stop]
+    def of_range(number: int, start: int, stop: int) -> None:
+        published, parts, new = works[number]
+        for first, last in _blocks(start, stop):
+            of_block = new[first:last]
+            of_block[:] = (parts["values"] if codec == "fp32" else published)[first:last]
             if codec != "fp32":
-                stages.subtract(codec, parts, of_block, start, stop)
+                stages.subtract(codec, parts, of_block, first, last)
 
-    _in_threads(
-        of_range, [(n, bounds) for n, work in enumerate(works) for bounds in _ranges(len(work[0]))], num_threads
-    )
+    _over_ranges([len(new) for _, _, new in works], of_range, num_threads)
 
 
 def _empty_parts(codec: str, like: Tensor) -> Parts:
@@ -215,19 +228,15 @@ def squared_norms(codec: str, coded: Sequence[tuple[Parts, Tensor]], num_threads
     """Squared norms of coded pseudo-gradients of tensors, each of which comes with what it was coded against."""
     works = [(arrays(parts), array(base)) for parts, base in coded]
 
-    def of_range(task: tuple[int, tuple[int, int]]) -> list[float]:
+    def of_range(number: int, start: int, stop: int) -> list[float]:
         found: list[float] = []
         scratch = np.empty(BLOCK_ELEMENTS)
-        for start, stop in _blocks(*task[1]):
-            stages.decode(codec, *works[task[0]], start, stop, value := scratch[: stop - start])
+        for first, last in _blocks(start, stop):
+            stages.decode(codec, *works[number], first, last, value := scratch[: last - first])
             found += _sums(value)
         return found
 
-    tasks = [(number, bounds) for number, (_, base) in enumerate(works) for bounds in _ranges(len(base))]
-    sums: list[list[float]] = [[] for _ in works]
-    for (number, _), found in zip(tasks, _in_threads(of_range, tasks, num_threads), strict=True):
-        sums[number] += found
-    return [math.fsum(of_tensor) for of_tensor in sums]
+    return [_exact_sum(sums) for sums in _over_ranges([len(base) for _, base in works], of_range, num_threads)]
 
 
 def mean_of(codec: str, weighted: Sequence[tuple[int, Parts]], shape: torch.Size, num_threads: int = 1) -> Parts:
@@ -236,19 +245,19 @@ def mean_of(codec: str, weighted: Sequence[tuple[int, Parts]], shape: torch.Size
     merged = torch.empty(shape)
     found = array(merged)
 
-    def of_range(bounds: tuple[int, int]) -> None:
+    def of_range(_: int, start: int, stop: int) -> None:
         scratch = np.empty((2, BLOCK_ELEMENTS))
-        for start, stop in _blocks(*bounds):
-            value, mean = scratch[:, : stop - start]
+        for first, last in _blocks(start, stop):
+            value, mean = scratch[:, : last - first]
             mean.fill(0)
             divisor = 0
             for weight, parts in of_silos:
                 divisor += weight
-                stages.decode(codec, parts, None, start, stop, value)
+                stages.decode(codec, parts, None, first, last, value)
                 stages.add_mean(value, weight / divisor, mean)
-            found[start:stop] = mean
+            found[first:last] = mean
 
-    in_threads(of_range, _ranges(shape.numel()), num_threads)
+    _over_ranges([len(found)], of_range, num_threads)
     [(parts, _)] = code(codec, [Change(base=merged, value=torch.zeros(shape))], num_threads=num_threads)
     return parts
 
@@ -259,11 +268,14 @@ def take_steps(rule: Rule, pieces: Sequence[tuple[Target, Sequence[Coded]]], num
     Raises OutOfRangeError if a step leaves the range of fp32; what is changed in place is of no use then.
     """
     works = [_Work(rule, number, target, coded) for number, (target, coded) in enumerate(pieces)]
-    tasks = [(work, bounds) for work in works for bounds in _ranges(work.num_elements)]
-    for (work, _), found in zip(
-        tasks, _in_threads(lambda task: task[0].of_range(*task[1]), tasks, num_threads), strict=True
-    ):
-        work.add(*found)
+
+    def of_range(number: int, start: int, stop: int) -> Range:
+        return works[number].of_range(start, stop)
+
+    found = _over_ranges([len(work.published) for work in works], of_range, num_threads)
+    for work, of_work in zip(works, found, strict=True):
+        for one in of_work:
+            work.add(*one)
     return [work.stepped for work in works]
 
 
@@ -272,7 +284,6 @@ class _Work:
 
     def __init__(self, rule: Rule, number: int, target: Target, coded: Sequence[Coded]) -> None:
         self.rule, self.number, self.coded = rule, number, coded
-        self.num_elements = target.published.numel()
         self.published, self.target = array(target.published), array(target.target)
         self.moments = {kind: array(value) for kind, value in target.moments.items()}
         change = _empty_parts(rule.downlink_codec, target.published)
@@ -290,7 +301,7 @@ class _Work:
         if gram is not None:
             done.gram = gram if done.gram is None else done.gram + gram
 
-    def of_range(self, start: int, stop: int) -> tuple[list[float], list[float], Tensor | None]:
+    def of_range(self, start: int, stop: int) -> Range:
         """Take the steps of some elements: what `add` takes."""
         scratch = _Scratch(len(self.coded) if self.rule.merge or self.rule.gram else 1)
         update_squared: list[float] = []
@@ -327,22 +338,11 @@ class _Work:
     def _step(self, start: int, stop: int, merged: NDArray, scratch: "_Scratch") -> NDArray:
         """Take a block's outer step and publish it; returns its update."""
         new, update = (whole[: stop - start] for whole in scratch.steps)
-        lr, count, published = self.rule.lr, self.rule.count, self.published
-        if not stages.step(
-            self.rule.optimizer,
-            merged,
-            published,
-            self.target,
-            self.moments,
-            start,
-            stop,
-            new,
-            update,
-            lr=lr,
-            count=count,
-        ):
+        rule, published = self.rule, self.published
+        of_tensor = (published, self.target, self.moments, start, stop)
+        if not stages.step(rule.optimizer, merged, *of_tensor, new, update, lr=rule.lr, count=rule.count):
             raise OutOfRangeError(self.number)
-        stages.publish(self.rule.downlink_codec, published, new, start, stop, self.change)
+        stages.publish(rule.downlink_codec, published, new, start, stop, self.change)
         if self.target is not published:
             self.target[start:stop] = new
         return update
