@@ -313,12 +313,16 @@ def _encode(codec: str, difference: NDArray, left: NDArray, start: int, parts: A
 
 
 @compiled
+def _half(bits: Any) -> Any:
+    """The nearest bf16 of an fp32, the even one if two are equally near; both as bits."""
+    return (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
+
+
+@compiled
 def _to_halves(published: NDArray, difference: NDArray, halves: NDArray) -> None:
     bits = difference.view(np.uint32)
     for i in range(len(halves)):
-        magnitude = min(bits[i] & MAGNITUDE, LARGEST_HALF)
-        magnitude = (magnitude + np.uint32(0x7FFF) + (magnitude >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
-        half = magnitude | bits[i] >> np.uint32(16) & np.uint32(0x8000)  # the nearest bf16, or the even one
+        half = _half(min(bits[i] & MAGNITUDE, LARGEST_HALF)) | bits[i] >> np.uint32(16) & np.uint32(0x8000)
         halves[i] = half
         bits[i] = half << np.uint32(16)
     for i in range(len(published)):
@@ -375,8 +379,8 @@ def _scales(difference: NDArray, top: int, largest: float, halves: NDArray) -> A
         of_scales[b] = peak
     for b in range(len(scales)):
         scales[b] = min(max(scales[b] / np.float32(top), np.float32(SMALLEST_SCALE)), np.float32(largest))
-        half = (of_scales[b] + np.uint32(0x7FFF) + (of_scales[b] >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
-        halves[b] = half  # the nearest bf16, the even one if two are equally near
+        half = _half(of_scales[b])
+        halves[b] = half
         of_scales[b] = half << np.uint32(16)
     return scales
 
