@@ -27,19 +27,6 @@ def weighted_mean(weighted: Iterable[tuple[int, Tensor]], shape: torch.Size) -> 
     return mean, divisor
 
 
-def importance_mean(weighted: Iterable[tuple[int, Tensor, Tensor]], shape: torch.Size) -> Tensor:
-    """Mean of pseudo-gradients, float64, in which every element has its own weights (https://arxiv.org/abs/2111.09832).
-
-    `weighted` yields (weight in tokens, pseudo-gradient, importance), the latter two float64 of `shape`, importance
-    above 0. Where one silo alone has a say, its step is taken whole, not divided by all. One is held at a time besides
-    the mean and the sum of weights; the mean of equal tensors is that tensor to the last bit.
-    """
-    mean, total = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
-    for weight, pseudo_gradient, importance in weighted:
-        add_to_importance_mean(mean, total, pseudo_gradient, importance, weight)
-    return mean
-
-
 def add_to_mean(mean: Tensor, value: Tensor, share: float) -> None:
     """Move `mean` towards a value by its share of all weight so far.
 
@@ -49,7 +36,11 @@ def add_to_mean(mean: Tensor, value: Tensor, share: float) -> None:
 
 
 def add_to_importance_mean(mean: Tensor, total: Tensor, value: Tensor, importance: Tensor, weight: int) -> None:
-    """The same, element by element; `total` is the sum of all weights so far."""
+    """The same where every element has weights of its own (https://arxiv.org/abs/2111.09832); `total` is their sum.
+
+    All float64 of one shape, importance above 0. Where one silo alone has a say, its step is taken whole, not divided
+    by all; the mean of equal tensors is that tensor to the last bit.
+    """
     share = importance * weight
     total.add_(share)
     mean.add_((value - mean) * share.div_(total))

@@ -30,41 +30,11 @@ from pretrain.outer.codec import CODECS, check, decoded, encode
 from pretrain.outer.moments import MeanGradient, SecondMoment, check_moments
 from pretrain.silo.shards import read_manifest, tokenizer_sha256
 from pretrain.trust.contract import first_contract, read_contract
-from pretrain.trust.ledger import Commit, Contributor, Manifest, Payload, RefusedError
+from pretrain.trust.ledger import Commit, Manifest, RefusedError
+from tests.unit.trust.test_ledger import COMMIT, MANIFEST
 
 MANY = 1_000_000
 SHAPE = torch.Size([6, 5])
-PAYLOAD = Payload(fragment=0, file="000001.safetensors", sha256="a" * 64, num_bytes=7)
-MANIFEST = Manifest(
-    contract_sha256="c" * 64,
-    silo="alpha",
-    version=1,
-    base_version=0,
-    base_digest="b" * 64,
-    codec="fp32",
-    payloads=[PAYLOAD],
-    tokens=256,
-    steps=4,
-    tokens_total=256,
-    metrics={"loss": 1.5},
-)
-CONTRIBUTOR = Contributor(
-    silo="alpha", version=1, manifest_sha256="d" * 64, tokens=256, tokens_total=256, steps=4, weight=256
-)
-COMMIT = Commit(
-    contract_sha256="c" * 64,
-    version=1,
-    previous="e" * 64,
-    codec="fp32",
-    payloads=[PAYLOAD],
-    state_payloads=[],
-    contributors=[CONTRIBUTOR],
-    divisor=256,
-    parameters_digest="f" * 64,
-    outer_digest="0" * 64,
-    metrics={"update_norm": 1.0},
-)
-
 ROLLBACK = Rollback(
     previous=None, from_version=2, to_version=1, commit_sha256="a" * 64, discarded=["b" * 64], reason="worse"
 )

@@ -1,13 +1,15 @@
 """What silos tell each other of their gradients, and the merge that second moments weigh."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from pretrain.exchange.payload import Tensors, save_tensors
-from pretrain.outer.merge import LEAST_IMPORTANCE, importance, importance_mean, weighted_mean
+from pretrain.outer.merge import LEAST_IMPORTANCE, add_to_importance_mean, importance, weighted_mean
 from pretrain.outer.moments import MeanGradient, SecondMoment, bounded, check_lengths, check_moments
 from pretrain.outer.quantize import Parts
 
@@ -78,6 +80,13 @@ def test_a_liar_does_not_move_the_robust_merge() -> None:
     found = [(1, honest), (1, honest), (10**9, moment.encode(torch.full((2, 2), 1e30)))]
     assert moment.merge(found, robust=True)["rows"].tolist() == [1.0, 1.0]
     assert moment.merge(found)["rows"][0] > 1e29
+
+
+def importance_mean(weighted: Iterable[tuple[int, Tensor, Tensor]], shape: torch.Size) -> Tensor:
+    mean, total = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+    for weight, value, says in weighted:
+        add_to_importance_mean(mean, total, value, says, weight)
+    return mean
 
 
 def test_a_silo_that_alone_has_a_say_is_not_divided_by_all() -> None:
