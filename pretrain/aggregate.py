@@ -29,7 +29,7 @@ from pretrain.exchange.lease import Lease
 from pretrain.exchange.objects import StoreTroubleError
 from pretrain.exchange.payload import PARAMETER, Tensors, save_tensors
 from pretrain.exchange.rollback import check_held, explain, finish_rollbacks, foreign, rollback_records
-from pretrain.exchange.store import StoreExchange, version_path
+from pretrain.exchange.store import REQUESTS_AT_ONCE, StoreExchange, version_path
 from pretrain.federation.preflight import check_model
 from pretrain.host.disk import full_disk
 from pretrain.host.foreign import loads
@@ -53,7 +53,6 @@ from pretrain.trust.contract import build_contract, check_same_contract, first_c
 from pretrain.trust.ledger import Commit, Contributor, Payload, RefusedError, sha256_bytes
 
 POLLS_PER_LOOK = 20  # while it waits, an aggregator looks whether the store still has its newest commit
-DELIVERIES_AT_ONCE = 16  # that are read side by side to replay a version
 MOST_REPAIRS = 3  # a version: whoever says that it is damaged has all of it read again
 
 
@@ -198,7 +197,7 @@ class Aggregator:
         for commit in commits:
             version, state.version = commit.version, commit.version - 1
             read = partial(self._contributed, state, version)
-            deliveries = in_threads(read, commit.contributors, DELIVERIES_AT_ONCE)
+            deliveries = in_threads(read, commit.contributors, REQUESTS_AT_ONCE)
             factors = factors_of(self._config.outer, [delivery.norm for delivery in deliveries])
             self._take_step(state, deliveries, [one.weight for one in commit.contributors], factors)
             # Before, the fragments that have a later snapshot are ahead.

@@ -7,12 +7,11 @@ the snapshot before and the deliveries that the commits since then name. Where t
 
 from collections.abc import Iterator, Sequence
 
-from pretrain.exchange.store import StoreExchange, delivery_path, version_path
+from pretrain.exchange.store import REQUESTS_AT_ONCE, StoreExchange, delivery_path, version_path
 from pretrain.trust.ledger import Commit, Payload, RefusedError
 
 Made = tuple[int, Payload, str]
 """Version, payload and codec of what a fragment's parameters are made of; the codec of what is whole is empty."""
-COMMITS_AHEAD = 16  # that are read side by side on the way back
 
 
 class History:
@@ -116,7 +115,7 @@ class History:
     def _kind(self, version: int) -> tuple[bool, bool]:
         """Whether a version is a snapshot, and has parameters whole; what was read is remembered."""
         if version not in self._known:
-            nearby = range(max(0, version - COMMITS_AHEAD + 1), version + 1)
+            nearby = range(max(0, version - REQUESTS_AT_ONCE + 1), version + 1)
             unknown = [one for one in nearby if one not in self._known]
             try:
                 commits = self._exchange.peek_commits(unknown)

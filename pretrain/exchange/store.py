@@ -26,7 +26,6 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -38,11 +37,12 @@ from pretrain.exchange.objects import Objects
 from pretrain.exchange.options import store_options
 from pretrain.exchange.words import WORD_BYTES, Damaged, Identity, Membership, Refusal, Waiting, Word, number
 from pretrain.host.foreign import shown
+from pretrain.outer.threads import in_threads
 from pretrain.trust.ledger import Commit, Contributor, Manifest, Payload, RefusedError, check_link, sha256_bytes
 
 CONTRACT = "contract.json"
 W = TypeVar("W", bound=Word)
-COMMITS_AT_ONCE = 16  # that are read side by side
+REQUESTS_AT_ONCE = 16  # that wait for a store side by side
 
 
 def version_path(version: int) -> str:
@@ -179,10 +179,7 @@ class StoreExchange:
             except FileNotFoundError as error:
                 raise RefusedError(f"commit {version} is missing: {error}") from None
 
-        if len(versions) <= 2:
-            return [read(version) for version in versions]
-        with ThreadPoolExecutor(COMMITS_AT_ONCE) as readers:
-            return list(readers.map(read, versions))
+        return in_threads(read, versions, REQUESTS_AT_ONCE)
 
     def tokens_total(self, silo: str, newest: int, *, above: int = 0) -> int:
         """Tokens a silo had trained on at its newest delivery in the commits after `above`, up to `newest`, or 0.
@@ -191,8 +188,8 @@ class StoreExchange:
         Raises RefusedError.
         """
         most = 0
-        for last in range(newest, above, -COMMITS_AT_ONCE):
-            versions = range(last, max(last - COMMITS_AT_ONCE, above), -1)
+        for last in range(newest, above, -REQUESTS_AT_ONCE):
+            versions = range(last, max(last - REQUESTS_AT_ONCE, above), -1)
             ours = [
                 (commit.version, c)
                 for commit in self.peek_commits(versions)

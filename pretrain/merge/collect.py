@@ -15,7 +15,7 @@ from torch import Tensor
 from pretrain.config.check import named
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.payload import Tensors
-from pretrain.exchange.store import StoreExchange
+from pretrain.exchange.store import REQUESTS_AT_ONCE, StoreExchange
 from pretrain.host.foreign import loads, shown
 from pretrain.host.journal import Journal
 from pretrain.outer.rounds import deadline_seconds, participants
@@ -25,7 +25,6 @@ from pretrain.trust.ledger import Commit, Manifest, RefusedError
 ARRIVALS = 64  # how many of the newest ones the deadline follows from
 NORMS = 8  # and how many of a silo's own pseudo-gradients of a fragment a new one is compared with
 SAYS_AFTER_SECONDS = 5.0
-LOOKS_AT_ONCE = 16  # a look is a few requests to the store, and where there is something a download and its check
 ABSURDLY_FASTER = 10_000.0  # than the median of the others: no pair of machines differs as much
 
 
@@ -85,7 +84,7 @@ class Collector:
         announced = ""
         while True:
             pending = [silo for silo in chosen if silo not in arrived and silo not in refused]
-            looks = in_threads(lambda silo: self._look(silo, version, verify), pending, LOOKS_AT_ONCE)
+            looks = in_threads(lambda silo: self._look(silo, version, verify), pending, REQUESTS_AT_ONCE)
             for silo, found in zip(pending, looks, strict=True):
                 if found:
                     arrived[silo] = found

@@ -2,6 +2,7 @@
 
 import math
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -16,7 +17,7 @@ from pretrain.merge.terms import check_norm, check_payload_size, read_delivery, 
 from pretrain.outer.blocks import squared_norms
 from pretrain.outer.codec import check, decoded
 from pretrain.outer.digest import digest_rows, tensor_row
-from pretrain.outer.moments import check_lengths, check_moments
+from pretrain.outer.moments import Moment, check_lengths, check_moments
 from pretrain.outer.state import OuterState
 from pretrain.trust.ledger import RefusedError
 
@@ -49,15 +50,14 @@ class Verifier:
         )
         file = self._inbox / f"{silo}-{version:06d}.safetensors"
         shapes = {name: state.parameters[name].shape for name in names}
-        header_bytes = check_payload_size(
-            manifest.payloads[0], self._config.outer.codec, shapes, shared_moments(self._config, names, shapes)
-        )
+        agreed = shared_moments(self._config, names, shapes)
+        header_bytes = check_payload_size(manifest.payloads[0], self._config.outer.codec, shapes, agreed)
         self._exchange.fetch(delivery_path(silo, version), manifest.payloads[0], file)
         try:
             check_header(file, limit_bytes=header_bytes)
             tensors = Tensors(file)
             delivery = Delivery(manifest=manifest, manifest_bytes=data, tensors=tensors, norm=0.0, base=late)
-            delivery.norm = self._check_values(delivery, names, state)
+            delivery.norm = self._check_values(delivery, agreed, names, state)
         except SafetensorError as error:
             raise RefusedError(f"its payload is no safetensors file: {error}") from None
         except ValueError as error:
@@ -74,11 +74,12 @@ class Verifier:
                 self._last_base = base, read_parameters(self._exchange, made, self._inbox)
             return self._last_base[1]
 
-    def _check_values(self, delivery: Delivery, names: list[str], state: OuterState) -> float:
+    def _check_values(
+        self, delivery: Delivery, agreed: Mapping[str, Moment], names: list[str], state: OuterState
+    ) -> float:
         """Check a payload's tensors; returns the norm of the pseudo-gradient in it. Raises ValueError."""
         if delivery.tensors.names != sorted(names):
             raise ValueError("it holds other tensors than those of its fragment")
-        agreed = shared_moments(self._config, names, {name: state.parameters[name].shape for name in names})
         check_moments(delivery.tensors.moments, agreed)
         check_lengths(delivery.tensors.moments, agreed, clip_norm=self._config.inner.clip_norm)
         codec, coded = self._config.outer.codec, []

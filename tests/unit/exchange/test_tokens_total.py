@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.exchange.store import COMMITS_AT_ONCE, StoreExchange, version_path
+from pretrain.exchange.store import REQUESTS_AT_ONCE, StoreExchange, version_path
 from pretrain.trust.ledger import Commit, Contributor, RefusedError
 
 
@@ -40,7 +40,7 @@ def commit(exchange: StoreExchange, version: int, *contributors: Contributor) ->
 def test_the_newest_part_is_found_however_long_ago(tmp_path: Path) -> None:
     exchange = StoreExchange(str(tmp_path))
     commit(exchange, 0)
-    newest = 3 * COMMITS_AT_ONCE
+    newest = 3 * REQUESTS_AT_ONCE
     for version in range(1, newest + 1):
         early = [contributed("early", version, 10 * version)] if version <= 3 else []
         commit(exchange, version, contributed("always", version, 100 * version), *early)
@@ -58,7 +58,7 @@ def test_the_newest_part_is_found_however_long_ago(tmp_path: Path) -> None:
 def test_one_that_came_too_late_is_not_the_newest(tmp_path: Path) -> None:
     """The newest commit holds what was delivered late for 3; a commit long before it holds that for 4, in time."""
     exchange = StoreExchange(str(tmp_path))
-    for version in range(COMMITS_AT_ONCE + 5):
+    for version in range(REQUESTS_AT_ONCE + 5):
         commit(exchange, version, *([contributed("law", 4, 190)] if version == 4 else []))
-    commit(exchange, COMMITS_AT_ONCE + 5, contributed("law", 3, 180))
-    assert exchange.tokens_total("law", COMMITS_AT_ONCE + 5) == 190
+    commit(exchange, REQUESTS_AT_ONCE + 5, contributed("law", 3, 180))
+    assert exchange.tokens_total("law", REQUESTS_AT_ONCE + 5) == 190
