@@ -87,7 +87,7 @@ class OuterConfig:
     weight_power: float = 1.0
     """A silo's weight in mean, importance and clip is its tokens to this power: 0 gives all the same, so that between 0
     and 1 small silos count for more than their tokens."""
-    max_share: float = 1.0
+    max_share: float = 0.8
     """No silo's weight in mean, importance and clip is above this share of all in a commit; where there are too few
     silos for that, all count alike."""
     max_batch_sequences: int | None = None

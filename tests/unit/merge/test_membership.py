@@ -227,15 +227,16 @@ def test_who_claims_more_tokens_than_the_largest_batch_makes_is_refused(make: An
     assert (refusal.reason, refusal.final) == (expected, False)
 
 
-def test_no_silo_has_more_than_its_share_of_a_commit(make: Any) -> None:
-    config = make({"max_share": 0.6})
+@pytest.mark.parametrize(("outer", "most"), [({"max_share": 0.6}, 768), ({}, 2048)])  # of 1280; by itself: of 2560
+def test_no_silo_has_more_than_its_share_of_a_commit(make: Any, outer: dict[str, float], most: int) -> None:
+    config = make(outer)
     aggregator, state = start(config)
     for silo, tokens in zip(ROSTER, (256, 10**6, 256), strict=True):
         GOOD.deliver(config, silo, state, plus_noise(state), tokens=tokens)
     one_version(aggregator, state)
     commit = commit_of(config, 1)
-    assert [c["weight"] for c in commit["contributors"]] == [256, 768, 256]
-    assert commit["divisor"] == 1280
+    assert [c["weight"] for c in commit["contributors"]] == [256, most, 256]
+    assert commit["divisor"] == 512 + most
 
 
 def test_robust_merges_by_hand(make: Any) -> None:

@@ -163,7 +163,7 @@ def test_a_silo_that_tells_what_was_not_asked_is_refused(tmp_path: Path, tiny_co
 def test_small_silos_may_count_for_more_than_their_tokens(
     tmp_path: Path, tiny_config: TinyConfig, power: float, share: float
 ) -> None:
-    config = tiny_config(tmp_path, outer={"optimizer": "sgd", "lr": 1.0, "weight_power": power})
+    config = tiny_config(tmp_path, outer={"optimizer": "sgd", "lr": 1.0, "weight_power": power, "max_share": 1})
     aggregator, state = start(config)
     before = {name: value.clone() for name, value in state.parameters.items()}
     GOOD.deliver(config, "alpha", state, times(state, 2), tokens=900)
