@@ -4,13 +4,15 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+PATIENCE_SECONDS = 120.0  # for what comes at once on a machine that does nothing else
+
 Found = TypeVar("Found")
 
 
 def wait_for(
     condition: Callable[[], Found],
     *,
-    seconds: float = 30.0,
+    seconds: float = PATIENCE_SECONDS,
     poll_seconds: float = 0.05,
     meanwhile: Callable[[], object] = lambda: True,
     tells: Callable[[], object] = lambda: "",

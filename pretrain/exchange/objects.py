@@ -5,7 +5,6 @@ name cannot both succeed, unless they write the same.
 """
 
 import copy
-import hashlib
 import os
 import random
 import shutil
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn, TypeVar
 
 import fsspec
+from blake3 import blake3
 from fsspec.implementations.local import LocalFileSystem
 
 from pretrain.config.check import ConfigError
@@ -161,7 +161,7 @@ class Objects:
         def is_same() -> bool:
             size = file.stat().st_size
             with self._open(name) as theirs, file.open("rb") as ours:
-                return _sha256(theirs, size) == _sha256(ours, size)
+                return _digest(theirs, size) == _digest(ours, size)
 
         def copy_it(temporary: IO[bytes]) -> None:
             with file.open("rb") as ours:
@@ -176,13 +176,13 @@ class Objects:
         )
 
     def download(self, name: str, file: Path, *, limit_bytes: int) -> tuple[str, int]:
-        """Copy an object to a local file, block by block; returns sha256 and size of what was read.
+        """Copy an object to a local file, block by block; returns BLAKE3 and size of what was read.
 
         Stops soon after `limit_bytes`: what is longer than announced must not fill the disk. Raises FileNotFoundError.
         """
 
         def copy_it() -> tuple[str, int]:
-            digest, num_bytes = hashlib.sha256(), 0
+            digest, num_bytes = blake3(), 0
             with self._open(name) as source, _removed_if_broken_off(file) as target:
                 for block in _blocks(source, limit_bytes):
                     digest.update(block)
@@ -331,8 +331,8 @@ def _blocks(source: IO[bytes] | Any, limit_bytes: int) -> Iterator[bytes]:
         yield block
 
 
-def _sha256(source: IO[bytes] | Any, limit_bytes: int) -> bytes:
-    digest = hashlib.sha256()
+def _digest(source: IO[bytes] | Any, limit_bytes: int) -> bytes:
+    digest = blake3()
     for block in _blocks(source, limit_bytes):
         digest.update(block)
     return digest.digest()

@@ -4,7 +4,6 @@ A tensor's parts lie under KIND/PART/NAME: its kind is part of the key, so that 
 the header and the tensors that are asked for are read.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -49,9 +49,9 @@ def save_tensors(
         for name, parts in tensors.items()
         for part, value in parts.items()
     }
-    digest = hashlib.sha256()
+    digest = blake3()
     num_bytes = _write_file(tensors, file, digest.update)
-    return Payload(fragment=fragment, file=file.name, sha256=digest.hexdigest(), num_bytes=num_bytes)
+    return Payload(fragment=fragment, file=file.name, blake3=digest.hexdigest(), num_bytes=num_bytes)
 
 
 def keep_tensors(values: Mapping[str, Tensor], file: Path, kind: str) -> None:
@@ -59,7 +59,7 @@ def keep_tensors(values: Mapping[str, Tensor], file: Path, kind: str) -> None:
     _write_file({f"{kind}/values/{name}": value for name, value in values.items()}, file, lambda block: None)
 
 
-def _write_file(tensors: Mapping[str, Tensor], file: Path, hear: Callable[[memoryview | bytes], None]) -> int:
+def _write_file(tensors: Mapping[str, Tensor], file: Path, hear: Callable[[memoryview | bytes], object]) -> int:
     """Write tensors by key; all that is written is heard, block by block. Returns the number of bytes."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.unlink(missing_ok=True)

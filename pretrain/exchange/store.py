@@ -31,6 +31,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
+from blake3 import blake3
+
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.objects import Objects
@@ -69,8 +71,8 @@ def _damaged_path(silo: str, version: int) -> str:
 def file_payload(file: Path, fragment: int) -> Payload:
     """Describe a file that is about to travel."""
     with file.open("rb") as opened:
-        sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
-    return Payload(fragment=fragment, file=file.name, sha256=sha256, num_bytes=file.stat().st_size)
+        digest = hashlib.file_digest(opened, blake3).hexdigest()  # type: ignore[arg-type]  # asks for a `name`
+    return Payload(fragment=fragment, file=file.name, blake3=digest, num_bytes=file.stat().st_size)
 
 
 class StoreExchange:
@@ -208,14 +210,14 @@ class StoreExchange:
     def fetch(self, folder: str, payload: Payload, file: Path) -> int:
         """Download one payload and check it before anybody decodes a byte; returns its size. Raises RefusedError."""
         try:
-            sha256, num_bytes = self.objects.download(f"{folder}/{payload.file}", file, limit_bytes=payload.num_bytes)
+            digest, num_bytes = self.objects.download(f"{folder}/{payload.file}", file, limit_bytes=payload.num_bytes)
         except (FileNotFoundError, IsADirectoryError):
             raise RefusedError(f"{folder}/{payload.file} is missing") from None
         if num_bytes != payload.num_bytes:
             what = "truncated" if num_bytes < payload.num_bytes else "too long"
             raise RefusedError(f"{folder}/{payload.file} is {what}: it has not the {payload.num_bytes} bytes announced")
-        if sha256 != payload.sha256:
-            raise RefusedError(f"{folder}/{payload.file} has not the sha256 {payload.sha256[:12]}: corrupted")
+        if digest != payload.blake3:
+            raise RefusedError(f"{folder}/{payload.file} has not the blake3 {payload.blake3[:12]}: corrupted")
         return num_bytes
 
     # ---- the silo's verbs

@@ -15,7 +15,7 @@ from typing import Any, Self, get_args, get_origin
 
 from pretrain.host.foreign import loads, shown
 
-FORMAT, COMMIT_FORMAT = 1, 2
+FORMAT, MANIFEST_FORMAT, COMMIT_FORMAT = 1, 2, 3
 RECORD_BYTES = 4 << 20  # of a record: a commit of ten thousand silos
 METRIC = re.compile(r"[A-Za-z0-9_./-]{1,128}")
 MANIFEST_METRICS = 16  # how many a manifest may have; ours have three
@@ -31,7 +31,8 @@ class Payload:
 
     fragment: int
     file: str
-    sha256: str
+    blake3: str
+    """Of its bytes, in hexadecimal (https://github.com/BLAKE3-team/BLAKE3-specs)."""
     num_bytes: int
 
 
@@ -117,6 +118,7 @@ def _read_row(row_type: type, row: Any) -> Any:
 class Manifest(Record):
     """What one silo delivered for one version; written after the payload that it names."""
 
+    format: int = MANIFEST_FORMAT
     contract_sha256: str
     silo: str
     version: int

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from tests.support import TinyText, tiny_settings
+from tests.waiting import PATIENCE_SECONDS
 
 COMPARE = [sys.executable, "-m", "launch.cli", "compare", "--jobs", "2", "--config"]
 
@@ -35,7 +36,7 @@ def test_goes_on_where_it_was_interrupted(tmp_path: Path, tiny_text: TinyText) -
         assert first.poll() is None
     time.sleep(5)  # into the next ones
     first.send_signal(signal.SIGINT)
-    assert first.wait(90) == 128 + signal.SIGINT
+    assert first.wait(PATIENCE_SECONDS) == 128 + signal.SIGINT
     finished = {path: path.stat().st_mtime_ns for path in directory.rglob("summary.json")}
     assert 1 <= len(finished) < 6
 

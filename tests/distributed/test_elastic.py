@@ -14,7 +14,7 @@ from tests.distributed.federation import Outcome, assert_evaluated_last, federat
 from tests.distributed.guests import Guest, final_digest
 from tests.faults.scripted import Faults, federate_with
 from tests.support import TinyText, tiny_silo
-from tests.waiting import wait_for
+from tests.waiting import PATIENCE_SECONDS, wait_for
 
 ROSTER = ["alpha", "beta", "gamma"]
 RULES = {"quorum": 2, "deadline_floor_seconds": 0.5, "deadline_ceiling_seconds": 20.0, "away_after_versions": 2}
@@ -131,7 +131,7 @@ def test_one_joins_late_is_killed_and_comes_back(tmp_path: Path, tiny_config: Ti
     visitor.start()
     run = federate(config)
     visitor.join()
-    said = guest.wait(120)
+    said = guest.wait(PATIENCE_SECONDS)
 
     last = config.schedule.num_versions
     joined, left = present

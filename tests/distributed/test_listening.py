@@ -22,7 +22,7 @@ from launch.start.local import process_directory
 from launch.start.processes import MARK
 from tests.conftest import TinyConfig
 from tests.distributed.federation import left_behind
-from tests.waiting import wait_for
+from tests.waiting import PATIENCE_SECONDS, wait_for
 
 RANKS = ("alpha rank 0", "beta rank 0", "beta rank 1")
 ATOLL = [sys.executable, "-m", "launch.cli"]
@@ -66,7 +66,7 @@ def test_nothing_listens_but_on_loopback(tmp_path: Path, tiny_config: TinyConfig
             found = listening(process.pid)
         finally:
             process.terminate()
-            said, _ = process.communicate(timeout=60)
+            said, _ = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 128 + signal.SIGTERM, said
     nowhere: dict[str, set[str]] = {name: set() for name in ("launcher", "aggregator", "beta")}
     assert found == nowhere | {rank: {"127.0.0.1"} for rank in RANKS}
@@ -102,7 +102,7 @@ def test_a_silo_by_itself_is_watched_saved_and_started_once(tmp_path: Path, tiny
             "or name another directory\n"
         )
         os.close(terminal)  # as when its window is closed
-        process.wait(60)
+        process.wait(PATIENCE_SECONDS)
     finally:
         process.terminate()
     assert process.returncode == 128 + signal.SIGHUP

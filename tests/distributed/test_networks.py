@@ -23,6 +23,7 @@ from tests.distributed.federation import Outcome, federate
 from tests.faults.test_kills import check_same, make_config
 from tests.faults.test_relay_deaths import behind_relay, relay_command
 from tests.support import TinyText, tiny_silo
+from tests.waiting import PATIENCE_SECONDS
 
 MISSING = [tool for tool in ("ip", "tc", "sysctl") if not shutil.which(tool)]
 MISSING += [package for package in ("moto", "flask", "s3fs") if not importlib.util.find_spec(package)]
@@ -140,7 +141,7 @@ def test_compute_nodes_without_a_route_train_through_a_relay(tmp_path: Path, tin
             relay = subprocess.Popen(command, env=os.environ | CREDENTIALS, stdout=file, stderr=file)
         try:
             federate(config, build_commands=build)
-            assert relay.wait(60) == 0, log.read_text()
+            assert relay.wait(PATIENCE_SECONDS) == 0, log.read_text()
         finally:
             relay.kill()
             relay.wait()

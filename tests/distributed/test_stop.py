@@ -15,7 +15,7 @@ from pretrain.host.lock import lock_holder
 from tests.conftest import TinyConfig
 from tests.distributed.federation import left_behind
 from tests.support import one_line_error
-from tests.waiting import wait_for
+from tests.waiting import PATIENCE_SECONDS, wait_for
 
 ATOLL = [sys.executable, "-m", "launch.cli"]
 
@@ -38,10 +38,10 @@ def test_stop_saves_all_and_leaves_nothing(
         assert logs.stdout
         assert all(logs.stdout.readline().startswith("alpha | ") for _ in range(60))
         logs.send_signal(signal.SIGINT)
-        assert logs.wait(10) == 130
+        assert logs.wait(PATIENCE_SECONDS) == 130
     said = subprocess.check_output([*ATOLL, "stop", config.directory], text=True)
     assert said.splitlines()[-1] == f"stopped: the launch (process {launcher.pid})"
-    assert launcher.wait(10) == 128 + signal.SIGTERM
+    assert launcher.wait(PATIENCE_SECONDS) == 128 + signal.SIGTERM
     assert {read_status(status).phase for status in statuses} == {"stopped"}
     assert not left_behind(str(tmp_path))
     # A silo that somebody started by itself.
@@ -49,7 +49,7 @@ def test_stop_saves_all_and_leaves_nothing(
     wait_for(lambda: read_status(statuses[1]).phase in ("training", "waiting"), seconds=90)
     said = subprocess.check_output([*ATOLL, "stop", config.directory], text=True)
     assert said.splitlines()[-1].startswith("stopped: alpha (process ")
-    assert alone.wait(30) == 0
+    assert alone.wait(PATIENCE_SECONDS) == 0
 
 
 def test_logs_are_those_of_the_newest_start(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from tests.faults.test_kills import check_same
 from tests.slurm.test_slurm import make_config
 from tests.support import free_port, one_line_error
 from tests.unit.launch.start.test_launch import PATIENT, is_alive, pids_of
-from tests.waiting import wait_for
+from tests.waiting import PATIENCE_SECONDS, wait_for
 
 NEEDED = [tool for tool in ("ip", "tc", "sysctl", "unshare") if not shutil.which(tool)]
 AS_ROOT = pytest.mark.skipif(bool(NEEDED) or os.geteuid() != 0, reason=f"namespaces need root, and {NEEDED}")
@@ -70,7 +70,7 @@ def test_a_silo_over_two_nodes(tmp_path: Path, tiny_config: TinyConfig) -> None:
                 nodes.append(subprocess.Popen(inside(space, ["sh", "-c", f"exec env {line}"]), stdout=log, stderr=log))
             ending.callback(nodes[-1].kill)
         for node in nodes:
-            assert node.wait(120) == 0, "".join(log.read_text() for log in tmp_path.glob("node*.log"))
+            assert node.wait(PATIENCE_SECONDS) == 0, "".join(log.read_text() for log in tmp_path.glob("node*.log"))
     check_same(Outcome(config=config), local)
 
 
@@ -181,7 +181,7 @@ def test_stopped_killed_or_without_a_node_it_leaves_nothing_and_goes_on_to_the_s
             with launched(config, options) as launcher:
                 assert len(of_alpha(config)) >= 2 * 3  # of each node the far end, torchrun, and a worker
                 launcher.send_signal(number)
-                said, _ = launcher.communicate(timeout=60)
+                said, _ = launcher.communicate(timeout=PATIENCE_SECONDS)
                 if number == signal.SIGTERM:
                     assert launcher.returncode == 128 + number
                     assert "the same command goes on" in said
@@ -196,7 +196,7 @@ def test_stopped_killed_or_without_a_node_it_leaves_nothing_and_goes_on_to_the_s
             for process in lost:
                 if process.name() != "ssh":
                     process.kill()  # torchrun and its worker
-            said, _ = launcher.communicate(timeout=120)
+            said, _ = launcher.communicate(timeout=PATIENCE_SECONDS)
             assert launcher.returncode == 1
             assert "error: alpha-127.0.0.2 failed with exit status 137" in said
             assert not of_alpha(config)
@@ -215,7 +215,7 @@ def test_a_killed_worker_is_started_again(undisturbed: Outcome, tmp_path: Path, 
         for rank in (1, 0):
             worker(config, rank).kill()
             wait_for_steps(config, launcher)
-        said, _ = launcher.communicate(timeout=150)
+        said, _ = launcher.communicate(timeout=PATIENCE_SECONDS)
         assert launcher.returncode == 0, said
     for address in NODES:
         log = Path(config.directory) / "logs" / "latest" / f"alpha-{address}.log"
@@ -419,7 +419,7 @@ def test_the_far_end_ends_as_its_program_does(tmp_path: Path) -> None:
         far = ["run", "--name", "law", "--log", str(tmp_path / "law.log"), "--grace-seconds", "5", "--"]
         argv = [sys.executable, "-m", "launch.start.remote", *far, sys.executable, "-c", script]
         with subprocess.Popen(argv, stdin=subprocess.PIPE) as process:
-            return process.wait(30)
+            return process.wait(PATIENCE_SECONDS)
 
     assert ended("print('here'); raise SystemExit(7)") == 7
     assert ended("import os; os.kill(os.getpid(), 9)") == 128 + 9

@@ -23,7 +23,7 @@ from pretrain.federation.export import evaluate_directory, export_global_model
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, assert_same_bits, federate, launched
 from tests.support import ROOT, zero
-from tests.waiting import wait_for
+from tests.waiting import PATIENCE_SECONDS, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(finished: Outcome, tmp_path: 
     process.send_signal(signal.SIGINT)
     wait_with(process, lambda: len(list(run_directory.glob("silos/*/checkpoints/step-*/state.json"))) == 2)
     os.kill(aggregator, signal.SIGCONT)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=PATIENCE_SECONDS)[0]
     assert process.returncode == 130, output
     assert {silo.life.words for silo in store_status(config.store_url).silos.values()} == {"ended"}
     run = federate(config)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.silo.extensions import building
+from tests.waiting import PATIENCE_SECONDS
 
 BUILD = """
 import sys
@@ -46,7 +47,7 @@ def test_a_build_waits_for_the_living_and_not_for_the_dead(tmp_path: Path) -> No
     first.kill()
     first.communicate()
     assert read_until(second, "builds") == "builds\n"
-    second.communicate(timeout=60)
+    second.communicate(timeout=PATIENCE_SECONDS)
     assert second.returncode == 0
 
 

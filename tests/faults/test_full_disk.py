@@ -13,6 +13,7 @@ from tests.distributed.guests import Guest, started
 from tests.faults.scripted import FILLER, with_faults
 from tests.faults.test_kills import check_same, make_config
 from tests.support import mounted
+from tests.waiting import PATIENCE_SECONDS
 
 # A step's line in metrics.jsonl and status.json; the payload in the outbox; the manifest beside it; the payload in the
 # inbox; the engine's part of a checkpoint; all the rest of one.
@@ -49,7 +50,7 @@ def test_a_silo_says_so_and_goes_on_after_room_is_made(
                     "everything up to the last checkpoint is there"
                 ]
             beta.start()
-            beta.wait(120)
+            beta.wait(PATIENCE_SECONDS)
         check_same(Outcome(config=hosts), undisturbed)
         check_same(Outcome(config=guest), undisturbed)
         assert not list(disk.rglob("*.tmp"))

@@ -12,6 +12,7 @@ from tests.distributed.guests import Guest, started
 from tests.faults.scripted import with_faults
 from tests.faults.test_full_disk import only
 from tests.faults.test_kills import check_same, make_config
+from tests.waiting import PATIENCE_SECONDS
 
 
 def content(store: Path) -> dict[str, bytes]:
@@ -46,7 +47,7 @@ def test_nothing_is_overwritten(undisturbed: Outcome, tmp_path: Path, tiny_confi
             first.wait(120, code=-9)
             shutil.copytree(store, backup)
             second.start()  # with an empty disk
-        second.wait(120)
+        second.wait(PATIENCE_SECONDS)
     check_same(Outcome(config=alpha), undisturbed)
     check_same(Outcome(config=beta), undisturbed)
 

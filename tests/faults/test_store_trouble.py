@@ -25,7 +25,7 @@ from tests.faults.scripted import Faults, federate_with
 from tests.faults.test_kills import check_same, make_config
 from tests.support import fill, mounted
 from tests.unit.test_aggregate import GOOD, plus_noise, start
-from tests.waiting import wait_for
+from tests.waiting import PATIENCE_SECONDS, wait_for
 
 OUTAGE_SECONDS = 8.0
 OVER = re.compile(r" was (?:read|written|listed|deleted) after \d+\.\d s$", re.MULTILINE)
@@ -140,7 +140,7 @@ def test_a_disk_that_stays_full_ends_in_one_line(tmp_path: Path, tiny_config: Ti
     with mounted(tmp_path / "disk", num_bytes=1 << 16) as disk:
         exchange = {"url": str(disk / "store"), "retry_seconds": 0.5}  # version 0 does not fit
         process = aggregator(tiny_config(tmp_path, exchange=exchange))
-        out, error = process.communicate(timeout=120)
+        out, error = process.communicate(timeout=PATIENCE_SECONDS)
         assert process.returncode == STOPPED
         assert error == (
             f"atoll: exchange.url: {disk}/store given; global/000000/parameter-000.safetensors cannot be written: "
@@ -161,7 +161,7 @@ def test_two_aggregators(tmp_path: Path, tiny_config: TinyConfig) -> None:
         while "waiting for" not in first.stdout.readline():  # version 0 is there
             assert first.poll() is None
         second = aggregator(configs[1])
-        _, error = second.communicate(timeout=120)
+        _, error = second.communicate(timeout=PATIENCE_SECONDS)
         assert second.returncode == 2
         assert f", process {first.pid} works on this store; stop it first, or name another store\n" in error
         assert error.count("\n") == 1
@@ -173,7 +173,7 @@ def test_two_aggregators(tmp_path: Path, tiny_config: TinyConfig) -> None:
         for silo in configs[2].full_roster:
             GOOD.deliver(configs[2], silo, state, plus_noise(state))
         first.send_signal(signal.SIGCONT)  # it finds all deliveries there
-        _, error = first.communicate(timeout=120)
+        _, error = first.communicate(timeout=PATIENCE_SECONDS)
         assert first.returncode == 2
         assert f", process {os.getpid()} has taken over here\n" in error
         assert not (tmp_path / "store" / "global" / "000001" / "commit.json").exists()

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 from tests.support import free_port
-from tests.waiting import wait_for
+from tests.waiting import PATIENCE_SECONDS, wait_for
 
 PROGRAMS = ("setpriv", "munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo")
 NUM_NODES = 4
@@ -110,7 +110,7 @@ class Cluster:
 
     def stop_node(self, name: str) -> None:
         self.daemons[name].terminate()
-        self.daemons[name].wait(20)
+        self.daemons[name].wait(PATIENCE_SECONDS)
 
     def fail_node(self, name: str) -> None:
         """End a node and all that runs on it at once, as a loss of power does."""
@@ -200,7 +200,7 @@ def _end(cluster: Cluster) -> None:
     for name in sorted(cluster.daemons, key=lambda name: name in ("munged", "slurmctld")):
         cluster.daemons[name].terminate()
         try:
-            cluster.daemons[name].wait(10)
+            cluster.daemons[name].wait(PATIENCE_SECONDS)
         except subprocess.TimeoutExpired:
             cluster.daemons[name].kill()
             cluster.daemons[name].wait()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from blake3 import blake3
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from pretrain.outer.codec import apply_change, decoded, encode
 from pretrain.outer.digest import digest_tensors
 from pretrain.outer.fragments import cut_fragments
 from tests.conftest import TinyConfig
-from tests.waiting import wait_for
+from tests.waiting import PATIENCE_SECONDS, wait_for
 
 Tensors = dict[str, Tensor]
 OUTER = {"lr": 0.5, "momentum": 0.5, "num_fragments": 2}
@@ -106,11 +107,11 @@ class Hand:
         row = {
             "fragment": version % config.outer.num_fragments,
             "file": file.name,
-            "sha256": sha256(data),
+            "blake3": blake3(data).hexdigest(),
             "num_bytes": len(data),
         }
         manifest = {
-            "format": 1,
+            "format": 2,
             "contract_sha256": sha256((store / "contract.json").read_bytes()),
             "silo": silo,
             "version": version,
@@ -239,7 +240,7 @@ def test_arrival_order_does_not_matter(tmp_path: Path, tiny_config: TinyConfig) 
         for silo in order:
             GOOD.deliver(config, silo, state, times(state, 1.1 + names.index(silo)), tokens=10 + names.index(silo))
             time.sleep(0.15)  # three polls: each arrival is seen on its own
-        thread.join(30)
+        thread.join(PATIENCE_SECONDS)
         deliveries = box[0]
         assert [delivery.manifest.silo for delivery in deliveries] == names
         merged = aggregator.merge(state, deliveries)
@@ -399,7 +400,7 @@ BAD: dict[str, tuple[Hand, str]] = {
     "absolute path": (Hand(manifest=put_payload(file="/contract.json")), "allowed: a plain file name"),
     "payloads are no list": (Hand(manifest=put(payloads=2)), "payloads: 2 given"),
     "key missing": (Hand(manifest=lambda m: m.pop("metrics")), "has keys"),
-    "other format": (Hand(manifest=put(format=2)), "format 2 given"),
+    "other format": (Hand(manifest=put(format=1)), "format 1 given; this version reads 2"),
 }
 BAD_INT4: dict[str, tuple[Hand, str]] = {
     "values instead": (Hand(codec="fp32"), "its payload has "),
@@ -436,7 +437,7 @@ def refused_then_taken(hand: Hand, expected: str, config: RunConfig) -> tuple[Ag
     if (folder / "000001.safetensors").is_dir():
         (folder / "000001.safetensors").rmdir()
     GOOD.deliver(config, "alpha", state, local, tokens=100)
-    thread.join(30)
+    thread.join(PATIENCE_SECONDS)
     assert [delivery.manifest.silo for delivery in deliveries] == ["alpha", "beta"]
     weights = aggregator.merge(state, deliveries).weights
     assert weights == [100, 300]
@@ -476,5 +477,5 @@ def test_what_is_no_manifest_is_refused(config: RunConfig) -> None:
     wait_for_refusal(folder, thread)
     assert json.loads((folder / "refused-0.json").read_text())["reason"].startswith("not JSON")
     GOOD.deliver(config, "alpha", state, times(state, 1))
-    thread.join(30)
+    thread.join(PATIENCE_SECONDS)
     assert not thread.is_alive()

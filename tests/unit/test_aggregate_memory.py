@@ -15,7 +15,7 @@ from pretrain.trust.ledger import Commit
 from tests.conftest import TinyConfig
 from tests.support import one_line_error
 from tests.unit.test_aggregate import GOOD, Hand, one_version, put_payload, sha256, start, times, wait_for_refusal
-from tests.waiting import wait_for
+from tests.waiting import PATIENCE_SECONDS, wait_for
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_what_is_damaged_while_it_runs_is_published_again(
         wait_for(lambda: not (Path(config.store_url) / "silos" / "beta" / "damaged" / "000000").exists())
         for silo in config.full_roster:
             GOOD.deliver(config, silo, state, times(state, 1))
-        waiting.result(30)
+        waiting.result(PATIENCE_SECONDS)
     assert {file: file.read_bytes() for file in files} == before
     lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith("it was published again")]
     assert [line.split(": ")[0] for line in lines] == ["version 0", "version 0"]
@@ -136,7 +136,7 @@ def test_a_payload_that_is_too_large_for_the_model_is_not_fetched(num_bytes: int
     size = 4 * sum(value.numel() for value in state.parameters.values())
     assert reason == f"its payload has {num_bytes} bytes; allowed: {size} and names"
     GOOD.deliver(config, "alpha", state, times(state, 1))
-    thread.join(30)
+    thread.join(PATIENCE_SECONDS)
     assert not thread.is_alive()
 
 

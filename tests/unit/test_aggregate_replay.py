@@ -182,7 +182,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "corrupted": (
         rewritten("silos/beta/000004", PAYLOAD, lambda data: data[:-1] + bytes([data[-1] ^ 1])),
-        f"{CANNOT}{PAYLOAD} has not the sha256 ",
+        f"{CANNOT}{PAYLOAD} has not the blake3 ",
     ),
     "no manifest": (lambda store: (store / "silos/beta/000004" / MANIFEST).unlink(), f"{CANNOT}{MANIFEST} is missing"),
     "another manifest": (
@@ -195,8 +195,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no commit": (lambda store: (store / "global/000004/commit.json").unlink(), "commit 4 is missing"),
     "an old commit": (
-        rewritten("global/000004", "commit.json", lambda data: data.replace(b'"format": 2', b'"format": 1')),
-        "format 1 given; this version reads 2",
+        rewritten("global/000004", "commit.json", lambda data: data.replace(b'"format": 3', b'"format": 2')),
+        "format 2 given; this version reads 3",
     ),
 }
 

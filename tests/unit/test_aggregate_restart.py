@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from safetensors.torch import load_file, save_file
 
 from pretrain import aggregate as module
@@ -19,7 +20,7 @@ from pretrain.outer.digest import digest_tensors
 from pretrain.trust.ledger import RefusedError
 from tests.conftest import TinyConfig
 from tests.support import one_line_error
-from tests.unit.test_aggregate import GOOD, OUTER, ROUNDS, one_version, plus_noise, sha256, start
+from tests.unit.test_aggregate import GOOD, OUTER, ROUNDS, one_version, plus_noise, start
 
 
 @pytest.fixture
@@ -166,7 +167,7 @@ def resealed(store: Path, version: int, stem: str) -> None:
     commit = json.loads((folder / "commit.json").read_text())
     for row in commit["payloads"] + commit["state_payloads"]:
         if row["file"] == file.name:
-            row["sha256"], row["num_bytes"] = sha256(file.read_bytes()), file.stat().st_size
+            row["blake3"], row["num_bytes"] = blake3(file.read_bytes()).hexdigest(), file.stat().st_size
     (folder / "commit.json").write_text(json.dumps(commit, sort_keys=True, indent=1) + "\n")
 
 

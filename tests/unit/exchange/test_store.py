@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 import pytest
+from blake3 import blake3
 
 from pretrain.exchange.objects import BLOCK_BYTES, Objects
 from pretrain.exchange.store import Refusal, StoreExchange, delivery_path, file_payload, version_path
@@ -47,7 +48,7 @@ def test_write_read_list_delete(objects: Objects, tmp_path: Path) -> None:
     assert objects.exists("a/one")
     assert objects.read("a/one") == b"1"
     copy = tmp_path / "new" / "copy"
-    assert objects.download("a/big", copy, limit_bytes=len(big)) == (sha256_bytes(big), len(big))
+    assert objects.download("a/big", copy, limit_bytes=len(big)) == (blake3(big).hexdigest(), len(big))
     assert copy.read_bytes() == big
     with pytest.raises(FileNotFoundError):
         objects.download("a/none", copy, limit_bytes=1)
@@ -273,12 +274,12 @@ def test_broken_chain_is_refused(exchange: StoreExchange, tmp_path: Path) -> Non
 
 def test_fetch_refuses_what_is_not_as_announced(exchange: StoreExchange, tmp_path: Path) -> None:
     exchange.objects.write("f/data", b"abcdef")
-    payload = Payload(fragment=0, file="data", sha256=sha256_bytes(b"abcdef"), num_bytes=6)
+    payload = Payload(fragment=0, file="data", blake3=blake3(b"abcdef").hexdigest(), num_bytes=6)
     assert exchange.fetch("f", payload, tmp_path / "copy") == 6
     for wrong, expected in [
         (dataclasses.replace(payload, num_bytes=7), "is truncated: it has not the 7 bytes announced"),
         (dataclasses.replace(payload, num_bytes=5), "is too long: it has not the 5 bytes announced"),
-        (dataclasses.replace(payload, sha256=sha256_bytes(b"abcdeF")), "corrupted"),
+        (dataclasses.replace(payload, blake3=blake3(b"abcdeF").hexdigest()), "corrupted"),
         (dataclasses.replace(payload, file="none"), "f/none is missing"),
     ]:
         with pytest.raises(RefusedError, match=expected):

@@ -25,7 +25,7 @@ from tests.conftest import TinyConfig
 from tests.support import one_line_error
 from tests.unit.exchange.test_history import publish_fragment
 from tests.unit.exchange.test_store import deliver, publish
-from tests.waiting import wait_for
+from tests.waiting import PATIENCE_SECONDS, wait_for
 
 Files = dict[str, bytes]
 
@@ -450,7 +450,7 @@ def test_the_command(site: Site, tmp_path: Path) -> None:
         assert f"a relay runs there already (process {process.pid})" in second.stderr
         process.send_signal(signal.SIGTERM)
         began = time.monotonic()
-        assert process.wait(30) == 75
+        assert process.wait(PATIENCE_SECONDS) == 75
         assert time.monotonic() - began < 20
     finally:
         process.kill()

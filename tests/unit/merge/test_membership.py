@@ -18,7 +18,7 @@ from pretrain.trust.ledger import RefusedError
 from tests.conftest import TinyConfig
 from tests.support import TinyText, one_line_error, tiny_silo
 from tests.unit.test_aggregate import GOOD, Hand, commit_of, one_version, plus_noise, start, times
-from tests.waiting import wait_for
+from tests.waiting import PATIENCE_SECONDS, wait_for
 
 ROSTER = ("alpha", "beta", "gamma")
 SOON = {"quorum": 2, "deadline_floor_seconds": 0.4, "deadline_ceiling_seconds": 0.4}
@@ -344,6 +344,6 @@ def test_many_silos_deliver_at_once_and_are_counted_in_lines(
         waiting = pool.submit(one_version, aggregator, state)
         wait_for(lambda: "waiting for silo beta" in capsys.readouterr().out)
         GOOD.deliver(config, "beta", state, times(state, 2.0))
-        waiting.result(60)
+        waiting.result(PATIENCE_SECONDS)
     assert silos_of(commit_of(config, 1)) == sorted(["alpha", "beta", *others])
     assert f"silos alpha, beta, {', '.join(others[:10])}, ... (42 in all)  divisor" in capsys.readouterr().out

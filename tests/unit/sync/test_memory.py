@@ -16,6 +16,7 @@ from pretrain.trust.ledger import Manifest, sha256_bytes
 from tests.conftest import TinyConfig
 from tests.support import one_line_error
 from tests.unit.test_aggregate import GOOD, one_version, start, times
+from tests.waiting import PATIENCE_SECONDS
 
 Run = tuple[RunConfig, Aggregator, OuterState, ThroughStore]
 
@@ -167,7 +168,7 @@ def test_a_damaged_version_is_waited_for_until_it_is_repaired(run: Run, capsys: 
         finally:  # or the aggregator would wait for ever
             for name in config.full_roster:
                 GOOD.deliver(config, name, state, times(state, 0.5))
-        waiting.result(30)
+        waiting.result(PATIENCE_SECONDS)
     for name, value in state.parameters.items():
         assert torch.equal(received.values[name], value)
     out = capsys.readouterr().out

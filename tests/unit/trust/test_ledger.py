@@ -21,7 +21,7 @@ from pretrain.trust.ledger import (
 )
 
 Change = Callable[[dict[str, Any]], object]
-PAYLOAD = Payload(fragment=0, file="000.safetensors", sha256="ab" * 32, num_bytes=9)
+PAYLOAD = Payload(fragment=0, file="000.safetensors", blake3="ab" * 32, num_bytes=9)
 MANIFEST = Manifest(
     contract_sha256="c0" * 32,
     silo="law",
@@ -102,7 +102,12 @@ def test_bytes_are_canonical(record: Record) -> None:
 
 def test_bytes_of_a_payload_are_known() -> None:
     """Whoever writes another reader can compare with this."""
-    expected = ' {\n   "file": "000.safetensors",\n   "fragment": 0,\n   "num_bytes": 9,\n   "sha256": "' + "ab" * 32
+    expected = """ {
+   "blake3": "%s",
+   "file": "000.safetensors",
+   "fragment": 0,
+   "num_bytes": 9
+""" % ("ab" * 32)
     assert expected in MANIFEST.to_bytes().decode()
 
 
@@ -113,10 +118,10 @@ def test_no_record_holds_what_is_not_a_number() -> None:
 
 MALFORMED_MANIFESTS: dict[str, tuple[Change, str]] = {
     "extra key": (put("time", 3), "has keys"),
-    "other format": (put("format", 2), "format 2 given; this version reads 1"),
-    "format is a text": (put("format", "1"), "format 1 given"),
-    "format is true": (put("format", True), "format: True given"),
-    "format is 1.0": (put("format", 1.0), "format: 1.0 given"),
+    "other format": (put("format", 1), "format 1 given; this version reads 2"),
+    "format is a text": (put("format", "2"), "format 2 given"),
+    "format is true": (put("format", True), "format True given"),
+    "format is 1.0": (put("format", 2.0), "format: 2.0 given"),
     "version is a text": (put("version", "3"), "version: '3' given"),
     "version is a fraction": (put("version", 3.0), "version: 3.0 given"),
     "version is true": (put("version", True), "version: True given"),
@@ -142,12 +147,12 @@ MALFORMED_MANIFESTS: dict[str, tuple[Change, str]] = {
     "payloads is a mapping": (put("payloads", {"a": 1}), "payloads: {'a': 1} given"),
     "payload is a text": (put("payloads", 0, "x"), "payload: "),
     "payload is a list": (put("payloads", 0, [1]), "payload: "),
-    "payload with a missing key": (lambda m: m["payloads"][0].pop("sha256"), "payload: "),
+    "payload with a missing key": (lambda m: m["payloads"][0].pop("blake3"), "payload: "),
     "payload with an extra key": (put("payloads", 0, "url", "x"), "payload: "),
     "payload size is a text": (put("payloads", 0, "num_bytes", "9"), "payload.num_bytes: '9' given"),
     "payload size is true": (put("payloads", 0, "num_bytes", True), "payload.num_bytes: True given"),
     "payload size below zero": (put("payloads", 0, "num_bytes", -9), "payload.num_bytes: -9 given"),
-    "payload hash is null": (put("payloads", 0, "sha256", None), "payload.sha256: None given"),
+    "payload hash is null": (put("payloads", 0, "blake3", None), "payload.blake3: None given"),
 }
 BAD_FILE_NAMES = ["../x", "a/b", "/etc/passwd", "..", ".", "", ".hidden", "a\\b", "a\0b", "a\nb", "x" * 150, "a b", "é"]
 
@@ -159,7 +164,7 @@ def test_malformed_manifests_are_refused(case: str) -> None:
 
 
 def test_a_commit_from_before_there_were_snapshots_is_refused() -> None:
-    assert refusal(Commit, changed(COMMIT, put("format", 1))) == "format 1 given; this version reads 2"
+    assert refusal(Commit, changed(COMMIT, put("format", 2))) == "format 2 given; this version reads 3"
 
 
 @pytest.mark.parametrize("record", [MANIFEST, COMMIT], ids=["manifest", "commit"])

@@ -21,7 +21,7 @@ from launch.start.workers import SAVE_SECONDS
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig, SiloConfig
 from pretrain.config.load import save_config
-from tests.waiting import wait_for
+from tests.waiting import PATIENCE_SECONDS, wait_for
 
 # Leaves its pid behind, has a child of its own in another session, as torchrun has, and waits to be stopped.
 PATIENT = """
@@ -206,7 +206,7 @@ def test_a_signal_stops_cleanly(tmp_path: Path, number: signal.Signals, code: in
     driver = start_driver(tmp_path, [script(name, PATIENT, tmp_path) for name in ("aggregator", "law")])
     pids = pids_of(tmp_path, "aggregator", "law")
     driver.send_signal(number)
-    output, _ = driver.communicate(timeout=20)
+    output, _ = driver.communicate(timeout=PATIENCE_SECONDS)
     assert driver.returncode == code
     assert "stopping: each silo finishes its step and saves a checkpoint" in output
     assert "the same command goes on" in output
@@ -221,7 +221,7 @@ def test_a_second_ctrl_c_ends_what_does_not_stop(tmp_path: Path) -> None:
     time.sleep(1)
     assert driver.poll() is None
     driver.send_signal(signal.SIGINT)
-    driver.communicate(timeout=10)
+    driver.communicate(timeout=PATIENCE_SECONDS)
     assert driver.returncode == 130
     assert not [pid for pid in pids if is_alive(pid)]
 
@@ -232,7 +232,7 @@ def test_a_killed_launcher_leaves_nothing_and_holds_its_directory_until_then(tmp
     with pytest.raises(ConfigError, match="a launch runs there already"), hold_directory(tmp_path / "run"):
         pass
     driver.kill()
-    driver.communicate(timeout=10)
+    driver.communicate(timeout=PATIENCE_SECONDS)
     wait_for(lambda: not any(is_alive(pid) for pid in pids), seconds=15)
     assert (tmp_path / "law.saved").exists(), "the kernel's SIGTERM gives a silo the time to save"
     with hold_directory(tmp_path / "run"):
@@ -255,7 +255,7 @@ def test_what_starts_workers_passes_on_that_the_launcher_was_killed(tmp_path: Pa
     pids = pids_of(tmp_path, "law0", "law1")
     parent = psutil.Process(pids[0]).ppid()
     driver.kill()
-    driver.communicate(timeout=10)
+    driver.communicate(timeout=PATIENCE_SECONDS)
     wait_for(lambda: not any(is_alive(pid) for pid in [parent, *pids]), seconds=15)
     assert (tmp_path / "law0.saved").exists()
     assert (tmp_path / "law1.saved").exists()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.launch.start.test_launch import PATIENT, is_alive, pids_of
+from tests.waiting import PATIENCE_SECONDS
 
 # Each leaves its environment behind; `then` is what it does.
 WORKER = """
@@ -48,7 +49,7 @@ def test_the_first_to_fail_ends_all_and_its_exit_code_tells(
     tmp_path: Path, then: tuple[str, ...], code: int, said: str
 ) -> None:
     process = start(tmp_path, *then)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == code, output
     assert output.count("\n") == bool(said)
     assert output.endswith(f"{said}\n" if said else "")
@@ -56,7 +57,7 @@ def test_the_first_to_fail_ends_all_and_its_exit_code_tells(
 
 def test_a_crash_is_tried_again_where_they_meet_anew(tmp_path: Path) -> None:
     process = start(tmp_path, "pass", "sys.exit(starts == 0)", max_restarts=2)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 0, output
     assert "--- crashed (exit 1); start 2 of 3 ---" in output
     first, second = ((tmp_path / f"1-{number}").read_text() for number in range(2))
@@ -67,7 +68,7 @@ def test_a_crash_is_tried_again_where_they_meet_anew(tmp_path: Path) -> None:
 
 def test_a_mistake_is_not_tried_again(tmp_path: Path) -> None:
     process = start(tmp_path, "sys.exit(2)", "sys.exit(2)", max_restarts=2)
-    process.communicate(timeout=30)
+    process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 2
     assert not (tmp_path / "0-1").exists()
 
@@ -84,7 +85,7 @@ def test_whatever_asks_to_stop_reaches_all_as_the_same(tmp_path: Path, number: s
     process = subprocess.Popen([*command, sys.executable, str(patient), "law", str(tmp_path)])
     pids = pids_of(tmp_path, "law0", "law1")
     process.send_signal(number)
-    assert process.wait(20) == 75
+    assert process.wait(PATIENCE_SECONDS) == 75
     assert (tmp_path / "law0.saved").exists()
     assert (tmp_path / "law1.saved").exists()
     time.sleep(0.1)
