@@ -1,8 +1,10 @@
 """Bytes that come one by one: whoever reads them is not held for ever, and whoever is only slow is not cut off."""
 
+import dataclasses
 import hashlib
 import os
 import re
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +16,8 @@ import pytest
 
 from pretrain.exchange.client import LEAST_BYTES, PART_BYTES, PARTS_AT_ONCE, Client, StopWaitingError, part_bytes_of
 from pretrain.exchange.objects import Objects, StoreSlowError
+from pretrain.exchange.store import StoreExchange
+from pretrain.trust.ledger import Payload, RefusedError
 from tests.conftest import TinyConfig
 from tests.support import one_line_error
 from tests.unit.dripping import DrippingLine, dripping_line
@@ -132,12 +136,12 @@ def test_a_large_object_comes_in_parts_and_whole(s3_url: str, tmp_path: Path) ->
 
 def test_several_parts_at_once_but_no_more(line: DrippingLine, s3_url: str, tmp_path: Path) -> None:
     objects = Objects(f"{s3_url}/{tmp_path.name}")
-    (tmp_path / "file").write_bytes(bytes(8 * PART_BYTES))
+    (tmp_path / "file").write_bytes(bytes(16 * PART_BYTES))
     objects.upload(tmp_path / "file", "big")
     line.asked.clear()
-    blocks = Client(objects._fs, 600.0).blocks(f"atoll/{tmp_path.name}/big", 8 * PART_BYTES)
+    blocks = Client(objects._fs, 600.0).blocks(f"atoll/{tmp_path.name}/big", 16 * PART_BYTES)
     taken = [len(next(blocks)) for _ in range(5)]
-    assert taken == [2**20, 2 * 2**20, 2 * 2**20, 4 * 2**20, 4 * 2**20]
+    assert taken == [2**20, 2 * 2**20, 2 * 2**20, 4 * 2**20, 4 * 2**20]  # then eight of eight MiB
     time.sleep(0.5)  # whatever is asked for is so by now
     assert sum(asked.startswith("GET") for asked in line.asked) <= 5 + PARTS_AT_ONCE
     blocks.close()  # type: ignore[attr-defined]  # a generator
@@ -147,6 +151,48 @@ def test_parts_of_what_is_sent_are_few_enough() -> None:
     assert part_bytes_of(1) == part_bytes_of(10_000 * PART_BYTES) == PART_BYTES
     for num_bytes in (10_000 * PART_BYTES + 1, 10**12, 5 * 2**40):
         assert 0 <= part_bytes_of(num_bytes) * 10_000 - num_bytes < 10_000
+
+
+def test_more_than_an_object_may_have_is_said_at_once(
+    s3_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By us for S3, by the system for a directory: with the key to change, and nothing is tried again."""
+    file = tmp_path / "file"
+    file.touch()
+    os.truncate(file, 5 * 2**40 + 1)
+    message = one_line_error(Objects(f"{s3_url}/{tmp_path.name}", retry_seconds=600).upload, file, "big")
+    assert message == (
+        f"exchange.url: {s3_url}/{tmp_path.name} given; big cannot be written: 5497558138881 bytes are more than the "
+        "5497558138880 of one object in S3; with more outer.num_fragments objects are smaller"
+    )
+    os.truncate(file, 2_000_000)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
+    try:
+        message = one_line_error(Objects(str(tmp_path / "store"), retry_seconds=600).upload, file, "big")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert message.endswith(
+        "; big cannot be written: File too large; with more outer.num_fragments objects are smaller"
+    )
+    assert list((tmp_path / "store").iterdir()) == []
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.soak
+def test_a_payload_of_six_gigabytes(tmp_path: Path) -> None:
+    file, num_bytes = tmp_path / "000001.safetensors", 6 * 10**9
+    file.touch()
+    os.truncate(file, num_bytes)
+    exchange = StoreExchange(str(tmp_path / "store"))
+    exchange.objects.give(file, "f/000001.safetensors")
+    sha256 = hashlib.sha256()
+    for _ in range(num_bytes // 10**7):
+        sha256.update(bytes(10**7))
+    payload = Payload(fragment=0, file=file.name, sha256=sha256.hexdigest(), num_bytes=num_bytes)
+    assert exchange.fetch("f", payload, Path(os.devnull)) == num_bytes
+    with pytest.raises(RefusedError, match="is too long"):
+        exchange.fetch("f", dataclasses.replace(payload, num_bytes=num_bytes - 2**32), Path(os.devnull))
 
 
 @pytest.mark.parametrize("given", [0.0, -1.0, float("inf")])
