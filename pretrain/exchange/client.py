@@ -6,7 +6,6 @@ whoever reads for ever.
 
 import asyncio
 import errno
-import inspect
 import threading
 import time
 from collections import deque
@@ -111,9 +110,8 @@ class Client:
             _cancel(parts)
 
     def _begin(self, verb: str, *arguments: Any, **options: Any) -> Future[Any]:
-        method = getattr(self._fs, f"_{verb}")
-        assert inspect.iscoroutinefunction(method), verb
-        return asyncio.run_coroutine_threadsafe(method(*arguments, **options), self._fs.loop)
+        started = getattr(self._fs, f"_{verb}")(*arguments, **options)
+        return asyncio.run_coroutine_threadsafe(started, self._fs.loop)
 
 
 def with_connections(options: Mapping[str, Any]) -> dict[str, Any]:
