@@ -16,13 +16,23 @@ import pytest
 
 from launch.show.status_reader import store_status
 from pretrain.config.keys import ExchangeConfig
-from pretrain.exchange.client import LEAST_BYTES, PART_BYTES, PARTS_AT_ONCE, Client, StopWaitingError, part_bytes_of
+from pretrain.exchange.client import (
+    CONNECTIONS,
+    LEAST_BYTES,
+    PART_BYTES,
+    PARTS_AT_ONCE,
+    Client,
+    StopWaitingError,
+    part_bytes_of,
+    with_connections,
+)
 from pretrain.exchange.objects import Objects, StoreSlowError
 from pretrain.exchange.store import StoreExchange
 from pretrain.trust.ledger import Payload, RefusedError
 from tests.conftest import TinyConfig
 from tests.support import one_line_error
 from tests.unit.dripping import DrippingLine, dripping_line
+from tests.waiting import wait_for
 
 BIG = os.urandom(700_000)
 
@@ -113,6 +123,40 @@ def test_a_part_that_sticks_is_asked_for_again(
     assert copy.read_bytes() == BIG
     assert sum(asked.startswith("GET") for asked in line.asked) > 2
     assert capsys.readouterr().out == ""
+
+
+def test_a_thin_line_that_is_honest_is_never_cut(
+    line: DrippingLine, s3_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first part does not come in time, and the smallest does."""
+    objects, copy = stored(s3_url, tmp_path, stall_seconds=4.0), tmp_path / "copy"
+    line.drip("GET .*/big", num_bytes=LEAST_BYTES // 40)  # in two seconds, and the whole in more than five
+    assert objects.download("big", copy, limit_bytes=len(BIG)) == (hashlib.sha256(BIG).hexdigest(), len(BIG))
+    assert capsys.readouterr().out == ""
+
+
+def test_those_that_drip_leave_connections_to_others(line: DrippingLine, s3_url: str, tmp_path: Path) -> None:
+    over = threading.Event()
+    objects = stored(s3_url, tmp_path, stall_seconds=120.0)
+    line.drip(r"GET .*/big")
+    line.asked.clear()
+    with ThreadPoolExecutor(12) as pool:
+        for index in range(12):
+            pool.submit(objects.until(over).download, "big", tmp_path / f"copy-{index}", limit_bytes=len(BIG))
+        try:
+            wait_for(lambda: sum(asked.startswith("GET") for asked in line.asked) >= 12, seconds=60)
+            assert pool._work_queue.empty()
+            began = time.monotonic()
+            assert objects.read("small") == b"small"
+            assert time.monotonic() - began < 60
+        finally:
+            over.set()
+
+
+def test_options_keep_what_they_say_of_connections() -> None:
+    kept = {"proxies": {"https": "http://proxy.example:3128"}, "max_pool_connections": 3}
+    assert with_connections({"anon": True, "config_kwargs": kept}) == {"anon": True, "config_kwargs": kept}
+    assert with_connections({}) == {"config_kwargs": {"max_pool_connections": CONNECTIONS}}
 
 
 def test_who_is_told_that_it_is_over_does_not_wait(line: DrippingLine, s3_url: str, tmp_path: Path) -> None:
