@@ -11,6 +11,7 @@ import os
 import resource
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -236,7 +237,9 @@ class Aggregator:
     def collect(self, state: OuterState) -> list[Delivery]:
         """Wait until a version's deliveries are there, as many as the contract asks for."""
         return self._collector.collect(
-            state.version + 1, lambda silo, data, version: self._verify(silo, data, state, version), self._look
+            state.version + 1,
+            lambda silo, data, version, over: self._verify(silo, data, state, version, over),
+            self._look,
         )
 
     def _look(self) -> None:
@@ -260,10 +263,12 @@ class Aggregator:
         for line in self._exchange.repair(commit, self._scratch / "outbox", check=self._check_lease):
             print(f"version {commit.version}: {line}", flush=True)
 
-    def _verify(self, silo: str, data: bytes, state: OuterState, version: int) -> Delivery:
-        """Raises RefusedError for a delivery that is not as agreed."""
+    def _verify(
+        self, silo: str, data: bytes, state: OuterState, version: int, over: threading.Event | None = None
+    ) -> Delivery:
+        """Raises RefusedError for a delivery that is not as agreed, StopWaitingError soon after `over` is set."""
         names = self._fragments[self._schedule.fragment(version)]
-        return self._verifier.verify(silo, data, state, names, version)
+        return self._verifier.verify(silo, data, state, names, version, over=over)
 
     def merge(self, state: OuterState, deliveries: list[Delivery]) -> Merged:
         """Merge and take the outer step in place, block by block."""

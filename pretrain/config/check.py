@@ -120,6 +120,7 @@ def _check_numbers(config: RunConfig) -> None:
         "outer.eps": config.outer.eps,
         "exchange.poll_seconds": config.exchange.poll_seconds,
         "exchange.lease_seconds": config.exchange.lease_seconds,
+        "exchange.stall_seconds": config.exchange.stall_seconds,
         "exchange.dead_seconds": config.exchange.dead_seconds,
         "exchange.hung_seconds": config.exchange.hung_seconds,
     }

@@ -170,6 +170,8 @@ class ExchangeConfig:
     """How often a waiting process looks into the store."""
     retry_seconds: float = 600.0
     """How long a store that is in trouble (unreachable, slow, full) is tried again before a process stops."""
+    stall_seconds: float = 60.0
+    """A store in a network of which less than 256 KiB of an object come in this long, or no answer, is in trouble."""
     lease_seconds: float = 30.0
     """An aggregator that has not been heard of in the store for this long may be replaced by another; it and the silos
     leave a sign of life five times as often."""

@@ -21,8 +21,10 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from pretrain.config.check import ConfigError
+from pretrain.config.keys import ExchangeConfig
+from pretrain.exchange.client import PAGES, Client, SlowError, StopWaitingError, with_connections
 from pretrain.exchange.directory import Directory
-from pretrain.exchange.options import distrust
+from pretrain.exchange.options import OF_S3, distrust
 from pretrain.host.disk import is_full
 from pretrain.trust.ledger import RECORD_BYTES, RefusedError
 
@@ -42,8 +44,8 @@ class StoreTroubleError(ConfigError):
     """The store could not be used for a reason that may pass, however long it was tried again."""
 
 
-class StopWaitingError(Exception):
-    """This end of the exchange was closed while it waited."""
+class StoreSlowError(StoreTroubleError):
+    """The same, of an object that came too slowly; others may come as they should."""
 
 
 class Objects:
@@ -53,6 +55,8 @@ class Objects:
     counted from a call's first failure, and then raises StoreTroubleError. After a failure, and where a library has
     retries of its own, an object that is there already with the very bytes to be written counts as written: an earlier
     try got through unnoticed. Once `closing` is set, nothing is tried again and StopWaitingError is raised.
+
+    In a network, what takes longer than `stall_seconds` is in trouble, too (client.py).
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class Objects:
         options: Mapping[str, Any] | None = None,
         anchor: str = "",
         retry_seconds: float = 0.0,
+        stall_seconds: float = ExchangeConfig.stall_seconds,
         closing: threading.Event | None = None,
     ) -> None:
         """`options` go to fsspec; `anchor` is an object that nobody ever deletes: a directory that had it and now has
@@ -71,12 +76,16 @@ class Objects:
         """
         self.url, self._retry_seconds, self._closing = url, retry_seconds, closing or threading.Event()
         self._anchor = anchor
+        self._over: threading.Event | None = None
         self._jitter = random.Random()  # not the one whose state belongs to training
+        if fsspec.core.split_protocol(url)[0] in OF_S3:
+            options = with_connections(options or {})
         try:
-            self._fs, self._root = fsspec.core.url_to_fs(url, **{**(options or {}), "use_listings_cache": False})
+            fs, self._root = fsspec.core.url_to_fs(url, **{**(options or {}), "use_listings_cache": False})
         except (ValueError, TypeError, ImportError) as error:
             raise ConfigError(f"exchange.url: {url!r} given; {error}") from None
-        self._directory = Directory(self._root) if isinstance(self._fs, LocalFileSystem) else None
+        self._fs, self._client = fs, Client(fs, stall_seconds)
+        self._directory = Directory(self._root) if isinstance(fs, LocalFileSystem) else None
         self._was_there = threading.Event()  # for copies, too: one that has nothing to do for long must know
 
     def at_once(self) -> "Objects":
@@ -85,6 +94,12 @@ class Objects:
         quick._retry_seconds = 0.0
         return quick
 
+    def until(self, over: threading.Event) -> "Objects":
+        """The same objects until `over` is set: what is waited for or read then is broken off, StopWaitingError."""
+        bounded = copy.copy(self)
+        bounded._closing = bounded._over = over
+        return bounded
+
     def exists(self, name: str) -> bool:
         """Whether the object is there."""
 
@@ -92,7 +107,7 @@ class Objects:
             try:
                 if self._directory:
                     return self._directory.exists(name)
-                self._fs.info(self._path(name))  # some kinds' own `exists` takes every trouble for a no
+                self._client.call("info", self._path(name))  # some kinds' own `exists` takes every trouble for a no
             except (FileNotFoundError, NotADirectoryError) as error:
                 # fsspec's frame and its error hold each other and the frames above: what our callers have in hand, a
                 # model perhaps, would stay in memory until the garbage collector comes by.
@@ -106,8 +121,7 @@ class Objects:
         """The bytes of a small object. Raises FileNotFoundError, and RefusedError for what is larger than the limit."""
 
         def read_it() -> bytes:
-            with self._open(name) as source:
-                return bytes(source.read(limit_bytes + 1))
+            return b"".join(self._blocks(name, limit_bytes))
 
         data = self._try(name, "read", read_it)
         if len(data) > limit_bytes:
@@ -120,7 +134,8 @@ class Objects:
         def list_it() -> list[str]:
             if self._directory:
                 return self._directory.names(prefix)
-            return list(self._fs.ls(self._path(prefix), detail=False, refresh=True))  # never from a cache
+            path = self._path(prefix)
+            return list(self._client.call("ls", path, times=PAGES, detail=False, refresh=True))  # never from a cache
 
         try:
             listed = self._try(prefix, "listed", list_it)
@@ -134,13 +149,12 @@ class Objects:
         """Write a small new object. Raises FileExistsError if the name is taken."""
 
         def is_same() -> bool:
-            with self._open(name) as theirs:
-                return bool(theirs.read(len(data) + 1) == data)
+            return b"".join(self._blocks(name, len(data))) == data
 
         self._create(
             name,
             lambda temporary: temporary.write(data),
-            lambda path: self._fs.pipe_file(path, data, mode="create"),
+            lambda path: self._client.call("pipe_file", path, data, num_bytes=len(data), mode="create"),
             is_same,
         )
 
@@ -160,8 +174,8 @@ class Objects:
 
         def is_same() -> bool:
             size = file.stat().st_size
-            with self._open(name) as theirs, file.open("rb") as ours:
-                return _sha256(theirs, size) == _sha256(ours, size)
+            with file.open("rb") as ours:
+                return _sha256(self._blocks(name, size)) == _sha256(_blocks(ours, size))
 
         def copy_it(temporary: IO[bytes]) -> None:
             with file.open("rb") as ours:
@@ -170,7 +184,7 @@ class Objects:
         self._create(
             name,
             copy_it,
-            lambda path: self._fs.put_file(str(file), path, mode="create"),
+            lambda path: self._client.put(file, path),
             is_same,
             given=given,
         )
@@ -183,8 +197,8 @@ class Objects:
 
         def copy_it() -> tuple[str, int]:
             digest, num_bytes = hashlib.sha256(), 0
-            with self._open(name) as source, _removed_if_broken_off(file) as target:
-                for block in _blocks(source, limit_bytes):
+            with _removed_if_broken_off(file) as target:
+                for block in self._blocks(name, limit_bytes):
                     digest.update(block)
                     num_bytes += len(block)
                     target.write(block)
@@ -197,11 +211,19 @@ class Objects:
         with suppress(FileNotFoundError):
             self._try(name, "deleted", lambda: self._rm(name))
 
-    def _open(self, name: str) -> IO[bytes] | Any:
-        return self._directory.open(name) if self._directory else self._fs.open(self._path(name), "rb")
+    def _blocks(self, name: str, limit_bytes: int) -> Iterator[bytes]:
+        """What an object holds, until soon after `limit_bytes`."""
+        if self._client.is_limited:
+            yield from self._client.blocks(self._path(name), limit_bytes, self._over)
+            return
+        with self._directory.open(name) if self._directory else self._fs.open(self._path(name), "rb") as source:
+            for block in _blocks(source, limit_bytes):
+                if self._over and self._over.is_set():
+                    raise StopWaitingError
+                yield block
 
     def _rm(self, name: str) -> None:
-        self._directory.delete(name) if self._directory else self._fs.rm_file(self._path(name))
+        self._directory.delete(name) if self._directory else self._client.call("rm_file", self._path(name))
 
     # ---- creating
 
@@ -252,6 +274,8 @@ class Objects:
             except ANSWERS as error:
                 self._say_over(name, verb, num_failures, began)
                 self._raise_answer(name, verb, error)
+            except StopWaitingError:
+                raise
             except Exception as error:
                 if verb == "read" and is_full(error):
                     raise  # our own disk, on which it was written
@@ -262,7 +286,8 @@ class Objects:
                 left_seconds = began + self._retry_seconds - now
                 if left_seconds <= 0:
                     tried = f"; tried for {self._retry_seconds:g} s (exchange.retry_seconds)"
-                    raise StoreTroubleError(line + tried if self._retry_seconds else line) from error
+                    kind = StoreSlowError if isinstance(error, SlowError) else StoreTroubleError
+                    raise kind(line + tried if self._retry_seconds else line) from error
                 if not num_failures:
                     print(f"{line}; trying again for {self._retry_seconds:g} s", flush=True)
                 self._pause(num_failures, left_seconds)
@@ -331,9 +356,9 @@ def _blocks(source: IO[bytes] | Any, limit_bytes: int) -> Iterator[bytes]:
         yield block
 
 
-def _sha256(source: IO[bytes] | Any, limit_bytes: int) -> bytes:
+def _sha256(blocks: Iterator[bytes]) -> bytes:
     digest = hashlib.sha256()
-    for block in _blocks(source, limit_bytes):
+    for block in blocks:
         digest.update(block)
     return digest.digest()
 

@@ -21,6 +21,7 @@
 Version 17 is what outer step 17 made of one fragment (outer/schedule.py); with one fragment, versions are rounds.
 """
 
+import copy
 import hashlib
 import os
 import re
@@ -32,7 +33,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pretrain.config.check import ConfigError
-from pretrain.config.keys import RunConfig
+from pretrain.config.keys import ExchangeConfig, RunConfig
 from pretrain.exchange.objects import Objects
 from pretrain.exchange.options import store_options
 from pretrain.exchange.words import WORD_BYTES, Damaged, Identity, Membership, Refusal, Waiting, Word, number
@@ -82,10 +83,18 @@ class StoreExchange:
         *,
         options: Mapping[str, Any] | None = None,
         retry_seconds: float = 0.0,
+        stall_seconds: float = ExchangeConfig.stall_seconds,
         closing: threading.Event | None = None,
     ) -> None:
         """Raises ConfigError for a URL that fsspec cannot serve; see Objects for the rest."""
-        self.objects = Objects(url, options=options, anchor=CONTRACT, retry_seconds=retry_seconds, closing=closing)
+        self.objects = Objects(
+            url,
+            options=options,
+            anchor=CONTRACT,
+            retry_seconds=retry_seconds,
+            stall_seconds=stall_seconds,
+            closing=closing,
+        )
         self.contract_sha256 = ""
         self._passed_over: set[str] = set()
 
@@ -94,7 +103,19 @@ class StoreExchange:
         """The store that a configuration names, reached and tried again as it says. Raises ConfigError."""
         url, exchange = config.store_url, config.exchange
         options = store_options(exchange, url)
-        return cls(url, options=options, retry_seconds=exchange.retry_seconds, closing=closing)
+        return cls(
+            url,
+            options=options,
+            retry_seconds=exchange.retry_seconds,
+            stall_seconds=exchange.stall_seconds,
+            closing=closing,
+        )
+
+    def until(self, over: threading.Event) -> "StoreExchange":
+        """The same store until `over` is set; see Objects."""
+        bounded = copy.copy(self)
+        bounded.objects = self.objects.until(over)
+        return bounded
 
     # ---- both
 

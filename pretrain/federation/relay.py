@@ -76,7 +76,9 @@ class Relay:
         self._config, self._rules, self._silos = config, config.membership, sorted(config.silos)
         self._here = StoreExchange.of_run(config)
         options = store_options(exchange, remote_url)
-        self._there = StoreExchange(remote_url, options=options, retry_seconds=exchange.retry_seconds)
+        self._there = StoreExchange(
+            remote_url, options=options, retry_seconds=exchange.retry_seconds, stall_seconds=exchange.stall_seconds
+        )
         self._history = History(self._here, config.outer.num_fragments)
         self._scratch = Path(config.directory) / "relay" / "inbox"
         self._newest = -1

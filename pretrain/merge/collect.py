@@ -3,7 +3,9 @@ be late, refused or away, and the version is committed without it.
 """
 
 import json
+import math
 import statistics
+import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
@@ -14,12 +16,13 @@ from torch import Tensor
 
 from pretrain.config.check import named
 from pretrain.config.keys import RunConfig
+from pretrain.exchange.objects import StopWaitingError, StoreSlowError
 from pretrain.exchange.payload import Tensors
 from pretrain.exchange.store import REQUESTS_AT_ONCE, StoreExchange
 from pretrain.host.foreign import loads, shown
 from pretrain.host.journal import Journal
+from pretrain.merge.looks import Looks
 from pretrain.outer.rounds import deadline_seconds, participants
-from pretrain.outer.threads import in_threads
 from pretrain.trust.ledger import Commit, Manifest, RefusedError
 
 ARRIVALS = 64  # how many of the newest ones the deadline follows from
@@ -40,8 +43,8 @@ class Delivery:
     """The parameters that it builds on, if it is late; else the newest."""
 
 
-Verify = Callable[[str, bytes, int], Delivery]
-"""Reads a silo's manifest for a version, and its payload; raises RefusedError."""
+Verify = Callable[[str, bytes, int, threading.Event], Delivery]
+"""Reads a silo's manifest for a version, and its payload, unless an event is set meanwhile; raises RefusedError."""
 
 
 class Collector:
@@ -50,6 +53,7 @@ class Collector:
     def __init__(self, config: RunConfig, exchange: StoreExchange, journal: Journal) -> None:
         self._config, self._exchange, self._journal = config, exchange, journal
         self._rules, self._schedule, self._roster = config.membership, config.schedule, config.full_roster
+        self._stall_seconds = config.exchange.stall_seconds
         self._file = Path(config.directory) / "aggregator" / "arrivals.json"
         self._arrivals: deque[float] = deque(maxlen=ARRIVALS)
         if self._rules.is_elastic and self._file.is_file():
@@ -68,7 +72,8 @@ class Collector:
         """Wait for a version's deliveries; verify each as it comes; refuse what is not as it should be. `look` is
         called again and again meanwhile.
 
-        Returns them sorted by silo, those that came too late for the commit before after all others.
+        One that is on its way when there are enough has `exchange.stall_seconds` more. Returns them sorted by silo,
+        those that came too late for the commit before after all others.
         """
         rules, began = self._rules, time.monotonic()
         chosen = self._drawn(version)
@@ -81,41 +86,38 @@ class Collector:
         )
         arrived: dict[str, Delivery] = {}
         refused: set[str] = set()
-        announced = ""
-        while True:
-            pending = [silo for silo in chosen if silo not in arrived and silo not in refused]
-            looks = in_threads(lambda silo: self._look(silo, version, verify), pending, REQUESTS_AT_ONCE)
-            for silo, found in zip(pending, looks, strict=True):
-                if found:
+        announced, enough_since = "", math.inf
+        with self._looks(version, verify) as looks:
+            while True:
+                pending = [silo for silo in chosen if silo not in arrived and silo not in refused]
+                for silo, found in looks.at(pending, self._config.exchange.poll_seconds).items():
                     arrived[silo] = found
                     self._arrivals.append(time.monotonic() - began)
-            missing = [silo for silo in self._awaited(chosen) if silo not in arrived and silo not in refused]
-            waited = time.monotonic() - began
-            if len(arrived) >= needed and (not missing or (rules.is_elastic and waited >= deadline)):
-                absurd = self._absurd(version, arrived)
-                if not absurd:
-                    break
-                for silo, reason in absurd.items():
-                    self._refuse(silo, version, arrived.pop(silo).manifest_bytes, reason, final=True)
-                    refused.add(silo)
-                if len(chosen) - len(refused) < needed:
-                    raise RefusedError(
-                        f"version {version}: it needs the deliveries of {needed} silos, and that of "
-                        f"{named([f'{silo} is refused for good: {reason}' for silo, reason in absurd.items()])}"
-                    )
-                continue
-            words = self._words(version, missing, len(arrived), deadline)
-            if words != announced:
-                announced = words
-                self._journal.status("waiting", round=self._config.round_of(version), waiting_for=words)
-                print(f"version {version}: waiting for {words}", flush=True)
-            if waited > SAYS_AFTER_SECONDS:
-                self._exchange.say_waiting(version, missing, deadline_seconds=deadline if rules.is_elastic else None)
-            look()
-            time.sleep(self._config.exchange.poll_seconds)
+                missing = [silo for silo in self._awaited(chosen) if silo not in arrived and silo not in refused]
+                waited = time.monotonic() - began
+                if len(arrived) >= needed and (not missing or (rules.is_elastic and waited >= deadline)):
+                    enough_since = min(enough_since, waited)
+                    until = enough_since + self._stall_seconds
+                    words = self._words_of_slow(version, looks.under_way, until)
+                    if not looks.under_way or waited >= until:
+                        if self._without_absurd(version, arrived, refused, chosen, needed):
+                            break
+                        enough_since = math.inf
+                        continue
+                else:
+                    words, enough_since = self._words(version, missing, len(arrived), deadline), math.inf
+                if words != announced:
+                    announced = words
+                    self._journal.status("waiting", round=self._config.round_of(version), waiting_for=words)
+                    print(f"version {version}: waiting for {words}", flush=True)
+                if waited > SAYS_AFTER_SECONDS:
+                    by = deadline if rules.is_elastic else None
+                    self._exchange.say_waiting(version, missing, deadline_seconds=by)
+                look()
+                time.sleep(self._config.exchange.poll_seconds)
         if rules.is_elastic:
             self._file.write_text(json.dumps(list(self._arrivals)))
-        return [arrived[silo] for silo in sorted(arrived)] + self._late(version, verify)
+        return [arrived[silo] for silo in sorted(arrived)] + self._late(version, verify, deadline)
 
     # ---- who is expected
 
@@ -154,31 +156,70 @@ class Collector:
             return f"{quorum - num_arrived} more silos to join: {num_arrived} of {quorum} have delivered"
         return f"{what}; {quorum} are enough {deadline:.0f} s after the commit before"
 
+    @staticmethod
+    def _words_of_slow(version: int, silos: list[str], until: float) -> str:
+        return (
+            f"silo {named(silos)}: delivery for version {version}, which is on its way; the others are enough "
+            f"{until:.0f} s after the commit before"
+        )
+
     # ---- whose delivery counts
 
-    def _look(self, silo: str, version: int, verify: Verify) -> Delivery | None:
+    def _looks(self, version: int, verify: Verify) -> Looks[Delivery]:
+        return Looks(
+            lambda silo, over: self._look(silo, version, verify, over),
+            at_once=REQUESTS_AT_ONCE,
+            most=len(self._roster),
+            patience_seconds=self._stall_seconds,
+        )
+
+    def _look(self, silo: str, version: int, verify: Verify, over: threading.Event) -> Delivery | None:
+        """A delivery that is there and as it should be; what comes too slowly is not there yet."""
         manifest: bytes | None = b""
         try:
-            if (manifest := self._exchange.delivery(silo, version)) is None:
+            if (manifest := self._exchange.until(over).delivery(silo, version)) is None:
                 return None
-            return verify(silo, manifest, version)
+            return verify(silo, manifest, version, over)
         except RefusedError as error:
             self._refuse(silo, version, manifest or b"", str(error))
-            return None
+        except StopWaitingError:
+            print(f"version {version}: the delivery of silo {silo} was not there in time", flush=True)
+        except StoreSlowError as error:
+            print(f"version {version}: the delivery of silo {silo} counts as not there: {error}", flush=True)
+        return None
 
     def _refuse(self, silo: str, version: int, manifest: bytes, reason: str, *, final: bool = False) -> None:
         print(f"version {version}: refused the delivery of silo {silo}: {shown(reason, limit=1000)}", flush=True)
         self._exchange.refuse(silo, version, manifest, reason, final=final)
 
-    def _late(self, version: int, verify: Verify) -> list[Delivery]:
-        """Deliveries for this fragment's version before that came after its commit."""
+    def _late(self, version: int, verify: Verify, seconds: float) -> list[Delivery]:
+        """Deliveries for this fragment's version before that came after its commit, and are here in so many seconds."""
         late = self._schedule.base(version)
         if not self._rules.stale_weight or late < 1:
             return []
         commit = next(commit for commit in self._commits if commit.version == late)
         merged = {c.silo for c in commit.contributors if c.version == late}
-        found = (self._look(silo, late, verify) for silo in self._roster if silo not in merged)
-        return [delivery for delivery in found if delivery]
+        with self._looks(late, verify) as looks:
+            found = looks.at([silo for silo in self._roster if silo not in merged], max(seconds, self._stall_seconds))
+        return list(found.values())
+
+    def _without_absurd(
+        self, version: int, arrived: dict[str, Delivery], refused: set[str], chosen: list[str], needed: int
+    ) -> bool:
+        """Whether none of what has arrived is absurd; what is goes to the refused ones.
+
+        Raises RefusedError if the others are too few then, whoever may come.
+        """
+        absurd = self._absurd(version, arrived)
+        for silo, reason in absurd.items():
+            self._refuse(silo, version, arrived.pop(silo).manifest_bytes, reason, final=True)
+            refused.add(silo)
+        if absurd and len(chosen) - len(refused) < needed:
+            raise RefusedError(
+                f"version {version}: it needs the deliveries of {needed} silos, and that of "
+                f"{named([f'{silo} is refused for good: {reason}' for silo, reason in absurd.items()])}"
+            )
+        return not absurd
 
     def _absurd(self, version: int, arrived: dict[str, Delivery]) -> dict[str, str]:
         """Silos whose pseudo-gradient is far longer than those of the others and than their own before, and why; or

@@ -33,11 +33,22 @@ class Verifier:
         self._reading_base = threading.Lock()
         self._last_base: tuple[int, dict[str, Tensor]] = -1, {}
 
-    def verify(self, silo: str, data: bytes, state: OuterState, names: list[str], version: int) -> Delivery:
+    def verify(
+        self,
+        silo: str,
+        data: bytes,
+        state: OuterState,
+        names: list[str],
+        version: int,
+        *,
+        over: threading.Event | None = None,
+    ) -> Delivery:
         """Check the manifest `data`, checksums, names, shapes, dtypes and values; raises RefusedError.
 
-        `names` are the tensors of the version's fragment.
+        `names` are the tensors of the version's fragment. Once `over` is set, no more of the payload is read, and
+        StopWaitingError is raised.
         """
+        exchange = self._exchange.until(over) if over else self._exchange
         late = None if version > state.version else self._late_base(version)
         rows = [tensor_row(name, late[name]) if late else state.rows[name] for name in names]
         manifest = read_delivery(
@@ -52,7 +63,7 @@ class Verifier:
         shapes = {name: state.parameters[name].shape for name in names}
         agreed = shared_moments(self._config, names, shapes)
         header_bytes = check_payload_size(manifest.payloads[0], self._config.outer.codec, shapes, agreed)
-        self._exchange.fetch(delivery_path(silo, version), manifest.payloads[0], file)
+        exchange.fetch(delivery_path(silo, version), manifest.payloads[0], file)
         try:
             check_header(file, limit_bytes=header_bytes)
             tensors = Tensors(file)

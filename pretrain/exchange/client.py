@@ -1,0 +1,174 @@
+"""Requests to a store in a network: each is limited in time, and large objects come and go in parts. No torch.
+
+The libraries' own time limits begin anew with every byte that comes, so a server that sends one now and then would hold
+whoever reads for ever.
+"""
+
+import asyncio
+import inspect
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.asyn import AsyncFileSystem
+
+LEAST_BYTES = 1 << 18  # of an object have to come, or go, in `stall_seconds`
+FIRST_BYTES = 1 << 20  # the first part that is asked for
+PART_BYTES = 8 << 20  # and the largest
+PARTS_AT_ONCE = 4  # of one object; so many wait in memory at most
+CONNECTIONS = 256  # s3fs would have ten, and a few objects that come slowly would hold up all else
+MOST_PARTS = 10_000  # of an object in S3: https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html
+PAGES = 10  # a listing has many, and takes as many times as long as anything else
+LOOK_SECONDS = 0.2
+
+
+class StopWaitingError(Exception):
+    """This end of the exchange was closed while it waited."""
+
+
+class SlowError(OSError):
+    """So little came, or went, that nobody would call the other end alive."""
+
+
+class Client:
+    """An fsspec file system of whatever kind, with a time limit where its library can be interrupted."""
+
+    def __init__(self, fs: Any, stall_seconds: float) -> None:
+        self._fs, self._stall_seconds = fs, stall_seconds
+        self.is_limited = isinstance(fs, AsyncFileSystem)
+
+    def call(self, verb: str, *arguments: Any, num_bytes: int = 0, times: int = 1, **options: Any) -> Any:
+        """What the file system's method answers. Raises SlowError if it takes longer than `times` `stall_seconds`, and
+        as long again for each LEAST_BYTES that it sends.
+        """
+        if not self.is_limited:
+            return getattr(self._fs, verb)(*arguments, **options)
+        limit_seconds = self._stall_seconds * (times + num_bytes / LEAST_BYTES)
+        return _wait(self._begin(verb, *arguments, **options), limit_seconds)
+
+    def put(self, file: Path, path: str) -> None:
+        """Copy a local file to a new object; of S3, in several parts at once. Raises SlowError if none gets there."""
+        in_parts, num_bytes = {}, file.stat().st_size
+        if "s3" in self._fs.protocol:
+            part_bytes = part_bytes_of(num_bytes)
+            at_once = max(1, PARTS_AT_ONCE * PART_BYTES // part_bytes)
+            in_parts = {"chunksize": part_bytes, "max_concurrency": at_once}
+            num_bytes = min(num_bytes, 2 * part_bytes * at_once)
+        if not self.is_limited:
+            self._fs.put_file(str(file), path, mode="create")
+            return
+        told = fsspec.Callback()
+        sent = self._begin("put_file", str(file), path, mode="create", callback=told, **in_parts)
+        _wait(sent, self._stall_seconds * (1 + num_bytes / LEAST_BYTES), progress=lambda: told.value)
+
+    def blocks(self, path: str, limit_bytes: int, over: threading.Event | None = None) -> Iterator[bytes]:
+        """What an object holds, up to one byte more than `limit_bytes`, in order; parts of it come at once.
+
+        A part that takes too long is asked for again, alone and as small as can be. Raises SlowError if that is not
+        there after `stall_seconds` either, and StopWaitingError soon after `over` is set.
+        """
+        size = min(self.call("info", path)["size"], limit_bytes + 1)
+        pace, parts = _Pace(self._stall_seconds), deque[tuple[Future[bytes], int, float]]()
+        begun = done = 0
+        try:
+            while done < size:
+                while begun < size and len(parts) < pace.at_once:
+                    end = min(begun + pace.part_bytes, size)
+                    parts.append((self._begin("cat_file", path, start=begun, end=end), end, time.monotonic()))
+                    begun = end
+                future, end, began = parts.popleft()
+                try:
+                    block = _wait(future, began + self._stall_seconds - time.monotonic(), over=over)
+                except SlowError:
+                    if pace.is_least:
+                        raise SlowError(
+                            f"less than {LEAST_BYTES >> 10} KiB came in {self._stall_seconds:g} s "
+                            "(exchange.stall_seconds)"
+                        ) from None
+                    _cancel(parts)
+                    pace.fall()
+                    begun = done
+                    continue
+                if len(block) != end - done:
+                    raise OSError(f"{len(block)} bytes came where {end - done} were asked for")
+                pace.hear(time.monotonic() - began)
+                done = end
+                yield block
+        finally:
+            _cancel(parts)
+
+    def _begin(self, verb: str, *arguments: Any, **options: Any) -> Future[Any]:
+        method = getattr(self._fs, f"_{verb}")
+        assert inspect.iscoroutinefunction(method), verb
+        return asyncio.run_coroutine_threadsafe(method(*arguments, **options), self._fs.loop)
+
+
+def with_connections(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of s3fs, with as many connections as we need unless they say how many."""
+    config = {"max_pool_connections": CONNECTIONS, **(options.get("config_kwargs") or {})}
+    return {**options, "config_kwargs": config}
+
+
+def part_bytes_of(num_bytes: int) -> int:
+    """How large the parts are in which an object of a size is sent to S3."""
+    return max(PART_BYTES, -(-num_bytes // MOST_PARTS))
+
+
+class _Pace:
+    """How large parts are, and how many are under way: more while they come quickly, fewer when they do not."""
+
+    def __init__(self, stall_seconds: float) -> None:
+        self._stall_seconds = stall_seconds
+        self.part_bytes, self.at_once = FIRST_BYTES, 1
+
+    @property
+    def is_least(self) -> bool:
+        return self.part_bytes == LEAST_BYTES and self.at_once == 1
+
+    def fall(self) -> None:
+        self.part_bytes, self.at_once = LEAST_BYTES, 1
+
+    def hear(self, seconds: float) -> None:
+        """A part has come, so long after it was asked for."""
+        if seconds < self._stall_seconds / 16:
+            self.part_bytes, self.at_once = min(2 * self.part_bytes, PART_BYTES), min(2 * self.at_once, PARTS_AT_ONCE)
+        elif seconds > self._stall_seconds / 4:
+            self.part_bytes, self.at_once = max(self.part_bytes // 2, LEAST_BYTES), max(self.at_once // 2, 1)
+
+
+def _wait(
+    future: Future[Any],
+    limit_seconds: float,
+    *,
+    over: threading.Event | None = None,
+    progress: Callable[[], int] = lambda: 0,
+) -> Any:
+    """The result; SlowError if it is not there in time, where all `progress` begins the time anew."""
+    began, before = time.monotonic(), progress()
+    try:
+        while True:
+            left_seconds = began + limit_seconds - time.monotonic()
+            try:
+                return future.result(max(0.0, min(left_seconds, LOOK_SECONDS)))
+            except TimeoutError:
+                if future.done():
+                    return future.result()  # a time limit of the library's own, or just come
+            if over and over.is_set():
+                raise StopWaitingError
+            if (now := progress()) != before:
+                began, before = time.monotonic(), now
+            elif left_seconds <= 0:
+                raise SlowError(f"no answer in {limit_seconds:g} s (exchange.stall_seconds)")
+    finally:
+        future.cancel()
+        del future  # which holds its error, which holds this frame
+
+
+def _cancel(parts: deque[tuple[Future[bytes], int, float]]) -> None:
+    while parts:
+        parts.pop()[0].cancel()

@@ -1,0 +1,81 @@
+"""A line to an S3 server on which answers to some requests come byte by byte, and how to put one in between."""
+
+import os
+import re
+import socket
+import socketserver
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import pytest
+
+from tests.unit.conftest import fresh_clients
+
+REQUEST = re.compile(rb"(GET|HEAD|PUT|POST|DELETE) (\S+) HTTP/1\.1\r\n")
+PAUSE_SECONDS = 0.05  # between two bytes
+
+
+class Connection(socketserver.BaseRequestHandler):
+    """One connection to the server, for one request after another."""
+
+    def handle(self) -> None:
+        assert isinstance(self.server, DrippingLine)
+        self.asked = ""
+        with suppress(OSError), socket.create_connection(self.server.far_end) as far:
+            threading.Thread(target=self._forward, args=(far,), daemon=True).start()
+            while answer := far.recv(65536):
+                if self.server.drips.search(self.asked):
+                    self._drip(answer)
+                else:
+                    self.request.sendall(answer)
+
+    def _forward(self, far: socket.socket) -> None:
+        assert isinstance(self.server, DrippingLine)
+        with suppress(OSError):
+            while request := self.request.recv(65536):
+                if found := REQUEST.match(request):
+                    self.asked = b" ".join(found.groups()).decode()
+                    self.server.asked.append(self.asked)
+                far.sendall(request)
+            far.shutdown(socket.SHUT_RDWR)
+
+    def _drip(self, answer: bytes) -> None:
+        assert isinstance(self.server, DrippingLine)
+        for byte in answer:
+            if self.server.drips.search(self.asked):
+                self.server.over.wait(PAUSE_SECONDS)
+            self.request.sendall(bytes([byte]))
+
+
+class DrippingLine(socketserver.ThreadingTCPServer):
+    """The line; `drips` says of which requests (`GET /atoll/...`) the answers do."""
+
+    daemon_threads = True
+
+    def __init__(self, far_end: tuple[str, int]) -> None:
+        super().__init__(("127.0.0.1", 0), Connection)
+        self.far_end, self.asked, self.over = far_end, list[str](), threading.Event()
+        self.heal()
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+
+    def drip(self, what: str) -> None:
+        """From now on, the answers to requests that a pattern is found in."""
+        self.drips = re.compile(what)
+
+    def heal(self) -> None:
+        """From now on, none."""
+        self.drip(r"(?!)")
+
+
+@contextmanager
+def dripping_line() -> Iterator[DrippingLine]:
+    """All that goes to the bucket of `s3_url` goes through it."""
+    host, port = os.environ["AWS_ENDPOINT_URL"].removeprefix("http://").split(":")
+    with DrippingLine((host, int(port))) as line, pytest.MonkeyPatch.context() as patch, fresh_clients():
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{line.server_address[1]}")
+        try:
+            yield line
+        finally:
+            line.over.set()
+            line.shutdown()
