@@ -37,7 +37,7 @@ from pretrain.host.foreign import loads
 from pretrain.host.journal import Journal
 from pretrain.host.lock import lock_directory
 from pretrain.host.stopping import STOPPED, StopRequested, raise_at_signals
-from pretrain.merge.collect import Collector, Delivery
+from pretrain.merge.collect import POLLS_PER_LOOK, Collector, Delivery
 from pretrain.merge.step import Step, factors_of, shares
 from pretrain.merge.terms import commit_record, contributor, snapshot_versions
 from pretrain.merge.verify import Verifier, base_of, pseudo_gradient
@@ -53,7 +53,6 @@ from pretrain.outer.threads import in_threads
 from pretrain.trust.contract import build_contract, check_same_contract, first_contract
 from pretrain.trust.ledger import Commit, Contributor, Payload, RefusedError, sha256_bytes
 
-POLLS_PER_LOOK = 20  # while it waits, an aggregator looks whether the store still has its newest commit
 MOST_REPAIRS = 3  # a version: whoever says that it is damaged has all of it read again
 
 

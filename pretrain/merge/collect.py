@@ -19,15 +19,18 @@ from pretrain.config.keys import RunConfig
 from pretrain.exchange.objects import StopWaitingError, StoreSlowError
 from pretrain.exchange.payload import Tensors
 from pretrain.exchange.store import REQUESTS_AT_ONCE, StoreExchange
+from pretrain.exchange.words import Membership
 from pretrain.host.foreign import loads, shown
 from pretrain.host.journal import Journal
 from pretrain.merge.looks import Looks
 from pretrain.outer.rounds import deadline_seconds, participants
+from pretrain.outer.threads import in_threads
 from pretrain.trust.ledger import Commit, Manifest, RefusedError
 
 ARRIVALS = 64  # how many of the newest ones the deadline follows from
 NORMS = 8  # and how many of a silo's own pseudo-gradients of a fragment a new one is compared with
 SAYS_AFTER_SECONDS = 5.0
+POLLS_PER_LOOK = 20  # while it waits, it looks so seldom at what hardly ever changes
 ABSURDLY_FASTER = 10_000.0  # than the median of the others: no pair of machines differs as much
 
 
@@ -62,6 +65,8 @@ class Collector:
             max(NORMS, self._rules.away_after_versions) * 2 * len(self._roster), config.outer.num_fragments
         )
         """Newest commits that are asked about."""
+        self._events: dict[str, Membership | None] = {}  # what each silo said last of taking part, when it was asked
+        self._ask_again, self._was_enough = 0.0, False  # seconds into a version; whether enough were in at the last
         self._commits: deque[Commit] = deque(maxlen=self.num_remembered)
 
     def committed(self, commit: Commit) -> None:
@@ -87,14 +92,16 @@ class Collector:
         arrived: dict[str, Delivery] = {}
         refused: set[str] = set()
         announced, enough_since = "", math.inf
+        self._ask_again, self._was_enough = POLLS_PER_LOOK * self._config.exchange.poll_seconds, False
         with self._looks(version, verify) as looks:
             while True:
                 pending = [silo for silo in chosen if silo not in arrived and silo not in refused]
                 for silo, found in looks.at(pending, self._config.exchange.poll_seconds).items():
                     arrived[silo] = found
                     self._arrivals.append(time.monotonic() - began)
-                missing = [silo for silo in self._awaited(chosen) if silo not in arrived and silo not in refused]
+                pending = [silo for silo in pending if silo not in arrived]
                 waited = time.monotonic() - began
+                missing = self._missing(pending, waited, is_enough=len(arrived) >= needed)
                 if len(arrived) >= needed and (not missing or (rules.is_elastic and waited >= deadline)):
                     enough_since = min(enough_since, waited)
                     until = enough_since + self._stall_seconds
@@ -122,17 +129,36 @@ class Collector:
     # ---- who is expected
 
     def members(self) -> list[str]:
-        """The silos for whose resuming the store keeps what they need: those of the roster that are not away."""
-        return self._awaited(self._roster)
+        """The silos for whose resuming the store keeps what they need: those of the roster that are not away.
 
-    def _awaited(self, chosen: list[str]) -> list[str]:
-        """Whose delivery is waited for: with a quorum, those who have joined and are not away."""
+        Who was there is not asked again: of a silo that has just left, a little more is kept for a while.
+        """
         if not self._rules.is_elastic:
-            return chosen
-        return [silo for silo in chosen if self._is_there(silo)]
+            return self._roster
+        self._ask([silo for silo in self._roster if silo not in self._events or not self._is_there(silo)])
+        return [silo for silo in self._roster if self._is_there(silo)]
+
+    def _missing(self, pending: list[str], waited: float, *, is_enough: bool) -> list[str]:
+        """Of those whose delivery is not here, whose is waited for: with a quorum, of who has joined and is not away.
+
+        Who has joined or left is asked once there are enough, where it may be the end of waiting, and now and then,
+        ever less often.
+        """
+        if not self._rules.is_elastic:
+            return pending
+        self._ask([silo for silo in pending if silo not in self._events])
+        missing = [silo for silo in pending if self._is_there(silo)]
+        if waited >= self._ask_again or (is_enough and (not missing or not self._was_enough)):
+            self._ask(pending)
+            self._ask_again, self._was_enough = max(self._ask_again, 1.25 * waited), is_enough
+            missing = [silo for silo in pending if self._is_there(silo)]
+        return missing
+
+    def _ask(self, silos: list[str]) -> None:
+        self._events.update(zip(silos, in_threads(self._exchange.membership, silos, REQUESTS_AT_ONCE), strict=True))
 
     def _is_there(self, silo: str) -> bool:
-        event = self._exchange.membership(silo)
+        event = self._events[silo]
         if event is None or event.left:
             return False
         missed = 0
