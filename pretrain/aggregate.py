@@ -154,10 +154,10 @@ class Aggregator:
         """
         num_fragments = self._schedule.num_fragments
         snapshots = [self._history.snapshot(newest, fragment) for fragment in range(num_fragments)]
-        first = max(0, min(*snapshots, newest + 1 - self._collector.num_remembered))
+        first = max(0, min(*snapshots, newest + 1 - self._collector.past.num_needed))
         commits = {commit.version: commit for commit in self._exchange.read_commits(first, newest)}
         for commit in commits.values():
-            self._collector.committed(commit)
+            self._collector.past.committed(commit)
         kinds = kept_kinds(self._config.outer.optimizer, self._config.outer.downlink_codec)
         found: dict[str, dict[str, Tensor]] = {kind: {} for kind in (PARAMETER, *kinds)}
         for fragment, version in enumerate(snapshots):
@@ -390,7 +390,7 @@ class Aggregator:
         )
         self._publish(commit, payloads + state_payloads)
         state.version = version
-        self._collector.committed(commit)
+        self._collector.past.committed(commit)
         return commit
 
     def _publish(self, commit: Commit, payloads: list[tuple[Payload, Path]]) -> None:
