@@ -59,7 +59,7 @@ def measure(directory: Path, num_silos: int, num_versions: int) -> str:
     """The table's line."""
     torch.set_num_threads(1)
     names = [f"silo-{index:04d}" for index in range(num_silos)]
-    codecs = ["outer.codec=int4", "outer.downlink_codec=int4"]
+    codecs = ["outer.codec=int4", "outer.downlink_codec=int4", "exchange.poll_seconds=0.5"]
     config = configuration(directory, MODEL, names, [f"inner.num_steps={num_versions}", *codecs])
     requests = Counter[str]()
     counted(requests)
