@@ -28,6 +28,7 @@ from pretrain.trust.ledger import Commit, Manifest, RefusedError
 ARRIVALS = 64  # how many of the newest ones the deadline follows from
 NORMS = 8  # and how many of a silo's own pseudo-gradients of a fragment a new one is compared with
 SAYS_AFTER_SECONDS = 5.0
+LOOK_SECONDS = 5.0  # a look that takes longer goes on while there are others, and all else that is done meanwhile
 ABSURDLY_FASTER = 10_000.0  # than the median of the others: no pair of machines differs as much
 
 
@@ -90,7 +91,7 @@ class Collector:
         with self._looks(version, verify) as looks:
             while True:
                 pending = [silo for silo in chosen if silo not in arrived and silo not in refused]
-                for silo, found in looks.at(pending, self._config.exchange.poll_seconds).items():
+                for silo, found in looks.at(pending, LOOK_SECONDS).items():
                     arrived[silo] = found
                     self._arrivals.append(time.monotonic() - began)
                 missing = [silo for silo in self._awaited(chosen) if silo not in arrived and silo not in refused]
