@@ -30,6 +30,7 @@ from pretrain.config.keys import (
     RunConfig,
     SiloConfig,
 )
+from pretrain.exchange.client import PAGES, Client, SlowError
 from pretrain.host.foreign import loads, shown
 from pretrain.outer.rounds import participants
 from pretrain.trust.ledger import Commit, Manifest, RefusedError
@@ -159,6 +160,8 @@ def store_status(url: str, options: Mapping[str, Any] | None = None) -> StoreSta
     try:
         store = Listed(url, options)
         content = store.read([CONTRACT]).get(CONTRACT)
+    except ConfigError:
+        raise
     except Exception as error:  # every fsspec backend raises exceptions of its own
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"store: {url!r} given; it cannot be read: {shown(reason)}") from None
@@ -220,14 +223,15 @@ class Listed:
     def __init__(self, url: str, options: Mapping[str, Any] | None = None) -> None:
         """Raises whatever the URL's kind of file system raises."""
         self.url = url
-        self._filesystem, root = fsspec.core.url_to_fs(url, **(options or {}))
-        self._filesystem.invalidate_cache()
+        filesystem, root = fsspec.core.url_to_fs(url, **(options or {}))
+        filesystem.invalidate_cache()
+        self._client = Client(filesystem, ExchangeConfig.stall_seconds)
         self._prefix = root.rstrip("/") + "/"
         self._sizes: dict[str, int] = {}
         self.times: dict[str, float | None] = {}
         """Every object, to when it was written, in unix seconds of the store's clock if that tells."""
         self._numbered: defaultdict[str, Numbered] = defaultdict(dict)
-        for full_path, entry in sorted(self._filesystem.find(root, detail=True).items()):
+        for full_path, entry in sorted(self._client.call("find", root, times=PAGES, detail=True).items()):
             # Links and pipes are no objects: one leads out of the store, one never ends.
             is_object = entry.get("type", "file") == "file" and not entry.get("islink")
             if full_path.startswith(self._prefix) and is_object:
@@ -257,7 +261,10 @@ class Listed:
     def read(self, paths: Iterable[str]) -> dict[str, bytes]:
         """Objects by path, without those that are too large or were deleted since the listing."""
         full = [self._prefix + path for path in paths if path in self.times and not self.is_too_large(path)]
-        found = self._filesystem.cat(full, on_error="omit") if full else {}
+        try:
+            found = self._client.call("cat", full, on_error="omit") if full else {}
+        except SlowError as error:
+            raise ConfigError(f"store: {self.url!r} given; it cannot be read: {error}") from None
         return {full_path.removeprefix(self._prefix): content for full_path, content in found.items()}
 
 

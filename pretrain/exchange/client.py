@@ -6,7 +6,6 @@ whoever reads for ever.
 
 import asyncio
 import errno
-import inspect
 import threading
 import time
 from collections import deque
@@ -18,12 +17,14 @@ from typing import Any
 import fsspec
 from fsspec.asyn import AsyncFileSystem
 
-LEAST_BYTES = 1 << 18  # of an object have to come, or go, in `stall_seconds`
+LEAST_BYTES = 1 << 18  # of an object have to come in `stall_seconds`
+LEAST_SENT_BYTES = 1 << 20  # and to go: where many come side by side, one goes
 FIRST_BYTES = 1 << 20  # the first part that is asked for
 PART_BYTES = 8 << 20  # and the largest
-PARTS_AT_ONCE = 4  # of one object; so many wait in memory at most
+PARTS_AT_ONCE = 8  # of one object; so many are in memory at most
 CONNECTIONS = 256  # s3fs would have ten, and a few objects that come slowly would hold up all else
-MOST_PARTS = 10_000  # of an object in S3: https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html
+# Of an object in S3: https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html
+MOST_PARTS, MOST_BYTES = 10_000, 5 << 40
 PAGES = 10  # a listing has many, and takes as many times as long as anything else
 LOOK_SECONDS = 0.2
 
@@ -45,17 +46,22 @@ class Client:
 
     def call(self, verb: str, *arguments: Any, num_bytes: int = 0, times: int = 1, **options: Any) -> Any:
         """What the file system's method answers. Raises SlowError if it takes longer than `times` `stall_seconds`, and
-        as long again for each LEAST_BYTES that it sends.
+        as long again for each LEAST_SENT_BYTES that it sends.
         """
         if not self.is_limited:
             return getattr(self._fs, verb)(*arguments, **options)
-        limit_seconds = self._stall_seconds * (times + num_bytes / LEAST_BYTES)
+        limit_seconds = self._stall_seconds * (times + num_bytes / LEAST_SENT_BYTES)
         return _wait(self._begin(verb, *arguments, **options), limit_seconds)
 
     def put(self, file: Path, path: str) -> None:
-        """Copy a local file to a new object; of S3, in several parts at once. Raises SlowError if none gets there."""
+        """Copy a local file to a new object; of S3, in several parts at once.
+
+        Raises SlowError if none gets there in time, OSError (EFBIG) for what S3 does not take as one object.
+        """
         in_parts, num_bytes = {}, file.stat().st_size
         if "s3" in self._fs.protocol:
+            if num_bytes > MOST_BYTES:
+                raise OSError(errno.EFBIG, f"{num_bytes} bytes are more than the {MOST_BYTES} of one object in S3")
             part_bytes = part_bytes_of(num_bytes)
             at_once = max(1, PARTS_AT_ONCE * PART_BYTES // part_bytes)
             in_parts = {"chunksize": part_bytes, "max_concurrency": at_once}
@@ -65,7 +71,7 @@ class Client:
             return
         told = fsspec.Callback()
         sent = self._begin("put_file", str(file), path, mode="create", callback=told, **in_parts)
-        _wait(sent, self._stall_seconds * (1 + num_bytes / LEAST_BYTES), progress=lambda: told.value)
+        _wait(sent, self._stall_seconds * (1 + num_bytes / LEAST_SENT_BYTES), progress=lambda: told.value)
 
     def blocks(self, path: str, limit_bytes: int, over: threading.Event | None = None) -> Iterator[bytes]:
         """What an object holds, up to one byte more than `limit_bytes`, in order; parts of it come at once.
@@ -144,15 +150,19 @@ class Client:
         return bytes(first) if len(first) <= most else b""
 
     def _begin(self, verb: str, *arguments: Any, **options: Any) -> Future[Any]:
-        method = getattr(self._fs, f"_{verb}")
-        assert inspect.iscoroutinefunction(method), verb
-        return asyncio.run_coroutine_threadsafe(method(*arguments, **options), self._fs.loop)
+        started = getattr(self._fs, f"_{verb}")(*arguments, **options)
+        return asyncio.run_coroutine_threadsafe(started, self._fs.loop)
 
 
 def with_connections(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of s3fs, with as many connections as we need unless they say how many."""
     config = {"max_pool_connections": CONNECTIONS, **(options.get("config_kwargs") or {})}
     return {**options, "config_kwargs": config}
+
+
+def is_too_large(error: BaseException) -> bool:
+    """Whether a store, or the file system that it is in, does not take as much as one object."""
+    return isinstance(error, OSError) and error.errno in (errno.EFBIG, errno.EMSGSIZE)  # s3fs' for EntityTooLarge
 
 
 def part_bytes_of(num_bytes: int) -> int:

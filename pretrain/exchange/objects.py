@@ -22,7 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import ExchangeConfig
-from pretrain.exchange.client import PAGES, Client, SlowError, StopWaitingError, with_connections
+from pretrain.exchange.client import PAGES, Client, SlowError, StopWaitingError, is_too_large, with_connections
 from pretrain.exchange.directory import Directory
 from pretrain.exchange.options import OF_S3, distrust
 from pretrain.host.disk import is_full
@@ -117,6 +117,9 @@ class Objects:
         """The bytes of a small object. Raises FileNotFoundError, and RefusedError for what is larger than the limit."""
 
         def read_it() -> bytes:
+            if self._directory:
+                with self._directory.open(name) as source:
+                    return source.read(limit_bytes + 1)
             return b"".join(self._blocks(name, limit_bytes))
 
         data = self._try(name, "read", read_it)
@@ -284,7 +287,8 @@ class Objects:
                 if verb == "read" and is_full(error):
                     raise  # our own disk, on which it was written
                 line, now = self._line(name, verb, error), time.monotonic()
-                if isinstance(error, CERTAIN) or type(error).__name__ in CERTAIN_NAMES or distrust(error):
+                is_certain = isinstance(error, CERTAIN) or type(error).__name__ in CERTAIN_NAMES
+                if is_certain or distrust(error) or is_too_large(error):
                     raise ConfigError(line) from error
                 began = began if num_failures else now
                 left_seconds = began + self._retry_seconds - now
@@ -348,6 +352,8 @@ class Objects:
         short = error.strerror if verb == "written" and isinstance(error, OSError) else ""
         if reason := distrust(error):
             short = f"its certificate is not trusted: {reason} (exchange.ca_file)"
+        if is_too_large(error):
+            short = f"{short or error}; with more outer.num_fragments objects are smaller"
         what = " ".join((short or str(error)).split()) or type(error).__name__
         return f"exchange.url: {self.url} given; {name} cannot be {verb}: {what}"
 

@@ -31,6 +31,7 @@ from pretrain.trust.ledger import Manifest, RefusedError
 ARRIVALS = 64  # how many of the newest ones the deadline follows from
 SAYS_AFTER_SECONDS = 5.0
 POLLS_PER_LOOK = 20  # while it waits, it looks so seldom at what hardly ever changes
+LOOK_SECONDS = 5.0  # a look that takes longer goes on while there are others, and all else that is done meanwhile
 ABSURDLY_FASTER = 10_000.0  # than the median of the others: no pair of machines differs as much
 
 
@@ -89,7 +90,7 @@ class Collector:
         with self._looks(version, verify) as looks:
             while True:
                 pending = [silo for silo in chosen if silo not in arrived and silo not in refused]
-                for silo, found in looks.at(pending, self._config.exchange.poll_seconds).items():
+                for silo, found in looks.at(pending, LOOK_SECONDS).items():
                     arrived[silo] = found
                     self._arrivals.append(time.monotonic() - began)
                 pending = [silo for silo in pending if silo not in arrived]

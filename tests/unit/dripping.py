@@ -42,10 +42,11 @@ class Connection(socketserver.BaseRequestHandler):
 
     def _drip(self, answer: bytes) -> None:
         assert isinstance(self.server, DrippingLine)
-        for byte in answer:
+        num_bytes = self.server.num_bytes
+        for start in range(0, len(answer), num_bytes):
             if self.server.drips.search(self.asked):
                 self.server.over.wait(PAUSE_SECONDS)
-            self.request.sendall(bytes([byte]))
+            self.request.sendall(answer[start : start + num_bytes])
 
 
 class DrippingLine(socketserver.ThreadingTCPServer):
@@ -59,9 +60,9 @@ class DrippingLine(socketserver.ThreadingTCPServer):
         self.heal()
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
-    def drip(self, what: str) -> None:
-        """From now on, the answers to requests that a pattern is found in."""
-        self.drips = re.compile(what)
+    def drip(self, what: str, num_bytes: int = 1) -> None:
+        """From now on, the answers to requests that a pattern is found in, so many bytes at a time."""
+        self.drips, self.num_bytes = re.compile(what), num_bytes
 
     def heal(self) -> None:
         """From now on, none."""

@@ -34,7 +34,7 @@ def test_it_does_not_chain_to_another_commit_than_its_own(config: RunConfig) -> 
     file.write_bytes(found)
     for silo in config.full_roster:
         GOOD.deliver(config, silo, state, times(state, 1))
-    deliveries = aggregator._collector.collect(1, lambda silo, data, version: aggregator._verify(silo, data, state, 1))
+    deliveries = aggregator._collector.collect(1, lambda silo, data, _, over: aggregator._verify(silo, data, state, 1))
     merged = aggregator.merge(state, deliveries)
     assert one_line_error(aggregator.commit, state, deliveries, merged) == (
         f"exchange.url: {config.store_url} given, whose version 0 has commit {sha256(found)[:12]}; this aggregator "

@@ -1,6 +1,7 @@
 """Moments that silos share, as the aggregator takes and publishes them; deliveries are written by hand."""
 
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,8 @@ def test_a_silo_that_does_not_tell_them_is_refused(
     good.deliver(config, "beta", state, times(state, 1))
     spoilt.deliver(config, "alpha", state, times(state, 1))
     folder = Path(config.store_url) / "silos" / "alpha" / "000001"
-    assert aggregator._collector._look("alpha", 1, lambda s, d, v: aggregator._verify(s, d, state, v)) is None
+    over = threading.Event()
+    assert aggregator._collector._look("alpha", 1, lambda s, d, v, _: aggregator._verify(s, d, state, v), over) is None
     assert expected in (folder / "refused-0.json").read_text()
 
 

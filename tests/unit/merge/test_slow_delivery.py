@@ -39,8 +39,8 @@ def run(s3_url: str, tmp_path: Path, tiny_config: TinyConfig, tiny_text: TinyTex
                 membership=membership,
                 exchange={
                     "url": f"{s3_url}/{uuid.uuid4().hex}",
-                    "stall_seconds": 1.0,
-                    "retry_seconds": 2.0,
+                    "stall_seconds": 2.0,
+                    "retry_seconds": 10.0,
                     "poll_seconds": 0.1,
                 },
             )
@@ -121,7 +121,7 @@ def test_who_is_needed_is_waited_for_and_others_are_looked_at_meanwhile(
         assert not committed.done()
         line.heal()
         committed.result(60)
-    assert "less than 256 KiB came in 1 s (exchange.stall_seconds); tried for 2 s (exchange.retry_seconds)\n" in said
+    assert "less than 256 KiB came in 2 s (exchange.stall_seconds); tried for 10 s (exchange.retry_seconds)\n" in said
     assert silos_of(config, 1) == [*ROSTER]
 
 
