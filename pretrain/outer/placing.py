@@ -43,8 +43,11 @@ class OnDisk(InMemory):
     def zeros(self, shape: torch.Size) -> Tensor:
         """A new one. Raises OSError where there is no room: writing to it later needs no more."""
         with tempfile.NamedTemporaryFile(dir=self._folder) as file:
-            os.posix_fallocate(file.fileno(), 0, 4 * shape.numel())
+            self._reserve(file.fileno(), 4 * shape.numel())
             return torch.from_file(file.name, shared=True, size=shape.numel(), dtype=torch.float32).view(shape)
+
+    def _reserve(self, descriptor: int, num_bytes: int) -> None:
+        os.posix_fallocate(descriptor, 0, num_bytes)
 
     def copy(self, value: Tensor) -> Tensor:
         """A new one with these values. Raises OSError where there is no room."""
