@@ -38,7 +38,7 @@ from pretrain.config.load import load_config, save_config
 from pretrain.plan.plan import Plan, make_plan
 from pretrain.plan.seconds import Given
 
-SAMPLE_SECONDS, POLL_SECONDS = 0.01, 0.1
+SAMPLE_SECONDS, POLL_SECONDS = 0.05, 0.1
 KILLED_AFTER_STEP, MOST_STARTS = 3, 4
 MODELS = {"small": SIZES["65M"] | {"num_hidden_layers": 3}, "350M": SIZES["350M"], "1B": SIZES["1B"]}
 SETTINGS: dict[str, Any] = {
