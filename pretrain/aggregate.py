@@ -13,7 +13,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +32,7 @@ from pretrain.exchange.payload import PARAMETER, Tensors, save_tensors
 from pretrain.exchange.rollback import check_held, explain, finish_rollbacks, foreign, rollback_records
 from pretrain.exchange.store import REQUESTS_AT_ONCE, StoreExchange, version_path
 from pretrain.federation.preflight import check_model
+from pretrain.federation.room import check_aggregator_room
 from pretrain.host.disk import full_disk
 from pretrain.host.foreign import loads
 from pretrain.host.journal import Journal
@@ -47,6 +48,7 @@ from pretrain.outer.digest import tensor_rows
 from pretrain.outer.fragments import cut_fragments
 from pretrain.outer.merge import mean_cosine
 from pretrain.outer.pieces import Piece
+from pretrain.outer.placing import InMemory, OnDisk
 from pretrain.outer.quantize import Parts
 from pretrain.outer.state import OuterState, kept_at_start, kept_kinds
 from pretrain.outer.threads import in_threads
@@ -78,6 +80,7 @@ class Aggregator:
         self._exchange = StoreExchange.of_run(config)
         self._history = History(self._exchange, config.outer.num_fragments)
         self._scratch = Path(config.directory) / "aggregator"
+        self._place = OnDisk(self._scratch / "state") if config.outer.state == "disk" else InMemory()
         self._newest_file = self._scratch / "newest.json"
         self._newest: Commit | None = None
         self._next_look, self._num_repairs = time.monotonic(), 0
@@ -91,17 +94,16 @@ class Aggregator:
 
     def start(self) -> OuterState:
         """Write or compare the contract; load the newest version, or write version 0."""
-        from pretrain.silo.model import initial_parameters
-
         ours = build_contract(self._config)
         stored = self._exchange.read_contract()
         self._check_history()
         check_model(self._config)
+        check_aggregator_room(self._config, is_new=self._exchange.newest_version() < 0)
         initial: dict[str, Tensor] = {}
         if stored is None:
             if self._exchange.newest_version() >= 0:
                 raise ConfigError(f"exchange.url: {self._config.store_url} given; it has versions but no contract.json")
-            initial = initial_parameters(self._config)  # a mistake in the model must not leave a contract behind
+            initial = self._initial()  # a mistake in the model must not leave a contract behind
             self._exchange.write_contract(first_contract(ours))
         else:
             check_same_contract(ours, stored, self._config.store_url)
@@ -109,7 +111,12 @@ class Aggregator:
             for record in rollback_records(self._exchange, self._config):
                 self._journal.record("rollback", **record)
         newest = self._exchange.newest_version()
-        return self._load(newest) if newest >= 0 else self._create(initial or initial_parameters(self._config))
+        return self._load(newest) if newest >= 0 else self._create(initial or self._initial())
+
+    def _initial(self) -> dict[str, Tensor]:
+        from pretrain.silo.model import initial_parameters
+
+        return initial_parameters(self._config, self._place.copy if self._config.outer.state == "disk" else None)
 
     def _check_history(self) -> None:
         """Raise ConfigError if the store lacks the newest commit that was made from this run directory."""
@@ -132,7 +139,7 @@ class Aggregator:
         state = OuterState(
             version=-1,
             parameters=parameters,
-            kept=kept_at_start(parameters, outer.optimizer, outer.downlink_codec),
+            kept=kept_at_start(parameters, outer.optimizer, outer.downlink_codec, self._place),
             rows=tensor_rows(parameters, self._num_threads),
         )
         self._cut(parameters)
@@ -179,6 +186,7 @@ class Aggregator:
         self._newest = commits[newest]
         if state.parameters_digest != self._newest.parameters_digest:
             raise RefusedError(f"version {newest}: its parameters do not have the digest of its commit")
+        self._let_go(state, parameters)
         if newest:  # whoever committed it may have died before it wrote this
             self._journal.record("commit", **commit_record(self._config, self._newest))
         return state
@@ -228,7 +236,7 @@ class Aggregator:
                 self._exchange.fetch(folder, payload, file)
             kind = payload.file.split("-")[0]
             tensors = Tensors(file, kind)
-            yield kind, {name: tensors.parts(name)["values"].clone() for name in tensors.names}
+            yield kind, {name: self._place.copy(tensors.parts(name)["values"]) for name in tensors.names}
             file.unlink()
 
     # ---- one version
@@ -308,7 +316,12 @@ class Aggregator:
         except ValueError as error:
             raise RefusedError(str(error)) from None
         state.rows |= tensor_rows({name: state.parameters[name] for name in names}, self._num_threads)
+        self._let_go(state, names)
         return step, changes
+
+    def _let_go(self, state: OuterState, names: Iterable[str]) -> None:
+        """Tensors that are not used again in this version."""
+        self._place.let_go(of[name] for of in (state.parameters, *state.kept.values()) for name in names)
 
     def commit(self, state: OuterState, deliveries: list[Delivery], merged: Merged) -> None:
         """Publish the next version, record it, prune what nobody can need again."""
@@ -388,6 +401,7 @@ class Aggregator:
             outer_digest=state.kept_digest(changes) if is_snapshot else "",
             metrics=metrics,
         )
+        self._let_go(state, changes)
         self._publish(commit, payloads + state_payloads)
         state.version = version
         self._collector.past.committed(commit)

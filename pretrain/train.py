@@ -23,6 +23,7 @@ from pretrain.config.load import load_config
 from pretrain.exchange.base import Exchange
 from pretrain.exchange.objects import StoreTroubleError
 from pretrain.federation.preflight import check_model, check_silo
+from pretrain.federation.room import check_silo_disk
 from pretrain.host.caches import use_writable_caches
 from pretrain.host.disk import full_disk
 from pretrain.host.journal import Journal
@@ -235,7 +236,7 @@ def prepare(
     settings = config.silos[name]
     check_batch(name, settings, ranks.num_ranks)
     mixture, held_out = _open_data(config, name)
-    check_model(config)
+    _check_model(config, name, ranks)
     packed = mixture.corpora[0].manifests[0]
     reading = _read_in_background(config, name) if ranks.is_leader else Future[str]()
     contract_sha256 = sync.join() if sync else ""
@@ -281,6 +282,13 @@ def prepare(
     if not resumed:
         silo.evaluate()
     return silo
+
+
+def _check_model(config: RunConfig, name: str, ranks: Ranks) -> None:
+    """That there is one, and room for its checkpoints. Raises ConfigError."""
+    check_model(config)
+    if ranks.is_leader:
+        check_silo_disk(config, name)
 
 
 def _engine(config: RunConfig, name: str, ranks: Ranks, packed: Manifest, *, is_federated: bool) -> Engine:

@@ -160,4 +160,8 @@ def _memory(plan: Plan) -> Table:
         table.add_row(Text(silo), *devices, *(format_bytes(number) for number in hosts))
     if plan.aggregator_memory_bytes:
         table.add_row("aggregator", "", "", "", "", format_bytes(plan.aggregator_memory_bytes), "", "")
+        state, passing = plan.aggregator_disk_bytes
+        kept = f"{format_bytes(state)} for its outer state and " if state else ""
+        table.caption_justify = "left"
+        table.caption = f"the aggregator's run directory needs {kept}{format_bytes(passing)} for what passes through"
     return table

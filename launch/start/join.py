@@ -18,6 +18,7 @@ from pretrain.config.keys import RunConfig
 from pretrain.federation import join as joining
 from pretrain.federation.join import Federation, Link, Size
 from pretrain.federation.preflight import check_silo
+from pretrain.federation.room import check_silo_room
 from pretrain.host.software import differences, installed
 from pretrain.silo.shards import count_sequences, read_manifest
 from pretrain.trust.ledger import sha256_bytes
@@ -54,7 +55,7 @@ def join(
     says.silo(config, silo, is_back=is_back)
     says.machine(config, silo, site)
     size = joining.measure_size(federation, config, silo, status.version or 0)
-    says.size(config, size, joining.check_disk(config, size.disk_bytes))
+    says.size(config, size, check_silo_room(config, silo, size.disk_bytes))
     says.link(joining.measure_link(federation), size, status)
     says.what_happens(federation, config, silo, size, status, is_back=is_back)
     return _start(config, silo, site, dry_run=dry_run, says=says)

@@ -13,6 +13,7 @@ from pretrain.config.keys import ModelConfig, OuterConfig, RunConfig, SiloConfig
 
 SCHEDULES = ("cosine", "wsd", "constant")
 MOMENTS = ("local", "shared")
+STATES = ("memory", "disk")
 MERGES = ("mean", "importance", "clip", "trimmed_mean", "median", "krum")
 CODECS = ("fp32", "bf16", "int8", "int4", "e3m0", "topk")
 # What s3fs, gcsfs, adlfs and the libraries under them call a secret, or a name that goes with one.
@@ -77,6 +78,7 @@ def check_config(config: RunConfig) -> None:
         "outer.codec": (config.outer.codec, CODECS),
         "outer.second_moments": (config.outer.second_moments, MOMENTS),
         "outer.downlink_codec": (config.outer.downlink_codec, CODECS),
+        "outer.state": (config.outer.state, STATES),
         "exchange.kind": (config.exchange.kind, ("store", "collective", "none")),
         "wandb.mode": (config.wandb.mode, ("offline", "online", "disabled")),
     }

@@ -111,6 +111,9 @@ class OuterConfig:
     with 0 none is told."""
     mixing: float = 0.0
     """Share of the local parameters that stays when merged ones are adopted; 0 takes the merged, 1 never syncs."""
+    state: str = "memory"
+    """Where the aggregator keeps the outer state: memory, or disk: files in its run directory, for models that are
+    larger than its memory. Its own affair, and no part of the contract."""
 
 
 @dataclass(kw_only=True)

@@ -4,7 +4,6 @@ Nothing is written but a probe into the store, which is deleted again.
 """
 
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from pretrain.config.load import Section, load_unchecked
 from pretrain.exchange.options import is_directory, store_options
 from pretrain.exchange.store import StoreExchange, version_path
 from pretrain.federation.preflight import PROBE
+from pretrain.federation.room import silo_disk_bytes
 from pretrain.host.foreign import shown
 from pretrain.host.identity import known_identity
 from pretrain.silo.shards import tokenizer_sha256
@@ -260,38 +260,8 @@ def measure_size(federation: Federation, config: RunConfig, silo: str, newest: i
         num_parameters=sum(shape.numel() for shape in shapes.values()),
         sync_bytes=(largest.sent_bytes, largest.received_bytes),
         sent_bytes=sum(moved[schedule.fragment(version)].sent_bytes for version in coming),
-        disk_bytes=_disk_bytes(config, silo, shapes),
+        disk_bytes=silo_disk_bytes(config, silo, shapes),
     )
-
-
-def _disk_bytes(config: RunConfig, silo: str, shapes: Any) -> int:
-    """What the silo's directory will still take, at most; the manifests and logs beside it are small."""
-    from pretrain.outer.codec import FEEDBACK_DECAY
-    from pretrain.plan.memory import states_bytes
-
-    settings, outer = config.silos[silo], config.outer
-    stage = settings.deepspeed.get("zero_optimization", {}).get("stage", 0)
-    whole = 4 * sum(shape.numel() for shape in shapes.values())
-    module = 0 if stage == 3 else whole // (2 if settings.precision == "bf16" else 1)
-    decay = FEEDBACK_DECAY[outer.codec] if outer.error_feedback is None else outer.error_feedback
-    host = whole * (2 if decay else 1)
-    checkpoint = module + states_bytes(config, settings, stage, shapes) + host
-    in_flight = 3 * whole  # on their way out and in, and the local parameters during an evaluation
-    present = sum(file.stat().st_size for file in config.silo_directory(silo).rglob("*") if file.is_file())
-    return max(0, checkpoint * (settings.keep_checkpoints + 1) + in_flight - present)  # one more while it is written
-
-
-def check_disk(config: RunConfig, num_bytes: int) -> int:
-    """Free bytes where the run directory is, or will be. Raises ConfigError if they are too few."""
-    directory = Path(config.directory).absolute()
-    there = next(path for path in (directory, *directory.parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    if free < num_bytes:
-        raise ConfigError(
-            f"directory: {config.directory!r} given; {num_bytes:,} bytes are needed there and {free:,} are free; make "
-            "room, name another directory, or lower silo.keep_checkpoints"
-        )
-    return free
 
 
 def num_gpus() -> int:

@@ -3,18 +3,18 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from pretrain.outer.digest import Row, digest_rows, digest_tensors
 from pretrain.outer.optimizer import MOMENTS
+from pretrain.outer.placing import InMemory
 
 TARGET = "target"
 
 
 @dataclass(kw_only=True)
 class OuterTensors:
-    """Parameters and what is kept of each besides, fp32, in host memory: 4 to 16 bytes a parameter."""
+    """Parameters and what is kept of each besides, fp32, on the host: 4 to 16 bytes a parameter."""
 
     parameters: dict[str, Tensor]
     """As published: what every silo holds, to the last bit."""
@@ -51,9 +51,12 @@ def kept_kinds(optimizer: str, downlink_codec: str) -> tuple[str, ...]:
     return MOMENTS[optimizer] + ((TARGET,) if downlink_codec != "fp32" else ())
 
 
-def kept_at_start(parameters: dict[str, Tensor], optimizer: str, downlink_codec: str) -> dict[str, dict[str, Tensor]]:
-    """Moments of zero, and the parameters themselves as the target."""
+def kept_at_start(
+    parameters: dict[str, Tensor], optimizer: str, downlink_codec: str, place: InMemory | None = None
+) -> dict[str, dict[str, Tensor]]:
+    """Moments of zero, and the parameters themselves as the target; in memory, or where `place` says."""
+    place = place or InMemory()
     return {
-        kind: {name: p.clone() if kind == TARGET else torch.zeros_like(p) for name, p in parameters.items()}
+        kind: {name: place.copy(p) if kind == TARGET else place.zeros(p.shape) for name, p in parameters.items()}
         for kind in kept_kinds(optimizer, downlink_codec)
     }

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pretrain.config.keys import RunConfig, SiloConfig
+from pretrain.merge.terms import snapshot_kinds
 from pretrain.outer.codec import FEEDBACK_DECAY
 from pretrain.outer.quantize import QUANTIZERS
 from pretrain.outer.state import kept_kinds
@@ -18,7 +19,6 @@ from pretrain.silo.optim import is_muon_matrix
 SILO_BYTES, AGGREGATOR_BYTES = 425 << 20, 390 << 20
 CLIENT_BYTES, BLOCK_BYTES = 32 << 20, 50 << 20  # what a client of an object store adds, and the most it reads at once
 HEAP_SHARE = 0.8  # of the activations' bytes: what glibc's heap keeps beside what lives in it, where they are on a CPU
-MERGE_BYTES = 40  # of the tensor that is being merged, an element: float64 copies
 REDUCE_BUCKET, LIVE_PARAMETERS = 500_000_000, 1_000_000_000  # DeepSpeed's defaults, in elements
 # What a step of the optimizer needs beside what is kept, bytes a parameter of this rank's share, by stage.
 STEP_BYTES = {"fp32": (8, 16, 16, 12), "bf16": (7, 14, 14, 12)}
@@ -179,15 +179,52 @@ def _offloaded_bytes(config: RunConfig, silo: SiloConfig, shapes: Shapes) -> int
 
 
 def aggregator_bytes(config: RunConfig, shapes: Shapes) -> int:
-    """The outer state, the silos' deliveries and the change of one fragment, one tensor being merged, the process."""
+    """The outer state, the silos' deliveries and the change of one fragment, what is merged, the process.
+
+    With `outer.state: disk` the outer state and the deliveries, mapped files, count nothing: they take what room there
+    is, and give it back.
+    """
     outer, num_silos, fragment = config.outer, len(config.full_roster), _largest_fragment(config, shapes)
-    kinds = kept_kinds(outer.optimizer, outer.downlink_codec)
-    stacked = 8 * num_silos if outer.merge in ("trimmed_mean", "median", "krum") else 0
+    on_disk = outer.state == "disk"
     largest = max(shape.numel() for shape in shapes.values())
+    change = fragment * QUANTIZERS[outer.downlink_codec].bits / 8
+    late = 8 * fragment if config.membership.stale_weight else 0  # coded against that, before and after a change
+    whole = 16 * num_silos * largest if outer.merge == "krum" else 0  # of one tensor, decoded
+    merging = change + late + whole
+    if on_disk:
+        loaded = 8 * largest if config.model.checkpoint else 0  # one tensor after another, as it lies there and in fp32
+        return round(AGGREGATOR_BYTES + _client_bytes(config, shapes) + max(merging, loaded))
     # Deliveries are mapped files, and count as long as there is room. Version 0 is a model before it is a state.
-    coded = fragment * (num_silos * QUANTIZERS[outer.codec].bits + QUANTIZERS[outer.downlink_codec].bits) / 8
-    late = (
-        8 * fragment if config.membership.stale_weight else 0
-    )  # what they were coded against, before and after a change
-    merging, state = coded + late + (MERGE_BYTES + stacked) * largest, 4 * (1 + len(kinds)) * _num_elements(shapes)
-    return round(AGGREGATOR_BYTES + _client_bytes(config, shapes) + state + max(merging, 4 * _num_elements(shapes)))
+    merging += fragment * num_silos * QUANTIZERS[outer.codec].bits / 8
+    return round(
+        AGGREGATOR_BYTES
+        + _client_bytes(config, shapes)
+        + whole_bytes(config, shapes)
+        + max(merging, 4 * _num_elements(shapes))
+    )
+
+
+# ---- the aggregator's disk
+
+
+def whole_bytes(config: RunConfig, shapes: Shapes) -> int:
+    """The outer state: parameters and what is kept of each besides, fp32. Version 0 has all of it, too."""
+    kinds = kept_kinds(config.outer.optimizer, config.outer.downlink_codec)
+    return 4 * (1 + len(kinds)) * _num_elements(shapes)
+
+
+def state_disk_bytes(config: RunConfig, shapes: Shapes) -> int:
+    """What the outer state takes in the aggregator's run directory."""
+    return whole_bytes(config, shapes) if config.outer.state == "disk" else 0
+
+
+def scratch_bytes(config: RunConfig, shapes: Shapes, *, is_new: bool) -> int:
+    """What comes and goes through the aggregator's run directory: deliveries, and the newest version on its way out.
+
+    A version is a coded change and the snapshot of a fragment; version 0, where there is none yet (`is_new`), is the
+    outer state.
+    """
+    outer, fragment = config.outer, _largest_fragment(config, shapes)
+    deliveries = fragment * len(config.full_roster) * QUANTIZERS[outer.codec].bits / 8
+    version = fragment * (QUANTIZERS[outer.downlink_codec].bits / 8 + 4 * len(snapshot_kinds(outer)))
+    return round(deliveries + max(version, whole_bytes(config, shapes) if is_new else 0))

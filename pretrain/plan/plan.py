@@ -23,7 +23,7 @@ from pretrain.plan.bytes import (
     traffic,
     vocabulary,
 )
-from pretrain.plan.memory import SiloMemory, aggregator_bytes, silo_memory
+from pretrain.plan.memory import SiloMemory, aggregator_bytes, scratch_bytes, silo_memory, state_disk_bytes
 from pretrain.plan.seconds import Given, Pace, run_pace, step_seconds
 from pretrain.silo.architecture import model_config
 from pretrain.silo.model import check_shapes
@@ -71,6 +71,8 @@ class Plan:
     neighbours: list[Neighbour]
     memory: dict[str, SiloMemory]
     aggregator_memory_bytes: int
+    aggregator_disk_bytes: tuple[int, int]
+    """In the aggregator's run directory: the outer state, if it is on disk, and what passes through on its way."""
 
 
 def make_plan(config: RunConfig, given: Given, *, budget_tokens: int | None = None) -> Plan:
@@ -106,6 +108,9 @@ def make_plan(config: RunConfig, given: Given, *, budget_tokens: int | None = No
         neighbours=better_neighbours(config, shapes, given, pace),
         memory={name: silo_memory(config, name, shapes, hugging_face) for name in config.silos},
         aggregator_memory_bytes=aggregator_bytes(config, shapes) if is_store else 0,
+        aggregator_disk_bytes=(state_disk_bytes(config, shapes), scratch_bytes(config, shapes, is_new=True))
+        if is_store
+        else (0, 0),
     )
 
 

@@ -1,10 +1,11 @@
 """A causal language model of `transformers`, from a configuration or from a local checkpoint directory."""
 
 import inspect
+import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from pretrain.silo.weights import checkpoint_files, tensors_of
 MASKING_TOLERANCE = 0.05
 # What a later token may change, of what an earlier one does: 0, or a few roundings. In an encoder it is as much.
 CAUSALITY_TOLERANCE = 0.2
+READ_ONE_BY_ONE = "HF_DEACTIVATE_ASYNC_LOAD"  # transformers' threads else read ahead of what is placed, up to all
 # How torch says that shapes do not fit each other.
 SHAPES = re.compile(r"shape|size|dimension|cannot be multiplied|number of heads", re.IGNORECASE)
 
@@ -86,13 +88,16 @@ def load_checkpoint(directory: Path, *, key: str = "model.checkpoint") -> PreTra
     return model
 
 
-def initial_parameters(config: RunConfig) -> dict[str, Tensor]:
+def initial_parameters(config: RunConfig, place: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
     """What version 0 holds: the trained parameters of `build_initial`, by name.
 
-    Raises ConfigError, too, for a model that sees the future, or that is more than its parameters say to others.
+    `place`, if given, makes a copy of each fp32 tensor where it shall lie, one after another: the model is never in
+    memory as a whole. Raises ConfigError, too, for a model that sees the future, or that is more than its parameters
+    say to others.
     """
     vocab_size = vocabulary_size(config.tokenizer_file)
-    model = build_initial(config.model, vocab_size)
+    with _placed_by(place) if place else nullcontext():
+        model = build_initial(config.model, vocab_size)
     _check_buffers(model, config.model, vocab_size)
     was_training = model.training
     check_causality(model.eval(), torch.device("cpu"))
@@ -210,18 +215,47 @@ def _key(settings: ModelConfig) -> str:
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Modules built inside hold real buffers, but parameters without memory."""
+def _parameters_as(made_of: Callable[[nn.Parameter], nn.Parameter]) -> Iterator[None]:
+    """Modules built inside hold what is made of their parameters, one after another."""
     register = nn.Module.register_parameter
 
-    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(module, name, None if parameter is None else nn.Parameter(parameter.to("meta")))
+    def register_made(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, None if parameter is None else made_of(parameter))
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+    nn.Module.register_parameter = register_made  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _parameters_on_meta() -> AbstractContextManager[None]:
+    """Modules built inside hold real buffers, but parameters without memory."""
+    return _parameters_as(lambda parameter: nn.Parameter(parameter.to("meta")))
+
+
+@contextmanager
+def _placed_by(place: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Parameters of models built or loaded inside lie where `place` puts them, from before they are initialised on."""
+    placed: set[int] = set()
+
+    def of(parameter: nn.Parameter) -> nn.Parameter:
+        if parameter.is_meta or parameter.dtype != torch.float32 or parameter.data_ptr() in placed:
+            return parameter  # not one yet; or tied, or set again
+        made = nn.Parameter(place(parameter.detach()), requires_grad=parameter.requires_grad)
+        vars(made).update(vars(parameter))  # transformers notes there what is initialised
+        placed.add(made.data_ptr())
+        return made
+
+    before = os.environ.get(READ_ONE_BY_ONE)
+    os.environ[READ_ONE_BY_ONE] = "1"
+    try:
+        with _parameters_as(of):
+            yield
+    finally:
+        os.environ.pop(READ_ONE_BY_ONE)
+        if before is not None:
+            os.environ[READ_ONE_BY_ONE] = before
 
 
 def restore_buffers(model: nn.Module, settings: ModelConfig, vocab_size: int) -> None:

@@ -18,17 +18,19 @@ from pretrain.trust.ledger import RECORD_BYTES
 FORMAT = 2
 SOFTWARE = "software"
 MOST_PACKAGES = 100
+LOCAL_OUTER = ("state",)  # what of `outer` is each machine's own affair
 RUN = "run_id"
 
 
 def agreed_settings(config: RunConfig) -> dict[str, Any]:
     """Terms that are keys of the configuration, under their own names."""
+    outer = dataclasses.asdict(config.outer)
     return {
         "name": config.name,
         "sequence_tokens": config.sequence_tokens,
         "document_masking": config.document_masking,
         "inner": dataclasses.asdict(config.inner),
-        "outer": dataclasses.asdict(config.outer),
+        "outer": {key: value for key, value in outer.items() if key not in LOCAL_OUTER},
         "membership": dataclasses.asdict(config.membership),
         "roster": config.full_roster,
     }

@@ -20,6 +20,7 @@ from pretrain.exchange.objects import Objects
 from pretrain.exchange.store import StoreExchange
 from pretrain.federation import join as joining
 from pretrain.federation.preflight import check_run, check_store
+from pretrain.federation.room import check_silo_room, silo_disk_bytes
 from pretrain.host import software
 from pretrain.host.identity import own_identity
 from pretrain.silo.model import build_initial, export
@@ -170,9 +171,9 @@ def test_a_silo_that_takes_part_goes_on(begin: Begin) -> None:
     checkpoint.parent.mkdir(parents=True)
     checkpoint.write_text("{}")
     assert site.join()["enters"] == ["beta goes on from its newest checkpoint"]
-    needed = joining._disk_bytes(config, "beta", {"weight": _Shape()})
+    needed = silo_disk_bytes(config, "beta", {"weight": _Shape()})
     checkpoint.write_bytes(bytes(1000))
-    assert joining._disk_bytes(config, "beta", {"weight": _Shape()}) == needed - 998
+    assert silo_disk_bytes(config, "beta", {"weight": _Shape()}) == needed - 998
     (folder / "identity.json").unlink()
     assert "another run directory takes part under this name" in site.refusal()
 
@@ -361,17 +362,19 @@ def test_a_checkpoints_bytes(tmp_path: Path, tiny_config: TinyConfig, stage: int
     """Bytes a parameter, as counted in the files of real ones."""
     silo = {"precision": precision, "deepspeed": {"zero_optimization": {"stage": stage}}, "keep_checkpoints": 1}
     counted = {"fp320": 16, "fp321": 20, "bf160": 18, "bf161": 18, "fp323": 16, "bf163": 16}[f"{precision}{stage}"]
-    needed = joining._disk_bytes(tiny_config(tmp_path, silo=silo), "beta", {"weight": _Shape()})
+    needed = silo_disk_bytes(tiny_config(tmp_path, silo=silo), "beta", {"weight": _Shape()})
     assert needed == (2 * counted + 12) * 1_000_000
     feedback = tiny_config(tmp_path, silo=silo, outer={"codec": "topk"})
-    assert joining._disk_bytes(feedback, "beta", {"weight": _Shape()}) == needed + 8_000_000
+    assert silo_disk_bytes(feedback, "beta", {"weight": _Shape()}) == needed + 8_000_000
 
 
 def test_too_little_disk_and_too_few_gpus(tmp_path: Path, tiny_config: TinyConfig) -> None:
     config = tiny_config(tmp_path)
-    assert joining.check_disk(config, 1) > 0
-    message = one_line_error(joining.check_disk, config, 1 << 60)
-    assert message.startswith(f"directory: '{tmp_path}/run' given; 1,152,921,504,606,846,976 bytes are needed there")
+    free = check_silo_room(config, "beta", 1)
+    assert free > 0
+    message = one_line_error(check_silo_room, config, "beta", 1 << 60)
+    assert message.startswith(f"directory: '{tmp_path}/run' given; silo beta needs 1,152,921,504.607 GB there, and ")
+    assert message.endswith(" GB are free; make room, name another directory, or lower silo.keep_checkpoints")
     assert not (tmp_path / "run").exists()
     for num_gpus in (0, 4, 8):
         check_gpus("law", 4, num_gpus, "of this machine")

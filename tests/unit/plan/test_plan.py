@@ -393,3 +393,36 @@ def test_all_of_it_is_shown_where_nothing_is_better(capsys: pytest.CaptureFixtur
     printed = capsys.readouterr().out
     assert "No way to sync near this one keeps the silos busier." in printed
     assert "aggregator" not in printed
+
+
+@pytest.mark.parametrize("codec", ["fp32", "int4"])
+def test_an_aggregators_disk_is_what_it_takes(codec: str, tmp_path: Path, tiny_config: TinyConfig) -> None:
+    outer = {"codec": codec, "downlink_codec": codec, "state": "disk", "num_fragments": 2}
+    config = tiny_config(tmp_path, outer=outer, exchange={"snapshot_versions": 1})
+    in_memory = dataclasses.replace(config, outer=dataclasses.replace(config.outer, state="memory"))
+    plan, other = make_plan(config, told(config)), make_plan(in_memory, told(config))
+    aggregator, state = start(config)
+    held = sum(4 * value.numel() for of in (state.parameters, *state.kept.values()) for value in of.values())
+    assert (plan.aggregator_disk_bytes[0], other.aggregator_disk_bytes[0]) == (held, 0)
+    assert plan.aggregator_disk_bytes[1] == other.aggregator_disk_bytes[1]
+    assert other.aggregator_memory_bytes - plan.aggregator_memory_bytes > held
+    outbox, passed = Path(config.directory) / "aggregator" / "outbox", []
+    for _ in range(3):
+        passed.append(sum(file.stat().st_size for file in outbox.iterdir()))
+        for seed, silo in enumerate(config.silos):
+            GOOD.deliver(config, silo, state, plus_noise(state, seed))
+        deliveries = aggregator.collect(state)
+        passed[-1] += sum(delivery.manifest.payloads[0].num_bytes for delivery in deliveries)
+        aggregator.commit(state, deliveries, aggregator.merge(state, deliveries))
+    assert max(passed) == pytest.approx(plan.aggregator_disk_bytes[1], rel=0.1)  # names are more
+    print_plan(plan)
+
+
+def test_seventy_billion_parameters_fit_a_small_aggregator() -> None:
+    llama = LLAMA | {"hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 80}
+    llama |= {"num_attention_heads": 64, "num_key_value_heads": 8}
+    coded = ["outer.codec=int4", "outer.downlink_codec=int4", "outer.num_fragments=81"]
+    config = written(llama, "silos.two={}", "outer.sync_interval_steps=100", *coded, "outer.state=disk")
+    plan = make_plan(config, told(config))
+    assert plan.aggregator_disk_bytes[0] == 12 * plan.num_parameters > 800e9
+    assert plan.aggregator_memory_bytes < 2e9
