@@ -21,6 +21,7 @@ from pretrain.exchange.history import Made
 from pretrain.exchange.store import StoreExchange, version_path
 from pretrain.outer.blocks import Adopted, adopt
 from pretrain.outer.codec import check
+from pretrain.outer.digest import digest_tensors
 from pretrain.outer.moments import MOMENT
 from pretrain.outer.quantize import Parts
 from pretrain.trust.ledger import Payload, RefusedError
@@ -142,6 +143,32 @@ class Tensors:
     def moments(self) -> Mapping[str, Parts]:
         """Moments by name of their parameter; each is read when it is asked for."""
         return _Moments(self._opened, self._moments)
+
+
+class Held:
+    """What a payload would have, in memory."""
+
+    def __init__(self, coded: Mapping[str, Parts], moments: Mapping[str, Parts]) -> None:
+        self._coded, self.moments = coded, moments
+        self.is_written = False
+
+    def parts(self, name: str) -> Parts:
+        """The parts of one tensor."""
+        return self._coded[name]
+
+    def describe(self, file: Path, fragment: int) -> Payload:
+        """What is told of it where no file travels: the digest of its tensors in place of a file's sha256."""
+        tensors = [(f"{name}/{part}", t) for name, parts in self._coded.items() for part, t in parts.items()]
+        moments = [(f"{MOMENT}/{name}/{part}", t) for name, of in self.moments.items() for part, t in of.items()]
+        num_bytes = sum(tensor.nbytes for _, tensor in tensors + moments)
+        digest = digest_tensors(tensors + moments)
+        return Payload(fragment=fragment, file=file.name, sha256=digest, num_bytes=num_bytes)
+
+    def write(self, file: Path, fragment: int) -> None:
+        """Write the payload, once."""
+        if not self.is_written:
+            save_tensors(self._coded, file, fragment=fragment, moments=self.moments)
+            self.is_written = True
 
 
 class _Moments(Mapping[str, Parts]):
