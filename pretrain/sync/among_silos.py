@@ -45,7 +45,7 @@ from pretrain.exchange.payload import Held, Tensors
 from pretrain.host.foreign import loads, shown
 from pretrain.host.identity import own_identity
 from pretrain.merge.step import Step, shares
-from pretrain.merge.terms import check_norm, contributor, read_delivery, shared_moments
+from pretrain.merge.terms import LONGEST_NORM, check_norm, contributor, read_delivery, shared_moments
 from pretrain.outer.blocks import Adopted, adopt, squared_norms
 from pretrain.outer.codec import check
 from pretrain.outer.digest import Row, digest_rows, digest_tensors, tensor_rows
@@ -232,22 +232,22 @@ class AmongSilos:
         out = [_pack([coded.parts(p.key) for p in part if other]) for part, other in zip(parts, others, strict=True)]
         arrived = self._swap(out, [num_bytes(uplink, mine)] * len(parts))
         told_moments, num_moment_bytes = self._swap_moments(coded.moments, base)
-        outer = OuterTensors(
-            parameters={piece.key: piece.of(base[piece.name]).clone() for piece in mine},
+        values = {name: torch.empty_like(tensor) for name, tensor in base.items()}
+        outer = OuterTensors(  # the step publishes our part where it belongs
+            parameters={piece.key: piece.of(values[piece.name]).copy_(piece.of(base[piece.name])) for piece in mine},
             kept={kind: {piece.key: of[piece.key] for piece in mine} for kind, of in self._kept.items()},
         )
         weights, _ = shares(self._config.outer, [manifests[silo] for silo in self._roster])
         shapes = {name: value.shape for name, value in base.items()}
         step = Step(self._config, version, outer, weights=weights, told=told_moments, shapes=shapes, gram=True)
-        changes = self._step(step, outer, mine, self._unpacked(arrived, uplink, [mine] * len(parts), own))
+        changes = self._step(step, base, mine, self._unpacked(arrived, uplink, [mine] * len(parts), own), outer)
         sent, received = sum(map(_length, out)), _length(arrived)
         del arrived  # each of these is a fragment, or a silo's part of one
-        outer.parameters.clear()
         keeping = self._beside.submit(self._keep, version, outer)
 
         change = _pack(changes)
         merged = self._swap([change] * len(parts), [num_bytes(downlink, part) for part in parts])
-        values = self._apply(self._unpacked(merged, downlink, parts, changes), parts, base)
+        values = self._apply(self._unpacked(merged, downlink, parts, changes), parts, base, values)
         sent, received = sent + _length(change) * sum(others), received + _length(merged)
         del merged, change, changes
         rows = tensor_rows(values, torch.get_num_threads())
@@ -302,25 +302,39 @@ class AmongSilos:
         ]
 
     def _step(
-        self, step: Step, outer: OuterTensors, mine: Sequence[Piece], arrived: Sequence[Sequence[Parts]]
+        self,
+        step: Step,
+        base: Mapping[str, Tensor],
+        mine: Sequence[Piece],
+        arrived: Sequence[Sequence[Parts]],
+        outer: OuterTensors,
     ) -> list[Parts]:
         """Take the step of our part; returns the coded changes of its pieces."""
-        codec, num_threads = self._config.outer.codec, torch.get_num_threads()
         coded: dict[str, list[tuple[Parts, Tensor]]] = {piece.key: [] for piece in mine}
         for silo, of_silo in zip(self._roster, arrived, strict=True):
             for piece, parts in zip(mine, of_silo, strict=True):
-                self._check(silo, codec, parts, piece)
+                self._check(silo, self._config.outer.codec, parts, piece)
                 coded[piece.key].append((parts, outer.parameters[piece.key]))
-            squared = squared_norms(codec, [coded[piece.key][-1] for piece in mine], num_threads)
-            for piece, one in zip(mine, squared, strict=True):
+        try:
+            changes = step.take(mine, lambda piece: coded[piece.key], num_threads=torch.get_num_threads())
+        except ValueError as error:
+            self._check_norms(base, mine, arrived)  # one that is too long may be why
+            raise ConfigError(str(error)) from None
+        if not bool((step.gram.diagonal().sqrt() <= LONGEST_NORM).all()):  # of our whole part; a piece's is no longer
+            self._check_norms(base, mine, arrived)
+        return list(changes.values())
+
+    def _check_norms(
+        self, base: Mapping[str, Tensor], mine: Sequence[Piece], arrived: Sequence[Sequence[Parts]]
+    ) -> None:
+        """Raise PeerLostError if what a silo sent of a piece is absurdly long."""
+        for silo, of_silo in zip(self._roster, arrived, strict=True):
+            coded = [(parts, piece.of(base[piece.name])) for piece, parts in zip(mine, of_silo, strict=True)]
+            for piece, squared in zip(mine, squared_norms(self._config.outer.codec, coded), strict=True):
                 try:
-                    check_norm(one**0.5)
+                    check_norm(squared**0.5)
                 except ValueError as error:
                     raise PeerLostError(f"silo {silo}: {piece.name}: {error}") from None
-        try:
-            return list(step.take(mine, lambda piece: coded[piece.key], num_threads=num_threads).values())
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
 
     @staticmethod
     def _check(silo: str, codec: str, parts: Parts, piece: Piece) -> None:
@@ -351,15 +365,17 @@ class AmongSilos:
         return found, _length(mine) * (len(self._roster) - 1)
 
     def _apply(
-        self, merged: Sequence[list[Parts]], parts: Sequence[list[Piece]], base: Mapping[str, Tensor]
+        self,
+        merged: Sequence[list[Parts]],
+        parts: Sequence[list[Piece]],
+        base: Mapping[str, Tensor],
+        values: dict[str, Tensor],
     ) -> dict[str, Tensor]:
-        """The fragment after the step: every silo's coded change applied to its part."""
-        values, codec = (
-            {name: torch.empty_like(tensor) for name, tensor in base.items()},
-            self._config.outer.downlink_codec,
-        )
-        changes = []
+        """The fragment after the step: every other silo's coded change applied to its part; ours is there."""
+        changes, codec = [], self._config.outer.downlink_codec
         for silo, of_silo, pieces in zip(self._roster, merged, parts, strict=True):
+            if silo == self._silo:
+                continue
             for piece, change in zip(pieces, of_silo, strict=True):
                 self._check(silo, codec, change, piece)
                 published, new = piece.of(base[piece.name]), piece.of(values[piece.name])
