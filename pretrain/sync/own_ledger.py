@@ -114,10 +114,9 @@ class OwnLedger:
         """Write a version for ever, and prune what nobody needs again."""
         self._store.publish(commit, zip(commit.payloads, files, strict=True), give=True)
         self.newest = commit.version
-        keep, num_fragments = self._config.exchange.keep_versions, self._schedule.num_fragments
-        self._history.prune([self._silo], self.newest, keep)
+        self._history.prune([self._silo], self.newest, self._config.exchange.keep_versions)
         for file in (self._directory / "kept").glob("*.safetensors"):
-            if int(file.name[:6]) <= self.newest - num_fragments:
+            if int(file.name[:6]) <= self.newest - 2 * self._schedule.num_fragments:  # else `keep` takes it over
                 file.unlink()
 
     def _file(self, fragment: int) -> Path:
@@ -200,11 +199,14 @@ class OwnLedger:
     # ---- our part of the outer state
 
     def keep(self, version: int, kept: Kept) -> None:
-        """Write what step `version` made of our part."""
+        """Write what step `version` made of our part, over what the fragment's last step but one made of it."""
         for kind, values in kept.items():
             file = self._kept_file(version, kind)
-            keep_tensors(values, file.with_suffix(".tmp"), kind)
-            file.with_suffix(".tmp").replace(file)
+            temporary, old = file.with_suffix(".tmp"), self._kept_file(version - 2 * self._schedule.num_fragments, kind)
+            if old.is_file():
+                old.replace(temporary)
+            keep_tensors(values, temporary, kind)
+            temporary.replace(file)
 
     def _kept_file(self, version: int, kind: str) -> Path:
         return self._directory / "kept" / f"{version:06d}-{kind}.safetensors"
