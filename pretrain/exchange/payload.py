@@ -61,18 +61,18 @@ def keep_tensors(values: Mapping[str, Tensor], file: Path, kind: str) -> None:
     What is there already is written over, which takes half the time of a new file: the system has its pages in hand.
     """
     tensors = {f"{kind}/values/{name}": value for name, value in values.items()}
-    _write_file(tensors, file, lambda block: None, mode="r+b" if file.is_file() else "xb")
+    _write_file(tensors, file, lambda block: None, over=file.is_file())
 
 
 def _write_file(
-    tensors: Mapping[str, Tensor], file: Path, hear: Callable[[memoryview | bytes], None], *, mode: str = "xb"
+    tensors: Mapping[str, Tensor], file: Path, hear: Callable[[memoryview | bytes], None], *, over: bool = False
 ) -> int:
     """Write tensors by key; all that is written is heard, block by block. Returns the number of bytes."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    if mode == "xb":
+    if not over:
         file.unlink(missing_ok=True)
     words = header({key: (value.dtype, list(value.shape)) for key, value in tensors.items()})
-    with file.open(mode, buffering=0) as opened:
+    with file.open("r+b" if over else "xb", buffering=0) as opened:
         hear(words)
         _write(opened, memoryview(words))
         for key in in_order({key: value.dtype for key, value in tensors.items()}):
