@@ -44,6 +44,7 @@ from pretrain.exchange.lanes import Lanes, carry
 from pretrain.exchange.payload import Held, Tensors
 from pretrain.host.foreign import loads, shown
 from pretrain.host.identity import own_identity
+from pretrain.host.memory import give_back_memory
 from pretrain.merge.step import Step, shares
 from pretrain.merge.terms import LONGEST_NORM, check_norm, contributor, read_delivery, shared_moments
 from pretrain.outer.blocks import Adopted, adopt, squared_norms
@@ -117,6 +118,7 @@ class AmongSilos:
             self._lanes = Lanes(self._collective.first_lane(), self._config.exchange.num_lanes, self._lane_group)
             self._catch_up({silo: facts["newest"] for silo, facts in told.items()})
         self._rows, self._kept = self._ledger.load()
+        give_back_memory()  # copies of the model that went through our hands
 
     def _catch_up(self, newest: Mapping[str, int]) -> None:
         """Give the newest version to those that died before they had written it; nobody can be further behind."""
