@@ -55,13 +55,17 @@ def test_every_silo_begins_with_the_same_bytes(config: RunConfig) -> None:
 
 def test_goes_on_with_its_part_of_the_outer_state(config: RunConfig) -> None:
     ledger = opened(config, "alpha")
-    for _ in range(3):
+    folder = config.silo_directory("alpha") / "kept"
+    for _ in range(5):
         write_next(config, ledger)
+        (folder / f"{ledger.newest + 1:06d}-velocity.tmp").write_bytes(bytes(1 << 20))  # of one who died as it wrote
     again = opened(config, "alpha")
-    assert again.newest == 3
+    assert again.newest == 5
     _, kept = again.load()
     found = sorted({value.view(-1)[0].item() for value in kept["velocity"].values()})
-    assert found == [2.0, 1.0 + 3.0]  # fragment 0: version 2; fragment 1: versions 1 and 3
+    assert found == [2.0 + 4.0, 1.0 + 3.0 + 5.0]  # fragment 0: versions 2 and 4; fragment 1: 1, 3 and 5
+    versions = {int(file.name[:6]) for file in folder.glob("*.safetensors")}
+    assert versions == {2, 3, 4, 5}  # two of each fragment: the next step is written over the older one
 
 
 def test_takes_from_another_what_its_commit_names_and_nothing_else(config: RunConfig) -> None:
