@@ -154,7 +154,7 @@ class Silo:
         """Write a checkpoint, and tell the store which version it holds."""
         self.check_data()
         if self.sync:
-            self.sync.settle()
+            self.sync.settle(self.progress)
         self.checkpoints.save(self.progress, self.engine, self.ranks, self.sync.host_tensors if self.sync else {})
         if self.sync:
             self.sync.checkpointed(self.progress)

@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from pretrain.exchange.payload import Held, Tensors
 from pretrain.outer.digest import Row
 from pretrain.outer.pieces import Piece
 from pretrain.outer.quantize import Parts
@@ -28,6 +29,27 @@ class Received:
     """Whether our delivery for it was refused for good."""
 
 
+class Outgoing(NamedTuple):
+    """Our part of a version."""
+
+    manifest: Manifest
+    file: Path
+    """Its place in the outbox."""
+    held: Held | None = None
+    """What is coded, where that is in memory; else it lies in the file."""
+
+    @property
+    def coded(self) -> Held | Tensors:
+        """What is coded, wherever it is."""
+        return self.held or Tensors(self.file)
+
+    def write(self) -> None:
+        """Put it in the outbox, where a restart finds it."""
+        if self.held:
+            self.held.write(self.file, self.manifest.payloads[0].fragment)
+        self.file.with_suffix(".json").write_bytes(self.manifest.to_bytes())
+
+
 class Exchange(Protocol):
     """How one silo's pseudo-gradients reach the others, and what was merged comes back."""
 
@@ -38,6 +60,10 @@ class Exchange(Protocol):
     @property
     def concurrent(self) -> bool:
         """Whether `receive` may run for several versions at once; if not, it is called in their order."""
+
+    @property
+    def sends_files(self) -> bool:
+        """Whether what is sent has to lie in a file; if not, it does when a checkpoint is written."""
 
     @property
     def lost(self) -> str:
@@ -76,13 +102,16 @@ class Exchange(Protocol):
     def pieces(self, names: Sequence[str], base: Mapping[str, Tensor]) -> list[Piece]:
         """In which pieces a fragment's tensors are coded and sent."""
 
-    def deliver(self, manifest: Manifest, file: Path) -> None:
+    def deliver(self, sent: Outgoing) -> None:
         """Give away a coded fragment, as often as need be: what was delivered first stands."""
 
-    def receive(self, version: int, sent: "tuple[Manifest, Path] | None", base: Mapping[str, Tensor]) -> Received:
+    def receive(self, version: int, sent: Outgoing | None, base: Mapping[str, Tensor]) -> Received:
         """Wait until a version is merged; `sent` is our part in it, if we have one, and `base` the tensors that it
         changes, as they are before.
         """
+
+    def recorded(self, commit: Commit) -> Commit:
+        """The commit of what was received, as it is on record: a restart finds all of it then. It may have to wait."""
 
     def checkpointed(self, version: int) -> None:
         """A checkpoint holds `version`: what is older is not needed any more."""

@@ -27,6 +27,7 @@ from pretrain.host.foreign import shown
 MESSAGE_BYTES = 4 << 20  # a peer that passes less than one in `dead_seconds` counts as dead
 CONNECT_SECONDS = 5.0
 ASK_SECONDS = 0.02
+FIRST_ASK_SECONDS = 0.001  # twice as long each time: words that come at once are not waited for
 
 
 class PeerLostError(Exception):
@@ -172,9 +173,11 @@ class Collective:
         keys = {silo: f"said/{what}/{silo}" for silo in self.roster}
         try:
             self._store.set(keys[self.silo], words)
+            seconds = FIRST_ASK_SECONDS
             while missing := [silo for silo, key in keys.items() if not self._store.check([key])]:
                 self.missing = missing
-                self._pause(ASK_SECONDS)
+                self._pause(seconds)
+                seconds = min(2 * seconds, ASK_SECONDS)
             self.missing = []
             return {silo: self._store.get(key) for silo, key in keys.items()}
         except dist.DistError:

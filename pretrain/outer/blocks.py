@@ -294,7 +294,8 @@ class _Work:
         self.rule, self.number, self.coded = rule, number, coded
         self.published, self.target = array(target.published), array(target.target)
         self.moments = {kind: array(value) for kind, value in target.moments.items()}
-        change = _empty_parts(rule.downlink_codec, target.published)
+        whole = rule.downlink_codec == "fp32"  # what is published is the change itself, and needs no second place
+        change = {"values": target.published} if whole else _empty_parts(rule.downlink_codec, target.published)
         self.stepped, self.change = Stepped(change=change), arrays(change)
         self.of_silos = [(arrays(one.parts), array(one.base)) for one in coded]
         self.importances: list[Importance | None] = [

@@ -151,10 +151,11 @@ def _sync_bytes(config: RunConfig, shapes: Shapes) -> int:
     kept = 4 * num_elements * (2 if decay else 1)
     in_flight = min(outer.num_fragments, 1 + outer.overlap_steps * outer.num_fragments // outer.sync_interval_steps)
     coded = (QUANTIZERS[outer.codec].bits + QUANTIZERS[outer.downlink_codec].bits) / 8
-    if config.exchange.kind == "collective":  # version 0, which passes through, and a part of the outer state
-        kept += 4 * num_elements * 3
+    passing = in_flight * _largest_fragment(config, shapes) * (4 + 4 + coded)
+    if config.exchange.kind == "collective":  # version 0 passes through at the start; a part of the outer state stays
+        passing = max(passing, 4 * num_elements * 3)
         kept += 4 * num_elements * len(kept_kinds(outer.optimizer, outer.downlink_codec)) // len(config.full_roster)
-    return round(_client_bytes(config, shapes) + kept + in_flight * _largest_fragment(config, shapes) * (4 + 4 + coded))
+    return round(_client_bytes(config, shapes) + kept + passing)
 
 
 def _largest_fragment(config: RunConfig, shapes: Shapes) -> int:

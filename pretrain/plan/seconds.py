@@ -27,11 +27,10 @@ DELIVER_SECONDS, ADOPT_SECONDS = 1e-9, 1e-9  # out of and into the engine: nothi
 CODE_SECONDS, DECODE_SECONDS = 5e-9, 6e-9
 MERGE_SECONDS, MERGE_SILO_SECONDS = 15e-9, 10e-9  # the outer step and its files; each delivery
 STATE_SECONDS = 2e-9  # each kind of outer state in a snapshot, and in every version of a collective
-LEDGER_SECONDS = 9e-9  # in a collective each silo writes the version
 
 # Requests that wait for one another: of a silo, of the aggregator for each silo, and for itself.
 SILO_TRIPS, VERIFY_TRIPS, COMMIT_TRIPS = 10, 4, 8
-WORDS, WORD_SECONDS = 3, 0.02  # what all silos of a collective tell all about a version, and how often they look
+WORDS, WORD_SECONDS = 2, 0.01  # what all silos of a collective tell all about a version, and how long until it is seen
 
 MAX_ROUNDS = 50  # that are gone through; later ones are like these
 
@@ -136,7 +135,7 @@ def _stage_seconds(config: RunConfig, moved: Traffic, given: Given) -> list[floa
     if exchange.kind == "collective":
         trips = WORDS * (2 * num_silos + 1) + 2
         words = WORDS * WORD_SECONDS + trips * latency
-        return [code, before + after + words + (merging / num_silos + LEDGER_SECONDS * elements) * work + decode]
+        return [code, before + after + words + merging / num_silos * work + decode]
     # Aggregator and silo each look once in poll_seconds: half of it on the average.
     poll = exchange.poll_seconds / 2
     trips = VERIFY_TRIPS * num_silos + COMMIT_TRIPS

@@ -5,11 +5,22 @@ A fragment is cut into one part a silo. Every silo sends each other one that one
 (all-gather): 2 (K - 1) / K coded fragments leave each of K silos, and each keeps a K-th of the outer optimizer's state.
 The mathematics are the aggregator's, to the last bit.
 
-Each silo writes the same ledger in its own run directory; what each is about to write is compared before anybody does.
-So a silo that resumes from an older checkpoint finds there what was merged meanwhile, and one that died between its
-step and its commit finds the step there and the commit with the others.
+Each silo writes the same ledger in its own run directory, beside training; what has come out is compared before
+anybody adopts it. So a silo that resumes from an older checkpoint finds there what was merged meanwhile, and one that
+died before it had the commit finds its part of the outer state there and the commit with the others. This is why:
+
+- What step v made of our part of the outer state is written before we say what came out of v. All have to say so before
+  anybody adopts v. So whoever holds v, in memory or on the disk, knows that nobody lacks the state behind it.
+- Nobody speaks about v + 1 before its ledger has v. So ledgers are at most one version apart, and the commit that is
+  missing in one is in another's, or in none: then no checkpoint has v either, and it is merged anew from deliveries
+  that come out the same.
+- No checkpoint of v is written before the ledger has v (`recorded`), nor one with v in flight before what we send for
+  it is in the outbox.
+
+The commit of v, whose payload is hashed as it is written, is compared as what v + 1 follows, and when silos meet.
 """
 
+import dataclasses
 import json
 import math
 import threading
@@ -17,8 +28,8 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,17 +38,18 @@ from torch import Tensor
 
 from pretrain.config.check import ConfigError, named
 from pretrain.config.keys import RunConfig
-from pretrain.exchange.base import Received
+from pretrain.exchange.base import Outgoing, Received
 from pretrain.exchange.collective import Collective, Lane, PeerLostError, connect
 from pretrain.exchange.lanes import Lanes, carry
-from pretrain.exchange.payload import Tensors
+from pretrain.exchange.payload import Held, Tensors
 from pretrain.host.foreign import loads, shown
 from pretrain.host.identity import own_identity
+from pretrain.host.memory import give_back_memory
 from pretrain.merge.step import Step, shares
-from pretrain.merge.terms import check_norm, contributor, read_delivery, shared_moments
+from pretrain.merge.terms import LONGEST_NORM, check_norm, contributor, read_delivery, shared_moments
 from pretrain.outer.blocks import Adopted, adopt, squared_norms
 from pretrain.outer.codec import check
-from pretrain.outer.digest import Row, digest_rows, tensor_rows
+from pretrain.outer.digest import Row, digest_rows, digest_tensors, tensor_rows
 from pretrain.outer.merge import mean_cosine, unit_sum_squared
 from pretrain.outer.moments import Moment, check_lengths, check_moments
 from pretrain.outer.pieces import Piece
@@ -45,7 +57,7 @@ from pretrain.outer.quantize import QUANTIZERS, Parts
 from pretrain.outer.state import OuterTensors
 from pretrain.sync.own_ledger import Kept, OwnLedger, all_pieces
 from pretrain.trust.contract import build_contract, check_same_contract, first_contract
-from pretrain.trust.ledger import Commit, Contributor, Manifest, RefusedError, sha256_bytes
+from pretrain.trust.ledger import Commit, Manifest, RefusedError, sha256_bytes
 
 SETTLE_SECONDS = 3.0  # for the watch to find out who broke a connection, and why
 
@@ -54,6 +66,7 @@ class AmongSilos:
     """One silo's exchange with all others; see exchange/base.py for the verbs."""
 
     concurrent = False
+    sends_files = False
 
     def __init__(self, config: RunConfig, silo: str, lanes: dist.ProcessGroup | None) -> None:
         """`lanes` has the silo's ranks that carry bytes, for that alone; None with one lane."""
@@ -68,6 +81,9 @@ class AmongSilos:
         self._carrier: threading.Thread | None = None
         self._passing = threading.Lock()
         self._lost = ""
+        self._beside = ThreadPoolExecutor(1, thread_name_prefix="ledger")  # writes, beside what needs no disk
+        self._written: Future[None] = Future()  # of the newest version
+        self._written.set_result(None)
         self._rows: dict[str, Row] = {}  # of the newest version
         self._kept: Kept = {}  # the outer state of our part of every fragment
 
@@ -102,6 +118,7 @@ class AmongSilos:
             self._lanes = Lanes(self._collective.first_lane(), self._config.exchange.num_lanes, self._lane_group)
             self._catch_up({silo: facts["newest"] for silo, facts in told.items()})
         self._rows, self._kept = self._ledger.load()
+        give_back_memory()  # copies of the model that went through our hands
 
     def _catch_up(self, newest: Mapping[str, int]) -> None:
         """Give the newest version to those that died before they had written it; nobody can be further behind."""
@@ -175,6 +192,7 @@ class AmongSilos:
         with self._passing:  # whoever passes bytes at this moment ends first
             if self._lanes:
                 self._lanes.close(len(self._roster))
+            self._beside.shutdown()
 
     # ---- one version
 
@@ -185,23 +203,28 @@ class AmongSilos:
     def _parts(self, fragment: Mapping[str, Tensor]) -> list[list[Piece]]:
         return all_pieces(fragment, len(self._roster))
 
-    def deliver(self, manifest: Manifest, file: Path) -> None:
+    def deliver(self, sent: Outgoing) -> None:
         """Nothing leaves before all are there."""
 
-    def receive(self, version: int, sent: tuple[Manifest, Path] | None, base: Mapping[str, Tensor]) -> Received:
+    def receive(self, version: int, sent: Outgoing | None, base: Mapping[str, Tensor]) -> Received:
         """Merge a version with the others; one that is in our ledger already is taken from there."""
+        self._written.result()  # nobody speaks of a version before its ledger has the one before
         if version <= self._ledger.newest:
             return self._ledger.received(version)
         assert sent  # nobody sits out a round of a collective
-        manifest, file = sent
         with self._passing, self._naming_the_lost():
-            return self._merge(version, manifest, Tensors(file), base)
+            return self._merge(version, sent.manifest, sent.coded, base)
 
-    def _merge(self, version: int, manifest: Manifest, coded: Tensors, base: Mapping[str, Tensor]) -> Received:
+    def recorded(self, commit: Commit) -> Commit:
+        """Wait until our ledger has it."""
+        self._written.result()
+        return self._ledger.commit(commit.version)
+
+    def _merge(self, version: int, manifest: Manifest, coded: Held | Tensors, base: Mapping[str, Tensor]) -> Received:
         assert version == self._ledger.newest + 1
         told = self._collective.share(f"{version}/manifest", manifest.to_bytes().decode())
         manifests = self._read_manifests(version, told, digest_rows(self._rows[name] for name in base))
-        for what in ("manifest", "stepped", "commit"):
+        for what in ("manifest", "merged"):
             self._collective.forget(f"{version - 1}/{what}")  # all have come here, so they have heard it
 
         uplink, downlink = self._config.outer.codec, self._config.outer.downlink_codec
@@ -211,25 +234,22 @@ class AmongSilos:
         out = [_pack([coded.parts(p.key) for p in part if other]) for part, other in zip(parts, others, strict=True)]
         arrived = self._swap(out, [num_bytes(uplink, mine)] * len(parts))
         told_moments, num_moment_bytes = self._swap_moments(coded.moments, base)
-        outer = OuterTensors(
-            parameters={piece.key: piece.of(base[piece.name]).clone() for piece in mine},
+        values = {name: torch.empty_like(tensor) for name, tensor in base.items()}
+        outer = OuterTensors(  # the step publishes our part where it belongs
+            parameters={piece.key: piece.of(values[piece.name]).copy_(piece.of(base[piece.name])) for piece in mine},
             kept={kind: {piece.key: of[piece.key] for piece in mine} for kind, of in self._kept.items()},
         )
         weights, _ = shares(self._config.outer, [manifests[silo] for silo in self._roster])
         shapes = {name: value.shape for name, value in base.items()}
         step = Step(self._config, version, outer, weights=weights, told=told_moments, shapes=shapes, gram=True)
-        changes = self._step(step, outer, mine, self._unpacked(arrived, uplink, [mine] * len(parts), own))
+        changes = self._step(step, base, mine, self._unpacked(arrived, uplink, [mine] * len(parts), own), outer)
         sent, received = sum(map(_length, out)), _length(arrived)
         del arrived  # each of these is a fragment, or a silo's part of one
-        outer.parameters.clear()
-        self._ledger.keep(version, outer.kept)  # before anybody can have what belongs to it
+        keeping = self._beside.submit(self._keep, version, outer)
 
-        words: dict[str, Any] = {"update_squared": step.update_squared, "gram": step.gram.tolist()}
-        words["kept_digest"] = outer.kept_digest(piece.key for piece in mine)
-        stepped = self._collective.share(f"{version}/stepped", json.dumps(words))
         change = _pack(changes)
         merged = self._swap([change] * len(parts), [num_bytes(downlink, part) for part in parts])
-        values = self._apply(self._unpacked(merged, downlink, parts, changes), parts, base)
+        values = self._apply(self._unpacked(merged, downlink, parts, changes), parts, base, values)
         sent, received = sent + _length(change) * sum(others), received + _length(merged)
         del merged, change, changes
         rows = tensor_rows(values, torch.get_num_threads())
@@ -237,10 +257,13 @@ class AmongSilos:
             contributor(manifests[silo], told[silo], weight) for silo, weight in zip(self._roster, weights, strict=True)
         ]
         moments = step.merged_moments()
-        self._commit(version, values, rows, contributors, stepped, moments=moments)
+        terms = self._ledger.terms(version, digest_rows((self._rows | rows).values()), contributors)
+        terms = self._agree(terms, moments, step, kept_digest=keeping.result())
         self._rows |= rows
+        fragment = self._schedule.fragment(version)
+        self._written = self._beside.submit(self._ledger.write, terms, {fragment: values}, moments)
         return Received(
-            commit=Commit.from_bytes(self._ledger.words(version).encode()),
+            commit=terms,  # but for its payload's hash
             values=values,
             rows=rows,
             moments=moments,
@@ -281,25 +304,39 @@ class AmongSilos:
         ]
 
     def _step(
-        self, step: Step, outer: OuterTensors, mine: Sequence[Piece], arrived: Sequence[Sequence[Parts]]
+        self,
+        step: Step,
+        base: Mapping[str, Tensor],
+        mine: Sequence[Piece],
+        arrived: Sequence[Sequence[Parts]],
+        outer: OuterTensors,
     ) -> list[Parts]:
         """Take the step of our part; returns the coded changes of its pieces."""
-        codec, num_threads = self._config.outer.codec, torch.get_num_threads()
         coded: dict[str, list[tuple[Parts, Tensor]]] = {piece.key: [] for piece in mine}
         for silo, of_silo in zip(self._roster, arrived, strict=True):
             for piece, parts in zip(mine, of_silo, strict=True):
-                self._check(silo, codec, parts, piece)
+                self._check(silo, self._config.outer.codec, parts, piece)
                 coded[piece.key].append((parts, outer.parameters[piece.key]))
-            squared = squared_norms(codec, [coded[piece.key][-1] for piece in mine], num_threads)
-            for piece, one in zip(mine, squared, strict=True):
+        try:
+            changes = step.take(mine, lambda piece: coded[piece.key], num_threads=torch.get_num_threads())
+        except ValueError as error:
+            self._check_norms(base, mine, arrived)  # one that is too long may be why
+            raise ConfigError(str(error)) from None
+        if not bool((step.gram.diagonal().sqrt() <= LONGEST_NORM).all()):  # of our whole part; a piece's is no longer
+            self._check_norms(base, mine, arrived)
+        return list(changes.values())
+
+    def _check_norms(
+        self, base: Mapping[str, Tensor], mine: Sequence[Piece], arrived: Sequence[Sequence[Parts]]
+    ) -> None:
+        """Raise PeerLostError if what a silo sent of a piece is absurdly long."""
+        for silo, of_silo in zip(self._roster, arrived, strict=True):
+            coded = [(parts, piece.of(base[piece.name])) for piece, parts in zip(mine, of_silo, strict=True)]
+            for piece, squared in zip(mine, squared_norms(self._config.outer.codec, coded), strict=True):
                 try:
-                    check_norm(one**0.5)
+                    check_norm(squared**0.5)
                 except ValueError as error:
                     raise PeerLostError(f"silo {silo}: {piece.name}: {error}") from None
-        try:
-            return list(step.take(mine, lambda piece: coded[piece.key], num_threads=num_threads).values())
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
 
     @staticmethod
     def _check(silo: str, codec: str, parts: Parts, piece: Piece) -> None:
@@ -330,15 +367,17 @@ class AmongSilos:
         return found, _length(mine) * (len(self._roster) - 1)
 
     def _apply(
-        self, merged: Sequence[list[Parts]], parts: Sequence[list[Piece]], base: Mapping[str, Tensor]
+        self,
+        merged: Sequence[list[Parts]],
+        parts: Sequence[list[Piece]],
+        base: Mapping[str, Tensor],
+        values: dict[str, Tensor],
     ) -> dict[str, Tensor]:
-        """The fragment after the step: every silo's coded change applied to its part."""
-        values, codec = (
-            {name: torch.empty_like(tensor) for name, tensor in base.items()},
-            self._config.outer.downlink_codec,
-        )
-        changes = []
+        """The fragment after the step: every other silo's coded change applied to its part; ours is there."""
+        changes, codec = [], self._config.outer.downlink_codec
         for silo, of_silo, pieces in zip(self._roster, merged, parts, strict=True):
+            if silo == self._silo:
+                continue
             for piece, change in zip(pieces, of_silo, strict=True):
                 self._check(silo, codec, change, piece)
                 published, new = piece.of(base[piece.name]), piece.of(values[piece.name])
@@ -346,44 +385,42 @@ class AmongSilos:
         adopt(codec, changes, torch.get_num_threads())
         return values
 
-    def _commit(
-        self,
-        version: int,
-        values: Mapping[str, Tensor],
-        rows: Mapping[str, Row],
-        contributors: Sequence[Contributor],
-        stepped: Mapping[str, bytes],
-        *,
-        moments: Mapping[str, Parts],
-    ) -> None:
-        """Draft the commit, compare its sha256 with the others', and write it into the ledger."""
-        kinds = {"gram": list, "kept_digest": str, "update_squared": float}
-        said = {silo: _heard(silo, words, kinds) for silo, words in stepped.items()}
-        try:
-            gram = torch.tensor([words["gram"] for words in said.values()], dtype=torch.float64).sum(0)
-        except (ValueError, TypeError) as error:
-            raise PeerLostError(f"version {version}: what a silo said of its step is no matrix: {error}") from None
-        commit, files = self._ledger.draft(
-            version,
-            {self._schedule.fragment(version): values},
-            moments=moments,
-            parameters_digest=digest_rows((self._rows | dict(rows)).values()),
-            outer_digest=sha256_bytes(json.dumps([words["kept_digest"] for words in said.values()]).encode()),
-            contributors=contributors,
-            metrics={
-                "update_norm": sum(words["update_squared"] for words in said.values()) ** 0.5,
-                "cosine_mean": mean_cosine(unit_sum_squared(gram), len(self._roster)),
-            },
-        )
-        found = self._collective.share(f"{version}/commit", sha256_bytes(commit.to_bytes()))
-        usual, number = Counter(found.values()).most_common(1)[0]
-        if number < len(found):
-            odd = [silo for silo in self._roster if found[silo] != usual or 2 * number <= len(found)]
+    def _keep(self, version: int, outer: OuterTensors) -> str:
+        """Write what a step made of our part of the outer state; returns its digest."""
+        self._ledger.keep(version, outer.kept)
+        return outer.kept_digest(key for key in next(iter(outer.kept.values()), {}))
+
+    def _agree(self, terms: Commit, moments: Mapping[str, Parts], step: Step, *, kept_digest: str) -> Commit:
+        """Compare what came out of a version with what the others have; returns its commit, but for the payload.
+
+        Our part of the outer state is written by now: whoever adopts the version relies on it.
+        """
+        version = terms.version
+        told = digest_tensors((f"{name}/{part}", t) for name, of in moments.items() for part, t in of.items())
+        words = {"update_squared": step.update_squared, "gram": step.gram.tolist(), "kept_digest": kept_digest}
+        words["merged"] = sha256_bytes(terms.to_bytes() + told.encode())
+        found = self._collective.share(f"{version}/merged", json.dumps(words))
+        kinds = {"gram": list, "kept_digest": str, "update_squared": float, "merged": str}
+        said = {silo: _heard(silo, heard, kinds) for silo, heard in found.items()}
+        usual, number = Counter(of["merged"] for of in said.values()).most_common(1)[0]
+        if number < len(said):
+            odd = [silo for silo in self._roster if said[silo]["merged"] != usual or 2 * number <= len(said)]
             raise PeerLostError(
                 f"silo {named(odd)}: another version {version} than the other silos' came out of the same "
                 "deliveries; the version is not written"
             )
-        self._ledger.publish(commit, files)
+        try:
+            gram = torch.tensor([of["gram"] for of in said.values()], dtype=torch.float64).sum(0)
+        except (ValueError, TypeError) as error:
+            raise PeerLostError(f"version {version}: what a silo said of its step is no matrix: {error}") from None
+        return dataclasses.replace(
+            terms,
+            outer_digest=sha256_bytes(json.dumps([of["kept_digest"] for of in said.values()]).encode()),
+            metrics={
+                "update_norm": sum(of["update_squared"] for of in said.values()) ** 0.5,
+                "cosine_mean": mean_cosine(unit_sum_squared(gram), len(self._roster)),
+            },
+        )
 
     @contextmanager
     def _naming_the_lost(self) -> Iterator[None]:

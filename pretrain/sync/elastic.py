@@ -93,7 +93,7 @@ class ElasticSync(SiloSync):
 
     def _jump(self, engine: Engine, progress: Progress, newest: int) -> None:
         began, missed = time.monotonic(), progress.version
-        self.settle()
+        self.settle(progress)
         if self._decay:
             for name in engine.shapes:
                 local = engine.read(name)

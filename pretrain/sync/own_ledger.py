@@ -3,9 +3,11 @@
     silos/NAME/ledger/        laid out like a store: contract.json, and of every version commit.json and the parameters
     silos/NAME/kept/000017-velocity.safetensors   the outer state of the silo's part, as step 17 left it
 
-The outer state is written before any of the step is sent: whoever dies after others had its change still has it.
+The outer state is written before anybody can adopt what belongs to it, a version beside training after it was adopted
+(among_silos.py).
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,14 +61,12 @@ class OwnLedger:
         if self.newest < 0:
             outer, parameters = self._config.outer, parameters or initial_parameters(self._config)
             kept = kept_at_start(parameters, outer.optimizer, outer.downlink_codec)
-            self.publish(
-                *self.draft(
-                    0,
-                    {f: {n: parameters[n] for n in names} for f, names in enumerate(self._cut(parameters))},
-                    parameters_digest=digest_rows(tensor_rows(parameters, torch.get_num_threads()).values()),
-                    outer_digest=OuterTensors(parameters=parameters, kept=kept).kept_digest(parameters),
-                )
+            terms = self.terms(
+                0,
+                digest_rows(tensor_rows(parameters, torch.get_num_threads()).values()),
+                outer_digest=OuterTensors(parameters=parameters, kept=kept).kept_digest(parameters),
             )
+            self.write(terms, {f: {n: parameters[n] for n in names} for f, names in enumerate(self._cut(parameters))})
 
     def _cut(self, parameters: Mapping[str, Tensor]) -> list[list[str]]:
         try:
@@ -74,52 +74,59 @@ class OwnLedger:
         except ValueError as error:
             raise ConfigError(str(error)) from None
 
-    def draft(
+    def terms(
         self,
         version: int,
-        values: Mapping[int, Mapping[str, Tensor]],  # by fragment
-        *,
         parameters_digest: str,
-        outer_digest: str,
-        moments: Mapping[str, Parts] | None = None,
         contributors: Sequence[Contributor] = (),
-        metrics: Mapping[str, float] | None = None,
-    ) -> tuple[Commit, list[Path]]:
-        """A commit that is not written yet, and the files that it names."""
-        files = [self._file(fragment) for fragment in values]
-        payloads = []
-        for file, (fragment, tensors) in zip(files, values.items(), strict=True):
-            coded = {name: {"values": value} for name, value in tensors.items()}
-            payloads.append(save_tensors(coded, file, fragment=fragment, moments=moments))
-        commit = Commit(
+        *,
+        outer_digest: str = "",
+    ) -> Commit:
+        """A commit of which the payloads are not known yet. The version before is in the ledger."""
+        return Commit(
             contract_sha256=self.contract_sha256,
             version=version,
             previous=self.sha256(version - 1) if version else None,
             codec="fp32",
-            payloads=payloads,
+            payloads=[],
             state_payloads=[],
             contributors=list(contributors),
             divisor=sum(contributor.weight for contributor in contributors),
             parameters_digest=parameters_digest,
             outer_digest=outer_digest,
-            metrics=dict(metrics or {}),
         )
-        return commit, files
+
+    def write(
+        self,
+        terms: Commit,
+        values: Mapping[int, Mapping[str, Tensor]],  # by fragment
+        moments: Mapping[str, Parts] | None = None,
+    ) -> None:
+        """Write a version: its payloads, one a fragment, and the commit that names them."""
+        files = [self._file(fragment) for fragment in values]
+        payloads = []
+        for file, (fragment, tensors) in zip(files, values.items(), strict=True):
+            coded = {name: {"values": value} for name, value in tensors.items()}
+            payloads.append(save_tensors(coded, file, fragment=fragment, moments=moments))
+        self.publish(dataclasses.replace(terms, payloads=payloads), files)
 
     def publish(self, commit: Commit, files: Sequence[Path]) -> None:
         """Write a version for ever, and prune what nobody needs again."""
         self._store.publish(commit, zip(commit.payloads, files, strict=True), give=True)
         self.newest = commit.version
-        keep, num_fragments = self._config.exchange.keep_versions, self._schedule.num_fragments
-        self._history.prune([self._silo], self.newest, keep)
+        self._history.prune([self._silo], self.newest, self._config.exchange.keep_versions)
         for file in (self._directory / "kept").glob("*.safetensors"):
-            if int(file.name[:6]) <= self.newest - num_fragments:
+            if int(file.name[:6]) <= self.newest - 2 * self._schedule.num_fragments:  # else `keep` takes it over
                 file.unlink()
 
     def _file(self, fragment: int) -> Path:
         return self._directory / "inbox" / f"{PARAMETER}-{fragment:03d}.safetensors"
 
     # ---- reading
+
+    def commit(self, version: int) -> Commit:
+        """A commit."""
+        return self._store.read_commit(version)
 
     def words(self, version: int) -> str:
         """The bytes of a commit, as text."""
@@ -192,11 +199,14 @@ class OwnLedger:
     # ---- our part of the outer state
 
     def keep(self, version: int, kept: Kept) -> None:
-        """Write what step `version` made of our part."""
+        """Write what step `version` made of our part, over what the fragment's last step but one made of it."""
         for kind, values in kept.items():
             file = self._kept_file(version, kind)
-            keep_tensors(values, file.with_suffix(".tmp"), kind)
-            file.with_suffix(".tmp").replace(file)
+            temporary, old = file.with_suffix(".tmp"), self._kept_file(version - 2 * self._schedule.num_fragments, kind)
+            if old.is_file():
+                old.replace(temporary)
+            keep_tensors(values, temporary, kind)
+            temporary.replace(file)
 
     def _kept_file(self, version: int, kind: str) -> Path:
         return self._directory / "kept" / f"{version:06d}-{kind}.safetensors"

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +19,8 @@ from torch import Tensor
 
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig
-from pretrain.exchange.base import Exchange, Received
-from pretrain.exchange.payload import Tensors, save_tensors
+from pretrain.exchange.base import Exchange, Outgoing, Received
+from pretrain.exchange.payload import Held, Tensors, save_tensors
 from pretrain.host.journal import Journal
 from pretrain.host.stopping import StopRequested
 from pretrain.merge.terms import commit_record, shared_moments
@@ -37,7 +36,7 @@ from pretrain.silo.engine import Engine
 from pretrain.silo.ranks import Ranks
 from pretrain.trust.ledger import Commit, Manifest, sha256_bytes
 
-Coded = Future[tuple[Manifest, Path] | None]
+Coded = Future[Outgoing | None]
 
 
 @dataclass(kw_only=True)
@@ -47,7 +46,7 @@ class Flight:
     wait_seconds: float
     """Time that training stood still for it."""
     coded: "Coded"
-    """Our part of it, in the outbox; None if we have none."""
+    """Our part of it; None if we have none."""
     received: Future[Received]
 
 
@@ -235,30 +234,23 @@ class SiloSync:
             self._fragments = cut_fragments(sizes, self.schedule.num_fragments)
         return self._fragments[self.schedule.fragment(version)]
 
-    def _take_off(
-        self,
-        version: int,
-        names: Sequence[str],
-        coded: "Coded",
-        *,
-        wait_seconds: float = 0.0,
-    ) -> None:
+    def _take_off(self, version: int, names: Sequence[str], coded: Coded, *, wait_seconds: float = 0.0) -> None:
         base = {name: self.global_parameters[name] for name in names}
 
         def receive() -> Received:
             sent = coded.result()
             if sent:
-                self._exchange.deliver(*sent)
+                self._exchange.deliver(sent)
             return self._exchange.receive(version, sent, base)
 
         received = self._receivers.submit(receive)
         self._flights[version] = Flight(wait_seconds=wait_seconds, coded=coded, received=received)
 
-    def _outgoing(self, version: int) -> tuple[Manifest, Path] | None:
+    def _outgoing(self, version: int) -> Outgoing | None:
         """What lies in the outbox for a version."""
         file = self._outbox / f"{version:06d}.safetensors"
         manifest = file.with_suffix(".json")
-        return (Manifest.from_bytes(manifest.read_bytes()), file) if manifest.is_file() else None
+        return Outgoing(Manifest.from_bytes(manifest.read_bytes()), file) if manifest.is_file() else None
 
     def _code(
         self,
@@ -267,8 +259,8 @@ class SiloSync:
         moments: dict[str, Parts],
         num_sequences: int,
         progress: Progress,
-    ) -> tuple[Manifest, Path]:
-        """Code a fragment against the global parameters and write it to the outbox."""
+    ) -> Outgoing:
+        """Code a fragment against the global parameters; what travels as a file is written to the outbox."""
         outer, pieces = self.config.outer, self._exchange.pieces(list(local), self.global_parameters)
         base_digest = digest_rows(self._rows[name] for name in local)
         try:
@@ -281,9 +273,13 @@ class SiloSync:
         coded = {piece.key: parts for piece, (parts, _) in zip(pieces, sent, strict=True)}
         norm_squared = math.fsum(squared for _, squared in sent)
         file = self._outbox / f"{version:06d}.safetensors"
-        payload = save_tensors(coded, file, fragment=self.schedule.fragment(version), moments=moments)
-        by_speed = self.config.membership.steps == "speed"
-        speed = {"seconds_per_step": progress.seconds_per_step} if by_speed else {}
+        fragment, held = self.schedule.fragment(version), None
+        if self._exchange.sends_files:
+            payload = save_tensors(coded, file, fragment=fragment, moments=moments)
+        else:
+            held = Held(coded, moments)
+            payload = held.describe(file, fragment)
+        speed = {"seconds_per_step": progress.seconds_per_step} if self.config.membership.steps == "speed" else {}
         manifest = Manifest(
             contract_sha256=self._exchange.contract_sha256,
             silo=self.silo,
@@ -297,8 +293,10 @@ class SiloSync:
             tokens_total=progress.position * self.config.sequence_tokens,
             metrics={"loss": progress.loss, "pseudo_gradient_norm": math.sqrt(norm_squared)} | speed,
         )
-        file.with_suffix(".json").write_bytes(manifest.to_bytes())
-        return manifest, file
+        outgoing = Outgoing(manifest, file, held)
+        if not held:
+            outgoing.write()
+        return outgoing
 
     def _change(self, piece: Piece, local: Tensor) -> Change:
         whole, residual = self.global_parameters[piece.name], None
@@ -318,10 +316,16 @@ class SiloSync:
         if flight:
             flight.wait_seconds += seconds
 
-    def settle(self) -> None:
-        """Wait until everything that was sent lies coded in the outbox, so that a checkpoint can hold what is kept."""
+    def settle(self, progress: Progress) -> None:
+        """Wait until a checkpoint can hold what is kept: all that was sent and is not adopted yet lies coded in the
+        outbox, and what was adopted is on record.
+        """
         for flight in self._flights.values():
-            flight.coded.result()
+            if (sent := flight.coded.result()) and sent.held:
+                sent.write()
+        if self._last_commit:
+            self._last_commit = self._exchange.recorded(self._last_commit)
+            progress.commit_sha256 = sha256_bytes(self._last_commit.to_bytes())
 
     def adopt(self, engine: Engine, progress: Progress, version: int) -> None:
         """Take over a version: check it, apply it to the host copy and, mixed with what is local, to the engine.
@@ -358,7 +362,7 @@ class SiloSync:
         """
         share = self.config.outer.control_variates
         sent = flight.coded.result() if flight and share else None
-        told: Mapping[str, Parts] = Tensors(sent[1]).moments if sent else {}
+        told: Mapping[str, Parts] = sent.coded.moments if sent else {}
         for name, moment in shared_moments(self.config, names, engine.shapes).items():
             merged = moment.decode(flight.received.result().moments[name]) if flight else None
             if isinstance(moment, SecondMoment):
@@ -423,7 +427,7 @@ class SiloSync:
             bytes_sent=received.bytes_sent,
             bytes_received=received.bytes_received,
             wait_seconds=flight.wait_seconds,
-            pseudo_gradient_norm=sent[0].metrics["pseudo_gradient_norm"] if sent else 0.0,
+            pseudo_gradient_norm=sent.manifest.metrics["pseudo_gradient_norm"] if sent else 0.0,
             **progress.seconds,
         )
         if self.config.exchange.kind == "collective" and self.silo == min(self.config.silos):
@@ -461,7 +465,7 @@ class SiloSync:
             outgoing = self._outgoing(version)
             if version in merged or not self._decay or not outgoing:
                 continue
-            coded = Tensors(outgoing[1])
+            coded = Tensors(outgoing.file)
             for name in coded.names:
                 residual = self.residuals[name]
                 if refused:
@@ -483,7 +487,7 @@ class SiloSync:
                 wait([future], timeout=self.config.exchange.poll_seconds)
 
 
-def done(coded: tuple[Manifest, Path] | None) -> Coded:
+def done(coded: Outgoing | None) -> Coded:
     """What is coded already, or never will be."""
     future: Coded = Future()
     future.set_result(coded)

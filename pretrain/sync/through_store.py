@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig
-from pretrain.exchange.base import Received
+from pretrain.exchange.base import Outgoing, Received
 from pretrain.exchange.beats import Beats
 from pretrain.exchange.history import History
 from pretrain.exchange.objects import StopWaitingError, StoreTroubleError
@@ -33,7 +33,7 @@ from pretrain.outer.pieces import Piece
 from pretrain.outer.quantize import Parts
 from pretrain.sync.delivered import Delivered
 from pretrain.trust.contract import build_contract, check_same_contract, read_contract
-from pretrain.trust.ledger import Commit, Manifest, Payload, RefusedError, sha256_bytes
+from pretrain.trust.ledger import Commit, Payload, RefusedError, sha256_bytes
 
 MAX_REFUSALS = 3
 POLLS_PER_LOOK = 20  # while it waits, a silo looks whether the store still has the commit that it holds
@@ -44,6 +44,7 @@ class ThroughStore:
     """One silo's exchange through the store; see exchange/base.py for the verbs."""
 
     concurrent = True
+    sends_files = True
     waiting_for = "the aggregator"
 
     def __init__(self, config: RunConfig, silo: str) -> None:
@@ -138,15 +139,15 @@ class ThroughStore:
         """Whole tensors."""
         return [Piece(name) for name in names]
 
-    def deliver(self, manifest: Manifest, file: Path) -> None:
+    def deliver(self, sent: Outgoing) -> None:
         """Write the payload and its manifest into the store; what comes too late to count is not sent."""
         with self._noticing_the_end():
-            version = manifest.version
+            manifest, version = sent.manifest, sent.manifest.version
             if self._rules.is_elastic and not self._rules.stale_weight and self._is_committed(version):
                 return
             self._num_refused.setdefault(version, len(self._store.refusals(self._silo, version)))
             self._delivered.add(version, sha256_bytes(manifest.to_bytes()))
-            stands = self._store.deliver(manifest, [(payload, file) for payload in manifest.payloads])
+            stands = self._store.deliver(manifest, [(payload, sent.file) for payload in manifest.payloads])
             if stands != manifest.to_bytes():
                 self._check_delivered(version, sha256_bytes(stands))
                 print(
@@ -155,15 +156,19 @@ class ThroughStore:
                     flush=True,
                 )
 
-    def receive(self, version: int, sent: tuple[Manifest, Path] | None, base: Mapping[str, Tensor]) -> Received:
+    def receive(self, version: int, sent: Outgoing | None, base: Mapping[str, Tensor]) -> Received:
         """Wait until the commit is there, delivering again what the aggregator refused; then download it.
 
         Raises ConfigError after MAX_REFUSALS refusals, or one for good, unless the others may go on without us.
         """
         with self._noticing_the_end():
             refused = self._wait_for_commit(version, sent)
-            num_bytes = sum(payload.num_bytes for payload in sent[0].payloads) if sent else 0
+            num_bytes = sum(payload.num_bytes for payload in sent.manifest.payloads) if sent else 0
             return dataclasses.replace(self._download(version, base), bytes_sent=num_bytes, refused=refused)
+
+    def recorded(self, commit: Commit) -> Commit:
+        """It is in the store."""
+        return commit
 
     @contextmanager
     def _noticing_the_end(self) -> Iterator[None]:
@@ -220,7 +225,7 @@ class ThroughStore:
             sha256 = self._held[version][0]
         check_held(f"silo {self._silo}", version, sha256, self._store)
 
-    def _wait_for_commit(self, version: int, sent: tuple[Manifest, Path] | None) -> bool:
+    def _wait_for_commit(self, version: int, sent: Outgoing | None) -> bool:
         """Whether our delivery was refused for good."""
         refusals = self._store.refusals(self._silo, version)
         num_refused, missed_before = self._num_refused.get(version, len(refusals)), False
@@ -246,7 +251,7 @@ class ThroughStore:
                         )
                     sent = None  # the commit comes without us
                 elif not self._is_committed(version):
-                    self.deliver(*sent)
+                    self.deliver(sent)
             self._look()
             self._pause()
         self._num_refused.pop(version, None)

@@ -78,7 +78,7 @@ SILO_POINTS: dict[str, Point] = {
         "pretrain.sync.among_silos",
         "AmongSilos._apply",
         "after",
-        lambda self, merged, parts, base: self._ledger.newest + 1,
+        lambda self, merged, parts, base, values: self._ledger.newest + 1,
     ),
 }
 

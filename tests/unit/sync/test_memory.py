@@ -10,6 +10,7 @@ import torch
 
 from pretrain.aggregate import Aggregator, OuterState
 from pretrain.config.keys import RunConfig
+from pretrain.exchange.base import Outgoing
 from pretrain.sync.delivered import Delivered
 from pretrain.sync.through_store import ThroughStore
 from pretrain.trust.ledger import Manifest, sha256_bytes
@@ -31,7 +32,7 @@ def run(tmp_path: Path, tiny_config: TinyConfig) -> Run:
     return config, aggregator, state, silo
 
 
-def coded(run: Run, factor: float, *, tokens: int = 100) -> tuple[Manifest, Path]:
+def coded(run: Run, factor: float, *, tokens: int = 100) -> Outgoing:
     """What alpha is about to deliver for the next version."""
     config, _, state, _ = run
     GOOD.deliver(config, "alpha", state, times(state, factor), tokens=tokens)
@@ -41,7 +42,7 @@ def coded(run: Run, factor: float, *, tokens: int = 100) -> tuple[Manifest, Path
     shutil.move(next(folder.glob("*.safetensors")), outbox)
     manifest = Manifest.from_bytes((folder / "manifest.json").read_bytes())
     (folder / "manifest.json").unlink()
-    return manifest, outbox
+    return Outgoing(manifest, outbox)
 
 
 def version(run: Run) -> None:
@@ -64,13 +65,13 @@ def test_a_delivery_that_was_forged_before_ours_is_seen(run: Run) -> None:
     ours = coded(run, 0.5)
     GOOD.deliver(config, "alpha", state, times(state, 2.0), tokens=10**6)
     manifest = (Path(config.store_url) / "silos" / "alpha" / "000001" / "manifest.json").read_bytes()
-    assert one_line_error(silo.deliver, *ours) == forged(run, sha256_bytes(manifest))
+    assert one_line_error(silo.deliver, ours) == forged(run, sha256_bytes(manifest))
 
 
 def test_a_delivery_that_was_forged_after_ours_and_merged_is_seen(run: Run) -> None:
     config, _, state, silo = run
     ours = coded(run, 0.5)
-    silo.deliver(*ours)
+    silo.deliver(ours)
     shutil.rmtree(Path(config.store_url) / "silos" / "alpha" / "000001")
     for name in ("alpha", "beta"):
         GOOD.deliver(config, name, state, times(state, 2.0), tokens=10**6)
@@ -81,7 +82,7 @@ def test_a_delivery_that_was_forged_after_ours_and_merged_is_seen(run: Run) -> N
 
 def test_what_was_delivered_before_a_restart_stands(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     config, _, state, silo = run
-    silo.deliver(*coded(run, 0.5))
+    silo.deliver(coded(run, 0.5))
     folder = Path(config.store_url) / "silos" / "alpha" / "000001"
     shutil.copytree(folder, kept := Path(config.directory) / "kept")
     anew = coded(run, 0.25, tokens=200)  # of kernels that are not deterministic
@@ -89,7 +90,7 @@ def test_what_was_delivered_before_a_restart_stands(run: Run, capsys: pytest.Cap
     shutil.copytree(kept, folder)
     again = ThroughStore(config, "alpha")
     again._store.read_contract()
-    again.deliver(*anew)
+    again.deliver(anew)
     assert "differs from the one delivered before the restart" in capsys.readouterr().out
     GOOD.deliver(config, "beta", state, times(state, 1.0))
     before = {name: value.clone() for name, value in state.parameters.items()}

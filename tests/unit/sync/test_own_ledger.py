@@ -28,8 +28,8 @@ def opened(config: RunConfig, silo: str) -> OwnLedger:
     return ledger
 
 
-def next_version(config: RunConfig, ledger: OwnLedger) -> tuple[Commit, list[Path]]:
-    """A draft of the next version in which the fragment's parameters are one higher."""
+def write_next(config: RunConfig, ledger: OwnLedger) -> Commit:
+    """Write the next version, in which the fragment's parameters are that much higher."""
     version, schedule = ledger.newest + 1, config.schedule
     rows, kept = ledger.load()
     payload = next(p for p in ledger.received(0).commit.payloads if p.fragment == schedule.fragment(version))
@@ -37,9 +37,8 @@ def next_version(config: RunConfig, ledger: OwnLedger) -> tuple[Commit, list[Pat
     mine = {kind: {key: value + version for key, value in of.items()} for kind, of in kept.items()}
     in_fragment = {kind: {k: v for k, v in of.items() if k.split("[")[0] in values} for kind, of in mine.items()}
     ledger.keep(version, in_fragment)
-    return ledger.draft(
-        version, {payload.fragment: values}, parameters_digest=digest_rows(rows.values()), outer_digest="0" * 64
-    )
+    ledger.write(ledger.terms(version, digest_rows(rows.values()), outer_digest="0" * 64), {payload.fragment: values})
+    return ledger.commit(version)
 
 
 def test_every_silo_begins_with_the_same_bytes(config: RunConfig) -> None:
@@ -56,19 +55,22 @@ def test_every_silo_begins_with_the_same_bytes(config: RunConfig) -> None:
 
 def test_goes_on_with_its_part_of_the_outer_state(config: RunConfig) -> None:
     ledger = opened(config, "alpha")
-    for _ in range(3):
-        ledger.publish(*next_version(config, ledger))
+    folder = config.silo_directory("alpha") / "kept"
+    for _ in range(5):
+        write_next(config, ledger)
+        (folder / f"{ledger.newest + 1:06d}-velocity.tmp").write_bytes(bytes(1 << 20))  # of one who died as it wrote
     again = opened(config, "alpha")
-    assert again.newest == 3
+    assert again.newest == 5
     _, kept = again.load()
     found = sorted({value.view(-1)[0].item() for value in kept["velocity"].values()})
-    assert found == [2.0, 1.0 + 3.0]  # fragment 0: version 2; fragment 1: versions 1 and 3
+    assert found == [2.0 + 4.0, 1.0 + 3.0 + 5.0]  # fragment 0: versions 2 and 4; fragment 1: 1, 3 and 5
+    versions = {int(file.name[:6]) for file in folder.glob("*.safetensors")}
+    assert versions == {2, 3, 4, 5}  # two of each fragment: the next step is written over the older one
 
 
 def test_takes_from_another_what_its_commit_names_and_nothing_else(config: RunConfig) -> None:
     giver, taker = (opened(config, silo) for silo in ("alpha", "beta"))
-    commit, files = next_version(config, giver)
-    giver.publish(commit, files)
+    commit = write_next(config, giver)
     data = giver.payload(1)
     message = one_line_error(taker.take, commit, data[:-1] + bytes([data[-1] ^ 1]))
     assert message == "silos: another silo's version 1 is not what its commit says"
@@ -79,7 +81,7 @@ def test_takes_from_another_what_its_commit_names_and_nothing_else(config: RunCo
 
 def test_a_lost_outer_state_is_one_line(config: RunConfig) -> None:
     ledger = opened(config, "alpha")
-    ledger.publish(*next_version(config, ledger))
+    write_next(config, ledger)
     file = config.silo_directory("alpha") / "kept" / "000001-velocity.safetensors"
     file.unlink()
     message = one_line_error(ledger.load)

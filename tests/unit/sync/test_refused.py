@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.exchange.base import Outgoing
 from pretrain.exchange.objects import StopWaitingError
 from pretrain.exchange.store import StoreExchange
 from pretrain.sync.through_store import ThroughStore
@@ -23,13 +24,13 @@ def test_a_refusal_that_comes_before_the_silo_looks_is_said_and_answered(
     GOOD.deliver(config, "alpha", state, times(state, 1))
     folder = Path(config.store_url) / "silos" / "alpha" / "000001"
     file = Path(shutil.move(folder / "000001.safetensors", tmp_path))
-    manifest = Manifest.from_bytes((folder / "manifest.json").read_bytes())
+    sent = Outgoing(Manifest.from_bytes((folder / "manifest.json").read_bytes()), file)
     (folder / "manifest.json").unlink()
     silo = ThroughStore(config, "alpha")
-    silo.deliver(manifest, file)
-    StoreExchange(config.store_url).refuse("alpha", 1, manifest.to_bytes(), "it was corrupted")
+    silo.deliver(sent)
+    StoreExchange(config.store_url).refuse("alpha", 1, sent.manifest.to_bytes(), "it was corrupted")
     with ThreadPoolExecutor(1) as pool:
-        received = pool.submit(silo.receive, 1, (manifest, file), state.parameters)
+        received = pool.submit(silo.receive, 1, sent, state.parameters)
         wait_for((folder / "manifest.json").exists)
         silo.close("")
         with pytest.raises(StopWaitingError):
