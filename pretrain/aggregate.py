@@ -37,7 +37,7 @@ from pretrain.host.foreign import loads
 from pretrain.host.journal import Journal
 from pretrain.host.lock import lock_directory
 from pretrain.host.stopping import STOPPED, StopRequested, raise_at_signals
-from pretrain.merge.collect import Collector, Delivery
+from pretrain.merge.collect import POLLS_PER_LOOK, Collector, Delivery
 from pretrain.merge.step import Step, factors_of, shares
 from pretrain.merge.terms import commit_record, contributor, snapshot_versions
 from pretrain.merge.verify import Verifier, base_of, pseudo_gradient
@@ -53,7 +53,6 @@ from pretrain.outer.threads import in_threads
 from pretrain.trust.contract import build_contract, check_same_contract, first_contract
 from pretrain.trust.ledger import Commit, Contributor, Payload, RefusedError, sha256_bytes
 
-POLLS_PER_LOOK = 20  # while it waits, an aggregator looks whether the store still has its newest commit
 MOST_REPAIRS = 3  # a version: whoever says that it is damaged has all of it read again
 
 
@@ -155,10 +154,10 @@ class Aggregator:
         """
         num_fragments = self._schedule.num_fragments
         snapshots = [self._history.snapshot(newest, fragment) for fragment in range(num_fragments)]
-        first = max(0, min(*snapshots, newest + 1 - self._collector.num_remembered))
+        first = max(0, min(*snapshots, newest + 1 - self._collector.past.num_needed))
         commits = {commit.version: commit for commit in self._exchange.read_commits(first, newest)}
         for commit in commits.values():
-            self._collector.committed(commit)
+            self._collector.past.committed(commit)
         kinds = kept_kinds(self._config.outer.optimizer, self._config.outer.downlink_codec)
         found: dict[str, dict[str, Tensor]] = {kind: {} for kind in (PARAMETER, *kinds)}
         for fragment, version in enumerate(snapshots):
@@ -391,7 +390,7 @@ class Aggregator:
         )
         self._publish(commit, payloads + state_payloads)
         state.version = version
-        self._collector.committed(commit)
+        self._collector.past.committed(commit)
         return commit
 
     def _publish(self, commit: Commit, payloads: list[tuple[Payload, Path]]) -> None:

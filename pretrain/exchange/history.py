@@ -6,6 +6,7 @@ the snapshot before and the deliveries that the commits since then name. Where t
 """
 
 from collections.abc import Iterator, Sequence
+from heapq import heapify, heapreplace
 
 from pretrain.exchange.store import REQUESTS_AT_ONCE, StoreExchange, delivery_path, version_path
 from pretrain.trust.ledger import Commit, Payload, RefusedError
@@ -20,6 +21,7 @@ class History:
     def __init__(self, exchange: StoreExchange, num_fragments: int) -> None:
         self._exchange, self._num_fragments = exchange, num_fragments
         self._known: dict[int, tuple[bool, bool]] = {}  # version: is a snapshot, has parameters whole
+        self._resumable: dict[str, int] = {}  # silo: the version of its newest checkpoint, when it was asked for last
 
     def _back(self, version: int, fragment: int) -> Iterator[int]:
         """The versions up to `version` that changed a fragment, the newest first; the last one is 0."""
@@ -132,9 +134,9 @@ class History:
         Kept are the newest `keep_versions`, all from which a silo's newest checkpoint would go on, and what these are
         made of. Raises RefusedError.
         """
-        exchange, numbers = self._exchange, self._exchange.numbers
-        resumable = [max(numbers(f"silos/{silo}/resumable"), default=0) for silo in roster]
-        first_kept = self.first_needed(max(0, min([newest - keep_versions + 1, *resumable])), late=late)
+        exchange = self._exchange
+        oldest = max(0, self._oldest_resumable(roster, newest - keep_versions + 1))
+        first_kept = self.first_needed(oldest, late=late)
         pruned: list[int] = []
         while (version := first_kept - 1 - len(pruned)) >= 0 and exchange.tensors(version_path(version)):
             pruned.append(version)
@@ -146,6 +148,22 @@ class History:
                 for name in exchange.tensors(folder):
                     exchange.objects.delete(f"{folder}/{name}")
         return pruned
+
+    def _oldest_resumable(self, roster: Sequence[str], limit: int) -> int:
+        """The oldest of the silos' newest checkpoints, or `limit` if that is older.
+
+        Checkpoints only get newer, so only who is behind all others is asked again.
+        """
+        behind = [(self._resumable.get(silo, 0), silo) for silo in roster]
+        heapify(behind)
+        while behind and behind[0][0] < limit:
+            known, silo = behind[0]
+            now = max(self._exchange.numbers(f"silos/{silo}/resumable"), default=0)
+            self._resumable[silo] = now
+            if now <= known:
+                return now
+            heapreplace(behind, (now, silo))
+        return limit
 
 
 def whole_of(commit: Commit, fragment: int) -> list[Payload]:

@@ -105,16 +105,12 @@ class Objects:
         """Whether the object is there."""
 
         def ask() -> bool:
+            if not self._directory:
+                return self._client.has(self._path(name))
             try:
-                if self._directory:
-                    return self._directory.exists(name)
-                self._client.call("info", self._path(name))  # some kinds' own `exists` takes every trouble for a no
-            except (FileNotFoundError, NotADirectoryError) as error:
-                # fsspec's frame and its error hold each other and the frames above: what our callers have in hand, a
-                # model perhaps, would stay in memory until the garbage collector comes by.
-                error.with_traceback(None)
+                return self._directory.exists(name)
+            except (FileNotFoundError, NotADirectoryError):
                 return False
-            return True
 
         return self._try(name, "read", ask)
 
@@ -132,6 +128,14 @@ class Objects:
             raise RefusedError(f"{name} has more than the {limit_bytes} bytes that it may have")
         return data
 
+    def read_if_there(self, name: str, *, limit_bytes: int = RECORD_BYTES) -> bytes | None:
+        """The same, by one request; None if there is no such object."""
+        try:
+            return self.read(name, limit_bytes=limit_bytes)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            error.with_traceback(None)  # see client.py
+            return None
+
     def names(self, prefix: str) -> list[str]:
         """Sorted last parts of the names directly below `prefix`; empty if there are none."""
 
@@ -144,7 +148,7 @@ class Objects:
         try:
             listed = self._try(prefix, "listed", list_it)
         except (FileNotFoundError, NotADirectoryError) as error:
-            error.with_traceback(None)  # as above
+            error.with_traceback(None)  # see client.py
             return []
         names = [str(path).rstrip("/").rsplit("/", 1)[-1] for path in listed]
         return sorted(name for name in names if not name.startswith(".") and name != prefix.rsplit("/", 1)[-1])

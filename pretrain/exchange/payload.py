@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from types import MappingProxyType
@@ -19,14 +20,16 @@ from torch import Tensor
 
 from pretrain.exchange.history import Made
 from pretrain.exchange.store import StoreExchange, version_path
-from pretrain.outer.blocks import Adopted, adopt
-from pretrain.outer.codec import check
+from pretrain.outer.blocks import Adopted, adopt, check_coded
 from pretrain.outer.moments import MOMENT
 from pretrain.outer.quantize import Parts
 from pretrain.trust.ledger import Payload, RefusedError
 
 PARAMETER = "parameter"  # a kind, and the beginning of a file name
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
+DTYPES = {name: dtype for dtype, name in NAMES.items()}
+LAYOUTS = 64  # that are remembered: each kind of payload has one, and whoever delivers may send any
+Place = tuple[int, int, torch.dtype, list[int]]  # first byte of the file, the one behind the last; dtype, shape
 BLOCK_BYTES = 1 << 18  # what is hashed and written at a time lies in the processor's cache
 
 
@@ -116,46 +119,95 @@ def check_header(file: Path, *, limit_bytes: int) -> None:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Layout:
+    """Where a payload's tensors lie: the same object for all files of one header."""
+
+    num_bytes: int
+    """Of the file."""
+    parts: Mapping[str, Mapping[str, Place]]
+    """By tensor and part."""
+    moments: Mapping[str, Mapping[str, Place]]
+
+
+_layouts: dict[tuple[bytes, int, str], _Layout] = {}  # by header, size of the file, and kind
+
+
+def _layout(file: Path, kind: str) -> _Layout:
+    """What the library finds in a file's header; of many silos' payloads, which have one header, it is asked once."""
+    with file.open("rb") as opened:
+        start = opened.read(8)
+        words = opened.read(min(int.from_bytes(start, "little"), num_bytes := file.stat().st_size))
+    known = words, num_bytes, kind
+    if (found := _layouts.get(known)) is None:
+        if len(_layouts) >= LAYOUTS:
+            _layouts.clear()
+        found = _layouts[known] = _read_layout(file, kind, len(start) + len(words), num_bytes)
+    return found
+
+
+def _read_layout(file: Path, kind: str, offset: int, num_bytes: int) -> _Layout:
+    opened: Any = safe_open(file, framework="pt")  # refuses gaps and overlaps, and sizes that do not fit
+    places: dict[str, Place] = {}
+    for key in opened.offset_keys():
+        words = opened.get_slice(key)
+        dtype, shape = DTYPES.get(words.get_dtype()), words.get_shape()
+        if dtype is None:
+            raise ValueError(f"key {key!r}: dtype {words.get_dtype()} given; allowed: {', '.join(DTYPES)}")
+        if offset % dtype.itemsize:
+            raise ValueError(f"key {key!r} lies at byte {offset}; allowed: multiples of {dtype.itemsize}")
+        end = offset + dtype.itemsize * math.prod(shape)
+        places[key] = offset, end, dtype, shape
+        offset = end
+    parts: dict[str, dict[str, Place]] = {}
+    moments: dict[str, dict[str, Place]] = {}
+    for key, place in sorted(places.items()):
+        found, part, name = [*key.split("/", 2), "", ""][:3]
+        if found not in (kind, MOMENT) or not part or not name:
+            raise ValueError(f"key {key!r} given; allowed: {kind}/PART/NAME")
+        (parts if found == kind else moments).setdefault(name, {})[part] = place
+    return _Layout(num_bytes=num_bytes, parts=parts, moments=moments)
+
+
 class Tensors:
     """An open payload. Raises safetensors' SafetensorError when the file is none, ValueError for a foreign key."""
 
     def __init__(self, file: Path, kind: str = PARAMETER) -> None:
-        self._opened: Any = safe_open(file, framework="pt")
-        self._parts: dict[str, dict[str, str]] = {}
-        self._moments: dict[str, dict[str, str]] = {}
-        for key in self._opened.keys():  # noqa: SIM118 (safe_open is no mapping)
-            found, part, name = [*key.split("/", 2), "", ""][:3]
-            if found not in (kind, MOMENT) or not part or not name:
-                raise ValueError(f"key {key!r} given; allowed: {kind}/PART/NAME")
-            (self._parts if found == kind else self._moments).setdefault(name, {})[part] = key
+        self._layout = _layout(file, kind)
+        # Mapped, without a file that stays open: there may be a thousand of them.
+        self._bytes = torch.from_file(str(file), shared=False, size=self._layout.num_bytes, dtype=torch.uint8)
 
     @property
     def names(self) -> list[str]:
         """Names of the tensors."""
-        return sorted(self._parts)
+        return sorted(self._layout.parts)
 
     def parts(self, name: str) -> Parts:
         """The parts of one tensor."""
-        return {part: self._opened.get_tensor(key) for part, key in self._parts[name].items()}
+        return _at(self._bytes, self._layout.parts[name])
 
     @property
     def moments(self) -> Mapping[str, Parts]:
         """Moments by name of their parameter; each is read when it is asked for."""
-        return _Moments(self._opened, self._moments)
+        return _Moments(self._bytes, self._layout.moments)
+
+
+def _at(whole: Tensor, places: Mapping[str, Place]) -> Parts:
+    return {part: whole[start:end].view(dtype).view(shape) for part, (start, end, dtype, shape) in places.items()}
 
 
 class _Moments(Mapping[str, Parts]):
-    def __init__(self, opened: Any, keys: Mapping[str, Mapping[str, str]]) -> None:
-        self._opened, self._keys = opened, keys
+    def __init__(self, whole: Tensor, places: Mapping[str, Mapping[str, Place]]) -> None:
+        self._bytes, self._places = whole, places
 
     def __getitem__(self, name: str) -> Parts:
-        return {part: self._opened.get_tensor(key) for part, key in self._keys[name].items()}
+        return _at(self._bytes, self._places[name])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._places)
 
 
 def changed_tensors(payload: Tensors, codec: str, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -175,7 +227,7 @@ def changed_tensors(payload: Tensors, codec: str, base: Mapping[str, Tensor]) ->
     for name, before in base.items():
         parts = payload.parts(name)
         try:
-            check(codec, parts, before.shape)
+            check_coded(codec, parts, before.shape)
         except ValueError as error:
             raise RefusedError(f"{name}: {error}") from None
         changes[name] = Adopted(published=before, parts=parts, new=torch.empty_like(before))

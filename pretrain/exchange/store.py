@@ -28,7 +28,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from itertools import count
+from itertools import compress, count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -97,6 +97,7 @@ class StoreExchange:
         )
         self.contract_sha256 = ""
         self._passed_over: set[str] = set()
+        self._said: dict[str, tuple[list[int], Membership | None]] = {}  # words of membership, and the last
 
     @classmethod
     def of_run(cls, config: RunConfig, *, closing: threading.Event | None = None) -> "StoreExchange":
@@ -121,12 +122,12 @@ class StoreExchange:
 
     def read_contract(self) -> bytes | None:
         """The contract's bytes, or None while there is none. Sets `contract_sha256`, which reading checks against."""
-        if not self.objects.exists(CONTRACT):
-            return None
         try:
-            data = self.objects.read(CONTRACT)
+            data = self.objects.read_if_there(CONTRACT)
         except RefusedError as error:
             raise ConfigError(f"exchange.url: {self.objects.url} given; {error}; name another store") from None
+        if data is None:
+            return None
         self.contract_sha256 = sha256_bytes(data)
         return data
 
@@ -280,8 +281,8 @@ class StoreExchange:
         """
         folder = delivery_path(manifest.silo, manifest.version)
         name = f"{folder}/manifest.json"
-        if self.objects.exists(name):
-            return self.objects.read(name)
+        if (stands := self.objects.read_if_there(name)) is not None:
+            return stands
         try:
             for payload, file in files:
                 self.objects.delete(f"{folder}/{payload.file}")
@@ -338,10 +339,7 @@ class StoreExchange:
 
     def delivery(self, silo: str, version: int) -> bytes | None:
         """The manifest's bytes of a delivery, or None while there is none. Raises RefusedError if they are too many."""
-        name = f"{delivery_path(silo, version)}/manifest.json"
-        with suppress(FileNotFoundError):  # taken away as we look
-            return self.objects.read(name) if self.objects.exists(name) else None
-        return None
+        return self.objects.read_if_there(f"{delivery_path(silo, version)}/manifest.json")
 
     def contributed(self, contributor: Contributor) -> tuple[Manifest, bytes]:
         """The manifest, and its bytes, that a commit names as a silo's part in it. Raises RefusedError."""
@@ -375,8 +373,10 @@ class StoreExchange:
         """Whether a silo has joined or left, by its last word that is one; None if it never said one."""
         folder = f"silos/{silo}/membership"
         said = self.numbers(folder, after=".json")
-        words = (self._word(Membership, f"{folder}/{n:06d}.json") for n in reversed(said))
-        return next((word for word in words if word), None)
+        if self._said.get(silo, ([], None))[0] != said:  # nothing is ever overwritten
+            words = (self._word(Membership, f"{folder}/{n:06d}.json") for n in reversed(said))
+            self._said[silo] = said, next((word for word in words if word), None)
+        return self._said[silo][1] if said else None
 
     def say_waiting(self, version: int, silos: list[str], *, deadline_seconds: float | None) -> None:
         """Leave word of whom a version waits for; the store's own clock tells since when."""
@@ -414,7 +414,8 @@ class StoreExchange:
 
     def hear_damaged(self, roster: list[str], version: int) -> list[str]:
         """Silos that said that they cannot use a version, each once."""
-        said = [silo for silo in roster if self.objects.exists(_damaged_path(silo, version))]
+        has_said = in_threads(lambda silo: self.objects.exists(_damaged_path(silo, version)), roster, REQUESTS_AT_ONCE)
+        said = list(compress(roster, has_said))
         for silo in said:
             self.objects.delete(_damaged_path(silo, version))
         return said

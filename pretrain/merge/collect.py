@@ -7,7 +7,7 @@ import math
 import statistics
 import threading
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +19,19 @@ from pretrain.config.keys import RunConfig
 from pretrain.exchange.objects import StopWaitingError, StoreSlowError
 from pretrain.exchange.payload import Tensors
 from pretrain.exchange.store import REQUESTS_AT_ONCE, StoreExchange
+from pretrain.exchange.words import Membership
 from pretrain.host.foreign import loads, shown
 from pretrain.host.journal import Journal
 from pretrain.merge.looks import Looks
-from pretrain.outer.rounds import deadline_seconds, participants
-from pretrain.trust.ledger import Commit, Manifest, RefusedError
+from pretrain.merge.past import Past
+from pretrain.outer.rounds import deadline_seconds
+from pretrain.outer.threads import in_threads
+from pretrain.trust.ledger import Manifest, RefusedError
 
 ARRIVALS = 64  # how many of the newest ones the deadline follows from
-NORMS = 8  # and how many of a silo's own pseudo-gradients of a fragment a new one is compared with
 SAYS_AFTER_SECONDS = 5.0
 LOOK_SECONDS = 5.0  # a look that takes longer goes on while there are others, and all else that is done meanwhile
+POLLS_PER_LOOK = 20  # while it waits, it looks so seldom at what hardly ever changes
 ABSURDLY_FASTER = 10_000.0  # than the median of the others: no pair of machines differs as much
 
 
@@ -59,15 +62,10 @@ class Collector:
         self._arrivals: deque[float] = deque(maxlen=ARRIVALS)
         if self._rules.is_elastic and self._file.is_file():
             self._arrivals.extend(_read_arrivals(self._file))
-        self.num_remembered = max(
-            max(NORMS, self._rules.away_after_versions) * 2 * len(self._roster), config.outer.num_fragments
-        )
-        """Newest commits that are asked about."""
-        self._commits: deque[Commit] = deque(maxlen=self.num_remembered)
-
-    def committed(self, commit: Commit) -> None:
-        """A version was committed, now or before this process started; in their order."""
-        self._commits.append(commit)
+        self.past = Past(config)
+        """What is known of the commits so far."""
+        self._events: dict[str, Membership | None] = {}  # what each silo said last of taking part, when it was asked
+        self._ask_again, self._was_enough = 0.0, False  # seconds into a version; whether enough were in at the last
 
     def collect(self, version: int, verify: Verify, look: Callable[[], None] = lambda: None) -> list[Delivery]:
         """Wait for a version's deliveries; verify each as it comes; refuse what is not as it should be. `look` is
@@ -77,7 +75,7 @@ class Collector:
         those that came too late for the commit before after all others.
         """
         rules, began = self._rules, time.monotonic()
-        chosen = self._drawn(version)
+        chosen = self.past.drawn(version)
         needed = rules.quorum or len(chosen)
         deadline = deadline_seconds(
             self._arrivals,
@@ -88,14 +86,16 @@ class Collector:
         arrived: dict[str, Delivery] = {}
         refused: set[str] = set()
         announced, enough_since = "", math.inf
+        self._ask_again, self._was_enough = POLLS_PER_LOOK * self._config.exchange.poll_seconds, False
         with self._looks(version, verify) as looks:
             while True:
                 pending = [silo for silo in chosen if silo not in arrived and silo not in refused]
                 for silo, found in looks.at(pending, LOOK_SECONDS).items():
                     arrived[silo] = found
                     self._arrivals.append(time.monotonic() - began)
-                missing = [silo for silo in self._awaited(chosen) if silo not in arrived and silo not in refused]
+                pending = [silo for silo in pending if silo not in arrived]
                 waited = time.monotonic() - began
+                missing = self._missing(pending, waited, is_enough=len(arrived) >= needed)
                 if len(arrived) >= needed and (not missing or (rules.is_elastic and waited >= deadline)):
                     enough_since = min(enough_since, waited)
                     until = enough_since + self._stall_seconds
@@ -123,29 +123,39 @@ class Collector:
     # ---- who is expected
 
     def members(self) -> list[str]:
-        """The silos for whose resuming the store keeps what they need: those of the roster that are not away."""
-        return self._awaited(self._roster)
+        """The silos for whose resuming the store keeps what they need: those of the roster that are not away.
 
-    def _awaited(self, chosen: list[str]) -> list[str]:
-        """Whose delivery is waited for: with a quorum, those who have joined and are not away."""
+        Who was there is not asked again: of a silo that has just left, a little more is kept for a while.
+        """
         if not self._rules.is_elastic:
-            return chosen
-        return [silo for silo in chosen if self._is_there(silo)]
+            return self._roster
+        self._ask([silo for silo in self._roster if silo not in self._events or not self._is_there(silo)])
+        return [silo for silo in self._roster if self._is_there(silo)]
+
+    def _missing(self, pending: list[str], waited: float, *, is_enough: bool) -> list[str]:
+        """Of those whose delivery is not here, whose is waited for: with a quorum, of who has joined and is not away.
+
+        Who has joined or left is asked once there are enough, where it may be the end of waiting, and now and then,
+        ever less often.
+        """
+        if not self._rules.is_elastic:
+            return pending
+        self._ask([silo for silo in pending if silo not in self._events])
+        missing = [silo for silo in pending if self._is_there(silo)]
+        if waited >= self._ask_again or (is_enough and (not missing or not self._was_enough)):
+            self._ask(pending)
+            self._ask_again, self._was_enough = max(self._ask_again, 1.25 * waited), is_enough
+            missing = [silo for silo in pending if self._is_there(silo)]
+        return missing
+
+    def _ask(self, silos: list[str]) -> None:
+        self._events.update(zip(silos, in_threads(self._exchange.membership, silos, REQUESTS_AT_ONCE), strict=True))
 
     def _is_there(self, silo: str) -> bool:
-        event = self._exchange.membership(silo)
+        event = self._events[silo]
         if event is None or event.left:
             return False
-        missed = 0
-        for commit in reversed(self._commits):
-            if commit.version <= event.version or silo in {c.silo for c in commit.contributors}:
-                break
-            missed += silo in self._drawn(commit.version)
-        return missed < self._rules.away_after_versions
-
-    def _drawn(self, version: int) -> list[str]:
-        round, rules = self._config.round_of(version), self._rules
-        return participants(self._roster, round, sample=rules.sample, seed=rules.sample_seed)
+        return not self.past.is_away(silo, since=event.version)
 
     def _words(self, version: int, missing: list[str], num_arrived: int, deadline: float) -> str:
         """What is waited for, and until when."""
@@ -198,8 +208,7 @@ class Collector:
         late = self._schedule.base(version)
         if not self._rules.stale_weight or late < 1:
             return []
-        commit = next(commit for commit in self._commits if commit.version == late)
-        merged = {c.silo for c in commit.contributors if c.version == late}
+        merged = self.past.in_time(late)
         with self._looks(late, verify) as looks:
             found = looks.at([silo for silo in self._roster if silo not in merged], max(seconds, self._stall_seconds))
         return list(found.values())
@@ -229,16 +238,11 @@ class Collector:
         ratio, found = self._rules.max_norm_ratio, self._absurdly_fast(arrived)
         if ratio is None:
             return found
-        own: dict[str, list[float]] = defaultdict(list)
-        for commit in self._commits:
-            if commit.version and self._schedule.fragment(commit.version) == self._schedule.fragment(version):
-                for silo in arrived:
-                    if (norm := commit.metrics.get(f"norm/{silo}")) is not None:
-                        own[silo].append(norm)
+        of_others, fragment = _medians_of_others({s: one.norm for s, one in arrived.items()}), self._schedule.fragment
         for silo, delivery in arrived.items():
-            others = [other.norm for name, other in arrived.items() if name != silo]
-            limits = [ratio * statistics.median(norms) for norms in (others, own[silo][-NORMS:]) if norms]
-            if limits and delivery.norm > max(limits):
+            own = self.past.norms(silo, fragment(version))
+            usual = [*([of_others[silo]] if of_others else []), *([statistics.median(own)] if own else [])]
+            if usual and delivery.norm > ratio * max(usual):
                 found[silo] = f"its norm is {delivery.norm:.4g}, more than {ratio:g} times what is usual in this round"
         return found
 
@@ -246,12 +250,22 @@ class Collector:
         if self._rules.steps != "speed" or len(arrived) < 2:
             return {}
         told = {silo: delivery.manifest.metrics["seconds_per_step"] for silo, delivery in arrived.items()}
-        found = {}
+        found, of_others = {}, _medians_of_others(told)
         for silo, seconds in told.items():
-            usual = statistics.median([other for name, other in told.items() if name != silo])
+            usual = of_others[silo]
             if seconds < usual / ABSURDLY_FASTER:
                 found[silo] = f"its seconds_per_step is {seconds:.4g}, where that of the others is {usual:.4g}"
         return found
+
+
+def _medians_of_others(values: Mapping[str, float]) -> dict[str, float]:
+    """For each of several silos, the median of all others' values, sorted once."""
+    ranked = sorted(values.items(), key=lambda one: one[1])
+    middle, found = len(ranked) - 1, {}
+    for place, (silo, _) in enumerate(ranked if middle else ()):
+        low, high = (middle - 1) // 2, middle // 2
+        found[silo] = sum(ranked[rank + (rank >= place)][1] for rank in (low, high)) / 2
+    return found
 
 
 def _read_arrivals(file: Path) -> list[float]:

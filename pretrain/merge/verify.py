@@ -14,8 +14,8 @@ from pretrain.exchange.payload import Tensors, check_header, read_parameters
 from pretrain.exchange.store import StoreExchange, delivery_path
 from pretrain.merge.collect import Delivery
 from pretrain.merge.terms import check_norm, check_payload_size, read_delivery, shared_moments
-from pretrain.outer.blocks import squared_norms
-from pretrain.outer.codec import check, decoded
+from pretrain.outer.blocks import check_coded, squared_norms
+from pretrain.outer.codec import decoded
 from pretrain.outer.digest import digest_rows, tensor_row
 from pretrain.outer.moments import Moment, check_lengths, check_moments
 from pretrain.outer.state import OuterState
@@ -97,7 +97,7 @@ class Verifier:
         for name in names:
             parts, base = delivery.tensors.parts(name), base_of(delivery, name, state)
             try:
-                check(codec, parts, base.shape)
+                check_coded(codec, parts, base.shape)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
             coded.append((parts, base))

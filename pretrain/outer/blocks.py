@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pretrain.outer.codec import check, check_layout
 from pretrain.outer.optimizer import OuterOptimizer
 from pretrain.outer.plain import Importance, array, arrays
 from pretrain.outer.quantize import CHUNK, QUANTIZERS, Parts
@@ -222,6 +223,13 @@ def _empty_parts(codec: str, like: Tensor) -> Parts:
         return {"values": torch.empty_like(like)}
     layout = QUANTIZERS[codec].layout(like.numel())
     return {part: torch.empty(length, dtype=dtype) for part, (dtype, length) in layout.items()}
+
+
+def check_coded(codec: str, parts: Parts, shape: torch.Size) -> None:
+    """Raise ValueError for parts of another party, in the words of `codec.check`."""
+    check_layout(codec, parts, shape)
+    if not stages.is_valid(codec, arrays(parts), shape.numel()):
+        check(codec, parts, shape)
 
 
 def squared_norms(codec: str, coded: Sequence[tuple[Parts, Tensor]], num_threads: int = 1) -> list[float]:

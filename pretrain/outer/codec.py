@@ -14,7 +14,7 @@ far and what is kept add up to all differences (decay 1).
 import torch
 from torch import Tensor
 
-from pretrain.outer.quantize import QUANTIZERS, Parts, all_finite, check_parts, decode
+from pretrain.outer.quantize import QUANTIZERS, Parts, all_finite, check_parts, check_sizes, decode
 
 CODECS = tuple(QUANTIZERS)
 # What a codec needs unless the configuration says otherwise; top-k: SparseLoCo, https://arxiv.org/abs/2508.15706
@@ -60,9 +60,19 @@ def check(codec: str, parts: Parts, shape: torch.Size) -> None:
     if codec != "fp32":
         check_parts(QUANTIZERS[codec], parts, shape)
         return
+    check_layout(codec, parts, shape)
+    if not all_finite(parts["values"]):
+        raise ValueError("infinite or NaN given; allowed: finite values")
+
+
+def check_layout(codec: str, parts: Parts, shape: torch.Size) -> None:
+    """Raise ValueError, in one line, unless the parts, of another party, are of this codec and shape, as far as names,
+    dtypes and sizes tell.
+    """
+    if codec != "fp32":
+        check_sizes(QUANTIZERS[codec], parts, shape)
+        return
     given = {part: f"{value.dtype} {list(value.shape)}" for part, value in parts.items()}
     expected = {"values": f"{torch.float32} {list(shape)}"}
     if given != expected:
         raise ValueError(f"{given} given; allowed: {expected}")
-    if not all_finite(parts["values"]):
-        raise ValueError("infinite or NaN given; allowed: finite values")

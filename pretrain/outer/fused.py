@@ -16,7 +16,7 @@ from pretrain.outer import plain
 from pretrain.outer.merge import LEAST_IMPORTANCE
 from pretrain.outer.optimizer import OuterOptimizer
 from pretrain.outer.plain import Arrays, Importance
-from pretrain.outer.quantize import BLOCK, CHUNK, E3M0, INT4, INT8, SMALLEST_SCALE
+from pretrain.outer.quantize import BLOCK, CHUNK, E3M0, INT4, INT8, LARGEST_BF16, SMALLEST_SCALE
 
 
 def _can_cache() -> bool:
@@ -49,20 +49,59 @@ def _num_compiled(codec: str, num_elements: int) -> int:
 # ---- what a silo's codes stand for
 
 
+def is_valid(codec: str, of_tensor: Arrays, num_elements: int) -> bool:
+    """Whether all scales, codes and values of a whole tensor's parts, of the right sizes, are allowed."""
+    if codec == "fp32":
+        return bool(_is_finite(of_tensor["values"]))
+    if codec == "bf16":
+        return bool(_are_between(of_tensor["values"], -LARGEST_BF16, LARGEST_BF16))
+    if codec not in LEVELS:
+        return plain.is_valid(codec, of_tensor, num_elements)
+    if not _are_between(of_tensor["scales"], 0.0, LEVELS[codec].largest_scale):
+        return False
+    if codec == "int4":
+        return bool(_lack_nibble(of_tensor["codes"], 8))  # -8
+    return codec == "e3m0" or bool(_lack_byte(of_tensor["codes"], 128))  # -128
+
+
+@compiled
+def _are_between(halves: NDArray, least: float, most: float) -> bool:
+    """Whether all bf16 are between two numbers; NaN is not."""
+    values, found = _widened(halves, 0, len(halves)), True
+    for i in range(len(values)):
+        found &= (values[i] >= least) & (values[i] <= most)
+    return found
+
+
+@compiled
+def _lack_nibble(codes: NDArray, nibble: int) -> bool:
+    found = False
+    for i in range(len(codes)):
+        found |= (codes[i] & 15 == nibble) | (codes[i] >> 4 == nibble)
+    return not found
+
+
+@compiled
+def _lack_byte(codes: NDArray, byte: int) -> bool:
+    found = False
+    for i in range(len(codes)):
+        found |= codes[i] == byte
+    return not found
+
+
 def decode(codec: str, of_tensor: Arrays, base: NDArray | None, start: int, stop: int, out: NDArray) -> None:
     """A block of a coded difference, float64; codec fp32 needs the base."""
-    whole = _num_compiled(codec, stop - start)
     if codec == "fp32":
         assert base is not None
         _difference(base, of_tensor["values"], start, out)
     elif codec == "bf16":
         _from_halves(of_tensor["values"], start, out)
     elif codec in NIBBLES:
-        _from_nibbles(of_tensor["codes"], of_tensor["scales"], NIBBLES[codec], start, out[:whole])
+        _from_nibbles(of_tensor["codes"], of_tensor["scales"], NIBBLES[codec], start, out)
     elif codec == "int8":
-        _from_bytes(of_tensor["codes"].view(np.int8), of_tensor["scales"], start, out[:whole])
-    if whole < stop - start:
-        plain.decode(codec, of_tensor, base, start + whole, stop, out[whole:])
+        _from_bytes(of_tensor["codes"].view(np.int8), of_tensor["scales"], start, out)
+    else:
+        plain.decode(codec, of_tensor, base, start, stop, out)
 
 
 @compiled
@@ -89,20 +128,24 @@ def _from_halves(halves: NDArray, start: int, out: NDArray) -> None:
 
 @compiled
 def _from_nibbles(codes: NDArray, halves: NDArray, levels: NDArray, start: int, out: NDArray) -> None:
-    scales = _widened(halves, start // BLOCK, len(out) // BLOCK)
-    for b in range(len(scales)):
+    scales = _widened(halves, start // BLOCK, -(-len(out) // BLOCK))
+    whole = len(out) // BLOCK * BLOCK
+    for b in range(len(out) // BLOCK):
         scale, first, byte = scales[b], b * BLOCK, (start + b * BLOCK) // 2
         for j in range(BLOCK // 2):
             code = codes[byte + j]
             out[first + 2 * j] = np.float32(0) + levels[code & 15] * scale
             out[first + 2 * j + 1] = np.float32(0) + levels[code >> 4] * scale
+    for i in range(whole, len(out)):
+        code = codes[(start + i) // 2] >> (4 * (i % 2)) & 15
+        out[i] = np.float32(0) + levels[code] * scales[-1]
 
 
 @compiled
 def _from_bytes(codes: NDArray, halves: NDArray, start: int, out: NDArray) -> None:
-    scales = _widened(halves, start // BLOCK, len(out) // BLOCK)
+    scales = _widened(halves, start // BLOCK, -(-len(out) // BLOCK))
     for b in range(len(scales)):
-        for j in range(b * BLOCK, (b + 1) * BLOCK):
+        for j in range(b * BLOCK, min((b + 1) * BLOCK, len(out))):
             out[j] = np.float32(0) + np.float32(codes[start + j]) * scales[b]
 
 

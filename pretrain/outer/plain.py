@@ -12,7 +12,7 @@ from torch import Tensor
 from pretrain.outer.codec import apply_change, decoded, encode
 from pretrain.outer.merge import add_to_importance_mean, add_to_mean, importance
 from pretrain.outer.optimizer import OuterOptimizer
-from pretrain.outer.quantize import CHUNK, QUANTIZERS, Parts, sum_of_pairs
+from pretrain.outer.quantize import CHUNK, QUANTIZERS, Parts, all_finite, sum_of_pairs
 
 Arrays = dict[str, NDArray]  # of numpy: shares its memory with Parts
 Importance = tuple[NDArray, NDArray, int]  # fp32: of each row, of each column, and the first element of the piece
@@ -70,6 +70,12 @@ def _keep(codec: str, found: Parts, start: int, stop: int, parts: Arrays) -> Non
 def subtract(codec: str, of_tensor: Arrays, value: NDArray, start: int, stop: int) -> None:
     """Take what a block's codes stand for from its `value`, fp32."""
     QUANTIZERS[codec].decode_add(cut(codec, of_tensor, start, stop), torch.from_numpy(value), -1.0)
+
+
+def is_valid(codec: str, of_tensor: Arrays, num_elements: int) -> bool:
+    """Whether all scales, codes and values of a whole tensor's parts, of the right sizes, are allowed."""
+    parts = cut(codec, of_tensor, 0, num_elements)
+    return all_finite(parts["values"]) if codec == "fp32" else not QUANTIZERS[codec].check(parts, num_elements)
 
 
 def decode(codec: str, of_tensor: Arrays, base: NDArray | None, start: int, stop: int, out: NDArray) -> None:

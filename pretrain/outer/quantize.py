@@ -70,6 +70,13 @@ def check_parts(quantizer: Quantizer, parts: Parts, shape: torch.Size) -> None:
 
     Names, dtypes and sizes come first, so that nothing is read out of bounds; then scales and indices.
     """
+    check_sizes(quantizer, parts, shape)
+    if reason := quantizer.check(parts, math.prod(shape)):
+        raise ValueError(f"not {quantizer.name} of shape {list(shape)}: {reason}")
+
+
+def check_sizes(quantizer: Quantizer, parts: Parts, shape: torch.Size) -> None:
+    """Raise ValueError, in one line, unless `parts` of another party have names, dtypes and sizes of `shape`."""
     num_elements = math.prod(shape)
     assert num_elements > 0
     layout = quantizer.layout(num_elements)
@@ -82,8 +89,6 @@ def check_parts(quantizer: Quantizer, parts: Parts, shape: torch.Size) -> None:
             raise ValueError(
                 f"{wrong}: part {name} of {part.dtype} {list(part.shape)} given; allowed: {dtype} [{length}]"
             )
-    if reason := quantizer.check(parts, num_elements):
-        raise ValueError(f"{wrong}: {reason}")
 
 
 def _flat(values: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -26,11 +27,12 @@ from pretrain.outer.blocks import (
     Stepped,
     Target,
     adopt,
+    check_coded,
     code,
     squared_norms,
     take_steps,
 )
-from pretrain.outer.codec import CODECS, apply_change, decoded, encode
+from pretrain.outer.codec import CODECS, apply_change, check, decoded, encode
 from pretrain.outer.moments import SecondMoment
 from pretrain.outer.optimizer import MOMENTS, OuterOptimizer
 from pretrain.outer.quantize import Parts
@@ -242,6 +244,34 @@ def test_what_is_not_finite_is_never_sent(
         number, reason = caught.value.args
         assert number == 1
         assert re.fullmatch(r"[^\n]*infinite or NaN[^\n]*; allowed: finite values", reason)
+
+
+@pytest.mark.parametrize("stages", ["fused", "plain"])
+@pytest.mark.parametrize("codec", CODECS)
+def test_what_is_refused_is_what_the_format_refuses(codec: str, stages: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever byte of a tensor's parts is spoilt, in the same words; and each byte is looked at."""
+    monkeypatch.setattr(blocks, "stages", plain if stages == "plain" else blocks.stages)
+    shape, num_refused = torch.Size((5, 27)), 0  # one block and 7 elements more, half a byte behind them
+    parts = encode(codec, torch.zeros(shape), odd_values(3, 1.0)[:5, :27].contiguous())
+    for part, value in parts.items():
+        for place in range(value.numel() * value.itemsize):
+            for byte in (0x00, 0x08, 0x7F, 0x80, 0x88, 0xFF):
+                spoilt = value.clone()
+                spoilt.view(-1).view(torch.uint8)[place] = byte
+                given = parts | {part: spoilt}
+                expected, found = refusal(check, codec, given, shape), refusal(check_coded, codec, given, shape)
+                assert found == expected
+                num_refused += bool(found)
+    assert num_refused > 4 * (codec != "e3m0")
+    assert refusal(check_coded, codec, parts, torch.Size((5, 28))) == refusal(check, codec, parts, torch.Size((5, 28)))
+
+
+def refusal(checks: Callable[[str, Parts, torch.Size], None], codec: str, parts: Parts, shape: torch.Size) -> str:
+    try:
+        checks(codec, parts, shape)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 @pytest.mark.parametrize("codec", [codec for codec in CODECS if codec != "fp32"])

@@ -1,5 +1,6 @@
 """Changes on their way: exact where that is claimed, near where it is not, and nothing is lost for good."""
 
+import json
 import math
 from pathlib import Path
 
@@ -355,6 +356,25 @@ def test_what_is_no_payload(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "payload").write_bytes(data)
     with pytest.raises(SafetensorError):
         Tensors(tmp_path / "payload")
+
+
+def test_what_cannot_be_read_where_it_lies_is_refused(tmp_path: Path) -> None:
+    """The library takes both: a type that nobody sends, and numbers of four bytes behind one of a byte."""
+    file = tmp_path / "payload"
+    for rows, message in (
+        ({"a": ("I32", 0, 4)}, "key 'parameter/values/a': dtype I32 given; allowed: F32, BF16, U8"),
+        ({"b": ("U8", 0, 1), "a": ("F32", 1, 5)}, "key 'parameter/values/a' lies at byte N; allowed: multiples of 4"),
+    ):
+        words = {
+            f"parameter/values/{name}": {"dtype": dtype, "shape": [1], "data_offsets": [start, end]}
+            for name, (dtype, start, end) in rows.items()
+        }
+        text = json.dumps(words).encode()
+        text += b" " * (-len(text) % 8)
+        file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8)[: max(row[2] for row in rows.values())])
+        with pytest.raises(ValueError, match="allowed") as caught:
+            Tensors(file)
+        assert str(caught.value) == message.replace("byte N", f"byte {9 + len(text)}")
 
 
 def test_a_payload_has_the_bytes_of_safetensors_own(tmp_path: Path) -> None:
