@@ -1,12 +1,14 @@
 """A federation of a size that matters, on one machine: peak memory and seconds of a sync, against `atoll plan`.
 
     python -m benchmarks.size --size 350M [--ways store collective] [--kill] [--directory DIR] [key=value ...]
-    python -m benchmarks.size --size 1B [--kill]
+    python -m benchmarks.size --size 1B [--kill] [--anyway]
 
-350M (and small, to try it): two silos with AdamW, through a store and among themselves. 1B: one silo with SGD, and an
-aggregator with `outer.state: disk`. All: Llama, fp32, sequences of 16, micro batch 1, int4 both ways, H 2, three
-rounds. Memory is the most anonymous memory that a process has had (RssAnon in /proc) from its beginning to its end. The
-plan is told the tokens a second of this run and a link that takes no time; a sync is the median of all but the first.
+350M (and 300M, 200M, and small, to try it): two silos with AdamW, through a store and among themselves. 1B: one silo
+with SGD, and an aggregator with `outer.state: disk`. All: Llama, fp32, sequences of 16, micro batch 1, int4 both ways,
+H 2, three rounds. Memory is the most anonymous memory that a process has had (RssAnon in /proc) from its beginning to
+its end. The plan is told the tokens a second of this run and a link that takes no time; a sync is the median of all but
+the first. What this machine has not the memory for, by the plan, is not begun, unless `--anyway` is said: the plan is
+on the safe side.
 
 With `--kill` the run is made once more: the first silo is killed (SIGKILL) after step 3, in the second round, whoever
 has stopped then is started again, and the last commit must have the digest that it has without.
@@ -40,7 +42,13 @@ from pretrain.plan.seconds import Given
 
 SAMPLE_SECONDS, POLL_SECONDS = 0.05, 0.1
 KILLED_AFTER_STEP, MOST_STARTS = 3, 4
-MODELS = {"small": SIZES["65M"] | {"num_hidden_layers": 3}, "350M": SIZES["350M"], "1B": SIZES["1B"]}
+MODELS = {
+    "small": SIZES["65M"] | {"num_hidden_layers": 3},
+    "200M": SIZES["350M"] | {"num_hidden_layers": 14},
+    "300M": SIZES["350M"] | {"num_hidden_layers": 22},
+    "350M": SIZES["350M"],
+    "1B": SIZES["1B"],
+}
 SETTINGS: dict[str, Any] = {
     "sequence_tokens": 16,
     "inner.num_steps": 6,
@@ -192,14 +200,21 @@ def planned(config: RunConfig, tokens_per_second: dict[str, float]) -> Plan:
     return make_plan(config, Given(link_bits_per_second=1e13, latency_seconds=0.0, tokens_per_second=tokens_per_second))
 
 
-def check_memory(config: RunConfig) -> None:
-    """Refuse what this machine has not the memory for, by the plan."""
+def check_memory(config: RunConfig, *, anyway: bool) -> None:
+    """Refuse what this machine has not the memory for, by the plan, unless it is to run `anyway`."""
     plan = planned(config, dict.fromkeys(config.silos, 1.0))
     needed = sum(memory.cpu_bytes for memory in plan.memory.values()) + plan.aggregator_memory_bytes
     free = psutil.virtual_memory().available
-    print(f"{plan.num_parameters:,} parameters: {needed / GIB:.1f} GiB planned, {free / GIB:.1f} free", flush=True)
-    if needed > free:
-        raise SystemExit("too little memory; try outer.num_fragments=2, outer.state=disk or inner.optimizer=sgd")
+    each = {name: memory.cpu_bytes for name, memory in plan.memory.items()} | {
+        "aggregator": plan.aggregator_memory_bytes
+    }
+    words = ", ".join(f"{name} {number / GIB:.1f}" for name, number in each.items() if number)
+    print(
+        f"{plan.num_parameters:,} parameters: {needed / GIB:.1f} GiB planned ({words}), {free / GIB:.1f} free",
+        flush=True,
+    )
+    if needed > free and not anyway:
+        raise SystemExit("too little memory; try a smaller --size, outer.state=disk, inner.optimizer=sgd, or --anyway")
 
 
 def compared(found: Found) -> list[str]:
@@ -233,6 +248,7 @@ def main() -> None:
     parser.add_argument("--size", choices=MODELS, default="small")
     parser.add_argument("--ways", nargs="+", choices=("store", "collective"), help="default: both; of 1B the store")
     parser.add_argument("--kill", action="store_true", help="once more, with a silo that is killed")
+    parser.add_argument("--anyway", action="store_true", help="also where the plan says that memory is too little")
     parser.add_argument("--directory", type=Path, help="where runs lie (default: the system's temporary one)")
     parser.add_argument("overrides", nargs="*", help="key=value")
     arguments = parser.parse_intermixed_args()
@@ -243,7 +259,7 @@ def main() -> None:
         for way in ways:
             never = [*arguments.overrides, "silo.checkpoint_interval_steps=1000"]
             config = configuration(Path(scratch) / way, text, size, way, never)
-            check_memory(config)
+            check_memory(config, anyway=arguments.anyway)
             found = run(config)
             for line in compared(found):
                 print(f"RESULT {size}, {way}: {line}", flush=True)
