@@ -60,7 +60,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     way = _words({f"outer.{key}": getattr(config.outer, key) for key in keys}, config.outer)
     size = f"{format_count(plan.num_parameters)} parameters, {len(config.full_roster)} silos"
     console.print(Text(f"{config.name}: {size}, {config.exchange.kind}; {way}"), soft_wrap=True)
-    for part in (_facts(plan), _bytes(plan), _neighbours(plan), _memory(plan)):
+    requests = [_requests(plan)] if plan.requests else []
+    for part in (_facts(plan), _bytes(plan), *requests, _neighbours(plan), _memory(plan)):
         console.print(part)
 
 
@@ -128,6 +129,21 @@ def _bytes(plan: Plan) -> Table:
             f"and {format_bytes(plan.first_bytes)} received once, version 0; the store grows by "
             f"{format_bytes(sum(a_sync))} a sync, with a snapshot every {plan.snapshot_versions} outer steps"
         )
+    return table
+
+
+def _requests(plan: Plan) -> Table:
+    headings = ("a version:\nwritten", "\nlisted", "\nread", "the run:\nrequests", "\nin S3")
+    table, num_versions = _new_table("\nRequests to the store", *headings), plan.config.schedule.num_versions
+    for who, of in [*plan.requests.items(), ("aggregator", plan.aggregator_requests)]:
+        a_version = [f"{number / num_versions:,.1f}" for number in (of.writes, of.lists, of.reads)]
+        total = of.writes + of.lists + of.reads
+        table.add_row(Text(who), *a_version, format_count(round(total)), f"{of.dollars:,.2f} USD")
+    table.caption_justify = "left"
+    table.caption = (
+        "S3 Standard, us-east-1, list price: 0.005 USD for 1,000 written or listed, 0.0004 USD for 1,000 read; signs "
+        "of life and waiting are in it (exchange.lease_seconds, exchange.poll_seconds)"
+    )
     return table
 
 

@@ -13,7 +13,7 @@
     silos/NAME/membership/000003.json        the silo has joined or left, and which version was the newest then
     waiting/000017.json                      whom the aggregator waits for, and how long at most; gone when it commits
     silos/NAME/beats/000017                  the silo's newest sign of life; gone when it ends (beats.py)
-    silos/NAME/damaged/000016                the silo cannot use version 16; gone when the aggregator has looked
+    damaged/000016/NAME                      the silo cannot use version 16; gone when the aggregator has looked
     silos/NAME/resumable/000016              the silo has a checkpoint that holds version 16
     rollbacks/, rolled-back/                 versions that were taken back (rollback.py)
     aggregator/000003.json                   who is the store's one aggregator (lease.py)
@@ -28,7 +28,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from itertools import compress, count
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,8 +65,8 @@ def _identity_path(silo: str) -> str:
     return f"silos/{silo}/identity.json"
 
 
-def _damaged_path(silo: str, version: int) -> str:
-    return f"silos/{silo}/damaged/{version:06d}"
+def _damaged_path(version: int) -> str:
+    return f"damaged/{version:06d}"
 
 
 def file_payload(file: Path, fragment: int) -> Payload:
@@ -327,7 +327,7 @@ class StoreExchange:
     def say_damaged(self, silo: str, version: int, reason: str) -> None:
         """Leave word that the newest version cannot be used as it lies here."""
         with suppress(FileExistsError):
-            self.objects.write(_damaged_path(silo, version), Damaged(reason=reason).to_bytes())
+            self.objects.write(f"{_damaged_path(version)}/{silo}", Damaged(reason=reason).to_bytes())
 
     # ---- the aggregator's verbs
 
@@ -416,10 +416,9 @@ class StoreExchange:
 
     def hear_damaged(self, roster: list[str], version: int) -> list[str]:
         """Silos that said that they cannot use a version, each once."""
-        has_said = in_threads(lambda silo: self.objects.exists(_damaged_path(silo, version)), roster, REQUESTS_AT_ONCE)
-        said = list(compress(roster, has_said))
+        said = sorted({*roster} & {*self.objects.names(_damaged_path(version))})
         for silo in said:
-            self.objects.delete(_damaged_path(silo, version))
+            self.objects.delete(f"{_damaged_path(version)}/{silo}")
         return said
 
     def repair(self, commit: Commit, directory: Path, *, check: Callable[[], None]) -> list[str]:

@@ -24,6 +24,7 @@ from pretrain.plan.bytes import (
     vocabulary,
 )
 from pretrain.plan.memory import SiloMemory, aggregator_bytes, scratch_bytes, silo_memory, state_disk_bytes
+from pretrain.plan.requests import Requests, aggregator_requests, silo_requests
 from pretrain.plan.seconds import Given, Pace, run_pace, step_seconds
 from pretrain.silo.architecture import model_config
 from pretrain.silo.model import check_shapes
@@ -67,6 +68,9 @@ class Plan:
     aggregator_received_bytes: int
     snapshot_versions: int
     """Outer steps of a fragment from one snapshot to the next."""
+    requests: dict[str, Requests]
+    """To a store in the run, by silo of the configuration; to a collective there are none."""
+    aggregator_requests: Requests
     pace: Pace
     neighbours: list[Neighbour]
     memory: dict[str, SiloMemory]
@@ -104,6 +108,8 @@ def make_plan(config: RunConfig, given: Given, *, budget_tokens: int | None = No
         aggregator_sent_bytes=written,
         aggregator_received_bytes=read,
         snapshot_versions=snapshot_versions(config),
+        requests={silo: silo_requests(config, shapes, pace, silo) for silo in config.silos} if is_store else {},
+        aggregator_requests=aggregator_requests(config, shapes, pace) if is_store else Requests(),
         pace=pace,
         neighbours=better_neighbours(config, shapes, given, pace),
         memory={name: silo_memory(config, name, shapes, hugging_face) for name in config.silos},

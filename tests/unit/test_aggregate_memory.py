@@ -88,7 +88,7 @@ def test_what_is_damaged_while_it_runs_is_published_again(
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(aggregator.collect, state)
         store.say_damaged("beta", 0, "it is corrupted")
-        wait_for(lambda: not (Path(config.store_url) / "silos" / "beta" / "damaged" / "000000").exists())
+        wait_for(lambda: not (Path(config.store_url) / "damaged" / "000000" / "beta").exists())
         for silo in config.full_roster:
             GOOD.deliver(config, silo, state, times(state, 1))
         waiting.result(PATIENCE_SECONDS)

@@ -24,7 +24,8 @@ from pretrain.outer.moments import MeanGradient, Moment, SecondMoment
 from pretrain.plan.bytes import model_shapes, payload_bytes, traffic, vocabulary
 from pretrain.plan.memory import activation_bytes, silo_memory
 from pretrain.plan.plan import make_plan
-from pretrain.plan.seconds import Given, _waiting_seconds, parse_bandwidth, run_pace, work_factor
+from pretrain.plan.requests import Requests, aggregator_requests, reads_of, silo_requests, writes_of
+from pretrain.plan.seconds import Given, Pace, _waiting_seconds, parse_bandwidth, run_pace, work_factor
 from pretrain.silo.architecture import model_config
 from pretrain.silo.model import initial_parameters
 from pretrain.sync.among_silos import _pack
@@ -75,6 +76,34 @@ def test_a_payload_is_as_long_as_its_file(codec: str, shapes: dict[str, list[int
         moments: dict[str, Moment] = {name: kind(shape) for name, shape in sizes.items()}
         save_tensors(coded, file, moments={name: moments[name].encode(value) for name, value in tensors.items()})
         assert payload_bytes(codec, sizes, moments) == file.stat().st_size
+
+
+def test_requests_of_a_run_are_those_that_one_counts_by_hand(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    """Two silos, a hundred versions of ten seconds, polls every half second, signs of life every six seconds."""
+    times = {"poll_seconds": 0.5, "lease_seconds": 30.0}
+    outer = {"optimizer": "sgd", "lr": 1.0, "sync_interval_steps": 4}
+    config = tiny_config(tmp_path, inner={"num_steps": 400}, outer=outer, exchange=times)
+    assert config.schedule.num_versions == 100
+    config.silos["alpha"].checkpoint_interval_steps = config.silos["beta"].checkpoint_interval_steps = 100
+    pace = Pace(sync_seconds=2.0, link_seconds=1.0, seconds=1000.0, utilisation=0.8)
+    shapes, beats, checkpoints = {"w": torch.Size([100])}, 1000 / 6, 5
+    silo = silo_requests(config, shapes, pace, "alpha")
+    assert silo.writes == pytest.approx(100 * 2 + beats + checkpoints)
+    assert silo.lists == pytest.approx(100 * 3 + checkpoints)
+    assert silo.reads == pytest.approx(100 * (1 + 2 * 4 + 2 + 2 + 1))  # four polls in two seconds
+    merging = aggregator_requests(config, shapes, pace)
+    looks = 0.9 * 1 + 0.1 * 20  # one in ten seconds, but all twenty polls of the last tenth
+    assert merging.writes == pytest.approx(100 * 2 + beats)
+    assert merging.lists == pytest.approx(100 * (4 + 2 + 2) + 2 * checkpoints + beats)
+    assert merging.reads == pytest.approx(100 * (2 * 2 + 2 * looks + 1 + 2 + 2) + beats)
+    assert Requests(writes=1000, lists=1000, reads=1000).dollars == pytest.approx(0.0104)
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "reads", "writes"), [(1, 1, 1), (1 << 20, 2, 1), (5 << 20, 3, 1), (80 << 20, 12, 12)]
+)
+def test_requests_of_an_object(num_bytes: int, reads: int, writes: int) -> None:
+    assert (reads_of(num_bytes), writes_of(num_bytes)) == (reads, writes)
 
 
 @pytest.mark.parametrize("num_fragments", [1, 3])
