@@ -245,7 +245,7 @@ class AmongSilos:
         changes = self._step(step, base, mine, self._unpacked(arrived, uplink, [mine] * len(parts), own), outer)
         sent, received = sum(map(_length, out)), _length(arrived)
         del arrived  # each of these is a fragment, or a silo's part of one
-        keeping = self._beside.submit(self._keep, version, outer)
+        keeping = self._beside.submit(self._ledger.keep, version, outer.kept)
 
         change = _pack(changes)
         merged = self._swap([change] * len(parts), [num_bytes(downlink, part) for part in parts])
@@ -384,11 +384,6 @@ class AmongSilos:
                 changes.append(Adopted(published=published, parts=change, new=new))
         adopt(codec, changes, torch.get_num_threads())
         return values
-
-    def _keep(self, version: int, outer: OuterTensors) -> str:
-        """Write what a step made of our part of the outer state; returns its digest."""
-        self._ledger.keep(version, outer.kept)
-        return outer.kept_digest(key for key in next(iter(outer.kept.values()), {}))
 
     def _agree(self, terms: Commit, moments: Mapping[str, Parts], step: Step, *, kept_digest: str) -> Commit:
         """Compare what came out of a version with what the others have; returns its commit, but for the payload.

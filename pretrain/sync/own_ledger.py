@@ -1,18 +1,21 @@
 """A silo's own record of a collective run, in its run directory: what a restart needs, and what it owes the others.
 
     silos/NAME/ledger/        laid out like a store: contract.json, and of every version commit.json and the parameters
-    silos/NAME/kept/000017-velocity.safetensors   the outer state of the silo's part, as step 17 left it
+    silos/NAME/kept/000017-velocity.safetensors   the outer state of the silo's part, as step 17 left it, and in
+    silos/NAME/kept/000017.digest                 its digest
 
 The outer state is written before anybody can adopt what belongs to it, a version beside training after it was adopted
 (among_silos.py).
 """
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from pretrain.config.check import ConfigError
@@ -108,6 +111,9 @@ class OwnLedger:
         for file, (fragment, tensors) in zip(files, values.items(), strict=True):
             coded = {name: {"values": value} for name, value in tensors.items()}
             payloads.append(save_tensors(coded, file, fragment=fragment, moments=moments))
+        for file in (self._directory / "kept").glob(f"{terms.version:06d}*"):
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
         self.publish(dataclasses.replace(terms, payloads=payloads), files)
 
     def publish(self, commit: Commit, files: Sequence[Path]) -> None:
@@ -115,7 +121,7 @@ class OwnLedger:
         self._store.publish(commit, zip(commit.payloads, files, strict=True), give=True)
         self.newest = commit.version
         self._history.prune([self._silo], self.newest, self._config.exchange.keep_versions)
-        for file in (self._directory / "kept").glob("*.safetensors"):
+        for file in (self._directory / "kept").glob("*"):
             if int(file.name[:6]) <= self.newest - 2 * self._schedule.num_fragments:  # else `keep` takes it over
                 file.unlink()
 
@@ -198,8 +204,11 @@ class OwnLedger:
 
     # ---- our part of the outer state
 
-    def keep(self, version: int, kept: Kept) -> None:
-        """Write what step `version` made of our part, over what the fragment's last step but one made of it."""
+    def keep(self, version: int, kept: Kept) -> str:
+        """Write what step `version` made of our part, over what the fragment's last step but one made of it.
+
+        Returns its digest, which a restart compares: the disk itself may not have all of it before `write`.
+        """
         for kind, values in kept.items():
             file = self._kept_file(version, kind)
             temporary, old = file.with_suffix(".tmp"), self._kept_file(version - 2 * self._schedule.num_fragments, kind)
@@ -207,9 +216,14 @@ class OwnLedger:
                 old.replace(temporary)
             keep_tensors(values, temporary, kind)
             temporary.replace(file)
+        digest = _kept_digest(kept)
+        if kept:
+            self._kept_file(version).write_text(digest)
+        return digest
 
-    def _kept_file(self, version: int, kind: str) -> Path:
-        return self._directory / "kept" / f"{version:06d}-{kind}.safetensors"
+    def _kept_file(self, version: int, kind: str = "") -> Path:
+        """Of a kind, or that of the digest."""
+        return self._directory / "kept" / (f"{version:06d}-{kind}.safetensors" if kind else f"{version:06d}.digest")
 
     def load(self) -> tuple[dict[str, Row], Kept]:
         """Of the newest version: the digest's rows, and our part of the outer state behind it."""
@@ -223,17 +237,37 @@ class OwnLedger:
             pieces |= {piece.key: piece.of(values[piece.name]).clone() for piece in mine}
         kept = kept_at_start(pieces, self._config.outer.optimizer, self._config.outer.downlink_codec)
         for version in range(max(1, self.newest - self._schedule.num_fragments + 1), self.newest + 1):
-            for kind in kept:
-                file = self._kept_file(version, kind)
-                if not file.is_file():
-                    raise ConfigError(f"run directory: {file} is missing, outer state of version {version}; restore it")
-                tensors = Tensors(file, kind)
-                kept[kind] |= {key: tensors.parts(key)["values"].clone() for key in tensors.names}
+            for kind, values in self._load_kept(version, list(kept)).items():
+                kept[kind] |= values
         return rows, kept
+
+    def _load_kept(self, version: int, kinds: Sequence[str]) -> Kept:
+        """What step `version` made of our part. Raises ConfigError if it is not all there."""
+        found: Kept = {}
+        digest = self._kept_file(version)
+        for file in (*(self._kept_file(version, kind) for kind in kinds), digest) if kinds else ():
+            if not file.is_file():
+                raise ConfigError(f"run directory: {file} is missing, outer state of version {version}; restore it")
+        try:
+            for kind in kinds:
+                tensors = Tensors(self._kept_file(version, kind), kind)
+                found[kind] = {key: tensors.parts(key)["values"].clone() for key in tensors.names}
+        except (SafetensorError, ValueError):
+            found = {}
+        if kinds and _kept_digest(found) != digest.read_text():
+            raise ConfigError(
+                f"run directory: {digest.with_suffix('')}-* are damaged, outer state of version {version}: they do not "
+                "have their digest; restore them"
+            )
+        return found
 
     def mark_resumable(self, version: int) -> None:
         """A checkpoint holds `version`."""
         self._store.mark_resumable(self._silo, version)
+
+
+def _kept_digest(kept: Kept) -> str:
+    return OuterTensors(parameters={}, kept=kept).kept_digest(next(iter(kept.values()), {}))
 
 
 def all_pieces(fragment: Mapping[str, Tensor], num_silos: int) -> list[list[Piece]]:

@@ -88,6 +88,22 @@ def test_a_lost_outer_state_is_one_line(config: RunConfig) -> None:
     assert message == f"run directory: {file} is missing, outer state of version 1; restore it"
 
 
+def test_an_outer_state_that_the_disk_never_had_is_one_line(config: RunConfig) -> None:
+    ledger = opened(config, "alpha")
+    write_next(config, ledger)
+    file = config.silo_directory("alpha") / "kept" / "000001-velocity.safetensors"
+    data = bytearray(file.read_bytes())
+    for damaged in (data[:-1] + bytes([data[-1] ^ 1]), data[:-1], b""):
+        file.write_bytes(damaged)
+        message = one_line_error(ledger.load)
+        assert message == (
+            f"run directory: {file.parent}/000001-* are damaged, outer state of version 1: they do not have their "
+            "digest; restore them"
+        )
+    file.write_bytes(data)
+    ledger.load()
+
+
 def test_a_ledger_of_another_contract_is_one_line(config: RunConfig, tmp_path: Path, tiny_config: TinyConfig) -> None:
     opened(config, "alpha")
     other = tiny_config(tmp_path, exchange=EXCHANGE, outer={"optimizer": "nesterov", "num_fragments": 2, "lr": 0.5})
