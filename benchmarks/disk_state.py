@@ -1,6 +1,7 @@
 """Seconds a billion parameters of a commit whose outer state lies on disk, and how long the disk alone would take.
 
     python -m benchmarks.disk_state [--memory 4] [--layers 80] [--width 8192] [--directory DIR] [key=value ...]
+    python -m benchmarks.disk_state --start 65M --memory 0.6 [outer.state=memory]
 
 The real aggregator with `outer.state: disk`, in a process that may use `--memory` GB, page cache included (a control
 group of its own: needs root), commits one version of one fragment: a layer of a Llama of 70 billion parameters, cut
@@ -8,6 +9,8 @@ into as many fragments as it has layers and one. Files of all other tensors are 
 the page cache when the clock starts, and on the disk when it ends; two silos' deliveries, int4, lie in a store on the
 same disk. Beside it stands the disk's own time: to read and to write as many bytes as a commit has to, one after
 another, measured before and after in the same run. Takes some 14 GB of disk as it is, and gives them back.
+
+With `--start` a model of this size is made and published as version 0 in so much memory, and loaded again.
 """
 
 import argparse
@@ -27,7 +30,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.merge import configuration, in_silence
+from benchmarks.merge import SIZES, configuration, in_silence
 from pretrain.aggregate import Aggregator
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.payload import save_tensors
@@ -89,6 +92,20 @@ def measure(directory: Path, layers: int, width: int, overrides: list[str]) -> N
         f"GB/s, writes {1 / written / GB:.2f} GB/s): ratio {all_of_it / alone:.2f}",
         flush=True,
     )
+
+
+def start_twice(directory: Path, size: str, overrides: list[str]) -> None:
+    """Make version 0, and load it again as after a kill."""
+    model = SIZES[size] | {"num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": 8192}
+    given = ["outer.codec=int4", "outer.downlink_codec=int4", "outer.state=disk", *overrides]
+    config = configuration(directory, model, NAMES, given)
+    for what in ("made", "loaded again"):
+        began = time.perf_counter()
+        Aggregator(config, Journal(config, "aggregator", silo=None)).start()
+        print(
+            f"RESULT {size}, outer.state {config.outer.state}: {what} in {time.perf_counter() - began:.1f} s",
+            flush=True,
+        )
 
 
 def prepare(config: RunConfig, aggregator: Aggregator) -> tuple[OuterState, list[str]]:
@@ -253,15 +270,20 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=80)
     parser.add_argument("--width", type=int, default=8192, help="a multiple of 128")
     parser.add_argument("--directory", type=Path, help="on the disk that is to be measured (default: a temporary one)")
+    parser.add_argument("--start", choices=SIZES, help="only make and load a model of this size")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", help="key=value")
     arguments = parser.parse_intermixed_args()
+    if arguments.inside and arguments.start:
+        start_twice(arguments.directory, arguments.start, arguments.overrides)
+        return
     if arguments.inside:
         measure(arguments.directory, arguments.layers, arguments.width, arguments.overrides)
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # with all cleaned up
     with limited(round(arguments.memory * GB)) as group, tempfile.TemporaryDirectory(dir=arguments.directory) as folder:
         argv = ["--inside", "--directory", folder, f"--layers={arguments.layers}", f"--width={arguments.width}"]
+        argv += ["--start", arguments.start] if arguments.start else []
         begin = f"echo $$ > {group}/cgroup.procs && " if group else ""
         command = [sys.executable, "-m", "benchmarks.disk_state", *argv, *arguments.overrides]
         process = subprocess.Popen(["sh", "-c", f'{begin}exec "$@"', "sh", *command])

@@ -288,6 +288,8 @@ def _check_collective(config: RunConfig) -> None:
         return
     fits = re.fullmatch(r"tcp://([^/:]+|\[[0-9a-fA-F:]+\]):[1-9]\d{0,4}", exchange.url)
     _require(bool(fits), "exchange.url", exchange.url, "tcp://HOST:PORT with exchange.kind=collective")
+    state = config.outer.state
+    _require(state == "memory", "outer.state", state, "memory with exchange.kind=collective, which has no aggregator")
     for name, silo in config.silos.items():
         num_ranks = silo.num_nodes * silo.processes_per_node
         lanes = f"1 to the {num_ranks} ranks of silo {name}"

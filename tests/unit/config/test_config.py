@@ -72,6 +72,11 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     (["exchange.kind=s3"], ["exchange.kind: 's3' given; allowed: store, collective, none"]),
     (["exchange.kind=collective"], ["exchange.url: '' given; allowed: tcp://HOST:PORT with exchange.kind=collective"]),
     (["exchange={kind: collective, url: 'tcp://a/b:1'}"], ["exchange.url: 'tcp://a/b:1' given; allowed: tcp://HOST:"]),
+    (["outer.state=tape"], ["outer.state: 'tape' given; allowed: memory, disk"]),
+    (
+        ["exchange={kind: collective, url: 'tcp://a:1'}", "outer.state=disk"],
+        ["outer.state: 'disk' given; allowed: memory with exchange.kind=collective, which has no aggregator"],
+    ),
     (
         ["exchange={kind: collective, url: 'tcp://a:1', num_lanes: 2}"],
         ["exchange.num_lanes: 2 given; allowed: 1 to the 1 ranks of silo alpha"],
