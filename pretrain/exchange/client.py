@@ -40,8 +40,9 @@ class SlowError(OSError):
 class Client:
     """An fsspec file system of whatever kind, with a time limit where its library can be interrupted."""
 
-    def __init__(self, fs: Any, stall_seconds: float) -> None:
-        self._fs, self._stall_seconds = fs, stall_seconds
+    def __init__(self, fs: Any, stall_seconds: float, over: threading.Event | None = None) -> None:
+        """Soon after `over` is set, whatever is waited for is broken off, StopWaitingError."""
+        self._fs, self._stall_seconds, self._over = fs, stall_seconds, over
         self.is_limited = isinstance(fs, AsyncFileSystem)
 
     def call(self, verb: str, *arguments: Any, num_bytes: int = 0, times: int = 1, **options: Any) -> Any:
@@ -51,7 +52,11 @@ class Client:
         if not self.is_limited:
             return getattr(self._fs, verb)(*arguments, **options)
         limit_seconds = self._stall_seconds * (times + num_bytes / LEAST_SENT_BYTES)
-        return _wait(self._begin(verb, *arguments, **options), limit_seconds)
+        return self._wait(self._begin(verb, *arguments, **options), limit_seconds)
+
+    def until(self, over: threading.Event) -> "Client":
+        """The same until `over` is set."""
+        return Client(self._fs, self._stall_seconds, over)
 
     def put(self, file: Path, path: str) -> None:
         """Copy a local file to a new object; of S3, in several parts at once.
@@ -65,24 +70,24 @@ class Client:
             part_bytes = part_bytes_of(num_bytes)
             at_once = max(1, PARTS_AT_ONCE * PART_BYTES // part_bytes)
             in_parts = {"chunksize": part_bytes, "max_concurrency": at_once}
-            num_bytes = min(num_bytes, 2 * part_bytes * at_once)
+            num_bytes = min(num_bytes, part_bytes * max(at_once, 2))  # of less than two parts all goes at once
         if not self.is_limited:
             self._fs.put_file(str(file), path, mode="create")
             return
         told = fsspec.Callback()
         sent = self._begin("put_file", str(file), path, mode="create", callback=told, **in_parts)
-        _wait(sent, self._stall_seconds * (1 + num_bytes / LEAST_SENT_BYTES), progress=lambda: told.value)
+        self._wait(sent, self._stall_seconds * (1 + num_bytes / LEAST_SENT_BYTES), progress=lambda: told.value)
 
-    def blocks(self, path: str, limit_bytes: int, over: threading.Event | None = None) -> Iterator[bytes]:
+    def blocks(self, path: str, limit_bytes: int) -> Iterator[bytes]:
         """What an object holds, up to one byte more than `limit_bytes`, in order; parts of it come at once.
 
         A part that takes too long is asked for again, alone and as small as can be. Raises SlowError if that is not
-        there after `stall_seconds` either, and StopWaitingError soon after `over` is set.
+        there after `stall_seconds` either.
         """
         most = min(FIRST_BYTES, limit_bytes + 1)
         pace, parts = _Pace(self._stall_seconds), deque[tuple[Future[bytes], int, float]]()
         began = time.monotonic()
-        begun = done = len(first := self._first(path, most, over))
+        begun = done = len(first := self._first(path, most))
         if first:
             pace.hear(time.monotonic() - began)
             yield first
@@ -99,7 +104,7 @@ class Client:
                     begun = end
                 future, end, began = parts.popleft()
                 try:
-                    block = _wait(future, began + self._stall_seconds - time.monotonic(), over=over)
+                    block = self._wait(future, began + self._stall_seconds - time.monotonic())
                 except SlowError:
                     if pace.is_least:
                         raise SlowError(
@@ -129,18 +134,18 @@ class Client:
             # model perhaps, would stay in memory until the garbage collector comes by.
             error.with_traceback(None)
             return False
-        except SlowError:
+        except (SlowError, StopWaitingError):
             raise
         except Exception:  # an empty object has no first byte, of which each library says something else
             self.call("info", path)
         return True
 
-    def _first(self, path: str, most: int, over: threading.Event | None) -> bytes:
+    def _first(self, path: str, most: int) -> bytes:
         """An object's first bytes, as many as there are; none of what is empty, or comes so slowly that less is to be
         asked for.
         """
         try:
-            first = _wait(self._begin("cat_file", path, start=0, end=most), self._stall_seconds, over=over)
+            first = self._wait(self._begin("cat_file", path, start=0, end=most), self._stall_seconds)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError, StopWaitingError):
             raise
         except Exception:  # an empty object has no first byte, of which each library says something else
@@ -150,6 +155,27 @@ class Client:
     def _begin(self, verb: str, *arguments: Any, **options: Any) -> Future[Any]:
         started = getattr(self._fs, f"_{verb}")(*arguments, **options)
         return asyncio.run_coroutine_threadsafe(started, self._fs.loop)
+
+    def _wait(self, future: Future[Any], limit_seconds: float, *, progress: Callable[[], int] = lambda: 0) -> Any:
+        """The result; SlowError if it is not there in time, where all `progress` begins the time anew."""
+        began, before = time.monotonic(), progress()
+        try:
+            while True:
+                left_seconds = began + limit_seconds - time.monotonic()
+                try:
+                    return future.result(max(0.0, min(left_seconds, LOOK_SECONDS)))
+                except TimeoutError:
+                    if future.done():
+                        return future.result()  # a time limit of the library's own, or just come
+                if self._over and self._over.is_set():
+                    raise StopWaitingError
+                if (now := progress()) != before:
+                    began, before = time.monotonic(), now
+                elif left_seconds <= 0:
+                    raise SlowError(f"no answer in {limit_seconds:g} s (exchange.stall_seconds)")
+        finally:
+            future.cancel()
+            del future  # which holds its error, which holds this frame
 
 
 def with_connections(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,34 +214,6 @@ class _Pace:
             self.part_bytes, self.at_once = min(2 * self.part_bytes, PART_BYTES), min(2 * self.at_once, PARTS_AT_ONCE)
         elif seconds > self._stall_seconds / 4:
             self.part_bytes, self.at_once = max(self.part_bytes // 2, LEAST_BYTES), max(self.at_once // 2, 1)
-
-
-def _wait(
-    future: Future[Any],
-    limit_seconds: float,
-    *,
-    over: threading.Event | None = None,
-    progress: Callable[[], int] = lambda: 0,
-) -> Any:
-    """The result; SlowError if it is not there in time, where all `progress` begins the time anew."""
-    began, before = time.monotonic(), progress()
-    try:
-        while True:
-            left_seconds = began + limit_seconds - time.monotonic()
-            try:
-                return future.result(max(0.0, min(left_seconds, LOOK_SECONDS)))
-            except TimeoutError:
-                if future.done():
-                    return future.result()  # a time limit of the library's own, or just come
-            if over and over.is_set():
-                raise StopWaitingError
-            if (now := progress()) != before:
-                began, before = time.monotonic(), now
-            elif left_seconds <= 0:
-                raise SlowError(f"no answer in {limit_seconds:g} s (exchange.stall_seconds)")
-    finally:
-        future.cancel()
-        del future  # which holds its error, which holds this frame
 
 
 def _cancel(parts: deque[tuple[Future[bytes], int, float]]) -> None:

@@ -98,6 +98,7 @@ class Objects:
         """The same objects until `over` is set: what is waited for or read then is broken off, StopWaitingError."""
         bounded = copy.copy(self)
         bounded._closing = bounded._over = over
+        bounded._client = self._client.until(over)
         return bounded
 
     def exists(self, name: str) -> bool:
@@ -221,7 +222,7 @@ class Objects:
     def _blocks(self, name: str, limit_bytes: int) -> Iterator[bytes]:
         """What an object holds, until soon after `limit_bytes`."""
         if self._client.is_limited:
-            yield from self._client.blocks(self._path(name), limit_bytes, self._over)
+            yield from self._client.blocks(self._path(name), limit_bytes)
             return
         with self._directory.open(name) if self._directory else self._fs.open(self._path(name), "rb") as source:
             for block in _blocks(source, limit_bytes):
