@@ -13,6 +13,7 @@ last ones are commits alone, as pruning leaves them, of as many silos.
 """
 
 import argparse
+import gc
 import multiprocessing
 import re
 import statistics
@@ -66,6 +67,8 @@ def measure(directory: Path, num_silos: int, num_versions: int) -> str:
     aggregator = Aggregator(config, Journal(config, "aggregator", silo=None))
     state = aggregator.start()
     deliveries = Deliveries(config, state, aggregator._exchange.contract_sha256, directory)
+    gc.collect()
+    gc.freeze()  # as the aggregator's main does
     seconds, processor, grown = [], [], []
     for version in range(1, num_versions + 1):
         for _ in deliveries.write(version):

@@ -6,6 +6,7 @@ All its state is in the store: killed at any point, it goes on with the same ver
 """
 
 import argparse
+import gc
 import json
 import os
 import resource
@@ -440,6 +441,8 @@ def aggregate(config: RunConfig, journal: Journal) -> None:
     try:
         aggregator = Aggregator(config, journal, check_lease=lease.check)
         state = aggregator.start()
+        gc.collect()
+        gc.freeze()  # what was loaded to start stays: no later collection has to go through it
         while state.version < config.schedule.num_versions:
             deliveries = aggregator.collect(state)
             journal.status("merging", round=config.round_of(state.version + 1))

@@ -15,7 +15,7 @@ from launch.show import display
 from launch.show.display import format_bytes
 from launch.show.report import format_count
 from launch.show.run import Run
-from pretrain.config.check import ConfigError
+from pretrain.config.check import ConfigError, named
 from pretrain.config.keys import OuterConfig
 from pretrain.plan.plan import Plan
 from pretrain.plan.seconds import work_factor
@@ -100,7 +100,7 @@ def _new_table(title: str, *headings: str) -> Table:
 def _facts(plan: Plan) -> Table:
     pace, inner, steps = plan.pace, plan.config.inner, plan.step_seconds
     table = Table.grid(padding=(0, 2, 0, 0))
-    per_step = ", ".join(f"{silo} {format_seconds(seconds)}" for silo, seconds in steps.items())
+    per_step = named([f"{silo} {format_seconds(seconds)}" for silo, seconds in steps.items()])
     table.add_row("an inner step", per_step if len(set(steps.values())) > 1 else format_seconds(max(steps.values())))
     link = format_seconds(pace.link_seconds)
     table.add_row("a sync", f"{format_seconds(pace.sync_seconds)}, of which {link} on the link")

@@ -20,7 +20,7 @@ from typing import Any, TypeVar, get_args, get_origin
 import fsspec
 
 from launch.show.display import format_seconds
-from pretrain.config.check import ConfigError, check_config
+from pretrain.config.check import ConfigError, check_config, named
 from pretrain.config.keys import (
     ExchangeConfig,
     InnerConfig,
@@ -147,7 +147,7 @@ class StoreStatus:
         awaited = [name for name, silo in self.silos.items() if silo.is_awaited]
         if not awaited:
             return f"more silos to join, for version {self.version + 1}"
-        return f"delivery for version {self.version + 1} from {', '.join(awaited)}"
+        return f"delivery for version {self.version + 1} from {named(awaited)}"
 
 
 def store_status(url: str, options: Mapping[str, Any] | None = None) -> StoreStatus:

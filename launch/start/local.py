@@ -19,7 +19,7 @@ from launch.show.display import AGGREGATOR, LiveDisplay, PlainDisplay, make_disp
 from launch.show.metrics import MetricsReader, ProcessStatus, read_status
 from launch.start.processes import POLL_SECONDS, STOP_SIGNALS, Child, ChildCommand, Children
 from launch.start.workers import SAVE_SECONDS, silo_command
-from pretrain.config.check import ConfigError
+from pretrain.config.check import ConfigError, named
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import save_config
 from pretrain.host.caches import use_writable_caches
@@ -296,7 +296,7 @@ class Attempt:
     def _stop(self, children: Children, display: LiveDisplay | PlainDisplay) -> None:
         running = [child.name for child in children.all if child.returncode is None]
         if running and self.failure is not None:
-            display.say(f"{self.failure.name} failed; stopping {', '.join(running)}", style="bold red")
+            display.say(f"{self.failure.name} failed; stopping {named(running)}", style="bold red")
         elif running and self.signals.first is not None:
             again = f"; Ctrl-C again {self.on_second_signal}" if self.signals.first == signal.SIGINT else ""
             display.say(f"stopping: each silo finishes its step and saves a checkpoint{again}", style="bold yellow")

@@ -134,7 +134,7 @@ class Client:
             # model perhaps, would stay in memory until the garbage collector comes by.
             error.with_traceback(None)
             return False
-        except SlowError:
+        except (SlowError, StopWaitingError):
             raise
         except Exception:  # an empty object has no first byte, of which each library says something else
             self.call("info", path)

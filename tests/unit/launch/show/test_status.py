@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import time
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +199,9 @@ def test_without_a_quorum_from_the_contract_to_the_end(make: Any) -> None:
         assert drawn == participants(config.full_roster, version, sample=2, seed=0)
         assert {silo.part for name, silo in status.silos.items() if name not in drawn} == {"not drawn"}
         assert status.waiting_for == f"delivery for version {version} from {', '.join(drawn)}"
+        one = next(silo for silo in status.silos.values() if silo.is_awaited)
+        many = replace(status, silos={f"silo-{index}": one for index in range(1000)})
+        assert re.fullmatch(r"delivery for version \d from silo-0, .*, \.\.\. \(1,000 in all\)", many.waiting_for or "")
         assert shown(config.store_url)[-2].endswith(
             f" since commit {version - 1}; without a quorum there is no deadline"
         )
