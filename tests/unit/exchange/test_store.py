@@ -327,3 +327,13 @@ def test_a_commit_that_no_reader_would_take_is_not_written(tmp_path: Path) -> No
     with pytest.raises(RefusedError, match=f"divisor: {1 << 53} given"):
         exchange.publish(commit, [(payload, file)])
     assert not (tmp_path / "store" / "global").exists()
+
+
+def test_an_empty_object_is_there_and_one_that_is_not_is_none(exchange: StoreExchange) -> None:
+    """A bucket has no first byte of it to give."""
+    objects = exchange.objects
+    objects.write("empty", b"")
+    objects.write("one", b"1")
+    assert [objects.exists(name) for name in ("empty", "one", "none", "a/none")] == [True, True, False, False]
+    found = [objects.read_if_there(name) for name in ("empty", "one", "none", "a/none")]
+    assert found == [b"", b"1", None, None]
