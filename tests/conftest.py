@@ -16,9 +16,10 @@ from pretrain.config.keys import RunConfig
 from pretrain.config.load import load_config
 from tests.support import TinyText, make_tiny_text, write_settings
 
-# A shell that starts the tests in the background has them and all their children ignore Ctrl-C, which some tests send.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell that starts the tests in the background, or nohup, has them and their children ignore what some tests send.
+for _number, _action in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _action)
 
 
 @pytest.hookimpl(optionalhook=True)

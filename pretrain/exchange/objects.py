@@ -321,10 +321,11 @@ class Objects:
 
     def _check_is_there(self) -> None:
         """Raise OSError if the store's directory was moved away or its file system is not mounted any more."""
+        was_there = self._was_there.is_set()  # before we look: another thread may make it right after
         try:
             os.stat(f"{self._root}/{self._anchor}")
         except (FileNotFoundError, NotADirectoryError):
-            if self._was_there.is_set():
+            if was_there:
                 raise OSError("this directory is not there any more") from None
         else:
             self._was_there.set()
