@@ -31,7 +31,6 @@ from pretrain.trust.ledger import Manifest, RefusedError
 ARRIVALS = 64  # how many of the newest ones the deadline follows from
 SAYS_AFTER_SECONDS = 5.0
 POLLS_PER_LOOK = 20  # while it waits, it looks so seldom at what hardly ever changes
-EARLY = 0.9  # of the time after which the first delivery came the last time
 LOOK_SECONDS = 5.0  # a look that takes longer goes on while there are others, and all else that is done meanwhile
 ABSURDLY_FASTER = 10_000.0  # than the median of the others: no pair of machines differs as much
 
@@ -66,7 +65,6 @@ class Collector:
         self.past = Past(config)
         """What is known of the commits so far."""
         self._events: dict[str, Membership | None] = {}  # what each silo said last of taking part, when it was asked
-        self._due, self._first_arrival = 0.0, 0.0  # seconds into a version; of the newest that had one
         self._ask_again, self._was_enough = 0.0, False  # seconds into a version; whether enough were in at the last
 
     def collect(self, version: int, verify: Verify, look: Callable[[], None] = lambda: None) -> list[Delivery]:
@@ -88,15 +86,11 @@ class Collector:
         arrived: dict[str, Delivery] = {}
         refused: set[str] = set()
         announced, enough_since, has_said = "", math.inf, False
-        self._due = 0.0
         self._ask_again, self._was_enough = POLLS_PER_LOOK * self._config.exchange.poll_seconds, False
         with self._looks(version, verify) as looks:
             while True:
                 pending = [silo for silo in chosen if silo not in arrived and silo not in refused]
-                is_due = self._is_due(time.monotonic() - began, deadline)
-                for silo, found in looks.at(pending if is_due else [], LOOK_SECONDS).items():
-                    if not arrived:
-                        self._first_arrival = time.monotonic() - began
+                for silo, found in looks.at(pending, LOOK_SECONDS).items():
                     arrived[silo] = found
                     self._arrivals.append(time.monotonic() - began)
                 pending = [silo for silo in pending if silo not in arrived]
@@ -138,14 +132,6 @@ class Collector:
             return self._roster
         self._ask([silo for silo in self._roster if silo not in self._events or not self._is_there(silo)])
         return [silo for silo in self._roster if self._is_there(silo)]
-
-    def _is_due(self, waited: float, deadline: float) -> bool:
-        """Whether to look at deliveries again: seldom before anybody had delivered for the version before."""
-        if waited < self._due and (waited < deadline or not self._rules.is_elastic):
-            return False
-        is_early = waited < EARLY * self._first_arrival
-        self._due = waited + (POLLS_PER_LOOK * self._config.exchange.poll_seconds if is_early else 0.0)
-        return True
 
     def _missing(self, pending: list[str], waited: float, *, is_enough: bool) -> list[str]:
         """Of those whose delivery is not here, whose is waited for: with a quorum, of who has joined and is not away.

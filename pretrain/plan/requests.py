@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.beats import BEATS_PER_LEASE
 from pretrain.exchange.client import FIRST_BYTES, PART_BYTES, part_bytes_of
-from pretrain.merge.collect import EARLY, POLLS_PER_LOOK
+from pretrain.merge.collect import POLLS_PER_LOOK
 from pretrain.merge.terms import shared_moments, snapshot_kinds, snapshot_versions
 from pretrain.plan.bytes import Shapes, fragments, payload_bytes
 from pretrain.plan.seconds import Pace
@@ -77,13 +77,12 @@ def aggregator_requests(config: RunConfig, shapes: Shapes, pace: Pace) -> Reques
     up, down = _largest(config, shapes)
     num_silos, num_versions = len(config.full_roster), config.schedule.num_versions
     num_polls = pace.seconds / num_versions / config.exchange.poll_seconds
-    num_looks = EARLY * num_polls / POLLS_PER_LOOK + (1 - EARLY) * num_polls
     whole = max(payload_bytes("fp32", part) for part in fragments(config, shapes))
     kinds = len(snapshot_kinds(config.outer)) / snapshot_versions(config)
     num_objects = 2 + kinds  # before each of which the lease is looked at
     a_version = (
         Requests(reads=1 + reads_of(up)) * num_silos
-        + Requests(reads=num_silos) * num_looks
+        + Requests(reads=num_silos) * num_polls
         + Requests(reads=1, lists=2) * (num_polls / POLLS_PER_LOOK)  # whether the newest commit is there, and whole
         + Requests(writes=1 + writes_of(down) + kinds * writes_of(whole), lists=4, reads=2)
         + Requests(lists=1, reads=1) * num_objects

@@ -146,20 +146,6 @@ def test_who_is_missing_is_asked_whether_it_has_left_once_there_are_enough(make:
     assert not [name for name in found if name.startswith("GET silos/SILO/membership")]
 
 
-def test_nobody_looks_often_before_the_time_at_which_deliveries_came_before(make: Any) -> None:
-    """Every tenth second until nine tenths of it, at half a second's polls; from then on at each."""
-    config = make(quorum=2)
-    collector = start(config)[0]._collector
-    collector._config = dataclasses.replace(config, exchange=dataclasses.replace(config.exchange, poll_seconds=0.5))
-    collector._first_arrival = 30.0
-    polls = [poll / 2 for poll in range(80)]
-    looks = [second for second in polls if collector._is_due(second, 600.0)]
-    assert looks == [0.0, 10.0, 20.0, *(second for second in polls if second >= 30)]
-    collector._due = 0.0
-    looks = [second for second in polls if collector._is_due(second, 15.0)]  # what is there at the deadline counts
-    assert looks == [0.0, 10.0, *(second for second in polls if second >= 15)]
-
-
 # ---- and in memory, and at a start
 
 

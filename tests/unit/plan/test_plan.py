@@ -92,7 +92,7 @@ def test_requests_of_a_run_are_those_that_one_counts_by_hand(tmp_path: Path, tin
     assert silo.lists == pytest.approx(100 * 3 + checkpoints)
     assert silo.reads == pytest.approx(100 * (1 + 2 * 4 + 2 + 2 + 1))  # four polls in two seconds
     merging = aggregator_requests(config, shapes, pace)
-    looks = 0.9 * 1 + 0.1 * 20  # one in ten seconds, but all twenty polls of the last tenth
+    looks = 20  # polls in ten seconds
     assert merging.writes == pytest.approx(100 * 2 + beats)
     assert merging.lists == pytest.approx(100 * (4 + 2 + 2) + 2 * checkpoints + beats)
     assert merging.reads == pytest.approx(100 * (2 * 2 + 2 * looks + 1 + 2 + 2) + beats)
