@@ -96,9 +96,14 @@ AGGREGATOR_POINTS: dict[str, Point] = {  # as its loop comes to them
         lambda self, state, commits, snapshots: state.version if commits else None,
     ),
     "version_loaded": (AGGREGATE, "Aggregator._load", "after", lambda self, newest: newest),
-    "reading_delivery": (OBJECTS, "Objects._open", "after", lambda self, name: delivery(name)),  # nothing is read yet
+    "reading_delivery": (  # nothing is read yet
+        OBJECTS,
+        "Objects._blocks",
+        "after",
+        lambda self, name, limit_bytes: delivery(name),
+    ),
     "delivery_read": (OBJECTS, "Objects.download", "after", lambda self, name, file, limit_bytes: delivery(name)),
-    "verified": (AGGREGATE, "Aggregator._verify", "after", lambda self, silo, data, state, version: version),
+    "verified": (AGGREGATE, "Aggregator._verify", "after", lambda self, silo, data, state, version, *over: version),
     "before_refusal": (OBJECTS, "Objects.write", "before", lambda self, name, data: refusal(name)),
     "before_merge": (AGGREGATE, "Aggregator.merge", "before", lambda self, state, deliveries: state.version),
     "merging": (  # the first elements are merged; their fragment's outer steps are counted
