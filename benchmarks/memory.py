@@ -63,6 +63,8 @@ def measure(config: RunConfig) -> tuple[dict[str, Peak], int]:
         peaks[command.name] = Peak(process=process)
     reader, started, records = MetricsReader(directory / "metrics.jsonl"), set[str](), []
     while any(peak.process.poll() is None for peak in peaks.values()):
+        if any(peak.process.returncode for peak in peaks.values()):
+            break  # the others would wait for it
         if len(started) < len(config.silos):
             new = reader.read_new()
             records += new
@@ -78,6 +80,8 @@ def measure(config: RunConfig) -> tuple[dict[str, Peak], int]:
         time.sleep(SAMPLE_SECONDS)
     failed = [name for name, peak in peaks.items() if peak.process.returncode]
     if failed:
+        for peak in peaks.values():
+            peak.process.terminate()
         raise SystemExit(f"{failed} failed; see {directory}")
     records += reader.read_new()
     return peaks, next(record["parameters"] for record in records if record["kind"] == "summary")
