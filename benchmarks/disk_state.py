@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.merge import SIZES, configuration, in_silence
+from benchmarks.proc import status_bytes
 from pretrain.aggregate import Aggregator
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.payload import save_tensors
@@ -290,7 +291,7 @@ def main() -> None:
         peak = 0
         try:
             while process.poll() is None:
-                peak = max(peak, anonymous_bytes(process.pid))
+                peak = max(peak, status_bytes(process.pid).get("RssAnon", 0))
                 time.sleep(0.05)
         finally:
             process.kill()
@@ -299,15 +300,6 @@ def main() -> None:
         print(f"RESULT {json.dumps(within)}: at most {peak / 1e6:.0f} MB of it anonymous", flush=True)
     if process.returncode:
         raise SystemExit(f"failed with {process.returncode}" + (": out of memory" if process.returncode == -9 else ""))
-
-
-def anonymous_bytes(process: int) -> int:
-    """Of a process, as /proc says; 0 once it is gone."""
-    try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon")), 0)
 
 
 if __name__ == "__main__":

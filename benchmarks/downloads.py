@@ -20,6 +20,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from benchmarks.proc import status_bytes
 from pretrain.exchange.objects import BLOCK_BYTES, Objects
 
 ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -79,7 +80,7 @@ def fetch(way: str, folder: Path, num_bytes: int) -> None:
     """Fetch the object once and print BLAKE3, seconds and by how many bytes memory grew; in a process of its own."""
     objects, copy = Objects("s3://benchmark/run"), folder / "copy"
     objects.exists("object")  # so that the client is there
-    before, began = peak_bytes(), time.perf_counter()
+    before, began = status_bytes()["VmHWM"], time.perf_counter()
     if way == "parts":
         found, _ = objects.download("object", copy, limit_bytes=num_bytes)
     else:
@@ -89,13 +90,7 @@ def fetch(way: str, folder: Path, num_bytes: int) -> None:
                 digest.update(block)
                 target.write(block)
         found = digest.hexdigest()
-    print(found, time.perf_counter() - began, peak_bytes() - before)
-
-
-def peak_bytes() -> int:
-    """Of this process."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.findall(r"VmHWM:\s+(\d+)", status)[0])
+    print(found, time.perf_counter() - began, status_bytes()["VmHWM"] - before)
 
 
 def main() -> int:

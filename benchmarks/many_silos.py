@@ -15,7 +15,6 @@ last ones are commits alone, as pruning leaves them, of as many silos.
 import argparse
 import gc
 import multiprocessing
-import re
 import statistics
 import tempfile
 import time
@@ -29,6 +28,7 @@ from typing import Any
 import torch
 
 from benchmarks.merge import SIZES, Deliveries, configuration, in_silence, one_version
+from benchmarks.proc import status_bytes
 from pretrain.aggregate import Aggregator
 from pretrain.exchange.objects import Objects
 from pretrain.exchange.store import version_path
@@ -140,7 +140,7 @@ def restart(directory: Path, num_silos: int, num_versions: int) -> str:
 
 def anonymous_kb() -> int:
     """Memory of this process that is no file's: payloads are mapped."""
-    return int(re.search(r"RssAnon:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
+    return status_bytes()["RssAnon"] // 1024
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 
+from benchmarks.proc import status_bytes
 from benchmarks.silo_overhead import make_text
 from launch.show.metrics import MetricsReader
 from launch.start.local import local_commands
@@ -40,13 +41,9 @@ class Peak:
         """Read /proc once; a process that has just ended counts nothing."""
         anonymous = mapped = 0
         for process in self.tree:
-            try:
-                lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-            except OSError:
-                continue
-            kib = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.startswith("Rss")}
-            anonymous += kib.get("RssAnon", 0) * 1024
-            mapped += kib.get("RssFile", 0) * 1024
+            sizes = status_bytes(process.pid)
+            anonymous += sizes.get("RssAnon", 0)
+            mapped += sizes.get("RssFile", 0)
         self.anonymous_bytes = max(self.anonymous_bytes, anonymous)
         self.mapped_bytes = max(self.mapped_bytes, mapped)
 

@@ -31,6 +31,7 @@ from typing import Any
 import psutil
 
 from benchmarks.merge import SIZES, VOCAB_SIZE
+from benchmarks.proc import status_bytes
 from benchmarks.silo_overhead import make_text
 from launch.show.metrics import MetricsReader
 from launch.start.local import local_commands
@@ -86,14 +87,8 @@ class Child:
 
     def watch(self) -> None:
         """Read its anonymous memory once."""
-        if not self.process:
-            return
-        try:
-            lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
-        except OSError:
-            return
-        now = next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon")), 0)
-        self.peak_bytes = max(self.peak_bytes, now)
+        if self.process:
+            self.peak_bytes = max(self.peak_bytes, status_bytes(self.process.pid).get("RssAnon", 0))
 
 
 @dataclass(kw_only=True)

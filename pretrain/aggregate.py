@@ -99,10 +99,11 @@ class Aggregator:
         stored = self._exchange.read_contract()
         self._check_history()
         check_model(self._config)
-        check_aggregator_room(self._config, is_new=self._exchange.newest_version() < 0)
+        newest = self._exchange.newest_version()
+        check_aggregator_room(self._config, is_new=newest < 0)
         initial: dict[str, Tensor] = {}
         if stored is None:
-            if self._exchange.newest_version() >= 0:
+            if newest >= 0:
                 raise ConfigError(f"exchange.url: {self._config.store_url} given; it has versions but no contract.json")
             initial = self._initial()  # a mistake in the model must not leave a contract behind
             self._exchange.write_contract(first_contract(ours))
@@ -111,7 +112,7 @@ class Aggregator:
             finish_rollbacks(self._exchange)
             for record in rollback_records(self._exchange, self._config):
                 self._journal.record("rollback", **record)
-        newest = self._exchange.newest_version()
+            newest = self._exchange.newest_version()
         return self._load(newest) if newest >= 0 else self._create(initial or self._initial())
 
     def _initial(self) -> dict[str, Tensor]:

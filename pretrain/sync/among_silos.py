@@ -47,8 +47,7 @@ from pretrain.host.identity import own_identity
 from pretrain.host.memory import give_back_memory
 from pretrain.merge.step import Step, shares
 from pretrain.merge.terms import LONGEST_NORM, check_norm, contributor, read_delivery, shared_moments
-from pretrain.outer.blocks import Adopted, adopt, squared_norms
-from pretrain.outer.codec import check
+from pretrain.outer.blocks import Adopted, adopt, check_coded, squared_norms
 from pretrain.outer.digest import Row, digest_rows, digest_tensors, tensor_rows
 from pretrain.outer.merge import mean_cosine, unit_sum_squared
 from pretrain.outer.moments import Moment, check_lengths, check_moments
@@ -343,7 +342,7 @@ class AmongSilos:
         """Raise PeerLostError unless what another silo sent is of the codec and finite."""
         assert piece.stop is not None
         try:
-            check(codec, parts, torch.Size([piece.stop - piece.start]))
+            check_coded(codec, parts, torch.Size([piece.stop - piece.start]))
         except ValueError as error:
             raise PeerLostError(f"silo {silo} sent a {piece.name} that cannot be used: {error}") from None
 

@@ -3,15 +3,19 @@
 import importlib.util
 import os
 import socket
+import socketserver
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import TypeVar
 
 import pytest
 
 from tests.support import free_port
 from tests.waiting import wait_for
+
+Line = TypeVar("Line", bound=socketserver.ThreadingTCPServer)
 
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing", "AWS_DEFAULT_REGION": "us-east-1"}
 
@@ -69,3 +73,15 @@ def fresh_clients() -> Iterator[None]:
         yield
     finally:
         s3fs.S3FileSystem.clear_instance_cache()
+
+
+@contextmanager
+def in_front_of_s3(kind: Callable[[tuple[str, int]], Line]) -> Iterator[Line]:
+    """A line to the server of `s3_url`, through which all that goes to its bucket goes until the block ends."""
+    host, port = os.environ["AWS_ENDPOINT_URL"].removeprefix("http://").split(":")
+    with kind((host, int(port))) as line, pytest.MonkeyPatch.context() as patch, fresh_clients():
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{line.server_address[1]}")
+        try:
+            yield line
+        finally:
+            line.shutdown()

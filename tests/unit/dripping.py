@@ -1,16 +1,10 @@
-"""A line to an S3 server on which answers to some requests come byte by byte, and how to put one in between."""
+"""A line to an S3 server on which answers to some requests come byte by byte."""
 
-import os
 import re
 import socket
 import socketserver
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-
-import pytest
-
-from tests.unit.conftest import fresh_clients
+from contextlib import suppress
 
 REQUEST = re.compile(rb"(GET|HEAD|PUT|POST|DELETE) (\S+) HTTP/1\.1\r\n")
 PAUSE_SECONDS = 0.05  # between two bytes
@@ -68,15 +62,7 @@ class DrippingLine(socketserver.ThreadingTCPServer):
         """From now on, none."""
         self.drip(r"(?!)")
 
-
-@contextmanager
-def dripping_line() -> Iterator[DrippingLine]:
-    """All that goes to the bucket of `s3_url` goes through it."""
-    host, port = os.environ["AWS_ENDPOINT_URL"].removeprefix("http://").split(":")
-    with DrippingLine((host, int(port))) as line, pytest.MonkeyPatch.context() as patch, fresh_clients():
-        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{line.server_address[1]}")
-        try:
-            yield line
-        finally:
-            line.over.set()
-            line.shutdown()
+    def shutdown(self) -> None:
+        """Whatever drips does so no longer."""
+        self.over.set()
+        super().shutdown()

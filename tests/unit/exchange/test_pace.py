@@ -31,7 +31,8 @@ from pretrain.exchange.store import StoreExchange
 from pretrain.trust.ledger import Payload, RefusedError
 from tests.conftest import TinyConfig
 from tests.support import one_line_error
-from tests.unit.dripping import DrippingLine, dripping_line
+from tests.unit.conftest import in_front_of_s3
+from tests.unit.dripping import DrippingLine
 from tests.waiting import wait_for
 
 BIG = os.urandom(700_000)
@@ -39,7 +40,7 @@ BIG = os.urandom(700_000)
 
 @pytest.fixture
 def line(s3_url: str) -> Iterator[DrippingLine]:
-    with dripping_line() as line:
+    with in_front_of_s3(DrippingLine) as line:
         yield line
 
 

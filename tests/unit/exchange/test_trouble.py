@@ -23,7 +23,7 @@ from pretrain.exchange.objects import Objects, StopWaitingError, StoreTroubleErr
 from pretrain.host.disk import full_disk
 from tests.conftest import TinyConfig
 from tests.support import fill, mounted, one_line_error
-from tests.unit.conftest import fresh_clients
+from tests.unit.conftest import fresh_clients, in_front_of_s3
 from tests.waiting import PATIENCE_SECONDS
 
 OUTAGE_SECONDS = 0.7
@@ -335,13 +335,9 @@ class Line(socketserver.ThreadingTCPServer):
 
 
 @pytest.fixture
-def line(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
-    """All that goes to the bucket goes through it."""
-    host, port = os.environ["AWS_ENDPOINT_URL"].removeprefix("http://").split(":")
-    with Line((host, int(port))) as line, fresh_clients():
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{line.server_address[1]}")
+def line(s3_url: str) -> Iterator[Line]:
+    with in_front_of_s3(Line) as line:
         yield line
-        line.shutdown()
 
 
 def test_a_line_that_is_cut(

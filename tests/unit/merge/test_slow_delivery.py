@@ -17,7 +17,8 @@ from pretrain.merge.looks import Looks
 from pretrain.trust.ledger import Commit
 from tests.conftest import TinyConfig
 from tests.support import TinyText, tiny_silo
-from tests.unit.dripping import DrippingLine, dripping_line
+from tests.unit.conftest import in_front_of_s3
+from tests.unit.dripping import DrippingLine
 from tests.unit.test_aggregate import GOOD, one_version, plus_noise, start
 from tests.waiting import wait_for
 
@@ -28,7 +29,7 @@ SOON = {"quorum": 2, "deadline_floor_seconds": 0.4, "deadline_ceiling_seconds": 
 @pytest.fixture
 def run(s3_url: str, tmp_path: Path, tiny_config: TinyConfig, tiny_text: TinyText) -> Any:
     """A run of three silos in a bucket that is reached through a line."""
-    with dripping_line() as line:
+    with in_front_of_s3(DrippingLine) as line:
 
         def make(**membership: Any) -> tuple[RunConfig, DrippingLine, Aggregator, OuterState]:
             config = tiny_config(
