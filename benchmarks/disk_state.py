@@ -133,7 +133,6 @@ def prepare(config: RunConfig, aggregator: Aggregator) -> tuple[OuterState, list
         previous=None,
         codec="fp32",
         payloads=[],
-        state_payloads=[],
         contributors=[],
         divisor=0,
         parameters_digest=state.parameters_digest,

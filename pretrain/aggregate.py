@@ -14,7 +14,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -26,10 +26,9 @@ from torch import Tensor
 from pretrain.config.check import ConfigError, named
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import load_config
-from pretrain.exchange.history import History, whole_of
 from pretrain.exchange.lease import Lease
 from pretrain.exchange.objects import StoreTroubleError
-from pretrain.exchange.payload import PARAMETER, Tensors, save_tensors
+from pretrain.exchange.payload import PARAMETER, save_tensors
 from pretrain.exchange.rollback import check_held, explain, finish_rollbacks, foreign, rollback_records
 from pretrain.exchange.store import REQUESTS_AT_ONCE, StoreExchange, version_path
 from pretrain.federation.preflight import check_model
@@ -40,8 +39,9 @@ from pretrain.host.journal import Journal
 from pretrain.host.lock import lock_directory
 from pretrain.host.stopping import STOPPED, StopRequested, raise_at_signals
 from pretrain.merge.collect import POLLS_PER_LOOK, Collector, Delivery
+from pretrain.merge.snapshots import Snapshots
 from pretrain.merge.step import Step, factors_of, shares
-from pretrain.merge.terms import commit_record, contributor, snapshot_versions
+from pretrain.merge.terms import commit_record, contributor
 from pretrain.merge.verify import Verifier, base_of, pseudo_gradient
 from pretrain.outer.blocks import slower
 from pretrain.outer.codec import encode
@@ -79,7 +79,6 @@ class Aggregator:
         """`check_lease` raises ConfigError before a commit if another aggregator works on this store by now."""
         self._config, self._journal, self._schedule, self._check_lease = config, journal, config.schedule, check_lease
         self._exchange = StoreExchange.of_run(config)
-        self._history = History(self._exchange, config.outer.num_fragments)
         self._scratch = Path(config.directory) / "aggregator"
         self._place = OnDisk(self._scratch / "state") if config.outer.state == "disk" else InMemory()
         self._newest_file = self._scratch / "newest.json"
@@ -87,6 +86,7 @@ class Aggregator:
         self._next_look, self._num_repairs = time.monotonic(), 0
         self._roster = config.full_roster
         self._fragments: list[list[str]] = []
+        self.snapshots = Snapshots(config, self._exchange, self._scratch, check_lease=check_lease, let_go=self._let_go)
         self._collector = Collector(config, self._exchange, journal)
         self._num_threads = len(os.sched_getaffinity(0))
         self._verifier = Verifier(config, self._exchange, self._scratch / "inbox", self._num_threads)
@@ -162,33 +162,26 @@ class Aggregator:
         The chain of commits is checked as far back as any of them is used, and the digests of what comes out.
         """
         num_fragments = self._schedule.num_fragments
-        snapshots = [self._history.snapshot(newest, fragment) for fragment in range(num_fragments)]
+        history = self.snapshots.history
+        snapshots = [history.snapshot(newest, fragment) for fragment in range(num_fragments)]
         first = max(0, min(*snapshots, newest + 1 - self._collector.past.num_needed))
         commits = {commit.version: commit for commit in self._exchange.read_commits(first, newest)}
         for commit in commits.values():
             self._collector.past.committed(commit)
-        kinds = kept_kinds(self._config.outer.optimizer, self._config.outer.downlink_codec)
-        found: dict[str, dict[str, Tensor]] = {kind: {} for kind in (PARAMETER, *kinds)}
-        for fragment, version in enumerate(snapshots):
-            for kind, values in self._load_whole(commits[version], fragment):
-                found[kind] |= values
-        parameters = found.pop(PARAMETER)
-        if any(of.keys() != parameters.keys() for of in found.values()):
-            raise RefusedError(f"the snapshots behind version {newest} do not have all of the outer state")
+        parameters, found = self._load_snapshots(snapshots)
         self._cut(parameters)
         rows = tensor_rows(parameters, self._num_threads)
         state = OuterState(version=newest, parameters=parameters, kept=found, rows=rows)
-        for version in {*snapshots}:
-            written = {payload.fragment for payload in commits[version].payloads}
-            names = [name for fragment in written for name in self._fragments[fragment]]
-            in_use = all(snapshots[fragment] == version for fragment in written)
-            if in_use and state.kept_digest(names) != commits[version].outer_digest:
+        for fragment, version in enumerate(snapshots):
+            if version and state.kept_digest(self._fragments[fragment]) != commits[version].outer_digest:
                 raise RefusedError(f"version {version}: its outer state does not have the digest of its commit")
         self._replay(state, [c for v, c in commits.items() if v > snapshots[self._schedule.fragment(v)]], snapshots)
         self._newest = commits[newest]
         if state.parameters_digest != self._newest.parameters_digest:
             raise RefusedError(f"version {newest}: its parameters do not have the digest of its commit")
-        self._let_go(state, parameters)
+        self._let_go(state, list(parameters))
+        if self._newest.outer_digest and newest not in snapshots:  # killed before it was written
+            self.snapshots.begin(state, self._newest, self._fragments[self._schedule.fragment(newest)])
         if newest:  # whoever committed it may have died before it wrote this
             self._journal.record("commit", **commit_record(self._config, self._newest))
         return state
@@ -227,19 +220,26 @@ class Aggregator:
                 f"; restore it, or go back: atoll rollback {self._exchange.objects.url} --to {version - 1}"
             ) from None
 
-    def _load_whole(self, commit: Commit, fragment: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Kind and tensors of all that a snapshot holds of a fragment. Raises RefusedError."""
-        for payload in whole_of(commit, fragment):
-            file, folder = self._scratch / "inbox" / payload.file, version_path(commit.version)
-            try:
-                self._exchange.fetch(folder, payload, file)
-            except RefusedError:
-                self._repair(commit)
-                self._exchange.fetch(folder, payload, file)
-            kind = payload.file.split("-")[0]
-            tensors = Tensors(file, kind)
-            yield kind, {name: self._place.copy(tensors.parts(name)["values"]) for name in tensors.names}
-            file.unlink()
+    def _load_snapshots(self, snapshots: Sequence[int]) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+        """Parameters, and what is kept of them, of each fragment's snapshot; of version 0 they are as at the start."""
+        outer, copy = self._config.outer, self._place.copy
+        parameters: dict[str, Tensor] = {}
+        kept: dict[str, dict[str, Tensor]] = {kind: {} for kind in kept_kinds(outer.optimizer, outer.downlink_codec)}
+        for fragment, version in enumerate(snapshots):
+            whole: dict[str, Tensor] = {}
+            for kind, found in self.snapshots.load(version, fragment):
+                values = {name: copy(value) for name, value in found.items()}
+                if kind == PARAMETER:
+                    whole = values
+                else:
+                    kept[kind] |= values
+            parameters |= whole
+            if not version:
+                for kind, values in kept_at_start(whole, outer.optimizer, outer.downlink_codec, self._place).items():
+                    kept[kind] |= values
+        if any(of.keys() != parameters.keys() for of in kept.values()):
+            raise RefusedError(f"the snapshots {[*snapshots]} do not have all of the outer state")
+        return parameters, kept
 
     # ---- one version
 
@@ -259,7 +259,7 @@ class Aggregator:
         self._check_held()
         if self._exchange.hear_damaged(self._roster, self._newest.version) and self._num_repairs < MOST_REPAIRS:
             self._num_repairs += 1
-            self._repair(self._newest)
+            self.snapshots.repair_all(self._newest)
 
     def _check_held(self) -> str:
         """sha256 of our newest commit; raises ConfigError if the store has another one, or none, in its place."""
@@ -267,10 +267,6 @@ class Aggregator:
         commit_sha256 = sha256_bytes(self._newest.to_bytes())
         check_held("this aggregator", self._newest.version, commit_sha256, self._exchange)
         return commit_sha256
-
-    def _repair(self, commit: Commit) -> None:
-        for line in self._exchange.repair(commit, self._scratch / "outbox", check=self._check_lease):
-            print(f"version {commit.version}: {line}", flush=True)
 
     def _verify(
         self, silo: str, data: bytes, state: OuterState, version: int, over: threading.Event | None = None
@@ -280,7 +276,8 @@ class Aggregator:
         return self._verifier.verify(silo, data, state, names, version, over=over)
 
     def merge(self, state: OuterState, deliveries: list[Delivery]) -> Merged:
-        """Merge and take the outer step in place, block by block."""
+        """Merge and take the outer step in place, block by block, as soon as the last version's snapshot is written."""
+        self.snapshots.finish()
         names = self._fragments[self._schedule.fragment(state.version + 1)]
         stale = self._config.membership.stale_weight
         weights, factors = shares(
@@ -321,7 +318,7 @@ class Aggregator:
         self._let_go(state, names)
         return step, changes
 
-    def _let_go(self, state: OuterState, names: Iterable[str]) -> None:
+    def _let_go(self, state: OuterState, names: Sequence[str]) -> None:
         """Tensors that are not used again in this version."""
         self._place.let_go(of[name] for of in (state.parameters, *state.kept.values()) for name in names)
 
@@ -344,7 +341,9 @@ class Aggregator:
         )
         self._journal.record("commit", **commit_record(self._config, commit))
         keep, late = self._config.exchange.keep_versions, self._config.membership.stale_weight > 0
-        self._history.prune(self._collector.members(), state.version, keep, late=late)
+        self.snapshots.history.prune(self._collector.members(), state.version, keep, late=late)
+        if self.snapshots.is_due(state.version):
+            self.snapshots.begin(state, commit, self._fragments[fragment])
 
     def _facts(self, deliveries: list[Delivery]) -> dict[str, float]:
         """What later rounds need to know of the silos in this one."""
@@ -373,38 +372,24 @@ class Aggregator:
         previous = self._check_held() if version else None
         shutil.rmtree(outbox, ignore_errors=True)
         payloads: list[tuple[Payload, Path]] = []
-        state_payloads: list[tuple[Payload, Path]] = []
-
-        def write(
-            stem: str, kind: str, fragment: int, values: Mapping[str, Parts], beside: dict[str, Parts] | None = None
-        ) -> tuple[Payload, Path]:
-            file = outbox / f"{stem}-{fragment:03d}.safetensors"
-            return save_tensors(values, file, kind, fragment=fragment, moments=beside), file
-
-        is_snapshot = self._schedule.count(version) % snapshot_versions(self._config) == 0
-        whole = state.kept | ({PARAMETER: state.parameters} if codec != "fp32" else {}) if is_snapshot else {}
         for fragment in fragments:
-            names = self._fragments[fragment]
-            coded = {name: changes[name] for name in names}
-            payloads.append(write(PARAMETER if codec == "fp32" else "change", PARAMETER, fragment, coded, moments))
-            for kind, values in whole.items():
-                tensors = {name: {"values": values[name]} for name in names}
-                state_payloads.append(write(kind, kind, fragment, tensors))
+            coded = {name: changes[name] for name in self._fragments[fragment]}
+            file = outbox / f"{PARAMETER if codec == 'fp32' else 'change'}-{fragment:03d}.safetensors"
+            payloads.append((save_tensors(coded, file, fragment=fragment, moments=moments), file))
         commit = Commit(
             contract_sha256=self._exchange.contract_sha256,
             version=version,
             previous=previous,
             codec=codec,
             payloads=[payload for payload, _ in payloads],
-            state_payloads=[payload for payload, _ in state_payloads],
             contributors=contributors,
             divisor=divisor,
             parameters_digest=state.parameters_digest,
-            outer_digest=state.kept_digest(changes) if is_snapshot else "",
+            outer_digest=state.kept_digest(changes) if self.snapshots.is_due(version) else "",
             metrics=metrics,
         )
-        self._let_go(state, changes)
-        self._publish(commit, payloads + state_payloads)
+        self._let_go(state, list(changes))
+        self._publish(commit, payloads)
         state.version = version
         self._collector.past.committed(commit)
         return commit
@@ -439,6 +424,7 @@ def aggregate(config: RunConfig, journal: Journal) -> None:
         raise ConfigError(f"exchange.kind: {exchange.kind!r} given; an aggregator serves only 'store'")
     store = StoreExchange.of_run(config)
     lease = Lease(store.objects, seconds=exchange.lease_seconds)
+    aggregator: Aggregator | None = None
     try:
         aggregator = Aggregator(config, journal, check_lease=lease.check)
         state = aggregator.start()
@@ -450,7 +436,10 @@ def aggregate(config: RunConfig, journal: Journal) -> None:
             merged = aggregator.merge(state, deliveries)
             aggregator.commit(state, deliveries, merged)
             del deliveries, merged  # before the next ones come
+        aggregator.snapshots.finish()
     finally:
+        if aggregator:
+            aggregator.snapshots.stop()
         lease.release()
 
 

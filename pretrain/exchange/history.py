@@ -1,16 +1,25 @@
 """What the versions in a store are made of, and which of it nobody can need again. No torch.
 
-A snapshot is a version that holds the outer state of the fragment that it changes, and its parameters whole; version 0
-is one, of all fragments. Later versions hold the coded change of the parameters alone: their outer state follows from
-the snapshot before and the deliveries that the commits since then name. Where the codec is fp32 a change is whole.
+A version holds the coded change of the parameters; where the codec is fp32 that is whole. Its outer state follows from
+the last snapshot and the deliveries that the commits since then name. A snapshot holds the outer state of the fragment
+that a version changed, and its parameters whole; it is written after the version, while silos train on. Version 0 is
+whole, of all fragments, and its outer state follows from its parameters.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from heapq import heapify, heapreplace
+from pathlib import Path
 
-from pretrain.exchange.store import REQUESTS_AT_ONCE, StoreExchange, delivery_path, version_path
+from pretrain.exchange.store import (
+    REQUESTS_AT_ONCE,
+    SNAPSHOTS,
+    StoreExchange,
+    delivery_path,
+    snapshot_path,
+    version_path,
+)
 from pretrain.outer.threads import in_threads
-from pretrain.trust.ledger import Commit, Payload, RefusedError
+from pretrain.trust.ledger import Payload, RefusedError, Snapshot, sha256_bytes
 
 Made = tuple[int, Payload, str]
 """Version, payload and codec of what a fragment's parameters are made of; the codec of what is whole is empty."""
@@ -19,9 +28,9 @@ Made = tuple[int, Payload, str]
 class History:
     """The versions of one store, whose fragments take turns."""
 
-    def __init__(self, exchange: StoreExchange, num_fragments: int) -> None:
-        self._exchange, self._num_fragments = exchange, num_fragments
-        self._known: dict[int, tuple[bool, bool]] = {}  # version: is a snapshot, has parameters whole
+    def __init__(self, exchange: StoreExchange, num_fragments: int, *, all_whole: bool = False) -> None:
+        """With `all_whole` every version counts as a snapshot: its outer state lies elsewhere."""
+        self._exchange, self._num_fragments, self._all_whole = exchange, num_fragments, all_whole
         self._resumable: dict[str, int] = {}  # silo: the version of its newest checkpoint, when it was asked for last
 
     def _back(self, version: int, fragment: int) -> Iterator[int]:
@@ -39,12 +48,17 @@ class History:
         """
         changes: list[Made] = []  # the newest first
         whole: list[Made] = []
+        snapshots: Sequence[int] | None = None
         for made in self._back(version, fragment):
             if made <= since:
                 break
             commit = self._exchange.read_commit(made)
             payload = _of(commit.payloads, fragment)
-            if not whole and (found := payload if commit.codec == "fp32" else _of_kind(commit, fragment, "parameter")):
+            found = payload if commit.codec == "fp32" else None
+            if not found and not whole and (since < 0 or changes):  # who follows from version to version asks for none
+                snapshots = self.snapshots() if snapshots is None else snapshots
+                found = self._whole_parameters(made, fragment) if made in snapshots else None
+            if found and not whole:
                 whole = [(made, found, ""), *reversed(changes)]
             if whole and (since < 0 or commit.codec == "fp32"):
                 return whole
@@ -63,9 +77,56 @@ class History:
     def _is_there(self, version: int, payload: Payload) -> bool:
         return self._exchange.objects.exists(f"{version_path(version)}/{payload.file}")
 
+    # ---- snapshots
+
+    def snapshots(self) -> Sequence[int]:
+        """The versions that have a snapshot, sorted; not 0, which needs none."""
+        return range(1, 1 << 53) if self._all_whole else self._exchange.numbers(SNAPSHOTS, after=".json")
+
     def snapshot(self, version: int, fragment: int) -> int:
-        """The last snapshot of a fragment at or before `version`. Raises RefusedError."""
-        return next(made for made in self._back(version, fragment) if self._kind(made)[0])
+        """The last snapshot of a fragment at or before `version`, or 0."""
+        return self._last(self.snapshots(), version, fragment)
+
+    def _last(self, snapshots: Sequence[int], version: int, fragment: int) -> int:
+        return next(made for made in self._back(version, fragment) if made in snapshots or not made)
+
+    def read_snapshot(self, version: int) -> Snapshot:
+        """What a snapshot consists of. Raises RefusedError."""
+        name = snapshot_path(version)
+        try:
+            snapshot = Snapshot.from_bytes(self._exchange.objects.read(name))
+            commit_sha256 = sha256_bytes(self._exchange.commit_bytes(version))
+        except FileNotFoundError as error:
+            raise RefusedError(f"the snapshot of version {version} is missing: {error}") from None
+        if (snapshot.version, snapshot.commit_sha256) != (version, commit_sha256):
+            raise RefusedError(f"{name} is not of commit {version} as it lies here")
+        return snapshot
+
+    def write_snapshot(
+        self, snapshot: Snapshot, files: Iterable[tuple[Payload, Path]], *, check: Callable[[], None] = lambda: None
+    ) -> None:
+        """Write the payloads of a snapshot, then its record.
+
+        `check` is called before every write, and raises if this process may not write any more.
+        """
+        objects, folder = self._exchange.objects, version_path(snapshot.version)
+        for payload, file in files:
+            check()
+            objects.delete(f"{folder}/{payload.file}")  # left by an aggregator that died before its record
+            objects.upload(file, f"{folder}/{payload.file}")
+        check()
+        objects.write(snapshot_path(snapshot.version), snapshot.to_bytes())
+
+    def _whole_parameters(self, version: int, fragment: int) -> Payload | None:
+        payloads = self.read_snapshot(version).payloads
+        return _of([payload for payload in payloads if payload.file.startswith("parameter-")], fragment)
+
+    def whole(self, version: int, fragment: int) -> list[Payload]:
+        """The payloads from which a snapshot, or version 0, is loaded again. Raises RefusedError."""
+        payloads = self.read_snapshot(version).payloads if version else []
+        commit = self._exchange.read_commit(version)
+        payloads = payloads + (commit.payloads if commit.codec == "fp32" else [])
+        return [payload for payload in payloads if payload.fragment == fragment]
 
     def since(self, snapshot: int, version: int, fragment: int) -> list[int]:
         """The versions of a fragment after its snapshot, up to `version`, the oldest first."""
@@ -80,7 +141,7 @@ class History:
         for fragment in range(self._num_fragments):
             snapshot = self.snapshot(version, fragment)
             made = self.parameters(snapshot, fragment) + self.parameters(version, fragment)
-            for payload in whole_of(self._exchange.read_commit(snapshot), fragment):
+            for payload in self.whole(snapshot, fragment):
                 found[version_path(snapshot), payload.file] = payload
             for later in self.since(snapshot, version, fragment):
                 for contributor in self._exchange.read_commit(later).contributors:
@@ -107,27 +168,17 @@ class History:
 
         Deliveries that may have come too late (`late`) build on the version before a fragment's snapshot.
         """
-        return min(self._first_needed(version, fragment, late=late) for fragment in range(self._num_fragments))
+        snapshots = self.snapshots()
+        return min(self._first_needed(version, f, snapshots, late=late) for f in range(self._num_fragments))
 
-    def _first_needed(self, version: int, fragment: int, *, late: bool) -> int:
-        snapshot = self.snapshot(version, fragment)
+    def _first_needed(self, version: int, fragment: int, snapshots: Sequence[int], *, late: bool) -> int:
+        snapshot = self._last(snapshots, version, fragment)
         if not late or not snapshot:
             return snapshot
-        return next(made for made in self._back(snapshot - self._num_fragments, fragment) if self._kind(made)[1])
-
-    def _kind(self, version: int) -> tuple[bool, bool]:
-        """Whether a version is a snapshot, and has parameters whole; what was read is remembered."""
-        if version not in self._known:
-            nearby = range(max(0, version - REQUESTS_AT_ONCE + 1), version + 1)
-            unknown = [one for one in nearby if one not in self._known]
-            try:
-                commits = self._exchange.peek_commits(unknown)
-            except RefusedError:  # of one that may not matter
-                unknown = [version]
-                commits = self._exchange.peek_commits(unknown)
-            for one, commit in zip(unknown, commits, strict=True):
-                self._known[one] = commit.is_snapshot, commit.is_snapshot or commit.codec == "fp32"
-        return self._known[version]
+        before = next(self._back(snapshot - self._num_fragments, fragment))
+        if self._exchange.peek_commits([before])[0].codec == "fp32":
+            return before
+        return self._last(snapshots, before, fragment)
 
     def prune(self, roster: Sequence[str], newest: int, keep_versions: int, *, late: bool = False) -> list[int]:
         """Delete tensors that nobody can need again; commits and manifests stay. Returns the pruned versions.
@@ -141,13 +192,15 @@ class History:
         pruned: list[int] = []
         while (version := first_kept - 1 - len(pruned)) >= 0 and exchange.tensors(version_path(version)):
             pruned.append(version)
-        silos = exchange.objects.names("silos") if pruned else []  # also of those that have left
+        silos, snapshots = (exchange.objects.names("silos"), self.snapshots()) if pruned else ([], [])  # also who left
         for version in reversed(pruned):  # oldest first: whoever is killed here leaves no gap behind
             # The version's own folder comes last: while it holds tensors, the next pruning sees that this one was not
             # finished.
             # What a silo delivered has the one name that silos give it: to look costs more than to delete.
             delivered = [f"{delivery_path(silo, version)}/{version:06d}.safetensors" for silo in silos]
             in_threads(exchange.objects.delete, delivered, REQUESTS_AT_ONCE)
+            if version in snapshots:
+                exchange.objects.delete(snapshot_path(version))
             for name in exchange.tensors(version_path(version)):
                 exchange.objects.delete(f"{version_path(version)}/{name}")
         return pruned
@@ -169,18 +222,8 @@ class History:
         return limit
 
 
-def whole_of(commit: Commit, fragment: int) -> list[Payload]:
-    """The payloads of a snapshot that hold a fragment's tensors themselves: parameters and outer state."""
-    payloads = commit.state_payloads + (commit.payloads if commit.codec == "fp32" else [])
-    return [payload for payload in payloads if payload.fragment == fragment]
-
-
 def _of(payloads: Sequence[Payload], fragment: int) -> Payload | None:
     return next((payload for payload in payloads if payload.fragment == fragment), None)
-
-
-def _of_kind(commit: Commit, fragment: int, kind: str) -> Payload | None:
-    return _of([payload for payload in commit.state_payloads if payload.file.startswith(f"{kind}-")], fragment)
 
 
 def _num_bytes(made: Sequence[Made]) -> int:

@@ -4,8 +4,9 @@
     global/000017/commit.json                written last: the version is there when this is
     global/000017/change-001.safetensors     how commit 17 changed fragment 1, coded; or, where the codec is fp32,
     global/000017/parameter-001.safetensors its new values, which are there in a snapshot otherwise
-    global/000017/velocity-001.safetensors   of a snapshot: the outer optimizer's state of the fragment, and target-001
-                                             what the downlink's codec has not sent yet (history.py)
+    snapshots/000017.json                    there is a snapshot of version 17 (history.py); written after
+    global/000017/velocity-001.safetensors   the outer optimizer's state of the fragment, and target-001, what the
+                                             downlink's codec has not sent yet
     silos/NAME/identity.json                 which run directory holds this name
     silos/NAME/000017/000017.safetensors     the coded fragment of the pseudo-gradient for version 17
     silos/NAME/000017/manifest.json          written last: the delivery is there when this is
@@ -43,7 +44,7 @@ from pretrain.host.foreign import shown
 from pretrain.outer.threads import in_threads
 from pretrain.trust.ledger import Commit, Contributor, Manifest, Payload, RefusedError, check_link, sha256_bytes
 
-CONTRACT = "contract.json"
+CONTRACT, SNAPSHOTS = "contract.json", "snapshots"
 W = TypeVar("W", bound=Word)
 REQUESTS_AT_ONCE = 16  # that wait for a store side by side
 
@@ -56,6 +57,11 @@ def version_path(version: int) -> str:
 def delivery_path(silo: str, version: int) -> str:
     """The folder of a silo's delivery for a version."""
     return f"silos/{silo}/{version:06d}"
+
+
+def snapshot_path(version: int) -> str:
+    """The record of a version's snapshot."""
+    return f"{SNAPSHOTS}/{version:06d}.json"
 
 
 REFUSED = re.compile(r"refused-(0|[1-9][0-9]{0,3})\.json")
@@ -421,13 +427,15 @@ class StoreExchange:
             self.objects.delete(f"{_damaged_path(version)}/{silo}")
         return said
 
-    def repair(self, commit: Commit, directory: Path, *, check: Callable[[], None]) -> list[str]:
-        """Compare what a version consists of with its commit, and publish again, from `directory`, what is damaged.
+    def repair(
+        self, version: int, payloads: Iterable[Payload], directory: Path, *, check: Callable[[], None]
+    ) -> list[str]:
+        """Compare what lies of a version with its record, and publish again, from `directory`, what is damaged.
 
         Returns a line for each object that was, which says whether it is whole again.
         """
-        lines, folder = [], version_path(commit.version)
-        for payload in commit.payloads + commit.state_payloads:
+        lines, folder = [], version_path(version)
+        for payload in payloads:
             try:
                 self.fetch(folder, payload, Path(os.devnull))
             except RefusedError as error:
@@ -450,7 +458,12 @@ class StoreExchange:
     def versions_above(self, version: int) -> list[int]:
         """All newer versions, committed or not, of which anything is there; the newest first."""
         silos = self.objects.names("silos")
-        places = ["global", "waiting", *(f"silos/{silo}{inner}" for silo in silos for inner in ("", "/resumable"))]
+        places = [
+            "global",
+            "waiting",
+            SNAPSHOTS,
+            *(f"silos/{silo}{inner}" for silo in silos for inner in ("", "/resumable")),
+        ]
         stems = {name.removesuffix(".json") for place in places for name in self.objects.names(place)}
         return sorted((n for stem in stems if (n := number(stem)) is not None and n > version), reverse=True)
 
@@ -471,4 +484,5 @@ class StoreExchange:
                 self.objects.delete(f"{place}/{name}")
         for silo in silos:
             self.objects.delete(f"silos/{silo}/resumable/{version:06d}")
+        self.objects.delete(snapshot_path(version))
         self.objects.delete(f"waiting/{version:06d}.json")

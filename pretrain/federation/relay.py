@@ -116,6 +116,7 @@ class Relay:
         known = self._newest
         while self._copy_version(self._newest + 1):
             self._newest += 1
+        self._copy_snapshots()
         if self._newest > known:
             self._prune()
         for silo in filter(self._is_named, self._silos):
@@ -173,7 +174,7 @@ class Relay:
         self._is_checked = True
 
     def _copy_version(self, version: int) -> bool:
-        """Whether it was there. Silos read changes; with a quorum, or after a rollback, snapshots' parameters, too."""
+        """Whether it was there."""
         try:
             data = self._there.commit_bytes(version)
         except FileNotFoundError:
@@ -181,10 +182,24 @@ class Relay:
         began, commit = time.monotonic(), Commit.from_bytes(data)
         before = self._here.commit_bytes(version - 1) if version else None
         check_link(commit, version, before, self._here.contract_sha256)
-        payloads = commit.payloads + (_whole(commit) if self._rules.is_elastic or self._was_rolled_back else [])
-        self._here.publish(commit, self._fetched(version, payloads))
-        _say(f"version {version}: came", payloads, began)
+        self._here.publish(commit, self._fetched(version, commit.payloads))
+        _say(f"version {version}: came", commit.payloads, began)
         return True
+
+    def _copy_snapshots(self) -> None:
+        """Those of versions that are here. With a quorum, or after a rollback, silos read their parameters, too."""
+        history, known = History(self._there, self._config.outer.num_fragments), self._history.snapshots()
+        for version in history.snapshots():
+            if version in known or version > self._newest or not self._is_kept(version):
+                continue
+            snapshot = history.read_snapshot(version)
+            wanted = snapshot.payloads if self._rules.is_elastic or self._was_rolled_back else []
+            files = [payload for payload in wanted if payload.file.startswith("parameter-")]
+            self._history.write_snapshot(snapshot, self._fetched(version, files))
+
+    def _is_kept(self, version: int) -> bool:
+        """Whether tensors of a version are here, and not pruned."""
+        return bool(self._here.tensors(version_path(version)))
 
     def _fetched(self, version: int, payloads: Iterable[Payload]) -> Iterator[tuple[Payload, Path]]:
         """Files of a version, checked, one after another; not what was pruned there. Raises RefusedError."""
@@ -266,11 +281,6 @@ class Relay:
         while True:
             self.copy_beats()
             time.sleep(self._config.exchange.lease_seconds / BEATS_PER_LEASE)
-
-
-def _whole(commit: Commit) -> list[Payload]:
-    """Of a snapshot, the parameters themselves."""
-    return [payload for payload in commit.state_payloads if payload.file.startswith("parameter-")]
 
 
 def _copy(source: Objects, target: Objects, name: str) -> None:

@@ -222,10 +222,11 @@ def state_disk_bytes(config: RunConfig, shapes: Shapes) -> int:
 def scratch_bytes(config: RunConfig, shapes: Shapes, *, is_new: bool) -> int:
     """What comes and goes through the aggregator's run directory: deliveries, and the newest version on its way out.
 
-    A version is a coded change and the snapshot of a fragment; version 0, where there is none yet (`is_new`), is the
-    outer state.
+    A version is a coded change and the snapshot of a fragment; version 0, where there is none yet (`is_new`), is all
+    parameters.
     """
     outer, fragment = config.outer, _largest_fragment(config, shapes)
+    first = 4 * sum(shape.numel() for shape in shapes.values()) if is_new else 0
     deliveries = fragment * len(config.full_roster) * QUANTIZERS[outer.codec].bits / 8
     version = fragment * (QUANTIZERS[outer.downlink_codec].bits / 8 + 4 * len(snapshot_kinds(outer)))
-    return round(deliveries + max(version, whole_bytes(config, shapes) if is_new else 0))
+    return round(deliveries + max(version, first))

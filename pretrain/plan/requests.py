@@ -78,13 +78,14 @@ def aggregator_requests(config: RunConfig, shapes: Shapes, pace: Pace) -> Reques
     num_silos, num_versions = len(config.full_roster), config.schedule.num_versions
     num_polls = pace.seconds / num_versions / config.exchange.poll_seconds
     whole = max(payload_bytes("fp32", part) for part in fragments(config, shapes))
-    kinds = len(snapshot_kinds(config.outer)) / snapshot_versions(config)
-    num_objects = 2 + kinds  # before each of which the lease is looked at
+    snapshots = 1 / snapshot_versions(config)  # a version
+    kinds = len(snapshot_kinds(config.outer)) * snapshots
+    num_objects = 2 + kinds + snapshots  # before each of which the lease is looked at
     a_version = (
         Requests(reads=1 + reads_of(up)) * num_silos
         + Requests(reads=num_silos) * num_polls
         + Requests(reads=1, lists=2) * (num_polls / POLLS_PER_LOOK)  # whether the newest commit is there, and whole
-        + Requests(writes=1 + writes_of(down) + kinds * writes_of(whole), lists=4, reads=2)
+        + Requests(writes=1 + writes_of(down) + kinds * writes_of(whole) + snapshots, lists=5, reads=2)
         + Requests(lists=1, reads=1) * num_objects
     )
     steps = min(silo.checkpoint_interval_steps for silo in config.silos.values())

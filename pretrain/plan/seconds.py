@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig
-from pretrain.merge.terms import snapshot_versions
 from pretrain.outer.schedule import Schedule
 from pretrain.outer.state import kept_kinds
 from pretrain.plan.bytes import Shapes, Traffic, model_shapes, traffic, vocabulary
@@ -26,7 +25,7 @@ PAYLOAD_SHARE = 1448 / 1514
 DELIVER_SECONDS, ADOPT_SECONDS = 1e-9, 1e-9  # out of and into the engine: nothing hides it
 CODE_SECONDS, DECODE_SECONDS = 5e-9, 6e-9
 MERGE_SECONDS, MERGE_SILO_SECONDS = 15e-9, 10e-9  # the outer step and its files; each delivery
-STATE_SECONDS = 2e-9  # each kind of outer state in a snapshot, and in every version of a collective
+STATE_SECONDS = 2e-9  # each kind of outer state in a collective
 
 # Requests that wait for one another: of a silo, of the aggregator for each silo, and for itself.
 SILO_TRIPS, VERIFY_TRIPS, COMMIT_TRIPS = 10, 4, 8
@@ -128,8 +127,9 @@ def _stage_seconds(config: RunConfig, moved: Traffic, given: Given) -> list[floa
     outer, exchange, num_silos = config.outer, config.exchange, len(config.full_roster)
     work, latency, elements = given.work_factor, given.latency_seconds, moved.num_elements
     before, after = _link_seconds(moved, given)
-    every = snapshot_versions(config) if exchange.kind == "store" else 1
-    state = STATE_SECONDS * len(kept_kinds(outer.optimizer, outer.downlink_codec)) / every
+    # Through a store it is written beside training, in snapshots.
+    kinds = kept_kinds(outer.optimizer, outer.downlink_codec) if exchange.kind == "collective" else ()
+    state = STATE_SECONDS * len(kinds)
     merging = (MERGE_SECONDS + MERGE_SILO_SECONDS * num_silos + state) * elements
     code, decode = CODE_SECONDS * elements * work, DECODE_SECONDS * elements * work
     if exchange.kind == "collective":

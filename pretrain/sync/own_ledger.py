@@ -43,7 +43,7 @@ class OwnLedger:
         self._config, self._silo, self._schedule = config, silo, config.schedule
         self._directory = config.silo_directory(silo)
         self._store = StoreExchange(config.ledger_url(silo))
-        self._history = History(self._store, self._schedule.num_fragments)
+        self._history = History(self._store, self._schedule.num_fragments, all_whole=True)
         self.newest = -1
 
     @property
@@ -92,7 +92,6 @@ class OwnLedger:
             previous=self.sha256(version - 1) if version else None,
             codec="fp32",
             payloads=[],
-            state_payloads=[],
             contributors=list(contributors),
             divisor=sum(contributor.weight for contributor in contributors),
             parameters_digest=parameters_digest,

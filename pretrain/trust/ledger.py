@@ -1,6 +1,6 @@
 """The record of a run: a silo's manifest for each delivery, a hash-chained commit for each outer step. No torch.
 
-Neither holds a time of day: a run that was killed and resumed has the same ledger, byte by byte, as one that was not.
+None holds a time of day: a run that was killed and resumed has the same ledger, byte by byte, as one that was not.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from typing import Any, Self, get_args, get_origin
 
 from pretrain.host.foreign import loads, shown
 
-FORMAT, MANIFEST_FORMAT, COMMIT_FORMAT = 1, 2, 3
+FORMAT, MANIFEST_FORMAT, COMMIT_FORMAT = 1, 2, 4
 RECORD_BYTES = 4 << 20  # of a record: a commit of ten thousand silos
 METRIC = re.compile(r"[A-Za-z0-9_./-]{1,128}")
 MANIFEST_METRICS = 16  # how many a manifest may have; ours have three
@@ -53,7 +53,7 @@ class Record:
         if given["format"] != cls.format:  # the class's own
             raise RefusedError(f"format {shown(given['format'])} given; this version reads {cls.format}")
         check_types(cls, given)
-        for name, row_type in (("payloads", Payload), ("state_payloads", Payload), ("contributors", Contributor)):
+        for name, row_type in (("payloads", Payload), ("contributors", Contributor)):
             if name in given:
                 given[name] = [_read_row(row_type, row) for row in given[name]]
         for name in given.get("metrics", ()):
@@ -165,20 +165,27 @@ class Commit(Record):
     previous: str | None
     codec: str
     payloads: list[Payload]
-    state_payloads: list[Payload]
-    """Of a snapshot, what a restart needs beside the payloads: see `is_snapshot`."""
     contributors: list[Contributor]
     divisor: int
     parameters_digest: str
     outer_digest: str
-    """Of the outer state that is written here, of the fragments that changed; empty if none is."""
+    """Of the outer state of the fragments that changed, where a snapshot follows; else empty."""
     metrics: dict[str, float] = field(default_factory=dict)
     signature: str | None = None
 
-    @property
-    def is_snapshot(self) -> bool:
-        """Whether the outer state of what it changes is here; else it follows from earlier versions and deliveries."""
-        return bool(self.outer_digest)
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot(Record):
+    """What a restart needs beside a commit's payloads, else it follows from earlier versions and deliveries.
+
+    Written while silos train on from the version, so it may be missing for a while, or for ever.
+    """
+
+    contract_sha256: str
+    version: int
+    commit_sha256: str
+    payloads: list[Payload]
+    signature: str | None = None
 
 
 def sha256_bytes(data: bytes) -> str:

@@ -11,6 +11,7 @@ import pytest
 
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.store import StoreExchange
+from pretrain.outer.state import OuterState
 from pretrain.trust.ledger import Commit
 from tests.conftest import TinyConfig
 from tests.support import one_line_error
@@ -20,11 +21,16 @@ from tests.waiting import PATIENCE_SECONDS, wait_for
 
 @pytest.fixture
 def config(tiny_config: TinyConfig, tmp_path: Path) -> RunConfig:
-    return tiny_config(tmp_path)
+    return tiny_config(tmp_path, exchange={"snapshot_versions": 1})
 
 
 def commit_file(config: RunConfig, version: int) -> Path:
     return Path(config.store_url) / "global" / f"{version:06d}" / "commit.json"
+
+
+def deliver_all(config: RunConfig, state: OuterState) -> None:
+    for silo in config.full_roster:
+        GOOD.deliver(config, silo, state, times(state, 1))
 
 
 def test_it_does_not_chain_to_another_commit_than_its_own(config: RunConfig) -> None:
@@ -32,8 +38,7 @@ def test_it_does_not_chain_to_another_commit_than_its_own(config: RunConfig) -> 
     file = commit_file(config, 0)
     held, found = file.read_bytes(), file.read_bytes().replace(b'"divisor": 0', b'"divisor": 1')
     file.write_bytes(found)
-    for silo in config.full_roster:
-        GOOD.deliver(config, silo, state, times(state, 1))
+    deliver_all(config, state)
     deliveries = aggregator._collector.collect(1, lambda silo, data, _, over: aggregator._verify(silo, data, state, 1))
     merged = aggregator.merge(state, deliveries)
     assert one_line_error(aggregator.commit, state, deliveries, merged) == (
@@ -47,8 +52,7 @@ def test_it_does_not_chain_to_another_commit_than_its_own(config: RunConfig) -> 
 def test_an_old_copy_put_under_it_while_it_waits_ends_it(config: RunConfig, tmp_path: Path) -> None:
     aggregator, state = start(config)
     shutil.copytree(config.store_url, tmp_path / "old")
-    for silo in config.full_roster:
-        GOOD.deliver(config, silo, state, times(state, 1))
+    deliver_all(config, state)
     one_version(aggregator, state)
     held = sha256(commit_file(config, 1).read_bytes())
     shutil.rmtree(config.store_url)
@@ -62,8 +66,7 @@ def test_an_old_copy_put_under_it_while_it_waits_ends_it(config: RunConfig, tmp_
 
 def test_a_version_of_somebody_else_is_one_line(config: RunConfig) -> None:
     aggregator, state = start(config)
-    for silo in config.full_roster:
-        GOOD.deliver(config, silo, state, times(state, 1))
+    deliver_all(config, state)
     deliveries = aggregator.collect(state)
     merged = aggregator.merge(state, deliveries)
     commit_file(config, 1).parent.mkdir()
@@ -78,28 +81,31 @@ def test_what_is_damaged_while_it_runs_is_published_again(
     config: RunConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     aggregator, state = start(config)
+    deliver_all(config, state)
+    one_version(aggregator, state)
     store = StoreExchange(config.store_url)
     store.read_contract()
-    files = sorted(commit_file(config, 0).parent.glob("*.safetensors"))
+    files = sorted(commit_file(config, 1).parent.glob("*.safetensors"))
     before = {file: file.read_bytes() for file in files}
     assert len(before) == 2  # parameters and velocity
     files[0].write_bytes(before[files[0]][:-1] + b"\x7f")
     files[1].unlink()
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(aggregator.collect, state)
-        store.say_damaged("beta", 0, "it is corrupted")
-        wait_for(lambda: not (Path(config.store_url) / "damaged" / "000000" / "beta").exists())
-        for silo in config.full_roster:
-            GOOD.deliver(config, silo, state, times(state, 1))
+        store.say_damaged("beta", 1, "it is corrupted")
+        wait_for(lambda: not (Path(config.store_url) / "damaged" / "000001" / "beta").exists())
+        deliver_all(config, state)
         waiting.result(PATIENCE_SECONDS)
     assert {file: file.read_bytes() for file in files} == before
     lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith("it was published again")]
-    assert [line.split(": ")[0] for line in lines] == ["version 0", "version 0"]
+    assert [line.split(": ")[0] for line in lines] == ["version 1", "version 1"]
 
 
 def test_what_is_damaged_when_it_starts_is_published_again(config: RunConfig) -> None:
-    _, state = start(config)
-    file = next(commit_file(config, 0).parent.glob("velocity-*.safetensors"))
+    aggregator, state = start(config)
+    deliver_all(config, state)
+    one_version(aggregator, state)
+    file = next(commit_file(config, 1).parent.glob("velocity-*.safetensors"))
     before = file.read_bytes()
     file.write_bytes(before[:-1] + b"\x7f")
     names = sorted(state.parameters)

@@ -1,9 +1,12 @@
 """Between snapshots the outer state follows from deliveries: restarts, late joiners, rollbacks, pruning, bytes."""
 
 import dataclasses
+import os
 import shutil
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +14,13 @@ import pytest
 import torch
 
 from pretrain import aggregate as module
-from pretrain.aggregate import OuterState
+from pretrain.aggregate import Aggregator, OuterState
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.history import History
 from pretrain.exchange.rollback import roll_back
 from pretrain.exchange.store import StoreExchange
 from pretrain.federation.export import load_global_model
+from pretrain.host.journal import Journal
 from pretrain.merge.terms import snapshot_kinds, snapshot_versions
 from pretrain.outer.digest import digest_tensors
 from pretrain.outer.quantize import QUANTIZERS
@@ -28,6 +32,7 @@ from tests.support import one_line_error
 from tests.unit.merge.test_shared_moments import telling
 from tests.unit.test_aggregate import GOOD, commit_of, fragment_names, one_version, plus_noise, start
 from tests.unit.test_aggregate_restart import assert_same_state, newest_file
+from tests.waiting import PATIENCE_SECONDS
 
 SILOS = ("alpha", "beta")
 INT4: dict[str, Any] = {"codec": "int4", "downlink_codec": "int4", "lr": 0.5, "momentum": 0.5}
@@ -61,6 +66,10 @@ def opened(config: RunConfig) -> StoreExchange:
     exchange = StoreExchange(config.store_url)
     exchange.read_contract()
     return exchange
+
+
+def snapshots_of(config: RunConfig) -> list[int]:
+    return [int(name.removesuffix(".json")) for name in sorted(os.listdir(Path(config.store_url) / "snapshots"))]
 
 
 # ---- restarts
@@ -104,8 +113,7 @@ def test_an_aggregator_that_starts_again_at_every_version_comes_to_the_same_byte
         ledgers.append(files(config, "global"))
         assert_same_state(start(config)[1], state)
     assert ledgers[0] == ledgers[1]
-    written = [version for version in range(1, state.version + 1) if commit_of(config, version)["state_payloads"]]
-    assert written == ([7, 8, 9] if num_fragments == 3 else [3, 6])
+    assert snapshots_of(config) == ([7, 8, 9] if num_fragments == 3 else [3, 6])
     if num_fragments == 3:
         assert "replaying versions 10 to 12 from snapshots 7 to 9 and 9 deliveries" in capsys.readouterr().out
     else:
@@ -150,8 +158,52 @@ def test_the_rule_may_change_between_two_starts(tmp_path: Path, tiny_config: Tin
         config = tiny_config(tmp_path, inner={"num_steps": 40}, outer=INT4, exchange={"snapshot_versions": every})
         state = advance(config, 2 * number + 2)
         assert_same_state(start(config)[1], state)
-    snapshots = [v for v in range(9) if commit_of(config, v)["outer_digest"]]
-    assert snapshots == [0, 3, 4, 8]
+    assert snapshots_of(config) == [3, 4, 8]
+    assert [v for v in range(9) if commit_of(config, v)["outer_digest"]] == [3, 4, 8]
+
+
+def test_a_snapshot_is_written_while_silos_train_on(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    """The commit is there before it, deliveries for the next are taken meanwhile, and the next merge waits for it."""
+    config = tiny_config(tmp_path, outer=INT4, exchange={"snapshot_versions": 1})
+    may_write = threading.Event()
+
+    def check() -> None:
+        if threading.current_thread() is not threading.main_thread():
+            assert may_write.wait(PATIENCE_SECONDS)
+
+    Path(config.directory).mkdir()
+    aggregator = Aggregator(config, Journal(config, "aggregator", silo=None), check_lease=check)
+    state = aggregator.start()
+    deliver_all(config, state)
+    deliveries = aggregator.collect(state)
+    aggregator.commit(state, deliveries, aggregator.merge(state, deliveries))
+    assert opened(config).newest_version() == 1
+    deliver_all(config, state)
+    deliveries, before = aggregator.collect(state), state.parameters_digest
+    with ThreadPoolExecutor(1) as pool:
+        merging = pool.submit(aggregator.merge, state, deliveries)
+        with pytest.raises(TimeoutError):
+            merging.result(0.5)
+        assert (state.parameters_digest, History(opened(config), 1).snapshots()) == (before, [])
+        may_write.set()
+        merged = merging.result(PATIENCE_SECONDS)
+    assert snapshots_of(config) == [1]
+    aggregator.commit(state, deliveries, merged)
+    aggregator.snapshots.finish()
+    assert_same_state(start(config)[1], state)
+
+
+def test_a_snapshot_that_a_killed_aggregator_owes_is_written_by_the_next(
+    tmp_path: Path, tiny_config: TinyConfig
+) -> None:
+    config = tiny_config(tmp_path, inner={"num_steps": 40}, outer=INT4, exchange={"snapshot_versions": 3})
+    advance(config, 6)
+    whole, record = files(config), Path(config.store_url) / "snapshots" / "000006.json"
+    record.unlink()  # its payloads were written, or some of them
+    (Path(config.store_url) / "global/000006/velocity-000.safetensors").write_bytes(b"half")
+    aggregator, _ = start(config)
+    aggregator.snapshots.finish()
+    assert files(config) == whole
 
 
 def test_a_restart_reads_no_older_commits_than_it_needs(tmp_path: Path, tiny_config: TinyConfig) -> None:
@@ -195,8 +247,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no commit": (lambda store: (store / "global/000004/commit.json").unlink(), "commit 4 is missing"),
     "an old commit": (
-        rewritten("global/000004", "commit.json", lambda data: data.replace(b'"format": 3', b'"format": 2')),
-        "format 2 given; this version reads 3",
+        rewritten("global/000004", "commit.json", lambda data: data.replace(b'"format": 4', b'"format": 3')),
+        "format 3 given; this version reads 4",
     ),
 }
 

@@ -20,7 +20,7 @@ from pretrain.outer.digest import digest_tensors
 from pretrain.trust.ledger import RefusedError
 from tests.conftest import TinyConfig
 from tests.support import one_line_error
-from tests.unit.test_aggregate import GOOD, OUTER, ROUNDS, one_version, plus_noise, start
+from tests.unit.test_aggregate import GOOD, OUTER, ROUNDS, one_version, plus_noise, sha256, start
 
 
 @pytest.fixture
@@ -158,17 +158,20 @@ def test_an_old_copy_of_the_store_is_refused_by_whoever_knows_a_newer_version(co
 
 
 def resealed(store: Path, version: int, stem: str) -> None:
-    """Add 1 to a tensor and give its payload the right checksum in its commit, as a forger would."""
+    """Add 1 to a tensor and give its payload the right checksum in its record, as a forger would."""
     folder = store / "global" / f"{version:06d}"
     file = folder / f"{stem}.safetensors"
     tensors = load_file(file)
     tensors[min(tensors)] += 1
     save_file(tensors, file)
-    commit = json.loads((folder / "commit.json").read_text())
-    for row in commit["payloads"] + commit["state_payloads"]:
-        if row["file"] == file.name:
-            row["blake3"], row["num_bytes"] = blake3(file.read_bytes()).hexdigest(), file.stat().st_size
-    (folder / "commit.json").write_text(json.dumps(commit, sort_keys=True, indent=1) + "\n")
+    for record_file in (folder / "commit.json", store / "snapshots" / f"{version:06d}.json"):
+        if record_file.exists():
+            record = json.loads(record_file.read_text())
+            for row in (row for row in record["payloads"] if row["file"] == file.name):
+                row["blake3"], row["num_bytes"] = blake3(file.read_bytes()).hexdigest(), file.stat().st_size
+            if "commit_sha256" in record:
+                record["commit_sha256"] = sha256((folder / "commit.json").read_bytes())
+            record_file.write_text(json.dumps(record, sort_keys=True, indent=1) + "\n")
 
 
 PARAMETERS, OUTER_STATE = "its parameters do not have the digest", "its outer state does not have the digest"

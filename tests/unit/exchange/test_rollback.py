@@ -244,7 +244,7 @@ def assert_committed_versions_are_whole(found: Files, whole: Files) -> None:
     for name in found:
         if name.endswith(("commit.json", "manifest.json")) and not name.startswith("rolled-back"):
             record = json.loads(found[name])
-            for payload in record["payloads"] + record.get("state_payloads", []):
+            for payload in record["payloads"]:
                 payload_name = f"{name.rsplit('/', 1)[0]}/{payload['file']}"
                 assert found[payload_name] == whole[payload_name]
     versions = {int(name.split("/")[1]) for name in found if name.startswith("global/") and "commit" in name}

@@ -188,7 +188,6 @@ def make_commit(version: int, previous: bytes | None, payloads: list[Payload], c
         previous=sha256_bytes(previous) if previous else None,
         codec="fp32",
         payloads=payloads,
-        state_payloads=[],
         contributors=[],
         divisor=version,
         parameters_digest=f"p{version}",

@@ -28,7 +28,6 @@ def commit(exchange: StoreExchange, version: int, *contributors: Contributor) ->
         previous=None,
         codec="fp32",
         payloads=[],
-        state_payloads=[],
         contributors=list(contributors),
         divisor=10 * len(contributors),
         parameters_digest="",

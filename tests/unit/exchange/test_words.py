@@ -100,7 +100,7 @@ def test_marks_and_versions_that_are_no_numbers_are_nobodys(exchange: StoreExcha
     for name in ("global/²", "silos/law/resumable/²", "global/junk", "waiting/³.json"):
         exchange.objects.write(name, b"")
     exchange.mark_resumable("law", 1)
-    assert History(exchange, 1).prune(["law"], 1, 2) == []
+    assert History(exchange, 1, all_whole=True).prune(["law"], 1, 2) == []
     assert StoreExchange(exchange.objects.url).newest_version() == 1
     assert exchange.versions_above(0) == [1]
 

@@ -23,7 +23,7 @@ from pretrain.trust.contract import build_contract, contract_bytes
 from pretrain.trust.ledger import sha256_bytes
 from tests.conftest import TinyConfig
 from tests.support import one_line_error
-from tests.unit.exchange.test_history import publish_fragment
+from tests.unit.exchange.test_history import publish_fragment, snapshot
 from tests.unit.exchange.test_store import deliver, publish
 from tests.waiting import PATIENCE_SECONDS, wait_for
 
@@ -88,6 +88,7 @@ def test_versions_come_and_deliveries_go(site: Site, tmp_path: Path, capsys: pyt
     expected = {f"global/{version:06d}/commit.json" for version in range(3)} | {"contract.json"}
     expected |= {f"global/000000/parameter-00{fragment}.safetensors" for fragment in range(3)}
     expected |= {f"global/00000{version}/change-00{version}.safetensors" for version in (1, 2)}
+    expected |= {f"snapshots/00000{version}.json" for version in (1, 2)}  # what they are of stays there
     assert files(here) == {name: data for name, data in files(there).items() if name in expected}
 
     here.claim_name("alpha", "identity")
@@ -190,7 +191,7 @@ def test_pruned_here_and_not_fetched_again(site: Site, tmp_path: Path) -> None:
     relay, here, there = site.relay(), site.here, site.there
     here.claim_name("alpha", "identity")
     for version in range(5):
-        publish(there, version, tmp_path)
+        snapshot(there, publish(there, version, tmp_path))
         relay.copy()
         if version:
             here.mark_resumable("alpha", version)
@@ -204,6 +205,7 @@ def test_pruned_here_and_not_fetched_again(site: Site, tmp_path: Path) -> None:
     # Of a store that has pruned, what is left comes.
     there.mark_resumable("beta", 4)
     assert History(there, 1).prune(["alpha", "beta"], 4, 2) == [2, 1, 0]
+    assert there.objects.names("snapshots") == ["000003.json", "000004.json"]
     shutil.rmtree(here.objects.url)
     site.relay().copy()
     assert [version for version in range(5) if tensors_of(StoreExchange(here.objects.url), version)] == [3, 4]

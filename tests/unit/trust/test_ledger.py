@@ -41,7 +41,6 @@ COMMIT = Commit(
     previous="e0" * 32,
     codec="fp32",
     payloads=[PAYLOAD],
-    state_payloads=[],
     contributors=[
         Contributor(silo="law", version=1, manifest_sha256="f0" * 32, tokens=512, tokens_total=512, steps=4, weight=512)
     ],
@@ -186,7 +185,7 @@ def test_a_payload_is_a_plain_file(file: str) -> None:
         (put("contributors", 0, "weight", "512"), "contributor.weight: '512' given"),
         (put("contributors", 0, "extra", 1), "contributor: "),
         (put("contributors", None), "contributors: None given"),
-        (put("state_payloads", 0), "state_payloads: 0 given"),
+        (put("payloads", 0), "payloads: 0 given"),
         (put("previous", 7), "previous: 7 given"),
         (put("divisor", 1.5), "divisor: 1.5 given"),
     ],
