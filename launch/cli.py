@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from data_tools.cli import app as data_app
+from launch.keys import app as keys_app
 from pretrain.config.check import ConfigError, check_url, named
 from pretrain.config.keys import ExchangeConfig
 from pretrain.config.load import CONFIG_FILE, load_config, load_run
@@ -22,6 +23,7 @@ app = typer.Typer(
 launch_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Start a run.")
 app.add_typer(launch_app, name="launch")
 app.add_typer(data_app, name="data")
+app.add_typer(keys_app, name="keys")
 
 Config = Annotated[list[Path], typer.Option("--config", "-c", help="YAML file; several are merged in order.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, merged last.")]
