@@ -288,6 +288,7 @@ def rollback(
     to: Annotated[int, typer.Option(help="Version to go back to; it must still be kept.")],
     reason: Annotated[str, typer.Option(help="Why, for the record.")] = "",
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    key: Annotated[Path | None, typer.Option(help="The operator's private key; that of the run directory.")] = None,
 ) -> None:
     """Take a run back to an earlier version, for ever. [bold]Stop all its silos and its aggregator first.[/bold]
 
@@ -308,7 +309,9 @@ def rollback(
     if said and not yes and not typer.confirm(f"Roll back to version {to}?"):
         print("nothing is changed")
         raise typer.Exit(1)
-    done = roll_back_store(_store(where), to=to, reason=reason)
+    if not key and (found := Path(where) / "keys" / "aggregator.key").is_file():
+        key = found
+    done = roll_back_store(_store(where), to=to, reason=reason, key=key)
     print(f"rolled back from version {done.from_version} to {done.to_version}")
 
 

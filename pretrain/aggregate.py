@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from pretrain.config.check import ConfigError, named
-from pretrain.config.keys import RunConfig
+from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.config.load import load_config
+from pretrain.exchange.agreement import agree
 from pretrain.exchange.lease import Lease
 from pretrain.exchange.objects import StoreTroubleError
 from pretrain.exchange.payload import PARAMETER, save_tensors
@@ -55,6 +56,7 @@ from pretrain.outer.state import OuterState, kept_at_start, kept_kinds
 from pretrain.outer.threads import in_threads
 from pretrain.trust.contract import build_contract, check_same_contract, first_contract
 from pretrain.trust.ledger import Commit, Contributor, Payload, RefusedError, sha256_bytes
+from pretrain.trust.members import own_signer
 
 MOST_REPAIRS = 3  # a version: whoever says that it is damaged has all of it read again
 
@@ -79,6 +81,7 @@ class Aggregator:
         """`check_lease` raises ConfigError before a commit if another aggregator works on this store by now."""
         self._config, self._journal, self._schedule, self._check_lease = config, journal, config.schedule, check_lease
         self._exchange = StoreExchange.of_run(config)
+        self._exchange.members.signer = own_signer(config, OPERATOR)
         self._scratch = Path(config.directory) / "aggregator"
         self._place = OnDisk(self._scratch / "state") if config.outer.state == "disk" else InMemory()
         self._newest_file = self._scratch / "newest.json"
@@ -107,13 +110,21 @@ class Aggregator:
                 raise ConfigError(f"exchange.url: {self._config.store_url} given; it has versions but no contract.json")
             initial = self._initial()  # a mistake in the model must not leave a contract behind
             self._exchange.write_contract(first_contract(ours))
+            self._agree()
         else:
             check_same_contract(ours, stored, self._config.store_url)
+            self._agree()
             finish_rollbacks(self._exchange)
             for record in rollback_records(self._exchange, self._config):
                 self._journal.record("rollback", **record)
             newest = self._exchange.newest_version()
         return self._load(newest) if newest >= 0 else self._create(initial or self._initial())
+
+    def _agree(self) -> None:
+        def say(words: str) -> None:
+            self._journal.status("waiting", round=0, waiting_for=words)
+
+        agree(self._exchange, OPERATOR, lambda: time.sleep(self._config.exchange.poll_seconds), say=say)
 
     def _initial(self) -> dict[str, Tensor]:
         from pretrain.silo.model import initial_parameters
@@ -389,6 +400,7 @@ class Aggregator:
             metrics=metrics,
         )
         self._let_go(state, list(changes))
+        commit = self._exchange.members.sign(commit)
         self._publish(commit, payloads)
         state.version = version
         self._collector.past.committed(commit)

@@ -48,6 +48,8 @@ class TinyText:
     """tokenizer.json, of `VOCAB_SIZE` tokens."""
     packed: dict[str, Path]
     """Corpus name to a folder with packed `train` and `valid`."""
+    keys: Path
+    """Where launches make their keys; not there yet."""
 
 
 def pseudo_text(seed: str, num_characters: int) -> list[str]:
@@ -79,7 +81,7 @@ def make_tiny_text(directory: Path) -> TinyText:
     packed = {name: directory / "packed" / name for name in folders}
     for name, folder in folders.items():
         prepare(Recipe(sources=(Source(path=str(folder)),), tokenizer=tokenizer), packed[name])
-    return TinyText(tokenizer=tokenizer, packed=packed)
+    return TinyText(tokenizer=tokenizer, packed=packed, keys=directory / "keys")
 
 
 def tiny_silo(text: TinyText, corpus: str) -> dict[str, Any]:
@@ -117,6 +119,7 @@ def tiny_settings(directory: Path, text: TinyText) -> dict[str, Any]:
         },
         "silos": {name: tiny_silo(text, name) for name in ("alpha", "beta")},
         "wandb": {"mode": "disabled"},
+        "trust": {"directory": str(text.keys)},  # of a launch: the same keys in all runs, for the same reason
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import fsspec
 
 from pretrain.config.deepspeed_keys import KNOWN
-from pretrain.config.keys import ModelConfig, OuterConfig, RunConfig, SiloConfig
+from pretrain.config.keys import OPERATOR, ModelConfig, OuterConfig, RunConfig, SiloConfig
 
 SCHEDULES = ("cosine", "wsd", "constant")
 MOMENTS = ("local", "shared")
@@ -92,7 +92,15 @@ def check_config(config: RunConfig) -> None:
     _check_streaming(config.outer)
     _check_model(config.model)
     _check_roster(config)
-    for check in (_check_store, _check_options, _check_collective, _check_membership, _check_merge, _check_muon):
+    for check in (
+        _check_trust,
+        _check_store,
+        _check_options,
+        _check_collective,
+        _check_membership,
+        _check_merge,
+        _check_muon,
+    ):
         check(config)
 
 
@@ -181,6 +189,21 @@ def _check_muon_silo(name: str, zero: dict[str, Any]) -> None:
         )
 
 
+def _check_trust(config: RunConfig) -> None:
+    keys, members = config.trust.keys, {*config.full_roster, OPERATOR}
+    if not keys:
+        return
+    kind = config.exchange.kind
+    _require(kind == "store", "trust.keys", sorted(keys), f"none with exchange.kind={kind}, where nothing is signed")
+    if missing := sorted(members - keys.keys()):
+        raise ConfigError(
+            f"trust.keys: none given of {named(missing)}; allowed: one of every silo of the roster and of "
+            f"{OPERATOR}, or none at all"
+        )
+    if unknown := sorted(keys.keys() - members):
+        raise ConfigError(f"trust.keys: one of {named(unknown)} given; allowed: {named(sorted(members))}")
+
+
 def _check_streaming(outer: OuterConfig) -> None:
     interval = outer.sync_interval_steps
     gap = f"outer.sync_interval_steps={interval}"
@@ -215,7 +238,7 @@ def _check_roster(config: RunConfig) -> None:
     _require(len(set(config.roster)) == len(config.roster), "roster", config.roster, "each name once")
     for name in config.full_roster:
         key = "roster" if config.roster else "silos"
-        fits = SILO_NAME.fullmatch(name) and name != "aggregator"
+        fits = SILO_NAME.fullmatch(name) and name != OPERATOR
         _require(bool(fits), key, name, "names of a-z, 0-9, _ and -, and not aggregator")
     for name, silo in config.silos.items():
         _require(name in config.full_roster, "silos", name, f"names of the roster: {named(config.full_roster)}")

@@ -12,6 +12,8 @@ from typing import Any
 from pretrain.outer.learning_rate import scheduled_lr
 from pretrain.outer.schedule import Schedule
 
+OPERATOR = "aggregator"  # the member who runs it
+
 
 @dataclass(kw_only=True)
 class ModelConfig:
@@ -192,6 +194,19 @@ class ExchangeConfig:
 
 
 @dataclass(kw_only=True)
+class TrustConfig:
+    """Who signs what is written into a store."""
+
+    keys: dict[str, str] = field(default_factory=dict)
+    """Public key of every silo of the roster and of `aggregator`, as `atoll keys new` says it; part of the contract.
+    Empty: nothing is signed, but by a local launch of all silos, which makes the keys itself."""
+    directory: str = ""
+    """Where this machine has the private keys, NAME.key; empty: `keys` inside the run directory."""
+    key_command: list[str] = field(default_factory=list)
+    """What signs instead of a private key: a program and its arguments; NAME.key then has the public line alone."""
+
+
+@dataclass(kw_only=True)
 class SiloConfig:
     """One institution's training job."""
 
@@ -275,6 +290,7 @@ class RunConfig:
     """The silos that this file describes: name to what differs from `silo`."""
     roster: list[str] = field(default_factory=list)
     """All silos of the federation, part of the contract; empty means those of `silos`."""
+    trust: TrustConfig = field(default_factory=TrustConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     @property
@@ -317,6 +333,10 @@ class RunConfig:
     def full_roster(self) -> list[str]:
         """Names of all silos of the federation, sorted."""
         return sorted(self.roster or self.silos)
+
+    def key_file(self, name: str) -> Path:
+        """The private key of a member on this machine."""
+        return Path(self.trust.directory or Path(self.directory) / "keys") / f"{name}.key"
 
     @property
     def store_url(self) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from heapq import heapify, heapreplace
 from pathlib import Path
 
+from pretrain.config.keys import OPERATOR
 from pretrain.exchange.store import (
     REQUESTS_AT_ONCE,
     SNAPSHOTS,
@@ -100,6 +101,7 @@ class History:
             raise RefusedError(f"the snapshot of version {version} is missing: {error}") from None
         if (snapshot.version, snapshot.commit_sha256) != (version, commit_sha256):
             raise RefusedError(f"{name} is not of commit {version} as it lies here")
+        self._exchange.members.check(OPERATOR, snapshot)
         return snapshot
 
     def write_snapshot(

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pretrain.config.check import ConfigError
-from pretrain.config.keys import ExchangeConfig, RunConfig
+from pretrain.config.keys import OPERATOR, ExchangeConfig, RunConfig
 from pretrain.exchange import words
 from pretrain.exchange.history import History
 from pretrain.exchange.lease import Lease
-from pretrain.exchange.store import StoreExchange
+from pretrain.exchange.store import SNAPSHOTS, StoreExchange, delivery_path, snapshot_path, version_path
 from pretrain.host.foreign import loads, shown
+from pretrain.trust.keys import load_signer
 from pretrain.trust.ledger import RECORD_BYTES, Commit, Record, RefusedError, sha256_bytes
 
 FOLDER = "rollbacks"
@@ -32,6 +33,7 @@ Origin = Literal["same", "rolled back", "foreign"]
 class Rollback(Record):
     """One rollback; each names the bytes of the one before."""
 
+    format: int = 2
     previous: str | None
     from_version: int
     to_version: int
@@ -79,11 +81,22 @@ def _tokens_of(exchange: StoreExchange, version: int) -> int:
         return 0
 
 
-def roll_back_store(url: str, *, to: int, reason: str = "") -> Rollback:
-    """Take the stopped run in a store back to version `to`; raises ConfigError if that cannot be done."""
+def roll_back_store(url: str, *, to: int, reason: str = "", key: Path | None = None) -> Rollback:
+    """Take the stopped run in a store back to version `to`; raises ConfigError if that cannot be done.
+
+    `key` is the file of the operator's private key, where the run is signed.
+    """
     defaults = ExchangeConfig()
     exchange = StoreExchange(url, retry_seconds=defaults.retry_seconds)
     num_fragments = _terms(exchange)[0]["num_fragments"]
+    if agreed := exchange.members.keys.get(OPERATOR):
+        if not key or (signer := load_signer(key)).public != agreed:
+            given = f"{key}, the key {signer.public.fingerprint}," if key else "none"
+            raise ConfigError(
+                f"--key: {given} given; allowed: the private key of the aggregator's operator, "
+                f"{agreed.fingerprint}, as this run is signed"
+            )
+        exchange.members.signer = signer
     lease = Lease(exchange.objects, seconds=defaults.lease_seconds)
     try:
         return roll_back(exchange, num_fragments, to=to, reason=reason)
@@ -116,6 +129,7 @@ def roll_back(exchange: StoreExchange, num_fragments: int, *, to: int, reason: s
         discarded=[sha for version in range(to + 1, newest + 1) if (sha := _commit_sha256(exchange, version))],
         reason=" ".join(reason.split()),
     )
+    record = exchange.members.sign(record)
     _write(exchange, f"{FOLDER}/{len(records) + 1:06d}.json", record.to_bytes())
     finish_rollbacks(exchange)
     return record
@@ -148,11 +162,47 @@ def finish_rollbacks(exchange: StoreExchange) -> list[Rollback]:
         if _commit_sha256(exchange, record.to_version) != record.commit_sha256:
             raise RefusedError(f"rollback {number} goes to another version {record.to_version} than the one here")
         _check_discarded(exchange, number, record)
-        for version in exchange.versions_above(record.to_version):
-            exchange.take_back(version, f"rolled-back/{number:06d}")
+        for version in versions_above(exchange, record.to_version):
+            take_back(exchange, version, f"rolled-back/{number:06d}")
         _write(exchange, f"{FOLDER}/{number:06d}.done", b"{}\n")
         finished.append(record)
     return finished
+
+
+def versions_above(exchange: StoreExchange, version: int) -> list[int]:
+    """All newer versions, committed or not, of which anything is there; the newest first."""
+    objects = exchange.objects
+    silos = objects.names("silos")
+    places = [
+        "global",
+        "waiting",
+        SNAPSHOTS,
+        *(f"silos/{silo}{inner}" for silo in silos for inner in ("", "/resumable")),
+    ]
+    stems = {name.removesuffix(".json") for place in places for name in objects.names(place)}
+    return sorted((n for stem in stems if (n := words.number(stem)) is not None and n > version), reverse=True)
+
+
+def take_back(exchange: StoreExchange, version: int, folder: str) -> None:
+    """Remove all there is of a version, its commit first; what is no tensor is copied below `folder` before."""
+    objects = exchange.objects
+    silos = objects.names("silos")
+    for place in (version_path(version), *(delivery_path(silo, version) for silo in silos)):
+        tensors = exchange.tensors(place)
+        for name in (name for name in objects.names(place) if name not in tensors):
+            try:
+                objects.write(f"{folder}/{place}/{name}", objects.read(f"{place}/{name}"))
+            except FileExistsError:
+                pass  # copied before an interruption
+            except (FileNotFoundError, IsADirectoryError, RefusedError) as error:
+                exchange.pass_over(f"{place}/{name}", error)  # nothing of ours
+            objects.delete(f"{place}/{name}")
+        for name in tensors:
+            objects.delete(f"{place}/{name}")
+    for silo in silos:
+        objects.delete(f"silos/{silo}/resumable/{version:06d}")
+    objects.delete(snapshot_path(version))
+    objects.delete(f"waiting/{version:06d}.json")
 
 
 def _write(exchange: StoreExchange, name: str, data: bytes) -> None:
@@ -236,6 +286,7 @@ def _read(exchange: StoreExchange) -> list[tuple[Rollback, bool]]:
         try:
             data = exchange.objects.read(f"{FOLDER}/{name}")
             record = Rollback.from_bytes(data)
+            exchange.members.check(OPERATOR, record)
         except (RefusedError, FileNotFoundError) as error:
             raise RefusedError(f"{FOLDER}/{name}: {error}") from None
         if name != f"{number:06d}.json" or record.previous != previous:

@@ -24,7 +24,6 @@ Version 17 is what outer step 17 made of one fragment (outer/schedule.py); with 
 
 import copy
 import hashlib
-import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,13 +35,15 @@ from typing import Any, TypeVar
 from blake3 import blake3
 
 from pretrain.config.check import ConfigError
-from pretrain.config.keys import ExchangeConfig, RunConfig
+from pretrain.config.keys import OPERATOR, ExchangeConfig, RunConfig
 from pretrain.exchange.objects import Objects
 from pretrain.exchange.options import store_options
 from pretrain.exchange.words import WORD_BYTES, Damaged, Identity, Membership, Refusal, Waiting, Word, number
 from pretrain.host.foreign import shown
 from pretrain.outer.threads import in_threads
+from pretrain.trust.contract import contract_keys
 from pretrain.trust.ledger import Commit, Contributor, Manifest, Payload, RefusedError, check_link, sha256_bytes
+from pretrain.trust.members import Members
 
 CONTRACT, SNAPSHOTS = "contract.json", "snapshots"
 W = TypeVar("W", bound=Word)
@@ -83,7 +84,10 @@ def file_payload(file: Path, fragment: int) -> Payload:
 
 
 class StoreExchange:
-    """Silos and aggregator meet only in the store; each may be killed and started again at any instant."""
+    """Silos and aggregator meet only in the store; each may be killed and started again at any instant.
+
+    Once the contract was read, `members` are those that it names: what they have not signed is not used.
+    """
 
     def __init__(
         self,
@@ -103,7 +107,7 @@ class StoreExchange:
             stall_seconds=stall_seconds,
             closing=closing,
         )
-        self.contract_sha256 = ""
+        self.contract_sha256, self.members = "", Members()
         self._passed_over: set[str] = set()
         self._said: dict[str, tuple[list[int], Membership | None]] = {}  # words of membership, and the last
 
@@ -129,15 +133,33 @@ class StoreExchange:
     # ---- both
 
     def read_contract(self) -> bytes | None:
-        """The contract's bytes, or None while there is none. Sets `contract_sha256`, which reading checks against."""
+        """The contract's bytes, or None while there is none; what is read from then on is checked against them."""
         try:
             data = self.objects.read_if_there(CONTRACT)
         except RefusedError as error:
             raise ConfigError(f"exchange.url: {self.objects.url} given; {error}; name another store") from None
         if data is None:
             return None
-        self.contract_sha256 = sha256_bytes(data)
+        self._go_by(data)
         return data
+
+    def _go_by(self, contract: bytes) -> None:
+        self.members.keys = contract_keys(contract)
+        self.contract_sha256 = sha256_bytes(contract)
+
+    def has_commit(self, version: int) -> bool:
+        """Whether a version is committed; a commit that the aggregator has not signed is none, and said."""
+        name = f"{version_path(version)}/commit.json"
+        if not self.members.keys:
+            return self.objects.exists(name)
+        if (data := self.objects.read_if_there(name)) is None:
+            return False
+        try:
+            self.members.check(OPERATOR, Commit.from_bytes(data))
+        except RefusedError as error:
+            self.pass_over(name, error)
+            return False
+        return True
 
     def newest_version(self, start: int = -1) -> int:
         """The newest committed version, looked for from `start` upwards; -1 if there is none.
@@ -148,14 +170,14 @@ class StoreExchange:
             listed = set(self.numbers("global"))
             whole = next(n for n in count() if n not in listed)  # what lies above a gap follows nothing
             for beyond in sorted(n for n in listed if n > whole)[:1]:
-                self._pass_over(version_path(beyond), f"there is no version {whole}, which it would need")
-            commits = (n for n in reversed(range(whole)) if self.objects.exists(f"{version_path(n)}/commit.json"))
+                self.pass_over(version_path(beyond), f"there is no version {whole}, which it would need")
+            commits = (n for n in reversed(range(whole)) if self.has_commit(n))
             start = next(commits, -1)
-        while self.objects.exists(f"{version_path(start + 1)}/commit.json"):
+        while self.has_commit(start + 1):
             start += 1
         return start
 
-    def _pass_over(self, name: str, why: object) -> None:
+    def pass_over(self, name: str, why: object) -> None:
         """Say once, and for a few only, what is no object of ours: whoever writes to the store may make any number."""
         if name not in self._passed_over and len(self._passed_over) < 100:
             self._passed_over.add(name)
@@ -176,7 +198,7 @@ class StoreExchange:
         try:
             return kind.from_bytes(self.objects.read(name, limit_bytes=WORD_BYTES))
         except (FileNotFoundError, RefusedError) as error:
-            self._pass_over(name, error)
+            self.pass_over(name, error)
             return None
 
     def read_commit(self, version: int) -> Commit:
@@ -191,6 +213,7 @@ class StoreExchange:
         for version in versions[len(before) :]:
             commit = Commit.from_bytes(data[version])
             check_link(commit, version, data.get(version - 1), self.contract_sha256)
+            self.members.check(OPERATOR, commit)
             if data[version] != commit.to_bytes():
                 raise RefusedError(f"commit {version} is not in the one form that a commit has")
             found.append(commit)
@@ -198,7 +221,10 @@ class StoreExchange:
 
     def peek_commits(self, versions: Sequence[int]) -> list[Commit]:
         """Commits as they lie there, read side by side, whatever they follow. Raises RefusedError."""
-        return [Commit.from_bytes(data) for data in self._commits_bytes(versions)]
+        commits = [Commit.from_bytes(data) for data in self._commits_bytes(versions)]
+        for commit in commits:
+            self.members.check(OPERATOR, commit)
+        return commits
 
     def _commits_bytes(self, versions: Sequence[int]) -> list[bytes]:
         """Of several commits, read side by side. Raises RefusedError."""
@@ -284,14 +310,17 @@ class StoreExchange:
     def deliver(self, manifest: Manifest, files: Iterable[tuple[Payload, Path]]) -> bytes:
         """Write the payloads, then the manifest; returns the manifest's bytes that stand.
 
-        A manifest that is there already stands, whatever its bytes: a delivery is used at most once. Payloads without
-        manifest are leftovers of an interrupted or refused delivery of this silo and are replaced.
+        A manifest that is there already stands, whatever its bytes, if the silo has signed it: a delivery is used at
+        most once. Payloads without manifest are leftovers of an interrupted or refused delivery of this silo and are
+        replaced.
         """
         folder = delivery_path(manifest.silo, manifest.version)
         name = f"{folder}/manifest.json"
-        if (stands := self.objects.read_if_there(name)) is not None:
+        stands = self.objects.read_if_there(name)
+        if stands is not None and self._is_by(manifest.silo, stands, name):
             return stands
         try:
+            self.objects.delete(name)
             for payload, file in files:
                 self.objects.delete(f"{folder}/{payload.file}")
                 self.objects.upload(file, f"{folder}/{payload.file}")
@@ -343,11 +372,16 @@ class StoreExchange:
             self.objects.write(CONTRACT, data)
         except FileExistsError:
             raise self._taken(CONTRACT) from None
-        self.contract_sha256 = sha256_bytes(data)
+        self._go_by(data)
 
     def delivery(self, silo: str, version: int) -> bytes | None:
         """The manifest's bytes of a delivery, or None while there is none. Raises RefusedError if they are too many."""
         return self.objects.read_if_there(f"{delivery_path(silo, version)}/manifest.json")
+
+    def delivered(self, silo: str, version: int) -> bytes | None:
+        """The same of a delivery that the silo has signed; one that it has not counts as none, and is said."""
+        data = self.delivery(silo, version)
+        return data if data and self._is_by(silo, data, f"{delivery_path(silo, version)}/manifest.json") else None
 
     def contributed(self, contributor: Contributor) -> tuple[Manifest, bytes]:
         """The manifest, and its bytes, that a commit names as a silo's part in it. Raises RefusedError."""
@@ -360,8 +394,21 @@ class StoreExchange:
         return Manifest.from_bytes(data), data
 
     def is_delivered(self, silo: str, version: int) -> bool:
-        """Whether there is a manifest."""
-        return self.objects.exists(f"{delivery_path(silo, version)}/manifest.json")
+        """Whether there is a manifest of the silo's."""
+        name = f"{delivery_path(silo, version)}/manifest.json"
+        if not self.members.keys:
+            return self.objects.exists(name)
+        data = self.objects.read_if_there(name)
+        return data is not None and self._is_by(silo, data, name)
+
+    def _is_by(self, silo: str, manifest: bytes, name: str) -> bool:
+        """Whether a silo has signed a manifest; what it has not is said."""
+        try:
+            self.members.check(silo, Manifest.from_bytes(manifest)) if self.members.keys else None
+        except RefusedError as error:
+            self.pass_over(name, error)
+            return False
+        return True
 
     def refuse(self, silo: str, version: int, manifest: bytes, reason: str, *, final: bool = False) -> None:
         """Remove a delivery's manifest so that the silo delivers again, unless this is final, and record the reason.
@@ -410,13 +457,15 @@ class StoreExchange:
         """
         Commit.from_bytes(commit.to_bytes())
         folder = version_path(commit.version)
-        if self.objects.exists(f"{folder}/commit.json"):
+        if self.has_commit(commit.version):
             raise FileExistsError(f"{folder}/commit.json exists already; another aggregator works on this store")
         for payload, file in files:
             check()
             self.objects.delete(f"{folder}/{payload.file}")  # left by an aggregator that died before its commit
             (self.objects.give if give else self.objects.upload)(file, f"{folder}/{payload.file}")
         check()
+        if self.members.keys:
+            self.objects.delete(f"{folder}/commit.json")  # which nobody signed
         self.objects.write(f"{folder}/commit.json", commit.to_bytes())
         self.objects.delete(f"waiting/{commit.version:06d}.json")
 
@@ -427,62 +476,6 @@ class StoreExchange:
             self.objects.delete(f"{_damaged_path(version)}/{silo}")
         return said
 
-    def repair(
-        self, version: int, payloads: Iterable[Payload], directory: Path, *, check: Callable[[], None]
-    ) -> list[str]:
-        """Compare what lies of a version with its record, and publish again, from `directory`, what is damaged.
-
-        Returns a line for each object that was, which says whether it is whole again.
-        """
-        lines, folder = [], version_path(version)
-        for payload in payloads:
-            try:
-                self.fetch(folder, payload, Path(os.devnull))
-            except RefusedError as error:
-                file, name = directory / payload.file, f"{folder}/{payload.file}"
-                if not file.is_file() or file_payload(file, payload.fragment) != payload:
-                    lines.append(f"{error}; this aggregator does not have it any more")
-                    continue
-                check()
-                self.objects.delete(name)
-                self.objects.upload(file, name)
-                lines.append(f"{error}; it was published again")
-        return lines
-
     def tensors(self, folder: str) -> list[str]:
         """Names of the payloads in a folder."""
         return [name for name in self.objects.names(folder) if name.endswith(".safetensors")]
-
-    # ---- taking versions back
-
-    def versions_above(self, version: int) -> list[int]:
-        """All newer versions, committed or not, of which anything is there; the newest first."""
-        silos = self.objects.names("silos")
-        places = [
-            "global",
-            "waiting",
-            SNAPSHOTS,
-            *(f"silos/{silo}{inner}" for silo in silos for inner in ("", "/resumable")),
-        ]
-        stems = {name.removesuffix(".json") for place in places for name in self.objects.names(place)}
-        return sorted((n for stem in stems if (n := number(stem)) is not None and n > version), reverse=True)
-
-    def take_back(self, version: int, folder: str) -> None:
-        """Remove all there is of a version, its commit first; what is no tensor is copied below `folder` before."""
-        silos = self.objects.names("silos")
-        for place in (version_path(version), *(delivery_path(silo, version) for silo in silos)):
-            tensors = self.tensors(place)
-            for name in (name for name in self.objects.names(place) if name not in tensors):
-                try:
-                    self.objects.write(f"{folder}/{place}/{name}", self.objects.read(f"{place}/{name}"))
-                except FileExistsError:
-                    pass  # copied before an interruption
-                except (FileNotFoundError, IsADirectoryError, RefusedError) as error:
-                    self._pass_over(f"{place}/{name}", error)  # nothing of ours
-                self.objects.delete(f"{place}/{name}")
-            for name in tensors:
-                self.objects.delete(f"{place}/{name}")
-        for silo in silos:
-            self.objects.delete(f"silos/{silo}/resumable/{version:06d}")
-        self.objects.delete(snapshot_path(version))
-        self.objects.delete(f"waiting/{version:06d}.json")

@@ -25,7 +25,7 @@ from pretrain.exchange.history import History
 from pretrain.exchange.objects import Objects
 from pretrain.exchange.options import is_directory, store_options
 from pretrain.exchange.rollback import FOLDER as ROLLBACKS
-from pretrain.exchange.rollback import Rollback, explain, foreign
+from pretrain.exchange.rollback import Rollback, explain, foreign, take_back, versions_above
 from pretrain.exchange.store import StoreExchange, delivery_path, version_path
 from pretrain.exchange.words import number
 from pretrain.host.lock import lock_directory
@@ -143,8 +143,8 @@ class Relay:
         for stem in (name.removesuffix(".done") for name in done):
             record = Rollback.from_bytes(self._there.objects.read(f"{ROLLBACKS}/{stem}.json"))
             print(f"rolled back from version {record.from_version} to {record.to_version}", flush=True)
-            for version in self._here.versions_above(record.to_version):
-                self._here.take_back(version, f"rolled-back/{stem}")
+            for version in versions_above(self._here, record.to_version):
+                take_back(self._here, version, f"rolled-back/{stem}")
         if done:
             self._newest, self._is_checked = self._here.newest_version(), False
             self._history = History(self._here, self._config.outer.num_fragments)  # which forgets what it was
@@ -176,8 +176,10 @@ class Relay:
     def _copy_version(self, version: int) -> bool:
         """Whether it was there."""
         try:
-            data = self._there.commit_bytes(version)
+            data = self._there.commit_bytes(version) if self._there.has_commit(version) else None
         except FileNotFoundError:
+            data = None
+        if data is None:
             return False
         began, commit = time.monotonic(), Commit.from_bytes(data)
         before = self._here.commit_bytes(version - 1) if version else None

@@ -189,7 +189,7 @@ class Collector:
         """A delivery that is there and as it should be; what comes too slowly is not there yet."""
         manifest: bytes | None = b""
         try:
-            if (manifest := self._exchange.until(over).delivery(silo, version)) is None:
+            if (manifest := self._exchange.until(over).delivered(silo, version)) is None:
                 return None
             return verify(silo, manifest, version, over)
         except RefusedError as error:

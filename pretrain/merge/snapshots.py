@@ -1,5 +1,6 @@
 """Snapshots of the outer state: written while silos train on from the version that they are of, loaded at a restart."""
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,7 +11,7 @@ from torch import Tensor
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.history import History
 from pretrain.exchange.payload import Tensors, save_tensors
-from pretrain.exchange.store import StoreExchange, version_path
+from pretrain.exchange.store import StoreExchange, file_payload, version_path
 from pretrain.merge.terms import snapshot_kinds, snapshot_versions
 from pretrain.outer.state import OuterState
 from pretrain.trust.ledger import Commit, Payload, RefusedError, Snapshot, sha256_bytes
@@ -66,11 +67,13 @@ class Snapshots:
             tensors = {name: {"values": values[name]} for name in names}
             found.append((save_tensors(tensors, file, kind, fragment=fragment), file))
         self._let_go(state, names)
-        snapshot = Snapshot(
-            contract_sha256=commit.contract_sha256,
-            version=commit.version,
-            commit_sha256=sha256_bytes(commit.to_bytes()),
-            payloads=[payload for payload, _ in found],
+        snapshot = self._exchange.members.sign(
+            Snapshot(
+                contract_sha256=commit.contract_sha256,
+                version=commit.version,
+                commit_sha256=sha256_bytes(commit.to_bytes()),
+                payloads=[payload for payload, _ in found],
+            )
         )
         history = History(self._exchange.until(self._over), self._config.outer.num_fragments)
         history.write_snapshot(snapshot, found, check=self._check_lease)
@@ -93,9 +96,20 @@ class Snapshots:
             file.unlink()
 
     def repair(self, version: int, payloads: Sequence[Payload]) -> None:
-        """Publish again what is damaged of these payloads of a version, if it is still here."""
-        for line in self._exchange.repair(version, payloads, self._scratch / "outbox", check=self._check_lease):
-            print(f"version {version}: {line}", flush=True)
+        """Publish again what is damaged of these payloads of a version, if it is still here; says what was."""
+        folder = version_path(version)
+        for payload in payloads:
+            try:
+                self._exchange.fetch(folder, payload, Path(os.devnull))
+            except RefusedError as error:
+                file, name = self._scratch / "outbox" / payload.file, f"{folder}/{payload.file}"
+                what = "this aggregator does not have it any more"
+                if file.is_file() and file_payload(file, payload.fragment) == payload:
+                    self._check_lease()
+                    self._exchange.objects.delete(name)
+                    self._exchange.objects.upload(file, name)
+                    what = "it was published again"
+                print(f"version {version}: {error}; {what}", flush=True)
 
     def repair_all(self, commit: Commit) -> None:
         """Publish again what is damaged of a version and its snapshot, if it is still here."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig
+from pretrain.exchange.agreement import agree
 from pretrain.exchange.base import Outgoing, Received
 from pretrain.exchange.beats import Beats
 from pretrain.exchange.history import History
@@ -34,6 +35,7 @@ from pretrain.outer.quantize import Parts
 from pretrain.sync.delivered import Delivered
 from pretrain.trust.contract import build_contract, check_same_contract, read_contract
 from pretrain.trust.ledger import Commit, Payload, RefusedError, sha256_bytes
+from pretrain.trust.members import own_signer
 
 MAX_REFUSALS = 3
 POLLS_PER_LOOK = 20  # while it waits, a silo looks whether the store still has the commit that it holds
@@ -53,6 +55,7 @@ class ThroughStore:
         self._closing = threading.Event()
         self._store = StoreExchange.of_run(config, closing=self._closing)
         self._history = History(self._store, config.outer.num_fragments)
+        self._store.members.signer = own_signer(config, silo)
         self._directory = config.silo_directory(silo)
         self._marking = ThreadPoolExecutor(1, thread_name_prefix="mark")
         self._beats: Beats | None = None
@@ -72,6 +75,7 @@ class ThroughStore:
         while (stored := self._store.read_contract()) is None:
             self._pause()
         check_same_contract(build_contract(self._config), stored, self._store.objects.url)
+        agree(self._store, self._silo, self._pause)
         for line in differences(read_contract(stored, self._store.objects.url)[1]):
             print(line, flush=True)
         with self._readable("the record of a rollback"):
@@ -142,7 +146,7 @@ class ThroughStore:
     def deliver(self, sent: Outgoing) -> None:
         """Write the payload and its manifest into the store; what comes too late to count is not sent."""
         with self._noticing_the_end():
-            manifest, version = sent.manifest, sent.manifest.version
+            manifest, version = self._store.members.sign(sent.manifest), sent.manifest.version
             if self._rules.is_elastic and not self._rules.stale_weight and self._is_committed(version):
                 return
             self._num_refused.setdefault(version, len(self._store.refusals(self._silo, version)))

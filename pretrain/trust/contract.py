@@ -13,9 +13,11 @@ from pretrain.host.foreign import loads, shown
 from pretrain.host.software import VERSION, installed, minor
 from pretrain.silo.shards import tokenizer_sha256
 from pretrain.silo.weights import checkpoint_files
+from pretrain.trust.keys import PublicKey
 from pretrain.trust.ledger import RECORD_BYTES
+from pretrain.trust.members import public_keys
 
-FORMAT = 2
+FORMAT = 3
 SOFTWARE = "software"
 MOST_PACKAGES = 100
 LOCAL_OUTER = ("state",)  # what of `outer` is each machine's own affair
@@ -33,17 +35,18 @@ def agreed_settings(config: RunConfig) -> dict[str, Any]:
         "outer": {key: value for key, value in outer.items() if key not in LOCAL_OUTER},
         "membership": dataclasses.asdict(config.membership),
         "roster": config.full_roster,
+        "trust": {"keys": dict(sorted(config.trust.keys.items()))},
     }
 
 
 def build_contract(config: RunConfig) -> dict[str, Any]:
-    """The contract of a configuration: model, tokenizer, sequences, inner and outer settings, roster and its rules."""
+    """The contract of a configuration: model, tokenizer, sequences, inner and outer settings, roster, rules, keys."""
+    public_keys(config)
     return {
         "format": FORMAT,
         "model": _model_terms(config),
         "tokenizer_sha256": tokenizer_sha256(config.tokenizer_file),
         "num_versions": config.schedule.num_versions,
-        "signature": None,
         RUN: config.run_id,
         **agreed_settings(config),
     }
@@ -104,6 +107,18 @@ def read_contract(stored: bytes, where: str) -> tuple[dict[str, Any], dict[str, 
             f"exchange.url: {where} given; its contract.json has {RUN} {_short(run)}; allowed: {RUN_ID.pattern}"
         )
     return terms, software
+
+
+def contract_keys(stored: bytes) -> dict[str, PublicKey]:
+    """The keys that a contract names, by member; none if it names none. Raises ConfigError for what are no keys."""
+    try:
+        terms = loads(stored, limit_bytes=RECORD_BYTES)
+        keys = terms["trust"]["keys"]
+    except (ValueError, KeyError, TypeError):
+        return {}  # whoever reads the terms says what is wrong with them
+    if not isinstance(keys, dict):
+        raise ConfigError(f"contract.json: trust.keys is {shown(repr(keys))}; allowed: a key of each member")
+    return {name: PublicKey.parse(text, f"contract.json: trust.keys.{shown(name)}") for name, text in keys.items()}
 
 
 def check_same_contract(ours: dict[str, Any], stored: bytes, where: str) -> None:

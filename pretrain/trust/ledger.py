@@ -41,9 +41,15 @@ class Record:
     """What manifests and commits share: canonical JSON bytes, and reading that refuses what does not fit."""
 
     format: int = FORMAT
+    signature: str | None = None
+    """By its author, over the bytes without it; None where the contract names no keys (members.py)."""
+
+    def unsigned_bytes(self) -> bytes:
+        """What is signed."""
+        return dataclasses.replace(self, signature=None).to_bytes()
 
     def to_bytes(self) -> bytes:
-        """Canonical JSON: the bytes that hashes and signatures are taken over."""
+        """Canonical JSON: the bytes that hashes are taken over."""
         return (json.dumps(dataclasses.asdict(self), sort_keys=True, indent=1, allow_nan=False) + "\n").encode()
 
     @classmethod
@@ -130,7 +136,6 @@ class Manifest(Record):
     steps: int
     tokens_total: int
     metrics: dict[str, float]
-    signature: str | None = None
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
@@ -171,7 +176,6 @@ class Commit(Record):
     outer_digest: str
     """Of the outer state of the fragments that changed, where a snapshot follows; else empty."""
     metrics: dict[str, float] = field(default_factory=dict)
-    signature: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +189,14 @@ class Snapshot(Record):
     version: int
     commit_sha256: str
     payloads: list[Payload]
-    signature: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement(Record):
+    """A member's signature under the contract."""
+
+    contract_sha256: str
+    member: str
 
 
 def sha256_bytes(data: bytes) -> str:

@@ -33,6 +33,15 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     (["inner.lrr=1"], ["inner.lrr: unknown key given; allowed: num_steps, ", "did you mean inner.lr?"]),
     (["data=[a]"], ["data: unknown key given", "; type silo.data=... or silos.NAME.data=..."]),
     (["silos.alpha.data=a"], ["silos.alpha.data: 'a' given; allowed: a list: type silos.alpha.data=[a]"]),
+    (["trust.keys={alpha: a, beta: b}"], ["trust.keys: none given of aggregator; allowed: one of every silo of the"]),
+    (
+        ["trust.keys={alpha: a, beta: b, aggregator: c, gamma: d}"],
+        ["trust.keys: one of gamma given; allowed: aggregator, alpha, beta"],
+    ),
+    (
+        ["trust.keys={alpha: a}", "exchange={kind: collective, url: 'tcp://a:1'}"],
+        ["trust.keys: ['alpha'] given; allowed: none with exchange.kind=collective, where nothing is signed"],
+    ),
     (["colour=1"], ["colour: unknown key given; allowed: name, run_id, directory, "]),
     (["run_id=A b"], ["run_id: 'A b' given; allowed: [a-z0-9_-]{0,64}, or empty"]),
     (["silo.nope=1"], ["silo.nope: unknown key given; allowed: data, "]),

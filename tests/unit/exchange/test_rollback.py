@@ -110,7 +110,8 @@ def test_what_goes_what_stays_and_what_is_kept_aside(run: RunConfig, store: Path
     )
     after = files(store)
     assert json.loads(after.pop("rollbacks/000001.json")) == {
-        "format": 1,
+        "format": 2,
+        "signature": None,
         "previous": None,
         "from_version": 5,
         "to_version": 2,

@@ -10,7 +10,7 @@ import pytest
 from pretrain.exchange.history import History
 from pretrain.exchange.lease import Lease
 from pretrain.exchange.objects import Objects
-from pretrain.exchange.rollback import finish_rollbacks
+from pretrain.exchange.rollback import finish_rollbacks, versions_above
 from pretrain.exchange.store import StoreExchange
 from pretrain.exchange.words import Holder, Identity, Membership, Refusal, Word, number
 from pretrain.trust.ledger import RefusedError, sha256_bytes
@@ -102,7 +102,7 @@ def test_marks_and_versions_that_are_no_numbers_are_nobodys(exchange: StoreExcha
     exchange.mark_resumable("law", 1)
     assert History(exchange, 1, all_whole=True).prune(["law"], 1, 2) == []
     assert StoreExchange(exchange.objects.url).newest_version() == 1
-    assert exchange.versions_above(0) == [1]
+    assert versions_above(exchange, 0) == [1]
 
 
 def test_a_version_above_a_gap_is_none(
@@ -177,7 +177,8 @@ def test_a_term_that_cannot_be_taken_is_one_line(tmp_path: Path) -> None:
 
 def rollback(exchange: StoreExchange, **changes: object) -> dict[str, object]:
     return {
-        "format": 1,
+        "format": 2,
+        "signature": None,
         "previous": None,
         "from_version": 2,
         "to_version": 0,

@@ -163,7 +163,7 @@ def test_malformed_manifests_are_refused(case: str) -> None:
 
 
 def test_a_commit_from_before_there_were_snapshots_is_refused() -> None:
-    assert refusal(Commit, changed(COMMIT, put("format", 2))) == "format 2 given; this version reads 3"
+    assert refusal(Commit, changed(COMMIT, put("format", 2))) == "format 2 given; this version reads 4"
 
 
 @pytest.mark.parametrize("record", [MANIFEST, COMMIT], ids=["manifest", "commit"])

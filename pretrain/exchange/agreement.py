@@ -1,0 +1,68 @@
+"""Every member's signature under the contract: nothing begins before all are there. No torch."""
+
+from collections.abc import Callable
+
+from pretrain.config.check import named
+from pretrain.exchange.store import StoreExchange
+from pretrain.trust.ledger import Agreement, RefusedError
+
+FOLDER = "signatures"
+
+
+def sign_contract(exchange: StoreExchange, member: str) -> None:
+    """Put a member's signature under the contract that was read, unless it is there."""
+    name = _name(member)
+    if _has_signed(exchange, member):
+        return
+    signed = exchange.members.sign(Agreement(contract_sha256=exchange.contract_sha256, member=member))
+    exchange.objects.delete(name)  # whatever somebody else has put there
+    exchange.objects.write(name, signed.to_bytes())
+
+
+def not_signed(exchange: StoreExchange) -> list[str]:
+    """The members whose signature is missing; none where the contract names no keys."""
+    return [member for member in sorted(exchange.members.keys) if not _has_signed(exchange, member)]
+
+
+def agree(
+    exchange: StoreExchange,
+    member: str,
+    pause: Callable[[], object],
+    *,
+    say: Callable[[str], object] = lambda words: None,
+) -> None:
+    """Sign as a member, and wait until every other has; where the contract names no keys there is nothing to sign.
+
+    `say` is told whose signature is missing, whenever it is others'.
+    """
+    if not exchange.members.keys:
+        print("trust.keys: none given; nothing is signed: whoever can write to the store may speak for all", flush=True)
+        return
+    sign_contract(exchange, member)
+    missing: list[str] = []
+    while found := not_signed(exchange):
+        if found != missing:
+            missing = found
+            words = f"the signature of {named(missing)} under the contract"
+            print(f"waiting for {words}", flush=True)
+            say(words)
+        pause()
+
+
+def _has_signed(exchange: StoreExchange, member: str) -> bool:
+    data = exchange.objects.read_if_there(_name(member))
+    if data is None:
+        return False
+    try:
+        found = Agreement.from_bytes(data)
+        if (found.contract_sha256, found.member) != (exchange.contract_sha256, member):
+            raise RefusedError("it is under another contract, or another member's")
+        exchange.members.check(member, found)
+    except RefusedError as error:
+        exchange.pass_over(_name(member), error)
+        return False
+    return True
+
+
+def _name(member: str) -> str:
+    return f"{FOLDER}/{member}.json"

@@ -1,0 +1,260 @@
+"""A store in which everything is signed: the real aggregator in this process, and somebody else who can write there."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from pretrain.aggregate import Aggregator, OuterState
+from pretrain.config.keys import OPERATOR, RunConfig
+from pretrain.exchange.agreement import not_signed, sign_contract
+from pretrain.exchange.history import History
+from pretrain.exchange.rollback import roll_back_store, rollback_records
+from pretrain.exchange.store import StoreExchange
+from pretrain.trust.keys import PublicKey, load_signer, new_key
+from pretrain.trust.ledger import Commit, Manifest, RefusedError
+from pretrain.trust.members import Members, own_signer, public_keys, with_new_keys
+from tests.conftest import TinyConfig
+from tests.support import one_line_error
+from tests.unit.test_aggregate import GOOD, one_version, start, times
+from tests.unit.test_aggregate_restart import assert_same_state
+from tests.waiting import PATIENCE_SECONDS, wait_for
+
+
+@pytest.fixture
+def config(tiny_config: TinyConfig, tmp_path: Path) -> RunConfig:
+    return with_new_keys(tiny_config(tmp_path, exchange={"snapshot_versions": 1}, trust={"directory": ""}))
+
+
+def as_member(config: RunConfig, name: str) -> StoreExchange:
+    exchange = StoreExchange(config.store_url)
+    exchange.members.signer = own_signer(config, name)
+    assert exchange.read_contract()
+    return exchange
+
+
+def begin(config: RunConfig) -> tuple[Aggregator, OuterState]:
+    """All members sign while the aggregator starts."""
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(start, config)
+        wait_for((Path(config.store_url) / "signatures" / f"{OPERATOR}.json").exists)
+        for silo in config.full_roster:
+            sign_contract(as_member(config, silo), silo)
+        return starting.result(PATIENCE_SECONDS)
+
+
+def manifest_file(config: RunConfig, silo: str, version: int) -> Path:
+    return Path(config.store_url) / "silos" / silo / f"{version:06d}" / "manifest.json"
+
+
+def sign_delivery(config: RunConfig, silo: str, version: int, signer: str) -> None:
+    """Sign what was written by hand."""
+    file = manifest_file(config, silo, version)
+    file.write_bytes(as_member(config, signer).members.sign(Manifest.from_bytes(file.read_bytes())).to_bytes())
+
+
+def deliver(config: RunConfig, state: OuterState, silo: str, *, signer: str = "", factor: float = 2) -> None:
+    GOOD.deliver(config, silo, state, times(state, factor))
+    sign_delivery(config, silo, state.version + 1, signer or silo)
+
+
+# ---- what is signed
+
+
+def test_all_records_are_signed_by_their_authors(config: RunConfig) -> None:
+    aggregator, state = begin(config)
+    for silo in config.full_roster:
+        deliver(config, state, silo)
+    one_version(aggregator, state)
+    exchange = StoreExchange(config.store_url)
+    exchange.read_contract()
+    assert {name: key.text for name, key in exchange.members.keys.items()} == config.trust.keys
+    assert (exchange.newest_version(), exchange.read_commit(1).version) == (1, 1)
+    assert History(exchange, 1).read_snapshot(1).version == 1
+    assert not not_signed(exchange)
+    assert_same_state(start(config)[1], state)  # a restart asks nobody again
+    other = Members(keys=dict.fromkeys(exchange.members.keys, exchange.members.keys["beta"]))
+    with pytest.raises(RefusedError, match="signature of the commit: not of these bytes by the key"):
+        other.check(OPERATOR, exchange.read_commit(1))
+
+
+def test_nothing_begins_before_all_have_signed(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    store = Path(config.store_url)
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(start, config)
+        wait_for((store / "signatures" / f"{OPERATOR}.json").exists)
+        alpha = as_member(config, "alpha")
+        sign_contract(alpha, "alpha")
+        assert not_signed(alpha) == ["beta"]
+        # Alpha's signature is none of beta's, and one under another contract is none under this one.
+        shutil.copy(store / "signatures" / "alpha.json", store / "signatures" / "beta.json")
+        assert not_signed(alpha) == ["beta"]
+        wait_for(lambda: "waiting for the signature of beta under the contract\n" in said(capsys))
+        assert not (store / "global").exists()
+        sign_contract(as_member(config, "beta"), "beta")
+        state = starting.result(PATIENCE_SECONDS)[1]
+    assert state.version == 0
+    assert f"{store}: signatures/beta.json is passed over: " in said(capsys)
+
+
+# ---- what somebody else writes
+
+
+@pytest.mark.parametrize("signer", ["", "beta", OPERATOR, "stranger"])
+def test_a_delivery_in_anothers_name_counts_as_none(
+    signer: str, config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was there first; alpha delivers in its place, nothing is refused, and no try of alpha's is used up."""
+    aggregator, state = begin(config)
+    deliver(config, state, "beta")
+    GOOD.deliver(config, "alpha", state, times(state, 1000), tokens=10**6)
+    if signer == "stranger":
+        new_key(tmp_path / "stranger.key", "stranger")
+        members = dataclasses.replace(as_member(config, "beta").members, signer=load_signer(tmp_path / "stranger.key"))
+        file = manifest_file(config, "alpha", 1)
+        file.write_bytes(members.sign(Manifest.from_bytes(file.read_bytes())).to_bytes())
+    elif signer:
+        sign_delivery(config, "alpha", 1, signer)
+    alpha = as_member(config, "alpha")
+    assert not alpha.is_delivered("alpha", 1)
+    with ThreadPoolExecutor(1) as pool:
+        collecting = pool.submit(aggregator.collect, state)
+        wait_for(lambda: "silos/alpha/000001/manifest.json is passed over" in said(capsys))
+        folder = tmp_path / "outbox"
+        shutil.copytree(manifest_file(config, "alpha", 1).parent, folder)
+        manifest = Manifest.from_bytes((folder / "manifest.json").read_bytes())
+        manifest = alpha.members.sign(dataclasses.replace(manifest, tokens=100))
+        alpha.deliver(manifest, [(payload, folder / payload.file) for payload in manifest.payloads])
+        deliveries = collecting.result(PATIENCE_SECONDS)
+    assert [delivery.manifest.tokens for delivery in deliveries] == [100, 100]
+    assert alpha.refusals("alpha", 1) == []
+
+
+SAID: list[str] = []
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    SAID.append(capsys.readouterr().out)
+    return "".join(SAID)
+
+
+def test_a_version_that_the_aggregator_has_not_signed_is_none(
+    config: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A silo that can write to the store makes version 1 itself: nobody takes it, and the true one takes its place."""
+    aggregator, state = begin(config)
+    beta = as_member(config, "beta")
+    forged = dataclasses.replace(
+        beta.read_commit(0), version=1, previous="0" * 64, parameters_digest="f" * 64, signature=None
+    )
+    forged = beta.members.sign(forged)
+    beta.objects.write("global/000001/commit.json", forged.to_bytes())
+    alpha = as_member(config, "alpha")
+    assert (alpha.newest_version(), alpha.newest_version(0)) == (0, 0)
+    with pytest.raises(RefusedError):
+        alpha.read_commit(1)
+    for silo in config.full_roster:
+        deliver(config, state, silo)
+    one_version(aggregator, state)
+    assert alpha.newest_version(0) == 1
+    assert alpha.read_commit(1).parameters_digest == state.parameters_digest
+    assert "global/000001/commit.json is passed over: signature of the commit: " in capsys.readouterr().out
+
+
+def rewritten(change: Callable[[Commit], Commit]) -> Callable[[bytes], bytes]:
+    return lambda data: change(Commit.from_bytes(data)).to_bytes()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        rewritten(lambda commit: dataclasses.replace(commit, divisor=7)),
+        rewritten(lambda commit: dataclasses.replace(commit, signature=None)),
+        rewritten(lambda commit: dataclasses.replace(commit, contributors=commit.contributors[:1])),
+    ],
+)
+def test_a_commit_that_was_changed_later_is_refused(change: Callable[[bytes], bytes], config: RunConfig) -> None:
+    aggregator, state = begin(config)
+    for silo in config.full_roster:
+        deliver(config, state, silo)
+    one_version(aggregator, state)
+    file = Path(config.store_url) / "global" / "000001" / "commit.json"
+    file.write_bytes(change(file.read_bytes()))
+    with pytest.raises(RefusedError, match=r"^(signature of the commit|the commit is not signed)"):
+        as_member(config, "alpha").read_commit(1)
+
+
+def test_a_rollback_that_the_aggregators_operator_has_not_signed_deletes_nothing(config: RunConfig) -> None:
+    aggregator, state = begin(config)
+    for silo in config.full_roster:
+        deliver(config, state, silo)
+    one_version(aggregator, state)
+    beta = as_member(config, "beta")
+    record = {
+        "format": 2,
+        "previous": None,
+        "from_version": 1,
+        "to_version": 0,
+        "commit_sha256": "0" * 64,
+        "discarded": [],
+        "reason": "",
+        "signature": None,
+    }
+    beta.objects.write("rollbacks/000001.json", json.dumps(record).encode())
+    for read in (lambda: rollback_records(beta, config), lambda: start(config)):
+        with pytest.raises(RefusedError, match=r"^rollbacks/000001.json: the rollback is not signed"):
+            read()
+    assert beta.newest_version() == 1
+
+
+def test_a_contract_without_keys_or_with_others_is_another_contract(config: RunConfig, tmp_path: Path) -> None:
+    """Whoever takes the keys out of the contract, or puts others in, has one that no member goes on with."""
+    begin(config)
+    file = Path(config.store_url) / "contract.json"
+    terms = json.loads(file.read_bytes())
+    for keys in ({}, terms["trust"]["keys"] | {"beta": new_key(tmp_path / "other.key", "beta").text}):
+        file.write_text(json.dumps(terms | {"trust": {"keys": keys}}))
+        assert "trust.keys" in one_line_error(start, config)
+
+
+# ---- mistakes
+
+
+def test_keys_that_do_not_fit(config: RunConfig, tmp_path: Path) -> None:
+    other = new_key(tmp_path / "other.key", "alpha")
+    shutil.copy(tmp_path / "other.key", config.key_file("alpha"))
+    assert one_line_error(own_signer, config, "alpha").startswith(
+        f"trust.keys.alpha: {config.trust.keys['alpha']} given ("
+    )
+    assert f"is the key of {other.text} ({other.fingerprint}); allowed: the same" in one_line_error(
+        own_signer, config, "alpha"
+    )
+    config.key_file("alpha").unlink()
+    assert one_line_error(own_signer, config, "alpha").startswith(f"{config.key_file('alpha')}: cannot be read: ")
+    config.trust.keys["beta"] = config.trust.keys["alpha"]
+    assert one_line_error(public_keys, config).startswith("trust.keys.beta: the key of alpha given; allowed: one that")
+    config.trust.keys["beta"] = "atoll-key-1:none"
+    assert one_line_error(public_keys, config).startswith("trust.keys.beta: 'atoll-key-1:none' given; allowed: ")
+
+
+def test_only_the_operator_can_roll_back(config: RunConfig) -> None:
+    aggregator, state = begin(config)
+    for silo in config.full_roster:
+        deliver(config, state, silo)
+    one_version(aggregator, state)
+    allowed = f"allowed: the private key of the aggregator's operator, {aggregator_key(config).fingerprint}, as this"
+    for key, given in ((None, "none"), (config.key_file("beta"), f"{config.key_file('beta')}, the key ")):
+        line = one_line_error(partial(roll_back_store, key=key, to=0), config.store_url)
+        assert line.startswith(f"--key: {given}")
+        assert allowed in line
+    assert roll_back_store(config.store_url, to=0, key=config.key_file(OPERATOR)).to_version == 0
+    assert start(config)[1].version == 0
+
+
+def aggregator_key(config: RunConfig) -> PublicKey:
+    return public_keys(config)[OPERATOR]
