@@ -115,10 +115,10 @@ def prepare(config: RunConfig, aggregator: Aggregator) -> tuple[OuterState, list
     exchange.write_contract(first_contract(build_contract(config)))
     shapes, place = model_shapes(config, VOCAB_SIZE), Sparse(Path(config.directory) / "aggregator" / "state")
     parameters = {name: place.zeros(shape) for name, shape in shapes.items()}
-    aggregator._cut(parameters)
+    aggregator._merger.cut(parameters)
     kinds = kept_kinds(config.outer.optimizer, config.outer.downlink_codec)
     kept = {kind: {name: place.zeros(shape) for name, shape in shapes.items()} for kind in kinds}
-    names = aggregator._fragments[config.schedule.fragment(VERSION)]
+    names = aggregator._merger.fragments[config.schedule.fragment(VERSION)]
     generator = torch.Generator().manual_seed(0)
     for scale, of in ((0.02, parameters), *((1e-3, of) for of in kept.values())):
         for name in names:

@@ -8,9 +8,10 @@ import typer
 
 from data_tools.cli import app as data_app
 from launch.keys import app as keys_app
+from launch.verify import verify
 from pretrain.config.check import ConfigError, check_url, named
-from pretrain.config.keys import ExchangeConfig
-from pretrain.config.load import CONFIG_FILE, load_config, load_run
+from pretrain.config.keys import RunConfig
+from pretrain.config.load import load_config, load_run
 from pretrain.config.paths import expand_home
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ launch_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="St
 app.add_typer(launch_app, name="launch")
 app.add_typer(data_app, name="data")
 app.add_typer(keys_app, name="keys")
+app.command()(verify)
 
 Config = Annotated[list[Path], typer.Option("--config", "-c", help="YAML file; several are merged in order.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, merged last.")]
@@ -65,7 +67,7 @@ def launch_local_command(
     from launch.start.local import launch_local
     from pretrain.federation.preflight import check_run
 
-    checked = load_config(config, overrides or [])
+    checked = _loaded(config, overrides)
     check_run(checked)
     raise typer.Exit(launch_local(checked, max_restarts=max_restarts))
 
@@ -88,7 +90,7 @@ def launch_slurm_command(
     from launch.start.slurm import launch_slurm
     from pretrain.federation.preflight import check_run
 
-    checked = load_config(config, overrides or [])
+    checked = _loaded(config, overrides)
     check_run(checked)
     jobs, notes = launch_slurm(checked, load_site(site, checked), aggregator=aggregator, dry_run=dry_run)
     print("\n".join([*(f"{name}: {what}" for name, what in jobs.items()), *notes]))
@@ -119,7 +121,7 @@ def launch_torchrun_command(
     from launch.start.torchrun import check_options, node_commands
     from pretrain.federation.preflight import check_port, check_silo
 
-    checked = load_config(config, overrides or [])
+    checked = _loaded(config, overrides)
     if ssh is not None:
         code = launch_by_ssh(
             *(checked, silo, host),
@@ -207,7 +209,7 @@ def train(
     from launch.start.local import launch_silo
     from pretrain.federation.preflight import announce_store, check_collective, check_silo
 
-    checked = load_config(config, overrides or [])
+    checked = _loaded(config, overrides)
     if silo not in checked.silos:
         raise ConfigError(f"--silo: {silo!r} given; allowed: {named(sorted(checked.silos))}")
     if checked.silos[silo].num_nodes != 1:
@@ -228,7 +230,7 @@ def aggregate(config: Config, overrides: Overrides = None) -> None:
     from launch.start.processes import run_here
     from pretrain.federation.preflight import announce_store
 
-    checked = load_config(config, overrides or [])
+    checked = _loaded(config, overrides)
     announce_store(checked)
     path = write_resolved(checked)
     command = [sys.executable, "-m", "pretrain.aggregate", "--config", str(path)]
@@ -244,9 +246,9 @@ def status(
     [bold]Example:[/bold] atoll status s3://bucket/run
     """
     from launch.show.status import print_status
-    from pretrain.exchange.options import store_options
+    from pretrain.exchange.options import reached, store_options
 
-    url, exchange = _reached(where)
+    url, exchange = reached(where)
     print_status(url, store_options(exchange, url))
 
 
@@ -329,7 +331,7 @@ def leave(
     """
     from pretrain.federation.leave import say_left
 
-    print(f"silo {silo} left at version {say_left(load_config(config, overrides or []), silo)}")
+    print(f"silo {silo} left at version {say_left(_loaded(config, overrides), silo)}")
 
 
 @app.command()
@@ -348,7 +350,7 @@ def relay(
 
     remote = expand_home("--remote", remote)
     check_url(remote, "--remote")
-    raise typer.Exit(run_relay(load_config(config, overrides or []), remote))
+    raise typer.Exit(run_relay(_loaded(config, overrides), remote))
 
 
 @app.command()
@@ -451,23 +453,18 @@ def evaluate(
         )
 
 
+def _loaded(paths: list[Path], overrides: list[str] | None) -> RunConfig:
+    """A configuration, with the keys of its run directory where a launch has made them."""
+    from pretrain.trust.members import with_keys
+
+    return with_keys(load_config(paths, overrides or []), make=False)
+
+
 def _store(where: str) -> str:
     """A store's URL: what is given, or the store of a run directory."""
-    return _reached(where)[0]
+    from pretrain.exchange.options import reached
 
-
-def _reached(where: str) -> tuple[str, ExchangeConfig]:
-    """The same, and how it is reached."""
-    where = expand_home("store", where)
-    check_url(where, "store")
-    if (Path(where) / "store").is_dir():
-        return str(Path(where) / "store"), ExchangeConfig()
-    if not (Path(where) / CONFIG_FILE).is_file():
-        return where, ExchangeConfig()
-    config = load_run(Path(where))
-    if config.exchange.kind != "store":
-        raise ConfigError(f"store: {where!r} given; its run is one with exchange.kind={config.exchange.kind}")
-    return config.store_url, config.exchange
+    return reached(where)[0]
 
 
 def main() -> None:

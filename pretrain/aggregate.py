@@ -8,16 +8,12 @@ All its state is in the store: killed at any point, it goes on with the same ver
 import argparse
 import gc
 import json
-import os
 import resource
 import shutil
 import sys
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +27,7 @@ from pretrain.exchange.lease import Lease
 from pretrain.exchange.objects import StoreTroubleError
 from pretrain.exchange.payload import PARAMETER, save_tensors
 from pretrain.exchange.rollback import check_held, explain, finish_rollbacks, foreign, rollback_records
-from pretrain.exchange.store import REQUESTS_AT_ONCE, StoreExchange, version_path
+from pretrain.exchange.store import StoreExchange, version_path
 from pretrain.federation.preflight import check_model
 from pretrain.federation.room import check_aggregator_room
 from pretrain.host.disk import full_disk
@@ -40,38 +36,20 @@ from pretrain.host.journal import Journal
 from pretrain.host.lock import lock_directory
 from pretrain.host.stopping import STOPPED, StopRequested, raise_at_signals
 from pretrain.merge.collect import POLLS_PER_LOOK, Collector, Delivery
+from pretrain.merge.merger import Merged, Merger
 from pretrain.merge.snapshots import Snapshots
-from pretrain.merge.step import Step, factors_of, shares
 from pretrain.merge.terms import commit_record, contributor
-from pretrain.merge.verify import Verifier, base_of, pseudo_gradient
 from pretrain.outer.blocks import slower
 from pretrain.outer.codec import encode
 from pretrain.outer.digest import tensor_rows
-from pretrain.outer.fragments import cut_fragments
-from pretrain.outer.merge import mean_cosine
-from pretrain.outer.pieces import Piece
 from pretrain.outer.placing import InMemory, OnDisk
 from pretrain.outer.quantize import Parts
-from pretrain.outer.state import OuterState, kept_at_start, kept_kinds
-from pretrain.outer.threads import in_threads
+from pretrain.outer.state import OuterState, kept_at_start
 from pretrain.trust.contract import build_contract, check_same_contract, first_contract
 from pretrain.trust.ledger import Commit, Contributor, Payload, RefusedError, sha256_bytes
 from pretrain.trust.members import own_signer
 
 MOST_REPAIRS = 3  # a version: whoever says that it is damaged has all of it read again
-
-
-@dataclass(kw_only=True)
-class Merged:
-    """What came of the merge and the outer step of a version."""
-
-    changes: dict[str, Parts]
-    """Of the published parameters, coded."""
-    moments: dict[str, Parts]
-    """What all silos are told of each other's gradients."""
-    weights: list[int]
-    """Of each delivery."""
-    metrics: dict[str, float]
 
 
 class Aggregator:
@@ -84,15 +62,15 @@ class Aggregator:
         self._exchange.members.signer = own_signer(config, OPERATOR)
         self._scratch = Path(config.directory) / "aggregator"
         self._place = OnDisk(self._scratch / "state") if config.outer.state == "disk" else InMemory()
+        self._merger = Merger(config, self._exchange, self._scratch, self._place)
         self._newest_file = self._scratch / "newest.json"
         self._newest: Commit | None = None
         self._next_look, self._num_repairs = time.monotonic(), 0
         self._roster = config.full_roster
-        self._fragments: list[list[str]] = []
-        self.snapshots = Snapshots(config, self._exchange, self._scratch, check_lease=check_lease, let_go=self._let_go)
+        self.snapshots = Snapshots(
+            config, self._exchange, self._scratch, check_lease=check_lease, let_go=self._merger.let_go
+        )
         self._collector = Collector(config, self._exchange, journal)
-        self._num_threads = len(os.sched_getaffinity(0))
-        self._verifier = Verifier(config, self._exchange, self._scratch / "inbox", self._num_threads)
 
     # ---- start
 
@@ -153,19 +131,12 @@ class Aggregator:
             version=-1,
             parameters=parameters,
             kept=kept_at_start(parameters, outer.optimizer, outer.downlink_codec, self._place),
-            rows=tensor_rows(parameters, self._num_threads),
+            rows=tensor_rows(parameters, self._merger.num_threads),
         )
-        self._cut(parameters)
+        self._merger.cut(parameters)
         changes = {name: encode("fp32", value, value) for name, value in parameters.items()}
-        self._commit(state, range(len(self._fragments)), changes, [], moments={}, divisor=0, metrics={})
+        self._commit(state, range(len(self._merger.fragments)), changes, [], moments={}, divisor=0, metrics={})
         return state
-
-    def _cut(self, parameters: Mapping[str, Tensor]) -> None:
-        try:
-            sizes = {name: value.numel() for name, value in parameters.items()}
-            self._fragments = cut_fragments(sizes, self._schedule.num_fragments)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
 
     def _load(self, newest: int) -> OuterState:
         """Restart: load each fragment's last snapshot, and follow the newest version from it and the deliveries since.
@@ -179,78 +150,18 @@ class Aggregator:
         commits = {commit.version: commit for commit in self._exchange.read_commits(first, newest)}
         for commit in commits.values():
             self._collector.past.committed(commit)
-        parameters, found = self._load_snapshots(snapshots)
-        self._cut(parameters)
-        rows = tensor_rows(parameters, self._num_threads)
-        state = OuterState(version=newest, parameters=parameters, kept=found, rows=rows)
-        for fragment, version in enumerate(snapshots):
-            if version and state.kept_digest(self._fragments[fragment]) != commits[version].outer_digest:
-                raise RefusedError(f"version {version}: its outer state does not have the digest of its commit")
-        self._replay(state, [c for v, c in commits.items() if v > snapshots[self._schedule.fragment(v)]], snapshots)
+        state = self._merger.load(self.snapshots, snapshots, commits)
+        later = [commit for v, commit in commits.items() if v > snapshots[self._schedule.fragment(v)]]
+        self._merger.replay(state, later, snapshots)
         self._newest = commits[newest]
         if state.parameters_digest != self._newest.parameters_digest:
             raise RefusedError(f"version {newest}: its parameters do not have the digest of its commit")
-        self._let_go(state, list(parameters))
+        self._merger.let_go(state, list(state.parameters))
         if self._newest.outer_digest and newest not in snapshots:  # killed before it was written
-            self.snapshots.begin(state, self._newest, self._fragments[self._schedule.fragment(newest)])
+            self.snapshots.begin(state, self._newest, self._merger.fragments[self._schedule.fragment(newest)])
         if newest:  # whoever committed it may have died before it wrote this
             self._journal.record("commit", **commit_record(self._config, self._newest))
         return state
-
-    def _replay(self, state: OuterState, commits: Sequence[Commit], snapshots: Sequence[int]) -> None:
-        """Take the outer steps of these versions again, in their order, each with the deliveries that it names.
-
-        `state` has each fragment as its snapshot has it. Raises RefusedError.
-        """
-        if commits:
-            num_deliveries = sum(len(commit.contributors) for commit in commits)
-            versions = _span("version", [commit.version for commit in commits])
-            since = _span("snapshot", snapshots)
-            print(f"replaying {versions} from {since} and {num_deliveries} deliveries", flush=True)
-        newest, in_step = state.version, max(snapshots)
-        for commit in commits:
-            version, state.version = commit.version, commit.version - 1
-            read = partial(self._contributed, state, version)
-            deliveries = in_threads(read, commit.contributors, REQUESTS_AT_ONCE)
-            factors = factors_of(self._config.outer, [delivery.norm for delivery in deliveries])
-            self._take_step(state, deliveries, [one.weight for one in commit.contributors], factors)
-            # Before, the fragments that have a later snapshot are ahead.
-            if version >= in_step and state.parameters_digest != commit.parameters_digest:
-                raise RefusedError(f"version {version}, replayed, does not have the digest of its commit")
-        state.version = newest
-
-    def _contributed(self, state: OuterState, version: int, contributor: Contributor) -> Delivery:
-        """A delivery that was merged before, checked as then. Raises RefusedError, which says what can be done."""
-        silo, its_version = contributor.silo, contributor.version
-        try:
-            _, data = self._exchange.contributed(contributor)
-            return self._verify(silo, data, state, its_version)
-        except RefusedError as error:
-            raise RefusedError(
-                f"version {version} cannot be replayed: the delivery of silo {silo} for version {its_version}: {error}"
-                f"; restore it, or go back: atoll rollback {self._exchange.objects.url} --to {version - 1}"
-            ) from None
-
-    def _load_snapshots(self, snapshots: Sequence[int]) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-        """Parameters, and what is kept of them, of each fragment's snapshot; of version 0 they are as at the start."""
-        outer, copy = self._config.outer, self._place.copy
-        parameters: dict[str, Tensor] = {}
-        kept: dict[str, dict[str, Tensor]] = {kind: {} for kind in kept_kinds(outer.optimizer, outer.downlink_codec)}
-        for fragment, version in enumerate(snapshots):
-            whole: dict[str, Tensor] = {}
-            for kind, found in self.snapshots.load(version, fragment):
-                values = {name: copy(value) for name, value in found.items()}
-                if kind == PARAMETER:
-                    whole = values
-                else:
-                    kept[kind] |= values
-            parameters |= whole
-            if not version:
-                for kind, values in kept_at_start(whole, outer.optimizer, outer.downlink_codec, self._place).items():
-                    kept[kind] |= values
-        if any(of.keys() != parameters.keys() for of in kept.values()):
-            raise RefusedError(f"the snapshots {[*snapshots]} do not have all of the outer state")
-        return parameters, kept
 
     # ---- one version
 
@@ -258,7 +169,7 @@ class Aggregator:
         """Wait until a version's deliveries are there, as many as the contract asks for."""
         return self._collector.collect(
             state.version + 1,
-            lambda silo, data, version, over: self._verify(silo, data, state, version, over),
+            lambda silo, data, version, over: self._merger.verify(silo, data, state, version, over),
             self._look,
         )
 
@@ -279,59 +190,10 @@ class Aggregator:
         check_held("this aggregator", self._newest.version, commit_sha256, self._exchange)
         return commit_sha256
 
-    def _verify(
-        self, silo: str, data: bytes, state: OuterState, version: int, over: threading.Event | None = None
-    ) -> Delivery:
-        """Raises RefusedError for a delivery that is not as agreed, StopWaitingError soon after `over` is set."""
-        names = self._fragments[self._schedule.fragment(version)]
-        return self._verifier.verify(silo, data, state, names, version, over=over)
-
     def merge(self, state: OuterState, deliveries: list[Delivery]) -> Merged:
-        """Merge and take the outer step in place, block by block, as soon as the last version's snapshot is written."""
+        """Merge and take the outer step in place, as soon as the last version's snapshot is written."""
         self.snapshots.finish()
-        names = self._fragments[self._schedule.fragment(state.version + 1)]
-        stale = self._config.membership.stale_weight
-        weights, factors = shares(
-            self._config.outer,
-            [delivery.manifest for delivery in deliveries],
-            norms=[delivery.norm for delivery in deliveries],
-            staleness=[stale if delivery.base else 1.0 for delivery in deliveries],
-            pseudo_gradients=([pseudo_gradient(d, name, state, self._config) for d in deliveries] for name in names),
-        )
-        step, changes = self._take_step(state, deliveries, weights, factors)
-        cosine = mean_cosine(step.units_squared, len(deliveries))
-        metrics = {"update_norm": step.update_squared**0.5, "cosine_mean": cosine}
-        return Merged(changes=changes, moments=step.merged_moments(), weights=weights, metrics=metrics)
-
-    def _take_step(
-        self, state: OuterState, deliveries: Sequence[Delivery], weights: Sequence[int], factors: Sequence[float]
-    ) -> tuple[Step, dict[str, Parts]]:
-        """Take the next version's outer step in place; returns it, and the coded changes. Raises RefusedError."""
-        names = self._fragments[self._schedule.fragment(state.version + 1)]
-        step = Step(
-            self._config,
-            state.version + 1,
-            state,
-            weights=weights,
-            told=[delivery.tensors.moments for delivery in deliveries],
-            shapes={name: state.parameters[name].shape for name in names},
-        )
-
-        def coded(piece: Piece) -> list[tuple[Parts, Tensor]]:
-            return [(d.tensors.parts(piece.name), base_of(d, piece.name, state)) for d in deliveries]
-
-        try:
-            pieces, norms = [Piece(name) for name in names], [delivery.norm for delivery in deliveries]
-            changes = step.take(pieces, coded, factors=factors, norms=norms, num_threads=self._num_threads)
-        except ValueError as error:
-            raise RefusedError(str(error)) from None
-        state.rows |= tensor_rows({name: state.parameters[name] for name in names}, self._num_threads)
-        self._let_go(state, names)
-        return step, changes
-
-    def _let_go(self, state: OuterState, names: Sequence[str]) -> None:
-        """Tensors that are not used again in this version."""
-        self._place.let_go(of[name] for of in (state.parameters, *state.kept.values()) for name in names)
+        return self._merger.merge(state, deliveries)
 
     def commit(self, state: OuterState, deliveries: list[Delivery], merged: Merged) -> None:
         """Publish the next version, record it, prune what nobody can need again."""
@@ -354,7 +216,7 @@ class Aggregator:
         keep, late = self._config.exchange.keep_versions, self._config.membership.stale_weight > 0
         self.snapshots.history.prune(self._collector.members(), state.version, keep, late=late)
         if self.snapshots.is_due(state.version):
-            self.snapshots.begin(state, commit, self._fragments[fragment])
+            self.snapshots.begin(state, commit, self._merger.fragments[fragment])
 
     def _facts(self, deliveries: list[Delivery]) -> dict[str, float]:
         """What later rounds need to know of the silos in this one."""
@@ -384,7 +246,7 @@ class Aggregator:
         shutil.rmtree(outbox, ignore_errors=True)
         payloads: list[tuple[Payload, Path]] = []
         for fragment in fragments:
-            coded = {name: changes[name] for name in self._fragments[fragment]}
+            coded = {name: changes[name] for name in self._merger.fragments[fragment]}
             file = outbox / f"{PARAMETER if codec == 'fp32' else 'change'}-{fragment:03d}.safetensors"
             payloads.append((save_tensors(coded, file, fragment=fragment, moments=moments), file))
         commit = Commit(
@@ -399,7 +261,7 @@ class Aggregator:
             outer_digest=state.kept_digest(changes) if self.snapshots.is_due(version) else "",
             metrics=metrics,
         )
-        self._let_go(state, list(changes))
+        self._merger.let_go(state, list(changes))
         commit = self._exchange.members.sign(commit)
         self._publish(commit, payloads)
         state.version = version
@@ -421,12 +283,6 @@ class Aggregator:
         temporary = self._newest_file.with_suffix(".tmp")
         temporary.write_text(json.dumps(known))
         temporary.replace(self._newest_file)
-
-
-def _span(what: str, versions: Sequence[int]) -> str:
-    """Version 7, or versions 7 to 9."""
-    first, last = min(versions), max(versions)
-    return f"{what} {first}" if first == last else f"{what}s {first} to {last}"
 
 
 def aggregate(config: RunConfig, journal: Journal) -> None:

@@ -25,7 +25,7 @@ from pretrain.config.load import save_config
 from pretrain.host.caches import use_writable_caches
 from pretrain.host.lock import lock_directory, lock_holder
 from pretrain.host.stopping import STOPPED
-from pretrain.trust.members import with_new_keys
+from pretrain.trust.members import with_keys
 
 # Longer than what starts several processes (workers.py) gives them between SIGTERM and SIGKILL: it is to end them.
 GRACE_SECONDS = SAVE_SECONDS + 10
@@ -60,7 +60,7 @@ def launch_local(
             raise ConfigError(f"silos.{name}.num_nodes: {silo.num_nodes} given; allowed: 1 with a local launch")
     directory = Path(config.directory)
     with hold_directory(directory) as lock_file:
-        config_path, config = directory / "config.yaml", with_new_keys(config)
+        config_path, config = directory / "config.yaml", with_keys(config, make=True)
         save_config(config, config_path)
         commands = (build_commands or local_commands)(config, config_path)
         log_directory = new_attempt(directory)

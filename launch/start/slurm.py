@@ -23,6 +23,7 @@ from launch.start.site import JobConfig, SiteConfig, check_gpus
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import load_config, save_config
+from pretrain.trust.members import with_keys
 
 TEMPLATES = Path(__file__).parents[2] / "slurm"
 JOBS_FILE = "jobs.json"
@@ -49,7 +50,7 @@ class Job:
 
 def render_jobs(config: RunConfig, site: SiteConfig, attempt: Path, *, aggregator: bool = True) -> list[Job]:
     """Write the resolved configuration, and a script for each job into the attempt's folder."""
-    directory = Path(config.directory).absolute()
+    config, directory = with_keys(config, make=True), Path(config.directory).absolute()
     save_config(config, directory / "config.yaml")
     templates = Environment(
         loader=FileSystemLoader(TEMPLATES),

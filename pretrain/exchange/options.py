@@ -1,12 +1,15 @@
 """How a store in a network is reached: what fsspec is told, and whose certificates are trusted. No torch."""
 
 import ssl
+from pathlib import Path
 from typing import Any
 
 import fsspec
 
-from pretrain.config.check import ConfigError
+from pretrain.config.check import ConfigError, check_url
 from pretrain.config.keys import ExchangeConfig
+from pretrain.config.load import CONFIG_FILE, load_run
+from pretrain.config.paths import expand_home
 
 OF_DIRECTORIES = (None, "file", "local")
 OF_S3 = ("s3", "s3a")
@@ -33,6 +36,23 @@ def store_options(exchange: ExchangeConfig, url: str) -> dict[str, Any]:
         raise ConfigError(f"exchange.ca_file: {exchange.ca_file!r} given; allowed: a PEM file; {reason}") from None
     client = {**exchange.options.get("client_kwargs", {}), "verify": exchange.ca_file}
     return {**exchange.options, "client_kwargs": client}
+
+
+def reached(where: str) -> tuple[str, ExchangeConfig]:
+    """The URL that a user gave, or of the store of the run directory that he gave; and how it is reached.
+
+    Raises ConfigError for what is neither.
+    """
+    where = expand_home("store", where)
+    check_url(where, "store")
+    if (Path(where) / "store").is_dir():
+        return str(Path(where) / "store"), ExchangeConfig()
+    if not (Path(where) / CONFIG_FILE).is_file():
+        return where, ExchangeConfig()
+    config = load_run(Path(where))
+    if config.exchange.kind != "store":
+        raise ConfigError(f"store: {where!r} given; its run is one with exchange.kind={config.exchange.kind}")
+    return config.store_url, config.exchange
 
 
 def is_directory(url: str) -> bool:

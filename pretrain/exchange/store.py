@@ -23,6 +23,7 @@ Version 17 is what outer step 17 made of one fragment (outer/schedule.py); with 
 """
 
 import copy
+import dataclasses
 import hashlib
 import re
 import threading
@@ -46,6 +47,7 @@ from pretrain.trust.ledger import Commit, Contributor, Manifest, Payload, Refuse
 from pretrain.trust.members import Members
 
 CONTRACT, SNAPSHOTS = "contract.json", "snapshots"
+REFUSED = re.compile(r"refused-(0|[1-9][0-9]{0,3})\.json")
 W = TypeVar("W", bound=Word)
 REQUESTS_AT_ONCE = 16  # that wait for a store side by side
 
@@ -63,9 +65,6 @@ def delivery_path(silo: str, version: int) -> str:
 def snapshot_path(version: int) -> str:
     """The record of a version's snapshot."""
     return f"{SNAPSHOTS}/{version:06d}.json"
-
-
-REFUSED = re.compile(r"refused-(0|[1-9][0-9]{0,3})\.json")
 
 
 def _identity_path(silo: str) -> str:
@@ -193,10 +192,22 @@ class StoreExchange:
         """The numbers that lie in a folder, sorted."""
         return sorted(n for name in self.objects.names(folder) if (n := number(name, after=after)) is not None)
 
-    def _word(self, kind: type[W], name: str) -> W | None:
-        """A word of another party; None, and a line, if it is none."""
+    def _signed(self, name: str, word: Word) -> bytes:
+        """A word of ours, as it is written under a name."""
+        signature = self.members.sign_bytes("word", self._said_there(name, word))
+        return dataclasses.replace(word, signature=signature).to_bytes()
+
+    def _said_there(self, name: str, word: Word) -> bytes:
+        """What is signed of a word: it counts in this run, and under this name."""
+        place = f"{self.contract_sha256} {name}\n".encode()
+        return place + dataclasses.replace(word, signature=None).to_bytes()
+
+    def _word(self, kind: type[W], name: str, author: str) -> W | None:
+        """A word of another party; None, and a line, if it is none, or not by its author."""
         try:
-            return kind.from_bytes(self.objects.read(name, limit_bytes=WORD_BYTES))
+            word = kind.from_bytes(self.objects.read(name, limit_bytes=WORD_BYTES))
+            self.members.check_bytes(author, "word", self._said_there(name, word), word.signature)
+            return word
         except (FileNotFoundError, RefusedError) as error:
             self.pass_over(name, error)
             return None
@@ -317,10 +328,11 @@ class StoreExchange:
         folder = delivery_path(manifest.silo, manifest.version)
         name = f"{folder}/manifest.json"
         stands = self.objects.read_if_there(name)
-        if stands is not None and self._is_by(manifest.silo, stands, name):
-            return stands
-        try:
+        if stands is not None:
+            if self._is_by(manifest.silo, stands, name):
+                return stands
             self.objects.delete(name)
+        try:
             for payload, file in files:
                 self.objects.delete(f"{folder}/{payload.file}")
                 self.objects.upload(file, f"{folder}/{payload.file}")
@@ -335,7 +347,7 @@ class StoreExchange:
         """The aggregator's reasons for refusing deliveries for this version, oldest first."""
         folder = delivery_path(silo, version)
         numbers = sorted(int(match[1]) for name in self.objects.names(folder) if (match := REFUSED.fullmatch(name)))
-        words = [self._word(Refusal, f"{folder}/refused-{number}.json") for number in numbers]
+        words = [self._word(Refusal, f"{folder}/refused-{number}.json", OPERATOR) for number in numbers]
         return [word for word in words if word]
 
     def announce(self, silo: str, *, left: bool, version: int) -> None:
@@ -345,7 +357,7 @@ class StoreExchange:
         word = Membership(left=left, version=version)
         name = f"{folder}/{max(said, default=-1) + 1:06d}.json"
         try:
-            self.objects.write(name, word.to_bytes())
+            self.objects.write(name, self._signed(name, word))
         except FileExistsError:
             raise self._taken(name) from None
 
@@ -421,15 +433,16 @@ class StoreExchange:
         free = next(n for n in count() if f"refused-{n}.json" not in names)
         word = Refusal(reason=shown(reason, limit=1000), final=final, manifest_sha256=sha256_bytes(manifest))
         self.objects.delete(f"{folder}/manifest.json")
+        name = f"{folder}/refused-{free}.json"
         with suppress(FileExistsError):  # whoever writes refusals in our place has said no
-            self.objects.write(f"{folder}/refused-{free}.json", word.to_bytes())
+            self.objects.write(name, self._signed(name, word))
 
     def membership(self, silo: str) -> Membership | None:
         """Whether a silo has joined or left, by its last word that is one; None if it never said one."""
         folder = f"silos/{silo}/membership"
         said = self.numbers(folder, after=".json")
         if self._said.get(silo, ([], None))[0] != said:  # nothing is ever overwritten
-            words = (self._word(Membership, f"{folder}/{n:06d}.json") for n in reversed(said))
+            words = (self._word(Membership, f"{folder}/{n:06d}.json", silo) for n in reversed(said))
             self._said[silo] = said, next((word for word in words if word), None)
         return self._said[silo][1] if said else None
 
@@ -464,9 +477,13 @@ class StoreExchange:
             self.objects.delete(f"{folder}/{payload.file}")  # left by an aggregator that died before its commit
             (self.objects.give if give else self.objects.upload)(file, f"{folder}/{payload.file}")
         check()
-        if self.members.keys:
-            self.objects.delete(f"{folder}/commit.json")  # which nobody signed
-        self.objects.write(f"{folder}/commit.json", commit.to_bytes())
+        try:
+            self.objects.write(f"{folder}/commit.json", commit.to_bytes())
+        except FileExistsError:
+            if not self.members.keys:
+                raise
+            self.objects.delete(f"{folder}/commit.json")  # nobody has signed it
+            self.objects.write(f"{folder}/commit.json", commit.to_bytes())
         self.objects.delete(f"waiting/{commit.version:06d}.json")
 
     def hear_damaged(self, roster: list[str], version: int) -> list[str]:

@@ -18,16 +18,21 @@ NUMBER = re.compile(r"[0-9]{6}|[1-9][0-9]{6,8}")
 
 @dataclass(frozen=True, kw_only=True)
 class Word:
-    """What they share: JSON with just their keys."""
+    """What they share: JSON with just their keys, and a signature where the contract names keys."""
+
+    signature: str | None = field(default=None, compare=False)
 
     def to_bytes(self) -> bytes:
         """One line of JSON."""
-        return (json.dumps(dataclasses.asdict(self)) + "\n").encode()
+        said = dataclasses.asdict(self)
+        if self.signature is None:
+            del said["signature"]
+        return (json.dumps(said) + "\n").encode()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
         """Read a word of another party; raises RefusedError if anything is missing, unknown or of another type."""
-        given = typed_keys(cls, data, limit_bytes=WORD_BYTES)
+        given = typed_keys(cls, data, limit_bytes=WORD_BYTES, optional=("signature",))
         check_types(cls, given)
         return cls(**given)
 

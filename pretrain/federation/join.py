@@ -94,10 +94,7 @@ def find_federation(url: str, paths: Sequence[Path], overrides: Sequence[str]) -
     contract = exchange.read_contract()
     if contract is None:
         raise ConfigError(f"store: {url!r} given; there is no run in it (no contract.json)")
-    terms, software = read_contract(contract, url)
-    _check_harmless(terms, software, url)
-    _check_lengths(terms, url)
-    settings = _settings(terms, url)
+    terms, software, settings, agreed = read_terms(contract, url)
     return Federation(
         url=url,
         options=options,
@@ -105,9 +102,21 @@ def find_federation(url: str, paths: Sequence[Path], overrides: Sequence[str]) -
         contract=contract,
         terms=terms,
         settings=settings,
-        agreed=_agreed(settings, url),
+        agreed=agreed,
         software=software,
     )
+
+
+def read_terms(contract: bytes, url: str) -> tuple[dict[str, Any], dict[str, str], Section, RunConfig]:
+    """Terms and software of a contract, and the terms as a section and as a configuration; see `Federation`.
+
+    Raises ConfigError for what no machine should build, and for a contract of another version of atoll.
+    """
+    terms, software = read_contract(contract, url)
+    _check_harmless(terms, software, url)
+    _check_lengths(terms, url)
+    settings = _settings(terms, url)
+    return terms, software, settings, _agreed(settings, url)
 
 
 def _absolute(url: str) -> str:

@@ -5,6 +5,7 @@ from pretrain.config.keys import RunConfig
 from pretrain.exchange.store import StoreExchange
 from pretrain.host.lock import lock_directory
 from pretrain.trust.contract import build_contract, check_same_contract
+from pretrain.trust.members import own_signer
 
 
 def say_left(config: RunConfig, silo: str) -> int:
@@ -18,6 +19,7 @@ def say_left(config: RunConfig, silo: str) -> int:
     if not config.membership.is_elastic:
         raise ConfigError("membership.quorum: null given; without a quorum every version waits for all of the roster")
     exchange = StoreExchange.of_run(config)
+    exchange.members.signer = own_signer(config, silo)
     stored = exchange.read_contract()
     if stored is None:
         raise ConfigError(f"exchange.url: {config.store_url} given; there is no run in it (no contract.json)")

@@ -18,6 +18,7 @@ from pretrain.host.software import differences
 from pretrain.silo.shards import check_a_sequence, check_enough, read_manifest, tokenizer_sha256
 from pretrain.silo.weights import checkpoint_files
 from pretrain.trust.contract import build_contract, check_same_contract, read_contract
+from pretrain.trust.members import own_signer
 
 PROBE = "probe-"
 
@@ -47,7 +48,8 @@ def announce_store(config: RunConfig) -> None:
 
 
 def check_silo(config: RunConfig, name: str) -> None:
-    """The shards of one silo: there, whole, packed with the run's tokenizer, and enough for one batch."""
+    """Its key, and its shards: there, whole, packed with the run's tokenizer, and enough for one batch."""
+    own_signer(config, name)
     silo, tokenizer = config.silos[name], tokenizer_sha256(config.tokenizer_file)
     key = f"silos.{name}.data"
     if not silo.data:

@@ -69,12 +69,12 @@ def check_aggregator_room(config: RunConfig, *, is_new: bool) -> None:
     directory, it comes to lie there, too.
     """
     from pretrain.plan.bytes import model_shapes, vocabulary
-    from pretrain.plan.memory import scratch_bytes, state_disk_bytes, whole_bytes
+    from pretrain.plan.memory import parameters_bytes, scratch_bytes, state_disk_bytes
 
     shapes = model_shapes(config, vocabulary(config))
     num_bytes = state_disk_bytes(config, shapes) + scratch_bytes(config, shapes, is_new=is_new)
     if is_new and not config.exchange.url:
-        num_bytes += whole_bytes(config, shapes)
+        num_bytes += parameters_bytes(shapes)
     on_disk = config.outer.state == "disk"
     what = "the aggregator, with its outer state on disk," if on_disk else "the aggregator"
     check_room(config, num_bytes, what, "take outer.state=memory" if on_disk else "")

@@ -44,28 +44,35 @@ def silo_memory(config: RunConfig, name: str, shapes: Shapes, hugging_face: Any)
     """Memory of a silo; `hugging_face` is the model's `transformers` configuration."""
     silo, stage = config.silos[name], _zero(config.silos[name]).get("stage", 0)
     device = [_device_bytes(config, silo, stage, shapes, hugging_face) for stage in range(4)]
-    leader, others = SILO_BYTES + _sync_bytes(config, shapes), silo.processes_per_node - 1
+    kept, passing = _sync_bytes(config, shapes)
+    leader, others = SILO_BYTES + kept + passing, silo.processes_per_node - 1
     offloaded = _offloaded_bytes(config, silo, shapes)
     heap = round(HEAP_SHARE * activation_bytes(hugging_face, shapes, silo, config.sequence_tokens))
+    # Without overlap nothing trains while a fragment passes through.
+    at_once = sum if config.outer.overlap_steps else max
     return SiloMemory(
         stage=stage,
-        device_bytes=device,
+        device_bytes=[sum(of) for of in device],
         leader_bytes=leader,
         node_bytes=leader + others * SILO_BYTES + silo.processes_per_node * offloaded,
-        cpu_bytes=leader + offloaded + device[stage] + heap,
+        cpu_bytes=SILO_BYTES + kept + offloaded + device[stage][0] + heap + at_once((device[stage][1], passing)),
     )
 
 
 # ---- a device
 
 
-def _device_bytes(config: RunConfig, silo: SiloConfig, stage: int, shapes: Shapes, hugging_face: Any) -> int:
-    """What is kept, and the larger of forward pass and optimizer's step, which follow one another."""
+def _device_bytes(
+    config: RunConfig, silo: SiloConfig, stage: int, shapes: Shapes, hugging_face: Any
+) -> tuple[int, int]:
+    """What is kept; and the larger of forward pass and optimizer's step, which follow one another."""
     zero, width, num_elements = _zero(silo), _width(silo), _num_elements(shapes)
     share = num_elements / (_num_ranks(silo) if stage else 1)
     states_offloaded, parameters_offloaded = _offloads(silo) if stage else (False, False)
     states = 0.0 if states_offloaded else states_bytes(config, silo, stage, shapes) * share / num_elements
     step = 0.0 if states_offloaded else STEP_BYTES[silo.precision][stage] * share
+    if config.inner.optimizer == "sgd" and not stage and silo.precision == "fp32":
+        step /= 2  # gradients alone
     backward = float(activation_bytes(hugging_face, shapes, silo, config.sequence_tokens))
     bucket = zero.get("reduce_bucket_size", REDUCE_BUCKET)
     bucket_bytes = width * (bucket if isinstance(bucket, int | float) else REDUCE_BUCKET)
@@ -79,7 +86,7 @@ def _device_bytes(config: RunConfig, silo: SiloConfig, stage: int, shapes: Shape
     elif stage:
         backward += bucket_bytes * (2 if zero.get("overlap_comm") else 1)
         accumulated /= _num_ranks(silo) if stage == 2 else 1
-    return round(parameters + states + max(backward + accumulated, step))
+    return round(parameters + states), round(max(backward + accumulated, step))
 
 
 def _zero(silo: SiloConfig) -> dict[str, Any]:
@@ -144,18 +151,19 @@ def activation_bytes(hugging_face: Any, shapes: Shapes, silo: SiloConfig, sequen
 # ---- hosts
 
 
-def _sync_bytes(config: RunConfig, shapes: Shapes) -> int:
-    """The client, the leader's fp32 copy of the model, error feedback, and the versions in flight, both ways."""
+def _sync_bytes(config: RunConfig, shapes: Shapes) -> tuple[int, int]:
+    """The client, the leader's fp32 copy of the model and error feedback; and the versions in flight, both ways."""
     outer, num_elements = config.outer, _num_elements(shapes)
     decay = FEEDBACK_DECAY[outer.codec] if outer.error_feedback is None else outer.error_feedback
     kept = 4 * num_elements * (2 if decay else 1)
     in_flight = min(outer.num_fragments, 1 + outer.overlap_steps * outer.num_fragments // outer.sync_interval_steps)
     coded = (QUANTIZERS[outer.codec].bits + QUANTIZERS[outer.downlink_codec].bits) / 8
-    passing = in_flight * _largest_fragment(config, shapes) * (4 + 4 + coded)
+    held = 4 * (2 if outer.overlap_steps else 1)  # what was sent, while what came before is adopted
+    passing = in_flight * _largest_fragment(config, shapes) * (held + coded)
     if config.exchange.kind == "collective":  # version 0 passes through at the start; a part of the outer state stays
         passing = max(passing, 4 * num_elements * 3)
         kept += 4 * num_elements * len(kept_kinds(outer.optimizer, outer.downlink_codec)) // len(config.full_roster)
-    return round(_client_bytes(config, shapes) + kept + passing)
+    return _client_bytes(config, shapes) + kept, round(passing)
 
 
 def _largest_fragment(config: RunConfig, shapes: Shapes) -> int:
@@ -209,9 +217,14 @@ def aggregator_bytes(config: RunConfig, shapes: Shapes) -> int:
 
 
 def whole_bytes(config: RunConfig, shapes: Shapes) -> int:
-    """The outer state: parameters and what is kept of each besides, fp32. Version 0 has all of it, too."""
+    """The outer state: parameters and what is kept of each besides, fp32."""
     kinds = kept_kinds(config.outer.optimizer, config.outer.downlink_codec)
     return 4 * (1 + len(kinds)) * _num_elements(shapes)
+
+
+def parameters_bytes(shapes: Shapes) -> int:
+    """All parameters, fp32: what version 0 is."""
+    return 4 * _num_elements(shapes)
 
 
 def state_disk_bytes(config: RunConfig, shapes: Shapes) -> int:
@@ -226,7 +239,7 @@ def scratch_bytes(config: RunConfig, shapes: Shapes, *, is_new: bool) -> int:
     parameters.
     """
     outer, fragment = config.outer, _largest_fragment(config, shapes)
-    first = 4 * sum(shape.numel() for shape in shapes.values()) if is_new else 0
+    first = parameters_bytes(shapes) if is_new else 0
     deliveries = fragment * len(config.full_roster) * QUANTIZERS[outer.codec].bits / 8
     version = fragment * (QUANTIZERS[outer.downlink_codec].bits / 8 + 4 * len(snapshot_kinds(outer)))
     return round(deliveries + max(version, first))

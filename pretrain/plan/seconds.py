@@ -20,12 +20,13 @@ UNITS = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9, "tbit": 1e12}
 # Of a full Ethernet frame of 1,514 bytes, TCP with timestamps carries 1,448.
 PAYLOAD_SHARE = 1448 / 1514
 
-# Seconds of a core for each element that a version changes, of the functions alone: 7.6 million parameters, one thread,
-# files on a local disk, between fp32 and int4. An earlier run (`work_factor`) scales all of them.
+# Seconds for each element that a version changes: 65 million parameters and more, two cores, files on a local disk,
+# int4. An earlier run (`work_factor`) scales all of them.
 DELIVER_SECONDS, ADOPT_SECONDS = 1e-9, 1e-9  # out of and into the engine: nothing hides it
-CODE_SECONDS, DECODE_SECONDS = 5e-9, 6e-9
-MERGE_SECONDS, MERGE_SILO_SECONDS = 15e-9, 10e-9  # the outer step and its files; each delivery
+CODE_SECONDS, DECODE_SECONDS = 2e-9, 2e-9
+MERGE_SECONDS, MERGE_SILO_SECONDS = 3e-9, 1.5e-9  # the outer step and its files; each delivery
 STATE_SECONDS = 2e-9  # each kind of outer state in a collective
+DISK_SECONDS = 7e-9  # each kind of what is in files of the aggregator: parameters, and outer state
 
 # Requests that wait for one another: of a silo, of the aggregator for each silo, and for itself.
 SILO_TRIPS, VERIFY_TRIPS, COMMIT_TRIPS = 10, 4, 8
@@ -127,9 +128,9 @@ def _stage_seconds(config: RunConfig, moved: Traffic, given: Given) -> list[floa
     outer, exchange, num_silos = config.outer, config.exchange, len(config.full_roster)
     work, latency, elements = given.work_factor, given.latency_seconds, moved.num_elements
     before, after = _link_seconds(moved, given)
-    # Through a store it is written beside training, in snapshots.
-    kinds = kept_kinds(outer.optimizer, outer.downlink_codec) if exchange.kind == "collective" else ()
-    state = STATE_SECONDS * len(kinds)
+    num_kinds = len(kept_kinds(outer.optimizer, outer.downlink_codec))
+    state = STATE_SECONDS * num_kinds if exchange.kind == "collective" else 0.0  # a store's is written beside training
+    state += DISK_SECONDS * (1 + num_kinds) if outer.state == "disk" else 0.0
     merging = (MERGE_SECONDS + MERGE_SILO_SECONDS * num_silos + state) * elements
     code, decode = CODE_SECONDS * elements * work, DECODE_SECONDS * elements * work
     if exchange.kind == "collective":

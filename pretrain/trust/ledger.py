@@ -9,7 +9,7 @@ import json
 import math
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self, get_args, get_origin
 
@@ -68,17 +68,20 @@ class Record:
         return cls(**given)
 
 
-def typed_keys(kind: type, data: bytes, *, limit_bytes: int) -> dict[str, Any]:
-    """What JSON of another party says, if it has just a dataclass's fields; raises RefusedError, one short line."""
+def typed_keys(kind: type, data: bytes, *, limit_bytes: int, optional: Collection[str] = ()) -> dict[str, Any]:
+    """What JSON of another party says, if it has just a dataclass's fields; raises RefusedError, one short line.
+
+    What is `optional` may be missing, and is None then.
+    """
     try:
         given = loads(data, limit_bytes=limit_bytes)
     except ValueError as error:
         raise RefusedError(f"not JSON: {shown(error)}") from None
     names = {f.name for f in dataclasses.fields(kind)}
-    if not isinstance(given, dict) or set(given) != names:
+    if not isinstance(given, dict) or set(given) | {*optional} != names:
         found = sorted(given) if isinstance(given, dict) else given
-        raise RefusedError(f"has keys {shown(found)}, not {sorted(names)}")
-    return given
+        raise RefusedError(f"has keys {shown(found)}, not {sorted(names - {*optional})}")
+    return dict.fromkeys(optional) | given
 
 
 def check_types(kind: type, given: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import TypeVar
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.trust.keys import PublicKey, Signer, load_signer, new_key, verify
-from pretrain.trust.ledger import Record
+from pretrain.trust.ledger import Record, RefusedError
 
 R = TypeVar("R", bound=Record)
 
@@ -23,15 +23,26 @@ class Members:
 
     def sign(self, record: R) -> R:
         """The same record, signed as ourselves."""
-        if not self.keys:
-            return record
-        assert self.signer
-        return dataclasses.replace(record, signature=self.signer.sign(_kind(record), record.unsigned_bytes()))
+        return dataclasses.replace(record, signature=self.sign_bytes(_kind(record), record.unsigned_bytes()))
 
     def check(self, author: str, record: Record) -> None:
         """Raise RefusedError unless a member has signed a record."""
-        if self.keys:
-            verify(self.keys[author], _kind(record), record.unsigned_bytes(), record.signature)
+        self.check_bytes(author, _kind(record), record.unsigned_bytes(), record.signature)
+
+    def sign_bytes(self, kind: str, data: bytes) -> str | None:
+        """Our signature, where there are keys."""
+        if not self.keys:
+            return None
+        assert self.signer, f"nobody here signs a {kind}"
+        return self.signer.sign(kind, data)
+
+    def check_bytes(self, author: str, kind: str, data: bytes, signature: str | None) -> None:
+        """Raise RefusedError unless a member's signature is that of these bytes, where there are keys."""
+        if not self.keys:
+            return
+        if author not in self.keys:
+            raise RefusedError(f"{author} is no member: the contract has no key of it")
+        verify(self.keys[author], kind, data, signature)
 
 
 def _kind(record: Record) -> str:
@@ -52,28 +63,34 @@ def own_signer(config: RunConfig, name: str) -> Signer | None:
     """Who signs for a member on this machine; None where nothing is signed. Raises ConfigError for another's key."""
     if not config.trust.keys:
         return None
-    agreed = public_keys(config)[name]
-    signer = load_signer(config.key_file(name), config.trust.key_command)
+    agreed, file = public_keys(config)[name], config.key_file(name)
+    if not file.exists():
+        raise ConfigError(
+            f"trust.directory: {config.trust.directory!r} given; there is no {file}, the private half of "
+            f"trust.keys.{name}; allowed: where atoll keys new {name} made it"
+        )
+    signer = load_signer(file, config.trust.key_command)
     if signer.public != agreed:
         raise ConfigError(
-            f"trust.keys.{name}: {agreed.text} given ({agreed.fingerprint}); {config.key_file(name)} is the key of "
+            f"trust.keys.{name}: {agreed.text} given ({agreed.fingerprint}); {file} is the key of "
             f"{signer.public.text} ({signer.public.fingerprint}); allowed: the same on both sides"
         )
     return signer
 
 
-def with_new_keys(config: RunConfig) -> RunConfig:
-    """The same configuration with keys for all members, where all of them are this machine's.
+def with_keys(config: RunConfig, *, make: bool) -> RunConfig:
+    """The same configuration with the keys of all members, where it names none and all of them are this machine's.
 
-    Those of an earlier start are taken again. Raises ConfigError.
+    What is missing is made, with `make`; else, without all of them, nothing is signed. Raises ConfigError.
     """
     if config.trust.keys or config.exchange.kind != "store" or config.full_roster != sorted(config.silos):
         return config
     names = [*config.full_roster, OPERATOR]
-    for name in names:
-        file = config.key_file(name)
-        if not file.exists():
-            file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            new_key(file, name)
+    missing = [name for name in names if not config.key_file(name).exists()]
+    if missing and not make:
+        return config
+    for name in missing:
+        config.key_file(name).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        new_key(config.key_file(name), name)
     keys = {name: load_signer(config.key_file(name)).public.text for name in names}
     return dataclasses.replace(config, trust=dataclasses.replace(config.trust, keys=keys))

@@ -53,7 +53,7 @@ Point = tuple[str, str, str, Callable[..., int | None]]
 OBJECTS = "pretrain.exchange.objects"
 STORE = "pretrain.exchange.store"
 HISTORY = "pretrain.exchange.history"
-AGGREGATE = "pretrain.aggregate"
+AGGREGATE, MERGER = "pretrain.aggregate", "pretrain.merge.merger"
 SILO_SYNC = "pretrain.sync.silo_sync"
 OWN_LEDGER = "pretrain.sync.own_ledger"
 
@@ -90,10 +90,10 @@ AGGREGATOR_POINTS: dict[str, Point] = {  # as its loop comes to them
     "after_contract": (OBJECTS, "Objects.write", "after", lambda self, name, data: contract(name)),
     "version_read": (OBJECTS, "Objects.download", "after", lambda self, name, file, limit_bytes: version(name)),
     "replaying": (  # what is to be replayed is known, and none of it done
-        AGGREGATE,
-        "Aggregator._replay",
+        MERGER,
+        "Merger.replay",
         "before",
-        lambda self, state, commits, snapshots: state.version if commits else None,
+        lambda self, state, commits, snapshots: commits[-1].version if commits else None,
     ),
     "version_loaded": (AGGREGATE, "Aggregator._load", "after", lambda self, newest: newest),
     "reading_delivery": (  # nothing is read yet
@@ -103,7 +103,7 @@ AGGREGATOR_POINTS: dict[str, Point] = {  # as its loop comes to them
         lambda self, name, limit_bytes: delivery(name),
     ),
     "delivery_read": (OBJECTS, "Objects.download", "after", lambda self, name, file, limit_bytes: delivery(name)),
-    "verified": (AGGREGATE, "Aggregator._verify", "after", lambda self, silo, data, state, version, *over: version),
+    "verified": (MERGER, "Merger.verify", "after", lambda self, silo, data, state, version, *over: version),
     "before_refusal": (OBJECTS, "Objects.write", "before", lambda self, name, data: refusal(name)),
     "before_merge": (AGGREGATE, "Aggregator.merge", "before", lambda self, state, deliveries: state.version),
     "merging": (  # the first elements are merged; their fragment's outer steps are counted

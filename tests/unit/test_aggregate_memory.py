@@ -39,7 +39,9 @@ def test_it_does_not_chain_to_another_commit_than_its_own(config: RunConfig) -> 
     held, found = file.read_bytes(), file.read_bytes().replace(b'"divisor": 0', b'"divisor": 1')
     file.write_bytes(found)
     deliver_all(config, state)
-    deliveries = aggregator._collector.collect(1, lambda silo, data, _, over: aggregator._verify(silo, data, state, 1))
+    deliveries = aggregator._collector.collect(
+        1, lambda silo, data, _, over: aggregator._merger.verify(silo, data, state, 1)
+    )
     merged = aggregator.merge(state, deliveries)
     assert one_line_error(aggregator.commit, state, deliveries, merged) == (
         f"exchange.url: {config.store_url} given, whose version 0 has commit {sha256(found)[:12]}; this aggregator "

@@ -16,9 +16,11 @@ from pretrain.exchange.agreement import not_signed, sign_contract
 from pretrain.exchange.history import History
 from pretrain.exchange.rollback import roll_back_store, rollback_records
 from pretrain.exchange.store import StoreExchange
+from pretrain.exchange.words import Membership, Refusal
+from pretrain.federation.leave import say_left
 from pretrain.trust.keys import PublicKey, load_signer, new_key
 from pretrain.trust.ledger import Commit, Manifest, RefusedError
-from pretrain.trust.members import Members, own_signer, public_keys, with_new_keys
+from pretrain.trust.members import Members, own_signer, public_keys, with_keys
 from tests.conftest import TinyConfig
 from tests.support import one_line_error
 from tests.unit.test_aggregate import GOOD, one_version, start, times
@@ -28,7 +30,7 @@ from tests.waiting import PATIENCE_SECONDS, wait_for
 
 @pytest.fixture
 def config(tiny_config: TinyConfig, tmp_path: Path) -> RunConfig:
-    return with_new_keys(tiny_config(tmp_path, exchange={"snapshot_versions": 1}, trust={"directory": ""}))
+    return with_keys(tiny_config(tmp_path, exchange={"snapshot_versions": 1}, trust={"directory": ""}), make=True)
 
 
 def as_member(config: RunConfig, name: str) -> StoreExchange:
@@ -212,6 +214,34 @@ def test_a_rollback_that_the_aggregators_operator_has_not_signed_deletes_nothing
     assert beta.newest_version() == 1
 
 
+def test_words_that_nobody_has_signed_are_not_said(
+    tmp_path: Path, tiny_config: TinyConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That beta has left, and that its delivery was refused for good; by alpha, who can write to the store."""
+    config = with_keys(tiny_config(tmp_path, trust={"directory": ""}, membership={"quorum": 1}), make=True)
+    begin(config)
+    alpha, beta, operator = (as_member(config, name) for name in ("alpha", "beta", OPERATOR))
+    beta.announce("beta", left=False, version=0)
+    for by in (None, alpha):
+        name = "silos/beta/membership/000001.json"
+        word = Membership(left=True, version=0)
+        alpha.objects.write(name, word.to_bytes() if by is None else alpha._signed(name, word))
+        assert operator.membership("beta") == Membership(left=False, version=0)
+        alpha.objects.delete(name)
+    # Beta's own word, in another place, is none there.
+    alpha.objects.write("silos/beta/membership/000001.json", alpha.objects.read("silos/beta/membership/000000.json"))
+    assert operator.membership("beta") == Membership(left=False, version=0)
+    alpha.objects.write("silos/beta/000001/refused-0.json", Refusal(reason="no", final=True).to_bytes())
+    assert beta.refusals("beta", 1) == []
+    operator.refuse("beta", 1, b"", "it is too long", final=True)
+    assert beta.refusals("beta", 1) == [Refusal(reason="it is too long", final=True)]
+    said = capsys.readouterr().out
+    assert "silos/beta/membership/000001.json is passed over: the word is not signed" in said
+    assert "silos/beta/000001/refused-0.json is passed over: the word is not signed" in said
+    say_left(config, "beta")
+    assert operator.membership("beta") == Membership(left=True, version=0)
+
+
 def test_a_contract_without_keys_or_with_others_is_another_contract(config: RunConfig, tmp_path: Path) -> None:
     """Whoever takes the keys out of the contract, or puts others in, has one that no member goes on with."""
     begin(config)
@@ -235,7 +265,10 @@ def test_keys_that_do_not_fit(config: RunConfig, tmp_path: Path) -> None:
         own_signer, config, "alpha"
     )
     config.key_file("alpha").unlink()
-    assert one_line_error(own_signer, config, "alpha").startswith(f"{config.key_file('alpha')}: cannot be read: ")
+    assert one_line_error(own_signer, config, "alpha") == (
+        f"trust.directory: '' given; there is no {config.key_file('alpha')}, the private half of trust.keys.alpha; "
+        "allowed: where atoll keys new alpha made it"
+    )
     config.trust.keys["beta"] = config.trust.keys["alpha"]
     assert one_line_error(public_keys, config).startswith("trust.keys.beta: the key of alpha given; allowed: one that")
     config.trust.keys["beta"] = "atoll-key-1:none"

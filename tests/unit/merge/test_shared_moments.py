@@ -152,7 +152,10 @@ def test_a_silo_that_does_not_tell_them_is_refused(
     spoilt.deliver(config, "alpha", state, times(state, 1))
     folder = Path(config.store_url) / "silos" / "alpha" / "000001"
     over = threading.Event()
-    assert aggregator._collector._look("alpha", 1, lambda s, d, v, _: aggregator._verify(s, d, state, v), over) is None
+    assert (
+        aggregator._collector._look("alpha", 1, lambda s, d, v, _: aggregator._merger.verify(s, d, state, v), over)
+        is None
+    )
     assert expected in (folder / "refused-0.json").read_text()
 
 

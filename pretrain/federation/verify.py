@@ -1,0 +1,234 @@
+"""What a store says happened, checked by somebody who trusts nobody: from the store alone, without a silo's text.
+
+Every signature, hash, link and digest, the weights by the contract's rules, and every version whose deliveries are
+still there once more, from these to its bytes. It writes nothing into the store.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pretrain.config.check import ConfigError
+from pretrain.config.keys import OPERATOR, RunConfig
+from pretrain.exchange.agreement import not_signed
+from pretrain.exchange.payload import save_tensors
+from pretrain.exchange.store import StoreExchange, delivery_path, version_path
+from pretrain.federation.join import read_terms
+from pretrain.merge.collect import Delivery
+from pretrain.merge.merger import Merged, Merger
+from pretrain.merge.snapshots import Snapshots
+from pretrain.merge.terms import contributor
+from pretrain.outer.placing import InMemory
+from pretrain.outer.state import OuterState
+from pretrain.trust.ledger import Commit, Manifest, Payload, RefusedError, check_link
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """Something that is not as it should be."""
+
+    version: int | None
+    """None: of the contract."""
+    name: str
+    """The object in the store, or what it is about."""
+    what: str
+
+
+@dataclass(kw_only=True)
+class Verified:
+    """What was looked at, and found."""
+
+    url: str
+    is_signed: bool = False
+    num_versions: int = 0
+    """Commits, version 0 among them."""
+    num_manifests: int = 0
+    num_payloads: int = 0
+    """Compared with their hashes."""
+    num_pruned: int = 0
+    """Payloads that are not there any more: hashes of them are all that is left."""
+    merged: list[int] = field(default_factory=list)
+    """Versions that were merged again from their deliveries."""
+    findings: list[Finding] = field(default_factory=list)
+
+
+class StoreVerifier:
+    """Goes through one store."""
+
+    def __init__(self, exchange: StoreExchange, scratch: Path, *, tell: Callable[[str], object] = print) -> None:
+        """`scratch` is an empty folder for what is read; `tell` gets a line of progress now and then.
+
+        Raises ConfigError for what is no store of a run.
+        """
+        url, contract = exchange.objects.url, exchange.read_contract()
+        if contract is None:
+            raise ConfigError(f"store: {url!r} given; there is no run in it (no contract.json)")
+        self._config: RunConfig = read_terms(contract, url)[-1]
+        self._exchange, self._scratch, self._tell = exchange, scratch, tell
+        self._commits: dict[int, Commit] = {}
+        self._found = Verified(url=url, is_signed=bool(exchange.members.keys))
+
+    def verify(self) -> Verified:
+        """All of it. Raises StoreTroubleError."""
+        for member in not_signed(self._exchange):
+            self._note(None, f"signatures/{member}.json", f"{member} has not signed the contract")
+        self._read_chain()
+        for commit in self._commits.values():
+            self._check_payloads(version_path(commit.version), commit.version, commit.payloads)
+            self._check_deliveries(commit)
+        self._merge_again()
+        return self._found
+
+    def _note(self, version: int | None, name: str, what: object) -> None:
+        self._found.findings.append(Finding(version=version, name=name, what=str(what)))
+
+    @contextmanager
+    def _noting(self, version: int, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (RefusedError, FileNotFoundError) as error:
+            self._note(version, name, error)
+
+    # ---- the chain
+
+    def _read_chain(self) -> None:
+        """All commits up to the newest that lies there, each with its link to the one before."""
+        exchange, previous = self._exchange, None
+        newest = max((n for n in exchange.numbers("global") if self._has_commit(n)), default=-1)
+        for version in range(newest + 1):
+            name = f"{version_path(version)}/commit.json"
+            data = exchange.objects.read_if_there(name)
+            with self._noting(version, name):
+                if data is None:
+                    raise RefusedError("it is missing")
+                commit = Commit.from_bytes(data)
+                self._found.num_versions += 1
+                check_link(commit, version, previous, exchange.contract_sha256)
+                if data != commit.to_bytes():
+                    raise RefusedError("it is not in the one form that a commit has")
+                exchange.members.check(OPERATOR, commit)
+                if commit.divisor != sum(one.weight for one in commit.contributors):
+                    raise RefusedError(f"its divisor is {commit.divisor}, not the sum of its weights")
+                self._commits[version] = commit
+            previous = data
+
+    def _has_commit(self, version: int) -> bool:
+        return self._exchange.objects.exists(f"{version_path(version)}/commit.json")
+
+    # ---- what the commits name
+
+    def _check_payloads(self, folder: str, version: int, payloads: list[Payload]) -> bool:
+        """Whether all are there and have their hash."""
+        whole = True
+        for payload in payloads:
+            name = f"{folder}/{payload.file}"
+            if not self._exchange.objects.exists(name):
+                self._found.num_pruned += 1
+                whole = False
+                continue
+            self._found.num_payloads += 1
+            try:
+                self._exchange.fetch(folder, payload, Path(os.devnull))
+            except RefusedError as error:
+                self._note(version, name, error)
+                whole = False
+        return whole
+
+    def _check_deliveries(self, commit: Commit) -> None:
+        for one in commit.contributors:
+            folder = delivery_path(one.silo, one.version)
+            with self._noting(commit.version, f"{folder}/manifest.json"):
+                manifest, data = self._exchange.contributed(one)
+                self._found.num_manifests += 1
+                self._exchange.members.check(one.silo, manifest)
+                self._compare(one.silo, manifest, data, commit)
+                self._check_payloads(folder, commit.version, manifest.payloads)
+
+    def _compare(self, silo: str, manifest: Manifest, data: bytes, commit: Commit) -> None:
+        """Raise RefusedError unless the commit says of a delivery what its manifest says."""
+        (said,) = (one for one in commit.contributors if one.silo == silo and one.version == manifest.version)
+        if contributor(manifest, data, said.weight) != said or manifest.contract_sha256 != commit.contract_sha256:
+            raise RefusedError("the commit says something else of it")
+
+    # ---- every version once more
+
+    def _merge_again(self) -> None:
+        """From the oldest versions of which all is there, on to the newest."""
+        newest = max(self._commits, default=-1)
+        merger = Merger(self._config, self._exchange, self._scratch, InMemory())
+        snapshots = Snapshots(
+            self._config, self._exchange, self._scratch, check_lease=lambda: None, let_go=merger.let_go
+        )
+        written = [version for version in snapshots.history.snapshots() if version in self._commits]
+        for version in written:
+            with self._noting(version, f"snapshots/{version:06d}.json"):
+                record = snapshots.history.read_snapshot(version)
+                self._check_payloads(version_path(version), version, record.payloads)
+        if not self._config.full_roster or newest < 1 or len(self._commits) <= newest:
+            return  # nothing was merged, or the chain is broken, which was said
+        start = self._oldest_start(snapshots, written, newest)
+        if start is None:
+            return
+        first = max(start)
+        with self._noting(first, version_path(first)):
+            state = merger.load(snapshots, start, self._commits)
+            for version in range(min(start) + 1, newest + 1):
+                if version > start[self._config.schedule.fragment(version)]:
+                    self._merge_version(merger, state, self._commits[version], is_whole=version >= first)
+
+    def _oldest_start(self, snapshots: Snapshots, written: list[int], newest: int) -> list[int] | None:
+        """Of each fragment the oldest snapshot, or version 0, whose tensors are there; None if there are none."""
+        num_fragments, objects = self._config.schedule.num_fragments, self._exchange.objects
+        found = []
+        for fragment in range(num_fragments):
+            of_it = [0, *(v for v in written if self._config.schedule.fragment(v) == fragment and v <= newest)]
+            try:
+                kept = (
+                    version
+                    for version in of_it
+                    if all(
+                        objects.exists(f"{version_path(version)}/{payload.file}")
+                        for payload in snapshots.history.whole(version, fragment)
+                    )
+                )
+                found.append(next(kept))
+            except (RefusedError, StopIteration):
+                return None
+        return found
+
+    def _merge_version(self, merger: Merger, state: OuterState, commit: Commit, *, is_whole: bool) -> None:
+        """Raise RefusedError unless a version follows from its deliveries as the contract says."""
+        version, state.version = commit.version, commit.version - 1
+        try:
+            deliveries = []
+            for one in commit.contributors:
+                data = self._exchange.contributed(one)[1]
+                deliveries.append(merger.verify(one.silo, data, state, one.version))
+        except RefusedError as error:
+            raise RefusedError(f"version {version} cannot be merged again: {error}") from None
+        merged = merger.merge(state, deliveries)
+        state.version = version
+        self._tell(f"version {version}: merged again")
+        said = [one.weight for one in commit.contributors]
+        if merged.weights != said:
+            raise RefusedError(f"version {version}: its weights are {said}; by the contract they are {merged.weights}")
+        if is_whole and state.parameters_digest != commit.parameters_digest:
+            raise RefusedError(
+                f"version {version}: from its deliveries come other parameters than those of its commit: what was "
+                "delivered was not merged as the contract says"
+            )
+        self._compare_change(commit, merged, deliveries)
+        self._found.merged.append(version)
+
+    def _compare_change(self, commit: Commit, merged: Merged, deliveries: list[Delivery]) -> None:
+        """Raise RefusedError unless the published file is what comes out."""
+        (published,) = commit.payloads
+        file = self._scratch / published.file
+        made = save_tensors(merged.changes, file, fragment=published.fragment, moments=merged.moments)
+        file.unlink()
+        if made != published:
+            raise RefusedError(
+                f"version {commit.version}: {published.file} is not what its {len(deliveries)} deliveries come to"
+            )
