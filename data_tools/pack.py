@@ -34,7 +34,7 @@ from data_tools.work import Work
 from data_tools.workers import in_order, num_cores
 from pretrain.config.check import ConfigError
 from pretrain.host.lock import lock_directory
-from pretrain.silo.shards import Manifest, atomic_path, read_manifest, tokenizer_sha256
+from pretrain.silo.shards import UNFINISHED, Manifest, atomic_path, read_manifest, tokenizer_sha256
 
 SHARD_TOKENS = 100_000_000
 # Time between two commits, and so the work that a kill can cost.
@@ -119,6 +119,8 @@ def prepare(
         return manifests
     num_workers = _num_workers(pieces) if num_workers is None else num_workers
     lock = lock_directory(partial, f"preparing {output}")
+    for unfinished in partial.glob(f"output/**/{UNFINISHED}"):  # by an attempt that was killed as it wrote
+        shutil.rmtree(unfinished)
     try:
         packing = _Packing(
             recipe,

@@ -44,28 +44,23 @@ def silo_memory(config: RunConfig, name: str, shapes: Shapes, hugging_face: Any)
     """Memory of a silo; `hugging_face` is the model's `transformers` configuration."""
     silo, stage = config.silos[name], _zero(config.silos[name]).get("stage", 0)
     device = [_device_bytes(config, silo, stage, shapes, hugging_face) for stage in range(4)]
-    kept, passing = _sync_bytes(config, shapes)
-    leader, others = SILO_BYTES + kept + passing, silo.processes_per_node - 1
+    leader, others = SILO_BYTES + _sync_bytes(config, shapes), silo.processes_per_node - 1
     offloaded = _offloaded_bytes(config, silo, shapes)
     heap = round(HEAP_SHARE * activation_bytes(hugging_face, shapes, silo, config.sequence_tokens))
-    # Without overlap nothing trains while a fragment passes through.
-    at_once = sum if config.outer.overlap_steps else max
     return SiloMemory(
         stage=stage,
-        device_bytes=[sum(of) for of in device],
+        device_bytes=device,
         leader_bytes=leader,
         node_bytes=leader + others * SILO_BYTES + silo.processes_per_node * offloaded,
-        cpu_bytes=SILO_BYTES + kept + offloaded + device[stage][0] + heap + at_once((device[stage][1], passing)),
+        cpu_bytes=leader + offloaded + device[stage] + heap,
     )
 
 
 # ---- a device
 
 
-def _device_bytes(
-    config: RunConfig, silo: SiloConfig, stage: int, shapes: Shapes, hugging_face: Any
-) -> tuple[int, int]:
-    """What is kept; and the larger of forward pass and optimizer's step, which follow one another."""
+def _device_bytes(config: RunConfig, silo: SiloConfig, stage: int, shapes: Shapes, hugging_face: Any) -> int:
+    """What is kept, and the larger of forward pass and optimizer's step, which follow one another."""
     zero, width, num_elements = _zero(silo), _width(silo), _num_elements(shapes)
     share = num_elements / (_num_ranks(silo) if stage else 1)
     states_offloaded, parameters_offloaded = _offloads(silo) if stage else (False, False)
@@ -86,7 +81,7 @@ def _device_bytes(
     elif stage:
         backward += bucket_bytes * (2 if zero.get("overlap_comm") else 1)
         accumulated /= _num_ranks(silo) if stage == 2 else 1
-    return round(parameters + states), round(max(backward + accumulated, step))
+    return round(parameters + states + max(backward + accumulated, step))
 
 
 def _zero(silo: SiloConfig) -> dict[str, Any]:
@@ -151,8 +146,8 @@ def activation_bytes(hugging_face: Any, shapes: Shapes, silo: SiloConfig, sequen
 # ---- hosts
 
 
-def _sync_bytes(config: RunConfig, shapes: Shapes) -> tuple[int, int]:
-    """The client, the leader's fp32 copy of the model and error feedback; and the versions in flight, both ways."""
+def _sync_bytes(config: RunConfig, shapes: Shapes) -> int:
+    """The client, the leader's fp32 copy of the model, error feedback, and the versions in flight, both ways."""
     outer, num_elements = config.outer, _num_elements(shapes)
     decay = FEEDBACK_DECAY[outer.codec] if outer.error_feedback is None else outer.error_feedback
     kept = 4 * num_elements * (2 if decay else 1)
@@ -163,7 +158,7 @@ def _sync_bytes(config: RunConfig, shapes: Shapes) -> tuple[int, int]:
     if config.exchange.kind == "collective":  # version 0 passes through at the start; a part of the outer state stays
         passing = max(passing, 4 * num_elements * 3)
         kept += 4 * num_elements * len(kept_kinds(outer.optimizer, outer.downlink_codec)) // len(config.full_roster)
-    return _client_bytes(config, shapes) + kept, round(passing)
+    return round(_client_bytes(config, shapes) + kept + passing)
 
 
 def _largest_fragment(config: RunConfig, shapes: Shapes) -> int:

@@ -98,6 +98,9 @@ def token_type_for(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
+UNFINISHED = ".*.*.tmp"  # the names of what somebody who was killed within `atomic_path` leaves
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` to write a file or a directory at; at the end it takes `path`'s place.

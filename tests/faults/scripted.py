@@ -55,13 +55,14 @@ STORE = "pretrain.exchange.store"
 HISTORY = "pretrain.exchange.history"
 AGGREGATE, MERGER = "pretrain.aggregate", "pretrain.merge.merger"
 SILO_SYNC = "pretrain.sync.silo_sync"
+THROUGH_STORE = "pretrain.sync.through_store"
 OWN_LEDGER = "pretrain.sync.own_ledger"
 
 SILO_POINTS: dict[str, Point] = {
     "step": ("pretrain.train", "learning_rate", "before", lambda step, inner: step),
     "sending": (SILO_SYNC, "SiloSync._code", "before", lambda self, version, *facts: version),
     "coded": (SILO_SYNC, "save_tensors", "after", lambda coded, file, **_: int(file.stem)),
-    "delivering": (STORE, "StoreExchange.deliver", "before", lambda self, manifest, files: manifest.version),
+    "delivering": (THROUGH_STORE, "ThroughStore.deliver", "before", lambda self, sent: sent.manifest.version),
     "before_payload": (OBJECTS, "Objects.upload", "before", lambda self, file, name: delivery(name)),
     "corrupt_payload": (OBJECTS, "Objects.upload", "after", lambda self, file, name: delivery(name)),
     "before_manifest": (OBJECTS, "Objects.write", "before", lambda self, name, data: manifest(name)),
@@ -274,11 +275,11 @@ def strike(action: str, amount: Any, fired: Path, args: tuple[Any, ...]) -> None
 
 
 def lie(about: str, args: tuple[Any, ...]) -> None:
-    """Change what a silo is about to code (of SiloSync._code) or to deliver (of StoreExchange.deliver), in place."""
+    """Change in place what a silo is to code (of SiloSync._code), or to sign and deliver (of ThroughStore.deliver)."""
     if about == "tokens":
-        object.__setattr__(args[1], "tokens", 10**6)
+        object.__setattr__(args[1].manifest, "tokens", 10**6)
     elif about == "speed":
-        args[1].metrics["seconds_per_step"] = 1e-300
+        args[1].manifest.metrics["seconds_per_step"] = 1e-300
     elif about == "range":
         next(iter(args[2].values())).view(-1)[0] = -3.4e38
     else:

@@ -12,7 +12,7 @@ from tests.unit.test_aggregate import start
 
 
 def test_leaving(tmp_path: Path, tiny_config: TinyConfig, monkeypatch: Any, capsys: Any) -> None:
-    config = tiny_config(tmp_path, membership={"quorum": 1})
+    config = tiny_config(tmp_path, membership={"quorum": 1}, trust={"directory": ""})
     settings = ["--config", str(tmp_path / "tiny.yaml")]
 
     def leave(silo: str, *overrides: str) -> str:
