@@ -38,6 +38,7 @@ from pretrain.outer.codec import encode
 from pretrain.outer.digest import digest_rows
 from pretrain.outer.state import OuterState
 from pretrain.trust.ledger import Manifest
+from pretrain.trust.members import Members, own_signer, public_keys
 
 SIZES: dict[str, dict[str, int]] = {
     "0.5M": {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2},
@@ -73,6 +74,8 @@ class Deliveries:
     def __init__(self, config: RunConfig, state: OuterState, contract_sha256: str, directory: Path) -> None:
         self._config, self._state, self._contract_sha256 = config, state, contract_sha256
         self._directory = directory
+        keys = public_keys(config)
+        self._members = {silo: Members(keys=keys, signer=own_signer(config, silo)) for silo in config.full_roster}
 
     def write(self, version: int) -> Iterator[None]:
         """Deliver one silo's after the other; the last manifest after the last yield."""
@@ -102,7 +105,7 @@ class Deliveries:
             )
             yield
             temporary = folder / ".manifest"
-            temporary.write_bytes(manifest.to_bytes())
+            temporary.write_bytes(self._members[silo].sign(manifest).to_bytes())
             temporary.rename(folder / "manifest.json")
 
     def _coded(self, base: Tensor, generator: torch.Generator) -> dict[str, Tensor]:

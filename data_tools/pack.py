@@ -119,8 +119,7 @@ def prepare(
         return manifests
     num_workers = _num_workers(pieces) if num_workers is None else num_workers
     lock = lock_directory(partial, f"preparing {output}")
-    for unfinished in partial.glob(f"output/**/{UNFINISHED}"):  # by an attempt that was killed as it wrote
-        shutil.rmtree(unfinished)
+    _remove_unfinished(partial)
     try:
         packing = _Packing(
             recipe,
@@ -145,6 +144,12 @@ def prepare(
     finally:
         os.close(lock)
     return manifests
+
+
+def _remove_unfinished(partial: Path) -> None:
+    """What an attempt left that was killed while it wrote a file."""
+    for unfinished in partial.glob(f"output/**/{UNFINISHED}"):
+        shutil.rmtree(unfinished)
 
 
 def _num_workers(pieces: list[_Piece]) -> int:
