@@ -77,6 +77,7 @@ def configuration(
         "name": "chaos",
         "run_id": "chaos",  # the two runs' commits are compared byte by byte
         "directory": directory,
+        "trust.directory": directory.parent / "keys",  # for the same reason one for both
         "tokenizer": tokenizer,
         "sequence_tokens": 16,
         "model.config": MODEL,
