@@ -15,6 +15,7 @@ from launch.start.site import SiteConfig, check_gpus, load_site
 from launch.start.slurm import launch_slurm
 from pretrain.config.check import ConfigError, named
 from pretrain.config.keys import RunConfig
+from pretrain.exchange.agreement import not_signed
 from pretrain.federation import join as joining
 from pretrain.federation.join import Federation, Link, Size
 from pretrain.federation.preflight import check_silo
@@ -51,18 +52,18 @@ def join(
             "--dry-run, and then use atoll launch torchrun with the configuration that it writes"
         )
     is_back = joining.takes_part_already(federation, config, silo)
-    _check_can_enter(status, federation, is_back=is_back)
+    _check_can_enter(status, federation, silo, is_back=is_back)
     says.silo(config, silo, is_back=is_back)
     says.machine(config, silo, site)
-    size = joining.measure_size(federation, config, silo, status.version or 0)
-    says.size(config, size, check_silo_room(config, silo, size.disk_bytes))
+    size = joining.measure_size(federation, config, silo, status.version)
+    says.size(config, size, check_silo_room(config, silo, size.disk_bytes), is_begun=status.version is not None)
     says.link(joining.measure_link(federation), size, status)
     says.what_happens(federation, config, silo, size, status, is_back=is_back)
     return _start(config, silo, site, dry_run=dry_run, says=says)
 
 
-def _check_can_enter(status: StoreStatus, federation: Federation, *, is_back: bool) -> None:
-    if status.version is None:
+def _check_can_enter(status: StoreStatus, federation: Federation, silo: str, *, is_back: bool) -> None:
+    if status.version is None and silo not in not_signed(federation.exchange):
         raise ConfigError(
             f"store: {federation.url!r} given; there is no version 0 in it yet: its aggregator is making it, or was "
             "stopped before; try again when atoll status shows it"
@@ -158,9 +159,12 @@ class Says:
         text = f"{num} {where}, processes: {num_processes}" if num else f"none {where}: it computes on the CPU"
         self.line("GPUs", text)
 
-    def size(self, config: RunConfig, size: Size, free_bytes: int) -> None:
+    def size(self, config: RunConfig, size: Size, free_bytes: int, *, is_begun: bool) -> None:
         """What was found out of model and disk."""
-        self.line("parameters", f"{format_count(size.num_parameters)}; version 0 fits")
+        fits = (
+            "version 0 fits" if is_begun else "version 0 is made when all have signed the contract, as this start does"
+        )
+        self.line("parameters", f"{format_count(size.num_parameters)}; {fits}")
         self.line(
             "disk", f"{format_bytes(size.disk_bytes)} needed in {config.directory}, {format_bytes(free_bytes)} free"
         )

@@ -238,14 +238,19 @@ def takes_part_already(federation: Federation, config: RunConfig, silo: str) -> 
     return federation.exchange.has_name(silo, known_identity(config.silo_directory(silo)))
 
 
-def measure_size(federation: Federation, config: RunConfig, silo: str, newest: int) -> Size:
-    """How large the model is and what it moves. Raises ConfigError if version 0 is not the model that is built here."""
+def measure_size(federation: Federation, config: RunConfig, silo: str, newest: int | None) -> Size:
+    """How large the model is and what it moves. Raises ConfigError if version 0 is not the model that is built here.
+
+    `newest` is the newest version; None if there is none yet.
+    """
     from pretrain.plan.bytes import fragments, model_shapes, payload_bytes, traffic, vocabulary
     from pretrain.silo.architecture import model_config
     from pretrain.silo.model import check_shapes
 
+    there: dict[int, int] | None = None
     try:
-        there = {payload.fragment: payload.num_bytes for payload in federation.exchange.read_commit(0).payloads}
+        if newest is not None:
+            there = {payload.fragment: payload.num_bytes for payload in federation.exchange.read_commit(0).payloads}
     except RefusedError as error:
         raise ConfigError(f"store: {federation.url!r} given; {error}") from None
     other = ConfigError(
@@ -255,16 +260,16 @@ def measure_size(federation: Federation, config: RunConfig, silo: str, newest: i
     vocab_size = vocabulary(config)
     sizes = model_config(config.model, vocab_size)
     layers, width = (getattr(sizes, name, 0) for name in ("num_hidden_layers", "hidden_size"))
-    if isinstance(layers, int) and isinstance(width, int) and 4 * layers * width > sum(there.values()):
+    if there and isinstance(layers, int) and isinstance(width, int) and 4 * layers * width > sum(there.values()):
         raise other  # before it is built: every layer has a vector at least, of 4 bytes a number
     check_shapes(config.model, vocab_size, config.sequence_tokens)
     shapes = model_shapes(config, vocab_size)
     here = {fragment: payload_bytes("fp32", part) for fragment, part in enumerate(fragments(config, shapes))}
-    if here != there:
+    if there not in (None, here):
         raise other
     moved, schedule = traffic(config, shapes, silo), config.schedule
     largest = max(moved, key=lambda one: one.num_elements)
-    coming = range(newest + 1, schedule.num_versions + 1)
+    coming = range((newest or 0) + 1, schedule.num_versions + 1)
     return Size(
         num_parameters=sum(shape.numel() for shape in shapes.values()),
         sync_bytes=(largest.sent_bytes, largest.received_bytes),

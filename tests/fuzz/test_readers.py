@@ -29,8 +29,9 @@ from pretrain.host.foreign import loads, shown
 from pretrain.outer.codec import CODECS, check, decoded, encode
 from pretrain.outer.moments import MeanGradient, SecondMoment, check_moments
 from pretrain.silo.shards import read_manifest, tokenizer_sha256
-from pretrain.trust.contract import first_contract, read_contract
-from pretrain.trust.ledger import Commit, Manifest, RefusedError
+from pretrain.trust.contract import FORMAT, first_contract, read_contract
+from pretrain.trust.keys import PublicKey
+from pretrain.trust.ledger import Agreement, Commit, Manifest, RefusedError, Snapshot
 from tests.unit.trust.test_ledger import COMMIT, MANIFEST
 
 MANY = 1_000_000
@@ -104,6 +105,13 @@ SPLIT = {
     "vocab_size": 300,
     "shards": [{"file": "shard-00000.bin", "num_tokens": 2, "sha256": "b" * 64}],
 }
+SNAPSHOT = Snapshot(contract_sha256="a" * 64, version=1, commit_sha256="b" * 64, payloads=[])
+AGREEMENT = Agreement(contract_sha256="a" * 64, member="alpha", signature="c" * 86)
+# Of the seeds 9d61b19d... (RFC 8032, 7.1, test 1) and 77076d0a... (RFC 7748, 6.1).
+KEY = PublicKey(
+    signing=bytes.fromhex("d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a"),
+    agreement=bytes.fromhex("8520f0098930a754748b7ddcb43ef75a0dbf3a0d26381af4eba4a98eaa9b4e6a"),
+).text.encode()
 READERS: dict[str, Reader] = {
     "json": Reader(read=lambda data, _: loads(data), accepted=b'{"a": [1, 2.5]}', refuses=ValueError),
     "text": Reader(read=lambda data, _: shown(data.decode(errors="replace")), accepted=b"a\x1b[2J", refuses=()),
@@ -111,6 +119,15 @@ READERS: dict[str, Reader] = {
         read=lambda data, _: Manifest.from_bytes(data), accepted=MANIFEST.to_bytes(), refuses=RefusedError
     ),
     "commit": Reader(read=lambda data, _: Commit.from_bytes(data), accepted=COMMIT.to_bytes(), refuses=RefusedError),
+    "snapshot": Reader(
+        read=lambda data, _: Snapshot.from_bytes(data), accepted=SNAPSHOT.to_bytes(), refuses=RefusedError
+    ),
+    "agreement": Reader(
+        read=lambda data, _: Agreement.from_bytes(data), accepted=AGREEMENT.to_bytes(), refuses=RefusedError
+    ),
+    "public key": Reader(
+        read=lambda data, _: PublicKey.parse(data.decode(errors="replace")), accepted=KEY, refuses=ConfigError
+    ),
     "rollback": Reader(
         read=lambda data, _: Rollback.from_bytes(data),
         accepted=ROLLBACK.to_bytes(),
@@ -118,7 +135,7 @@ READERS: dict[str, Reader] = {
     ),
     "contract": Reader(
         read=lambda data, _: read_contract(data, "store"),
-        accepted=first_contract({"format": 2, "run_id": ""}),
+        accepted=first_contract({"format": FORMAT, "run_id": ""}),
         refuses=ConfigError,
     ),
     "payload": Reader(
@@ -142,7 +159,7 @@ READERS: dict[str, Reader] = {
     ),
     "status": Reader(
         read=from_file(lambda file: print_status(str(file.parent)), "contract.json"),
-        accepted=first_contract({"format": 2, "run_id": "", "roster": ["alpha"], "outer": {"num_fragments": 1}}),
+        accepted=first_contract({"format": FORMAT, "run_id": "", "roster": ["alpha"], "outer": {"num_fragments": 1}}),
         refuses=ConfigError,
     ),
 } | {

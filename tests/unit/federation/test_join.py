@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from rich.console import Console
 
 from launch.start.join import join
 from launch.start.site import check_gpus
-from pretrain.config.keys import RunConfig
+from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.config.load import load_config
+from pretrain.exchange.agreement import sign_contract
 from pretrain.exchange.objects import Objects
 from pretrain.exchange.store import StoreExchange
 from pretrain.federation import join as joining
@@ -27,10 +29,13 @@ from pretrain.silo.model import build_initial, export
 from pretrain.sync.through_store import ThroughStore
 from pretrain.trust import contract
 from pretrain.trust.contract import build_contract, contract_bytes, first_contract
+from pretrain.trust.keys import new_key
 from tests.conftest import TinyConfig
 from tests.support import VOCAB_SIZE, TinyText, merged, one_line_error, tiny_settings, tiny_silo
 from tests.unit.merge.test_membership import join as announce
 from tests.unit.test_aggregate import GOOD, one_version, plus_noise, start
+from tests.unit.test_signed import as_member
+from tests.waiting import PATIENCE_SECONDS, wait_for
 
 OWN = ("directory", "tokenizer", "silo", "wandb")
 
@@ -452,3 +457,35 @@ def test_a_bucket_and_a_relay(begin: Begin, s3_url: str, tmp_path: Path) -> None
     assert said["relay"] == [f"the silo's store is {tmp_path}/shared; {relay} must run where both are reached"]
     assert load_config([path]).store_url == f"{tmp_path}/shared"
     assert not (tmp_path / "shared").exists()
+
+
+def test_a_signed_federation_waits_for_whom_it_is_joined_by(
+    tmp_path: Path, tiny_config: TinyConfig, tiny_text: TinyText, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before beta signs there is no version 0: it looks, is told what it lacks, and its start signs."""
+    keys = tmp_path / "keys"
+    keys.mkdir()
+    public = {name: new_key(keys / f"{name}.key", name).text for name in ("alpha", "beta", OPERATOR)}
+    trust = {"keys": public, "directory": str(keys)}
+    config = tiny_config(tmp_path / "there", exchange={"url": str(tmp_path / "store")}, trust=trust)
+    pool = ThreadPoolExecutor(1)
+    starting = pool.submit(start, config)
+    try:
+        wait_for((tmp_path / "store" / "signatures" / f"{OPERATOR}.json").exists)
+        sign_contract(as_member(config, "alpha"), "alpha")
+        site = Site(directory=tmp_path / "here", url=config.store_url, text=tiny_text)
+        assert "the private half of trust.keys.beta; allowed: where atoll keys new beta made it" in site.refusal()
+        here = {"directory": str(tmp_path / "here" / "keys")}
+        (tmp_path / "here" / "keys").mkdir()
+        shutil.copy(keys / "alpha.key", tmp_path / "here" / "keys" / "beta.key")
+        assert site.refusal(trust=here).startswith("trust.keys.beta: atoll-key-1:")
+        (tmp_path / "here" / "keys" / "beta.key").unlink()
+        shutil.copy(keys / "beta.key", tmp_path / "here" / "keys" / "beta.key")
+        said = site.join(trust=here)
+        assert said["now"][0].startswith("no version yet; ")
+        assert said["parameters"] == ["39,840; version 0 is made when all have signed the contract, as this start does"]
+        own = load_config([tmp_path / "here" / "run" / "config.yaml"])
+    finally:
+        sign_contract(as_member(config, "beta"), "beta")  # or the aggregator waits for ever
+        state = starting.result(PATIENCE_SECONDS)[1]
+    assert (state.version, own.trust.keys) == (0, public)
