@@ -143,9 +143,7 @@ class Aggregator:
 
         The chain of commits is checked as far back as any of them is used, and the digests of what comes out.
         """
-        num_fragments = self._schedule.num_fragments
-        history = self.snapshots.history
-        snapshots = [history.snapshot(newest, fragment) for fragment in range(num_fragments)]
+        snapshots = self.snapshots.history.last_snapshots(newest)
         first = max(0, min(*snapshots, newest + 1 - self._collector.past.num_needed))
         commits = {commit.version: commit for commit in self._exchange.read_commits(first, newest)}
         for commit in commits.values():

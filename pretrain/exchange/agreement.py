@@ -1,9 +1,10 @@
 """Every member's signature under the contract: nothing begins before all are there. No torch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from pretrain.config.check import named
-from pretrain.exchange.store import StoreExchange
+from pretrain.exchange.store import REQUESTS_AT_ONCE, StoreExchange
+from pretrain.outer.threads import in_threads
 from pretrain.trust.ledger import Agreement, RefusedError
 
 FOLDER = "signatures"
@@ -21,7 +22,13 @@ def sign_contract(exchange: StoreExchange, member: str) -> None:
 
 def not_signed(exchange: StoreExchange) -> list[str]:
     """The members whose signature is missing; none where the contract names no keys."""
-    return [member for member in sorted(exchange.members.keys) if not _has_signed(exchange, member)]
+    return _missing(exchange, sorted(exchange.members.keys))
+
+
+def _missing(exchange: StoreExchange, members: Sequence[str]) -> list[str]:
+    """Those of some members whose signature is missing, looked for side by side."""
+    signed = in_threads(lambda member: _has_signed(exchange, member), members, REQUESTS_AT_ONCE)
+    return [member for member, is_there in zip(members, signed, strict=True) if not is_there]
 
 
 def agree(
@@ -39,14 +46,15 @@ def agree(
         print("trust.keys: none given; nothing is signed: whoever can write to the store may speak for all", flush=True)
         return
     sign_contract(exchange, member)
-    missing: list[str] = []
-    while found := not_signed(exchange):
-        if found != missing:
-            missing = found
-            words = f"the signature of {named(missing)} under the contract"
+    missing, said = not_signed(exchange), ""
+    while missing:
+        words = f"the signature of {named(missing)} under the contract"
+        if words != said:
+            said = words
             print(f"waiting for {words}", flush=True)
             say(words)
         pause()
+        missing = _missing(exchange, missing)
 
 
 def _has_signed(exchange: StoreExchange, member: str) -> bool:

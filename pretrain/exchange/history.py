@@ -84,9 +84,10 @@ class History:
         """The versions that have a snapshot, sorted; not 0, which needs none."""
         return range(1, 1 << 53) if self._all_whole else self._exchange.numbers(SNAPSHOTS, after=".json")
 
-    def snapshot(self, version: int, fragment: int) -> int:
-        """The last snapshot of a fragment at or before `version`, or 0."""
-        return self._last(self.snapshots(), version, fragment)
+    def last_snapshots(self, version: int) -> list[int]:
+        """Of each fragment the last one at or before `version`, or 0."""
+        snapshots = self.snapshots()
+        return [self._last(snapshots, version, fragment) for fragment in range(self._num_fragments)]
 
     def _last(self, snapshots: Sequence[int], version: int, fragment: int) -> int:
         return next(made for made in self._back(version, fragment) if made in snapshots or not made)
@@ -140,8 +141,7 @@ class History:
         Raises RefusedError if a commit or manifest among them is not as it should be.
         """
         found: dict[tuple[str, str], Payload] = {}
-        for fragment in range(self._num_fragments):
-            snapshot = self.snapshot(version, fragment)
+        for fragment, snapshot in enumerate(self.last_snapshots(version)):
             made = self.parameters(snapshot, fragment) + self.parameters(version, fragment)
             for payload in self.whole(snapshot, fragment):
                 found[version_path(snapshot), payload.file] = payload

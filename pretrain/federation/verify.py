@@ -22,7 +22,7 @@ from pretrain.merge.snapshots import Snapshots
 from pretrain.merge.terms import contributor
 from pretrain.outer.placing import InMemory
 from pretrain.outer.state import OuterState
-from pretrain.trust.ledger import Commit, Manifest, Payload, RefusedError, check_link
+from pretrain.trust.ledger import Commit, Payload, RefusedError, check_link
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,22 +119,16 @@ class StoreVerifier:
 
     # ---- what the commits name
 
-    def _check_payloads(self, folder: str, version: int, payloads: list[Payload]) -> bool:
-        """Whether all are there and have their hash."""
-        whole = True
+    def _check_payloads(self, folder: str, version: int, payloads: list[Payload]) -> None:
+        """Compare those that are there with their hash."""
         for payload in payloads:
             name = f"{folder}/{payload.file}"
             if not self._exchange.objects.exists(name):
                 self._found.num_pruned += 1
-                whole = False
                 continue
             self._found.num_payloads += 1
-            try:
+            with self._noting(version, name):
                 self._exchange.fetch(folder, payload, Path(os.devnull))
-            except RefusedError as error:
-                self._note(version, name, error)
-                whole = False
-        return whole
 
     def _check_deliveries(self, commit: Commit) -> None:
         for one in commit.contributors:
@@ -143,14 +137,9 @@ class StoreVerifier:
                 manifest, data = self._exchange.contributed(one)
                 self._found.num_manifests += 1
                 self._exchange.members.check(one.silo, manifest)
-                self._compare(one.silo, manifest, data, commit)
+                if contributor(manifest, data, one.weight) != one or manifest.contract_sha256 != commit.contract_sha256:
+                    raise RefusedError("the commit says something else of it")
                 self._check_payloads(folder, commit.version, manifest.payloads)
-
-    def _compare(self, silo: str, manifest: Manifest, data: bytes, commit: Commit) -> None:
-        """Raise RefusedError unless the commit says of a delivery what its manifest says."""
-        (said,) = (one for one in commit.contributors if one.silo == silo and one.version == manifest.version)
-        if contributor(manifest, data, said.weight) != said or manifest.contract_sha256 != commit.contract_sha256:
-            raise RefusedError("the commit says something else of it")
 
     # ---- every version once more
 

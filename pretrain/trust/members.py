@@ -63,7 +63,7 @@ def own_signer(config: RunConfig, name: str) -> Signer | None:
     """Who signs for a member on this machine; None where nothing is signed. Raises ConfigError for another's key."""
     if not config.trust.keys:
         return None
-    agreed, file = public_keys(config)[name], config.key_file(name)
+    agreed, file = PublicKey.parse(config.trust.keys[name], f"trust.keys.{name}"), config.key_file(name)
     if not file.exists():
         raise ConfigError(
             f"trust.directory: {config.trust.directory!r} given; there is no {file}, the private half of "

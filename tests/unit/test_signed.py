@@ -85,7 +85,19 @@ def test_all_records_are_signed_by_their_authors(config: RunConfig) -> None:
         other.check(OPERATOR, exchange.read_commit(1))
 
 
-def test_nothing_begins_before_all_have_signed(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str]) -> Callable[[], str]:
+    """All that this test has printed so far."""
+    parts: list[str] = []
+
+    def said() -> str:
+        parts.append(capsys.readouterr().out)
+        return "".join(parts)
+
+    return said
+
+
+def test_nothing_begins_before_all_have_signed(config: RunConfig, said: Callable[[], str]) -> None:
     store = Path(config.store_url)
     with ThreadPoolExecutor(1) as pool:
         starting = pool.submit(start, config)
@@ -96,12 +108,12 @@ def test_nothing_begins_before_all_have_signed(config: RunConfig, capsys: pytest
         # Alpha's signature is none of beta's, and one under another contract is none under this one.
         shutil.copy(store / "signatures" / "alpha.json", store / "signatures" / "beta.json")
         assert not_signed(alpha) == ["beta"]
-        wait_for(lambda: "waiting for the signature of beta under the contract\n" in said(capsys))
+        wait_for(lambda: "waiting for the signature of beta under the contract\n" in said())
         assert not (store / "global").exists()
         sign_contract(as_member(config, "beta"), "beta")
         state = starting.result(PATIENCE_SECONDS)[1]
     assert state.version == 0
-    assert f"{store}: signatures/beta.json is passed over: " in said(capsys)
+    assert f"{store}: signatures/beta.json is passed over: " in said()
 
 
 # ---- what somebody else writes
@@ -109,7 +121,7 @@ def test_nothing_begins_before_all_have_signed(config: RunConfig, capsys: pytest
 
 @pytest.mark.parametrize("signer", ["", "beta", OPERATOR, "stranger"])
 def test_a_delivery_in_anothers_name_counts_as_none(
-    signer: str, config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    signer: str, config: RunConfig, tmp_path: Path, said: Callable[[], str]
 ) -> None:
     """It was there first; alpha delivers in its place, nothing is refused, and no try of alpha's is used up."""
     aggregator, state = begin(config)
@@ -126,7 +138,7 @@ def test_a_delivery_in_anothers_name_counts_as_none(
     assert not alpha.is_delivered("alpha", 1)
     with ThreadPoolExecutor(1) as pool:
         collecting = pool.submit(aggregator.collect, state)
-        wait_for(lambda: "silos/alpha/000001/manifest.json is passed over" in said(capsys))
+        wait_for(lambda: "silos/alpha/000001/manifest.json is passed over" in said())
         folder = tmp_path / "outbox"
         shutil.copytree(manifest_file(config, "alpha", 1).parent, folder)
         manifest = Manifest.from_bytes((folder / "manifest.json").read_bytes())
@@ -135,14 +147,6 @@ def test_a_delivery_in_anothers_name_counts_as_none(
         deliveries = collecting.result(PATIENCE_SECONDS)
     assert [delivery.manifest.tokens for delivery in deliveries] == [100, 100]
     assert alpha.refusals("alpha", 1) == []
-
-
-SAID: list[str] = []
-
-
-def said(capsys: pytest.CaptureFixture[str]) -> str:
-    SAID.append(capsys.readouterr().out)
-    return "".join(SAID)
 
 
 def test_a_version_that_the_aggregator_has_not_signed_is_none(
