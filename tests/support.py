@@ -48,8 +48,11 @@ class TinyText:
     """tokenizer.json, of `VOCAB_SIZE` tokens."""
     packed: dict[str, Path]
     """Corpus name to a folder with packed `train` and `valid`."""
-    keys: Path
-    """Where launches make their keys; not there yet."""
+
+    @property
+    def keys(self) -> Path:
+        """Where launches make their keys; not there at first."""
+        return self.tokenizer.parents[1] / "keys"
 
 
 def pseudo_text(seed: str, num_characters: int) -> list[str]:
@@ -81,7 +84,7 @@ def make_tiny_text(directory: Path) -> TinyText:
     packed = {name: directory / "packed" / name for name in folders}
     for name, folder in folders.items():
         prepare(Recipe(sources=(Source(path=str(folder)),), tokenizer=tokenizer), packed[name])
-    return TinyText(tokenizer=tokenizer, packed=packed, keys=directory / "keys")
+    return TinyText(tokenizer=tokenizer, packed=packed)
 
 
 def tiny_silo(text: TinyText, corpus: str) -> dict[str, Any]:
