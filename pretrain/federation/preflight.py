@@ -13,7 +13,8 @@ import fsspec
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.options import is_directory, store_options
-from pretrain.exchange.store import CONTRACT, StoreExchange
+from pretrain.exchange.signed import CONTRACT
+from pretrain.exchange.store import StoreExchange
 from pretrain.host.software import differences
 from pretrain.silo.shards import check_a_sequence, check_enough, read_manifest, tokenizer_sha256
 from pretrain.silo.weights import checkpoint_files
