@@ -211,7 +211,9 @@ class Aggregator:
             flush=True,
         )
         self._journal.record("commit", **commit_record(self._config, commit))
-        keep, late = self._config.exchange.keep_versions, self._config.membership.stale_weight > 0
+        merged_again = self._config.trust.keep_deliveries + 1  # from the version before them
+        keep = max(self._config.exchange.keep_versions, merged_again)
+        late = self._config.membership.stale_weight > 0
         self.snapshots.history.prune(self._collector.members(), state.version, keep, late=late)
         if self.snapshots.is_due(state.version):
             self.snapshots.begin(state, commit, self._merger.fragments[fragment])

@@ -119,6 +119,7 @@ def _check_numbers(config: RunConfig) -> None:
         "outer.overlap_steps": (config.outer.overlap_steps, 0),
         "exchange.retry_seconds": (config.exchange.retry_seconds, 0),
         "exchange.keep_versions": (config.exchange.keep_versions, 1),
+        "trust.keep_deliveries": (config.trust.keep_deliveries, 0),
     }
     for key, (number, minimum) in at_least.items():
         _require(minimum <= number < math.inf, key, number, f"{minimum} or more")

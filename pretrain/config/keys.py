@@ -200,6 +200,9 @@ class TrustConfig:
     keys: dict[str, str] = field(default_factory=dict)
     """Public key of every silo of the roster and of `aggregator`, as `atoll keys new` says it; part of the contract.
     Empty: nothing is signed, but by a local launch of all silos, which makes the keys itself."""
+    keep_deliveries: int = 0
+    """Of so many of the newest versions the operator keeps all deliveries, for `atoll verify` to merge them again; part
+    of the contract. `exchange.keep_versions` may be more."""
     directory: str = ""
     """Where this machine has the private keys, NAME.key; empty: `keys` inside the run directory."""
     key_command: list[str] = field(default_factory=list)

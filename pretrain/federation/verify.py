@@ -22,7 +22,7 @@ from pretrain.merge.snapshots import Snapshots
 from pretrain.merge.terms import contributor
 from pretrain.outer.placing import InMemory
 from pretrain.outer.state import OuterState
-from pretrain.trust.ledger import Commit, Payload, RefusedError, check_link
+from pretrain.trust.ledger import Commit, Payload, RefusedError, check_cosigned, check_link, sha256_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +68,7 @@ class StoreVerifier:
         self._config: RunConfig = read_terms(contract, url)[-1]
         self._exchange, self._scratch, self._tell = exchange, scratch, tell
         self._commits: dict[int, Commit] = {}
+        self._sha256: dict[int, str] = {}  # of their bytes
         self._found = Verified(url=url, is_signed=bool(exchange.members.keys))
 
     def verify(self) -> Verified:
@@ -79,6 +80,7 @@ class StoreVerifier:
             self._check_payloads(version_path(commit.version), commit.version, commit.payloads)
             self._check_deliveries(commit)
         self._merge_again()
+        self._check_kept()
         return self._found
 
     def _note(self, version: int | None, name: str, what: object) -> None:
@@ -103,6 +105,7 @@ class StoreVerifier:
             with self._noting(version, name):
                 if data is None:
                     raise RefusedError("it is missing")
+                self._sha256[version] = sha256_bytes(data)
                 commit = Commit.from_bytes(data)
                 self._found.num_versions += 1
                 check_link(commit, version, previous, exchange.contract_sha256)
@@ -139,6 +142,8 @@ class StoreVerifier:
                 self._exchange.members.check(one.silo, manifest)
                 if contributor(manifest, data, one.weight) != one or manifest.contract_sha256 != commit.contract_sha256:
                     raise RefusedError("the commit says something else of it")
+                adopted = range(self._config.schedule.base(one.version), one.version)
+                check_cosigned(manifest, [self._sha256[version] for version in adopted if version in self._sha256])
                 self._check_payloads(folder, commit.version, manifest.payloads)
 
     # ---- every version once more
@@ -166,6 +171,16 @@ class StoreVerifier:
             for version in range(min(start) + 1, newest + 1):
                 if version > start[self._config.schedule.fragment(version)]:
                     self._merge_version(merger, state, self._commits[version], is_whole=version >= first)
+
+    def _check_kept(self) -> None:
+        """Whether as many of the newest versions could be merged again as the contract says."""
+        newest, keep = max(self._commits, default=0), self._config.trust.keep_deliveries
+        gone = [
+            version for version in range(max(1, newest - keep + 1), newest + 1) if version not in self._found.merged
+        ]
+        if gone and not self._found.findings:
+            what = f"cannot be merged again, but trust.keep_deliveries in the contract is {keep}"
+            self._note(gone[-1], "deliveries", f"version {gone[0]}{f' to {gone[-1]}' if len(gone) > 1 else ''} {what}")
 
     def _oldest_start(self, snapshots: Snapshots, written: list[int], newest: int) -> list[int] | None:
         """Of each fragment the oldest snapshot, or version 0, whose tensors are there; None if there are none."""

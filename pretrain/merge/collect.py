@@ -191,7 +191,9 @@ class Collector:
         try:
             if (manifest := self._exchange.until(over).delivered(silo, version)) is None:
                 return None
-            return verify(silo, manifest, version, over)
+            delivery = verify(silo, manifest, version, over)
+            self.past.check_cosigned(delivery.manifest)
+            return delivery
         except RefusedError as error:
             self._refuse(silo, version, manifest or b"", str(error))
         except StopWaitingError:

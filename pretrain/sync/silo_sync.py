@@ -286,6 +286,7 @@ class SiloSync:
             version=version,
             base_version=self.schedule.base(version),
             base_digest=base_digest,
+            cosigned=progress.commit_sha256 if self.config.exchange.kind == "store" else "",
             codec=outer.codec,
             payloads=[payload],
             tokens=num_sequences * self.config.sequence_tokens,

@@ -34,11 +34,12 @@ from pretrain.outer.pieces import Piece
 from pretrain.outer.quantize import Parts
 from pretrain.sync.delivered import Delivered
 from pretrain.trust.contract import build_contract, check_same_contract, read_contract
-from pretrain.trust.ledger import Commit, Payload, RefusedError, sha256_bytes
+from pretrain.trust.ledger import Commit, Payload, RefusedError, check_cosigned, sha256_bytes
 from pretrain.trust.members import own_signer
 
 MAX_REFUSALS = 3
 POLLS_PER_LOOK = 20  # while it waits, a silo looks whether the store still has the commit that it holds
+OTHERS_A_VERSION = 4  # whose manifest a silo compares with its own history
 POLLS_FOR_REPAIR = 120  # how long it waits for a version that is damaged to be published again
 
 
@@ -229,8 +230,29 @@ class ThroughStore:
             sha256 = self._held[version][0]
         check_held(f"silo {self._silo}", version, sha256, self._store)
 
+    def _check_others(self, version: int) -> None:
+        """Whether a version's contributors, a few in turn, have adopted the commits that we have. Raises ConfigError.
+
+        An operator that shows us another history than them needs their signature under what they have been shown.
+        """
+        adopted = range(self._config.schedule.base(version), version)
+        with self._remembering:
+            held = dict(self._held)
+        if not self._store.members.keys or version not in held or any(earlier not in held for earlier in adopted):
+            return  # we have just come: the next version's are looked at
+        sha256s = [held[earlier][0] for earlier in adopted]
+        with self._readable(f"version {version}"):
+            others = [c for c in self._store.read_commit(version).contributors if c.silo != self._silo]
+            for number in range(min(len(others), OTHERS_A_VERSION)):
+                other = others[(version * OTHERS_A_VERSION + number) % len(others)]
+                if other.version == version:
+                    manifest = self._store.contributed(other)[0]
+                    self._store.members.check(other.silo, manifest)
+                    check_cosigned(manifest, sha256s)
+
     def _wait_for_commit(self, version: int, sent: Outgoing | None) -> bool:
         """Whether our delivery was refused for good."""
+        self._check_others(version - 1)
         refusals = self._store.refusals(self._silo, version)
         num_refused, missed_before = self._num_refused.get(version, len(refusals)), False
         while not self._is_committed(version):
