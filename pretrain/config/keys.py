@@ -200,6 +200,8 @@ class TrustConfig:
     keys: dict[str, str] = field(default_factory=dict)
     """Public key of every silo of the roster and of `aggregator`, as `atoll keys new` says it; part of the contract.
     Empty: nothing is signed, but by a local launch of all silos, which makes the keys itself."""
+    amend: str = "all"
+    """Silos that have to sign an amendment of the contract: all, or a number of them; part of the contract."""
     directory: str = ""
     """Where this machine has the private keys, NAME.key; empty: `keys` inside the run directory."""
     key_command: list[str] = field(default_factory=list)

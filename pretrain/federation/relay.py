@@ -20,6 +20,8 @@ import fsspec
 
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig
+from pretrain.exchange.agreement import FOLDER as SIGNATURES
+from pretrain.exchange.amended import FOLDER as AMENDMENTS
 from pretrain.exchange.beats import BEATS_PER_LEASE
 from pretrain.exchange.history import History
 from pretrain.exchange.objects import Objects
@@ -31,7 +33,7 @@ from pretrain.exchange.words import number
 from pretrain.host.lock import lock_directory
 from pretrain.host.stopping import STOPPED, StopRequested, raise_at_signals
 from pretrain.trust.contract import build_contract, check_same_contract
-from pretrain.trust.ledger import Commit, Manifest, Payload, RefusedError, check_link, sha256_bytes
+from pretrain.trust.ledger import Commit, Manifest, Payload, RefusedError, sha256_bytes
 
 MANIFEST = "manifest.json"
 
@@ -113,6 +115,7 @@ class Relay:
         if not self._copy_rollbacks():
             return  # the newest version there does not count until it is complete
         self._check_history()
+        self._copy_signatures()
         known = self._newest
         while self._copy_version(self._newest + 1):
             self._newest += 1
@@ -183,7 +186,7 @@ class Relay:
             return False
         began, commit = time.monotonic(), Commit.from_bytes(data)
         before = self._here.commit_bytes(version - 1) if version else None
-        check_link(commit, version, before, self._here.contract_sha256)
+        self._here.check_link(commit, version, before)
         self._here.publish(commit, self._fetched(version, commit.payloads))
         _say(f"version {version}: came", commit.payloads, began)
         return True
@@ -234,6 +237,16 @@ class Relay:
             self._there.claim_name(silo, self._here.holder(silo))
             self._named.add(silo)
         return silo in self._named
+
+    def _copy_signatures(self) -> None:
+        """Both ways; what was accepted there comes here before the commits that show it."""
+        if not self._here.members.keys:
+            return
+        numbers = {n for store in (self._here, self._there) for n in store.numbers(AMENDMENTS, after=".json")}
+        for folder in (SIGNATURES, *(f"{AMENDMENTS}/{n:06d}" for n in sorted(numbers)), AMENDMENTS):
+            self._copy_words(folder)
+        for store in (self._there, self._here):
+            store.follow_amendments()
 
     def _copy_words(self, folder: str) -> None:
         """Both ways, as somebody there may have said that the silo has left."""

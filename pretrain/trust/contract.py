@@ -35,7 +35,7 @@ def agreed_settings(config: RunConfig) -> dict[str, Any]:
         "outer": {key: value for key, value in outer.items() if key not in LOCAL_OUTER},
         "membership": dataclasses.asdict(config.membership),
         "roster": config.full_roster,
-        "trust": {"keys": dict(sorted(config.trust.keys.items()))},
+        "trust": {"keys": dict(sorted(config.trust.keys.items())), "amend": config.trust.amend},
     }
 
 
@@ -119,6 +119,18 @@ def contract_keys(stored: bytes) -> dict[str, PublicKey]:
     if not isinstance(keys, dict):
         raise ConfigError(f"contract.json: trust.keys is {shown(repr(keys))}; allowed: a key of each member")
     return {name: PublicKey.parse(text, f"contract.json: trust.keys.{shown(name)}") for name, text in keys.items()}
+
+
+def amend_rule(stored: bytes) -> str:
+    """How many silos have to sign an amendment of a contract: `all`, or a number; `all` for what is no contract."""
+    try:
+        terms = loads(stored, limit_bytes=RECORD_BYTES)
+        rule, most = terms["trust"]["amend"], len(terms["roster"])
+    except (ValueError, KeyError, TypeError):
+        return "all"  # whoever reads the terms says what is wrong with them
+    if rule not in ("all", *map(str, range(1, most + 1))):
+        raise ConfigError(f"contract.json: trust.amend is {shown(repr(rule))}; allowed: all, or 1 to {most}")
+    return str(rule)
 
 
 def check_same_contract(ours: dict[str, Any], stored: bytes, where: str) -> None:

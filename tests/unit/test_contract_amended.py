@@ -1,0 +1,219 @@
+"""Amendments of a signed run's contract: the real aggregator in this process, deliveries that are written by hand."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.aggregate import Aggregator, OuterState
+from pretrain.config.check import ConfigError
+from pretrain.config.keys import OPERATOR, RunConfig
+from pretrain.exchange.agreement import propose_amendment, sign_amendment
+from pretrain.exchange.amended import Proposal
+from pretrain.exchange.store import StoreExchange
+from pretrain.federation.verify import StoreVerifier, Verified
+from pretrain.trust.amendment import Acceptance
+from pretrain.trust.ledger import Commit, Manifest, RefusedError, sha256_bytes
+from pretrain.trust.members import with_keys
+from tests.conftest import TinyConfig
+from tests.support import one_line_error
+from tests.unit.test_aggregate import GOOD, one_version, start, times
+from tests.unit.test_aggregate_restart import assert_same_state
+from tests.unit.test_signed import as_member, begin, manifest_file
+
+QUORUM = {"quorum": 2, "deadline_floor_seconds": 0.0, "deadline_ceiling_seconds": 0.5}
+LR = "outer.lr=0.25"
+
+
+@pytest.fixture
+def make(tiny_config: TinyConfig, tmp_path: Path) -> Callable[..., RunConfig]:
+    """A configuration of four versions with all keys in the run directory."""
+
+    def make(*, trust: dict[str, str] | None = None, **changes: object) -> RunConfig:
+        settings = {"inner": {"num_steps": 16}, "outer": {"lr": 0.5}, "exchange": {"snapshot_versions": 4}} | changes
+        return with_keys(tiny_config(tmp_path, trust={"directory": ""} | (trust or {}), **settings), make=True)
+
+    return make
+
+
+def deliver(config: RunConfig, state: OuterState, silo: str, factor: float = 2, *, tokens: int = 100) -> None:
+    """As the silo would: by the terms of the version, signed with the key that holds there."""
+    GOOD.deliver(config, silo, state, times(state, factor), tokens=tokens)
+    member, file = as_member(config, silo), manifest_file(config, silo, state.version + 1)
+    manifest = Manifest.from_bytes(file.read_bytes())
+    manifest = dataclasses.replace(manifest, contract_sha256=member.terms_sha256(manifest.version))
+    file.write_bytes(member.members.sign(manifest).to_bytes())
+
+
+def make_version(config: RunConfig, aggregator: Aggregator, state: OuterState, silos: Sequence[str] = ()) -> Commit:
+    for place, silo in enumerate(silos or config.full_roster):
+        deliver(config, state, silo, 2 + place, tokens=100 * (1 + place))
+    one_version(aggregator, state)
+    return as_member(config, OPERATOR).read_commit(state.version)
+
+
+def propose(config: RunConfig, member: str, from_version: int, *changes: str) -> Proposal:
+    return propose_amendment(as_member(config, member), config, member, from_version=from_version, changes=changes)
+
+
+def sign(config: RunConfig, member: str, number: int = 1) -> list[str]:
+    """Whose signatures are missing then."""
+    exchange = as_member(config, member)
+    sign_amendment(exchange, exchange.amendments.read(exchange.objects)[number - 1], member)
+    return exchange.amendments.read(exchange.objects)[number - 1].missing
+
+
+def verified(config: RunConfig, tmp_path: Path) -> Verified:
+    return StoreVerifier(StoreExchange(config.store_url), tmp_path / "scratch", tell=lambda line: None).verify()
+
+
+@pytest.fixture(scope="module")
+def ready(tiny_config: TinyConfig, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Any, RunConfig]]:
+    """A run at version 0, and alpha's view of it; nobody may change it."""
+    settings = {"inner": {"num_steps": 16}, "trust": {"directory": ""}}
+    config = with_keys(tiny_config(tmp_path_factory.mktemp("ready"), **settings), make=True)
+    begin(config)
+    return lambda: (as_member(config, "alpha"), config)
+
+
+# ---- settings
+
+
+def test_a_complete_amendment_holds_from_its_version_on(make: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """Whatever was restarted, and in between: the learning rate is another one in versions 3 and 4, and only there."""
+    config = make()
+    aggregator, state = begin(config)
+    proposal = propose(config, "alpha", 3, LR)
+    assert proposal.missing == ["beta"]
+    make_version(config, aggregator, state)
+    assert sign(config, "beta") == []
+    make_version(config, aggregator, state)
+    before = {name: value.double() for name, value in state.parameters.items()}
+    velocity = {name: value.double().clone() for name, value in state.kept["velocity"].items()}
+    aggregator, state = start(config)  # from version 0's outer state, with what was delivered since
+    commit = make_version(config, aggregator, state)
+    assert commit.contract_sha256 == proposal.sha256
+    momentum = config.outer.momentum
+    for name, value in before.items():  # locals 2p and 3p of 100 and 200 tokens are a pseudo-gradient of -5/3 p
+        gradient = -5 / 3 * value
+        moved = momentum * velocity[name] + gradient
+        expected = value - 0.25 * (gradient + momentum * moved)
+        assert (state.parameters[name].double() - expected).abs().max() <= 1e-6 * expected.abs().max()
+    assert_same_state(start(config)[1], state)
+    make_version(config, *(aggregator, state))
+    found = verified(config, tmp_path)
+    assert (found.findings, found.num_amendments, found.merged) == ([], 1, [1, 2, 3, 4])
+    contract = sha256_bytes((Path(config.store_url) / "contract.json").read_bytes())
+    shas = [as_member(config, "beta").read_commit(version).contract_sha256 for version in range(5)]
+    assert shas == [contract] * 3 + [proposal.sha256] * 2
+
+
+def test_an_amendment_without_its_signatures_does_nothing(make: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """Nor what beta signs when it is too late; an operator who takes it for complete is found out by all."""
+    config = make()
+    aggregator, state = begin(config)
+    proposal = propose(config, "alpha", 3, LR)
+    for _ in range(2):
+        make_version(config, aggregator, state)
+    assert sign(config, "beta") == []
+    contract = as_member(config, "beta").contract_sha256
+    assert [make_version(config, aggregator, state).contract_sha256 for _ in range(2)] == [contract] * 2
+    assert not list(Path(config.store_url).glob("amendments/*.accepted"))
+    assert not verified(config, tmp_path).findings
+    forged = as_member(config, OPERATOR)
+    name = "global/000003/commit.json"
+    commit = dataclasses.replace(forged.read_commit(3), contract_sha256=proposal.sha256)
+    forged.objects.delete(name)
+    forged.objects.write(name, forged.members.sign(commit).to_bytes())
+    with pytest.raises(RefusedError, match=r"^commit 3 belongs to contract "):
+        as_member(config, "beta").read_commit(3)
+
+
+def test_who_goes_by_the_old_terms_is_refused(make: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """A delivery that is signed for the contract as it was, and the operator's commit, by silos and atoll verify."""
+    config = make()
+    aggregator, state = begin(config)
+    propose(config, "alpha", 3, LR)
+    sign(config, "beta")
+    for _ in range(2):
+        make_version(config, aggregator, state)
+    operator, beta = as_member(config, OPERATOR), as_member(config, "beta")
+    GOOD.deliver(config, "beta", state, times(state, 2))
+    file = manifest_file(config, "beta", 3)
+    manifest = dataclasses.replace(Manifest.from_bytes(file.read_bytes()), contract_sha256=beta.contract_sha256)
+    data = beta.members.sign(manifest).to_bytes()
+    with pytest.raises(RefusedError, match=r"^its contract_sha256 is "):
+        aggregator._merger.verify("beta", data, state, 3)
+    make_version(config, aggregator, state)
+    name, sha256 = "global/000003/commit.json", operator.contract_sha256
+    old = operator.members.sign(dataclasses.replace(operator.read_commit(3), contract_sha256=sha256))
+    operator.objects.delete(name)
+    operator.objects.write(name, old.to_bytes())
+    line = "commit 3 goes by the contract as it was written; allowed: amendment 1, which holds there"
+    with pytest.raises(RefusedError, match=f"^{line}$"):
+        as_member(config, "beta").read_commit(3)
+    assert line in [finding.what for finding in verified(config, tmp_path).findings]
+
+
+def test_an_acceptance_of_what_nobody_has_signed_is_refused_by_name(make: Callable[..., RunConfig]) -> None:
+    """The operator cannot make the rules: whoever reads such a word stops."""
+    config = make()
+    begin(config)
+    proposal = propose(config, "alpha", 3, LR)
+    operator = as_member(config, OPERATOR)
+    for by in ("beta", OPERATOR):
+        exchange = as_member(config, by)
+        accepted = exchange.members.sign(Acceptance(amendment_sha256=proposal.sha256, version=1))
+        operator.objects.delete("amendments/000001.accepted")
+        operator.objects.write("amendments/000001.accepted", accepted.to_bytes())
+        if by == "beta":
+            assert as_member(config, "alpha").members.later == []
+    assert one_line_error(as_member, config, "alpha") == (
+        f"exchange.url: {config.store_url} given; amendments/000001.json, which the operator has accepted: the "
+        "signature of beta is missing"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (
+            ["inner.lr=0.1"],
+            "inner.lr: cannot be amended: it would be another run; allowed: trust.keys.NAME, membership",
+        ),
+        (["outer.codec=int4"], "outer.codec: cannot be amended: it would be another run; allowed: "),
+        (["outer.lr"], "change 'outer.lr' given; allowed: key=value"),
+        (["outer.lr=fast"], "outer.lr: 'fast' given; allowed: a number, or null"),
+        (["outer.lr=-1"], "outer.lr: -1.0 given; allowed: above 0"),
+        (["outer.lr=null"], "outer.lr: null given; allowed: a number"),
+        (["outer.lr=1", "outer.lr=2"], "outer.lr: given twice; allowed: once"),
+        ([], "0 changes given; allowed: 1 to 32"),
+        (["membership.quorum=1"], "membership.quorum: 1 given; allowed: another one where there is one already"),
+        (["trust.keys.alpha="], "trust.keys.alpha: '' given; allowed: with a membership.quorum of 1 or less, as no"),
+        (["trust.keys.gamma="], "trust.keys.gamma: given; allowed: aggregator, alpha, beta"),
+        (["trust.keys.aggregator="], "trust.keys.aggregator: taken away; allowed: another key, as nobody could commit"),
+        (["trust.keys.alpha=x"], "trust.keys.alpha: 'x' given; allowed: atoll-key-1: and 86 characters of base64url"),
+        (["trust.keys.alpha=", "outer.lr=1"], "trust.keys.alpha: given with other changes; allowed: alone, as others"),
+    ],
+)
+def test_what_cannot_be_amended_is_one_line(
+    changes: list[str], line: str, ready: Callable[..., tuple[StoreExchange, RunConfig]]
+) -> None:
+    exchange, config = ready()
+    with pytest.raises(ConfigError) as raised:
+        propose_amendment(exchange, config, "alpha", from_version=3, changes=changes)
+    assert str(raised.value).startswith(line)
+    assert not exchange.objects.names("amendments")
+
+
+@pytest.mark.parametrize("from_version", [-1, 0, 1, 5])
+def test_an_amendment_holds_at_versions_that_nobody_works_on(
+    from_version: int, ready: Callable[..., tuple[StoreExchange, RunConfig]]
+) -> None:
+    exchange, config = ready()
+    with pytest.raises(ConfigError) as raised:
+        propose_amendment(exchange, config, "alpha", from_version=from_version, changes=[LR])
+    allowed = "allowed: 2 to 4, as silos may be at work on the versions before"
+    assert str(raised.value) == f"--from: {from_version} given; {allowed}"
