@@ -131,19 +131,26 @@ def check_amended(config: RunConfig, proposal: Proposal) -> None:
 
 
 def sign_amendment(exchange: StoreExchange, proposal: Proposal, member: str) -> None:
-    """Put a member's signature under an amendment; its new key's, if that is what changes."""
+    """Put a member's signature under an amendment. Raises ConfigError if its key is not here."""
+    _put(exchange, proposal, _agreement(exchange, proposal, member))
+
+
+def _put(exchange: StoreExchange, proposal: Proposal, agreement: Agreement) -> None:
+    name = signature_path(proposal.amendment.number, agreement.member)
+    exchange.objects.delete(name)  # of another key, or somebody else's
+    exchange.objects.write(name, agreement.to_bytes())
+
+
+def _agreement(exchange: StoreExchange, proposal: Proposal, member: str) -> Agreement:
+    """By the key that holds until then; by the new one, if that is what changes, as a proof that it is there."""
     amendment = proposal.amendment
     agreement = Agreement(contract_sha256=proposal.sha256, member=member)
     if amendment.new_key and amendment.new_key[0] == member and amendment.new_key[1]:
         signer = exchange.members.signer
         assert isinstance(signer, OwnKeys)
         signature = signer.holding(amendment.new_key[1]).sign("agreement", agreement.unsigned_bytes())
-        agreement = dataclasses.replace(agreement, signature=signature)
-    else:
-        agreement = exchange.members.sign(agreement, version=amendment.from_version - 1)
-    name = signature_path(amendment.number, member)
-    exchange.objects.delete(name)  # of another key, or somebody else's
-    exchange.objects.write(name, agreement.to_bytes())
+        return dataclasses.replace(agreement, signature=signature)
+    return exchange.members.sign(agreement, version=amendment.from_version - 1)
 
 
 def propose_amendment(
@@ -175,6 +182,7 @@ def propose_amendment(
     except RefusedError as error:
         raise ConfigError(error) from None
     check_amended(config, proposal)
+    agreement = _agreement(exchange, proposal, member) if member in may_sign(proposal) else None
     name = amendment_path(amendment.number)
     if exchange.newest_version() != newest:
         check_from_version(exchange, config, from_version)
@@ -184,8 +192,8 @@ def propose_amendment(
         exchange.objects.write(name, amendment.to_bytes())
     except FileExistsError:
         raise ConfigError(f"exchange.url: {name} was just written by somebody else; try again") from None
-    if member in may_sign(proposal):
-        sign_amendment(exchange, proposal, member)
+    if agreement:
+        _put(exchange, proposal, agreement)
     return exchange.amendments.read(exchange.objects)[amendment.number - 1]
 
 

@@ -209,14 +209,16 @@ def applied(amendment: Amendment, sha256: str, before: Terms) -> Terms:
 
 
 def voters(amendment: Amendment, keys: Mapping[str, PublicKey]) -> list[str]:
-    """The silos whose signatures count: all that have a key, but not the one whose key it changes.
+    """The members whose signatures count: all silos that have a key, but not the one whose key it changes.
 
-    The operator decides nothing; whoever replaces its own key asks nobody.
+    Whoever replaces its own key asks nobody. The operator has no voice, but where one silo alone would decide on the
+    key of the only other one.
     """
     if amendment.is_succession:
         return []
     member = amendment.new_key[0] if amendment.new_key else ""
-    return [name for name in sorted(keys) if name not in (OPERATOR, member)]
+    silos = [name for name in sorted(keys) if name not in (OPERATOR, member)]
+    return [OPERATOR, *silos] if member not in ("", OPERATOR) and len(silos) < 2 else silos
 
 
 def still_missing(amendment: Amendment, rule: str, signed: Iterable[str], keys: Mapping[str, PublicKey]) -> list[str]:
@@ -227,7 +229,7 @@ def still_missing(amendment: Amendment, rule: str, signed: Iterable[str], keys: 
     """
     signed, may = {*signed}, voters(amendment, keys)
     missing = [name for name in may if name not in signed]
-    num_needed = len(may) if rule == ALL else min(int(rule), len(may))
+    num_needed = len(may) if rule == ALL or OPERATOR in may else min(int(rule), len(may))
     if len(may) - len(missing) >= num_needed:
         missing = []
     if amendment.new_key and amendment.new_key[1] and amendment.new_key[0] not in signed:

@@ -146,15 +146,19 @@ def check_same_contract(ours: dict[str, Any], stored: bytes, where: str) -> None
 
 def check_same_terms(ours: dict[str, Any], theirs: dict[str, Any], where: str) -> None:
     """The same of terms that were read."""
-    differences = [
-        f"{shown(key)} is {_short(ours_value)} here and {_short(theirs_value)} there"
-        for key, ours_value, theirs_value in _differences(ours, theirs, "")
-    ]
-    if differences:
+    if differences := different_terms(ours, theirs):
         raise ConfigError(
             f"exchange.url: {where} given; it holds a run with another contract: {'; '.join(differences)}; "
             "change these keys, or name another store"
         )
+
+
+def different_terms(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """A line for each term that is not the same."""
+    return [
+        f"{shown(key)} is {_short(ours_value)} here and {_short(theirs_value)} there"
+        for key, ours_value, theirs_value in _differences(ours, theirs, "")
+    ]
 
 
 def _differences(ours: Any, theirs: Any, prefix: str) -> list[tuple[str, Any, Any]]:

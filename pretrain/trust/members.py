@@ -170,21 +170,29 @@ def own_signer(config: RunConfig, name: str) -> Signer | None:
     """Who signs for a member on this machine; None where nothing is signed. Raises ConfigError for another's key."""
     if not config.trust.keys:
         return None
-    agreed, file = PublicKey.parse(config.trust.keys[name], f"trust.keys.{name}"), config.key_file(name)
+    agreed = PublicKey.parse(config.trust.keys[name], f"trust.keys.{name}")
+    return own_keys(name, agreed, config.key_file(name), given=config.trust.directory, command=config.trust.key_command)
+
+
+def own_keys(name: str, agreed: PublicKey, file: Path, *, given: str, command: Sequence[str] = ()) -> OwnKeys:
+    """Who signs for a member whose key in the contract is `agreed`, with the keys in and beside a file.
+
+    `given` is the directory as an error calls it. Raises ConfigError for another's key.
+    """
     if not file.exists() and (later := successors(file)):  # it was lost, and the others agreed to another one
-        return OwnKeys(name, file, load_signer(later[-1], config.trust.key_command), config.trust.key_command)
+        return OwnKeys(name, file, load_signer(later[-1], command), command)
     if not file.exists():
         raise ConfigError(
-            f"trust.directory: {config.trust.directory!r} given; there is no {file}, the private half of "
-            f"trust.keys.{name}; allowed: where atoll keys new {name} made it"
+            f"trust.directory: {given!r} given; there is no {file}, the private half of trust.keys.{name}; allowed: "
+            f"where atoll keys new {name} made it"
         )
-    signer = load_signer(file, config.trust.key_command)
+    signer = load_signer(file, command)
     if signer.public != agreed:
         raise ConfigError(
             f"trust.keys.{name}: {agreed.text} given ({agreed.fingerprint}); {file} is the key of "
             f"{signer.public.text} ({signer.public.fingerprint}); allowed: the same on both sides"
         )
-    return OwnKeys(name, file, signer, config.trust.key_command)
+    return OwnKeys(name, file, signer, command)
 
 
 def with_keys(config: RunConfig, *, make: bool) -> RunConfig:

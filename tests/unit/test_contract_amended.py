@@ -13,10 +13,14 @@ from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.exchange.agreement import propose_amendment, sign_amendment
 from pretrain.exchange.amended import Proposal
 from pretrain.exchange.store import StoreExchange
+from pretrain.exchange.words import Membership
+from pretrain.federation import contract
+from pretrain.federation.contract import Agreed, rotate
 from pretrain.federation.verify import StoreVerifier, Verified
 from pretrain.trust.amendment import Acceptance
+from pretrain.trust.keys import load_signer, new_key
 from pretrain.trust.ledger import Commit, Manifest, RefusedError, sha256_bytes
-from pretrain.trust.members import with_keys
+from pretrain.trust.members import own_signer, with_keys
 from tests.conftest import TinyConfig
 from tests.support import one_line_error
 from tests.unit.test_aggregate import GOOD, one_version, start, times
@@ -60,9 +64,9 @@ def propose(config: RunConfig, member: str, from_version: int, *changes: str) ->
 
 def sign(config: RunConfig, member: str, number: int = 1) -> list[str]:
     """Whose signatures are missing then."""
-    exchange = as_member(config, member)
-    sign_amendment(exchange, exchange.amendments.read(exchange.objects)[number - 1], member)
-    return exchange.amendments.read(exchange.objects)[number - 1].missing
+    agreed = Agreed.at(config.store_url)
+    agreed.exchange.members.signer = own_signer(config, member)
+    return contract.sign(agreed, member, number)
 
 
 def verified(config: RunConfig, tmp_path: Path) -> Verified:
@@ -105,9 +109,9 @@ def test_a_complete_amendment_holds_from_its_version_on(make: Callable[..., RunC
     make_version(config, *(aggregator, state))
     found = verified(config, tmp_path)
     assert (found.findings, found.num_amendments, found.merged) == ([], 1, [1, 2, 3, 4])
-    contract = sha256_bytes((Path(config.store_url) / "contract.json").read_bytes())
+    first = sha256_bytes((Path(config.store_url) / "contract.json").read_bytes())
     shas = [as_member(config, "beta").read_commit(version).contract_sha256 for version in range(5)]
-    assert shas == [contract] * 3 + [proposal.sha256] * 2
+    assert shas == [first] * 3 + [proposal.sha256] * 2
 
 
 def test_an_amendment_without_its_signatures_does_nothing(make: Callable[..., RunConfig], tmp_path: Path) -> None:
@@ -117,9 +121,11 @@ def test_an_amendment_without_its_signatures_does_nothing(make: Callable[..., Ru
     proposal = propose(config, "alpha", 3, LR)
     for _ in range(2):
         make_version(config, aggregator, state)
-    assert sign(config, "beta") == []
-    contract = as_member(config, "beta").contract_sha256
-    assert [make_version(config, aggregator, state).contract_sha256 for _ in range(2)] == [contract] * 2
+    assert one_line_error(sign, config, "beta").startswith("--from: 3 given; allowed: 4 to 4, as silos may be at work")
+    late = as_member(config, "beta")
+    sign_amendment(late, late.amendments.read(late.objects)[0], "beta")
+    sha256 = as_member(config, "beta").contract_sha256
+    assert [make_version(config, aggregator, state).contract_sha256 for _ in range(2)] == [sha256] * 2
     assert not list(Path(config.store_url).glob("amendments/*.accepted"))
     assert not verified(config, tmp_path).findings
     forged = as_member(config, OPERATOR)
@@ -217,3 +223,96 @@ def test_an_amendment_holds_at_versions_that_nobody_works_on(
         propose_amendment(exchange, config, "alpha", from_version=from_version, changes=[LR])
     allowed = "allowed: 2 to 4, as silos may be at work on the versions before"
     assert str(raised.value) == f"--from: {from_version} given; {allowed}"
+
+
+# ---- keys
+
+
+def test_a_rotated_key_signs_from_its_version_on(make: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """Of a silo and of the operator; the old key is refused from then on, the new one before; restarts find both."""
+    config = make()
+    aggregator, state = begin(config)
+    agreed, keys = Agreed.at(config.store_url), Path(config.directory) / "keys"
+    for number, member in enumerate(("beta", OPERATOR), start=1):
+        proposal, file = rotate(agreed, member, keys, 3)
+        assert (proposal.missing, proposal.amendment.number, file) == ([], number, keys / f"{member}.key.1")
+    assert load_signer(keys / "beta.key").public.text == config.trust.keys["beta"]
+    for version in range(1, 5):
+        sha256 = as_member(config, "beta").terms_sha256(version)
+        GOOD.deliver(config, "beta", state, times(state, 2))
+        file = manifest_file(config, "beta", version)
+        manifest = dataclasses.replace(Manifest.from_bytes(file.read_bytes()), contract_sha256=sha256)
+        for key, counts in (("beta.key", version < 3), ("beta.key.1", version >= 3)):
+            signer = load_signer(keys / key)
+            signed = dataclasses.replace(
+                manifest, signature=signer.sign("manifest", dataclasses.replace(manifest, signature=None).to_bytes())
+            )
+            file.write_bytes(signed.to_bytes())
+            assert as_member(config, OPERATOR).is_delivered("beta", version) == counts
+        make_version(config, aggregator, state)
+        aggregator, state = start(config)
+    found = verified(config, tmp_path)
+    assert (found.findings, found.num_amendments, found.merged) == ([], 2, [1, 2, 3, 4])
+    exchange = as_member(config, "alpha")
+    signers = [exchange.members.keys_at(version)[OPERATOR] for version in (2, 3)]
+    assert signers == [load_signer(keys / key).public for key in ("aggregator.key", "aggregator.key.1")]
+    with pytest.raises(RefusedError, match="not of these bytes by the key"):
+        exchange.members.check(OPERATOR, exchange.read_commit(4), version=2)
+    # A word of the old key counts on: beta replaced it itself.
+    word = Membership(left=False, version=0)
+    name = "silos/beta/membership/000000.json"
+    old = load_signer(keys / "beta.key").sign("word", exchange._said_there(name, word))
+    exchange.objects.write(name, dataclasses.replace(word, signature=old).to_bytes())
+    assert exchange.membership("beta") == word
+
+
+def test_nobody_replaces_anothers_key(make: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """Alone; nor one's own with a key that is not here."""
+    config = make(outer={"lr": 0.5}, membership=QUORUM | {"quorum": 1})
+    begin(config)
+    stolen = new_key(tmp_path / "alpha.key.9", "alpha")
+    proposal = propose(config, "beta", 3, f"trust.keys.alpha={stolen.text}")
+    assert proposal.missing == [OPERATOR, "alpha"], "as there is no third silo; and alpha proves that it has the key"
+    change = f"trust.keys.beta={new_key(tmp_path / 'beta.key.9', 'beta').text}"
+    assert " none of " in one_line_error(propose, config, "beta", 3, change)
+    assert as_member(config, "beta").objects.names("amendments") == ["000001", "000001.json"]
+
+
+def test_the_run_goes_on_without_a_revoked_member(
+    make: Callable[..., RunConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The others sign, not it; from its version on what its key signs counts as not there, and is named."""
+    config = make(silos={"gamma": {}}, outer={"lr": 0.5, "max_share": 1.0}, membership=QUORUM, trust={"amend": "all"})
+    aggregator, state = begin(config)
+    for silo in config.full_roster:
+        as_member(config, silo).announce(silo, left=False, version=0)
+    proposal = propose(config, "alpha", 2, "trust.keys.beta=")
+    assert proposal.missing == ["gamma"]
+    assert one_line_error(sign, config, "beta") == "--silo: 'beta' given; allowed: alpha, gamma, whose signatures count"
+    assert sign(config, "gamma") == []
+    commit = make_version(config, aggregator, state)
+    assert [one.silo for one in commit.contributors] == ["alpha", "beta", "gamma"]
+    beta = as_member(config, "beta")
+    GOOD.deliver(config, "beta", state, times(state, 1000))
+    file = manifest_file(config, "beta", 2)
+    manifest = dataclasses.replace(Manifest.from_bytes(file.read_bytes()), contract_sha256=beta.terms_sha256(2))
+    file.write_bytes(dataclasses.replace(manifest, signature=_by(config, "beta", manifest)).to_bytes())
+    commit = make_version(config, aggregator, state, ["alpha", "gamma"])
+    assert [one.silo for one in commit.contributors] == ["alpha", "gamma"]
+    said = "silos/beta/000002/manifest.json is passed over: the key of beta counts no more from version 2 on"
+    assert said in capsys.readouterr().out
+    line = one_line_error(beta.members.sign, manifest)
+    assert line.endswith(
+        "which counts no more from version 2 on, as the contract is amended; allowed: a member with a key"
+    )
+    assert_same_state(start(config)[1], state)
+    assert not verified(config, tmp_path).findings
+    assert one_line_error(propose, config, "alpha", 4, "trust.keys.gamma=").startswith(
+        "trust.keys.gamma: '' given; allowed: with a membership.quorum of 1 or less"
+    )
+
+
+def _by(config: RunConfig, silo: str, manifest: Manifest) -> str:
+    """A signature by a silo's first key, whatever holds."""
+    unsigned = dataclasses.replace(manifest, signature=None)
+    return load_signer(config.key_file(silo)).sign("manifest", unsigned.to_bytes())
