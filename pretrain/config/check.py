@@ -191,8 +191,10 @@ def _check_muon_silo(name: str, zero: dict[str, Any]) -> None:
 
 def _check_trust(config: RunConfig) -> None:
     keys, members, amend = config.trust.keys, {*config.full_roster, OPERATOR}, config.trust.amend
+    most = len(config.full_roster)
+    fits = amend in ("all", *map(str, range(1, most + 1)))
+    _require(fits, "trust.amend", amend, f"all, or 1 to the {most} silos of the roster")
     if not keys:
-        _require(amend == "all", "trust.amend", amend, "all where trust.keys names no keys, and nothing is signed")
         return
     kind = config.exchange.kind
     _require(kind == "store", "trust.keys", sorted(keys), f"none with exchange.kind={kind}, where nothing is signed")
@@ -203,13 +205,6 @@ def _check_trust(config: RunConfig) -> None:
         )
     if unknown := sorted(keys.keys() - members):
         raise ConfigError(f"trust.keys: one of {named(unknown)} given; allowed: {named(sorted(members))}")
-    most = len(config.full_roster)
-    _require(
-        amend in ("all", *map(str, range(1, most + 1))),
-        "trust.amend",
-        amend,
-        f"all, or 1 to the {most} silos of the roster",
-    )
 
 
 def _check_streaming(outer: OuterConfig) -> None:

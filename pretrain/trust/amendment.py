@@ -2,16 +2,14 @@
 
 import copy
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
 from pretrain.config.check import ConfigError, check_config, named
 from pretrain.config.keys import OPERATOR, RunConfig
-from pretrain.host.foreign import shown
+from pretrain.host.foreign import loads, shown
 from pretrain.trust.keys import PublicKey
 from pretrain.trust.ledger import Record, RefusedError
 
@@ -121,13 +119,11 @@ def parsed(changes: Sequence[str]) -> tuple[dict[str, float | None], tuple[str, 
 
 
 def _number(key: str, text: str) -> float | None:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text
-    if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
-        raise RefusedError(f"{key}: {shown(repr(text))} given; allowed: a number, or null")
-    return value  # type: ignore[no-any-return]
+    with suppress(ValueError):
+        value = loads(text, limit_bytes=CHANGE_CHARACTERS)
+        if value is None or type(value) in (int, float):
+            return value  # type: ignore[no-any-return]
+    raise RefusedError(f"{key}: {shown(repr(text))} given; allowed: a number, or null")
 
 
 def amended(config: RunConfig, settings: Mapping[str, float | None]) -> RunConfig:

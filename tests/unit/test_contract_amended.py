@@ -182,6 +182,22 @@ def test_an_acceptance_of_what_nobody_has_signed_is_refused_by_name(make: Callab
     )
 
 
+def test_k_of_n_silos_are_enough_where_the_contract_says_so(make: Callable[..., RunConfig]) -> None:
+    """The operator is none of them. With two fragments silos work on a version more ahead."""
+    config = make(trust={"amend": "1"}, outer={"lr": 0.5, "num_fragments": 2})
+    begin(config)
+    assert one_line_error(propose, config, "alpha", 2, LR).startswith(
+        "--from: 2 given; allowed: 3 to 9, as silos may be"
+    )
+    assert propose(config, OPERATOR, 3, LR).missing == ["alpha", "beta"]
+    assert one_line_error(sign, config, OPERATOR).startswith("--silo: 'aggregator' given; allowed: alpha, beta, whose")
+    assert sign(config, "beta") == []
+    assert propose(config, "alpha", 4, LR).missing == []
+    assert one_line_error(make, trust={"amend": "3"}).startswith(
+        "trust.amend: '3' given; allowed: all, or 1 to the 2 silos"
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
