@@ -162,7 +162,12 @@ class SignedStore:
         """A word of another party; None, and a line, if it is none, or not by its author."""
         try:
             word = kind.from_bytes(self.objects.read(name, limit_bytes=WORD_BYTES))
-            self.members.check_bytes(author, "word", self._said_there(name, word), word.signature)
+            try:
+                self.members.check_bytes(author, "word", self._said_there(name, word), word.signature)
+            except RefusedError:
+                if not self.follow_amendments():  # by a key that is new to us
+                    raise
+                self.members.check_bytes(author, "word", self._said_there(name, word), word.signature)
             return word
         except (FileNotFoundError, RefusedError) as error:
             self.pass_over(name, error)

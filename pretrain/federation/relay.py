@@ -22,6 +22,7 @@ from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.agreement import FOLDER as SIGNATURES
 from pretrain.exchange.amended import FOLDER as AMENDMENTS
+from pretrain.exchange.amended import acceptance_path, amendment_path
 from pretrain.exchange.beats import BEATS_PER_LEASE
 from pretrain.exchange.history import History
 from pretrain.exchange.objects import Objects
@@ -239,12 +240,17 @@ class Relay:
         return silo in self._named
 
     def _copy_signatures(self) -> None:
-        """Both ways; what was accepted there comes here before the commits that show it."""
+        """Both ways; what was accepted there comes here last, before the commits that show it. Raises RefusedError."""
         if not self._here.members.keys:
             return
-        numbers = {n for store in (self._here, self._there) for n in store.numbers(AMENDMENTS, after=".json")}
-        for folder in (SIGNATURES, *(f"{AMENDMENTS}/{n:06d}" for n in sorted(numbers)), AMENDMENTS):
-            self._copy_words(folder)
+        self._copy_words(SIGNATURES)
+        here, there = self._here.objects, self._there.objects
+        for n in sorted({n for store in (self._there, self._here) for n in store.numbers(AMENDMENTS, after=".json")}):
+            for source, target in ((there, here), (here, there)):
+                _copy(source, target, amendment_path(n))
+            self._copy_words(f"{AMENDMENTS}/{n:06d}")
+        for n in self._there.numbers(AMENDMENTS, after=".accepted"):
+            _copy(there, here, acceptance_path(n))
         for store in (self._there, self._here):
             store.follow_amendments()
 

@@ -93,19 +93,19 @@ class Members:
         self.check_bytes(author, _kind(record), record.unsigned_bytes(), record.signature, version=at)
 
     def sign_bytes(self, kind: str, data: bytes, *, version: int | None = None) -> str | None:
-        """Our signature, where there are keys; with the newest key if it is of no version. Raises ConfigError."""
+        """Our signature, where there are keys; by the last that we had if it is of no version. Raises ConfigError."""
         if not self.keys:
             return None
         assert self.signer, f"nobody here signs a {kind}"
         if not isinstance(self.signer, OwnKeys):
             return self.signer.sign(kind, data)
-        terms = (self.later[-1] if self.later else None) if version is None else self.terms_at(version)
-        key = (terms.keys if terms else self.keys).get(self.signer.member)
-        if key is None:
-            assert terms
+        member = self.signer.member
+        last = (terms.keys for terms in reversed(self.later) if member in terms.keys)
+        keys = next(last, self.keys) if version is None else self.keys_at(version)
+        if (key := keys.get(member)) is None:
             raise ConfigError(
-                f"trust.keys.{self.signer.member}: {self.signer.public.text} given, which counts no more from version "
-                f"{self._taken_away(self.signer.member)} on, as the contract is amended; allowed: a member with a key"
+                f"trust.keys.{member}: {self.signer.public.text} given, which counts no more from version "
+                f"{self._taken_away(member)} on, as the contract is amended; allowed: a member with a key"
             )
         return self.signer.holding(key).sign(kind, data)
 

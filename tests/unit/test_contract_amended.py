@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import pytest
 from pretrain.aggregate import Aggregator, OuterState
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import OPERATOR, RunConfig
-from pretrain.exchange.agreement import propose_amendment, sign_amendment
+from pretrain.exchange.agreement import propose_amendment, sign_amendment, sign_contract
 from pretrain.exchange.amended import Proposal
 from pretrain.exchange.store import StoreExchange
 from pretrain.exchange.words import Membership
 from pretrain.federation import contract
 from pretrain.federation.contract import Agreed, rotate
+from pretrain.federation.relay import Relay
 from pretrain.federation.verify import StoreVerifier, Verified
 from pretrain.trust.amendment import Acceptance
 from pretrain.trust.keys import load_signer, new_key
@@ -26,6 +28,7 @@ from tests.support import one_line_error
 from tests.unit.test_aggregate import GOOD, one_version, start, times
 from tests.unit.test_aggregate_restart import assert_same_state
 from tests.unit.test_signed import as_member, begin, manifest_file
+from tests.waiting import PATIENCE_SECONDS, wait_for
 
 QUORUM = {"quorum": 2, "deadline_floor_seconds": 0.0, "deadline_ceiling_seconds": 0.5}
 LR = "outer.lr=0.25"
@@ -332,3 +335,32 @@ def _by(config: RunConfig, silo: str, manifest: Manifest) -> str:
     """A signature by a silo's first key, whatever holds."""
     unsigned = dataclasses.replace(manifest, signature=None)
     return load_signer(config.key_file(silo)).sign("manifest", unsigned.to_bytes())
+
+
+def test_signatures_pass_a_relay(make: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """Alpha is behind it: its signatures go out, amendments and what was accepted of them come in."""
+    config = make()
+    here = dataclasses.replace(
+        config,
+        directory=str(tmp_path / "site"),
+        roster=config.full_roster,
+        silos={"alpha": config.silos["alpha"]},
+        exchange=dataclasses.replace(config.exchange, url=str(tmp_path / "site" / "store")),
+        trust=dataclasses.replace(config.trust, directory=f"{config.directory}/keys"),
+    )
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(start, config)
+        wait_for((Path(config.store_url) / "signatures" / f"{OPERATOR}.json").exists)
+        relay = Relay(here, config.store_url)
+        relay.start()
+        sign_contract(as_member(here, "alpha"), "alpha")
+        sign_contract(as_member(config, "beta"), "beta")
+        relay.copy()
+        aggregator, state = starting.result(PATIENCE_SECONDS)
+    assert propose(config, "beta", 3, LR).missing == ["alpha"]
+    relay.copy()
+    assert sign(here, "alpha") == []
+    relay.copy()
+    make_version(config, aggregator, state)
+    relay.copy()
+    assert [terms.from_version for terms in as_member(here, "alpha").members.later] == [3]
