@@ -331,6 +331,31 @@ def test_the_run_goes_on_without_a_revoked_member(
     )
 
 
+def test_who_lost_its_key_is_given_another_by_the_others(make: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """And what the lost one has said, or says, counts no more, words too."""
+    config = make(silos={"gamma": {}}, membership=QUORUM)
+    aggregator, state = begin(config)
+    as_member(config, "beta").announce("beta", left=False, version=0)
+    lost, file = load_signer(config.key_file("beta")), config.key_file("beta")
+    file.unlink()
+    change = f"trust.keys.beta={new_key(file.with_name('beta.key.1'), 'beta').text}"
+    assert propose(config, "alpha", 2, change).missing == ["gamma", "beta"]
+    assert sign(config, "gamma") == ["beta"]
+    assert sign(config, "beta") == []
+    make_version(config, aggregator, state, ["alpha", "gamma"])
+    operator = as_member(config, OPERATOR)
+    assert operator.membership("beta") is None
+    commit = make_version(config, aggregator, state)
+    assert [one.silo for one in commit.contributors] == ["alpha", "beta", "gamma"]
+    _, data = operator.contributed(commit.contributors[1])
+    manifest = dataclasses.replace(Manifest.from_bytes(data), signature=None)
+    manifest = dataclasses.replace(manifest, signature=lost.sign("manifest", manifest.to_bytes()))
+    with pytest.raises(RefusedError, match="not of these bytes by the key"):
+        operator.check("beta", manifest)
+    as_member(config, "beta").announce("beta", left=False, version=2)
+    assert operator.membership("beta") == Membership(left=False, version=2)
+
+
 def _by(config: RunConfig, silo: str, manifest: Manifest) -> str:
     """A signature by a silo's first key, whatever holds."""
     unsigned = dataclasses.replace(manifest, signature=None)
