@@ -5,14 +5,14 @@ from collections.abc import Callable, Sequence
 
 from pretrain.config.check import ConfigError, named
 from pretrain.config.keys import RunConfig
-from pretrain.exchange.amended import Proposal, acceptance_path, amendment_path, signature_path
+from pretrain.exchange.amended import FOLDER, Proposal, acceptance_path, amendment_path, signature_path
 from pretrain.exchange.store import REQUESTS_AT_ONCE, StoreExchange
 from pretrain.outer.threads import in_threads
 from pretrain.trust.amendment import Acceptance, Amendment, amended, voters
 from pretrain.trust.ledger import Agreement, RefusedError
 from pretrain.trust.members import OwnKeys
 
-FOLDER = "signatures"
+SIGNATURES = "signatures"
 
 
 def sign_contract(exchange: StoreExchange, member: str) -> None:
@@ -79,7 +79,7 @@ def _has_signed(exchange: StoreExchange, member: str) -> bool:
 
 
 def _name(member: str) -> str:
-    return f"{FOLDER}/{member}.json"
+    return f"{SIGNATURES}/{member}.json"
 
 
 # ---- amendments
@@ -93,28 +93,35 @@ def accept_amendments(
     A silo whose deliveries build on that commit reads it first, and so knows what holds; what is not accepted by then
     never holds. `config` is as the contract says, `check` is called before a write. Raises RefusedError.
     """
-    if not exchange.members.keys:
-        return
-    exchange.follow_amendments()
-    later = exchange.members.later
+    while (proposal := _complete(exchange, config, before)) is not None:  # one by one, as each may change who signs
+        name = acceptance_path(proposal.amendment.number)
+        accepted = exchange.members.sign(Acceptance(amendment_sha256=proposal.sha256, version=before))
+        check()
+        exchange.objects.delete(name)  # whatever somebody else has put there
+        exchange.objects.write(name, accepted.to_bytes())
+        if not exchange.follow_amendments():
+            raise RefusedError(f"{name} was written, and is not there as it was: somebody else writes to this store")
+
+
+def _complete(exchange: StoreExchange, config: RunConfig, before: int) -> Proposal | None:
+    """The first amendment that can be accepted before the commit of a version; what is too late is noted as void."""
+    later, void = exchange.members.later, exchange.amendments.void
     number, earliest = (later[-1].number, later[-1].from_version) if later else (0, 0)
+    if not exchange.members.keys or all(n <= number or n in void for n in exchange.numbers(FOLDER, after=".json")):
+        return None
     for proposal in exchange.amendments.read(exchange.objects):
         amendment = proposal.amendment
-        if proposal.missing or amendment.number <= number or amendment.from_version < earliest:
+        if amendment.number <= number or amendment.number in void:
             continue
-        if config.schedule.base(amendment.from_version) < before:
-            continue  # too late
-        try:
-            check_amended(config, proposal)
-        except ConfigError as error:
-            exchange.pass_over(amendment_path(amendment.number), error)
-            continue
-        check()
-        accepted = exchange.members.sign(Acceptance(amendment_sha256=proposal.sha256, version=before))
-        exchange.objects.delete(acceptance_path(amendment.number))  # whatever somebody else has put there
-        exchange.objects.write(acceptance_path(amendment.number), accepted.to_bytes())
-        exchange.follow_amendments()
-        number, earliest = amendment.number, amendment.from_version
+        if config.schedule.base(amendment.from_version) < before or amendment.from_version < earliest:
+            void.add(amendment.number)
+        elif not proposal.missing:
+            try:
+                check_amended(config, proposal)
+                return proposal
+            except ConfigError as error:
+                exchange.pass_over(amendment_path(amendment.number), error)
+    return None
 
 
 def check_amended(config: RunConfig, proposal: Proposal) -> None:

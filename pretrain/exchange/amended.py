@@ -59,6 +59,8 @@ class Amendments:
     ) -> None:
         """`rule` is the contract's `trust.amend`; `members.later` is what comes out."""
         self._members, self._rule, self._contract_sha256, self._pass_over = members, rule, contract_sha256, pass_over
+        self.void: set[int] = set()
+        """Those that the aggregator, which alone may accept them, has seen come too late."""
 
     def follow(self, objects: Objects) -> bool:
         """Whether amendments were accepted that were not known. Raises RefusedError for one that cannot have been."""

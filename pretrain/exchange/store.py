@@ -132,8 +132,8 @@ class StoreExchange(SignedStore):
     def peek_commits(self, versions: Sequence[int]) -> list[Commit]:
         """Commits as they lie there, read side by side, whatever they follow. Raises RefusedError."""
         commits = [Commit.from_bytes(data) for data in self._commits_bytes(versions)]
-        for commit in commits:
-            self.check(OPERATOR, commit)
+        for version, commit in zip(versions, commits, strict=True):
+            self.check(OPERATOR, commit, version=version)
         return commits
 
     def _commits_bytes(self, versions: Sequence[int]) -> list[bytes]:

@@ -20,7 +20,7 @@ import fsspec
 
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig
-from pretrain.exchange.agreement import FOLDER as SIGNATURES
+from pretrain.exchange.agreement import SIGNATURES
 from pretrain.exchange.amended import FOLDER as AMENDMENTS
 from pretrain.exchange.amended import acceptance_path, amendment_path
 from pretrain.exchange.beats import BEATS_PER_LEASE

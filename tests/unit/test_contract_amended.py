@@ -285,6 +285,22 @@ def test_a_rotated_key_signs_from_its_version_on(make: Callable[..., RunConfig],
     assert exchange.membership("beta") == word
 
 
+def test_who_changes_its_key_signs_again_what_holds_later(make: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """Both are complete before either is accepted; then the second is not: beta has another key by then."""
+    config = make()
+    aggregator, state = begin(config)
+    rotate(Agreed.at(config.store_url), "beta", Path(config.directory) / "keys", 3)
+    propose(config, "alpha", 4, LR)
+    assert sign(config, "beta", 2) == []
+    make_version(config, aggregator, state)
+    assert [terms.number for terms in as_member(config, "beta").members.later] == [1]
+    assert sign(config, "beta", 2) == []
+    for _ in range(3):
+        make_version(config, aggregator, state)
+    assert [terms.number for terms in as_member(config, "beta").members.later] == [1, 2]
+    assert not verified(config, tmp_path).findings
+
+
 def test_nobody_replaces_anothers_key(make: Callable[..., RunConfig], tmp_path: Path) -> None:
     """Alone; nor one's own with a key that is not here."""
     config = make(outer={"lr": 0.5}, membership=QUORUM | {"quorum": 1})
