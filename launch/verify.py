@@ -32,6 +32,8 @@ def verify(
     else:
         pruned = f", {found.num_pruned} are pruned" if found.num_pruned else ""
         print(f"contract    {'signed by every member' if found.is_signed else 'names no keys: nothing is signed'}")
+        if found.num_amendments:
+            print(f"amendments  {found.num_amendments} in force, with all signatures that they need")
         print(f"versions    {found.num_versions} in one chain, {len(found.merged)} merged again from their deliveries")
         print(f"deliveries  {found.num_manifests} manifests; {found.num_payloads} files have their hash{pruned}")
         for finding in found.findings:

@@ -22,7 +22,7 @@ from torch import Tensor
 from pretrain.config.check import ConfigError, named
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.config.load import load_config
-from pretrain.exchange.agreement import agree
+from pretrain.exchange.agreement import accept_amendments, agree
 from pretrain.exchange.lease import Lease
 from pretrain.exchange.objects import StoreTroubleError
 from pretrain.exchange.payload import PARAMETER, save_tensors
@@ -45,6 +45,7 @@ from pretrain.outer.digest import tensor_rows
 from pretrain.outer.placing import InMemory, OnDisk
 from pretrain.outer.quantize import Parts
 from pretrain.outer.state import OuterState, kept_at_start
+from pretrain.trust.amendment import Governed
 from pretrain.trust.contract import build_contract, check_same_contract, first_contract
 from pretrain.trust.ledger import Commit, Contributor, Payload, RefusedError, sha256_bytes
 from pretrain.trust.members import own_signer
@@ -57,12 +58,14 @@ class Aggregator:
 
     def __init__(self, config: RunConfig, journal: Journal, *, check_lease: Callable[[], None] = lambda: None) -> None:
         """`check_lease` raises ConfigError before a commit if another aggregator works on this store by now."""
+        self._own, self._governed = config, Governed(config)
+        config = self._governed.config
         self._config, self._journal, self._schedule, self._check_lease = config, journal, config.schedule, check_lease
         self._exchange = StoreExchange.of_run(config)
         self._exchange.members.signer = own_signer(config, OPERATOR)
         self._scratch = Path(config.directory) / "aggregator"
         self._place = OnDisk(self._scratch / "state") if config.outer.state == "disk" else InMemory()
-        self._merger = Merger(config, self._exchange, self._scratch, self._place)
+        self._merger = Merger(config, self._exchange, self._scratch, self._place, go_to=self._go_to)
         self._newest_file = self._scratch / "newest.json"
         self._newest: Commit | None = None
         self._next_look, self._num_repairs = time.monotonic(), 0
@@ -76,7 +79,7 @@ class Aggregator:
 
     def start(self) -> OuterState:
         """Write or compare the contract; load the newest version, or write version 0."""
-        ours = build_contract(self._config)
+        ours = build_contract(self._own)
         stored = self._exchange.read_contract()
         self._check_history()
         check_model(self._config)
@@ -97,6 +100,11 @@ class Aggregator:
                 self._journal.record("rollback", **record)
             newest = self._exchange.newest_version()
         return self._load(newest) if newest >= 0 else self._create(initial or self._initial())
+
+    def _go_to(self, version: int) -> None:
+        """From here on the configuration says what holds at a version that is made, or made again."""
+        terms = self._exchange.members.terms_at(version)
+        self._governed.go_to(terms.settings if terms else {})
 
     def _agree(self) -> None:
         def say(words: str) -> None:
@@ -143,6 +151,7 @@ class Aggregator:
 
         The chain of commits is checked as far back as any of them is used, and the digests of what comes out.
         """
+        self._go_to(newest + 1)
         snapshots = self.snapshots.history.last_snapshots(newest)
         first = max(0, min(*snapshots, newest + 1 - self._collector.past.num_needed))
         commits = {commit.version: commit for commit in self._exchange.read_commits(first, newest)}
@@ -165,6 +174,7 @@ class Aggregator:
 
     def collect(self, state: OuterState) -> list[Delivery]:
         """Wait until a version's deliveries are there, as many as the contract asks for."""
+        self._go_to(state.version + 1)
         return self._collector.collect(
             state.version + 1,
             lambda silo, data, version, over: self._merger.verify(silo, data, state, version, over),
@@ -250,7 +260,7 @@ class Aggregator:
             file = outbox / f"{PARAMETER if codec == 'fp32' else 'change'}-{fragment:03d}.safetensors"
             payloads.append((save_tensors(coded, file, fragment=fragment, moments=moments), file))
         commit = Commit(
-            contract_sha256=self._exchange.contract_sha256,
+            contract_sha256=self._exchange.terms_sha256(version),
             version=version,
             previous=previous,
             codec=codec,
@@ -263,6 +273,8 @@ class Aggregator:
         )
         self._merger.let_go(state, list(changes))
         commit = self._exchange.members.sign(commit)
+        if version:
+            accept_amendments(self._exchange, self._own, before=version, check=self._check_lease)
         self._publish(commit, payloads)
         state.version = version
         self._collector.past.committed(commit)

@@ -191,7 +191,10 @@ def _check_muon_silo(name: str, zero: dict[str, Any]) -> None:
 
 
 def _check_trust(config: RunConfig) -> None:
-    keys, members = config.trust.keys, {*config.full_roster, OPERATOR}
+    keys, members, amend = config.trust.keys, {*config.full_roster, OPERATOR}, config.trust.amend
+    most = len(config.full_roster)
+    fits = amend in ("all", *map(str, range(1, most + 1)))
+    _require(fits, "trust.amend", amend, f"all, or 1 to the {most} silos of the roster")
     if not keys:
         return
     kind = config.exchange.kind

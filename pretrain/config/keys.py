@@ -203,6 +203,8 @@ class TrustConfig:
     keep_deliveries: int = 0
     """Of so many of the newest versions the operator keeps all deliveries, for `atoll verify` to merge them again; part
     of the contract. `exchange.keep_versions` may be more."""
+    amend: str = "all"
+    """Silos that have to sign an amendment of the contract: all, or a number of them; part of the contract."""
     directory: str = ""
     """Where this machine has the private keys, NAME.key; empty: `keys` inside the run directory."""
     key_command: list[str] = field(default_factory=list)

@@ -53,9 +53,8 @@ class Outgoing(NamedTuple):
 class Exchange(Protocol):
     """How one silo's pseudo-gradients reach the others, and what was merged comes back."""
 
-    @property
-    def contract_sha256(self) -> str:
-        """sha256 of the contract, once joined."""
+    def terms_sha256(self, version: int) -> str:
+        """sha256 of what holds at a version whose base we have: of the contract (version 0), or of an amendment."""
 
     @property
     def concurrent(self) -> bool:

@@ -22,7 +22,8 @@ from pretrain.merge.snapshots import Snapshots
 from pretrain.merge.terms import contributor
 from pretrain.outer.placing import InMemory
 from pretrain.outer.state import OuterState
-from pretrain.trust.ledger import Commit, Payload, RefusedError, check_cosigned, check_link, sha256_bytes
+from pretrain.trust.amendment import Governed
+from pretrain.trust.ledger import Commit, Payload, RefusedError, check_cosigned, sha256_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,8 @@ class Verified:
     """Compared with their hashes."""
     num_pruned: int = 0
     """Payloads that are not there any more: hashes of them are all that is left."""
+    num_amendments: int = 0
+    """Of the contract, that hold."""
     merged: list[int] = field(default_factory=list)
     """Versions that were merged again from their deliveries."""
     findings: list[Finding] = field(default_factory=list)
@@ -65,7 +68,8 @@ class StoreVerifier:
         url, contract = exchange.objects.url, exchange.read_contract()
         if contract is None:
             raise ConfigError(f"store: {url!r} given; there is no run in it (no contract.json)")
-        self._config: RunConfig = read_terms(contract, url)[-1]
+        self._governed = Governed(read_terms(contract, url)[-1])
+        self._config: RunConfig = self._governed.config
         self._exchange, self._scratch, self._tell = exchange, scratch, tell
         self._commits: dict[int, Commit] = {}
         self._sha256: dict[int, str] = {}  # of their bytes
@@ -75,6 +79,7 @@ class StoreVerifier:
         """All of it. Raises StoreTroubleError."""
         for member in not_signed(self._exchange):
             self._note(None, f"signatures/{member}.json", f"{member} has not signed the contract")
+        self._found.num_amendments = len(self._exchange.members.later)
         self._read_chain()
         for commit in self._commits.values():
             self._check_payloads(version_path(commit.version), commit.version, commit.payloads)
@@ -108,7 +113,7 @@ class StoreVerifier:
                 self._sha256[version] = sha256_bytes(data)
                 commit = Commit.from_bytes(data)
                 self._found.num_versions += 1
-                check_link(commit, version, previous, exchange.contract_sha256)
+                exchange.check_link(commit, version, previous)
                 if data != commit.to_bytes():
                     raise RefusedError("it is not in the one form that a commit has")
                 exchange.members.check(OPERATOR, commit)
@@ -140,7 +145,11 @@ class StoreVerifier:
                 manifest, data = self._exchange.contributed(one)
                 self._found.num_manifests += 1
                 self._exchange.members.check(one.silo, manifest)
-                if contributor(manifest, data, one.weight) != one or manifest.contract_sha256 != commit.contract_sha256:
+                if not self._exchange.members.has_key(one.silo, commit.version):
+                    raise RefusedError(f"{one.silo} has no key at version {commit.version} any more")
+                if contributor(
+                    manifest, data, one.weight
+                ) != one or manifest.contract_sha256 != self._exchange.terms_sha256(one.version):
                     raise RefusedError("the commit says something else of it")
                 adopted = range(self._config.schedule.base(one.version), one.version)
                 check_cosigned(manifest, [self._sha256[version] for version in adopted if version in self._sha256])
@@ -205,6 +214,8 @@ class StoreVerifier:
     def _merge_version(self, merger: Merger, state: OuterState, commit: Commit, *, is_whole: bool) -> None:
         """Raise RefusedError unless a version follows from its deliveries as the contract says."""
         version, state.version = commit.version, commit.version - 1
+        terms = self._exchange.members.terms_at(version)
+        self._governed.go_to(terms.settings if terms else {})
         try:
             deliveries = []
             for one in commit.contributors:

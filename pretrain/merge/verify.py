@@ -57,7 +57,7 @@ class Verifier:
             version=version,
             base_digest=digest_rows(rows),
             config=self._config,
-            contract_sha256=self._exchange.contract_sha256,
+            contract_sha256=self._exchange.terms_sha256(version),
         )
         file = self._inbox / f"{silo}-{version:06d}.safetensors"
         shapes = {name: state.parameters[name].shape for name in names}

@@ -86,9 +86,8 @@ class AmongSilos:
         self._rows: dict[str, Row] = {}  # of the newest version
         self._kept: Kept = {}  # the outer state of our part of every fragment
 
-    @property
-    def contract_sha256(self) -> str:
-        """sha256 of the contract."""
+    def terms_sha256(self, version: int) -> str:
+        """sha256 of the contract, which nobody amends."""
         return self._ledger.contract_sha256
 
     @property
@@ -280,7 +279,7 @@ class AmongSilos:
                     version=version,
                     base_digest=base_digest,
                     config=self._config,
-                    contract_sha256=self.contract_sha256,
+                    contract_sha256=self.terms_sha256(version),
                 )
             except RefusedError as error:
                 raise PeerLostError(f"silo {silo}: its part of version {version}: {error}") from None

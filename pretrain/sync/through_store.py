@@ -66,10 +66,9 @@ class ThroughStore:
         self._held: dict[int, tuple[str, str | None]] = {}  # commits that we have seen: sha256, and of the one before
         self._remembering, self._next_look = threading.Lock(), time.monotonic()
 
-    @property
-    def contract_sha256(self) -> str:
-        """sha256 of the contract, once there is one."""
-        return self._store.contract_sha256
+    def terms_sha256(self, version: int) -> str:
+        """Of the contract, once there is one, or of the amendment that holds."""
+        return self._store.terms_sha256(version)
 
     def join(self) -> None:
         """Wait for the aggregator's contract; from then on the store shows that we are alive."""

@@ -20,6 +20,7 @@ from pretrain.host.foreign import loads, shown
 from pretrain.outer.codec import CODECS, check, decoded, encode
 from pretrain.outer.moments import MeanGradient, SecondMoment, check_moments
 from pretrain.silo.shards import read_manifest, tokenizer_sha256
+from pretrain.trust.amendment import Acceptance, Amendment
 from pretrain.trust.contract import FORMAT, first_contract, read_contract
 from pretrain.trust.keys import PublicKey
 from pretrain.trust.ledger import Agreement, Commit, Manifest, RefusedError, Snapshot
@@ -97,6 +98,8 @@ SPLIT = {
 }
 SNAPSHOT = Snapshot(contract_sha256="a" * 64, version=1, commit_sha256="b" * 64, payloads=[])
 AGREEMENT = Agreement(contract_sha256="a" * 64, member="alpha", signature="c" * 86)
+AMENDMENT = Amendment(number=1, previous="a" * 64, from_version=3, changes=["outer.lr=0.5"], author="alpha")
+ACCEPTANCE = Acceptance(amendment_sha256="a" * 64, version=1)
 # Of the seeds 9d61b19d... (RFC 8032, 7.1, test 1) and 77076d0a... (RFC 7748, 6.1).
 KEY = PublicKey(
     signing=bytes.fromhex("d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a"),
@@ -114,6 +117,12 @@ READERS: dict[str, Reader] = {
     ),
     "agreement": Reader(
         read=lambda data, _: Agreement.from_bytes(data), accepted=AGREEMENT.to_bytes(), refuses=RefusedError
+    ),
+    "amendment": Reader(
+        read=lambda data, _: Amendment.from_bytes(data).new_key, accepted=AMENDMENT.to_bytes(), refuses=RefusedError
+    ),
+    "acceptance": Reader(
+        read=lambda data, _: Acceptance.from_bytes(data), accepted=ACCEPTANCE.to_bytes(), refuses=RefusedError
     ),
     "public key": Reader(
         read=lambda data, _: PublicKey.parse(data.decode(errors="replace")), accepted=KEY, refuses=ConfigError
