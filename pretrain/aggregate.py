@@ -47,7 +47,7 @@ from pretrain.outer.quantize import Parts
 from pretrain.outer.state import OuterState, kept_at_start
 from pretrain.trust.contract import build_contract, check_same_contract, first_contract
 from pretrain.trust.ledger import Commit, Contributor, Payload, RefusedError, sha256_bytes
-from pretrain.trust.members import own_signer
+from pretrain.trust.members import act_as
 
 MOST_REPAIRS = 3  # a version: whoever says that it is damaged has all of it read again
 
@@ -59,7 +59,7 @@ class Aggregator:
         """`check_lease` raises ConfigError before a commit if another aggregator works on this store by now."""
         self._config, self._journal, self._schedule, self._check_lease = config, journal, config.schedule, check_lease
         self._exchange = StoreExchange.of_run(config)
-        self._exchange.members.signer = own_signer(config, OPERATOR)
+        act_as(self._exchange.members, config, OPERATOR)
         self._scratch = Path(config.directory) / "aggregator"
         self._place = OnDisk(self._scratch / "state") if config.outer.state == "disk" else InMemory()
         self._merger = Merger(config, self._exchange, self._scratch, self._place)

@@ -191,9 +191,13 @@ def _check_muon_silo(name: str, zero: dict[str, Any]) -> None:
 
 def _check_trust(config: RunConfig) -> None:
     keys, members = config.trust.keys, {*config.full_roster, OPERATOR}
+    kind, seal = config.exchange.kind, config.trust.seal
+    _require(not seal or kind == "store", "trust.seal", seal, f"false with exchange.kind={kind}, where no file travels")
     if not keys:
+        # A local launch of all silos makes their keys later.
+        fits = not seal or config.full_roster == sorted(config.silos)
+        _require(fits, "trust.seal", seal, "false without trust.keys: it is the members' keys that seal")
         return
-    kind = config.exchange.kind
     _require(kind == "store", "trust.keys", sorted(keys), f"none with exchange.kind={kind}, where nothing is signed")
     if missing := sorted(members - keys.keys()):
         raise ConfigError(

@@ -23,6 +23,7 @@ from pretrain.merge.terms import contributor
 from pretrain.outer.placing import InMemory
 from pretrain.outer.state import OuterState
 from pretrain.trust.ledger import Commit, Payload, RefusedError, check_link
+from pretrain.trust.members import operator_sealer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,8 @@ class Verified:
     """Compared with their hashes."""
     num_pruned: int = 0
     """Payloads that are not there any more: hashes of them are all that is left."""
+    is_sealed: bool = False
+    """Deliveries are sealed, and there is no key here to open them: no version was merged again."""
     merged: list[int] = field(default_factory=list)
     """Versions that were merged again from their deliveries."""
     findings: list[Finding] = field(default_factory=list)
@@ -57,10 +60,18 @@ class Verified:
 class StoreVerifier:
     """Goes through one store."""
 
-    def __init__(self, exchange: StoreExchange, scratch: Path, *, tell: Callable[[str], object] = print) -> None:
-        """`scratch` is an empty folder for what is read; `tell` gets a line of progress now and then.
+    def __init__(
+        self,
+        exchange: StoreExchange,
+        scratch: Path,
+        *,
+        tell: Callable[[str], object] = print,
+        key: Path | None = None,
+    ) -> None:
+        """`scratch` is an empty folder for what is read; `tell` gets a line of progress now and then; `key` is the
+        operator's private key, which opens sealed deliveries.
 
-        Raises ConfigError for what is no store of a run.
+        Raises ConfigError for what is no store of a run, and for another key.
         """
         url, contract = exchange.objects.url, exchange.read_contract()
         if contract is None:
@@ -68,7 +79,10 @@ class StoreVerifier:
         self._config: RunConfig = read_terms(contract, url)[-1]
         self._exchange, self._scratch, self._tell = exchange, scratch, tell
         self._commits: dict[int, Commit] = {}
-        self._found = Verified(url=url, is_signed=bool(exchange.members.keys))
+        if self._config.trust.seal and key:
+            exchange.members.sealer = operator_sealer(key, self._config)
+        is_sealed = self._config.trust.seal and not key
+        self._found = Verified(url=url, is_signed=bool(exchange.members.keys), is_sealed=is_sealed)
 
     def verify(self) -> Verified:
         """All of it. Raises StoreTroubleError."""
@@ -157,6 +171,8 @@ class StoreVerifier:
                 self._check_payloads(version_path(version), version, record.payloads)
         if not self._config.full_roster or newest < 1 or len(self._commits) <= newest:
             return  # nothing was merged, or the chain is broken, which was said
+        if self._found.is_sealed:
+            return
         start = self._oldest_start(snapshots, written, newest)
         if start is None:
             return

@@ -19,7 +19,8 @@ from pretrain.outer.codec import decoded
 from pretrain.outer.digest import digest_rows, tensor_row
 from pretrain.outer.moments import Moment, check_lengths, check_moments
 from pretrain.outer.state import OuterState
-from pretrain.trust.ledger import RefusedError
+from pretrain.trust.ledger import Manifest, RefusedError
+from pretrain.trust.seal import Place
 
 
 class Verifier:
@@ -31,6 +32,9 @@ class Verifier:
         self._inbox, self._num_threads = inbox, num_threads
         self._history = History(exchange, config.outer.num_fragments)
         self._reading_base = threading.Lock()
+        if config.trust.seal:  # what is opened there is nobody else's on this machine
+            inbox.mkdir(mode=0o700, parents=True, exist_ok=True)
+            inbox.chmod(0o700)
         self._last_base: tuple[int, dict[str, Tensor]] = -1, {}
 
     def verify(
@@ -62,9 +66,12 @@ class Verifier:
         file = self._inbox / f"{silo}-{version:06d}.safetensors"
         shapes = {name: state.parameters[name].shape for name in names}
         agreed = shared_moments(self._config, names, shapes)
-        header_bytes = check_payload_size(manifest.payloads[0], self._config.outer.codec, shapes, agreed)
-        exchange.fetch(delivery_path(silo, version), manifest.payloads[0], file)
+        (payload,), is_sealed = manifest.payloads, self._config.trust.seal
+        header_bytes = check_payload_size(payload, self._config.outer.codec, shapes, agreed, is_sealed=is_sealed)
+        exchange.fetch(delivery_path(silo, version), payload, file)
         try:
+            if is_sealed:
+                self._open(file, manifest)
             check_header(file, limit_bytes=header_bytes)
             tensors = Tensors(file)
             delivery = Delivery(manifest=manifest, manifest_bytes=data, tensors=tensors, norm=0.0, base=late)
@@ -76,6 +83,20 @@ class Verifier:
         finally:
             file.unlink()  # what is open stays readable
         return delivery
+
+    def _open(self, file: Path, manifest: Manifest) -> None:
+        """Put what is in a sealed payload in its place. Raises RefusedError."""
+        sealer = self._exchange.members.sealer
+        assert sealer, "nobody here opens a sealed payload"
+        sealer.open(
+            file,
+            Place(
+                contract_sha256=manifest.contract_sha256,
+                silo=manifest.silo,
+                version=manifest.version,
+                fragment=manifest.payloads[0].fragment,
+            ),
+        )
 
     def _late_base(self, version: int) -> dict[str, Tensor]:
         """The fragment that a late delivery for `version` builds on, as it was then; the last one is remembered."""

@@ -35,8 +35,10 @@ from pretrain.outer.quantize import Parts
 from pretrain.sync.delivered import Delivered
 from pretrain.trust.contract import build_contract, check_same_contract, read_contract
 from pretrain.trust.ledger import Commit, Payload, RefusedError, sha256_bytes
-from pretrain.trust.members import own_signer
+from pretrain.trust.members import act_as
+from pretrain.trust.seal import Place
 
+SEALED = ".sealed"  # a file in the outbox, beside what is in it
 MAX_REFUSALS = 3
 POLLS_PER_LOOK = 20  # while it waits, a silo looks whether the store still has the commit that it holds
 POLLS_FOR_REPAIR = 120  # how long it waits for a version that is damaged to be published again
@@ -55,7 +57,7 @@ class ThroughStore:
         self._closing = threading.Event()
         self._store = StoreExchange.of_run(config, closing=self._closing)
         self._history = History(self._store, config.outer.num_fragments)
-        self._store.members.signer = own_signer(config, silo)
+        act_as(self._store.members, config, silo)
         self._directory = config.silo_directory(silo)
         self._marking = ThreadPoolExecutor(1, thread_name_prefix="mark")
         self._beats: Beats | None = None
@@ -143,6 +145,13 @@ class ThroughStore:
         """Whole tensors."""
         return [Piece(name) for name in names]
 
+    def sealed(self, payload: Payload, file: Path, version: int) -> Payload:
+        """A sealed copy in the outbox, where the contract wants it."""
+        if not (sealer := self._store.members.sealer):
+            return payload
+        place = Place(contract_sha256=self.contract_sha256, silo=self._silo, version=version, fragment=payload.fragment)
+        return sealer.seal(payload, file, file.with_suffix(SEALED), place)
+
     def deliver(self, sent: Outgoing) -> None:
         """Write the payload and its manifest into the store; what comes too late to count is not sent."""
         with self._noticing_the_end():
@@ -151,7 +160,8 @@ class ThroughStore:
                 return
             self._num_refused.setdefault(version, len(self._store.refusals(self._silo, version)))
             self._delivered.add(version, sha256_bytes(manifest.to_bytes()))
-            stands = self._store.deliver(manifest, [(payload, sent.file) for payload in manifest.payloads])
+            file = sent.file.with_suffix(SEALED) if self._store.members.sealer else sent.file
+            stands = self._store.deliver(manifest, [(payload, file) for payload in manifest.payloads])
             if stands != manifest.to_bytes():
                 self._check_delivered(version, sha256_bytes(stands))
                 print(

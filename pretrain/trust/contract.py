@@ -35,7 +35,7 @@ def agreed_settings(config: RunConfig) -> dict[str, Any]:
         "outer": {key: value for key, value in outer.items() if key not in LOCAL_OUTER},
         "membership": dataclasses.asdict(config.membership),
         "roster": config.full_roster,
-        "trust": {"keys": dict(sorted(config.trust.keys.items()))},
+        "trust": {"keys": dict(sorted(config.trust.keys.items())), "seal": config.trust.seal},
     }
 
 
