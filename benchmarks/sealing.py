@@ -22,7 +22,7 @@ from pretrain.outer.codec import encode
 from pretrain.trust.keys import PrivateKey, new_key, read_key
 from pretrain.trust.seal import Place, Sealer
 
-PLACE = Place(contract_sha256="0" * 64, silo="law", version=1, fragment=0)
+PLACE = Place(contract_sha256="0" * 64, author="law", version=1, fragment=0, file="000001.safetensors")
 
 
 def sealers(directory: Path) -> tuple[Sealer, Sealer]:
@@ -40,7 +40,7 @@ def sealers(directory: Path) -> tuple[Sealer, Sealer]:
 def measure(codec: str, num_parameters: int, num_turns: int) -> str:
     """A line of results."""
     generator = torch.Generator().manual_seed(0)
-    width = 8192
+    width = 8125
     values = {
         f"layer.{number}": torch.randn(width, 1000, generator=generator) * 1e-3
         for number in range(num_parameters // (width * 1000))

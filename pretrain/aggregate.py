@@ -27,6 +27,7 @@ from pretrain.exchange.lease import Lease
 from pretrain.exchange.objects import StoreTroubleError
 from pretrain.exchange.payload import PARAMETER, save_tensors
 from pretrain.exchange.rollback import check_held, explain, finish_rollbacks, foreign, rollback_records
+from pretrain.exchange.sealed import give_group_key, seal_payload
 from pretrain.exchange.store import StoreExchange, version_path
 from pretrain.federation.preflight import check_model
 from pretrain.federation.room import check_aggregator_room
@@ -103,6 +104,7 @@ class Aggregator:
             self._journal.status("waiting", round=0, waiting_for=words)
 
         agree(self._exchange, OPERATOR, lambda: time.sleep(self._config.exchange.poll_seconds), say=say)
+        give_group_key(self._exchange)
 
     def _initial(self) -> dict[str, Tensor]:
         from pretrain.silo.model import initial_parameters
@@ -246,7 +248,8 @@ class Aggregator:
         for fragment in fragments:
             coded = {name: changes[name] for name in self._merger.fragments[fragment]}
             file = outbox / f"{PARAMETER if codec == 'fp32' else 'change'}-{fragment:03d}.safetensors"
-            payloads.append((save_tensors(coded, file, fragment=fragment, moments=moments), file))
+            payload = save_tensors(coded, file, fragment=fragment, moments=moments)
+            payloads.append((seal_payload(self._exchange, OPERATOR, version, payload, file), file))
         commit = Commit(
             contract_sha256=self._exchange.contract_sha256,
             version=version,

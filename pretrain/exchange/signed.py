@@ -12,7 +12,7 @@ from pretrain.exchange.objects import Objects
 from pretrain.exchange.options import store_options
 from pretrain.exchange.words import WORD_BYTES, Membership, Word, number
 from pretrain.host.foreign import shown
-from pretrain.trust.contract import contract_keys
+from pretrain.trust.contract import contract_keys, contract_seals
 from pretrain.trust.ledger import RefusedError, sha256_bytes
 from pretrain.trust.members import Members
 
@@ -41,7 +41,7 @@ class SignedStore:
             stall_seconds=stall_seconds,
             closing=closing,
         )
-        self.contract_sha256, self.members = "", Members()
+        self.contract_sha256, self.members, self.is_sealed = "", Members(), False
         self._passed_over: set[str] = set()
         self._said: dict[str, tuple[list[int], Membership | None]] = {}  # words of membership, and the last
 
@@ -76,7 +76,7 @@ class SignedStore:
         return data
 
     def _go_by(self, contract: bytes) -> None:
-        self.members.keys = contract_keys(contract)
+        self.members.keys, self.is_sealed = contract_keys(contract), contract_seals(contract)
         self.contract_sha256 = sha256_bytes(contract)
 
     def write_contract(self, data: bytes) -> None:

@@ -18,6 +18,7 @@
     silos/NAME/resumable/000016              the silo has a checkpoint that holds version 16
     rollbacks/, rolled-back/                 versions that were taken back (rollback.py)
     aggregator/000003.json                   who is the store's one aggregator (lease.py)
+    keys/NAME.json                           what silo NAME opens versions with, where payloads are sealed (sealed.py)
 
 Version 17 is what outer step 17 made of one fragment (outer/schedule.py); with one fragment, versions are rounds.
 """

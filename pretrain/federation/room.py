@@ -76,6 +76,8 @@ def check_aggregator_room(config: RunConfig, *, is_new: bool) -> None:
     num_bytes = state_disk_bytes(config, shapes) + scratch_bytes(config, shapes, is_new=is_new)
     if is_new and not config.exchange.url:
         num_bytes += parameters_bytes(shapes)
+    if config.trust.seal:  # what is written lies there sealed and open for a moment
+        num_bytes += parameters_bytes(shapes)
     on_disk = config.outer.state == "disk"
     what = "the aggregator, with its outer state on disk," if on_disk else "the aggregator"
     check_room(config, num_bytes, what, "take outer.state=memory" if on_disk else "")

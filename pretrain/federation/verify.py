@@ -14,6 +14,7 @@ from pretrain.config.check import ConfigError
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.exchange.agreement import not_signed
 from pretrain.exchange.payload import save_tensors
+from pretrain.exchange.sealed import seal_payload
 from pretrain.exchange.store import StoreExchange, delivery_path, version_path
 from pretrain.federation.join import read_terms
 from pretrain.merge.collect import Delivery
@@ -232,6 +233,7 @@ class StoreVerifier:
         (published,) = commit.payloads
         file = self._scratch / published.file
         made = save_tensors(merged.changes, file, fragment=published.fragment, moments=merged.moments)
+        made = seal_payload(self._exchange, OPERATOR, commit.version, made, file)
         file.unlink()
         if made != published:
             raise RefusedError(

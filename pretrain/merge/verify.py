@@ -11,6 +11,7 @@ from torch import Tensor
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.history import History
 from pretrain.exchange.payload import Tensors, check_header, read_parameters
+from pretrain.exchange.sealed import open_payload
 from pretrain.exchange.store import StoreExchange, delivery_path
 from pretrain.merge.collect import Delivery
 from pretrain.merge.terms import check_norm, check_payload_size, read_delivery, shared_moments
@@ -19,8 +20,7 @@ from pretrain.outer.codec import decoded
 from pretrain.outer.digest import digest_rows, tensor_row
 from pretrain.outer.moments import Moment, check_lengths, check_moments
 from pretrain.outer.state import OuterState
-from pretrain.trust.ledger import Manifest, RefusedError
-from pretrain.trust.seal import Place
+from pretrain.trust.ledger import RefusedError
 
 
 class Verifier:
@@ -66,12 +66,11 @@ class Verifier:
         file = self._inbox / f"{silo}-{version:06d}.safetensors"
         shapes = {name: state.parameters[name].shape for name in names}
         agreed = shared_moments(self._config, names, shapes)
-        (payload,), is_sealed = manifest.payloads, self._config.trust.seal
+        (payload,), is_sealed = manifest.payloads, self._exchange.is_sealed
         header_bytes = check_payload_size(payload, self._config.outer.codec, shapes, agreed, is_sealed=is_sealed)
         exchange.fetch(delivery_path(silo, version), payload, file)
         try:
-            if is_sealed:
-                self._open(file, manifest)
+            open_payload(self._exchange, silo, version, payload, file)
             check_header(file, limit_bytes=header_bytes)
             tensors = Tensors(file)
             delivery = Delivery(manifest=manifest, manifest_bytes=data, tensors=tensors, norm=0.0, base=late)
@@ -83,20 +82,6 @@ class Verifier:
         finally:
             file.unlink()  # what is open stays readable
         return delivery
-
-    def _open(self, file: Path, manifest: Manifest) -> None:
-        """Put what is in a sealed payload in its place. Raises RefusedError."""
-        sealer = self._exchange.members.sealer
-        assert sealer, "nobody here opens a sealed payload"
-        sealer.open(
-            file,
-            Place(
-                contract_sha256=manifest.contract_sha256,
-                silo=manifest.silo,
-                version=manifest.version,
-                fragment=manifest.payloads[0].fragment,
-            ),
-        )
 
     def _late_base(self, version: int) -> dict[str, Tensor]:
         """The fragment that a late delivery for `version` builds on, as it was then; the last one is remembered."""

@@ -23,7 +23,8 @@ from pretrain.exchange.history import History
 from pretrain.exchange.objects import StopWaitingError, StoreTroubleError
 from pretrain.exchange.payload import Tensors, changed_tensors, check_header, read_parameters
 from pretrain.exchange.rollback import check_held, explain, foreign, is_rolling_back, rollback_records
-from pretrain.exchange.store import StoreExchange, version_path
+from pretrain.exchange.sealed import fetch_version, seal_payload, sealed_copy, take_group_key
+from pretrain.exchange.store import StoreExchange
 from pretrain.host.foreign import shown
 from pretrain.host.identity import known_identity, own_identity
 from pretrain.host.software import differences
@@ -36,9 +37,7 @@ from pretrain.sync.delivered import Delivered
 from pretrain.trust.contract import build_contract, check_same_contract, read_contract
 from pretrain.trust.ledger import Commit, Payload, RefusedError, sha256_bytes
 from pretrain.trust.members import act_as
-from pretrain.trust.seal import Place
 
-SEALED = ".sealed"  # a file in the outbox, beside what is in it
 MAX_REFUSALS = 3
 POLLS_PER_LOOK = 20  # while it waits, a silo looks whether the store still has the commit that it holds
 POLLS_FOR_REPAIR = 120  # how long it waits for a version that is damaged to be published again
@@ -78,6 +77,8 @@ class ThroughStore:
             self._pause()
         check_same_contract(build_contract(self._config), stored, self._store.objects.url)
         agree(self._store, self._silo, self._pause)
+        with self._readable("the group's key"):
+            take_group_key(self._store, self._silo, self._pause)
         for line in differences(read_contract(stored, self._store.objects.url)[1]):
             print(line, flush=True)
         with self._readable("the record of a rollback"):
@@ -147,10 +148,7 @@ class ThroughStore:
 
     def sealed(self, payload: Payload, file: Path, version: int) -> Payload:
         """A sealed copy in the outbox, where the contract wants it."""
-        if not (sealer := self._store.members.sealer):
-            return payload
-        place = Place(contract_sha256=self.contract_sha256, silo=self._silo, version=version, fragment=payload.fragment)
-        return sealer.seal(payload, file, file.with_suffix(SEALED), place)
+        return seal_payload(self._store, self._silo, version, payload, file, keep=True)
 
     def deliver(self, sent: Outgoing) -> None:
         """Write the payload and its manifest into the store; what comes too late to count is not sent."""
@@ -160,7 +158,7 @@ class ThroughStore:
                 return
             self._num_refused.setdefault(version, len(self._store.refusals(self._silo, version)))
             self._delivered.add(version, sha256_bytes(manifest.to_bytes()))
-            file = sent.file.with_suffix(SEALED) if self._store.members.sealer else sent.file
+            file = sealed_copy(sent.file) if self._store.is_sealed else sent.file
             stands = self._store.deliver(manifest, [(payload, file) for payload in manifest.payloads])
             if stands != manifest.to_bytes():
                 self._check_delivered(version, sha256_bytes(stands))
@@ -326,7 +324,9 @@ class ThroughStore:
             agreed = shared_moments(self._config, before, before)
             for payload in commit.payloads:
                 file = self._directory / "inbox" / f"{version:06d}-{payload.fragment:03d}.safetensors"
-                header_bytes = check_payload_size(payload, commit.codec, before, agreed)
+                header_bytes = check_payload_size(
+                    payload, commit.codec, before, agreed, is_sealed=self._store.is_sealed
+                )
                 num_bytes += self._fetch(version, payload, file)
                 check_header(file, limit_bytes=header_bytes)
                 payload_tensors = Tensors(file)
@@ -350,7 +350,7 @@ class ThroughStore:
         began, said = time.monotonic(), ""
         while True:
             try:
-                return self._store.fetch(version_path(version), payload, file)
+                return fetch_version(self._store, version, payload, file)
             except RefusedError as error:
                 if time.monotonic() - began > seconds:
                     raise

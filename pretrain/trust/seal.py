@@ -1,9 +1,10 @@
 """Sealed payloads: whoever keeps the store sees their sizes, and nothing of what is in them. No torch.
 
-A silo and the aggregator's operator come to one secret by their X25519 keys (RFC 7748). From it, from where a payload
-belongs and from what is in it follows a key of its own (HKDF, RFC 5869), with which it is sealed chunk by chunk
-(ChaCha20-Poly1305, RFC 8439; STREAM, https://eprint.iacr.org/2015/189). The same payload in the same place has the same
-sealed bytes, so that a silo that was killed delivers what it delivered before. docs/formats.md has it byte by byte.
+A silo and the aggregator's operator come to one secret by their X25519 keys (RFC 7748); for what the operator writes to
+all members there is a key of the group, which it seals to each. From the secret, from where a payload belongs and from
+what is in it follows a key of its own (HKDF, RFC 5869), with which it is sealed chunk by chunk (ChaCha20-Poly1305, RFC
+8439; STREAM, https://eprint.iacr.org/2015/189). The same payload in the same place has the same sealed bytes, so that
+who was killed writes what it wrote before. docs/formats.md has it byte by byte.
 """
 
 import os
@@ -27,6 +28,7 @@ from pretrain.trust.ledger import Payload, RefusedError
 MAGIC = b"atoll/1 sealed\n"
 KEY_BYTES, SALT_BYTES, TAG_BYTES = 32, 32, 16
 HEADER_BYTES = len(MAGIC) + SALT_BYTES
+NO_NONCE = bytes(12)  # of a key that seals one message
 CHUNK_BYTES = 1 << 20  # of a payload; sealed it is TAG_BYTES longer
 
 
@@ -49,21 +51,25 @@ class Place:
     """Where a payload belongs: it cannot be opened anywhere else."""
 
     contract_sha256: str
-    silo: str
+    """Of the run."""
+    author: str
+    """The silo that delivers it to the operator, or the operator, who writes to all."""
     version: int
     fragment: int
+    file: str
 
     def to_bytes(self) -> bytes:
         """What keys are made of; no name holds a space."""
-        return f"{self.contract_sha256} {self.silo} {self.version} {self.fragment}\n".encode()
+        return f"{self.contract_sha256} {self.author} {self.version} {self.fragment} {self.file}\n".encode()
 
 
 class Sealer:
-    """Seals as a silo, for the operator; opens as the operator. What one of the two can, the other can, too."""
+    """Seals and opens as a member. Whoever can open what another has sealed could have sealed it: who did, signs."""
 
     def __init__(self, own: PrivateKey, keys: Mapping[str, PublicKey]) -> None:
         """`keys` are those of the contract, ours among them."""
         self._own, self._keys = own, keys
+        self._group: dict[str, bytes] = {}  # the group's key, by sha256 of the contract
 
     def seal(self, payload: Payload, file: Path, target: Path, place: Place) -> Payload:
         """Write a payload's file, sealed, to a new file; returns what is told of that, under the payload's name.
@@ -111,22 +117,61 @@ class Sealer:
                     chunk = cipher.decrypt(_nonce(number, number == last), block, None)
                 except InvalidTag:
                     raise RefusedError(
-                        f"its payload cannot be opened: chunk {number + 1} of {last + 1} is not as silo {place.silo} "
-                        f"sealed it for version {place.version} of this run"
+                        f"its payload cannot be opened: chunk {number + 1} of {last + 1} is not as "
+                        f"{place.author} sealed it for version {place.version} of this run"
                     ) from None
                 opened.seek(total)
                 _write_all(opened, chunk)
                 total += len(chunk)
             opened.truncate(total)
 
+    # ---- the group's key
+
+    def give(self, contract_sha256: str, member: str) -> str:
+        """As the operator: the group's key, for one member alone, in hexadecimal."""
+        return self._wrapping(contract_sha256, member).encrypt(NO_NONCE, self._group_key(contract_sha256), None).hex()
+
+    def take(self, contract_sha256: str, member: str, given: str) -> None:
+        """As a member: go by what the operator has given us. Raises RefusedError if it is not for us."""
+        try:
+            key = self._wrapping(contract_sha256, member).decrypt(NO_NONCE, bytes.fromhex(given), None)
+        except (InvalidTag, ValueError):
+            raise RefusedError(
+                f"the group's key cannot be opened: it is not as the operator gave it to {member}"
+            ) from None
+        self._group[contract_sha256] = key
+
+    def _group_key(self, contract_sha256: str) -> bytes:
+        """The operator's follows from its private key, so that it is the same after a restart."""
+        if contract_sha256 not in self._group:
+            assert self._own.public == self._keys[OPERATOR], "the group's key was not taken"
+            own, info = self._own.agreement.private_bytes_raw(), b"atoll/1 group\0" + contract_sha256.encode()
+            self._group[contract_sha256] = HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=None, info=info).derive(own)
+        return self._group[contract_sha256]
+
+    def _wrapping(self, contract_sha256: str, member: str) -> ChaCha20Poly1305:
+        """What seals the group's key to a member: that one message."""
+        shared, ends = self._shared(member)
+        info = b"atoll/1 group-key\0" + ends + f"{contract_sha256} {member}\n".encode()
+        return ChaCha20Poly1305(HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=None, info=info).derive(shared))
+
+    # ---- secrets
+
     def _secrets(self, place: Place) -> tuple[bytes, bytes]:
-        """What silo and operator alone can know in this place: the key of its salts, and what its keys follow from."""
-        silo, operator = self._keys[place.silo].agreement, self._keys[OPERATOR].agreement
-        other = silo if self._own.public.agreement == operator else operator
-        shared = self._own.agreement.exchange(X25519PublicKey.from_public_bytes(other))
-        info = b"atoll/1 seal\0" + silo + operator + place.to_bytes()
+        """What those who may read can know of this place: the key of its salts, and what its keys follow from."""
+        if place.author == OPERATOR:
+            shared, ends = self._group_key(place.contract_sha256), b""
+        else:
+            shared, ends = self._shared(place.author)
+        info = b"atoll/1 seal\0" + ends + place.to_bytes()
         found = HKDF(algorithm=SHA256(), length=2 * KEY_BYTES, salt=None, info=info).derive(shared)
         return found[:KEY_BYTES], found[KEY_BYTES:]
+
+    def _shared(self, silo: str) -> tuple[bytes, bytes]:
+        """The secret of a silo and the operator, and both public keys."""
+        its, operator = self._keys[silo].agreement, self._keys[OPERATOR].agreement
+        other = its if self._own.public.agreement == operator else operator
+        return self._own.agreement.exchange(X25519PublicKey.from_public_bytes(other)), its + operator
 
 
 def _salt(key: bytes, plain_blake3: str) -> bytes:

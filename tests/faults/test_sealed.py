@@ -8,11 +8,7 @@ from tests.distributed.federation import Outcome, assert_same_bits
 from tests.faults.scripted import Faults, federate_with
 from tests.faults.test_kills import make_config
 
-DEATHS: Faults = {
-    "alpha": [("before_payload", 2)],
-    "beta": [("after_manifest", 1)],
-    "aggregator": [("after_merge", 2)],
-}
+DEATHS: Faults = {"beta": [("after_manifest", 1)], "aggregator": [("after_merge", 2)]}
 
 
 def test_killed_and_sealed_equals_undisturbed_and_open(
@@ -26,8 +22,9 @@ def test_killed_and_sealed_equals_undisturbed_and_open(
     for silo in config.silos:
         assert run.by_step(silo, "loss") == undisturbed.by_step(silo, "loss")
         assert run.held_out(silo) == undisturbed.held_out(silo)
-        delivered = Path(config.store_url) / "silos" / silo
-        assert all(file.read_bytes().startswith(b"atoll/1 sealed\n") for file in delivered.rglob("*.safetensors"))
+    payloads = [file.read_bytes() for file in Path(config.store_url).rglob("*.safetensors")]
+    assert payloads
+    assert all(payload.startswith(b"atoll/1 sealed\n") for payload in payloads)
     # Beta had delivered version 1 when it was killed, and came to the same manifest: else it would say so.
     said = [file.read_text() for file in (Path(config.directory) / "logs").rglob("*.log")]
     assert len(said) >= 3

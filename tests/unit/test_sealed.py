@@ -9,20 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 from typer.testing import CliRunner
 
 from launch import cli
 from pretrain.aggregate import Aggregator, OuterState
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.exchange.base import Outgoing
-from pretrain.exchange.store import file_payload
+from pretrain.exchange.history import History
+from pretrain.exchange.payload import read_parameters
+from pretrain.exchange.sealed import given_group_key, read_as_a_member, take_group_key
+from pretrain.exchange.store import StoreExchange, file_payload
 from pretrain.federation.preflight import check_silo
+from pretrain.federation.relay import Relay
 from pretrain.sync.through_store import ThroughStore
 from pretrain.trust.contract import build_contract
-from pretrain.trust.ledger import Manifest
+from pretrain.trust.ledger import GroupKey, Manifest, RefusedError
 from pretrain.trust.members import own_sealer, with_keys
 from pretrain.trust.seal import sealed_bytes
 from tests.conftest import TinyConfig
+from tests.distributed.federation import assert_same_bits
 from tests.support import one_line_error
 from tests.unit.federation.test_verify import verified
 from tests.unit.test_aggregate import GOOD, one_version, plus_noise, start
@@ -84,17 +90,24 @@ def test_a_sealed_run_comes_to_the_bits_of_one_that_is_not(
     (open_config, open_state), (config, state) = found.values()
     assert_same_state(open_state, state)
     assert_same_state(start(config)[1], state)  # a restart opens what came since the snapshots once more
-    for silo in config.full_roster:
-        for version in (1, 2, 3):
-            plain = payload_file(open_config, silo, version).read_bytes()
-            there = payload_file(config, silo, version).read_bytes()
-            assert (config.silo_directory(silo) / "outbox" / f"{version:06d}.safetensors").read_bytes() == plain
-            assert len(there) == sealed_bytes(len(plain))
-            pieces = [plain[at : at + 12] for at in range(0, len(plain) - 12, 12)]
-            assert not [piece for piece in pieces if len(set(piece)) > 4 and piece in there]
+    open_store, store = Path(open_config.store_url), Path(config.store_url)
+    plain_files = sorted(open_store.rglob("*.safetensors"))
+    assert len(plain_files) >= 3 * 2 + 3 + 1
+    for file in plain_files:
+        plain, there = file.read_bytes(), (store / file.relative_to(open_store)).read_bytes()
+        assert len(there) == sealed_bytes(len(plain))
+        pieces = [plain[at : at + 12] for at in range(0, len(plain) - 12, 12)]
+        assert not [piece for piece in pieces if len(set(piece)) > 4 and piece in there]
+    for silo in config.full_roster:  # its own copy is as it was
+        file = Path("silos") / silo / "000002" / "000002.safetensors"
+        assert (config.silo_directory(silo) / "outbox" / file.name).read_bytes() == (open_store / file).read_bytes()
+    assert not left_open(config)
+
+
+def left_open(config: RunConfig) -> list[str]:
+    """What lies on the aggregator's machine of what it has opened, and what others may read there."""
     inbox = Path(config.directory) / "aggregator" / "inbox"
-    assert inbox.stat().st_mode & 0o077 == 0
-    assert list(inbox.iterdir()) == []
+    return [*(file.name for file in inbox.iterdir()), *(["mode"] if inbox.stat().st_mode & 0o077 else [])]
 
 
 def test_a_silo_that_starts_again_delivers_the_same_manifest(sealed: RunConfig) -> None:
@@ -137,7 +150,7 @@ def too_large(config: RunConfig, state: OuterState) -> None:
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (from_another_place, "its payload cannot be opened: chunk 1 of 1 is not as silo beta sealed it for version 1"),
+        (from_another_place, "its payload cannot be opened: chunk 1 of 1 is not as beta sealed it for version 1"),
         (not_sealed, "its payload is not sealed, as the contract says it is"),
         (too_large, "its payload has "),
     ],
@@ -162,7 +175,78 @@ def test_what_cannot_be_opened_is_refused_and_delivered_again(
     (refusal,) = as_member(sealed, "beta").refusals("beta", 1)
     assert refusal.reason.startswith(reason)
     assert f"version 1: refused the delivery of silo beta: {reason}" in capsys.readouterr().out
-    assert list((Path(sealed.directory) / "aggregator" / "inbox").iterdir()) == []
+    assert not left_open(sealed)
+
+
+# ---- what comes back
+
+
+def newest_parameters(exchange: StoreExchange, scratch: Path, version: int) -> dict[str, Tensor]:
+    return read_parameters(exchange, History(exchange, 1).parameters(version, 0), scratch)
+
+
+def test_every_member_reads_the_versions_and_nobody_else(sealed: RunConfig, tmp_path: Path) -> None:
+    _, state = advance(sealed, 2)
+    silo = ThroughStore(sealed, "alpha")
+    silo.join()
+    assert_same_bits(silo.initial().values, start_values := newest_parameters(silo._store, tmp_path / "0", 0))
+    received = silo.receive(1, None, start_values)
+    assert_same_bits(silo.receive(2, None, received.values).values, state.parameters)
+    silo.close("")
+    exchange = StoreExchange(sealed.store_url)
+    exchange.read_contract()
+    with pytest.raises(RefusedError, match=r"parameter-000.safetensors: it is sealed for the members of this run"):
+        newest_parameters(exchange, tmp_path / "none", 0)
+    assert list((tmp_path / "none").iterdir()) == []
+    read_as_a_member(exchange, sealed)  # as the first silo that this machine has the key of
+    assert_same_bits(newest_parameters(exchange, tmp_path / "1", 2), state.parameters)
+    sealed.key_file("alpha").unlink()
+    sealed.key_file("beta").unlink()
+    exchange.members.sealer = None
+    read_as_a_member(exchange, sealed)  # the operator's own
+    assert_same_bits(newest_parameters(exchange, tmp_path / "2", 2), state.parameters)
+
+
+def test_the_groups_key_is_the_operators_word_to_one_member(
+    sealed: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin(sealed)
+    alpha, folder = as_member(sealed, "alpha"), Path(sealed.store_url) / "keys"
+    alpha.members.sealer = own_sealer(sealed, "alpha")
+    before = (folder / "alpha.json").read_bytes()
+    shutil.copy(folder / "beta.json", folder / "alpha.json")
+    with pytest.raises(RefusedError, match=r"^keys/alpha.json, the key of what is sealed for all, is not there"):
+        take_group_key(alpha, "alpha")
+    forged = GroupKey(contract_sha256=alpha.contract_sha256, member="alpha", sealed="00" * 48)
+    (folder / "alpha.json").write_bytes(as_member(sealed, "beta").members.sign(forged).to_bytes())
+    assert given_group_key(alpha, "alpha") is None
+    assert "keys/alpha.json is passed over: " in capsys.readouterr().out
+    with pytest.raises(RefusedError, match="the group's key cannot be opened"):
+        betas = GroupKey.from_bytes((folder / "beta.json").read_bytes())
+        alpha.members.sealer.take(alpha.contract_sha256, "alpha", betas.sealed)
+    start(sealed)  # the operator writes it again, the same
+    assert (folder / "alpha.json").read_bytes() == before
+    take_group_key(alpha, "alpha")
+
+
+def test_a_relay_hands_on_what_is_sealed_as_it_is(sealed: RunConfig, tmp_path: Path) -> None:
+    _, state = advance(sealed, 2)
+    here = dataclasses.replace(
+        sealed,
+        directory=str(tmp_path / "site"),
+        exchange=dataclasses.replace(sealed.exchange, url=str(tmp_path / "here")),
+        silos={"alpha": sealed.silos["alpha"]},
+        roster=sealed.full_roster,
+        trust=dataclasses.replace(sealed.trust, directory=str(sealed.key_file("alpha").parent)),
+    )
+    relay = Relay(here, sealed.store_url)
+    relay.start()
+    relay.copy()
+    for file in ("keys/alpha.json", "global/000002/change-000.safetensors"):
+        assert (tmp_path / "here" / file).read_bytes() == (Path(sealed.store_url) / file).read_bytes()
+    alpha = as_member(here, "alpha")
+    read_as_a_member(alpha, here)
+    assert_same_bits(newest_parameters(alpha, tmp_path / "scratch", 2), state.parameters)
 
 
 # ---- atoll verify

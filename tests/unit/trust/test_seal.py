@@ -35,7 +35,7 @@ AGREEMENT = {
     OPERATOR: "5dab087e624a8a4b79e17f8b83800ee66f3bb1292618b6fd1c2f8b27ff88e0eb",
     "medicine": "a0" * 32,
 }
-PLACE = Place(contract_sha256="c0" * 32, silo="law", version=17, fragment=1)
+PLACE = Place(contract_sha256="c0" * 32, author="law", version=17, fragment=1, file="000017.safetensors")
 SIZES = (0, 1, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 3 * CHUNK_BYTES, 3 * CHUNK_BYTES + 7)
 STEP = CHUNK_BYTES + TAG_BYTES
 
@@ -59,7 +59,7 @@ def sealed(directory: Path, data: bytes, place: Place = PLACE) -> tuple[bytes, P
     """What a silo makes of a payload, and tells of it."""
     file, target = directory / "000017.safetensors", directory / "000017.sealed"
     file.write_bytes(data)
-    payload = sealer(place.silo).seal(file_payload(file, place.fragment), file, target, place)
+    payload = sealer(place.author).seal(file_payload(file, place.fragment), file, target, place)
     assert file.read_bytes() == data
     return target.read_bytes(), payload
 
@@ -92,7 +92,7 @@ def test_the_same_payload_in_the_same_place_has_the_same_bytes(tmp_path: Path) -
     first, _ = sealed(tmp_path, data)
     assert sealed(tmp_path, data)[0] == first
     others = [sealed(tmp_path, data[:-1] + b"!")[0]]
-    for change in ({"version": 18}, {"fragment": 0}, {"silo": "medicine"}, {"contract_sha256": "c1" * 32}):
+    for change in ({"version": 18}, {"fragment": 0}, {"author": "medicine"}, {"contract_sha256": "c1" * 32}):
         others.append(sealed(tmp_path, data, replace(PLACE, **change))[0])  # type: ignore[arg-type]
     headers = {other[:HEADER_BYTES] for other in others}
     assert len(headers) == len(others)  # another salt, and with it another key, for each
@@ -124,9 +124,7 @@ def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
         spoiled = bytearray(found)
         spoiled[at] ^= 1 << at % 8
         line = refused(tmp_path, bytes(spoiled))
-        assert (
-            "is not sealed" if at < len(MAGIC) else "chunk 1 of 1 is not as silo law sealed it for version 17"
-        ) in line
+        assert ("is not sealed" if at < len(MAGIC) else "chunk 1 of 1 is not as law sealed it for version 17") in line
 
 
 def edges(found: bytes) -> list[int]:
@@ -169,7 +167,7 @@ def test_chunks_in_other_places_are_refused(change: Callable[[list[bytes]], list
 
 def test_what_belongs_elsewhere_is_refused(tmp_path: Path) -> None:
     found, _ = sealed(tmp_path, noise(100))
-    for change in ({"version": 18}, {"fragment": 0}, {"silo": "medicine"}, {"contract_sha256": "c1" * 32}):
+    for change in ({"version": 18}, {"fragment": 0}, {"author": "medicine"}, {"contract_sha256": "c1" * 32}):
         assert "cannot be opened" in refused(tmp_path, found, replace(PLACE, **change))  # type: ignore[arg-type]
     assert "cannot be opened" in refused(tmp_path, found, name="medicine")  # another member
     other, _ = sealed(tmp_path, noise(101)[:100])
@@ -203,6 +201,6 @@ def test_what_the_documentation_says_opens_it(tmp_path: Path) -> None:
     for given, expected in ((found, b"atoll"), (sealed(tmp_path, data)[0], data)):
         (tmp_path / "given").write_bytes(given)
         operator, law = AGREEMENT[OPERATOR], KEYS["law"].agreement.hex()
-        arguments = [str(tmp_path / "given"), operator, law, f"{PLACE.contract_sha256} law 17 1"]
+        arguments = [str(tmp_path / "given"), operator, law, PLACE.to_bytes().decode().rstrip()]
         command = [sys.executable, "-I", "-c", code, *arguments]
         assert subprocess.run(command, check=True, capture_output=True).stdout == expected
