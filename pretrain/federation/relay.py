@@ -1,7 +1,8 @@
 """A relay between a directory that compute nodes share and the federation's store, which they cannot reach. No torch.
 
     here to there   of this site's silos: identity, words of membership, resumable, beats, deliveries
-    there to here   the contract, the group's keys, rollbacks, refusals, and of each version the commit and the tensors that silos read
+    there to here   the contract, the group's keys, rollbacks, refusals, and of each version the commit and the tensors
+                    that silos read
 
 It compares what lies in both, and knows nothing else, so it may be killed at any instant and started again. What counts
 once its last object is there (a delivery: its manifest, a version: its commit) is copied in that order. Whoever removes

@@ -221,8 +221,8 @@ def test_the_groups_key_is_the_operators_word_to_one_member(
     (folder / "alpha.json").write_bytes(as_member(sealed, "beta").members.sign(forged).to_bytes())
     assert given_group_key(alpha, "alpha") is None
     assert "keys/alpha.json is passed over: " in capsys.readouterr().out
+    betas = GroupKey.from_bytes((folder / "beta.json").read_bytes())
     with pytest.raises(RefusedError, match="the group's key cannot be opened"):
-        betas = GroupKey.from_bytes((folder / "beta.json").read_bytes())
         alpha.members.sealer.take(alpha.contract_sha256, "alpha", betas.sealed)
     start(sealed)  # the operator writes it again, the same
     assert (folder / "alpha.json").read_bytes() == before
