@@ -187,6 +187,31 @@ def test_a_file_that_changes_while_it_is_sealed_does_not_leave(tmp_path: Path) -
     assert not target.exists()
 
 
+# ---- the group's key
+
+
+def test_what_the_operator_seals_for_all_opens_for_who_was_given_the_key(tmp_path: Path) -> None:
+    file, target = tmp_path / "change-001.safetensors", tmp_path / "sealed"
+    file.write_bytes(data := noise(CHUNK_BYTES + 1))
+    place = replace(PLACE, author=OPERATOR, file=file.name)
+    found = []
+    for _ in range(2):  # and after a restart the same
+        sealer(OPERATOR).seal(file_payload(file, 1), file, target, place)
+        found.append(target.read_bytes())
+    assert found[0] == found[1]
+    member = sealer("law")
+    with pytest.raises(RefusedError, match="the group's key cannot be opened"):
+        member.take(PLACE.contract_sha256, "law", sealer(OPERATOR).give(PLACE.contract_sha256, "medicine"))
+    with pytest.raises(RefusedError, match="the group's key cannot be opened"):
+        member.take(PLACE.contract_sha256, "law", sealer(OPERATOR).give("c1" * 32, "law"))
+    member.take(PLACE.contract_sha256, "law", sealer(OPERATOR).give(PLACE.contract_sha256, "law"))
+    member.open(target, place)
+    assert target.read_bytes() == data
+    target.write_bytes(found[0])
+    with pytest.raises(RefusedError, match="is not as aggregator sealed it for version 17"):
+        member.open(target, replace(place, file="velocity-001.safetensors"))
+
+
 # ---- other tools
 
 
