@@ -27,6 +27,7 @@ from pretrain.exchange.lease import Lease
 from pretrain.exchange.objects import StoreTroubleError
 from pretrain.exchange.payload import PARAMETER, save_tensors
 from pretrain.exchange.rollback import check_held, explain, finish_rollbacks, foreign, rollback_records
+from pretrain.exchange.sealed import give_group_key, seal_payload
 from pretrain.exchange.store import StoreExchange, version_path
 from pretrain.federation.preflight import check_model
 from pretrain.federation.room import check_aggregator_room
@@ -48,7 +49,7 @@ from pretrain.outer.state import OuterState, kept_at_start
 from pretrain.trust.amendment import Governed
 from pretrain.trust.contract import build_contract, check_same_contract, first_contract
 from pretrain.trust.ledger import Commit, Contributor, Payload, RefusedError, sha256_bytes
-from pretrain.trust.members import own_signer
+from pretrain.trust.members import act_as
 
 MOST_REPAIRS = 3  # a version: whoever says that it is damaged has all of it read again
 
@@ -62,7 +63,7 @@ class Aggregator:
         config = self._governed.config
         self._config, self._journal, self._schedule, self._check_lease = config, journal, config.schedule, check_lease
         self._exchange = StoreExchange.of_run(config)
-        self._exchange.members.signer = own_signer(config, OPERATOR)
+        act_as(self._exchange.members, config, OPERATOR)
         self._scratch = Path(config.directory) / "aggregator"
         self._place = OnDisk(self._scratch / "state") if config.outer.state == "disk" else InMemory()
         self._merger = Merger(config, self._exchange, self._scratch, self._place, go_to=self._go_to)
@@ -111,6 +112,7 @@ class Aggregator:
             self._journal.status("waiting", round=0, waiting_for=words)
 
         agree(self._exchange, OPERATOR, lambda: time.sleep(self._config.exchange.poll_seconds), say=say)
+        give_group_key(self._exchange)
 
     def _initial(self) -> dict[str, Tensor]:
         from pretrain.silo.model import initial_parameters
@@ -258,7 +260,8 @@ class Aggregator:
         for fragment in fragments:
             coded = {name: changes[name] for name in self._merger.fragments[fragment]}
             file = outbox / f"{PARAMETER if codec == 'fp32' else 'change'}-{fragment:03d}.safetensors"
-            payloads.append((save_tensors(coded, file, fragment=fragment, moments=moments), file))
+            payload = save_tensors(coded, file, fragment=fragment, moments=moments)
+            payloads.append((seal_payload(self._exchange, OPERATOR, version, payload, file), file))
         commit = Commit(
             contract_sha256=self._exchange.terms_sha256(version),
             version=version,

@@ -195,9 +195,13 @@ def _check_trust(config: RunConfig) -> None:
     most = len(config.full_roster)
     fits = amend in ("all", *map(str, range(1, most + 1)))
     _require(fits, "trust.amend", amend, f"all, or 1 to the {most} silos of the roster")
+    kind, seal = config.exchange.kind, config.trust.seal
+    _require(not seal or kind == "store", "trust.seal", seal, f"false with exchange.kind={kind}, where no file travels")
     if not keys:
+        # A local launch of all silos makes their keys later.
+        fits = not seal or config.full_roster == sorted(config.silos)
+        _require(fits, "trust.seal", seal, "false without trust.keys: it is the members' keys that seal")
         return
-    kind = config.exchange.kind
     _require(kind == "store", "trust.keys", sorted(keys), f"none with exchange.kind={kind}, where nothing is signed")
     if missing := sorted(members - keys.keys()):
         raise ConfigError(

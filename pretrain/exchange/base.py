@@ -11,7 +11,7 @@ from pretrain.exchange.payload import Held, Tensors
 from pretrain.outer.digest import Row
 from pretrain.outer.pieces import Piece
 from pretrain.outer.quantize import Parts
-from pretrain.trust.ledger import Commit, Manifest
+from pretrain.trust.ledger import Commit, Manifest, Payload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +100,9 @@ class Exchange(Protocol):
 
     def pieces(self, names: Sequence[str], base: Mapping[str, Tensor]) -> list[Piece]:
         """In which pieces a fragment's tensors are coded and sent."""
+
+    def sealed(self, payload: Payload, file: Path, version: int) -> Payload:
+        """What a manifest says of a payload that was written to a file: of it sealed, if it leaves so."""
 
     def deliver(self, sent: Outgoing) -> None:
         """Give away a coded fragment, as often as need be: what was delivered first stands."""

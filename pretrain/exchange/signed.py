@@ -13,7 +13,7 @@ from pretrain.exchange.objects import Objects
 from pretrain.exchange.options import store_options
 from pretrain.exchange.words import WORD_BYTES, Membership, Word, number
 from pretrain.host.foreign import shown
-from pretrain.trust.contract import amend_rule, contract_keys
+from pretrain.trust.contract import amend_rule, contract_keys, contract_seals
 from pretrain.trust.ledger import Commit, Record, RefusedError, check_link, sha256_bytes
 from pretrain.trust.members import Members
 
@@ -42,7 +42,7 @@ class SignedStore:
             stall_seconds=stall_seconds,
             closing=closing,
         )
-        self.contract_sha256, self.members = "", Members()
+        self.contract_sha256, self.members, self.is_sealed = "", Members(), False
         self.amendments = Amendments(self.members, "all", "", self.pass_over)
         self._passed_over: set[str] = set()
         self._said: dict[str, tuple[list[int], Membership | None]] = {}  # words of membership, and the last
@@ -86,6 +86,7 @@ class SignedStore:
         if sha256 == self.contract_sha256:
             return
         self.members.keys, self.members.later, self.contract_sha256 = contract_keys(contract), [], sha256
+        self.is_sealed = contract_seals(contract)
         self.amendments = Amendments(self.members, amend_rule(contract), sha256, self.pass_over)
 
     # ---- what holds at a version

@@ -19,6 +19,7 @@
     rollbacks/, rolled-back/                 versions that were taken back (rollback.py)
     aggregator/000003.json                   who is the store's one aggregator (lease.py)
     amendments/                              changes of the contract, and who has signed them (amended.py)
+    keys/NAME.json                           what silo NAME opens versions with, where payloads are sealed (sealed.py)
 
 Version 17 is what outer step 17 made of one fragment (outer/schedule.py); with one fragment, versions are rounds.
 """

@@ -1,7 +1,8 @@
 """A relay between a directory that compute nodes share and the federation's store, which they cannot reach. No torch.
 
     here to there   of this site's silos: identity, words of membership, resumable, beats, deliveries
-    there to here   the contract, rollbacks, refusals, and of each version the commit and the tensors that silos read
+    there to here   the contract, the group's keys, rollbacks, refusals, and of each version the commit and the tensors
+                    that silos read
 
 It compares what lies in both, and knows nothing else, so it may be killed at any instant and started again. What counts
 once its last object is there (a delivery: its manifest, a version: its commit) is copied in that order. Whoever removes
@@ -29,6 +30,7 @@ from pretrain.exchange.objects import Objects
 from pretrain.exchange.options import is_directory, store_options
 from pretrain.exchange.rollback import FOLDER as ROLLBACKS
 from pretrain.exchange.rollback import Rollback, explain, foreign, take_back, versions_above
+from pretrain.exchange.sealed import given_group_key, group_key_path
 from pretrain.exchange.store import StoreExchange, delivery_path, version_path
 from pretrain.exchange.words import number
 from pretrain.host.lock import lock_directory
@@ -117,6 +119,7 @@ class Relay:
             return  # the newest version there does not count until it is complete
         self._check_history()
         self._copy_signatures()
+        self._copy_group_keys()
         known = self._newest
         while self._copy_version(self._newest + 1):
             self._newest += 1
@@ -176,6 +179,13 @@ class Relay:
             if explain(self._there, self._newest, commit_sha256) == "foreign":
                 raise ConfigError(foreign(str(self._root), self._newest, commit_sha256, self._there))
         self._is_checked = True
+
+    def _copy_group_keys(self) -> None:
+        """What this site's silos open versions with, if these are sealed."""
+        for silo in self._silos if self._there.is_sealed else ():
+            if not given_group_key(self._here, silo) and (found := given_group_key(self._there, silo)):
+                self._here.objects.delete(group_key_path(silo))
+                self._here.objects.write(group_key_path(silo), found.to_bytes())
 
     def _copy_version(self, version: int) -> bool:
         """Whether it was there."""

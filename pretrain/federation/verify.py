@@ -14,6 +14,7 @@ from pretrain.config.check import ConfigError
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.exchange.agreement import not_signed
 from pretrain.exchange.payload import save_tensors
+from pretrain.exchange.sealed import seal_payload
 from pretrain.exchange.store import StoreExchange, delivery_path, version_path
 from pretrain.federation.join import read_terms
 from pretrain.merge.collect import Delivery
@@ -24,6 +25,7 @@ from pretrain.outer.placing import InMemory
 from pretrain.outer.state import OuterState
 from pretrain.trust.amendment import Governed
 from pretrain.trust.ledger import Commit, Payload, RefusedError, check_cosigned, sha256_bytes
+from pretrain.trust.members import operator_sealer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,8 @@ class Verified:
     """Payloads that are not there any more: hashes of them are all that is left."""
     num_amendments: int = 0
     """Of the contract, that hold."""
+    is_sealed: bool = False
+    """Deliveries are sealed, and there is no key here to open them: no version was merged again."""
     merged: list[int] = field(default_factory=list)
     """Versions that were merged again from their deliveries."""
     findings: list[Finding] = field(default_factory=list)
@@ -60,10 +64,18 @@ class Verified:
 class StoreVerifier:
     """Goes through one store."""
 
-    def __init__(self, exchange: StoreExchange, scratch: Path, *, tell: Callable[[str], object] = print) -> None:
-        """`scratch` is an empty folder for what is read; `tell` gets a line of progress now and then.
+    def __init__(
+        self,
+        exchange: StoreExchange,
+        scratch: Path,
+        *,
+        tell: Callable[[str], object] = print,
+        key: Path | None = None,
+    ) -> None:
+        """`scratch` is an empty folder for what is read; `tell` gets a line of progress now and then; `key` is the
+        operator's private key, which opens sealed deliveries.
 
-        Raises ConfigError for what is no store of a run.
+        Raises ConfigError for what is no store of a run, and for another key.
         """
         url, contract = exchange.objects.url, exchange.read_contract()
         if contract is None:
@@ -73,7 +85,10 @@ class StoreVerifier:
         self._exchange, self._scratch, self._tell = exchange, scratch, tell
         self._commits: dict[int, Commit] = {}
         self._sha256: dict[int, str] = {}  # of their bytes
-        self._found = Verified(url=url, is_signed=bool(exchange.members.keys))
+        if self._config.trust.seal and key:
+            exchange.members.sealer = operator_sealer(key, self._config)
+        is_sealed = self._config.trust.seal and not key
+        self._found = Verified(url=url, is_signed=bool(exchange.members.keys), is_sealed=is_sealed)
 
     def verify(self) -> Verified:
         """All of it. Raises StoreTroubleError."""
@@ -171,6 +186,8 @@ class StoreVerifier:
                 self._check_payloads(version_path(version), version, record.payloads)
         if not self._config.full_roster or newest < 1 or len(self._commits) <= newest:
             return  # nothing was merged, or the chain is broken, which was said
+        if self._found.is_sealed:
+            return
         start = self._oldest_start(snapshots, written, newest)
         if start is None:
             return
@@ -187,7 +204,7 @@ class StoreVerifier:
         gone = [
             version for version in range(max(1, newest - keep + 1), newest + 1) if version not in self._found.merged
         ]
-        if gone and not self._found.findings:
+        if gone and not self._found.findings and not self._found.is_sealed:
             what = f"cannot be merged again, but trust.keep_deliveries in the contract is {keep}"
             self._note(gone[-1], "deliveries", f"version {gone[0]}{f' to {gone[-1]}' if len(gone) > 1 else ''} {what}")
 
@@ -242,6 +259,7 @@ class StoreVerifier:
         (published,) = commit.payloads
         file = self._scratch / published.file
         made = save_tensors(merged.changes, file, fragment=published.fragment, moments=merged.moments)
+        made = seal_payload(self._exchange, OPERATOR, commit.version, made, file)
         file.unlink()
         if made != published:
             raise RefusedError(

@@ -276,6 +276,7 @@ class SiloSync:
         fragment, held = self.schedule.fragment(version), None
         if self._exchange.sends_files:
             payload = save_tensors(coded, file, fragment=fragment, moments=moments)
+            payload = self._exchange.sealed(payload, file, version)
         else:
             held = Held(coded, moments)
             payload = held.describe(file, fragment)

@@ -134,6 +134,14 @@ def amend_rule(stored: bytes) -> str:
     return str(rule)
 
 
+def contract_seals(stored: bytes) -> bool:
+    """Whether a contract says that payloads are sealed."""
+    try:
+        return loads(stored, limit_bytes=RECORD_BYTES)["trust"]["seal"] is True
+    except (ValueError, KeyError, TypeError):
+        return False  # whoever reads the terms says what is wrong with them
+
+
 def check_same_contract(ours: dict[str, Any], stored: bytes, where: str) -> None:
     """Raise ConfigError that names every term in which our configuration differs from the contract in the store.
 

@@ -205,6 +205,16 @@ class Agreement(Record):
     member: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class GroupKey(Record):
+    """The key with which the operator seals what it writes to all members, sealed to one of them."""
+
+    contract_sha256: str
+    member: str
+    sealed: str
+    """In hexadecimal; see seal.py."""
+
+
 def sha256_bytes(data: bytes) -> str:
     """sha256 in hexadecimal."""
     return hashlib.sha256(data).hexdigest()

@@ -12,6 +12,7 @@ from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.trust.amendment import Terms
 from pretrain.trust.keys import PrivateKey, PublicKey, Signer, load_signer, new_key, read_key, verify
 from pretrain.trust.ledger import Record, RefusedError
+from pretrain.trust.seal import Sealer
 
 R = TypeVar("R", bound=Record)
 
@@ -67,6 +68,8 @@ class Members:
     """Ours, where we write."""
     later: list[Terms] = field(default_factory=list)
     """The amendments that were accepted, oldest first."""
+    sealer: Sealer | None = None
+    """Ours, where payloads are sealed and we have the key."""
 
     def terms_at(self, version: int) -> Terms | None:
         """The last amendment that holds at a version; None where the contract holds as it was written."""
@@ -158,6 +161,7 @@ def _kind(record: Record) -> str:
 
 def public_keys(config: RunConfig) -> dict[str, PublicKey]:
     """The keys of a configuration. Raises ConfigError for a line that is none, and for two members with one key."""
+    _check_sealing(config)
     found = {name: PublicKey.parse(text, f"trust.keys.{name}") for name, text in sorted(config.trust.keys.items())}
     names: dict[bytes, str] = {}
     for name, key in found.items():
@@ -166,9 +170,50 @@ def public_keys(config: RunConfig) -> dict[str, PublicKey]:
     return found
 
 
+def _check_sealing(config: RunConfig) -> None:
+    if config.trust.seal and not config.trust.keys:
+        raise ConfigError(
+            "trust.seal: true given without trust.keys; allowed: with the key of every silo of the roster and of "
+            f"{OPERATOR}, which a local launch of all silos makes itself"
+        )
+
+
+def act_as(members: Members, config: RunConfig, name: str) -> None:
+    """Sign, and seal or open, as a member from now on. Raises ConfigError; see `own_signer` and `own_sealer`."""
+    members.signer, members.sealer = own_signer(config, name), own_sealer(config, name)
+
+
+def own_sealer(config: RunConfig, name: str) -> Sealer | None:
+    """What seals or opens as a member on this machine; None where nothing is sealed. Raises ConfigError without it."""
+    if not config.trust.seal:
+        return None
+    keys, own = public_keys(config), read_key(config.key_file(name))
+    if not isinstance(own, PrivateKey):
+        raise ConfigError(
+            f"trust.seal: true given, and {config.key_file(name)} has a public key alone; allowed: the private file of "
+            f"atoll keys new {name} there, as sealing takes the private half of its agreement key, which no "
+            "trust.key_command has; or trust.seal=false"
+        )
+    return Sealer(own, keys)
+
+
+def operator_sealer(file: Path, config: RunConfig) -> Sealer:
+    """What opens the deliveries of a contract's members, with the operator's private key. Raises ConfigError."""
+    own, keys = read_key(file), public_keys(config)
+    agreed = keys[OPERATOR]
+    if not isinstance(own, PrivateKey) or own.public != agreed:
+        whose = own if isinstance(own, PublicKey) else own.public
+        raise ConfigError(
+            f"--key: {file}, {'a public key' if whose is own else 'the key'} {whose.fingerprint}, given; allowed: the "
+            f"private key of the aggregator's operator, {agreed.fingerprint}, which opens what is sealed"
+        )
+    return Sealer(own, keys)
+
+
 def own_signer(config: RunConfig, name: str) -> Signer | None:
     """Who signs for a member on this machine; None where nothing is signed. Raises ConfigError for another's key."""
     if not config.trust.keys:
+        _check_sealing(config)
         return None
     agreed = PublicKey.parse(config.trust.keys[name], f"trust.keys.{name}")
     return own_keys(name, agreed, config.key_file(name), given=config.trust.directory, command=config.trust.key_command)

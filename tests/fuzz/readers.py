@@ -1,6 +1,7 @@
 """What reads bytes that another party wrote: each with bytes that it accepts, and its way to say no."""
 
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors.torch import save
 from data_tools.counts import read_counts
 from launch.show.status import print_status
 from pretrain.config.check import ConfigError
+from pretrain.config.keys import OPERATOR
 from pretrain.config.load import load_config
 from pretrain.exchange import words
 from pretrain.exchange.payload import Tensors, check_header
@@ -23,8 +25,9 @@ from pretrain.silo.shards import read_manifest, tokenizer_sha256
 from pretrain.trust.amendment import Acceptance, Amendment
 from pretrain.trust.contract import FORMAT, first_contract, read_contract
 from pretrain.trust.keys import PublicKey
-from pretrain.trust.ledger import Agreement, Commit, Manifest, RefusedError, Snapshot
+from pretrain.trust.ledger import Agreement, Commit, GroupKey, Manifest, RefusedError, Snapshot
 from tests.unit.trust.test_ledger import COMMIT, MANIFEST
+from tests.unit.trust.test_seal import PLACE, sealed, sealer
 
 SHAPE = torch.Size([6, 5])
 ROLLBACK = Rollback(
@@ -100,11 +103,24 @@ SNAPSHOT = Snapshot(contract_sha256="a" * 64, version=1, commit_sha256="b" * 64,
 AGREEMENT = Agreement(contract_sha256="a" * 64, member="alpha", signature="c" * 86)
 AMENDMENT = Amendment(number=1, previous="a" * 64, from_version=3, changes=["outer.lr=0.5"], author="alpha")
 ACCEPTANCE = Acceptance(amendment_sha256="a" * 64, version=1)
+RUN = "c0" * 32
+GROUP_KEY = GroupKey(contract_sha256=RUN, member="law", sealed=sealer(OPERATOR).give(RUN, "law"))
 # Of the seeds 9d61b19d... (RFC 8032, 7.1, test 1) and 77076d0a... (RFC 7748, 6.1).
 KEY = PublicKey(
     signing=bytes.fromhex("d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a"),
     agreement=bytes.fromhex("8520f0098930a754748b7ddcb43ef75a0dbf3a0d26381af4eba4a98eaa9b4e6a"),
 ).text.encode()
+
+
+def sealed_payload() -> bytes:
+    with tempfile.TemporaryDirectory() as directory:
+        return sealed(Path(directory), payload())[0]
+
+
+def read_group_key(data: bytes, _: Path) -> None:
+    sealer("law").take(RUN, "law", GroupKey.from_bytes(data).sealed)
+
+
 READERS: dict[str, Reader] = {
     "json": Reader(read=lambda data, _: loads(data), accepted=b'{"a": [1, 2.5]}', refuses=ValueError),
     "text": Reader(read=lambda data, _: shown(data.decode(errors="replace")), accepted=b"a\x1b[2J", refuses=()),
@@ -123,6 +139,12 @@ READERS: dict[str, Reader] = {
     ),
     "acceptance": Reader(
         read=lambda data, _: Acceptance.from_bytes(data), accepted=ACCEPTANCE.to_bytes(), refuses=RefusedError
+    ),
+    "group key": Reader(read=read_group_key, accepted=GROUP_KEY.to_bytes(), refuses=RefusedError),
+    "sealed payload": Reader(
+        read=from_file(lambda file: sealer(OPERATOR).open(file, PLACE), "000017.safetensors"),
+        accepted=sealed_payload(),
+        refuses=RefusedError,
     ),
     "public key": Reader(
         read=lambda data, _: PublicKey.parse(data.decode(errors="replace")), accepted=KEY, refuses=ConfigError
