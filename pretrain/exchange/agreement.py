@@ -16,8 +16,7 @@ def sign_contract(exchange: StoreExchange, member: str) -> None:
     if _has_signed(exchange, member):
         return
     signed = exchange.members.sign(Agreement(contract_sha256=exchange.contract_sha256, member=member))
-    exchange.objects.delete(name)  # whatever somebody else has put there
-    exchange.objects.write(name, signed.to_bytes())
+    exchange.write_over(name, signed.to_bytes(), lambda: _has_signed(exchange, member))
 
 
 def not_signed(exchange: StoreExchange) -> list[str]:
