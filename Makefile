@@ -5,7 +5,7 @@ BIN = .venv/bin
 CONSTRAINTS ?= constraints.txt
 PIP_FLAGS ?=
 
-.PHONY: demo test soak check lint clean
+.PHONY: demo test soak fuzz check lint clean
 
 demo: .venv/installed
 	$(BIN)/atoll demo $(ARGS)
@@ -19,6 +19,11 @@ test: .venv/installed
 
 soak: .venv/installed
 	$(BIN)/python -m pytest -m soak $(TWO_WORKERS) --durations=20 -rs $(ARGS)
+
+# Any number of inputs for all that reads bytes of others: make fuzz N=10000000
+N ?= 1000000
+fuzz: .venv/installed
+	$(BIN)/python -m tests.fuzz.many --inputs $(N) $(ARGS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -22,7 +22,9 @@ from pretrain.exchange.options import operators_key
 from pretrain.exchange.rollback import finish_rollbacks, is_rolling_back, roll_back_store
 from pretrain.exchange.store import StoreExchange
 from pretrain.exchange.words import Beat, Damaged, Holder, Identity, Membership, Refusal, Resumable, TermSign, Waiting
+from pretrain.federation.relay import Relay
 from pretrain.trust.keys import new_key
+from tests.conftest import TinyConfig
 from tests.support import one_line_error
 from tests.unit.test_aggregate import one_version, start
 from tests.unit.test_signed import as_member, begin, deliver
@@ -292,3 +294,44 @@ def untimed(config: RunConfig) -> StoreStatus:
     status = store_status(config.store_url)
     status.now_unix_seconds = status.waited_seconds = None
     return status
+
+
+# ---- the relay
+
+
+def test_a_relay_hands_on_what_is_signed_and_takes_the_place_of_what_is_not(
+    store: Path, config: RunConfig, tiny_config: TinyConfig, tmp_path: Path
+) -> None:
+    """Alpha's site has a relay; somebody at the store, and somebody here, has taken the names of alpha's words."""
+    trust = {"keys": config.trust.keys, "directory": str(Path(config.directory) / "keys")}
+    only = {"silos": {"beta": None}, "roster": ["alpha", "beta"], "trust": trust}
+    site = tiny_config(tmp_path / "site", exchange={"url": str(tmp_path / "here"), "snapshot_versions": 1}, **only)
+    relay = Relay(site, config.store_url)
+    relay.start()
+    here, there = as_member(site, "alpha"), as_member(config, "beta")
+    for name in ("identity.json", "resumable/000000", "beats/000001"):
+        there.objects.write(f"silos/alpha/{name}", b"{}")
+    for name in ("resumable/000009", "beats/000099"):
+        here.objects.write(f"silos/alpha/{name}", b"{}")
+    relay.copy()
+    assert not there.has_name("alpha", "ab")
+    here.claim_name("alpha", "ab")
+    here.mark_resumable("alpha", 0)
+    here.say("silos/alpha/beats/000001", Beat(lease_seconds=9), "alpha")
+    for _ in range(2):
+        relay.copy()
+        relay.copy_beats()
+    assert there.has_name("alpha", "ab")
+    assert there.resumable("alpha") == 0
+    assert there.heard(Beat, "silos/alpha/beats/000001", "alpha")
+    # A rollback's end that nobody has said, and a refusal.
+    there.objects.write("rollbacks/000001.done", b"{}")
+    there.objects.write("silos/alpha/000001/refused-0.json", Refusal(reason="no", final=True).to_bytes())
+    relay.copy()
+    assert here.objects.names("rollbacks") == []
+    assert here.objects.names("silos/alpha/000001") == []
+    for name in here.objects.names("silos/alpha/beats"):
+        if name != "000099":
+            here.objects.delete(f"silos/alpha/beats/{name}")
+    relay.copy_beats()
+    assert there.objects.names("silos/alpha/beats") == []
