@@ -292,7 +292,9 @@ def rollback(
     to: Annotated[int, typer.Option(help="Version to go back to; it must still be kept.")],
     reason: Annotated[str, typer.Option(help="Why, for the record.")] = "",
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    key: Annotated[Path | None, typer.Option(help="The operator's private key; that of the run directory.")] = None,
+    key: Annotated[
+        Path | None, typer.Option(help="The operator's private key; where the run directory's trust.directory says.")
+    ] = None,
 ) -> None:
     """Take a run back to an earlier version, for ever. [bold]Stop all its silos and its aggregator first.[/bold]
 
@@ -301,6 +303,7 @@ def rollback(
 
     [bold]Example:[/bold] atoll rollback s3://bucket/run --to 12 --reason "corrupted text since version 13"
     """
+    from pretrain.exchange.options import operators_key
     from pretrain.exchange.rollback import consequences, roll_back_store
 
     said = consequences(_store(where), to=to)
@@ -313,9 +316,7 @@ def rollback(
     if said and not yes and not typer.confirm(f"Roll back to version {to}?"):
         print("nothing is changed")
         raise typer.Exit(1)
-    if not key and (found := Path(where) / "keys" / "aggregator.key").is_file():
-        key = found
-    done = roll_back_store(_store(where), to=to, reason=reason, key=key)
+    done = roll_back_store(_store(where), to=to, reason=reason, key=key or operators_key(where))
     print(f"rolled back from version {done.from_version} to {done.to_version}")
 
 

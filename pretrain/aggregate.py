@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -57,11 +58,15 @@ MOST_REPAIRS = 3  # a version: whoever says that it is damaged has all of it rea
 class Aggregator:
     """Merges the silos of one store. Memory: the outer state and a few single tensors, however many silos there are."""
 
-    def __init__(self, config: RunConfig, journal: Journal, *, check_lease: Callable[[], None] = lambda: None) -> None:
-        """`check_lease` raises ConfigError before a commit if another aggregator works on this store by now."""
+    def __init__(
+        self, config: RunConfig, journal: Journal, *, take_lease: Callable[[StoreExchange], Lease] | None = None
+    ) -> None:
+        """`take_lease` makes sure that no other aggregator works on the store, once the contract is known."""
         self._own, self._governed = config, Governed(config)
         config = self._governed.config
-        self._config, self._journal, self._schedule, self._check_lease = config, journal, config.schedule, check_lease
+        self._config, self._journal, self._schedule = config, journal, config.schedule
+        self._take_lease = take_lease
+        self._lease: Lease | None = None
         self._exchange = StoreExchange.of_run(config)
         act_as(self._exchange.members, config, OPERATOR)
         self._scratch = Path(config.directory) / "aggregator"
@@ -72,17 +77,17 @@ class Aggregator:
         self._next_look, self._num_repairs = time.monotonic(), 0
         self._roster = config.full_roster
         self.snapshots = Snapshots(
-            config, self._exchange, self._scratch, check_lease=check_lease, let_go=self._merger.let_go
+            config, self._exchange, self._scratch, check_lease=self._check_lease, let_go=self._merger.let_go
         )
         self._collector = Collector(config, self._exchange, journal)
 
     # ---- start
 
     def start(self) -> OuterState:
-        """Write or compare the contract; load the newest version, or write version 0."""
+        """Write or compare the contract, take the lease; load the newest version, or write version 0."""
         ours = build_contract(self._own)
         stored = self._exchange.read_contract()
-        self._check_history()
+        known = self._check_history()
         check_model(self._config)
         newest = self._exchange.newest_version()
         check_aggregator_room(self._config, is_new=newest < 0)
@@ -92,20 +97,38 @@ class Aggregator:
                 raise ConfigError(f"exchange.url: {self._config.store_url} given; it has versions but no contract.json")
             initial = self._initial()  # a mistake in the model must not leave a contract behind
             self._exchange.write_contract(first_contract(ours))
-            self._agree()
         else:
             check_same_contract(ours, stored, self._config.store_url)
-            self._agree()
+        # Only now are the keys known that a lease is signed with. All that was written is the contract, once.
+        self._lease = self._take_lease(self._exchange) if self._take_lease else None
+        self._agree()
+        if stored is not None:
             finish_rollbacks(self._exchange)
             for record in rollback_records(self._exchange, self._config):
                 self._journal.record("rollback", **record)
-            newest = self._exchange.newest_version()
+        newest = self._exchange.newest_version()
+        if newest < known:
+            raise ConfigError(
+                f"exchange.url: {self._config.store_url} given; version {newest + 1} is missing there, and the newest "
+                f"that this aggregator has made is {known}; restore {version_path(newest + 1)}/commit.json"
+            )
         return self._load(newest) if newest >= 0 else self._create(initial or self._initial())
 
     def _go_to(self, version: int) -> None:
         """From here on the configuration says what holds at a version that is made, or made again."""
         terms = self._exchange.members.terms_at(version)
         self._governed.go_to(terms.settings if terms else {})
+
+    def _check_lease(self) -> None:
+        """Raise ConfigError if another aggregator works on this store by now."""
+        if self._lease:
+            self._lease.check()
+
+    def stop(self) -> None:
+        """Write no more, and let another aggregator begin."""
+        self.snapshots.stop()
+        if self._lease:
+            self._lease.release()
 
     def _agree(self) -> None:
         def say(words: str) -> None:
@@ -119,10 +142,13 @@ class Aggregator:
 
         return initial_parameters(self._config, self._place.copy if self._config.outer.state == "disk" else None)
 
-    def _check_history(self) -> None:
-        """Raise ConfigError if the store lacks the newest commit that was made from this run directory."""
+    def _check_history(self) -> int:
+        """The newest version that was made from this run directory, and was not rolled back; -1 if there is none.
+
+        Raises ConfigError if the store lacks its commit.
+        """
         if not self._newest_file.is_file():
-            return
+            return -1
         try:
             known = loads(self._newest_file.read_bytes())
             version, commit_sha256 = int(known["version"]), str(known["commit_sha256"])
@@ -131,8 +157,10 @@ class Aggregator:
                 f"run directory: {str(self._newest_file)!r} is damaged, which says what was committed last; "
                 "delete it if nobody has put an older copy of the store there"
             ) from None
-        if explain(self._exchange, version, commit_sha256) == "foreign":
+        origin = explain(self._exchange, version, commit_sha256)
+        if origin == "foreign":
             raise ConfigError(foreign("this aggregator", version, commit_sha256, self._exchange))
+        return version if origin == "same" else -1
 
     def _create(self, parameters: dict[str, Tensor]) -> OuterState:
         """Version 0: the contract's initial parameters and an outer state of zeros."""
@@ -305,11 +333,8 @@ def aggregate(config: RunConfig, journal: Journal) -> None:
     exchange = config.exchange
     if exchange.kind != "store":
         raise ConfigError(f"exchange.kind: {exchange.kind!r} given; an aggregator serves only 'store'")
-    store = StoreExchange.of_run(config)
-    lease = Lease(store.objects, seconds=exchange.lease_seconds)
-    aggregator: Aggregator | None = None
+    aggregator = Aggregator(config, journal, take_lease=partial(Lease, seconds=exchange.lease_seconds))
     try:
-        aggregator = Aggregator(config, journal, check_lease=lease.check)
         state = aggregator.start()
         gc.collect()
         gc.freeze()  # what was loaded to start stays: no later collection has to go through it
@@ -321,9 +346,7 @@ def aggregate(config: RunConfig, journal: Journal) -> None:
             del deliveries, merged  # before the next ones come
         aggregator.snapshots.finish()
     finally:
-        if aggregator:
-            aggregator.snapshots.stop()
-        lease.release()
+        aggregator.stop()
 
 
 def main() -> int:

@@ -36,7 +36,11 @@ def show_status(status: StoreStatus, console: Console) -> None:
             words = f"silo {name} was refused for version {(status.version or 0) + 1}: {silo.refusals[-1]}"
             console.print(Text(words, style="red"))
     if status.unreadable:
-        console.print(Text(_unreadable(status.unreadable), style="red"))
+        words = f"passed over, as they are not what their names say: {_named(status.unreadable)}"
+        console.print(Text(words, style="red"))
+    if status.unsigned:
+        words = f"not said, as who should have said it has not signed it: {_named(status.unsigned)}"
+        console.print(Text(words, style="red"))
     silos = status.silos.values()
     num_alive, num_participating = sum(s.life.is_alive for s in silos), sum(s.part == "yes" for s in silos)
     num_tokens = sum(silo.tokens_contributed for silo in silos)
@@ -72,10 +76,10 @@ def _table(status: StoreStatus, *, is_wide: bool) -> Table:
     return table
 
 
-def _unreadable(paths: list[str]) -> str:
+def _named(paths: list[str]) -> str:
     names = ", ".join(shown(path, limit=60) for path in paths[:NAMED])
     more = f" and {len(paths) - NAMED:,} more" if len(paths) > NAMED else ""
-    return f"passed over, as they are not what their names say: {names}{more}"
+    return f"{names}{more}"
 
 
 def _progress(silo: SiloStatus) -> Text:

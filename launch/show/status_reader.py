@@ -1,25 +1,24 @@
 """Where a run stands, read from its store alone, on any machine that can read the store.
 
-All that lies there is of other parties: what does not read as what it should be is passed over and named.
+All that lies there is of other parties: what does not read as what it should be, or, where the contract names keys, is
+not signed by who should have said it, is passed over and named.
 
 All ages are differences between times of the store's own clock: now is when its newest object was written, a moment ago
 while anybody leaves signs of life there.
 """
 
-import re
 import statistics
 import types
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from datetime import datetime
 from functools import cache
 from itertools import pairwise, takewhile
 from typing import Any, TypeVar, get_args, get_origin
 
-import fsspec
-
 from launch.show.display import format_seconds
+from launch.show.listed import LIMIT_BYTES, Listed
+from launch.show.voices import Voices
 from pretrain.config.check import ConfigError, check_config, named
 from pretrain.config.keys import (
     ExchangeConfig,
@@ -30,7 +29,6 @@ from pretrain.config.keys import (
     RunConfig,
     SiloConfig,
 )
-from pretrain.exchange.client import PAGES, Client, SlowError
 from pretrain.host.foreign import loads, shown
 from pretrain.outer.rounds import participants
 from pretrain.trust.ledger import Commit, Manifest, RefusedError
@@ -45,15 +43,12 @@ MANIFEST = "silos/{}/#/manifest.json"
 REFUSAL = "silos/{}/{}/refused-#.json"
 COMMIT = "global/{:06d}/commit.json"
 CONTRACT = "contract.json"
-LAST_NUMBER = re.compile(r"(.*?)([0-9]{1,15})([^0-9]*)")
-LIMIT_BYTES = 4 << 20  # of one object; the largest, a commit of MAX_SILOS, has 2 MB
+TRIES = 20  # how many numbers back from the last one something is looked for that its author has signed
 LIMIT_SECONDS = 1e9  # of a time that another party states: 30 years
 MAX_SILOS = 4096
 
 Json = dict[str, Any]
 T = TypeVar("T")
-Numbered = dict[int, str]
-"""Number to path, of objects of one kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +109,8 @@ class StoreStatus:
     """What was taken back, oldest first, each in words."""
     unreadable: list[str] = field(default_factory=list)
     """Objects that are not what their names say."""
+    unsigned: list[str] = field(default_factory=list)
+    """Objects that are not signed by who should have written them."""
     version_seconds: float | None = None
     """Median time from one commit to the next; None before there are two, or where the store tells no times."""
 
@@ -167,7 +164,8 @@ def store_status(url: str, options: Mapping[str, Any] | None = None) -> StoreSta
         raise ConfigError(f"store: {url!r} given; it cannot be read: {shown(reason)}") from None
     if CONTRACT not in store.times:
         raise ConfigError(f"store: {url!r} given; there is no run in it (no contract.json)")
-    return Reader(store, _terms(content, url)).status()
+    terms = _terms(content, url)
+    return Reader(store, terms, Voices(content or b"")).status()
 
 
 def _terms(stored: bytes | None, url: str) -> RunConfig:
@@ -217,80 +215,37 @@ def _fits(value: Any, wanted: Any) -> bool:
     return type(value) in (int, float) if wanted is float else type(value) is wanted
 
 
-class Listed:
-    """A store's objects as they were when it was listed."""
-
-    def __init__(self, url: str, options: Mapping[str, Any] | None = None) -> None:
-        """Raises whatever the URL's kind of file system raises."""
-        self.url = url
-        filesystem, root = fsspec.core.url_to_fs(url, **(options or {}))
-        filesystem.invalidate_cache()
-        self._client = Client(filesystem, ExchangeConfig.stall_seconds)
-        self._prefix = root.rstrip("/") + "/"
-        self._sizes: dict[str, int] = {}
-        self.times: dict[str, float | None] = {}
-        """Every object, to when it was written, in unix seconds of the store's clock if that tells."""
-        self._numbered: defaultdict[str, Numbered] = defaultdict(dict)
-        for full_path, entry in sorted(self._client.call("find", root, times=PAGES, detail=True).items()):
-            # Links and pipes are no objects: one leads out of the store, one never ends.
-            is_object = entry.get("type", "file") == "file" and not entry.get("islink")
-            if full_path.startswith(self._prefix) and is_object:
-                path = full_path.removeprefix(self._prefix)
-                self._sizes[path] = int(entry.get("size") or 0)
-                self.times[path] = _modified(entry)
-                if match := LAST_NUMBER.fullmatch(path):
-                    self._numbered[f"{match[1]}#{match[3]}"][int(match[2])] = path
-        self.now = self.newest(self.times)
-
-    def newest(self, paths: Iterable[str]) -> float | None:
-        """When the newest of these was written; None if there is none, or the store tells no times."""
-        return max((time for path in paths if (time := self.times[path]) is not None), default=None)
-
-    def numbered(self, pattern: str) -> Numbered:
-        """Objects whose last number is where # is, in their order."""
-        return self._numbered.get(pattern, {})
-
-    def last(self, pattern: str) -> list[str]:
-        """That with the largest number, if there is one."""
-        return list(self.numbered(pattern).values())[-1:]
-
-    def is_too_large(self, path: str) -> bool:
-        """Whether an object is none that any party of ours has written."""
-        return self._sizes[path] > LIMIT_BYTES
-
-    def read(self, paths: Iterable[str]) -> dict[str, bytes]:
-        """Objects by path, without those that are too large or were deleted since the listing."""
-        full = [self._prefix + path for path in paths if path in self.times and not self.is_too_large(path)]
-        try:
-            found = self._client.call("cat", full, on_error="omit") if full else {}
-        except SlowError as error:
-            raise ConfigError(f"store: {self.url!r} given; it cannot be read: {error}") from None
-        return {full_path.removeprefix(self._prefix): content for full_path, content in found.items()}
-
-
 class Reader:
     """What the names of a store's objects, their times and the small ones among them tell."""
 
-    def __init__(self, store: Listed, terms: RunConfig) -> None:
-        self._store, self._terms, self._rules = store, terms, terms.membership
+    def __init__(self, store: Listed, terms: RunConfig, voices: Voices) -> None:
+        self._store, self._terms, self._rules, self._voices = store, terms, terms.membership, voices
+        self._unreadable: list[str] = []
+        self._unsigned: list[str] = []
+        self._last_signed: dict[str, str] = {}  # pattern to path
         # Commits stay for ever, so the newest is where they end; one beyond that end belongs to no chain.
         names = (COMMIT.format(version) for version in range(terms.schedule.num_versions + 1))
         commits = list(takewhile(store.times.__contains__, names))
+        committed = self._parsed(commits, Commit.from_bytes)
+        while voices.members.keys and commits and commits[-1] not in committed:
+            commits.pop()
         self._version = len(commits) - 1 if commits else None
         self._next = (self._version or 0) + 1
         self._began = store.times[commits[-1] if commits else CONTRACT]
         self._commits = commits
-        wanted = [*store.numbered(ROLLBACK).values(), *store.last(TERM)]
-        wanted += [name for name in (self._waiting,) if name in store.times]
-        manifests = []
-        for silo in terms.full_roster:
-            wanted += [path for kind in (BEAT, WORD) for path in store.last(kind.format(silo))]
-            wanted += self._refused(silo)
-            manifests += store.last(MANIFEST.format(silo))
-        self._unreadable: list[str] = []
+        silos, is_signed = terms.full_roster, bool(voices.members.keys)
+        rollbacks = list(store.numbered(ROLLBACK).values())
+        wanted = [*rollbacks, *(name for name in (self._waiting,) if name in store.times)]
+        wanted += [path for silo in silos for path in self._refused(silo)]
+        wanted += [name for silo in silos if is_signed and (name := IDENTITY.format(silo)) in store.times]
         self._objects = self._parsed(wanted, _object)
-        self._manifests = self._parsed(manifests, Manifest.from_bytes)
-        committed = self._parsed(commits, Commit.from_bytes)
+        self._objects |= self._last_of([TERM, *(kind.format(silo) for silo in silos for kind in (BEAT, WORD))], _object)
+        self._objects |= self._parsed([_done(path) for path in rollbacks if _done(path) in store.times], _object)
+        self._objects |= self._signs_of_term()
+        manifests = [MANIFEST.format(silo) for silo in silos]
+        self._manifests = self._last_of(manifests, Manifest.from_bytes)
+        coming = [path for name in manifests if is_signed and (path := store.numbered(name).get(self._next))]
+        self._manifests |= self._parsed([path for path in coming if path not in self._manifests], Manifest.from_bytes)
         self._tokens = {v: _tokens(committed[path]) for v, path in enumerate(commits) if path in committed}
         self._drawn = cache(self._drawn_anew)
 
@@ -301,12 +256,50 @@ class Reader:
         contents = self._store.read(paths)
         for path in paths:
             try:
-                parsed[path] = parse(contents[path])
+                found = parse(contents[path])
             except KeyError:  # too large, or gone meanwhile as the newest sign of life often is
                 self._unreadable += [path] if self._store.is_too_large(path) else []
             except (ValueError, RefusedError):
                 self._unreadable.append(path)
+            else:
+                if self._voices.is_by_author(path, contents[path]):
+                    parsed[path] = found
+                else:
+                    self._unsigned.append(path)
         return parsed
+
+    def _last_of(self, patterns: list[str], parse: Callable[[bytes], T]) -> dict[str, T]:
+        """Of each pattern the object with the last number; where all is signed, the last that its author has signed."""
+        if not self._voices.members.keys:
+            return self._parsed([path for pattern in patterns for path in self._store.last(pattern)], parse)
+        found: dict[str, T] = {}
+        left = {pattern: list(self._store.numbered(pattern).values()) for pattern in patterns}
+        for _ in range(TRIES):
+            asked = {pattern: paths.pop() for pattern, paths in left.items() if paths}
+            found |= (new := self._parsed(asked.values(), parse))
+            self._last_signed |= {pattern: path for pattern, path in asked.items() if path in new}
+            left = {pattern: left[pattern] for pattern, path in asked.items() if path not in new}
+        return found
+
+    def _last_path(self, pattern: str) -> list[str]:
+        """The path of what `_last_of` has found, if there is one."""
+        if not self._voices.members.keys:
+            return self._store.last(pattern)
+        return [self._last_signed[pattern]] if pattern in self._last_signed else []
+
+    def _signs_of_term(self) -> dict[str, Json]:
+        """Where all is signed, what the newest holder of the lease has said of being alive, or of its end."""
+        found: dict[str, Json] = {}
+        for path in self._last_path(TERM) if self._voices.members.keys else ():
+            term, nonce = path.removesuffix(".json"), self._objects[path].get("nonce")
+            ended = [name for name in (f"{term}.ended",) if name in self._store.times]
+            signs = self._parsed(ended, _object) | self._last_of([f"{term}.beat-#"], _object)
+            found = {name: sign for name, sign in signs.items() if sign.get("nonce") == nonce}
+        return found
+
+    def _is_said(self, path: str) -> bool:
+        """Whether something is there, and counts."""
+        return path in (self._objects if self._voices.members.keys else self._store.times)
 
     @property
     def _waiting(self) -> str:
@@ -316,10 +309,10 @@ class Reader:
         return list(self._store.numbered(REFUSAL.format(silo, f"{self._next:06d}")).values())
 
     def _refusals(self, silo: str) -> list[Json]:
-        return [self._objects.get(path, {}) for path in self._refused(silo)]
+        return [self._objects.get(path, {}) for path in self._refused(silo) if self._is_said(path)]
 
     def _last(self, pattern: str) -> Json:
-        return next((self._objects.get(path, {}) for path in self._store.last(pattern)), {})
+        return next((self._objects.get(path, {}) for path in self._last_path(pattern)), {})
 
     def status(self) -> StoreStatus:
         """All of it."""
@@ -339,11 +332,12 @@ class Reader:
             deadline_unix_seconds=self._deadline(),
             now_unix_seconds=store.now,
             rollbacks=[
-                _rollback_words(self._objects[path], path.replace(".json", ".done") in store.times)
+                _rollback_words(self._objects[path], self._is_said(_done(path)))
                 for path in store.numbered(ROLLBACK).values()
                 if path in self._objects
             ],
             unreadable=self._unreadable,
+            unsigned=self._unsigned,
             version_seconds=self._version_seconds(),
         )
 
@@ -364,18 +358,21 @@ class Reader:
         return Life(is_alive=False, words=f"silent {format_seconds(now - seen)}")
 
     def _life_of_silo(self, name: str) -> Life:
-        beats = self._store.numbered(BEAT.format(name)).values()
-        if beats:
+        if beats := self._signs(BEAT.format(name)):
             return self._life(beats, _number(self._last(BEAT.format(name)), "lease_seconds"))
-        return Life(is_alive=False, words="ended" if IDENTITY.format(name) in self._store.times else "never seen")
+        return Life(is_alive=False, words="ended" if self._is_said(IDENTITY.format(name)) else "never seen")
+
+    def _signs(self, pattern: str) -> list[str]:
+        """Signs of life; where all is signed the newest alone, as anybody may have put a copy of an older one there."""
+        return self._last_path(pattern) if self._voices.members.keys else [*self._store.numbered(pattern).values()]
 
     def _aggregator(self) -> Life:
-        for path in self._store.last(TERM):
+        for path in self._last_path(TERM):
             term, record = path.removesuffix(".json"), self._objects.get(path, {})
-            if f"{term}.ended" in self._store.times:
+            if self._is_said(f"{term}.ended"):
                 life = Life(is_alive=False, words="ended")
             else:
-                signs = [path, *self._store.numbered(f"{term}.beat-#").values()]
+                signs = [path, *filter(self._is_said, self._signs(f"{term}.beat-#"))]
                 life = self._life(signs, _number(record, "lease_seconds"))
             return replace(life, words=f"{life.words} ({shown(record.get('holder', 'unknown'))})")
         return Life(is_alive=False, words="never seen")
@@ -385,7 +382,10 @@ class Reader:
     def _silo(self, name: str) -> SiloStatus:
         manifests = self._store.numbered(MANIFEST.format(name))
         tokens = {version: found[name] for version, found in self._tokens.items() if name in found}
-        newest = next((self._manifests.get(path) for path in self._store.last(MANIFEST.format(name))), None)
+        newest = next((self._manifests.get(path) for path in self._last_path(MANIFEST.format(name))), None)
+        has_delivered = self._next in manifests
+        if self._voices.members.keys:
+            has_delivered = manifests.get(self._next) in self._manifests
         return SiloStatus(
             life=self._life_of_silo(name),
             part=self._part(name),
@@ -393,14 +393,14 @@ class Reader:
             num_commits=len(tokens),
             newest_commit=max(tokens, default=None),
             tokens_contributed=sum(tokens.values()),
-            has_delivered=self._next in manifests,
+            has_delivered=has_delivered,
             refusals=[shown(refusal.get("reason", "no reason given")) for refusal in self._refusals(name)],
         )
 
     def _part(self, name: str) -> str:
         """Whether the aggregator counts on a silo; `pretrain.merge.collect` has the rules."""
         if self._rules.is_elastic:
-            if not self._store.last(WORD.format(name)):
+            if not self._last_path(WORD.format(name)):
                 return "not joined"
             word = self._last(WORD.format(name))
             if word.get("left") is True:
@@ -433,8 +433,12 @@ class Reader:
         """The aggregator counts from the commit before, or from its own start if that was later."""
         record = self._objects.get(self._waiting, {})
         seconds = None if record.get("deadline_seconds") is None else _number(record, "deadline_seconds")
-        began = [time for time in (self._began, self._store.newest(self._store.last(TERM))) if time is not None]
+        began = [time for time in (self._began, self._store.newest(self._last_path(TERM))) if time is not None]
         return max(began) + seconds if began and seconds is not None else None
+
+
+def _done(rollback: str) -> str:
+    return rollback.replace(".json", ".done")
 
 
 def _object(data: bytes) -> Json:
@@ -466,19 +470,3 @@ def _rollback_words(record: Json, is_done: bool) -> str:
     unfinished = "" if is_done else " (interrupted; the aggregator completes it when it starts)"
     versions = (shown(record.get(key), limit=20) for key in ("from_version", "to_version"))
     return f"rolled back from {' to '.join(versions)}{reason}{unfinished}"
-
-
-def _modified(entry: dict[str, Any]) -> float | None:
-    # Each backend has its own key: directories, S3, GCS, Azure, memory.
-    for key in ("mtime", "LastModified", "last_modified", "updated", "created"):
-        value = entry.get(key)
-        if isinstance(value, int | float):
-            return float(value)
-        if isinstance(value, str):
-            try:
-                value = datetime.fromisoformat(value.replace("Z", "+00:00"))
-            except ValueError:
-                continue
-        if isinstance(value, datetime):
-            return value.timestamp()
-    return None

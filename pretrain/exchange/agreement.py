@@ -20,10 +20,8 @@ def sign_contract(exchange: StoreExchange, member: str) -> None:
     name = _name(member)
     if _has_signed(exchange, member):
         return
-    agreement = Agreement(contract_sha256=exchange.contract_sha256, member=member)
-    signed = exchange.members.sign(agreement, version=0)
-    exchange.objects.delete(name)  # whatever somebody else has put there
-    exchange.objects.write(name, signed.to_bytes())
+    signed = exchange.members.sign(Agreement(contract_sha256=exchange.contract_sha256, member=member), version=0)
+    exchange.write_over(name, signed.to_bytes(), lambda: _has_signed(exchange, member))
 
 
 def not_signed(exchange: StoreExchange) -> list[str]:

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from pretrain.config.check import ConfigError
-from pretrain.exchange.objects import Objects
-from pretrain.exchange.words import number
+from pretrain.exchange.signed import SignedStore
+from pretrain.exchange.words import Word, number
 
 BEATS_PER_LEASE = 5
 
@@ -19,19 +19,21 @@ class Beats:
 
     def __init__(
         self,
-        objects: Objects,
+        store: SignedStore,
         prefix: str,
+        word: Word,
+        author: str,
         *,
         lease_seconds: float,
-        content: bytes = b"{}\n",
-        is_over: Callable[[Objects], bool] = lambda objects: False,
+        is_over: Callable[[SignedStore], bool] = lambda store: False,
     ) -> None:
-        """Write `prefix` and a number, above those that lie there, `BEATS_PER_LEASE` times in `lease_seconds`.
+        """Say `word` under `prefix` and a number, above its author's that lie there, `BEATS_PER_LEASE` times in
+        `lease_seconds`.
 
         Ends by itself once `is_over` says so, which is asked before each one.
         """
-        self._objects, self._prefix, self._content, self._is_over = objects.at_once(), prefix, content, is_over
-        self._lease_seconds = lease_seconds
+        self._store, self._prefix, self._word, self._author = store.at_once(), prefix, word, author
+        self._is_over, self._lease_seconds = is_over, lease_seconds
         self._stopped, self._takes_back = threading.Event(), False
         self._thread = threading.Thread(target=self._beat, name="beats", daemon=True)
         self._thread.start()
@@ -47,15 +49,15 @@ class Beats:
         next_one = 0
         while True:
             with suppress(ConfigError):
-                if self._is_over(self._objects):
+                if self._is_over(self._store):
                     return
                 if written is None:
-                    written = self._earlier()
-                    next_one = int(written[-1].removeprefix(self._prefix)) + 1 if written else 0
-                written.append(f"{self._prefix}{next_one:06d}")
+                    written, next_one = self._earlier()
+                name = f"{self._prefix}{next_one:06d}"
+                written = [*(other for other in written if other != name), name]
                 next_one += 1
                 with suppress(FileExistsError):  # an earlier try of the library's own got through
-                    self._objects.write(written[-1], self._content)
+                    self._store.say(name, self._word, self._author)
                 self._delete(written, keep=1)
             if self._stopped.wait(self._lease_seconds / BEATS_PER_LEASE):
                 break
@@ -63,14 +65,21 @@ class Beats:
             with suppress(ConfigError):
                 self._delete(written or [], keep=0)
 
-    def _earlier(self) -> list[str]:
-        """What a process that was killed has left."""
+    def _earlier(self) -> tuple[list[str], int]:
+        """What a process that was killed has left, or somebody else, and the number that follows its author's last."""
         folder, stem = self._prefix.rsplit("/", 1)
-        names = self._objects.names(folder)
+        names = self._store.objects.names(folder)
         numbers = sorted(n for name in names if (n := number(name, before=stem)) is not None)
-        return [f"{folder}/{stem}{n:06d}" for n in numbers]
+        found = {n: f"{folder}/{stem}{n:06d}" for n in numbers}
+        is_signed = bool(self._store.members.keys)
+        ours = (
+            n
+            for n, name in reversed(found.items())
+            if not is_signed or self._store.heard(type(self._word), name, self._author)
+        )
+        return list(found.values()), next(ours, -1) + 1
 
     def _delete(self, written: list[str], *, keep: int) -> None:
         while len(written) > keep:
-            self._objects.delete(written[0])
+            self._store.objects.delete(written[0])
             del written[0]

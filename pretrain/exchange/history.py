@@ -33,6 +33,8 @@ class History:
         """With `all_whole` every version counts as a snapshot: its outer state lies elsewhere."""
         self._exchange, self._num_fragments, self._all_whole = exchange, num_fragments, all_whole
         self._resumable: dict[str, int] = {}  # silo: the version of its newest checkpoint, when it was asked for last
+        self._num_rollbacks: int | None = None  # of the run, which is over at the next one
+        self._signed_snapshots: set[int] = set()
 
     def _back(self, version: int, fragment: int) -> Iterator[int]:
         """The versions up to `version` that changed a fragment, the newest first; the last one is 0."""
@@ -81,8 +83,28 @@ class History:
     # ---- snapshots
 
     def snapshots(self) -> Sequence[int]:
-        """The versions that have a snapshot, sorted; not 0, which needs none."""
-        return range(1, 1 << 53) if self._all_whole else self._exchange.numbers(SNAPSHOTS, after=".json")
+        """The versions that have a snapshot, sorted; not 0, which needs none. What nobody has signed is none."""
+        if self._all_whole:
+            return range(1, 1 << 53)
+        listed = self._exchange.numbers(SNAPSHOTS, after=".json")
+        return [version for version in listed if self._is_signed(version)] if self._exchange.members.keys else listed
+
+    def _is_signed(self, version: int) -> bool:
+        """Whether the operator has signed a snapshot's record; what it has not is said."""
+        if version in self._signed_snapshots:
+            return True
+        try:
+            snapshot = Snapshot.from_bytes(self._exchange.objects.read(snapshot_path(version)))
+            self._exchange.members.check(OPERATOR, snapshot)
+            if (snapshot.version, snapshot.contract_sha256) != (version, self._exchange.contract_sha256):
+                raise RefusedError(f"it is of version {snapshot.version}, or of another run")
+        except FileNotFoundError:
+            return False
+        except RefusedError as error:
+            self._exchange.pass_over(snapshot_path(version), error)
+            return False
+        self._signed_snapshots.add(version)
+        return True
 
     def last_snapshots(self, version: int) -> list[int]:
         """Of each fragment the last one at or before `version`, or 0."""
@@ -112,13 +134,13 @@ class History:
 
         `check` is called before every write, and raises if this process may not write any more.
         """
-        objects, folder = self._exchange.objects, version_path(snapshot.version)
+        folder = version_path(snapshot.version)
         for payload, file in files:
             check()
-            objects.delete(f"{folder}/{payload.file}")  # left by an aggregator that died before its record
-            objects.upload(file, f"{folder}/{payload.file}")
+            self._exchange.upload_over(file, f"{folder}/{payload.file}")  # one died before its record, perhaps
         check()
-        objects.write(snapshot_path(snapshot.version), snapshot.to_bytes())
+        name = snapshot_path(snapshot.version)
+        self._exchange.write_over(name, snapshot.to_bytes(), lambda: self._is_signed(snapshot.version))
 
     def _whole_parameters(self, version: int, fragment: int) -> Payload | None:
         payloads = self.read_snapshot(version).payloads
@@ -216,7 +238,9 @@ class History:
         heapify(behind)
         while behind and behind[0][0] < limit:
             known, silo = behind[0]
-            now = max(self._exchange.numbers(f"silos/{silo}/resumable"), default=0)
+            if self._num_rollbacks is None:
+                self._num_rollbacks = self._exchange.num_rollbacks() if self._exchange.members.keys else 0
+            now = self._exchange.resumable(silo, num_rollbacks=self._num_rollbacks) or 0
             self._resumable[silo] = now
             if now <= known:
                 return now

@@ -7,7 +7,7 @@ from typing import Any
 import fsspec
 
 from pretrain.config.check import ConfigError, check_url
-from pretrain.config.keys import ExchangeConfig
+from pretrain.config.keys import OPERATOR, ExchangeConfig
 from pretrain.config.load import CONFIG_FILE, load_run
 from pretrain.config.paths import expand_home
 
@@ -53,6 +53,18 @@ def reached(where: str) -> tuple[str, ExchangeConfig]:
     if config.exchange.kind != "store":
         raise ConfigError(f"store: {where!r} given; its run is one with exchange.kind={config.exchange.kind}")
     return config.store_url, config.exchange
+
+
+def operators_key(where: str) -> Path | None:
+    """The private key of the operator where a run directory, or its `trust.directory`, has it; None if it is not there.
+
+    Raises ConfigError for a run directory whose configuration cannot be read.
+    """
+    folder = Path(expand_home("store", where))
+    file = folder / "keys" / f"{OPERATOR}.key"
+    if (folder / CONFIG_FILE).is_file():
+        file = load_run(folder).key_file(OPERATOR)
+    return file if file.is_file() else None
 
 
 def is_directory(url: str) -> bool:

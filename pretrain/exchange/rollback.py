@@ -18,12 +18,11 @@ from pretrain.config.keys import OPERATOR, ExchangeConfig, RunConfig
 from pretrain.exchange import words
 from pretrain.exchange.history import History
 from pretrain.exchange.lease import Lease
+from pretrain.exchange.store import ROLLBACKS as FOLDER
 from pretrain.exchange.store import SNAPSHOTS, StoreExchange, delivery_path, snapshot_path, version_path
 from pretrain.host.foreign import loads, shown
 from pretrain.trust.keys import load_signer
 from pretrain.trust.ledger import RECORD_BYTES, Commit, Record, RefusedError, sha256_bytes
-
-FOLDER = "rollbacks"
 
 Origin = Literal["same", "rolled back", "foreign"]
 """A commit that somebody has seen is the run's own; or was, before a rollback; or is of another run."""
@@ -52,7 +51,7 @@ def consequences(url: str, *, to: int) -> list[str]:
     exchange = StoreExchange(url, retry_seconds=ExchangeConfig().retry_seconds)
     outer, has_quorum = _terms(exchange)
     try:
-        pending = [record for record, is_done in _read(exchange) if not is_done]
+        pending = [record for record, done in _read(exchange) if not done]
     except RefusedError as error:
         raise ConfigError(f"store: {url!r} given; it cannot be rolled back: {error}") from None
     newest = pending[-1].to_version if pending else exchange.newest_version()
@@ -65,10 +64,11 @@ def consequences(url: str, *, to: int) -> list[str]:
     if to and not has_quorum and (outer["num_fragments"] > 1 or outer["overlap_steps"]):
         without = "it cannot go on (fragments in turn or overlap, and no quorum)"
     said = [f"{discarded} discarded for ever, and what {tokens:,} tokens of all silos have taught them"]
+    num_rollbacks = exchange.num_rollbacks()
     for silo in exchange.objects.names("silos"):
-        held = max((int(n) for n in exchange.objects.names(f"silos/{silo}/resumable") if n.isdigit()), default=-1)
-        if held > to or held < 0:
-            known = f"a checkpoint of version {held}" if held >= 0 else "no checkpoint that is known here"
+        held = exchange.resumable(silo, num_rollbacks=num_rollbacks)
+        if held is None or held > to:
+            known = "no checkpoint that is known here" if held is None else f"a checkpoint of version {held}"
             said.append(f"silo {shown(silo)} has {known}: if it has none of {to} or older, {without}")
     return said
 
@@ -98,7 +98,7 @@ def roll_back_store(url: str, *, to: int, reason: str = "", key: Path | None = N
                 f"{agreed.fingerprint}, as this run is signed"
             )
         exchange.members.signer = signer
-    lease = Lease(exchange.objects, seconds=defaults.lease_seconds)
+    lease = Lease(exchange, seconds=defaults.lease_seconds)
     try:
         return roll_back(exchange, num_fragments, to=to, reason=reason)
     except RefusedError as error:
@@ -131,7 +131,11 @@ def roll_back(exchange: StoreExchange, num_fragments: int, *, to: int, reason: s
         reason=" ".join(reason.split()),
     )
     record = exchange.members.sign(record, version=newest)
-    _write(exchange, f"{FOLDER}/{len(records) + 1:06d}.json", record.to_bytes())
+    name = f"{FOLDER}/{len(records) + 1:06d}.json"
+    try:
+        exchange.objects.write(name, record.to_bytes())
+    except FileExistsError:
+        raise _taken(name) from None
     finish_rollbacks(exchange)
     return record
 
@@ -157,15 +161,19 @@ def finish_rollbacks(exchange: StoreExchange) -> list[Rollback]:
     To be called before the newest version is asked for, by whoever alone may write versions.
     """
     finished = []
-    for number, (record, is_done) in enumerate(_read(exchange), start=1):
-        if is_done:
+    for number, (record, done) in enumerate(_read(exchange), start=1):
+        if done:
             continue
         if _commit_sha256(exchange, record.to_version) != record.commit_sha256:
             raise RefusedError(f"rollback {number} goes to another version {record.to_version} than the one here")
         _check_discarded(exchange, number, record)
         for version in versions_above(exchange, record.to_version):
             take_back(exchange, version, f"rolled-back/{number:06d}")
-        _write(exchange, f"{FOLDER}/{number:06d}.done", b"{}\n")
+        name = f"{FOLDER}/{number:06d}.done"
+        try:
+            exchange.say(name, words.Done(), OPERATOR)
+        except FileExistsError:
+            raise _taken(name) from None
         finished.append(record)
     return finished
 
@@ -206,11 +214,8 @@ def take_back(exchange: StoreExchange, version: int, folder: str) -> None:
     objects.delete(f"waiting/{version:06d}.json")
 
 
-def _write(exchange: StoreExchange, name: str, data: bytes) -> None:
-    try:
-        exchange.objects.write(name, data)
-    except FileExistsError:
-        raise RefusedError(f"{name} is taken by what is no part of a rollback; take it away") from None
+def _taken(name: str) -> RefusedError:
+    return RefusedError(f"{name} is taken by what is no part of a rollback; take it away")
 
 
 def _check_discarded(exchange: StoreExchange, number: int, record: Rollback) -> None:
@@ -229,9 +234,14 @@ def _check_discarded(exchange: StoreExchange, number: int, record: Rollback) -> 
             )
 
 
+def is_done(exchange: StoreExchange, name: str) -> bool:
+    """Whether a rollback's `.done` that lies there counts: where the contract names keys, if its operator says so."""
+    return not exchange.members.keys or exchange.heard(words.Done, f"{FOLDER}/{name}", OPERATOR) is not None
+
+
 def is_rolling_back(exchange: StoreExchange) -> bool:
     """Whether a rollback was begun and is not complete: the newest version does not count until it is."""
-    return any(not is_done for _, is_done in _read(exchange))
+    return any(not done for _, done in _read(exchange))
 
 
 def explain(exchange: StoreExchange, version: int, commit_sha256: str) -> Origin:
@@ -240,7 +250,7 @@ def explain(exchange: StoreExchange, version: int, commit_sha256: str) -> Origin
     Neither is another history: an old backup of the store was restored, or this is another run. Raises RefusedError.
     """
     rollbacks = _read(exchange)
-    if any(commit_sha256 in record.discarded for record, is_done in rollbacks if not is_done):
+    if any(commit_sha256 in record.discarded for record, done in rollbacks if not done):
         return "rolled back"
     # A version that was discarded may have come again, with the same bytes.
     if _commit_sha256(exchange, version) == commit_sha256:
@@ -292,7 +302,8 @@ def _read(exchange: StoreExchange) -> list[tuple[Rollback, bool]]:
             raise RefusedError(f"{FOLDER}/{name}: {error}") from None
         if name != f"{number:06d}.json" or record.previous != previous:
             raise RefusedError(f"{FOLDER}/{name} does not follow the rollback before it")
-        found.append((record, f"{number:06d}.done" in names))
+        done = f"{number:06d}.done"
+        found.append((record, done in names and is_done(exchange, done)))
         previous = sha256_bytes(data)
     return found
 

@@ -3,7 +3,9 @@
 import copy
 import dataclasses
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from pretrain.config.check import ConfigError
@@ -18,6 +20,7 @@ from pretrain.trust.ledger import Commit, Record, RefusedError, check_link, sha2
 from pretrain.trust.members import Members
 
 CONTRACT = "contract.json"
+TRIES = 100  # against somebody who puts something there again and again
 W = TypeVar("W", bound=Word)
 
 
@@ -46,6 +49,7 @@ class SignedStore:
         self.amendments = Amendments(self.members, "all", "", self.pass_over)
         self._passed_over: set[str] = set()
         self._said: dict[str, tuple[list[int], Membership | None]] = {}  # words of membership, and the last
+        self._heard: set[str] = set()  # nonces of what may be said anew, so that a copy does not count
 
     @classmethod
     def of_run(cls, config: RunConfig, *, closing: threading.Event | None = None) -> Self:
@@ -65,6 +69,12 @@ class SignedStore:
         bounded = copy.copy(self)
         bounded.objects = self.objects.until(over)
         return bounded
+
+    def at_once(self) -> Self:
+        """The same store, where nothing is tried again; see Objects."""
+        hasty = copy.copy(self)
+        hasty.objects = self.objects.at_once()
+        return hasty
 
     def read_contract(self) -> bytes | None:
         """The contract's bytes, or None while there is none; what is read from then on is checked against them."""
@@ -149,27 +159,70 @@ class SignedStore:
         """The numbers that lie in a folder, sorted."""
         return sorted(n for name in self.objects.names(folder) if (n := number(name, after=after)) is not None)
 
-    def _signed(self, name: str, word: Word) -> bytes:
+    def signed(self, name: str, word: Word) -> bytes:
         """A word of ours, as it is written under a name."""
-        signature = self.members.sign_bytes("word", self._said_there(name, word))
+        signature = self.members.sign_bytes("word", word.to_sign(self.contract_sha256, name))
         return dataclasses.replace(word, signature=signature).to_bytes()
 
-    def _said_there(self, name: str, word: Word) -> bytes:
-        """What is signed of a word: it counts in this run, and under this name."""
-        place = f"{self.contract_sha256} {name}\n".encode()
-        return place + dataclasses.replace(word, signature=None).to_bytes()
-
-    def _word(self, kind: type[W], name: str, author: str) -> W | None:
-        """A word of another party; None, and a line, if it is none, or not by its author."""
+    def heard(self, kind: type[W], name: str, author: str) -> W | None:
+        """A word of another party, if it is there; None, and a line, if it is none, or not by its author."""
         try:
-            word = kind.from_bytes(self.objects.read(name, limit_bytes=WORD_BYTES))
-            try:
-                self.members.check_bytes(author, "word", self._said_there(name, word), word.signature)
-            except RefusedError:
-                if not self.follow_amendments():  # by a key that is new to us
-                    raise
-                self.members.check_bytes(author, "word", self._said_there(name, word), word.signature)
-            return word
-        except (FileNotFoundError, RefusedError) as error:
+            return self.checked(kind, name, author)
+        except FileNotFoundError:
+            return None
+        except RefusedError as error:
             self.pass_over(name, error)
             return None
+
+    def given(self, kind: type[Word], name: str, author: str) -> bytes | None:
+        """The bytes of a word that its author has said, to hand on; where nothing is signed, whatever is there."""
+        if self.members.keys and not self.heard(kind, name, author):
+            return None
+        return self.objects.read_if_there(name, limit_bytes=WORD_BYTES)
+
+    def checked(self, kind: type[W], name: str, author: str) -> W:
+        """The same. Raises FileNotFoundError, and RefusedError for what is no such word, or not by its author."""
+        try:
+            word = kind.from_bytes(self.objects.read(name, limit_bytes=WORD_BYTES))
+        except IsADirectoryError as error:
+            raise RefusedError(str(error)) from None
+        said = word.to_sign(self.contract_sha256, name)
+        try:
+            self.members.check_bytes(author, "word", said, word.signature)
+        except RefusedError:
+            if not self.follow_amendments():  # by a key that is new to us
+                raise
+            self.members.check_bytes(author, "word", said, word.signature)
+        return word
+
+    def say(self, name: str, word: Word, author: str) -> None:
+        """Leave a word of ours, unless one of ours is there; what another has put there gives way.
+
+        Raises FileExistsError where nothing is signed and something is there.
+        """
+        self.put(type(word), name, self.signed(name, word), author)
+
+    def put(self, kind: type[Word], name: str, data: bytes, author: str) -> None:
+        """The same of a word as its author has signed it."""
+        self.write_over(name, data, lambda: self.heard(kind, name, author) is not None)
+
+    def write_over(self, name: str, data: bytes, stands: Callable[[], bool]) -> None:
+        """Write a small object; what lies there gives way, however often, unless it `stands`, as its author's.
+
+        Raises FileExistsError for what stands, which is all where nothing is signed.
+        """
+        for _ in range(TRIES):
+            with suppress(FileExistsError):
+                return self.objects.write(name, data)
+            if not self.members.keys or stands():
+                break
+            self.objects.delete(name)
+        raise FileExistsError(f"{name} exists already")
+
+    def upload_over(self, file: Path, name: str, *, give: bool = False) -> None:
+        """Write a payload in the place of what another, or one of us who was killed, has left under its name."""
+        for _ in range(TRIES if self.members.keys else 1):
+            self.objects.delete(name)
+            with suppress(FileExistsError):
+                return (self.objects.give if give else self.objects.upload)(file, name)
+        raise FileExistsError(f"{name} exists already")

@@ -26,6 +26,7 @@ Version 17 is what outer step 17 made of one fragment (outer/schedule.py); with 
 
 import hashlib
 import re
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from itertools import count
@@ -36,12 +37,12 @@ from blake3 import blake3
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import OPERATOR
 from pretrain.exchange.signed import SignedStore
-from pretrain.exchange.words import WORD_BYTES, Damaged, Identity, Membership, Refusal, Waiting, number
+from pretrain.exchange.words import Damaged, Identity, Membership, Refusal, Resumable, Waiting, number
 from pretrain.host.foreign import shown
 from pretrain.outer.threads import in_threads
 from pretrain.trust.ledger import Commit, Contributor, Manifest, Payload, RefusedError, sha256_bytes
 
-SNAPSHOTS = "snapshots"
+SNAPSHOTS, ROLLBACKS = "snapshots", "rollbacks"
 REFUSED = re.compile(r"refused-(0|[1-9][0-9]{0,3})\.json")
 REQUESTS_AT_ONCE = 16  # that wait for a store side by side
 
@@ -61,7 +62,8 @@ def snapshot_path(version: int) -> str:
     return f"{SNAPSHOTS}/{version:06d}.json"
 
 
-def _identity_path(silo: str) -> str:
+def identity_path(silo: str) -> str:
+    """Which run directory holds a silo's name."""
     return f"silos/{silo}/identity.json"
 
 
@@ -89,11 +91,20 @@ class StoreExchange(SignedStore):
         if (data := self.objects.read_if_there(name)) is None:
             return False
         try:
-            self.check(OPERATOR, Commit.from_bytes(data), version=version)
+            commit = Commit.from_bytes(data)
+            self.check(OPERATOR, commit, version=version)
+            self._check_place(commit, version)
         except RefusedError as error:
             self.pass_over(name, error)
             return False
         return True
+
+    def _check_place(self, record: Commit | Manifest, version: int, silo: str | None = None) -> None:
+        """Raise RefusedError for a record that was signed for another place than this."""
+        author = record.silo if isinstance(record, Manifest) else None
+        if (record.contract_sha256, record.version, author) != (self.terms_sha256(version), version, silo):
+            of = f"{'silo ' + author + ', ' if author else ''}version {record.version}"
+            raise RefusedError(f"it is of {of} of contract {shown(record.contract_sha256, limit=12)}, put here")
 
     def newest_version(self, start: int = -1) -> int:
         """The newest committed version, looked for from `start` upwards; -1 if there is none.
@@ -189,16 +200,21 @@ class StoreExchange(SignedStore):
 
     def claim_name(self, silo: str, identity: str) -> None:
         """Take the silo's name for the run directory that knows `identity`. Raises ConfigError if another has it."""
+        name = identity_path(silo)
+        self.claim(silo, self.signed(name, Identity(identity=identity)))
+
+    def claim(self, silo: str, word: bytes) -> None:
+        """The same, by the word for it as the silo has signed it."""
         try:
-            self.objects.write(_identity_path(silo), Identity(identity=identity).to_bytes())
+            self.put(Identity, identity_path(silo), word, silo)
         except FileExistsError:
-            if not self.has_name(silo, identity):
-                raise self._taken(_identity_path(silo)) from None
+            if not self.has_name(silo, Identity.from_bytes(word).identity):
+                raise self._taken(identity_path(silo)) from None
 
     def has_name(self, silo: str, identity: str) -> bool:
         """Whether the run directory that knows `identity` has taken the name. Raises ConfigError if another has."""
-        name = _identity_path(silo)
-        if not self.objects.exists(name):
+        name = identity_path(silo)
+        if not self.objects.exists(name) or (self.members.keys and not self.heard(Identity, name, silo)):
             return False
         try:
             holder = self.holder(silo)
@@ -216,7 +232,7 @@ class StoreExchange(SignedStore):
 
     def holder(self, silo: str) -> str:
         """Identity of the run directory that has the name. Raises FileNotFoundError, RefusedError."""
-        return Identity.from_bytes(self.objects.read(_identity_path(silo), limit_bytes=WORD_BYTES)).identity
+        return self.checked(Identity, identity_path(silo), silo).identity
 
     def deliver(self, manifest: Manifest, files: Iterable[tuple[Payload, Path]]) -> bytes:
         """Write the payloads, then the manifest; returns the manifest's bytes that stand.
@@ -228,15 +244,12 @@ class StoreExchange(SignedStore):
         folder = delivery_path(manifest.silo, manifest.version)
         name = f"{folder}/manifest.json"
         stands = self.objects.read_if_there(name)
-        if stands is not None:
-            if self._is_by(manifest.silo, manifest.version, stands, name):
-                return stands
-            self.objects.delete(name)
+        if stands is not None and self._is_by(manifest.silo, manifest.version, stands):
+            return stands
         try:
             for payload, file in files:
-                self.objects.delete(f"{folder}/{payload.file}")
-                self.objects.upload(file, f"{folder}/{payload.file}")
-            self.objects.write(name, manifest.to_bytes())
+                self.upload_over(file, f"{folder}/{payload.file}")
+            self.write_over(name, manifest.to_bytes(), lambda: self.is_delivered(manifest.silo, manifest.version))
         except FileExistsError as error:
             raise ConfigError(
                 f"exchange.url: {self.objects.url} given; somebody else writes as silo {manifest.silo}: {error}"
@@ -247,26 +260,32 @@ class StoreExchange(SignedStore):
         """The aggregator's reasons for refusing deliveries for this version, oldest first."""
         folder = delivery_path(silo, version)
         numbers = sorted(int(match[1]) for name in self.objects.names(folder) if (match := REFUSED.fullmatch(name)))
-        words = [self._word(Refusal, f"{folder}/refused-{number}.json", OPERATOR) for number in numbers]
+        words = [self.heard(Refusal, f"{folder}/refused-{number}.json", OPERATOR) for number in numbers]
         return [word for word in words if word]
 
     def announce(self, silo: str, *, left: bool, version: int) -> None:
         """Say that a silo joins or leaves, where `version` is the newest that it has seen."""
         folder = f"silos/{silo}/membership"
         said = self.numbers(folder, after=".json")
-        word = Membership(left=left, version=version)
+        if self.members.keys:
+            said = [n for n in said if self.heard(Membership, f"{folder}/{n:06d}.json", silo)]
         name = f"{folder}/{max(said, default=-1) + 1:06d}.json"
         try:
-            self.objects.write(name, self._signed(name, word))
+            self.say(name, Membership(left=left, version=version), silo)
         except FileExistsError:
             raise self._taken(name) from None
 
-    def mark_resumable(self, silo: str, version: int) -> None:
-        """Say that this silo has a checkpoint holding `version`, so that older versions may be pruned."""
+    def mark_resumable(self, silo: str, version: int, *, num_rollbacks: int = 0) -> None:
+        """Say that this silo has a checkpoint holding `version`, so that older versions may be pruned.
+
+        `num_rollbacks` is how often the run was taken back until then.
+        """
         folder = f"silos/{silo}/resumable"
         old = self.objects.names(folder)
-        if f"{version:06d}" not in old:
-            self.objects.write(f"{folder}/{version:06d}", b"{}\n")
+        with suppress(FileExistsError):
+            name = f"{folder}/{version:06d}"
+            if self.members.keys or f"{version:06d}" not in old:
+                self.say(name, Resumable(num_rollbacks=num_rollbacks), silo)
         for name in old:
             if (marked := number(name)) is not None and marked < version:
                 self.objects.delete(f"{folder}/{name}")
@@ -274,7 +293,8 @@ class StoreExchange(SignedStore):
     def say_damaged(self, silo: str, version: int, reason: str) -> None:
         """Leave word that the newest version cannot be used as it lies here."""
         with suppress(FileExistsError):
-            self.objects.write(f"{_damaged_path(version)}/{silo}", Damaged(reason=reason).to_bytes())
+            word = Damaged(reason=shown(reason, limit=1000), nonce=uuid.uuid4().hex)
+            self.say(f"{_damaged_path(version)}/{silo}", word, silo)
 
     # ---- the aggregator's verbs
 
@@ -285,8 +305,7 @@ class StoreExchange(SignedStore):
     def delivered(self, silo: str, version: int) -> bytes | None:
         """The same of a delivery that the silo has signed; one that it has not counts as none, and is said."""
         data = self.delivery(silo, version)
-        name = f"{delivery_path(silo, version)}/manifest.json"
-        return data if data and self._is_by(silo, version, data, name) else None
+        return data if data and self._is_by(silo, version, data) else None
 
     def contributed(self, contributor: Contributor) -> tuple[Manifest, bytes]:
         """The manifest, and its bytes, that a commit names as a silo's part in it. Raises RefusedError."""
@@ -303,14 +322,16 @@ class StoreExchange(SignedStore):
         name = f"{delivery_path(silo, version)}/manifest.json"
         return self.delivered(silo, version) is not None if self.members.keys else self.objects.exists(name)
 
-    def _is_by(self, silo: str, version: int, manifest: bytes, name: str) -> bool:
-        """Whether a silo has signed a manifest with its key for a version; what it has not is said."""
+    def _is_by(self, silo: str, version: int, data: bytes) -> bool:
+        """Whether a silo has signed a manifest, as one for this version of this run; what it has not is said."""
         if not self.members.keys:
             return True
         try:
-            self.check(silo, Manifest.from_bytes(manifest), version=version)
+            manifest = Manifest.from_bytes(data)
+            self.check(silo, manifest, version=version)
+            self._check_place(manifest, version, silo)
         except RefusedError as error:
-            self.pass_over(name, error)
+            self.pass_over(f"{delivery_path(silo, version)}/manifest.json", error)
             return False
         return True
 
@@ -327,24 +348,41 @@ class StoreExchange(SignedStore):
         self.objects.delete(f"{folder}/manifest.json")
         name = f"{folder}/refused-{free}.json"
         with suppress(FileExistsError):  # whoever writes refusals in our place has said no
-            self.objects.write(name, self._signed(name, word))
+            self.say(name, word, OPERATOR)
 
     def membership(self, silo: str) -> Membership | None:
         """Whether a silo has joined or left, by its last word that is one; None if it never said one."""
         folder = f"silos/{silo}/membership"
         said = self.numbers(folder, after=".json")
-        if self._said.get(silo, ([], None))[0] != said:  # nothing is ever overwritten
-            words = (self._word(Membership, f"{folder}/{n:06d}.json", silo) for n in reversed(said))
-            self._said[silo] = said, next((word for word in words if word), None)
+        if self._said.get(silo, ([], None))[0] != said:  # no word of its author's is ever overwritten
+            words = ((n, self.heard(Membership, f"{folder}/{n:06d}.json", silo)) for n in reversed(said))
+            last, word = next(((n, word) for n, word in words if word), (-1, None))
+            may_change = self.members.keys and said and last != said[-1]
+            self._said[silo] = [] if may_change else said, word
         return self._said[silo][1] if said else None
 
     def say_waiting(self, version: int, silos: list[str], *, deadline_seconds: float | None) -> None:
         """Leave word of whom a version waits for; the store's own clock tells since when."""
         name = f"waiting/{version:06d}.json"
         word = Waiting(silos=silos, deadline_seconds=deadline_seconds)
-        if not self.objects.exists(name):
+        if self.members.keys or not self.objects.exists(name):
             with suppress(FileExistsError):  # whatever else lies there
-                self.objects.write(name, word.to_bytes())
+                self.say(name, word, OPERATOR)
+
+    def resumable(self, silo: str, *, num_rollbacks: int = 0) -> int | None:
+        """The version of a silo's newest checkpoint, by its marks since the last rollback; None if there is none."""
+        marks = self.numbers(folder := f"silos/{silo}/resumable")
+        if not self.members.keys:
+            return max(marks, default=None)
+        for marked in reversed(marks):
+            word = self.heard(Resumable, f"{folder}/{marked:06d}", silo)
+            if word and word.num_rollbacks == num_rollbacks:
+                return marked
+        return None
+
+    def num_rollbacks(self) -> int:
+        """How often the run was taken back."""
+        return len(self.numbers(ROLLBACKS, after=".json"))
 
     def publish(
         self,
@@ -366,24 +404,25 @@ class StoreExchange(SignedStore):
             raise FileExistsError(f"{folder}/commit.json exists already; another aggregator works on this store")
         for payload, file in files:
             check()
-            self.objects.delete(f"{folder}/{payload.file}")  # left by an aggregator that died before its commit
-            (self.objects.give if give else self.objects.upload)(file, f"{folder}/{payload.file}")
+            self.upload_over(file, f"{folder}/{payload.file}", give=give)  # one died before its commit, perhaps
         check()
-        try:
-            self.objects.write(f"{folder}/commit.json", commit.to_bytes())
-        except FileExistsError:
-            if not self.members.keys:
-                raise
-            self.objects.delete(f"{folder}/commit.json")  # nobody has signed it
-            self.objects.write(f"{folder}/commit.json", commit.to_bytes())
+        self.write_over(f"{folder}/commit.json", commit.to_bytes(), lambda: self.has_commit(commit.version))
         self.objects.delete(f"waiting/{commit.version:06d}.json")
 
     def hear_damaged(self, roster: list[str], version: int) -> list[str]:
         """Silos that said that they cannot use a version, each once."""
-        said = sorted({*roster} & {*self.objects.names(_damaged_path(version))})
-        for silo in said:
+        there = sorted({*roster} & {*self.objects.names(_damaged_path(version))})
+        said = [silo for silo in there if not self.members.keys or self._is_new_damage(silo, version)]
+        for silo in there:
             self.objects.delete(f"{_damaged_path(version)}/{silo}")
         return said
+
+    def _is_new_damage(self, silo: str, version: int) -> bool:
+        """Whether a silo has said so itself, and not in words that were heard before."""
+        word = self.heard(Damaged, f"{_damaged_path(version)}/{silo}", silo)
+        is_new = word is not None and word.nonce not in self._heard
+        self._heard |= {word.nonce} if word else set()
+        return is_new
 
     def tensors(self, folder: str) -> list[str]:
         """Names of the payloads in a folder."""

@@ -29,6 +29,10 @@ class Word:
             del said["signature"]
         return (json.dumps(said) + "\n").encode()
 
+    def to_sign(self, contract_sha256: str, name: str) -> bytes:
+        """What is signed of it: it counts in this run, and under this name."""
+        return f"{contract_sha256} {name}\n".encode() + dataclasses.replace(self, signature=None).to_bytes()
+
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
         """Read a word of another party; raises RefusedError if anything is missing, unknown or of another type."""
@@ -73,6 +77,35 @@ class Holder(Word):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TermSign(Word):
+    """The holder of a term of a store's lease is alive, or has ended."""
+
+    nonce: str
+    """The term's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beat(Word):
+    """A silo is alive."""
+
+    lease_seconds: float
+    """How long it may be silent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumable(Word):
+    """A silo has a checkpoint that holds the version in the object's name."""
+
+    num_rollbacks: int
+    """Of the run until then: a later one takes the mark back, whoever may keep a copy of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done(Word):
+    """A rollback is complete."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Waiting(Word):
     """Whom a version waits for, and how long at most."""
 
@@ -85,6 +118,8 @@ class Damaged(Word):
     """A silo cannot use the newest version as it lies in the store, and why."""
 
     reason: str
+    nonce: str
+    """What is said twice counts twice, a copy of it does not."""
 
 
 def number(name: str, *, before: str = "", after: str = "") -> int | None:

@@ -20,7 +20,7 @@ from pathlib import Path
 import fsspec
 
 from pretrain.config.check import ConfigError
-from pretrain.config.keys import RunConfig
+from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.exchange.agreement import SIGNATURES
 from pretrain.exchange.amended import FOLDER as AMENDMENTS
 from pretrain.exchange.amended import acceptance_path, amendment_path
@@ -29,10 +29,10 @@ from pretrain.exchange.history import History
 from pretrain.exchange.objects import Objects
 from pretrain.exchange.options import is_directory, store_options
 from pretrain.exchange.rollback import FOLDER as ROLLBACKS
-from pretrain.exchange.rollback import Rollback, explain, foreign, take_back, versions_above
+from pretrain.exchange.rollback import Rollback, explain, foreign, is_done, take_back, versions_above
 from pretrain.exchange.sealed import given_group_key, group_key_path
-from pretrain.exchange.store import StoreExchange, delivery_path, version_path
-from pretrain.exchange.words import number
+from pretrain.exchange.store import StoreExchange, delivery_path, identity_path, version_path
+from pretrain.exchange.words import Beat, Identity, Membership, Refusal, Resumable, Word, number
 from pretrain.host.lock import lock_directory
 from pretrain.host.stopping import STOPPED, StopRequested, raise_at_signals
 from pretrain.trust.contract import build_contract, check_same_contract
@@ -89,6 +89,7 @@ class Relay:
         self._newest = -1
         self._is_checked, self._was_rolled_back = False, False
         self._named: set[str] = set()
+        self._handed_on: set[tuple[str, str]] = set()  # words, by store and name
         self._looked_before: set[str] = set()
 
     def start(self) -> None:
@@ -110,8 +111,12 @@ class Relay:
 
     def is_done(self) -> bool:
         """Whether the last version is here and all silos of this site have ended."""
-        beats = (self._here.objects.names(f"silos/{silo}/beats") for silo in self._silos)
-        return self._newest >= self._config.schedule.num_versions and not any(beats)
+        return self._newest >= self._config.schedule.num_versions and not any(map(self._is_alive, self._silos))
+
+    def _is_alive(self, silo: str) -> bool:
+        folder = f"silos/{silo}/beats"
+        names = (f"{folder}/{name}" for name in self._here.objects.names(folder))
+        return any(self._here.given(Beat, name, silo) for name in names)
 
     def copy(self) -> None:
         """Copy what is new. Raises ConfigError and RefusedError."""
@@ -128,8 +133,8 @@ class Relay:
             self._prune()
         for silo in filter(self._is_named, self._silos):
             if self._rules.is_elastic or self._rules.sample is not None:
-                self._copy_words(f"silos/{silo}/membership")
-            _mirror(self._here.objects, self._there.objects, f"silos/{silo}/resumable")
+                self._copy_words(silo)
+            self._mirror(Resumable, silo, "resumable")
             self._copy_deliveries(silo)
 
     # ---- down
@@ -146,9 +151,11 @@ class Relay:
         for name in (name for name in records if name not in here):
             _copy(self._there.objects, self._here.objects, f"{ROLLBACKS}/{name}")
         done = [name.replace(".json", ".done") for name in records]
-        done = [name for name in done if name in there and name not in here]
+        complete = {name for name in done if name in there and is_done(self._there, name)}
+        done = [name for name in done if name in complete and name not in here]
         for stem in (name.removesuffix(".done") for name in done):
             record = Rollback.from_bytes(self._there.objects.read(f"{ROLLBACKS}/{stem}.json"))
+            self._there.members.check(OPERATOR, record)
             print(f"rolled back from version {record.from_version} to {record.to_version}", flush=True)
             for version in versions_above(self._here, record.to_version):
                 take_back(self._here, version, f"rolled-back/{stem}")
@@ -158,7 +165,7 @@ class Relay:
             self._copy_made_of()
         for name in done:
             _copy(self._there.objects, self._here.objects, f"{ROLLBACKS}/{name}")
-        return all(name.replace(".json", ".done") in there for name in records)
+        return all(name.replace(".json", ".done") in complete for name in records)
 
     def _copy_made_of(self) -> None:
         """What the newest version's parameters are made of, for silos whose checkpoints are all taken back."""
@@ -241,11 +248,13 @@ class Relay:
 
     def _is_named(self, silo: str) -> bool:
         """Whether a silo has begun, here or there. Raises ConfigError if another run directory has its name."""
-        name = f"silos/{silo}/identity.json"
-        if silo not in self._named and not self._here.objects.exists(name):
-            _copy(self._there.objects, self._here.objects, name)  # who begins under this name is told here
-        if silo not in self._named and self._here.objects.exists(name):
-            self._there.claim_name(silo, self._here.holder(silo))
+        if silo in self._named:
+            return True
+        name = identity_path(silo)
+        if not self._here.given(Identity, name, silo):
+            self._hand_on(Identity, name, silo, self._there, self._here)  # who begins under this name is told here
+        if word := self._here.given(Identity, name, silo):
+            self._there.claim(silo, word)
             self._named.add(silo)
         return silo in self._named
 
@@ -253,24 +262,62 @@ class Relay:
         """Both ways; what was accepted there comes here last, before the commits that show it. Raises RefusedError."""
         if not self._here.members.keys:
             return
-        self._copy_words(SIGNATURES)
+        self._copy_folder(SIGNATURES)
         here, there = self._here.objects, self._there.objects
         for n in sorted({n for store in (self._there, self._here) for n in store.numbers(AMENDMENTS, after=".json")}):
             for source, target in ((there, here), (here, there)):
                 _copy(source, target, amendment_path(n))
-            self._copy_words(f"{AMENDMENTS}/{n:06d}")
+            self._copy_folder(f"{AMENDMENTS}/{n:06d}")
         for n in self._there.numbers(AMENDMENTS, after=".accepted"):
             _copy(there, here, acceptance_path(n))
         for store in (self._there, self._here):
             store.follow_amendments()
 
-    def _copy_words(self, folder: str) -> None:
-        """Both ways, as somebody there may have said that the silo has left."""
+    def _copy_folder(self, folder: str) -> None:
+        """Both ways."""
         here, there = self._here.objects, self._there.objects
         for source, target in ((there, here), (here, there)):
             said = target.names(folder)
             for name in (name for name in source.names(folder) if name not in said):
                 _copy(source, target, f"{folder}/{name}")
+
+    def _copy_words(self, silo: str) -> None:
+        """Both ways, as somebody there may have said that the silo has left."""
+        for source, target in ((self._there, self._here), (self._here, self._there)):
+            self._copy_new(Membership, silo, "membership", source, target)
+
+    def _copy_new(
+        self, kind: type[Word], silo: str, inner: str, source: StoreExchange, target: StoreExchange
+    ) -> tuple[set[str], set[str]]:
+        """A silo's words of a kind that are not there yet, or of which somebody else has taken the name there.
+
+        Returns the names that were found here, and there.
+        """
+        here, there = (
+            {f"silos/{silo}/{inner}/{name}" for name in store.objects.names(f"silos/{silo}/{inner}")}
+            for store in (source, target)
+        )
+        for name in sorted(here):
+            is_known = not target.members.keys or (target.objects.url, name) in self._handed_on
+            if name not in there or not is_known:
+                self._hand_on(kind, name, silo, source, target)
+        return here, there
+
+    def _hand_on(self, kind: type[Word], name: str, author: str, source: StoreExchange, target: StoreExchange) -> None:
+        """A word as its author has said it, if it is still here, to where it is not yet."""
+        word = source.given(kind, name, author)
+        with suppress(FileNotFoundError, FileExistsError):
+            if word is not None:
+                self._handed_on.add((target.objects.url, name))
+                target.put(kind, name, word, author)
+
+    def _mirror(self, kind: type[Word], silo: str, inner: str) -> None:
+        """First what is new, then what is gone; at once or not at all, where these are signs of life."""
+        here, there = (store.at_once() if kind is Beat else store for store in (self._here, self._there))
+        wanted, found = self._copy_new(kind, silo, inner, here, there)
+        for name in sorted(found - wanted):
+            there.objects.delete(name)
+            self._handed_on.discard((there.objects.url, name))
 
     def _copy_deliveries(self, silo: str) -> None:
         """Those for versions to come; where late ones count, for each fragment's newest, too."""
@@ -283,6 +330,7 @@ class Relay:
         folder, began = delivery_path(silo, version), time.monotonic()
         here, there = (store.objects.names(folder) for store in (self._here, self._there))
         refused = [name for name in there if name.startswith("refused-") and name not in here]
+        refused = [name for name in refused if self._there.given(Refusal, f"{folder}/{name}", OPERATOR)]
         if refused:  # in this order, as the aggregator: the silo of a relay killed in between delivers once more
             self._here.objects.delete(f"{folder}/{MANIFEST}")
             for name in refused:
@@ -305,7 +353,7 @@ class Relay:
         """At once or not at all: nobody waits for them."""
         with suppress(ConfigError):
             for silo in self._silos:
-                _mirror(self._here.objects.at_once(), self._there.objects.at_once(), f"silos/{silo}/beats")
+                self._mirror(Beat, silo, "beats")
 
     def keep_copying_beats(self) -> None:
         """Beside all else, which may take its time."""
@@ -318,15 +366,6 @@ def _copy(source: Objects, target: Objects, name: str) -> None:
     """A small object, if it is still here, to where it is not yet."""
     with suppress(FileNotFoundError, FileExistsError):
         target.write(name, source.read(name))
-
-
-def _mirror(source: Objects, target: Objects, folder: str) -> None:
-    """First what is new, then what is gone."""
-    wanted, found = source.names(folder), target.names(folder)
-    for name in (name for name in wanted if name not in found):
-        _copy(source, target, f"{folder}/{name}")
-    for name in (name for name in found if name not in wanted):
-        target.delete(f"{folder}/{name}")
 
 
 def _say(what: str, payloads: Iterable[Payload], began: float) -> None:

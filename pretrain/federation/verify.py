@@ -15,7 +15,7 @@ from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.exchange.agreement import not_signed
 from pretrain.exchange.payload import save_tensors
 from pretrain.exchange.sealed import seal_payload
-from pretrain.exchange.store import StoreExchange, delivery_path, version_path
+from pretrain.exchange.store import SNAPSHOTS, StoreExchange, delivery_path, snapshot_path, version_path
 from pretrain.federation.join import read_terms
 from pretrain.merge.collect import Delivery
 from pretrain.merge.merger import Merged, Merger
@@ -180,8 +180,8 @@ class StoreVerifier:
             self._config, self._exchange, self._scratch, check_lease=lambda: None, let_go=merger.let_go
         )
         written = [version for version in snapshots.history.snapshots() if version in self._commits]
-        for version in written:
-            with self._noting(version, f"snapshots/{version:06d}.json"):
+        for version in filter(self._commits.__contains__, self._exchange.numbers(SNAPSHOTS, after=".json")):
+            with self._noting(version, snapshot_path(version)):
                 record = snapshots.history.read_snapshot(version)
                 self._check_payloads(version_path(version), version, record.payloads)
         if not self._config.full_roster or newest < 1 or len(self._commits) <= newest:

@@ -89,7 +89,8 @@ def aggregator_requests(config: RunConfig, shapes: Shapes, pace: Pace) -> Reques
         + Requests(lists=1, reads=1) * num_objects
     )
     steps = min(silo.checkpoint_interval_steps for silo in config.silos.values())
-    checkpoints = Requests(lists=num_silos) * (config.inner.num_steps // steps + 1)
+    is_signed = bool(config.trust.keys)  # a mark is read, then
+    checkpoints = Requests(lists=num_silos, reads=num_silos * is_signed) * (config.inner.num_steps // steps + 1)
     return a_version * num_versions + checkpoints + Requests(writes=1, lists=1, reads=1) * _beats(config, pace)
 
 

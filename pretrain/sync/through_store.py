@@ -1,7 +1,6 @@
 """The exchange through a store, as a silo sees it: deliver objects, wait for the aggregator's commits."""
 
 import dataclasses
-import json
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from pretrain.exchange.payload import Tensors, changed_tensors, check_header, re
 from pretrain.exchange.rollback import check_held, explain, foreign, is_rolling_back, rollback_records
 from pretrain.exchange.sealed import fetch_version, seal_payload, sealed_copy, take_group_key
 from pretrain.exchange.store import StoreExchange
+from pretrain.exchange.words import Beat
 from pretrain.host.foreign import shown
 from pretrain.host.identity import known_identity, own_identity
 from pretrain.host.software import differences
@@ -61,6 +61,7 @@ class ThroughStore:
         self._directory = config.silo_directory(silo)
         self._marking = ThreadPoolExecutor(1, thread_name_prefix="mark")
         self._beats: Beats | None = None
+        self._num_rollbacks = 0  # of the run; after one more of them we have to start again
         self.lost = ""
         self._num_refused: dict[int, int] = {}  # of a version's deliveries, before ours of this start
         self._delivered = Delivered(self._directory / "delivered.txt")
@@ -87,9 +88,10 @@ class ThroughStore:
         is_new = not known_identity(self._directory)
         self._store.claim_name(self._silo, own_identity(self._directory))
         self._delivered.begin(0 if is_new else self._store.newest_version() + 1 + self._config.outer.num_fragments)
+        self._num_rollbacks = self._store.num_rollbacks()
         seconds = self._config.exchange.lease_seconds
-        content = (json.dumps({"lease_seconds": seconds}) + "\n").encode()
-        self._beats = Beats(self._store.objects, f"silos/{self._silo}/beats/", lease_seconds=seconds, content=content)
+        sign = Beat(lease_seconds=seconds)
+        self._beats = Beats(self._store, f"silos/{self._silo}/beats/", sign, self._silo, lease_seconds=seconds)
 
     def assist(self, rank: int) -> None:
         """The leader does it all."""
@@ -388,7 +390,8 @@ class ThroughStore:
 
     def checkpointed(self, version: int) -> None:
         """Say so in the store, for its pruning; training goes on meanwhile."""
-        self._marking.submit(self._store.mark_resumable, self._silo, version)
+        number = self._num_rollbacks
+        self._marking.submit(self._store.mark_resumable, self._silo, version, num_rollbacks=number)
 
     def moved(self) -> None:
         """Nobody waits for us without end: the aggregator does not ask."""

@@ -58,8 +58,13 @@ SILO_SYNC = "pretrain.sync.silo_sync"
 THROUGH_STORE = "pretrain.sync.through_store"
 OWN_LEDGER = "pretrain.sync.own_ledger"
 
+SIGNING: Point = (OBJECTS, "Objects.write", "before", lambda self, name, data: signature(name))
 SILO_POINTS: dict[str, Point] = {
+    "signing": SIGNING,
+    "joining": (THROUGH_STORE, "ThroughStore.join", "before", lambda self: 0),
+    "named": (STORE, "StoreExchange.claim_name", "after", lambda self, silo, identity: 0),
     "step": ("pretrain.train", "learning_rate", "before", lambda step, inner: step),
+    "gathering": (SILO_SYNC, "SiloSync.deliver", "before", lambda self, engine, progress, version: version),
     "sending": (SILO_SYNC, "SiloSync._code", "before", lambda self, version, *facts: version),
     "coded": (SILO_SYNC, "save_tensors", "after", lambda coded, file, **_: int(file.stem)),
     "delivering": (THROUGH_STORE, "ThroughStore.deliver", "before", lambda self, sent: sent.manifest.version),
@@ -67,10 +72,15 @@ SILO_POINTS: dict[str, Point] = {
     "corrupt_payload": (OBJECTS, "Objects.upload", "after", lambda self, file, name: delivery(name)),
     "before_manifest": (OBJECTS, "Objects.write", "before", lambda self, name, data: manifest(name)),
     "after_manifest": (OBJECTS, "Objects.write", "after", lambda self, name, data: manifest(name)),
+    "waiting": (THROUGH_STORE, "ThroughStore._wait_for_commit", "before", lambda self, version, sent: version),
     "fetching": (STORE, "StoreExchange.fetch", "before", lambda self, folder, *more: number(r"global/(\d{6})", folder)),
+    "downloaded": (THROUGH_STORE, "ThroughStore._download", "after", lambda self, version, base: version),
     "adopting": (SILO_SYNC, "SiloSync._take_over", "before", lambda self, received: received.commit.version),
+    "adopted": (SILO_SYNC, "SiloSync._record", "before", lambda self, progress, flight, received: progress.version),
     "before_saving": ("pretrain.silo.engine", "Engine.save", "before", lambda self, path: int(path.name[6:14])),
     "saving": ("pretrain.silo.engine", "Engine.save", "after", lambda self, directory: int(directory.name[6:14])),
+    "marking": (STORE, "StoreExchange.mark_resumable", "before", lambda self, silo, version, num_rollbacks: version),
+    "marked": (STORE, "StoreExchange.mark_resumable", "after", lambda self, silo, version, num_rollbacks: version),
     "before_keep": (OWN_LEDGER, "OwnLedger.keep", "before", lambda self, version, kept: version),
     "after_keep": (OWN_LEDGER, "OwnLedger.keep", "after", lambda self, version, kept: version),
     "before_publish": (OWN_LEDGER, "OwnLedger.publish", "before", lambda self, draft, files: draft.version),
@@ -89,6 +99,8 @@ AGGREGATOR_POINTS: dict[str, Point] = {  # as its loop comes to them
     "contract_read": (STORE, "StoreExchange.read_contract", "after", lambda self: 0),
     "before_contract": (OBJECTS, "Objects.write", "before", lambda self, name, data: contract(name)),
     "after_contract": (OBJECTS, "Objects.write", "after", lambda self, name, data: contract(name)),
+    "signing": SIGNING,
+    "agreed": (AGGREGATE, "Aggregator._agree", "after", lambda self: 0),
     "version_read": (OBJECTS, "Objects.download", "after", lambda self, name, file, limit_bytes: version(name)),
     "replaying": (  # what is to be replayed is known, and none of it done
         MERGER,
@@ -97,6 +109,7 @@ AGGREGATOR_POINTS: dict[str, Point] = {  # as its loop comes to them
         lambda self, state, commits, snapshots: commits[-1].version if commits else None,
     ),
     "version_loaded": (AGGREGATE, "Aggregator._load", "after", lambda self, newest: newest),
+    "collecting": (AGGREGATE, "Aggregator.collect", "before", lambda self, state: state.version),
     "reading_delivery": (  # nothing is read yet
         OBJECTS,
         "Objects._blocks",
@@ -120,9 +133,11 @@ AGGREGATOR_POINTS: dict[str, Point] = {  # as its loop comes to them
     "mid_publish": (OBJECTS, "Objects.upload", "after", lambda self, file, name: version(name)),
     "velocity_uploaded": (OBJECTS, "Objects.upload", "after", lambda self, file, name: version(name, "velocity-")),
     "target_uploaded": (OBJECTS, "Objects.upload", "after", lambda self, file, name: version(name, "target-")),
+    "before_snapshot": (OBJECTS, "Objects.write", "before", lambda self, name, data: snapshot(name)),
     "before_commit": (OBJECTS, "Objects.write", "before", lambda self, name, data: commit(name)),
     "committing": ("os", "link", "before", lambda written, final, **more: commit(linked(final, **more))),
     "after_commit": (OBJECTS, "Objects.write", "after", lambda self, name, data: commit(name)),
+    "noted": (AGGREGATE, "Aggregator._publish", "after", lambda self, commit, payloads: commit.version),
     "before_pruning": (HISTORY, "History.prune", "before", lambda self, roster, newest, keep, **settings: newest),
     "delivery_pruned": (OBJECTS, "Objects.delete", "after", lambda self, name: pruned(self, name, delivery(name))),
     "pruning": (OBJECTS, "Objects.delete", "after", lambda self, name: pruned(self, name, version(name))),
@@ -201,6 +216,14 @@ def version(name: str, stem: str = "") -> int | None:
 
 def commit(name: str) -> int | None:
     return number(r"global/(\d{6})/commit\.json", name)
+
+
+def signature(name: str) -> int | None:
+    return 0 if name.startswith("signatures/") else None
+
+
+def snapshot(name: str) -> int | None:
+    return number(r"snapshots/(\d{6})\.json", name)
 
 
 def contract(name: str) -> int | None:

@@ -168,7 +168,7 @@ def test_two_aggregators(tmp_path: Path, tiny_config: TinyConfig) -> None:
         assert first.poll() is None
 
         first.send_signal(signal.SIGSTOP)
-        lease = Lease(StoreExchange(configs[2].store_url).objects, seconds=6)
+        lease = Lease(StoreExchange(configs[2].store_url), seconds=6)
         third, state = start(configs[2])
         for silo in configs[2].full_roster:
             GOOD.deliver(configs[2], silo, state, plus_noise(state))

@@ -90,7 +90,10 @@ WORDS = {
     "refusal": words.Refusal(reason="its norm", final=True, manifest_sha256="a" * 64),
     "lease": words.Holder(holder="aggregator", machine="m", pid=1, lease_seconds=30.0, nonce="n"),
     "waiting": words.Waiting(silos=["alpha"], deadline_seconds=None),
-    "damaged": words.Damaged(reason="truncated"),
+    "damaged": words.Damaged(reason="truncated", nonce="n"),
+    "resumable": words.Resumable(num_rollbacks=0),
+    "beat": words.Beat(lease_seconds=30.0),
+    "sign of a term": words.TermSign(nonce="n"),
 }
 SPLIT = {
     "format": 2,

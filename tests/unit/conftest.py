@@ -8,10 +8,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TypeVar
 
 import pytest
 
+from pretrain.config.keys import RunConfig
+from pretrain.trust.members import with_keys
+from tests.conftest import TinyConfig
 from tests.support import free_port
 from tests.waiting import wait_for
 
@@ -85,3 +89,21 @@ def in_front_of_s3(kind: Callable[[tuple[str, int]], Line]) -> Iterator[Line]:
             yield line
         finally:
             line.shutdown()
+
+
+@pytest.fixture
+def signed_config(tiny_config: TinyConfig, tmp_path: Path) -> RunConfig:
+    """A run of two silos with keys of its own, which are in its run directory."""
+    return with_keys(tiny_config(tmp_path, exchange={"snapshot_versions": 1}, trust={"directory": ""}), make=True)
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str]) -> Callable[[], str]:
+    """All that this test has printed so far."""
+    parts: list[str] = []
+
+    def said() -> str:
+        parts.append(capsys.readouterr().out)
+        return "".join(parts)
+
+    return said

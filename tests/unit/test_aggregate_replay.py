@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pretrain import aggregate as module
 from pretrain.aggregate import Aggregator, OuterState
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.history import History
+from pretrain.exchange.lease import Lease
 from pretrain.exchange.rollback import roll_back
 from pretrain.exchange.store import StoreExchange
 from pretrain.federation.export import load_global_model
@@ -167,12 +169,17 @@ def test_a_snapshot_is_written_while_silos_train_on(tmp_path: Path, tiny_config:
     config = tiny_config(tmp_path, outer=INT4, exchange={"snapshot_versions": 1})
     may_write = threading.Event()
 
-    def check() -> None:
-        if threading.current_thread() is not threading.main_thread():
-            assert may_write.wait(PATIENCE_SECONDS)
+    class SlowLease(Lease):
+        """The thread that writes snapshots is held up where it looks at the lease."""
+
+        def check(self) -> None:
+            if threading.current_thread() is not threading.main_thread():
+                assert may_write.wait(PATIENCE_SECONDS)
+            super().check()
 
     Path(config.directory).mkdir()
-    aggregator = Aggregator(config, Journal(config, "aggregator", silo=None), check_lease=check)
+    take_lease = partial(SlowLease, seconds=60)
+    aggregator = Aggregator(config, Journal(config, "aggregator", silo=None), take_lease=take_lease)
     state = aggregator.start()
     deliver_all(config, state)
     deliveries = aggregator.collect(state)
@@ -190,6 +197,7 @@ def test_a_snapshot_is_written_while_silos_train_on(tmp_path: Path, tiny_config:
     assert snapshots_of(config) == [1]
     aggregator.commit(state, deliveries, merged)
     aggregator.snapshots.finish()
+    aggregator.stop()
     assert_same_state(start(config)[1], state)
 
 

@@ -31,8 +31,8 @@ from tests.waiting import PATIENCE_SECONDS, wait_for
 
 
 @pytest.fixture
-def config(tiny_config: TinyConfig, tmp_path: Path) -> RunConfig:
-    return with_keys(tiny_config(tmp_path, exchange={"snapshot_versions": 1}, trust={"directory": ""}), make=True)
+def config(signed_config: RunConfig) -> RunConfig:
+    return signed_config
 
 
 def as_member(config: RunConfig, name: str) -> StoreExchange:
@@ -85,18 +85,6 @@ def test_all_records_are_signed_by_their_authors(config: RunConfig) -> None:
     other = Members(keys=dict.fromkeys(exchange.members.keys, exchange.members.keys["beta"]))
     with pytest.raises(RefusedError, match="signature of the commit: not of these bytes by the key"):
         other.check(OPERATOR, exchange.read_commit(1))
-
-
-@pytest.fixture
-def said(capsys: pytest.CaptureFixture[str]) -> Callable[[], str]:
-    """All that this test has printed so far."""
-    parts: list[str] = []
-
-    def said() -> str:
-        parts.append(capsys.readouterr().out)
-        return "".join(parts)
-
-    return said
 
 
 def test_nothing_begins_before_all_have_signed(config: RunConfig, said: Callable[[], str]) -> None:
@@ -259,7 +247,7 @@ def test_words_that_nobody_has_signed_are_not_said(
     for by in (None, alpha):
         name = "silos/beta/membership/000001.json"
         word = Membership(left=True, version=0)
-        alpha.objects.write(name, word.to_bytes() if by is None else alpha._signed(name, word))
+        alpha.objects.write(name, word.to_bytes() if by is None else alpha.signed(name, word))
         assert operator.membership("beta") == Membership(left=False, version=0)
         alpha.objects.delete(name)
     # Beta's own word, in another place, is none there.

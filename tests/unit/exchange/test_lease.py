@@ -14,6 +14,7 @@ import pytest
 
 from pretrain.exchange.lease import Lease
 from pretrain.exchange.objects import Objects
+from pretrain.exchange.store import StoreExchange
 from tests.support import one_line_error
 from tests.waiting import wait_for
 
@@ -35,7 +36,7 @@ def commit():
     exchange.publish(make_commit(0, None, [payload]), [(payload, file)], check=leases[0].check)
 
 actions = {
-    "acquire": lambda: leases.append(Lease(exchange.objects, seconds=seconds)),
+    "acquire": lambda: leases.append(Lease(exchange, seconds=seconds)),
     "commit": commit,
     "release": lambda: leases[0].release(),
 }
@@ -105,7 +106,7 @@ def new_holder(tmp_path: Path) -> Iterator[NewHolder]:
 
 
 def ours(tmp_path: Path, seconds: float = 1.0) -> Lease:
-    return Lease(Objects(str(tmp_path / "store")), seconds=seconds)
+    return Lease(StoreExchange(str(tmp_path / "store")), seconds=seconds)
 
 
 def names(tmp_path: Path, term: int) -> list[str]:
@@ -218,7 +219,8 @@ class Lagging(Objects):
 
 
 def test_a_listing_that_lags_gives_nobody_a_lease(tmp_path: Path, new_holder: NewHolder) -> None:
-    objects = Lagging(str(tmp_path / "store"))
+    exchange = StoreExchange(str(tmp_path / "store"))
+    exchange.objects = objects = Lagging(str(tmp_path / "store"))
     assert objects.names("aggregator") == []
     for _ in range(3):
         ours(tmp_path).release()
@@ -227,7 +229,7 @@ def test_a_listing_that_lags_gives_nobody_a_lease(tmp_path: Path, new_holder: Ne
     file = tmp_path / "store" / "aggregator" / "000004.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"lease_seconds": 0.4}))
     lease = Lease(
-        objects, seconds=0.4
+        exchange, seconds=0.4
     )  # it sees no beat: the worst that can come of it is that the holder is taken for dead ...
     assert names(tmp_path, 5)[-1] == "json"  # ... but the term is the next one, ...
     assert f"process {os.getpid()} has taken over here" in first.do("commit")  # ... and one of the two commits
@@ -266,7 +268,9 @@ def test_in_a_bucket(s3_url: str, tmp_path: Path, new_holder: NewHolder) -> None
 def test_ending_in_an_outage_does_not_wait_for_it(tmp_path: Path) -> None:
     """The signs of life are not tried again either; who comes next watches for them."""
     store = tmp_path / "store"
-    lease = Lease(Objects(str(store), retry_seconds=3600), seconds=0.3)
+    exchange = StoreExchange(str(store), retry_seconds=3600)
+    exchange.write_contract(b"{}")
+    lease = Lease(exchange, seconds=0.3)
     store.rename(tmp_path / "away")
     time.sleep(0.2)
     lease.release()

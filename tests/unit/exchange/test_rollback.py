@@ -451,8 +451,8 @@ def test_records_that_do_not_fit(run: RunConfig, store: Path, name: str, content
 
 def test_an_aggregator_at_work_is_named(store: Path) -> None:
     code = (
-        "import sys; from pretrain.exchange.lease import Lease; from pretrain.exchange.objects import Objects; "
-        "lease = Lease(Objects(sys.argv[1]), seconds=1.0); print('holds', flush=True); sys.stdin.readline()"
+        "import sys; from pretrain.exchange.lease import Lease; from pretrain.exchange.store import StoreExchange; "
+        "lease = Lease(StoreExchange(sys.argv[1]), seconds=1.0); print('holds', flush=True); sys.stdin.readline()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code, str(store)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -9,7 +9,6 @@ import pytest
 
 from pretrain.exchange.history import History
 from pretrain.exchange.lease import Lease
-from pretrain.exchange.objects import Objects
 from pretrain.exchange.rollback import finish_rollbacks, versions_above
 from pretrain.exchange.store import StoreExchange
 from pretrain.exchange.words import Holder, Identity, Membership, Refusal, Word, number
@@ -124,7 +123,7 @@ def test_a_version_above_a_gap_is_none(
 
 def spoil(tmp_path: Path, change: Callable[[dict[str, object]], object]) -> None:
     """The record of term 1, as somebody else's."""
-    Lease(Objects(str(tmp_path)), seconds=30).release()
+    Lease(StoreExchange(str(tmp_path)), seconds=30).release()
     (tmp_path / "aggregator" / "000001.ended").unlink()
     file = tmp_path / "aggregator" / "000001.json"
     record = json.loads(file.read_text()) | {"machine": "another"}
@@ -134,7 +133,7 @@ def spoil(tmp_path: Path, change: Callable[[dict[str, object]], object]) -> None
 
 def test_a_lease_does_not_say_how_long_others_wait(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spoil(tmp_path, lambda record: record.update(lease_seconds=1e9, holder="\x1b[2Jme"))
-    Lease(Objects(str(tmp_path)), seconds=0.1).release()
+    Lease(StoreExchange(str(tmp_path)), seconds=0.1).release()
     assert capsys.readouterr().out.splitlines() == [
         "the aggregator at \\x1b[2Jme holds this store: waiting 1 s for a sign of life",
         "the aggregator at \\x1b[2Jme has been silent for 1 s: taking over",
@@ -143,7 +142,7 @@ def test_a_lease_does_not_say_how_long_others_wait(tmp_path: Path, capsys: pytes
 
 def test_a_bad_lease_is_watched_like_any_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spoil(tmp_path, lambda record: record.pop("pid"))
-    Lease(Objects(str(tmp_path)), seconds=0.1).release()
+    Lease(StoreExchange(str(tmp_path)), seconds=0.1).release()
     first, *others = capsys.readouterr().out.splitlines()
     assert first.startswith(f"{tmp_path}: aggregator/000001.json does not say who holds this store: has keys [")
     assert others == [
@@ -154,7 +153,7 @@ def test_a_bad_lease_is_watched_like_any_other(tmp_path: Path, capsys: pytest.Ca
 
 @pytest.mark.parametrize("term", [2, 999_999])
 def test_any_newer_term_ends_the_holder(term: int, tmp_path: Path) -> None:
-    lease = Lease(Objects(str(tmp_path)), seconds=30)
+    lease = Lease(StoreExchange(str(tmp_path)), seconds=30)
     lease.check()
     (tmp_path / "aggregator" / f"{term:06d}.json").write_bytes(b"{}")
     assert one_line_error(lease.check) == (
@@ -167,7 +166,7 @@ def test_any_newer_term_ends_the_holder(term: int, tmp_path: Path) -> None:
 def test_a_term_that_cannot_be_taken_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "aggregator").mkdir()
     os.mkfifo(tmp_path / "aggregator" / "000001.json")
-    assert one_line_error(lambda: Lease(Objects(str(tmp_path)), seconds=30)) == (
+    assert one_line_error(lambda: Lease(StoreExchange(str(tmp_path)), seconds=30)) == (
         f"exchange.url: {tmp_path} given; aggregator/000001.json there is no lease; take it away"
     )
 

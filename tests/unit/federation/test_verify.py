@@ -77,9 +77,8 @@ def files(config: RunConfig) -> dict[Path, bytes]:
 def test_what_is_pruned_is_counted_and_the_rest_is_merged_again(tmp_path: Path, tiny_config: TinyConfig) -> None:
     config = signed(tiny_config, tmp_path, outer=INT4, exchange={"snapshot_versions": 2, "keep_versions": 1})
     aggregator, state = advance(config, 4)
-    exchange = StoreExchange(config.store_url)
     for silo in config.full_roster:
-        exchange.mark_resumable(silo, 9)
+        as_member(config, silo).mark_resumable(silo, 9)
         deliver(config, state, silo)
     one_version(aggregator, state)  # and prunes up to the snapshot of version 4
     found = verified(config, tmp_path / "scratch")

@@ -21,8 +21,8 @@ from pretrain.config.keys import RunConfig
 from pretrain.config.load import load_config
 from pretrain.exchange.beats import Beats
 from pretrain.exchange.lease import Lease
-from pretrain.exchange.objects import Objects
 from pretrain.exchange.store import StoreExchange
+from pretrain.exchange.words import Beat
 from pretrain.outer.rounds import participants
 from pretrain.sync.through_store import ThroughStore
 from pretrain.trust.contract import build_contract, contract_bytes
@@ -111,7 +111,7 @@ def holder(store: Path) -> str:
 def test_who_is_alive_and_who_takes_part(make: Any) -> None:
     config = make(quorum=2, deadline_floor_seconds=0.1, deadline_ceiling_seconds=0.1, away_after_versions=2)
     store, url = Path(config.store_url), config.store_url
-    lease = Lease(Objects(url), seconds=600)
+    lease = Lease(StoreExchange(url), seconds=600)
     aggregator, state = start(config)
     exchange = join(config, ["alpha", "beta", "gamma", "delta"])
     exchange.announce("delta", left=True, version=0)
@@ -218,7 +218,7 @@ def test_without_a_quorum_from_the_contract_to_the_end(make: Any) -> None:
 def test_object_stores(kind: str, make: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     url = f"{request.getfixturevalue('s3_url') if kind == 's3' else 'memory:/'}/{uuid.uuid4().hex}"
     config = make(url)
-    lease = Lease(Objects(url), seconds=600)
+    lease = Lease(StoreExchange(url), seconds=600)
     start(config)
     end = joined(config, "alpha")
     status = store_status(url)
@@ -257,20 +257,21 @@ def test_what_is_no_store(tmp_path: Path) -> None:
 
 
 def test_signs_of_life_go_on_where_a_killed_process_ended(tmp_path: Path) -> None:
-    objects = Objects(str(tmp_path / "store"), anchor="contract.json")
+    exchange = StoreExchange(str(tmp_path / "store"))
+    objects = exchange.objects
     for name in ("contract.json", "beats/000040", "beats/000041"):
         objects.write(name, b"{}\n")
     assert objects.exists("contract.json")
-    beats = Beats(objects, "beats/", lease_seconds=0.5, content=b"ours")
+    beats = Beats(exchange, "beats/", Beat(lease_seconds=7), "law", lease_seconds=0.5)
     wait_for(lambda: objects.names("beats")[-1] >= "000044", poll_seconds=0.01)
     (tmp_path / "store").rename(tmp_path / "away")
     beats.stop(take_back=True)
     assert not (tmp_path / "store").exists()
     newest = max(path for path in (tmp_path / "away" / "beats").iterdir() if path.name.isdigit())
     assert newest.name >= "000044"
-    assert newest.read_bytes() == b"ours"
+    assert newest.read_bytes() == b'{"lease_seconds": 7}\n'
     (tmp_path / "away").rename(tmp_path / "store")
-    Beats(objects, "beats/", lease_seconds=600).stop(take_back=True)
+    Beats(exchange, "beats/", Beat(lease_seconds=7), "law", lease_seconds=600).stop(take_back=True)
     assert objects.names("beats") == []
 
 

@@ -1,0 +1,86 @@
+"""What a store's objects are called, how large they are and when they were written, all at one moment."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from typing import Any
+
+import fsspec
+
+from pretrain.config.check import ConfigError
+from pretrain.config.keys import ExchangeConfig
+from pretrain.exchange.client import PAGES, Client, SlowError
+
+LAST_NUMBER = re.compile(r"(.*?)([0-9]{1,15})([^0-9]*)")
+LIMIT_BYTES = 4 << 20  # of one object; the largest, a commit of MAX_SILOS, has 2 MB
+
+Numbered = dict[int, str]
+"""Number to path, of objects of one kind."""
+
+
+class Listed:
+    """A store's objects as they were when it was listed."""
+
+    def __init__(self, url: str, options: Mapping[str, Any] | None = None) -> None:
+        """Raises whatever the URL's kind of file system raises."""
+        self.url = url
+        filesystem, root = fsspec.core.url_to_fs(url, **(options or {}))
+        filesystem.invalidate_cache()
+        self._client = Client(filesystem, ExchangeConfig.stall_seconds)
+        self._prefix = root.rstrip("/") + "/"
+        self._sizes: dict[str, int] = {}
+        self.times: dict[str, float | None] = {}
+        """Every object, to when it was written, in unix seconds of the store's clock if that tells."""
+        self._numbered: defaultdict[str, Numbered] = defaultdict(dict)
+        for full_path, entry in sorted(self._client.call("find", root, times=PAGES, detail=True).items()):
+            # Links and pipes are no objects: one leads out of the store, one never ends.
+            is_object = entry.get("type", "file") == "file" and not entry.get("islink")
+            if full_path.startswith(self._prefix) and is_object:
+                path = full_path.removeprefix(self._prefix)
+                self._sizes[path] = int(entry.get("size") or 0)
+                self.times[path] = _modified(entry)
+                if match := LAST_NUMBER.fullmatch(path):
+                    self._numbered[f"{match[1]}#{match[3]}"][int(match[2])] = path
+        self.now = self.newest(self.times)
+
+    def newest(self, paths: Iterable[str]) -> float | None:
+        """When the newest of these was written; None if there is none, or the store tells no times."""
+        return max((time for path in paths if (time := self.times[path]) is not None), default=None)
+
+    def numbered(self, pattern: str) -> Numbered:
+        """Objects whose last number is where # is, in their order."""
+        return self._numbered.get(pattern, {})
+
+    def last(self, pattern: str) -> list[str]:
+        """That with the largest number, if there is one."""
+        return list(self.numbered(pattern).values())[-1:]
+
+    def is_too_large(self, path: str) -> bool:
+        """Whether an object is none that any party of ours has written."""
+        return self._sizes[path] > LIMIT_BYTES
+
+    def read(self, paths: Iterable[str]) -> dict[str, bytes]:
+        """Objects by path, without those that are too large or were deleted since the listing."""
+        full = [self._prefix + path for path in paths if path in self.times and not self.is_too_large(path)]
+        try:
+            found = self._client.call("cat", full, on_error="omit") if full else {}
+        except SlowError as error:
+            raise ConfigError(f"store: {self.url!r} given; it cannot be read: {error}") from None
+        return {full_path.removeprefix(self._prefix): content for full_path, content in found.items()}
+
+
+def _modified(entry: dict[str, Any]) -> float | None:
+    # Each backend has its own key: directories, S3, GCS, Azure, memory.
+    for key in ("mtime", "LastModified", "last_modified", "updated", "created"):
+        value = entry.get(key)
+        if isinstance(value, int | float):
+            return float(value)
+        if isinstance(value, str):
+            try:
+                value = datetime.fromisoformat(value.replace("Z", "+00:00"))
+            except ValueError:
+                continue
+        if isinstance(value, datetime):
+            return value.timestamp()
+    return None

@@ -1,0 +1,54 @@
+"""Whose word each object of a store is, and whether that party has signed it."""
+
+import re
+
+from pretrain.config.keys import OPERATOR
+from pretrain.exchange.rollback import Rollback
+from pretrain.exchange.words import Beat, Done, Holder, Identity, Membership, Refusal, TermSign, Waiting, Word
+from pretrain.trust.contract import contract_keys
+from pretrain.trust.ledger import Commit, Manifest, Record, RefusedError, sha256_bytes
+from pretrain.trust.members import Members
+
+# The group of a name is its author; without one it is the aggregator's operator.
+KINDS: tuple[tuple[str, type[Word] | type[Record]], ...] = (
+    (r"aggregator/[0-9]+\.json", Holder),
+    (r"aggregator/[0-9]+\.(?:ended|beat-[0-9]+)", TermSign),
+    (r"global/[0-9]+/commit\.json", Commit),
+    (r"rollbacks/[0-9]+\.json", Rollback),
+    (r"rollbacks/[0-9]+\.done", Done),
+    (r"silos/([^/]+)/beats/[0-9]+", Beat),
+    (r"silos/([^/]+)/identity\.json", Identity),
+    (r"silos/([^/]+)/membership/[0-9]+\.json", Membership),
+    (r"silos/([^/]+)/[0-9]+/manifest\.json", Manifest),
+    (r"silos/[^/]+/[0-9]+/refused-[0-9]+\.json", Refusal),
+    (r"waiting/[0-9]+\.json", Waiting),
+)
+
+
+class Voices:
+    """By the keys that a contract names."""
+
+    def __init__(self, contract: bytes) -> None:
+        """Raises ConfigError for keys that are none."""
+        self.members = Members(keys=contract_keys(contract))
+        self._contract_sha256 = sha256_bytes(contract)
+
+    def is_by_author(self, path: str, data: bytes) -> bool:
+        """Whether an object is signed by who alone may write it; all are where the contract names no keys."""
+        if not self.members.keys:
+            return True
+        matches = ((re.fullmatch(name, path), kind) for name, kind in KINDS)
+        author, kind = next((m[1] if m.re.groups else OPERATOR, kind) for m, kind in matches if m)
+        try:
+            said = kind.from_bytes(data)
+            if isinstance(said, Record):
+                self.members.check(author, said)
+                return not isinstance(said, Commit | Manifest) or self._is_of(path, said)
+            self.members.check_bytes(author, "word", said.to_sign(self._contract_sha256, path), said.signature)
+        except RefusedError:
+            return False
+        return True
+
+    def _is_of(self, path: str, record: Commit | Manifest) -> bool:
+        """Whether a record is of this run, and of the version in its path."""
+        return record.contract_sha256 == self._contract_sha256 and record.version == int(path.split("/")[-2])
