@@ -142,9 +142,8 @@ class Relay:
         self._was_rolled_back, self._here.num_rollbacks = bool(there), len(there)
         for n in range(len(here) + 1, len(there) + 1):
             self._take(f"{ROLLBACKS}/{n:06d}.json")
-        done = [
-            n for n, (_, is_done) in enumerate(there, 1) if is_done and not any(done for _, done in here[n - 1 : n])
-        ]
+        known = [n for n, (_, is_done) in enumerate(here, 1) if is_done]
+        done = [n for n, (_, is_done) in enumerate(there, 1) if is_done and n not in known]
         for n in done:
             record, _ = there[n - 1]
             print(f"rolled back from version {record.from_version} to {record.to_version}", flush=True)
