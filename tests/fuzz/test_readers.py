@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from tests.fuzz import many
 from tests.fuzz.readers import READERS, SPOILS, Reader
+from tests.support import one_line_error
 
 MANY = 1_000_000
 
@@ -75,12 +76,26 @@ def test_anything_is_read_or_refused_in_one_line(name: str, tmp_path: Path) -> N
     fuzz(READERS[name], tmp_path, 150)
 
 
+@pytest.mark.parametrize("name", READERS)
+def test_what_a_reader_should_accept_it_accepts(name: str, tmp_path: Path) -> None:
+    READERS[name].read(READERS[name].accepted, tmp_path)
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_a_million_inputs_in_bounded_memory() -> None:
     rows = many.run(MANY)
     assert {row.reader for row in rows} == set(READERS)
     assert not [line for row in rows for line in row.findings]
+
+
+@pytest.mark.parametrize("digits", ["9" * 300, "\u0661" * 5])
+def test_a_shard_has_the_name_that_packing_gives(digits: str, tmp_path: Path) -> None:
+    """Found by many inputs: a name that no file system takes."""
+    reader = READERS["packed split"]
+    shard = {"file": f"shard-{digits}.bin", "num_tokens": 2, "sha256": ""}
+    data = json.dumps(json.loads(reader.accepted) | {"shards": [shard]}).encode()
+    assert "shards disagree" in one_line_error(reader.read, data, tmp_path)
 
 
 def test_many_inputs_find_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
