@@ -20,9 +20,10 @@ test: .venv/installed
 soak: .venv/installed
 	$(BIN)/python -m pytest -m soak $(TWO_WORKERS) --durations=20 -rs $(ARGS)
 
-# make fuzz ARGS="--inputs 10000000 --seed 1"
+# Any number of inputs for all that reads bytes of others: make fuzz N=10000000
+N ?= 1000000
 fuzz: .venv/installed
-	$(BIN)/python -m tests.fuzz.mutations $(ARGS)
+	$(BIN)/python -m tests.fuzz.many --inputs $(N) $(ARGS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -4,7 +4,8 @@
 
 Two silos, int4 both ways, Nesterov, the real aggregator in this process on a directory store, deliveries by hand.
 A commit is timed from the arrival of the last delivery to commit.json: a manifest to check, a commit to sign. A silo
-signs its manifest and checks the commit, which is timed by itself and added. Medians of all turns are compared.
+signs its manifest and checks the commit, which is timed by itself and added. Medians of all turns are compared. Last
+comes a word, a sign of life: what it takes to sign and to check, without the store.
 """
 
 import argparse
@@ -23,8 +24,10 @@ from pretrain.aggregate import Aggregator
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.exchange.agreement import sign_contract
 from pretrain.exchange.store import StoreExchange, delivery_path, version_path
+from pretrain.exchange.words import Beat
 from pretrain.host.journal import Journal
 from pretrain.outer.state import OuterState
+from pretrain.trust.keys import load_signer, new_key
 from pretrain.trust.ledger import Commit, Manifest
 from pretrain.trust.members import own_signer, with_keys
 
@@ -91,6 +94,26 @@ def measure(size: str, signed: bool, num_versions: int, overrides: Sequence[str]
         return seconds(with_keys(config, make=True) if signed else config, num_versions)
 
 
+def word_seconds(num_words: int = 5000) -> tuple[float, float]:
+    """Of one core, to sign a sign of life, and to read and check it."""
+    with tempfile.TemporaryDirectory() as directory:
+        exchange, file = StoreExchange(directory), Path(directory) / "alpha.key"
+        new_key(file, "alpha")
+        exchange.members.signer = load_signer(file)
+        exchange.members.keys = {"alpha": exchange.members.signer.public}
+        exchange.contract_sha256, name, word = "0" * 64, "silos/alpha/beats/000001", Beat(lease_seconds=60.0)
+        exchange.say(name, word, "alpha")
+        said, began = exchange.objects.read(name), time.process_time()
+        for _ in range(num_words):
+            exchange.signed(name, word)
+        signed = time.process_time()
+        for _ in range(num_words):
+            found = Beat.from_bytes(said)
+            to_sign = found.to_sign(exchange.contract_sha256, name)
+            exchange.members.check_bytes("alpha", "word", to_sign, found.signature)
+        return (signed - began) / num_words, (time.process_time() - signed) / num_words
+
+
 def main() -> None:
     """Print a line for each size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -111,6 +134,8 @@ def main() -> None:
             f"{1e3 * max(found[True]):.2f})  ratio {with_them / without:.3f}",
             flush=True,
         )
+    sign, check = word_seconds()
+    print(f"RESULT  word  signed in {1e6 * sign:.0f} us  checked in {1e6 * check:.0f} us")
 
 
 if __name__ == "__main__":

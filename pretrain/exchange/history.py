@@ -33,7 +33,6 @@ class History:
         """With `all_whole` every version counts as a snapshot: its outer state lies elsewhere."""
         self._exchange, self._num_fragments, self._all_whole = exchange, num_fragments, all_whole
         self._resumable: dict[str, int] = {}  # silo: the version of its newest checkpoint, when it was asked for last
-        self._num_rollbacks: int | None = None  # of the run, which is over at the next one
         self._signed_snapshots: set[int] = set()
 
     def _back(self, version: int, fragment: int) -> Iterator[int]:
@@ -238,9 +237,7 @@ class History:
         heapify(behind)
         while behind and behind[0][0] < limit:
             known, silo = behind[0]
-            if self._num_rollbacks is None:
-                self._num_rollbacks = self._exchange.num_rollbacks() if self._exchange.members.keys else 0
-            now = self._exchange.resumable(silo, num_rollbacks=self._num_rollbacks) or 0
+            now = self._exchange.resumable(silo) or 0
             self._resumable[silo] = now
             if now <= known:
                 return now

@@ -51,7 +51,7 @@ def consequences(url: str, *, to: int) -> list[str]:
     exchange = StoreExchange(url, retry_seconds=ExchangeConfig().retry_seconds)
     outer, has_quorum = _terms(exchange)
     try:
-        pending = [record for record, done in _read(exchange) if not done]
+        pending = [record for record, done in read_rollbacks(exchange) if not done]
     except RefusedError as error:
         raise ConfigError(f"store: {url!r} given; it cannot be rolled back: {error}") from None
     newest = pending[-1].to_version if pending else exchange.newest_version()
@@ -64,9 +64,8 @@ def consequences(url: str, *, to: int) -> list[str]:
     if to and not has_quorum and (outer["num_fragments"] > 1 or outer["overlap_steps"]):
         without = "it cannot go on (fragments in turn or overlap, and no quorum)"
     said = [f"{discarded} discarded for ever, and what {tokens:,} tokens of all silos have taught them"]
-    num_rollbacks = exchange.num_rollbacks()
     for silo in exchange.objects.names("silos"):
-        held = exchange.resumable(silo, num_rollbacks=num_rollbacks)
+        held = exchange.resumable(silo)
         if held is None or held > to:
             known = "no checkpoint that is known here" if held is None else f"a checkpoint of version {held}"
             said.append(f"silo {shown(silo)} has {known}: if it has none of {to} or older, {without}")
@@ -121,7 +120,7 @@ def roll_back(exchange: StoreExchange, num_fragments: int, *, to: int, reason: s
     for folder, payload in history.made_of(to):
         # Before anything newer is thrown away: whether this can still be read and is what its commit says.
         exchange.fetch(folder, payload, Path(os.devnull))
-    records = [record for record, _ in _read(exchange)]
+    records = [record for record, _ in read_rollbacks(exchange)]
     record = Rollback(
         previous=sha256_bytes(records[-1].to_bytes()) if records else None,
         from_version=newest,
@@ -133,7 +132,7 @@ def roll_back(exchange: StoreExchange, num_fragments: int, *, to: int, reason: s
     record = exchange.members.sign(record, version=newest)
     name = f"{FOLDER}/{len(records) + 1:06d}.json"
     try:
-        exchange.objects.write(name, record.to_bytes())
+        exchange.write_over(name, record.to_bytes(), lambda: len(read_rollbacks(exchange)) > len(records))
     except FileExistsError:
         raise _taken(name) from None
     finish_rollbacks(exchange)
@@ -151,7 +150,7 @@ def rollback_records(exchange: StoreExchange, config: RunConfig) -> list[dict[st
             "round": config.round_of(record.to_version),
             "reason": record.reason,
         }
-        for number, (record, _) in enumerate(_read(exchange), start=1)
+        for number, (record, _) in enumerate(read_rollbacks(exchange), start=1)
     ]
 
 
@@ -161,7 +160,7 @@ def finish_rollbacks(exchange: StoreExchange) -> list[Rollback]:
     To be called before the newest version is asked for, by whoever alone may write versions.
     """
     finished = []
-    for number, (record, done) in enumerate(_read(exchange), start=1):
+    for number, (record, done) in enumerate(read_rollbacks(exchange), start=1):
         if done:
             continue
         if _commit_sha256(exchange, record.to_version) != record.commit_sha256:
@@ -241,7 +240,7 @@ def is_done(exchange: StoreExchange, name: str) -> bool:
 
 def is_rolling_back(exchange: StoreExchange) -> bool:
     """Whether a rollback was begun and is not complete: the newest version does not count until it is."""
-    return any(not done for _, done in _read(exchange))
+    return any(not done for _, done in read_rollbacks(exchange))
 
 
 def explain(exchange: StoreExchange, version: int, commit_sha256: str) -> Origin:
@@ -249,7 +248,7 @@ def explain(exchange: StoreExchange, version: int, commit_sha256: str) -> Origin
 
     Neither is another history: an old backup of the store was restored, or this is another run. Raises RefusedError.
     """
-    rollbacks = _read(exchange)
+    rollbacks = read_rollbacks(exchange)
     if any(commit_sha256 in record.discarded for record, done in rollbacks if not done):
         return "rolled back"
     # A version that was discarded may have come again, with the same bytes.
@@ -287,24 +286,30 @@ def check_held(who: str, version: int, commit_sha256: str, exchange: StoreExchan
     )
 
 
-def _read(exchange: StoreExchange) -> list[tuple[Rollback, bool]]:
-    """All rollbacks, oldest first, and whether each is complete. Raises RefusedError."""
+def read_rollbacks(exchange: StoreExchange) -> list[tuple[Rollback, bool]]:
+    """All rollbacks, oldest first, and whether each is complete. Raises RefusedError.
+
+    What the operator has not signed is none, and said: whoever could put it there could as well take a true one away.
+    """
     names = exchange.objects.names(FOLDER)
     found: list[tuple[Rollback, bool]] = []
     previous: str | None = None
-    records = [name for name in names if words.number(name, after=".json") is not None]
-    for number, name in enumerate(records, start=1):
+    for name in (name for name in names if words.number(name, after=".json") is not None):
         try:
             data = exchange.objects.read(f"{FOLDER}/{name}")
             record = Rollback.from_bytes(data)
             exchange.check(OPERATOR, record, version=record.from_version)
         except (RefusedError, FileNotFoundError) as error:
+            if exchange.members.keys:
+                exchange.pass_over(f"{FOLDER}/{name}", error)
+                continue
             raise RefusedError(f"{FOLDER}/{name}: {error}") from None
-        if name != f"{number:06d}.json" or record.previous != previous:
+        stem = f"{len(found) + 1:06d}"
+        if name != f"{stem}.json" or record.previous != previous:
             raise RefusedError(f"{FOLDER}/{name} does not follow the rollback before it")
-        done = f"{number:06d}.done"
-        found.append((record, done in names and is_done(exchange, done)))
+        found.append((record, f"{stem}.done" in names and is_done(exchange, f"{stem}.done")))
         previous = sha256_bytes(data)
+    exchange.num_rollbacks = len(found)
     return found
 
 

@@ -81,6 +81,9 @@ def file_payload(file: Path, fragment: int) -> Payload:
 class StoreExchange(SignedStore):
     """Silos and aggregator meet only in the store; each may be killed and started again at any instant."""
 
+    num_rollbacks = 0
+    """How often the run was taken back, when that was looked for (rollback.py)."""
+
     # ---- both
 
     def has_commit(self, version: int) -> bool:
@@ -275,17 +278,14 @@ class StoreExchange(SignedStore):
         except FileExistsError:
             raise self._taken(name) from None
 
-    def mark_resumable(self, silo: str, version: int, *, num_rollbacks: int = 0) -> None:
-        """Say that this silo has a checkpoint holding `version`, so that older versions may be pruned.
-
-        `num_rollbacks` is how often the run was taken back until then.
-        """
+    def mark_resumable(self, silo: str, version: int) -> None:
+        """Say that this silo has a checkpoint holding `version`, so that older versions may be pruned."""
         folder = f"silos/{silo}/resumable"
         old = self.objects.names(folder)
         with suppress(FileExistsError):
             name = f"{folder}/{version:06d}"
             if self.members.keys or f"{version:06d}" not in old:
-                self.say(name, Resumable(num_rollbacks=num_rollbacks), silo)
+                self.say(name, Resumable(num_rollbacks=self.num_rollbacks), silo)
         for name in old:
             if (marked := number(name)) is not None and marked < version:
                 self.objects.delete(f"{folder}/{name}")
@@ -369,20 +369,16 @@ class StoreExchange(SignedStore):
             with suppress(FileExistsError):  # whatever else lies there
                 self.say(name, word, OPERATOR)
 
-    def resumable(self, silo: str, *, num_rollbacks: int = 0) -> int | None:
+    def resumable(self, silo: str) -> int | None:
         """The version of a silo's newest checkpoint, by its marks since the last rollback; None if there is none."""
         marks = self.numbers(folder := f"silos/{silo}/resumable")
         if not self.members.keys:
             return max(marks, default=None)
         for marked in reversed(marks):
             word = self.heard(Resumable, f"{folder}/{marked:06d}", silo)
-            if word and word.num_rollbacks == num_rollbacks:
+            if word and word.num_rollbacks == self.num_rollbacks:
                 return marked
         return None
-
-    def num_rollbacks(self) -> int:
-        """How often the run was taken back."""
-        return len(self.numbers(ROLLBACKS, after=".json"))
 
     def publish(
         self,

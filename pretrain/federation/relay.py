@@ -29,7 +29,7 @@ from pretrain.exchange.history import History
 from pretrain.exchange.objects import Objects
 from pretrain.exchange.options import is_directory, store_options
 from pretrain.exchange.rollback import FOLDER as ROLLBACKS
-from pretrain.exchange.rollback import Rollback, explain, foreign, is_done, take_back, versions_above
+from pretrain.exchange.rollback import explain, foreign, read_rollbacks, take_back, versions_above
 from pretrain.exchange.sealed import given_group_key, group_key_path
 from pretrain.exchange.store import StoreExchange, delivery_path, identity_path, version_path
 from pretrain.exchange.words import Beat, Identity, Membership, Refusal, Resumable, Word, number
@@ -145,27 +145,29 @@ class Relay:
         The record appears here at once, so that silos wait, and counts as done when nothing is left here of what it is
         about.
         """
-        there, here = (store.objects.names(ROLLBACKS) for store in (self._there, self._here))
-        records = [name for name in there if number(name, after=".json") is not None]
-        self._was_rolled_back = bool(records)
-        for name in (name for name in records if name not in here):
-            _copy(self._there.objects, self._here.objects, f"{ROLLBACKS}/{name}")
-        done = [name.replace(".json", ".done") for name in records]
-        complete = {name for name in done if name in there and is_done(self._there, name)}
-        done = [name for name in done if name in complete and name not in here]
-        for stem in (name.removesuffix(".done") for name in done):
-            record = Rollback.from_bytes(self._there.objects.read(f"{ROLLBACKS}/{stem}.json"))
-            self._there.members.check(OPERATOR, record)
+        there, here = read_rollbacks(self._there), read_rollbacks(self._here)
+        self._was_rolled_back, self._here.num_rollbacks = bool(there), len(there)
+        for n in range(len(here) + 1, len(there) + 1):
+            self._take(f"{ROLLBACKS}/{n:06d}.json")
+        known = [n for n, (_, is_done) in enumerate(here, 1) if is_done]
+        done = [n for n, (_, is_done) in enumerate(there, 1) if is_done and n not in known]
+        for n in done:
+            record, _ = there[n - 1]
             print(f"rolled back from version {record.from_version} to {record.to_version}", flush=True)
             for version in versions_above(self._here, record.to_version):
-                take_back(self._here, version, f"rolled-back/{stem}")
+                take_back(self._here, version, f"rolled-back/{n:06d}")
         if done:
             self._newest, self._is_checked = self._here.newest_version(), False
             self._history = History(self._here, self._config.outer.num_fragments)  # which forgets what it was
             self._copy_made_of()
-        for name in done:
-            _copy(self._there.objects, self._here.objects, f"{ROLLBACKS}/{name}")
-        return all(name.replace(".json", ".done") in complete for name in records)
+        for n in done:
+            self._take(f"{ROLLBACKS}/{n:06d}.done")
+        return all(is_done for _, is_done in there)
+
+    def _take(self, name: str) -> None:
+        """A small object from there, as it counts there."""
+        with suppress(FileNotFoundError, FileExistsError):
+            self._here.write_over(name, self._there.objects.read(name), lambda: False)
 
     def _copy_made_of(self) -> None:
         """What the newest version's parameters are made of, for silos whose checkpoints are all taken back."""

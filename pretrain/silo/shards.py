@@ -284,7 +284,7 @@ def _parse_manifest(loaded: dict[str, Any], file: Path) -> Manifest:
         )
     consistent = (
         0 <= manifest.end_of_text_id < manifest.vocab_size
-        and all(re.fullmatch(r"shard-\d+\.bin", shard.file) and shard.num_tokens > 0 for shard in shards)
+        and all(re.fullmatch(r"shard-[0-9]{5,9}\.bin", shard.file) and shard.num_tokens > 0 for shard in shards)
         and len(shards) > 0
         and manifest.num_tokens == sum(shard.num_tokens for shard in shards)
     )

@@ -61,7 +61,6 @@ class ThroughStore:
         self._directory = config.silo_directory(silo)
         self._marking = ThreadPoolExecutor(1, thread_name_prefix="mark")
         self._beats: Beats | None = None
-        self._num_rollbacks = 0  # of the run; after one more of them we have to start again
         self.lost = ""
         self._num_refused: dict[int, int] = {}  # of a version's deliveries, before ours of this start
         self._delivered = Delivered(self._directory / "delivered.txt")
@@ -88,7 +87,6 @@ class ThroughStore:
         is_new = not known_identity(self._directory)
         self._store.claim_name(self._silo, own_identity(self._directory))
         self._delivered.begin(0 if is_new else self._store.newest_version() + 1 + self._config.outer.num_fragments)
-        self._num_rollbacks = self._store.num_rollbacks()
         seconds = self._config.exchange.lease_seconds
         sign = Beat(lease_seconds=seconds)
         self._beats = Beats(self._store, f"silos/{self._silo}/beats/", sign, self._silo, lease_seconds=seconds)
@@ -390,8 +388,7 @@ class ThroughStore:
 
     def checkpointed(self, version: int) -> None:
         """Say so in the store, for its pruning; training goes on meanwhile."""
-        number = self._num_rollbacks
-        self._marking.submit(self._store.mark_resumable, self._silo, version, num_rollbacks=number)
+        self._marking.submit(self._store.mark_resumable, self._silo, version)
 
     def moved(self) -> None:
         """Nobody waits for us without end: the aggregator does not ask."""

@@ -53,6 +53,7 @@ def forge(store: Path) -> int:
             forged[name] = earlier.read_bytes() if earlier.is_file() else b"{}"
     for silo in ("alpha", "beta", OPERATOR):
         forged[f"signatures/{silo}.json"] = b"{}"
+    forged["rollbacks/000001.json"] = b"{}"
     for name, data in forged.items():
         file = store / name
         if not file.exists():

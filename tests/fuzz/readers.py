@@ -1,5 +1,6 @@
 """What reads bytes that another party wrote: each with bytes that it accepts, and its way to say no."""
 
+import dataclasses
 import json
 import tempfile
 from collections.abc import Callable
@@ -10,10 +11,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save
 
-from data_tools.counts import read_counts
+from data_tools.counts import CountsHeader, read_counts
 from launch.show.status import print_status
 from pretrain.config.check import ConfigError
-from pretrain.config.keys import OPERATOR
+from pretrain.config.keys import OPERATOR, InnerConfig, MembershipConfig, OuterConfig
 from pretrain.config.load import load_config
 from pretrain.exchange import words
 from pretrain.exchange.payload import Tensors, check_header
@@ -21,7 +22,8 @@ from pretrain.exchange.rollback import Rollback
 from pretrain.host.foreign import loads, shown
 from pretrain.outer.codec import CODECS, check, decoded, encode
 from pretrain.outer.moments import MeanGradient, SecondMoment, check_moments
-from pretrain.silo.shards import read_manifest, tokenizer_sha256
+from pretrain.silo import shards
+from pretrain.silo.shards import tokenizer_sha256
 from pretrain.trust.amendment import Acceptance, Amendment
 from pretrain.trust.contract import FORMAT, first_contract, read_contract
 from pretrain.trust.keys import PublicKey
@@ -84,6 +86,32 @@ def payload() -> bytes:
     return save(parts | moments)
 
 
+CONTRACT = first_contract(
+    {
+        "format": FORMAT,
+        "run_id": "",
+        "roster": ["alpha"],
+        "inner": dataclasses.asdict(InnerConfig()),
+        "outer": dataclasses.asdict(OuterConfig()),
+        "membership": dataclasses.asdict(MembershipConfig()),
+    }
+)
+NAMES = (
+    *("aggregator/000001.json", "waiting/000001.json", "rollbacks/000001.json", "global/000000/commit.json"),
+    *("silos/alpha/beats/000001", "silos/alpha/membership/000001.json", "silos/alpha/000001/manifest.json"),
+    *("silos/alpha/000001/refused-0.json", "silos/alpha/identity.json"),
+)
+
+
+def read_store(data: bytes, folder: Path) -> None:
+    """What `atoll status` reads of a store whose contract is as it should be."""
+    (folder / "contract.json").write_bytes(CONTRACT)
+    for name in NAMES:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    print_status(str(folder))
+
+
 WORDS = {
     "identity": words.Identity(identity="a" * 32),
     "membership": words.Membership(left=False, version=3),
@@ -95,13 +123,28 @@ WORDS = {
     "beat": words.Beat(lease_seconds=30.0),
     "sign of a term": words.TermSign(nonce="n"),
 }
-SPLIT = {
-    "format": 2,
-    "name": "train",
-    "tokenizer_sha256": "a" * 64,
-    "vocab_size": 300,
-    "shards": [{"file": "shard-00000.bin", "num_tokens": 2, "sha256": "b" * 64}],
-}
+SHARD = shards.Shard(file="shard-00000.bin", num_tokens=2, sha256="b" * 64)
+SPLIT = shards.Manifest(
+    tokenizer_sha256="a" * 64,
+    recipe_sha256="b" * 64,
+    vocab_size=300,
+    token_type="uint16",
+    end_of_text_id=0,
+    num_tokens=2,
+    num_documents=1,
+    num_bytes=3,
+    documents_sha256="c" * 64,
+    shards=(SHARD,),
+)
+COUNTS = CountsHeader(kind="occurrences", min_count=1, min_documents=1, epsilon=None, delta=None, per_document=None)
+
+
+def read_split(file: Path) -> None:
+    (file.parent / SHARD.file).write_bytes(bytes(2 * SHARD.num_tokens))
+    (file.parent / shards.DOCUMENTS_FILE).write_bytes(bytes(shards.DOCUMENT_END.itemsize))
+    shards.read_manifest(file.parent)
+
+
 SNAPSHOT = Snapshot(contract_sha256="a" * 64, version=1, commit_sha256="b" * 64, payloads=[])
 AGREEMENT = Agreement(contract_sha256="a" * 64, member="alpha", signature="c" * 86)
 AMENDMENT = Amendment(number=1, previous="a" * 64, from_version=3, changes=["outer.lr=0.5"], author="alpha")
@@ -168,14 +211,18 @@ READERS: dict[str, Reader] = {
         refuses=(SafetensorError, ValueError, RefusedError),
     ),
     "packed split": Reader(
-        read=from_file(lambda file: read_manifest(file.parent), "manifest.json"),
-        accepted=json.dumps(SPLIT).encode(),
+        read=from_file(read_split, "manifest.json"),
+        accepted=json.dumps(dataclasses.asdict(SPLIT)).encode(),
         refuses=ConfigError,
     ),
     "tokenizer": Reader(
         read=from_file(tokenizer_sha256, "tokenizer.json"), accepted=b'{"model": {"type": "BPE"}}', refuses=ConfigError
     ),
-    "counts": Reader(read=from_file(read_counts, "c.tsv"), accepted=b'# {"format": 1}\n"a"\t3\n', refuses=ConfigError),
+    "counts": Reader(
+        read=from_file(read_counts, "c.tsv"),
+        accepted=b'# Counts.\n# %s\n3\t"a"\n' % json.dumps(dataclasses.asdict(COUNTS)).encode(),
+        refuses=ConfigError,
+    ),
     "configuration": Reader(
         read=from_file(lambda file: load_config([file]), "run.yaml"),
         accepted=b"name: run\nmodel: {config: {model_type: llama}}\nsilos: {a: {data: [x]}}\ninner: {num_steps: 500}\n",
@@ -183,15 +230,18 @@ READERS: dict[str, Reader] = {
     ),
     "status": Reader(
         read=from_file(lambda file: print_status(str(file.parent)), "contract.json"),
-        accepted=first_contract({"format": FORMAT, "run_id": "", "roster": ["alpha"], "outer": {"num_fragments": 1}}),
+        accepted=CONTRACT,
         refuses=ConfigError,
+    ),
+    "store": Reader(
+        read=read_store, accepted=words.Waiting(silos=["alpha"], deadline_seconds=1.0).to_bytes(), refuses=()
     ),
 } | {
     name: Reader(read=lambda data, _, word=word: word.from_bytes(data), accepted=word.to_bytes(), refuses=RefusedError)
     for name, word in WORDS.items()
 }
 
-SNIPPETS = [
+SPOILS = [
     *(b"[" * 5000, b'{"a":' * 3000, b"1e999", b"NaN", b"-1", b"9" * 400, b"null", b"\\ud800"),
     *(b"\xff\xfe", b"\x00", b'"', b"}", b"\n", b"\x1b[2J", b"\xe2\x80\xae"),
     *(b"${oc.env:HOME}", b"!!python/object:os.system", b"../.."),

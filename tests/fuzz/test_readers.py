@@ -1,12 +1,11 @@
 """Every reader of bytes that another party wrote, given anything: the one intended exception, one line, or a value.
 
 What is given is arbitrary JSON, arbitrary bytes, and what the reader should accept, spoiled in a few places. The suite
-takes some hundred inputs a reader, the same ones always; mutations.py as many millions as are asked for.
+takes some hundred inputs a reader, the same ones always; `make soak` a million in all, and `make fuzz` any number
+(many.py).
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,15 +13,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
-from pretrain.trust.ledger import RefusedError
-from tests.fuzz.mutations import answer
-from tests.fuzz.readers import READERS, SNIPPETS, Reader
+from tests.fuzz import many
+from tests.fuzz.readers import READERS, SPOILS, Reader
+from tests.support import one_line_error
+
+MANY = 1_000_000
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=12,
 )
+SNIPPETS = st.sampled_from(SPOILS)
 
 
 @st.composite
@@ -44,7 +46,7 @@ def inputs(draw: st.DrawFn, accepted: bytes) -> bytes:
     data = bytearray(accepted)
     for _ in range(draw(st.integers(1, 3))):
         at = draw(st.integers(0, len(data)))
-        data[at : at + draw(st.integers(0, 8))] = draw(st.sampled_from(SNIPPETS) | st.binary(max_size=4))
+        data[at : at + draw(st.integers(0, 8))] = draw(SNIPPETS | st.binary(max_size=4))
     return bytes(data)
 
 
@@ -74,21 +76,36 @@ def test_anything_is_read_or_refused_in_one_line(name: str, tmp_path: Path) -> N
     fuzz(READERS[name], tmp_path, 150)
 
 
+@pytest.mark.parametrize("name", READERS)
+def test_what_a_reader_should_accept_it_accepts(name: str, tmp_path: Path) -> None:
+    READERS[name].read(READERS[name].accepted, tmp_path)
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_a_million_inputs_in_bounded_memory() -> None:
-    command = [sys.executable, "-m", "tests.fuzz.mutations", "--inputs", "1000000"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    rows = many.run(MANY)
+    assert {row.reader for row in rows} == set(READERS)
+    assert not [line for row in rows for line in row.findings]
 
 
-@pytest.mark.parametrize(
-    ("wrong", "expected"),
-    [(KeyError("a"), "KeyError: 'a'"), (RefusedError("two\nlines"), "several lines: 'two\\nlines'"), (None, "")],
-)
-def test_what_is_no_refusal_is_a_finding(wrong: Exception | None, expected: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("digits", ["9" * 300, "\u0661" * 5])
+def test_a_shard_has_the_name_that_packing_gives(digits: str, tmp_path: Path) -> None:
+    """Found by many inputs: a name that no file system takes."""
+    reader = READERS["packed split"]
+    shard = {"file": f"shard-{digits}.bin", "num_tokens": 2, "sha256": ""}
+    data = json.dumps(json.loads(reader.accepted) | {"shards": [shard]}).encode()
+    assert "shards disagree" in one_line_error(reader.read, data, tmp_path)
+
+
+def test_many_inputs_find_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the same seed finds it again."""
+
     def read(data: bytes, folder: Path) -> None:
-        if wrong:
-            raise wrong
+        if data.startswith(b"["):
+            raise KeyError("no reader of ours")
 
-    assert answer(Reader(read=read, accepted=b"", refuses=RefusedError), b"", tmp_path) == expected
+    monkeypatch.setitem(READERS, "json", Reader(read=read, accepted=b'{"a": 1}', refuses=ValueError))
+    found = many.fuzz("json", "0", 300)
+    assert "KeyError" in found.findings[0]
+    assert found.findings == many.fuzz("json", "0", 300).findings

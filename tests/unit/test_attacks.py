@@ -146,6 +146,7 @@ def test_any_number_of_forged_objects(config: RunConfig) -> None:
         "silos/alpha/resumable/{:06d}": range(200),
         "silos/alpha/beats/{:06d}": range(200),
         "snapshots/{:06d}.json": range(1, 200),
+        "rollbacks/{:06d}.json": range(1, 200),
         "global/{:06d}/commit.json": range(1, 200),
     }
     for name, numbers in names.items():

@@ -14,7 +14,7 @@ from pretrain.aggregate import Aggregator, OuterState
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.exchange.agreement import not_signed, sign_contract
 from pretrain.exchange.history import History
-from pretrain.exchange.rollback import roll_back_store, rollback_records
+from pretrain.exchange.rollback import is_rolling_back, roll_back_store, rollback_records
 from pretrain.exchange.store import StoreExchange
 from pretrain.exchange.words import Membership, Refusal
 from pretrain.federation.leave import say_left
@@ -213,11 +213,15 @@ def test_a_commit_that_was_changed_later_is_refused(change: Callable[[bytes], by
         as_member(config, "alpha").read_commit(1)
 
 
-def test_a_rollback_that_the_aggregators_operator_has_not_signed_deletes_nothing(config: RunConfig) -> None:
+def test_a_rollback_that_the_aggregators_operator_has_not_signed_is_none(
+    config: RunConfig, said: Callable[[], str]
+) -> None:
+    """Nothing is deleted, nobody waits for its end, and the operator's own takes its name."""
     aggregator, state = begin(config)
     for silo in config.full_roster:
         deliver(config, state, silo)
     one_version(aggregator, state)
+    aggregator.snapshots.finish()
     beta = as_member(config, "beta")
     record = {
         "format": 2,
@@ -230,10 +234,14 @@ def test_a_rollback_that_the_aggregators_operator_has_not_signed_deletes_nothing
         "signature": None,
     }
     beta.objects.write("rollbacks/000001.json", json.dumps(record).encode())
-    for read in (lambda: rollback_records(beta, config), lambda: start(config)):
-        with pytest.raises(RefusedError, match=r"^rollbacks/000001.json: the rollback is not signed"):
-            read()
+    assert rollback_records(beta, config) == []
+    assert not is_rolling_back(beta)
+    assert "rollbacks/000001.json is passed over: the rollback is not signed" in said()
+    assert_same_state(start(config)[1], state)
     assert beta.newest_version() == 1
+    assert roll_back_store(config.store_url, to=0, key=config.key_file(OPERATOR)).to_version == 0
+    assert [record["to_version"] for record in rollback_records(beta, config)] == [0]
+    assert start(config)[1].version == 0
 
 
 def test_words_that_nobody_has_signed_are_not_said(
