@@ -76,8 +76,11 @@ class SignedStore:
         hasty.objects = self.objects.at_once()
         return hasty
 
-    def read_contract(self) -> bytes | None:
-        """The contract's bytes, or None while there is none; what is read from then on is checked against them."""
+    def read_contract(self, *, follow: bool = True) -> bytes | None:
+        """The contract's bytes, or None while there is none; what is read from then on is checked against them.
+
+        And its amendments, unless whoever asks will `follow_amendments`. Raises ConfigError.
+        """
         try:
             data = self.objects.read_if_there(CONTRACT)
         except RefusedError as error:
@@ -86,7 +89,8 @@ class SignedStore:
             return None
         self._go_by(data)
         try:
-            self.follow_amendments()
+            if follow:
+                self.follow_amendments()
         except RefusedError as error:
             raise ConfigError(f"exchange.url: {self.objects.url} given; {error}") from None
         return data

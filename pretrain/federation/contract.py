@@ -139,9 +139,22 @@ def describe(agreed: Agreed) -> Iterator[tuple[str, str]]:
     missing = not_signed(agreed.exchange)
     for name in [*config.full_roster, OPERATOR]:
         has = "has not signed" if name in missing else "has signed"
-        yield name, f"{members.keys[name].fingerprint}  {has}"
+        yield name, f"{members.keys[name].fingerprint}  {has}{_since(agreed, name)}"
     for proposal in agreed.proposals():
         yield f"amendment {proposal.amendment.number}", describe_amendment(agreed, proposal)
+
+
+def _since(agreed: Agreed, name: str) -> str:
+    """How a member's key has changed since the contract was signed."""
+    members = agreed.exchange.members
+    said, before = "", members.keys[name]
+    for terms in members.later:
+        key = terms.keys.get(name)
+        if key is None:
+            return f"{said}; counts no more from version {terms.from_version} on"
+        if key != before:
+            said, before = f"{said}; {key.fingerprint} from version {terms.from_version} on", key
+    return said
 
 
 def describe_amendment(agreed: Agreed, proposal: Proposal) -> str:

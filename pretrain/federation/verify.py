@@ -13,6 +13,7 @@ from pathlib import Path
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.exchange.agreement import not_signed
+from pretrain.exchange.amended import FOLDER
 from pretrain.exchange.payload import save_tensors
 from pretrain.exchange.sealed import seal_payload
 from pretrain.exchange.store import SNAPSHOTS, StoreExchange, delivery_path, snapshot_path, version_path
@@ -77,7 +78,7 @@ class StoreVerifier:
 
         Raises ConfigError for what is no store of a run, and for another key.
         """
-        url, contract = exchange.objects.url, exchange.read_contract()
+        url, contract = exchange.objects.url, exchange.read_contract(follow=False)
         if contract is None:
             raise ConfigError(f"store: {url!r} given; there is no run in it (no contract.json)")
         self._governed = Governed(read_terms(contract, url)[-1])
@@ -94,6 +95,8 @@ class StoreVerifier:
         """All of it. Raises StoreTroubleError."""
         for member in not_signed(self._exchange):
             self._note(None, f"signatures/{member}.json", f"{member} has not signed the contract")
+        with self._noting(None, f"{FOLDER}/"):
+            self._exchange.follow_amendments()
         self._found.num_amendments = len(self._exchange.members.later)
         self._read_chain()
         for commit in self._commits.values():
@@ -107,7 +110,7 @@ class StoreVerifier:
         self._found.findings.append(Finding(version=version, name=name, what=str(what)))
 
     @contextmanager
-    def _noting(self, version: int, name: str) -> Iterator[None]:
+    def _noting(self, version: int | None, name: str) -> Iterator[None]:
         try:
             yield
         except (RefusedError, FileNotFoundError) as error:

@@ -59,7 +59,8 @@ def silo_requests(config: RunConfig, shapes: Shapes, pace: Pace, silo: str) -> R
     num_polls = pace.sync_seconds / config.exchange.poll_seconds
     a_version = Requests(
         writes=writes_of(up) + 1,
-        lists=2 + 1,  # whether anything was refused, before (s3fs asks twice where nothing is) and after
+        # Whether anything was refused, before (s3fs asks twice where nothing is) and after; or amended.
+        lists=2 + 1 + bool(config.trust.keys),
         # Whether it is delivered, or committed without us; then commit, the next one, both ends of a link, payload.
         reads=1 + config.membership.is_elastic + 2 * num_polls + 2 + 2 + reads_of(down),
     )
@@ -85,7 +86,11 @@ def aggregator_requests(config: RunConfig, shapes: Shapes, pace: Pace) -> Reques
         Requests(reads=1 + reads_of(up)) * num_silos
         + Requests(reads=num_silos) * num_polls
         + Requests(reads=1, lists=2) * (num_polls / POLLS_PER_LOOK)  # whether the newest commit is there, and whole
-        + Requests(writes=1 + writes_of(down) + kinds * writes_of(whole) + snapshots, lists=5, reads=2)
+        + Requests(
+            writes=1 + writes_of(down) + kinds * writes_of(whole) + snapshots,
+            lists=5 + bool(config.trust.keys),
+            reads=2,
+        )
         + Requests(lists=1, reads=1) * num_objects
     )
     steps = min(silo.checkpoint_interval_steps for silo in config.silos.values())

@@ -166,7 +166,9 @@ def test_who_goes_by_the_old_terms_is_refused(make: Callable[..., RunConfig], tm
     assert line in [finding.what for finding in verified(config, tmp_path).findings]
 
 
-def test_an_acceptance_of_what_nobody_has_signed_is_refused_by_name(make: Callable[..., RunConfig]) -> None:
+def test_an_acceptance_of_what_nobody_has_signed_is_refused_by_name(
+    make: Callable[..., RunConfig], tmp_path: Path
+) -> None:
     """The operator cannot make the rules: whoever reads such a word stops."""
     config = make()
     begin(config)
@@ -183,6 +185,8 @@ def test_an_acceptance_of_what_nobody_has_signed_is_refused_by_name(make: Callab
         f"exchange.url: {config.store_url} given; amendments/000001.json, which the operator has accepted: the "
         "signature of beta is missing"
     )
+    what = "amendments/000001.json, which the operator has accepted: the signature of beta is missing"
+    assert [finding.what for finding in verified(config, tmp_path).findings] == [what]
 
 
 def test_k_of_n_silos_are_enough_where_the_contract_says_so(make: Callable[..., RunConfig]) -> None:
