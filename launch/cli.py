@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from data_tools.cli import app as data_app
+from launch.exit import leave_with_proof
 from launch.keys import app as keys_app
 from launch.verify import verify
 from pretrain.config.check import ConfigError, check_url, named
@@ -26,6 +27,7 @@ app.add_typer(launch_app, name="launch")
 app.add_typer(data_app, name="data")
 app.add_typer(keys_app, name="keys")
 app.command()(verify)
+app.command("exit")(leave_with_proof)
 
 Config = Annotated[list[Path], typer.Option("--config", "-c", help="YAML file; several are merged in order.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, merged last.")]

@@ -1,41 +1,73 @@
-"""`atoll verify`: what a store says happened, checked by somebody who trusts nobody."""
+"""`atoll verify`: what a store or a bundle says happened, checked by somebody who trusts nobody."""
 
 import dataclasses
 import json
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pretrain.config.paths import expand_home
+from pretrain.host.foreign import shown
+
+if TYPE_CHECKING:
+    from pretrain.federation.bundle import VerifiedBundle
+    from pretrain.federation.verify import Verified
+
 
 def verify(
-    where: Annotated[str, typer.Argument(help="URL of the store, or a run directory with one in it.")],
+    where: Annotated[str, typer.Argument(help="URL of the store, a run directory with one in it, or a bundle.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
 ) -> None:
     """Check every signature, hash and digest of a store, and merge again every version whose deliveries are there.
 
-    Exit code 0 if all is as it should be, 1 if not. Nothing is written into the store, and no key is needed.
+    Of a bundle of `atoll exit` also its list, every file, and the model. Exit code 0 if all is as it should be, 1 if
+    not. Nothing is written there, and no key is needed.
 
     [bold]Example:[/bold] atoll verify s3://bucket/run
     """
     from pretrain.exchange.options import reached, store_options
     from pretrain.exchange.store import StoreExchange
-    from pretrain.federation.verify import StoreVerifier
+    from pretrain.federation.bundle import BundleVerifier, VerifiedBundle, is_bundle
+    from pretrain.federation.verify import StoreVerifier, Verified
 
-    url, exchange = reached(where)
-    store = StoreExchange(url, options=store_options(exchange, url), retry_seconds=exchange.retry_seconds)
+    found: Verified | VerifiedBundle
+    directory = Path(expand_home("store", where))
     with tempfile.TemporaryDirectory(prefix="atoll-") as scratch:
-        found = StoreVerifier(store, Path(scratch), tell=lambda line: typer.echo(line, err=True)).verify()
+        if is_bundle(directory):
+            found = BundleVerifier(directory, Path(scratch), tell=_tell).verify()
+        else:
+            url, exchange = reached(where)
+            store = StoreExchange(url, options=store_options(exchange, url), retry_seconds=exchange.retry_seconds)
+            found = StoreVerifier(store, Path(scratch), tell=_tell).verify()
     if as_json:
         print(json.dumps(dataclasses.asdict(found), indent=1))
     else:
-        pruned = f", {found.num_pruned} are pruned" if found.num_pruned else ""
-        print(f"contract    {'signed by every member' if found.is_signed else 'names no keys: nothing is signed'}")
-        print(f"versions    {found.num_versions} in one chain, {len(found.merged)} merged again from their deliveries")
-        print(f"deliveries  {found.num_manifests} manifests; {found.num_payloads} files have their hash{pruned}")
-        for finding in found.findings:
-            version = "" if finding.version is None else f"version {finding.version}: "
-            print(f"WRONG       {version}{finding.name}: {finding.what}")
-        print(f"{len(found.findings)} findings" if found.findings else "all is as it should be")
+        print("\n".join(_lines(found)))
     raise typer.Exit(1 if found.findings else 0)
+
+
+def _tell(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _lines(found: "Verified | VerifiedBundle") -> list[str]:
+    """For people."""
+    from pretrain.federation.verify import Verified
+
+    lines, store = [], found if isinstance(found, Verified) else found.store
+    if not isinstance(found, Verified):
+        lines.append(f"bundle      of {shown(found.member) or 'nobody'}: {found.num_files} files that exit.json lists")
+        lines += [f"missing     {shown(what, limit=1000)}" for what in found.missing]
+    if store:
+        pruned = f", {store.num_pruned} are pruned" if store.num_pruned else ""
+        lines += [
+            f"contract    {'signed by every member' if store.is_signed else 'names no keys: nothing is signed'}",
+            f"versions    {store.num_versions} in one chain, {len(store.merged)} merged again from their deliveries",
+            f"deliveries  {store.num_manifests} manifests; {store.num_payloads} files have their hash{pruned}",
+        ]
+    for finding in found.findings:
+        version = "" if finding.version is None else f"version {finding.version}: "
+        lines.append(f"WRONG       {version}{finding.name}: {finding.what}")
+    return [*lines, f"{len(found.findings)} findings" if found.findings else "all is as it should be"]
