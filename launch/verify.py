@@ -58,7 +58,9 @@ def _lines(found: "Verified | VerifiedBundle") -> list[str]:
 
     lines, store = [], found if isinstance(found, Verified) else found.store
     if not isinstance(found, Verified):
-        lines.append(f"bundle      of {shown(found.member) or 'nobody'}: {found.num_files} files that exit.json lists")
+        contract = found.contract_sha256[:12] or "none"
+        whose = f"of {shown(found.member) or 'nobody'} under contract {contract}"
+        lines.append(f"bundle      {whose}: {found.num_files} files that exit.json lists")
         lines += [f"missing     {shown(what, limit=1000)}" for what in found.missing]
     if store:
         pruned = f", {store.num_pruned} are pruned" if store.num_pruned else ""

@@ -75,6 +75,8 @@ class VerifiedBundle:
 
     directory: str
     member: str = ""
+    contract_sha256: str = ""
+    """Of the contract in it: whoever knows the federation's own compares, as another contract has other keys."""
     missing: list[str] = field(default_factory=list)
     """What the member says was not there any more."""
     num_files: int = 0
@@ -140,6 +142,7 @@ class BundleVerifier:
         try:
             found.store = StoreVerifier(exchange, self._scratch, tell=self._tell).verify()
             found.findings += found.store.findings
+            found.contract_sha256 = exchange.contract_sha256
             self._check_record(record, exchange)
         except ConfigError as error:
             self._note(f"{STORE}/contract.json", error)

@@ -15,16 +15,17 @@ from pretrain.exchange.agreement import FOLDER as SIGNATURES
 from pretrain.exchange.history import History
 from pretrain.exchange.objects import Objects
 from pretrain.exchange.rollback import FOLDER as ROLLBACKS
+from pretrain.exchange.rollback import is_rolling_back
 from pretrain.exchange.store import REFUSED, REQUESTS_AT_ONCE, SNAPSHOTS, StoreExchange, delivery_path, version_path
 from pretrain.federation.bundle import EXIT, MODEL, SOFTWARE, STORE, Exit, listed
-from pretrain.federation.export import export_global_model
+from pretrain.federation.export import export_global_model, writing
 from pretrain.federation.leave import check_can_leave, say_left
 from pretrain.federation.verify import StoreVerifier, Verified
 from pretrain.host.foreign import shown
 from pretrain.host.lock import lock_directory
 from pretrain.host.software import installed
 from pretrain.outer.threads import in_threads
-from pretrain.silo.shards import MANIFEST_FILE, atomic_path
+from pretrain.silo.shards import MANIFEST_FILE
 from pretrain.trust.contract import build_contract, check_same_contract
 from pretrain.trust.ledger import Commit, RefusedError, sha256_bytes
 from pretrain.trust.members import own_signer
@@ -64,7 +65,7 @@ def write_bundle(
     """
     exchange = _reached(config, silo, directory, leave=leave)
     copies = _BundleWriter(config, exchange, silo, tell)
-    with atomic_path(directory) as temporary:
+    with writing(directory) as temporary:
         with _stopped(config, silo):
             copies.write(temporary)
         if leave:
@@ -93,6 +94,11 @@ def _reached(config: RunConfig, silo: str, directory: Path, *, leave: bool) -> S
     if stored is None:
         raise ConfigError(f"exchange.url: {config.store_url} given; there is no run in it (no contract.json)")
     check_same_contract(build_contract(config), stored, config.store_url)
+    try:
+        if is_rolling_back(exchange):
+            raise RefusedError("it is being rolled back; allowed: when that is done")
+    except RefusedError as error:
+        raise ConfigError(f"exchange.url: {config.store_url} given; {error}; nothing is written") from None
     return exchange
 
 

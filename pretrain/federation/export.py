@@ -4,7 +4,8 @@ import json
 import math
 import shlex
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from pretrain.silo.model import (
     load_checkpoint,
     token_losses,
 )
-from pretrain.silo.shards import tokenizer_sha256
+from pretrain.silo.shards import atomic_path, tokenizer_sha256
 from pretrain.silo.vocabulary import vocabulary_size
 from pretrain.trust.ledger import RefusedError
 
@@ -130,6 +131,16 @@ def write_export(model: nn.Module, config: RunConfig, provenance: dict[str, Any]
     """Write a model with its tokenizer, and where it comes from, to a new directory."""
     export(model, config.tokenizer_file, directory)
     (directory / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n")
+
+
+@contextmanager
+def writing(directory: Path) -> Iterator[Path]:
+    """A new directory under another name, which has its own when all is in it. Raises ConfigError if it cannot be."""
+    try:
+        with atomic_path(directory) as temporary:
+            yield temporary
+    except OSError as error:
+        raise ConfigError(f"--to: {str(directory)!r} given; it cannot be written: {error.strerror or error}") from None
 
 
 def exported_digest(directory: Path) -> str:

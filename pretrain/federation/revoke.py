@@ -19,13 +19,12 @@ from pretrain.config.check import ConfigError, named
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.revocation import Revocation
 from pretrain.exchange.store import StoreExchange, delivery_path, version_path
-from pretrain.federation.export import SplitLoss, empty_model, evaluate_directory, origin, write_export
+from pretrain.federation.export import SplitLoss, empty_model, evaluate_directory, origin, write_export, writing
 from pretrain.merge.collect import Delivery
 from pretrain.merge.merger import Merger
 from pretrain.merge.snapshots import Snapshots
 from pretrain.outer.placing import InMemory
 from pretrain.outer.state import OuterState
-from pretrain.silo.shards import atomic_path
 from pretrain.trust.ledger import Commit, Contributor, RefusedError, sha256_bytes
 
 REVOCATION = "revocation.json"
@@ -243,7 +242,7 @@ def write_revoked(config: RunConfig, found: Revoked, directory: Path) -> None:
         "parameters_digest": record.parameters_digest,
         "contract_sha256": record.contract_sha256,
     }
-    with atomic_path(directory) as temporary:
+    with writing(directory) as temporary:
         _export(config, found.parameters, told, temporary)
         (temporary / REVOCATION).write_bytes(record.to_bytes())
 

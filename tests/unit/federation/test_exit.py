@@ -254,10 +254,19 @@ def test_a_broken_chain_and_other_mistakes_are_one_line_and_write_nothing(
     assert refused().startswith(
         f"exchange.url: {store} given; its chain is broken: version 3: global/000003/change-000"
     )
+    (store / "rollbacks").mkdir()
+    (store / "rollbacks" / "000001.json").write_text("{}")
+    assert "given; rollbacks/000001.json: has keys [], not" in refused()
     assert refused("gamma") == "--silo: 'gamma' given; allowed: alpha, beta, which run here"
     assert refused(leave=True).startswith("membership.quorum: null given; without a quorum")
     line = refused(config=tiny_config(tmp_path / "c", exchange={"kind": "collective", "url": "tcp://localhost:1"}))
     assert line == "exchange.kind: 'collective' given; a bundle is made only of a run through a 'store'"
+    target.parent.rmdir()
+    target.parent.write_text("no folder")
+    assert one_line_error(write_bundle, left, "alpha", target) == (
+        f"--to: {str(target)!r} given; it cannot be written: File exists"
+    )
+    target.parent.unlink()
     target.mkdir(parents=True)
     assert one_line_error(write_bundle, left, "alpha", target) == (
         f"--to: {str(target)!r} given; it exists already, and nothing is overwritten"
@@ -304,7 +313,7 @@ def test_leaving_with_a_bundle(tmp_path: Path, tiny_config: TinyConfig) -> None:
     shutil.rmtree(config.directory)
     said = CliRunner().invoke(cli.app, ["verify", str(target)])
     assert said.exit_code == 0, said.output
-    assert said.stdout.startswith("bundle      of alpha: ")
+    assert said.stdout.startswith(f"bundle      of alpha under contract {alpha.contract_sha256[:12]}: ")
     assert said.stdout.endswith("all is as it should be\n")
     (target / "store/signatures/beta.json").unlink()
     said = CliRunner().invoke(cli.app, ["verify", str(target)])
