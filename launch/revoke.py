@@ -128,13 +128,17 @@ def _configuration(where: str, paths: list[Path] | None, tokenizer: Path | None,
 
 
 def _splits(given: list[str]) -> dict[str, Path]:
-    """Corpus to packed split."""
+    """Corpus to packed split. Raises ConfigError for what is none, before anything is computed."""
+    from pretrain.silo.shards import MANIFEST_FILE
+
     found: dict[str, Path] = {}
     for one in given:
         corpus, _, place = one.partition("=")
         if not corpus or not place:
             raise ConfigError(f"--valid: {one!r} given; allowed: CORPUS=DIR")
         found[corpus] = Path(expand_home("--valid", place))
+        if not (found[corpus] / MANIFEST_FILE).is_file():
+            raise ConfigError(f"--valid: {one!r} given; there is no {MANIFEST_FILE} in it; allowed: a packed split")
     return found
 
 

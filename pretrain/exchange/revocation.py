@@ -95,7 +95,7 @@ def sign(exchange: SignedStore, record: Revocation, signer: str) -> Revocation:
         if theirs and one.signer != signer and dataclasses.replace(theirs, signer=signer, signature=None) != ours:
             raise ConfigError(
                 f"--sign: {signer} given; {one.signer} has signed {_short(theirs)}; here it comes to {_short(ours)}; "
-                "nothing is signed"
+                f"nothing is signed; if that one is wrong, take {place}/{one.signer}.json away"
             )
     signed = exchange.members.sign(ours)
     exchange.objects.delete(f"{place}/{signer}.json")  # what somebody else has put there, or what we said before

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Self
 
 from pretrain.config.check import ConfigError
+from pretrain.config.load import CONFIG_FILE
 from pretrain.exchange.store import StoreExchange, file_payload
 from pretrain.federation.export import exported_digest
 from pretrain.federation.verify import Finding, StoreVerifier, Verified
@@ -24,7 +25,7 @@ from pretrain.silo.shards import tokenizer_sha256
 from pretrain.trust.contract import read_contract
 from pretrain.trust.ledger import Record, RefusedError, check_types, read_row, sha256_bytes, typed_keys
 
-EXIT, STORE, MODEL, SOFTWARE = "exit.json", "store", "model", "software"
+EXIT, STORE, MODEL, DATA, OWN, KEYS, SOFTWARE = "exit.json", "store", "model", "data", "own", "keys.txt", "software"
 EXIT_BYTES = 1 << 28  # a row a file: a million of them
 
 
@@ -87,8 +88,9 @@ class VerifiedBundle:
 
 
 def is_bundle(directory: Path) -> bool:
-    """Whether a directory is a bundle, or was one: taking its list away does not make it a mere store."""
-    return any(os.path.lexists(directory / name) for name in (EXIT, SOFTWARE)) and (directory / STORE).is_dir()
+    """Whether a directory is a bundle, or was one: who takes its list away does not make it a mere store."""
+    names = (EXIT, KEYS, SOFTWARE) if (directory / CONFIG_FILE).is_file() else (EXIT, KEYS, SOFTWARE, MODEL, DATA, OWN)
+    return (directory / STORE).is_dir() and any(os.path.lexists(directory / name) for name in names)
 
 
 def walk(directory: Path) -> Iterator[tuple[str, bool]]:

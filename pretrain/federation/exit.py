@@ -17,7 +17,7 @@ from pretrain.exchange.objects import Objects
 from pretrain.exchange.rollback import FOLDER as ROLLBACKS
 from pretrain.exchange.rollback import is_rolling_back
 from pretrain.exchange.store import REFUSED, REQUESTS_AT_ONCE, SNAPSHOTS, StoreExchange, delivery_path, version_path
-from pretrain.federation.bundle import EXIT, MODEL, SOFTWARE, STORE, Exit, listed
+from pretrain.federation.bundle import DATA, EXIT, KEYS, MODEL, OWN, SOFTWARE, STORE, Exit, listed
 from pretrain.federation.export import export_global_model, writing
 from pretrain.federation.leave import check_can_leave, say_left
 from pretrain.federation.verify import StoreVerifier, Verified
@@ -136,10 +136,10 @@ class _BundleWriter:
         self._tell(f"version {self._newest}: writing its model")
         here = dataclasses.replace(self._config.exchange, url=str(store), options={}, ca_file="")
         export_global_model(dataclasses.replace(self._config, exchange=here), bundle / MODEL, self._newest)
-        self._copy_data_manifests(bundle / "data")
+        self._copy_data_manifests(bundle / DATA)
         _write_software(bundle / SOFTWARE)
         keys = [f"{name} {key.text} {key.fingerprint}\n" for name, key in sorted(self._exchange.members.keys.items())]
-        (bundle / "keys.txt").write_text("".join(keys))
+        (bundle / KEYS).write_text("".join(keys))
 
     def record(self, bundle: Path) -> Exit:
         """The list of what was written, signed."""
@@ -201,7 +201,7 @@ class _BundleWriter:
                 pruned.append(version)
         if pruned:
             self._missing.append(f"payloads of its deliveries for versions {_ranges(pruned)}: pruned")
-        place, own = self._config.silo_directory(self._silo), bundle / "own"
+        place, own = self._config.silo_directory(self._silo), bundle / OWN
         for file in (place / "delivered.txt", *sorted((place / "outbox").glob("*.safetensors"))):
             if file.is_file():
                 own.mkdir(exist_ok=True)

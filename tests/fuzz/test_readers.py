@@ -24,7 +24,9 @@ from pretrain.config.check import ConfigError
 from pretrain.config.load import load_config
 from pretrain.exchange import words
 from pretrain.exchange.payload import Tensors, check_header
+from pretrain.exchange.revocation import Revocation
 from pretrain.exchange.rollback import Rollback
+from pretrain.federation.bundle import Exit, Listed
 from pretrain.host.foreign import loads, shown
 from pretrain.outer.codec import CODECS, check, decoded, encode
 from pretrain.outer.moments import MeanGradient, SecondMoment, check_moments
@@ -105,6 +107,27 @@ SPLIT = {
     "vocab_size": 300,
     "shards": [{"file": "shard-00000.bin", "num_tokens": 2, "sha256": "b" * 64}],
 }
+REVOCATION = Revocation(
+    contract_sha256="a" * 64,
+    member="beta",
+    from_version=2,
+    to_version=3,
+    commit_sha256="b" * 64,
+    parameters_digest="c" * 64,
+    reason="",
+    signer="alpha",
+)
+LEFT = Exit(
+    contract_sha256="a" * 64,
+    member="alpha",
+    version=3,
+    commit_sha256="b" * 64,
+    parameters_digest="c" * 64,
+    software=["torch 2.9"],
+    asked=["model"],
+    missing=[],
+    files=[Listed(path="store/contract.json", blake3="d" * 64, num_bytes=1)],
+)
 SNAPSHOT = Snapshot(contract_sha256="a" * 64, version=1, commit_sha256="b" * 64, payloads=[])
 AGREEMENT = Agreement(contract_sha256="a" * 64, member="alpha", signature="c" * 86)
 # Of the seeds 9d61b19d... (RFC 8032, 7.1, test 1) and 77076d0a... (RFC 7748, 6.1).
@@ -125,6 +148,10 @@ READERS: dict[str, Reader] = {
     "agreement": Reader(
         read=lambda data, _: Agreement.from_bytes(data), accepted=AGREEMENT.to_bytes(), refuses=RefusedError
     ),
+    "revocation": Reader(
+        read=lambda data, _: Revocation.from_bytes(data), accepted=REVOCATION.to_bytes(), refuses=RefusedError
+    ),
+    "exit": Reader(read=lambda data, _: Exit.from_bytes(data), accepted=LEFT.to_bytes(), refuses=RefusedError),
     "public key": Reader(
         read=lambda data, _: PublicKey.parse(data.decode(errors="replace")), accepted=KEY, refuses=ConfigError
     ),

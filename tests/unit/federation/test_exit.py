@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from launch import cli
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.config.load import save_config
-from pretrain.federation.bundle import BundleVerifier, Exit, VerifiedBundle
+from pretrain.federation.bundle import BundleVerifier, Exit, VerifiedBundle, is_bundle
 from pretrain.federation.exit import write_bundle
 from pretrain.trust.members import own_signer
 from tests.conftest import TinyConfig
@@ -206,6 +206,15 @@ def without_the_newest(bundle: Path, left: RunConfig) -> None:
     (bundle / "exit.json").write_bytes(as_member(left, "alpha").members.sign(record).to_bytes())
 
 
+def a_mere_store(bundle: Path, _: RunConfig) -> None:
+    """All that says what it was, but for the model."""
+    for name in ("exit.json", "keys.txt"):
+        (bundle / name).unlink()
+    for name in ("software", "data"):
+        shutil.rmtree(bundle / name)
+    assert is_bundle(bundle)
+
+
 @pytest.mark.parametrize(
     ("spoil", "name", "what"),
     [
@@ -220,6 +229,7 @@ def without_the_newest(bundle: Path, left: RunConfig) -> None:
         (lambda b, left: relisted(b, member="gamma"), "exit.json", "gamma is not on the contract's roster"),
         (lambda b, left: relisted(b, signature=None), "exit.json", "the exit is not signed"),
         (lambda b, left: (b / "exit.json").unlink(), "exit.json", "it is missing"),
+        (a_mere_store, "exit.json", "it is missing"),
     ],
 )
 def test_a_list_that_was_written_anew_is_found(
