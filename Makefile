@@ -5,7 +5,7 @@ BIN = .venv/bin
 CONSTRAINTS ?= constraints.txt
 PIP_FLAGS ?=
 
-.PHONY: demo test soak check lint clean
+.PHONY: demo test soak fuzz check lint clean
 
 demo: .venv/installed
 	$(BIN)/atoll demo $(ARGS)
@@ -19,6 +19,10 @@ test: .venv/installed
 
 soak: .venv/installed
 	$(BIN)/python -m pytest -m soak $(TWO_WORKERS) --durations=20 -rs $(ARGS)
+
+# make fuzz ARGS="--inputs 10000000 --seed 1"
+fuzz: .venv/installed
+	$(BIN)/python -m tests.fuzz.mutations $(ARGS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

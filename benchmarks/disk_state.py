@@ -43,7 +43,7 @@ from pretrain.outer.quantize import QUANTIZERS, Parts
 from pretrain.outer.state import OuterState, kept_kinds
 from pretrain.plan.bytes import model_shapes
 from pretrain.trust.contract import build_contract, first_contract
-from pretrain.trust.ledger import Commit, Manifest
+from pretrain.trust.ledger import Commit, Manifest, sha256_bytes
 
 GB, BLOCK_BYTES = 10**9, 1 << 22
 NAMES = ["alpha", "beta"]
@@ -139,6 +139,7 @@ def prepare(config: RunConfig, aggregator: Aggregator) -> tuple[OuterState, list
         outer_digest="0" * 64,
     )
     aggregator._publish(zero, [])
+    aggregator._collector.past.committed(zero)
     return state, names
 
 
@@ -163,6 +164,7 @@ def deliver(config: RunConfig, aggregator: Aggregator, state: OuterState, names:
             version=VERSION,
             base_version=0,
             base_digest=digest_rows(state.rows[name] for name in names),
+            cosigned=sha256_bytes(aggregator._exchange.commit_bytes(VERSION - 1)),
             codec="int4",
             payloads=[payload],
             tokens=100,

@@ -119,6 +119,7 @@ def restart(directory: Path, num_silos: int, num_versions: int) -> str:
         folder.mkdir()
         (folder / "commit.json").write_bytes(made.to_bytes())
     state.version, aggregator._newest = num_versions - REAL, made
+    aggregator._collector.past.committed(made)
     deliveries = Deliveries(config, state, aggregator._exchange.contract_sha256, directory)
     for version in range(num_versions - REAL + 1, num_versions + 1):
         for _ in deliveries.write(version):

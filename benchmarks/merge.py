@@ -37,7 +37,7 @@ from pretrain.host.journal import Journal
 from pretrain.outer.codec import encode
 from pretrain.outer.digest import digest_rows
 from pretrain.outer.state import OuterState
-from pretrain.trust.ledger import Manifest
+from pretrain.trust.ledger import Manifest, sha256_bytes
 from pretrain.trust.members import Members, own_signer, public_keys
 
 SIZES: dict[str, dict[str, int]] = {
@@ -81,6 +81,8 @@ class Deliveries:
         """Deliver one silo's after the other; the last manifest after the last yield."""
         state, codec = self._state, self._config.outer.codec
         base_digest = digest_rows(state.rows.values())
+        before = Path(self._config.store_url) / version_path(version - 1) / "commit.json"
+        cosigned = sha256_bytes(before.read_bytes())
         for index, silo in enumerate(self._config.full_roster):
             made = self._directory / f"{silo}.safetensors"
             if codec == "fp32" or not made.exists():
@@ -96,6 +98,7 @@ class Deliveries:
                 version=version,
                 base_version=version - 1,
                 base_digest=base_digest,
+                cosigned=cosigned,
                 codec=codec,
                 payloads=[file_payload(file, 0)],
                 tokens=100,

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from data_tools.cli import app as data_app
+from launch.contract import app as contract_app
 from launch.exit import leave_with_proof
 from launch.keys import app as keys_app
 from launch.revoke import revoke
@@ -27,6 +28,7 @@ launch_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="St
 app.add_typer(launch_app, name="launch")
 app.add_typer(data_app, name="data")
 app.add_typer(keys_app, name="keys")
+app.add_typer(contract_app, name="contract")
 app.command()(verify)
 app.command("exit")(leave_with_proof)
 app.command()(revoke)

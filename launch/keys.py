@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from launch.contract import Config, Member, Store, say_proposed
 from pretrain.config.paths import expand_home
 
 app = typer.Typer(name="keys", no_args_is_help=True, rich_markup_mode="rich", help="Keys that sign for a member.")
@@ -44,3 +45,46 @@ def show(
     print(f"{public.text}\nfingerprint  {public.fingerprint}")
     if isinstance(found, PrivateKey):
         print(f"name         {found.name}")
+
+
+@app.command()
+def rotate(
+    name: Annotated[str, typer.Argument(help="The member: a silo's name, or aggregator.")],
+    store: Store,
+    from_version: Annotated[int, typer.Option("--from", metavar="VERSION", help="From which version on it signs.")],
+    directory: Annotated[Path, typer.Option(help="Where NAME.key is; its successor is put beside it.")] = Path("."),
+) -> None:
+    """Make the successor of one's own key, and propose that it signs from a version on. It needs nobody's consent.
+
+    The old file stays, as it signs for the versions before; whoever runs finds the new one, also when started again.
+
+    [bold]Example:[/bold] atoll keys rotate law s3://bucket/run --from 40 --directory ~/keys
+    """
+    from pretrain.federation.contract import Agreed
+    from pretrain.federation.contract import rotate as rotate_it
+
+    agreed = Agreed.at(store)
+    proposal, file = rotate_it(agreed, name, Path(expand_home("--directory", str(directory))), from_version)
+    print(f"private key  {file.absolute()}")
+    say_proposed(agreed, proposal)
+
+
+@app.command()
+def revoke(
+    name: Annotated[str, typer.Argument(help="The member whose key counts no more.")],
+    store: Store,
+    config: Config,
+    silo: Member,
+    from_version: Annotated[int, typer.Option("--from", metavar="VERSION", help="From which version on.")],
+) -> None:
+    """Propose that a member's key counts no more from a version on. The others have to sign, as trust.amend says.
+
+    The run goes on with its quorum. A member who lost its key is given another one by atoll contract amend.
+
+    [bold]Example:[/bold] atoll keys revoke law s3://bucket/run --config med.yaml --silo med --from 40
+    """
+    from pretrain.federation.contract import Agreed, amend
+
+    agreed = Agreed.at(store, config)
+    agreed.as_member(config, [], silo)
+    say_proposed(agreed, amend(agreed, silo, from_version, [f"trust.keys.{name}="]))

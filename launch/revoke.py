@@ -42,6 +42,7 @@ def revoke(
     tokenizer: Annotated[Path | None, typer.Option(help="The run's, with a URL and no configuration.")] = None,
     sign: Annotated[bool, typer.Option("--sign", help="Sign what comes out, as --silo.")] = False,
     silo: Annotated[str, typer.Option(help="Who signs: a silo of this machine, or aggregator.")] = "",
+    key: Annotated[Path | None, typer.Option(help="Where deliveries are sealed: the operator's private key.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Only say who has signed.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
 ) -> None:
@@ -71,6 +72,7 @@ def revoke(
     if to and os.path.lexists(to := Path(expand_home("--to", str(to)))):
         raise ConfigError(f"--to: {str(to)!r} given; it exists already, and nothing is overwritten")
     own, data = _configuration(where, config, tokenizer, contract), _splits(valid or [])
+    _open(exchange, own, key or Path(expand_home("store", where)) / "keys" / "aggregator.key")
     if sign:
         exchange.members.signer = _signer(exchange, own, silo)
         if before := signed_before(exchange, member, first, until):
@@ -125,6 +127,18 @@ def _configuration(where: str, paths: list[Path] | None, tokenizer: Path | None,
             f"--tokenizer: {str(tokenizer)!r} given; allowed: the one that the contract names by its sha256"
         )
     return own
+
+
+def _open(exchange: "StoreExchange", own: RunConfig, key: Path) -> None:
+    """Open sealed deliveries from now on. Raises ConfigError without the key."""
+    from pretrain.trust.members import operator_sealer
+
+    if exchange.is_sealed and not key.exists():
+        raise ConfigError(
+            "--key: none given; deliveries are sealed; allowed: the private key of the aggregator's operator"
+        )
+    if exchange.is_sealed:
+        exchange.members.sealer = operator_sealer(key, own)
 
 
 def _splits(given: list[str]) -> dict[str, Path]:

@@ -19,11 +19,13 @@ if TYPE_CHECKING:
 def verify(
     where: Annotated[str, typer.Argument(help="URL of the store, a run directory with one in it, or a bundle.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+    key: Annotated[Path | None, typer.Option(help="The operator's private key; that of the run directory.")] = None,
 ) -> None:
     """Check every signature, hash and digest of a store, and merge again every version whose deliveries are there.
 
     Of a bundle of `atoll exit` also its list, every file, and the model. Exit code 0 if all is as it should be, 1 if
-    not. Nothing is written there, and no key is needed.
+    not. Nothing is written there, and no key is needed, but to merge again where deliveries are sealed: without it
+    all else is checked.
 
     [bold]Example:[/bold] atoll verify s3://bucket/run
     """
@@ -36,15 +38,14 @@ def verify(
     directory = Path(expand_home("store", where))
     with tempfile.TemporaryDirectory(prefix="atoll-") as scratch:
         if is_bundle(directory):
-            found = BundleVerifier(directory, Path(scratch), tell=_tell).verify()
+            found = BundleVerifier(directory, Path(scratch), tell=_tell, key=key).verify()
         else:
             url, exchange = reached(where)
             store = StoreExchange(url, options=store_options(exchange, url), retry_seconds=exchange.retry_seconds)
-            found = StoreVerifier(store, Path(scratch), tell=_tell).verify()
-    if as_json:
-        print(json.dumps(dataclasses.asdict(found), indent=1))
-    else:
-        print("\n".join(_lines(found)))
+            if not key and (kept := directory / "keys" / "aggregator.key").is_file():
+                key = kept
+            found = StoreVerifier(store, Path(scratch), tell=_tell, key=key).verify()
+    print(json.dumps(dataclasses.asdict(found), indent=1) if as_json else "\n".join(_lines(found)))
     raise typer.Exit(1 if found.findings else 0)
 
 
@@ -64,11 +65,16 @@ def _lines(found: "Verified | VerifiedBundle") -> list[str]:
         lines += [f"missing     {shown(what, limit=1000)}" for what in found.missing]
     if store:
         pruned = f", {store.num_pruned} are pruned" if store.num_pruned else ""
-        lines += [
-            f"contract    {'signed by every member' if store.is_signed else 'names no keys: nothing is signed'}",
-            f"versions    {store.num_versions} in one chain, {len(store.merged)} merged again from their deliveries",
-            f"deliveries  {store.num_manifests} manifests; {store.num_payloads} files have their hash{pruned}",
-        ]
+        again = f"{len(store.merged)} merged again from their deliveries"
+        if store.is_sealed:
+            again = "none merged again: deliveries are sealed, and only --key aggregator.key opens them"
+        lines.append(
+            f"contract    {'signed by every member' if store.is_signed else 'names no keys: nothing is signed'}"
+        )
+        if store.num_amendments:
+            lines.append(f"amendments  {store.num_amendments} in force, with all signatures that they need")
+        lines.append(f"versions    {store.num_versions} in one chain, {again}")
+        lines.append(f"deliveries  {store.num_manifests} manifests; {store.num_payloads} files have their hash{pruned}")
     for finding in found.findings:
         version = "" if finding.version is None else f"version {finding.version}: "
         lines.append(f"WRONG       {version}{finding.name}: {finding.what}")

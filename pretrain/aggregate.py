@@ -22,11 +22,12 @@ from torch import Tensor
 from pretrain.config.check import ConfigError, named
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.config.load import load_config
-from pretrain.exchange.agreement import agree
+from pretrain.exchange.agreement import accept_amendments, agree
 from pretrain.exchange.lease import Lease
 from pretrain.exchange.objects import StoreTroubleError
 from pretrain.exchange.payload import PARAMETER, save_tensors
 from pretrain.exchange.rollback import check_held, explain, finish_rollbacks, foreign, rollback_records
+from pretrain.exchange.sealed import give_group_key, seal_payload
 from pretrain.exchange.store import StoreExchange, version_path
 from pretrain.federation.preflight import check_model
 from pretrain.federation.room import check_aggregator_room
@@ -45,9 +46,10 @@ from pretrain.outer.digest import tensor_rows
 from pretrain.outer.placing import InMemory, OnDisk
 from pretrain.outer.quantize import Parts
 from pretrain.outer.state import OuterState, kept_at_start
+from pretrain.trust.amendment import Governed
 from pretrain.trust.contract import build_contract, check_same_contract, first_contract
 from pretrain.trust.ledger import Commit, Contributor, Payload, RefusedError, sha256_bytes
-from pretrain.trust.members import own_signer
+from pretrain.trust.members import act_as
 
 MOST_REPAIRS = 3  # a version: whoever says that it is damaged has all of it read again
 
@@ -57,12 +59,14 @@ class Aggregator:
 
     def __init__(self, config: RunConfig, journal: Journal, *, check_lease: Callable[[], None] = lambda: None) -> None:
         """`check_lease` raises ConfigError before a commit if another aggregator works on this store by now."""
+        self._own, self._governed = config, Governed(config)
+        config = self._governed.config
         self._config, self._journal, self._schedule, self._check_lease = config, journal, config.schedule, check_lease
         self._exchange = StoreExchange.of_run(config)
-        self._exchange.members.signer = own_signer(config, OPERATOR)
+        act_as(self._exchange.members, config, OPERATOR)
         self._scratch = Path(config.directory) / "aggregator"
         self._place = OnDisk(self._scratch / "state") if config.outer.state == "disk" else InMemory()
-        self._merger = Merger(config, self._exchange, self._scratch, self._place)
+        self._merger = Merger(config, self._exchange, self._scratch, self._place, go_to=self._go_to)
         self._newest_file = self._scratch / "newest.json"
         self._newest: Commit | None = None
         self._next_look, self._num_repairs = time.monotonic(), 0
@@ -76,7 +80,7 @@ class Aggregator:
 
     def start(self) -> OuterState:
         """Write or compare the contract; load the newest version, or write version 0."""
-        ours = build_contract(self._config)
+        ours = build_contract(self._own)
         stored = self._exchange.read_contract()
         self._check_history()
         check_model(self._config)
@@ -98,11 +102,17 @@ class Aggregator:
             newest = self._exchange.newest_version()
         return self._load(newest) if newest >= 0 else self._create(initial or self._initial())
 
+    def _go_to(self, version: int) -> None:
+        """From here on the configuration says what holds at a version that is made, or made again."""
+        terms = self._exchange.members.terms_at(version)
+        self._governed.go_to(terms.settings if terms else {})
+
     def _agree(self) -> None:
         def say(words: str) -> None:
             self._journal.status("waiting", round=0, waiting_for=words)
 
         agree(self._exchange, OPERATOR, lambda: time.sleep(self._config.exchange.poll_seconds), say=say)
+        give_group_key(self._exchange)
 
     def _initial(self) -> dict[str, Tensor]:
         from pretrain.silo.model import initial_parameters
@@ -143,6 +153,7 @@ class Aggregator:
 
         The chain of commits is checked as far back as any of them is used, and the digests of what comes out.
         """
+        self._go_to(newest + 1)
         snapshots = self.snapshots.history.last_snapshots(newest)
         first = max(0, min(*snapshots, newest + 1 - self._collector.past.num_needed))
         commits = {commit.version: commit for commit in self._exchange.read_commits(first, newest)}
@@ -165,6 +176,7 @@ class Aggregator:
 
     def collect(self, state: OuterState) -> list[Delivery]:
         """Wait until a version's deliveries are there, as many as the contract asks for."""
+        self._go_to(state.version + 1)
         return self._collector.collect(
             state.version + 1,
             lambda silo, data, version, over: self._merger.verify(silo, data, state, version, over),
@@ -211,7 +223,9 @@ class Aggregator:
             flush=True,
         )
         self._journal.record("commit", **commit_record(self._config, commit))
-        keep, late = self._config.exchange.keep_versions, self._config.membership.stale_weight > 0
+        merged_again = self._config.trust.keep_deliveries + 1  # from the version before them
+        keep = max(self._config.exchange.keep_versions, merged_again)
+        late = self._config.membership.stale_weight > 0
         self.snapshots.history.prune(self._collector.members(), state.version, keep, late=late)
         if self.snapshots.is_due(state.version):
             self.snapshots.begin(state, commit, self._merger.fragments[fragment])
@@ -246,9 +260,10 @@ class Aggregator:
         for fragment in fragments:
             coded = {name: changes[name] for name in self._merger.fragments[fragment]}
             file = outbox / f"{PARAMETER if codec == 'fp32' else 'change'}-{fragment:03d}.safetensors"
-            payloads.append((save_tensors(coded, file, fragment=fragment, moments=moments), file))
+            payload = save_tensors(coded, file, fragment=fragment, moments=moments)
+            payloads.append((seal_payload(self._exchange, OPERATOR, version, payload, file), file))
         commit = Commit(
-            contract_sha256=self._exchange.contract_sha256,
+            contract_sha256=self._exchange.terms_sha256(version),
             version=version,
             previous=previous,
             codec=codec,
@@ -261,6 +276,8 @@ class Aggregator:
         )
         self._merger.let_go(state, list(changes))
         commit = self._exchange.members.sign(commit)
+        if version:
+            accept_amendments(self._exchange, self._own, before=version, check=self._check_lease)
         self._publish(commit, payloads)
         state.version = version
         self._collector.past.committed(commit)

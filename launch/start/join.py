@@ -20,6 +20,7 @@ from pretrain.federation import join as joining
 from pretrain.federation.join import Federation, Link, Size
 from pretrain.federation.preflight import check_silo
 from pretrain.federation.room import check_silo_room
+from pretrain.host.foreign import shown
 from pretrain.host.software import differences, installed
 from pretrain.silo.shards import count_sequences, read_manifest
 from pretrain.trust.ledger import sha256_bytes
@@ -121,6 +122,8 @@ class Says:
         )
         enough = "every version waits for all" if quorum is None else f"{quorum} are enough for a version"
         self.line("roster", f"{named(agreed.full_roster)}; {enough}")
+        for terms in federation.exchange.members.later:
+            self.line("amended", f"from version {terms.from_version} on: {shown(', '.join(terms.changes), limit=1000)}")
         alive = [name for name, silo in status.silos.items() if silo.life.is_alive]
         version = "no version yet" if status.version is None else f"version {status.version} of {status.num_versions}"
         self.line("now", f"{version}; silos alive: {named(alive) or 'none'}; aggregator {status.aggregator.words}")

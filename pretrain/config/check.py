@@ -119,6 +119,7 @@ def _check_numbers(config: RunConfig) -> None:
         "outer.overlap_steps": (config.outer.overlap_steps, 0),
         "exchange.retry_seconds": (config.exchange.retry_seconds, 0),
         "exchange.keep_versions": (config.exchange.keep_versions, 1),
+        "trust.keep_deliveries": (config.trust.keep_deliveries, 0),
     }
     for key, (number, minimum) in at_least.items():
         _require(minimum <= number < math.inf, key, number, f"{minimum} or more")
@@ -190,10 +191,17 @@ def _check_muon_silo(name: str, zero: dict[str, Any]) -> None:
 
 
 def _check_trust(config: RunConfig) -> None:
-    keys, members = config.trust.keys, {*config.full_roster, OPERATOR}
+    keys, members, amend = config.trust.keys, {*config.full_roster, OPERATOR}, config.trust.amend
+    most = len(config.full_roster)
+    fits = amend in ("all", *map(str, range(1, most + 1)))
+    _require(fits, "trust.amend", amend, f"all, or 1 to the {most} silos of the roster")
+    kind, seal = config.exchange.kind, config.trust.seal
+    _require(not seal or kind == "store", "trust.seal", seal, f"false with exchange.kind={kind}, where no file travels")
     if not keys:
+        # A local launch of all silos makes their keys later.
+        fits = not seal or config.full_roster == sorted(config.silos)
+        _require(fits, "trust.seal", seal, "false without trust.keys: it is the members' keys that seal")
         return
-    kind = config.exchange.kind
     _require(kind == "store", "trust.keys", sorted(keys), f"none with exchange.kind={kind}, where nothing is signed")
     if missing := sorted(members - keys.keys()):
         raise ConfigError(

@@ -200,10 +200,18 @@ class TrustConfig:
     keys: dict[str, str] = field(default_factory=dict)
     """Public key of every silo of the roster and of `aggregator`, as `atoll keys new` says it; part of the contract.
     Empty: nothing is signed, but by a local launch of all silos, which makes the keys itself."""
+    keep_deliveries: int = 0
+    """Of so many of the newest versions the operator keeps all deliveries, for `atoll verify` to merge them again; part
+    of the contract. `exchange.keep_versions` may be more."""
+    amend: str = "all"
+    """Silos that have to sign an amendment of the contract: all, or a number of them; part of the contract."""
     directory: str = ""
     """Where this machine has the private keys, NAME.key; empty: `keys` inside the run directory."""
     key_command: list[str] = field(default_factory=list)
     """What signs instead of a private key: a program and its arguments; NAME.key then has the public line alone."""
+    seal: bool = False
+    """Seal every delivery for the aggregator's operator, and every version for the members: whoever keeps the store
+    sees sizes and records only. Needs `keys`; part of the contract."""
 
 
 @dataclass(kw_only=True)

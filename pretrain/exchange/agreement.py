@@ -1,13 +1,18 @@
-"""Every member's signature under the contract: nothing begins before all are there. No torch."""
+"""Members' signatures: all of them under the contract, before anything begins, and those under amendments. No torch."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
-from pretrain.config.check import named
+from pretrain.config.check import ConfigError, named
+from pretrain.config.keys import RunConfig
+from pretrain.exchange.amended import FOLDER, Proposal, acceptance_path, amendment_path, signature_path
 from pretrain.exchange.store import REQUESTS_AT_ONCE, StoreExchange
 from pretrain.outer.threads import in_threads
+from pretrain.trust.amendment import Acceptance, Amendment, amended, voters
 from pretrain.trust.ledger import Agreement, RefusedError
+from pretrain.trust.members import OwnKeys
 
-FOLDER = "signatures"
+SIGNATURES = "signatures"
 
 
 def sign_contract(exchange: StoreExchange, member: str) -> None:
@@ -15,7 +20,8 @@ def sign_contract(exchange: StoreExchange, member: str) -> None:
     name = _name(member)
     if _has_signed(exchange, member):
         return
-    signed = exchange.members.sign(Agreement(contract_sha256=exchange.contract_sha256, member=member))
+    agreement = Agreement(contract_sha256=exchange.contract_sha256, member=member)
+    signed = exchange.members.sign(agreement, version=0)
     exchange.objects.delete(name)  # whatever somebody else has put there
     exchange.objects.write(name, signed.to_bytes())
 
@@ -65,7 +71,7 @@ def _has_signed(exchange: StoreExchange, member: str) -> bool:
         found = Agreement.from_bytes(data)
         if (found.contract_sha256, found.member) != (exchange.contract_sha256, member):
             raise RefusedError("it is under another contract, or another member's")
-        exchange.members.check(member, found)
+        exchange.members.check(member, found, version=0)
     except RefusedError as error:
         exchange.pass_over(_name(member), error)
         return False
@@ -73,4 +79,150 @@ def _has_signed(exchange: StoreExchange, member: str) -> bool:
 
 
 def _name(member: str) -> str:
-    return f"{FOLDER}/{member}.json"
+    return f"{SIGNATURES}/{member}.json"
+
+
+# ---- amendments
+
+
+def accept_amendments(
+    exchange: StoreExchange, config: RunConfig, *, before: int, check: Callable[[], None] = lambda: None
+) -> None:
+    """As the operator, before the commit of a version: accept what has all its signatures and can still hold.
+
+    A silo whose deliveries build on that commit reads it first, and so knows what holds; what is not accepted by then
+    never holds. `config` is as the contract says, `check` is called before a write. Raises RefusedError.
+    """
+    while (proposal := _complete(exchange, config, before)) is not None:  # one by one, as each may change who signs
+        name = acceptance_path(proposal.amendment.number)
+        accepted = exchange.members.sign(Acceptance(amendment_sha256=proposal.sha256, version=before))
+        check()
+        exchange.objects.delete(name)  # whatever somebody else has put there
+        exchange.objects.write(name, accepted.to_bytes())
+        if not exchange.follow_amendments():
+            raise RefusedError(f"{name} was written, and is not there as it was: somebody else writes to this store")
+
+
+def _complete(exchange: StoreExchange, config: RunConfig, before: int) -> Proposal | None:
+    """The first amendment that can be accepted before the commit of a version; what is too late is noted as void."""
+    later, void = exchange.members.later, exchange.amendments.void
+    number, earliest = (later[-1].number, later[-1].from_version) if later else (0, 0)
+    if not exchange.members.keys or all(n <= number or n in void for n in exchange.numbers(FOLDER, after=".json")):
+        return None
+    for proposal in exchange.amendments.read(exchange.objects):
+        amendment = proposal.amendment
+        if amendment.number <= number or amendment.number in void:
+            continue
+        if config.schedule.base(amendment.from_version) < before or amendment.from_version < earliest:
+            void.add(amendment.number)
+        elif not proposal.missing:
+            try:
+                check_amended(config, proposal)
+                return proposal
+            except ConfigError as error:
+                exchange.pass_over(amendment_path(amendment.number), error)
+    return None
+
+
+def check_amended(config: RunConfig, proposal: Proposal) -> None:
+    """Raise ConfigError if a run of a configuration could not go on with an amendment."""
+    amendment, before = proposal.amendment, proposal.before
+    found = amended(config, before.settings | amendment.settings)
+    gone = amendment.new_key if amendment.new_key and not amendment.new_key[1] else None
+    num_gone = len(config.full_roster) - (len(before.keys) - 1 - bool(gone))
+    rules = found.membership
+    most = (rules.sample or len(config.full_roster)) - num_gone
+    if num_gone and (rules.quorum is None or rules.quorum > most):
+        given = f"trust.keys.{gone[0]}: '' given" if gone else f"membership.quorum: {rules.quorum} given"
+        raise ConfigError(f"{given}; allowed: with a membership.quorum of {most} or less, as no version could be made")
+
+
+def sign_amendment(exchange: StoreExchange, proposal: Proposal, member: str) -> None:
+    """Put a member's signature under an amendment. Raises ConfigError if its key is not here."""
+    _put(exchange, proposal, _agreement(exchange, proposal, member))
+
+
+def _put(exchange: StoreExchange, proposal: Proposal, agreement: Agreement) -> None:
+    name = signature_path(proposal.amendment.number, agreement.member)
+    exchange.objects.delete(name)  # of another key, or somebody else's
+    exchange.objects.write(name, agreement.to_bytes())
+
+
+def _agreement(exchange: StoreExchange, proposal: Proposal, member: str) -> Agreement:
+    """By the key that holds until then; by the new one, if that is what changes, as a proof that it is there."""
+    amendment = proposal.amendment
+    agreement = Agreement(contract_sha256=proposal.sha256, member=member)
+    if amendment.new_key and amendment.new_key[0] == member and amendment.new_key[1]:
+        signer = exchange.members.signer
+        assert isinstance(signer, OwnKeys)
+        signature = signer.holding(amendment.new_key[1]).sign("agreement", agreement.unsigned_bytes())
+        return dataclasses.replace(agreement, signature=signature)
+    return exchange.members.sign(agreement, version=amendment.from_version - 1)
+
+
+def propose_amendment(
+    exchange: StoreExchange, config: RunConfig, member: str, *, from_version: int, changes: Sequence[str]
+) -> Proposal:
+    """Write an amendment, signed as a member, with its signature under it if that counts.
+
+    `config` is as the contract says. Raises ConfigError for what the run could not go on with.
+    """
+    newest = check_from_version(exchange, config, from_version)
+    earlier = exchange.amendments.read(exchange.objects)
+    is_taken = exchange.objects.exists(amendment_path(len(earlier) + 1))  # by what is no amendment
+    later = exchange.members.later
+    if later and from_version < later[-1].from_version:
+        raise ConfigError(
+            f"--from: {from_version} given; allowed: {later[-1].from_version} or later, where amendment "
+            f"{later[-1].number} holds"
+        )
+    amendment = Amendment(
+        number=len(earlier) + 1,
+        previous=earlier[-1].sha256 if earlier else exchange.contract_sha256,
+        from_version=from_version,
+        changes=list(changes),
+        author=member,
+    )
+    try:
+        amendment = exchange.members.sign(amendment, version=from_version - 1)
+        proposal = exchange.amendments.proposal(exchange.objects, amendment.to_bytes(), earlier)
+    except RefusedError as error:
+        raise ConfigError(error) from None
+    check_amended(config, proposal)
+    agreement = _agreement(exchange, proposal, member) if member in may_sign(proposal) else None
+    name = amendment_path(amendment.number)
+    if exchange.newest_version() != newest:
+        check_from_version(exchange, config, from_version)
+    if is_taken:
+        exchange.objects.delete(name)
+    try:
+        exchange.objects.write(name, amendment.to_bytes())
+    except FileExistsError:
+        raise ConfigError(f"exchange.url: {name} was just written by somebody else; try again") from None
+    if agreement:
+        _put(exchange, proposal, agreement)
+    return exchange.amendments.read(exchange.objects)[amendment.number - 1]
+
+
+def may_sign(proposal: Proposal) -> list[str]:
+    """The members whose signature under an amendment counts."""
+    amendment = proposal.amendment
+    proves = [amendment.new_key[0]] if amendment.new_key and amendment.new_key[1] else []
+    return voters(amendment, proposal.before.keys) + proves
+
+
+def check_from_version(exchange: StoreExchange, config: RunConfig, from_version: int) -> int:
+    """The newest version; raises ConfigError if an amendment could not hold from a version on any more."""
+    newest, last = exchange.newest_version(), config.schedule.num_versions
+    if newest < 0:
+        raise ConfigError(
+            f"--from: {from_version} given; the run has no version yet; allowed: a contract that is proposed anew"
+        )
+    first = newest + 1 + config.outer.num_fragments
+    if not first <= from_version <= last:
+        raise ConfigError(
+            f"--from: {from_version} given; allowed: {first} to {last}, as silos may be at work on the versions before"
+            if first <= last
+            else f"--from: {from_version} given; allowed: none, as the run ends with version {last}"
+        )
+    return newest

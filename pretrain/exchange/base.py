@@ -11,7 +11,7 @@ from pretrain.exchange.payload import Held, Tensors
 from pretrain.outer.digest import Row
 from pretrain.outer.pieces import Piece
 from pretrain.outer.quantize import Parts
-from pretrain.trust.ledger import Commit, Manifest
+from pretrain.trust.ledger import Commit, Manifest, Payload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +53,8 @@ class Outgoing(NamedTuple):
 class Exchange(Protocol):
     """How one silo's pseudo-gradients reach the others, and what was merged comes back."""
 
-    @property
-    def contract_sha256(self) -> str:
-        """sha256 of the contract, once joined."""
+    def terms_sha256(self, version: int) -> str:
+        """sha256 of what holds at a version whose base we have: of the contract (version 0), or of an amendment."""
 
     @property
     def concurrent(self) -> bool:
@@ -101,6 +100,9 @@ class Exchange(Protocol):
 
     def pieces(self, names: Sequence[str], base: Mapping[str, Tensor]) -> list[Piece]:
         """In which pieces a fragment's tensors are coded and sent."""
+
+    def sealed(self, payload: Payload, file: Path, version: int) -> Payload:
+        """What a manifest says of a payload that was written to a file: of it sealed, if it leaves so."""
 
     def deliver(self, sent: Outgoing) -> None:
         """Give away a coded fragment, as often as need be: what was delivered first stands."""

@@ -102,7 +102,7 @@ class History:
             raise RefusedError(f"the snapshot of version {version} is missing: {error}") from None
         if (snapshot.version, snapshot.commit_sha256) != (version, commit_sha256):
             raise RefusedError(f"{name} is not of commit {version} as it lies here")
-        self._exchange.members.check(OPERATOR, snapshot)
+        self._exchange.check(OPERATOR, snapshot)
         return snapshot
 
     def write_snapshot(

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pretrain.exchange.history import Made
+from pretrain.exchange.sealed import fetch_version
 from pretrain.exchange.store import StoreExchange, version_path
 from pretrain.outer.blocks import Adopted, adopt, check_coded
 from pretrain.outer.digest import digest_tensors
@@ -281,7 +282,7 @@ def read_parameters(
     values: dict[str, Tensor] = {}
     for version, payload, codec in made:
         file = scratch / f"{version:06d}-{payload.file}"
-        exchange.fetch(version_path(version), payload, file)
+        fetch_version(exchange, version, payload, file)
         try:
             tensors = Tensors(file)
             before = (values or {name: base[name] for name in tensors.names if name in base}) if codec else {}

@@ -67,7 +67,7 @@ def _read(exchange: SignedStore, place: str, signer: str, member: str, span: tup
             raise RefusedError("it is of another run, member, version or signer")
         if not exchange.members.keys:
             raise RefusedError("the contract names no keys")
-        exchange.members.check(signer, record)
+        exchange.members.check(signer, record, version=record.to_version)
     except (RefusedError, FileNotFoundError) as error:
         return Signed(signer=shown(signer), record=None, wrong=shown(error, limit=1000))
     return Signed(signer=signer, record=record, wrong="")
@@ -97,7 +97,7 @@ def sign(exchange: SignedStore, record: Revocation, signer: str) -> Revocation:
                 f"--sign: {signer} given; {one.signer} has signed {_short(theirs)}; here it comes to {_short(ours)}; "
                 f"nothing is signed; if that one is wrong, take {place}/{one.signer}.json away"
             )
-    signed = exchange.members.sign(ours)
+    signed = exchange.members.sign(ours, version=ours.to_version)
     exchange.objects.delete(f"{place}/{signer}.json")  # what somebody else has put there, or what we said before
     exchange.objects.write(f"{place}/{signer}.json", signed.to_bytes())
     return signed

@@ -89,7 +89,8 @@ def roll_back_store(url: str, *, to: int, reason: str = "", key: Path | None = N
     defaults = ExchangeConfig()
     exchange = StoreExchange(url, retry_seconds=defaults.retry_seconds)
     num_fragments = _terms(exchange)[0]["num_fragments"]
-    if agreed := exchange.members.keys.get(OPERATOR):
+    if exchange.members.keys:
+        agreed = exchange.members.keys_at(exchange.newest_version())[OPERATOR]
         if not key or (signer := load_signer(key)).public != agreed:
             given = f"{key}, the key {signer.public.fingerprint}," if key else "none"
             raise ConfigError(
@@ -129,7 +130,7 @@ def roll_back(exchange: StoreExchange, num_fragments: int, *, to: int, reason: s
         discarded=[sha for version in range(to + 1, newest + 1) if (sha := _commit_sha256(exchange, version))],
         reason=" ".join(reason.split()),
     )
-    record = exchange.members.sign(record)
+    record = exchange.members.sign(record, version=newest)
     _write(exchange, f"{FOLDER}/{len(records) + 1:06d}.json", record.to_bytes())
     finish_rollbacks(exchange)
     return record
@@ -286,7 +287,7 @@ def _read(exchange: StoreExchange) -> list[tuple[Rollback, bool]]:
         try:
             data = exchange.objects.read(f"{FOLDER}/{name}")
             record = Rollback.from_bytes(data)
-            exchange.members.check(OPERATOR, record)
+            exchange.check(OPERATOR, record, version=record.from_version)
         except (RefusedError, FileNotFoundError) as error:
             raise RefusedError(f"{FOLDER}/{name}: {error}") from None
         if name != f"{number:06d}.json" or record.previous != previous:

@@ -8,12 +8,13 @@ from typing import Any, Self, TypeVar
 
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import ExchangeConfig, RunConfig
+from pretrain.exchange.amended import Amendments
 from pretrain.exchange.objects import Objects
 from pretrain.exchange.options import store_options
 from pretrain.exchange.words import WORD_BYTES, Membership, Word, number
 from pretrain.host.foreign import shown
-from pretrain.trust.contract import contract_keys
-from pretrain.trust.ledger import RefusedError, sha256_bytes
+from pretrain.trust.contract import amend_rule, contract_keys, contract_seals
+from pretrain.trust.ledger import Commit, Record, RefusedError, check_link, sha256_bytes
 from pretrain.trust.members import Members
 
 CONTRACT = "contract.json"
@@ -41,7 +42,8 @@ class SignedStore:
             stall_seconds=stall_seconds,
             closing=closing,
         )
-        self.contract_sha256, self.members = "", Members()
+        self.contract_sha256, self.members, self.is_sealed = "", Members(), False
+        self.amendments = Amendments(self.members, "all", "", self.pass_over)
         self._passed_over: set[str] = set()
         self._said: dict[str, tuple[list[int], Membership | None]] = {}  # words of membership, and the last
 
@@ -73,11 +75,55 @@ class SignedStore:
         if data is None:
             return None
         self._go_by(data)
+        try:
+            self.follow_amendments()
+        except RefusedError as error:
+            raise ConfigError(f"exchange.url: {self.objects.url} given; {error}") from None
         return data
 
     def _go_by(self, contract: bytes) -> None:
-        self.members.keys = contract_keys(contract)
-        self.contract_sha256 = sha256_bytes(contract)
+        sha256 = sha256_bytes(contract)
+        if sha256 == self.contract_sha256:
+            return
+        self.members.keys, self.members.later, self.contract_sha256 = contract_keys(contract), [], sha256
+        self.is_sealed = contract_seals(contract)
+        self.amendments = Amendments(self.members, amend_rule(contract), sha256, self.pass_over)
+
+    # ---- what holds at a version
+
+    def follow_amendments(self) -> bool:
+        """Whether amendments were accepted of which we did not know. Raises RefusedError for what cannot be."""
+        return self.amendments.follow(self.objects)
+
+    def terms_sha256(self, version: int) -> str:
+        """What manifests, commits and snapshots of a version go by: sha256 of the contract, or of the last amendment.
+
+        Exact of a version once the commit on which its deliveries build was read.
+        """
+        terms = self.members.terms_at(version)
+        return terms.sha256 if terms else self.contract_sha256
+
+    def check(self, author: str, record: Record, *, version: int | None = None) -> None:
+        """Raise RefusedError unless a member has signed a record with the key that holds at its version.
+
+        Whoever lags behind may not know that key yet: then it is asked for.
+        """
+        try:
+            self.members.check(author, record, version=version)
+        except RefusedError:
+            if not self.follow_amendments():
+                raise
+            self.members.check(author, record, version=version)
+
+    def check_link(self, commit: Commit, version: int, previous: bytes | None) -> None:
+        """Check that a commit is of a version, goes by the terms that hold there, and names its predecessor's bytes."""
+        ours, theirs = self.terms_sha256(version), commit.contract_sha256
+        by = {self.contract_sha256: "the contract as it was written"}
+        by |= {terms.sha256: f"amendment {terms.number}" for terms in self.members.later}
+        if commit.version == version and ours != theirs and self.members.later:
+            other = by.get(theirs, f"{theirs[:12]}, neither the contract nor an amendment that was accepted")
+            raise RefusedError(f"commit {version} goes by {other}; allowed: {by[ours]}, which holds there")
+        check_link(commit, version, previous, ours)
 
     def write_contract(self, data: bytes) -> None:
         """Write the contract. Raises ConfigError if something is there."""
@@ -117,7 +163,12 @@ class SignedStore:
         """A word of another party; None, and a line, if it is none, or not by its author."""
         try:
             word = kind.from_bytes(self.objects.read(name, limit_bytes=WORD_BYTES))
-            self.members.check_bytes(author, "word", self._said_there(name, word), word.signature)
+            try:
+                self.members.check_bytes(author, "word", self._said_there(name, word), word.signature)
+            except RefusedError:
+                if not self.follow_amendments():  # by a key that is new to us
+                    raise
+                self.members.check_bytes(author, "word", self._said_there(name, word), word.signature)
             return word
         except (FileNotFoundError, RefusedError) as error:
             self.pass_over(name, error)

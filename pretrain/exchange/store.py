@@ -19,6 +19,8 @@
     rollbacks/, rolled-back/                 versions that were taken back (rollback.py)
     revocations/                             who has signed what without a member (revocation.py)
     aggregator/000003.json                   who is the store's one aggregator (lease.py)
+    amendments/                              changes of the contract, and who has signed them (amended.py)
+    keys/NAME.json                           what silo NAME opens versions with, where payloads are sealed (sealed.py)
 
 Version 17 is what outer step 17 made of one fragment (outer/schedule.py); with one fragment, versions are rounds.
 """
@@ -38,7 +40,7 @@ from pretrain.exchange.signed import SignedStore
 from pretrain.exchange.words import WORD_BYTES, Damaged, Identity, Membership, Refusal, Waiting, number
 from pretrain.host.foreign import shown
 from pretrain.outer.threads import in_threads
-from pretrain.trust.ledger import Commit, Contributor, Manifest, Payload, RefusedError, check_link, sha256_bytes
+from pretrain.trust.ledger import Commit, Contributor, Manifest, Payload, RefusedError, sha256_bytes
 
 SNAPSHOTS = "snapshots"
 REFUSED = re.compile(r"refused-(0|[1-9][0-9]{0,3})\.json")
@@ -88,7 +90,7 @@ class StoreExchange(SignedStore):
         if (data := self.objects.read_if_there(name)) is None:
             return False
         try:
-            self.members.check(OPERATOR, Commit.from_bytes(data))
+            self.check(OPERATOR, Commit.from_bytes(data), version=version)
         except RefusedError as error:
             self.pass_over(name, error)
             return False
@@ -118,10 +120,11 @@ class StoreExchange(SignedStore):
         """Read the commits of versions in a row, and check that each follows its predecessor. Raises RefusedError."""
         before = [first - 1] if first else []
         data = dict(zip(versions := [*before, *range(first, last + 1)], self._commits_bytes(versions), strict=True))
+        self.follow_amendments()  # what was accepted before these commits is there
         found = []
         for version in versions[len(before) :]:
             commit = Commit.from_bytes(data[version])
-            check_link(commit, version, data.get(version - 1), self.contract_sha256)
+            self.check_link(commit, version, data.get(version - 1))
             self.members.check(OPERATOR, commit)
             if data[version] != commit.to_bytes():
                 raise RefusedError(f"commit {version} is not in the one form that a commit has")
@@ -131,8 +134,8 @@ class StoreExchange(SignedStore):
     def peek_commits(self, versions: Sequence[int]) -> list[Commit]:
         """Commits as they lie there, read side by side, whatever they follow. Raises RefusedError."""
         commits = [Commit.from_bytes(data) for data in self._commits_bytes(versions)]
-        for commit in commits:
-            self.members.check(OPERATOR, commit)
+        for version, commit in zip(versions, commits, strict=True):
+            self.check(OPERATOR, commit, version=version)
         return commits
 
     def _commits_bytes(self, versions: Sequence[int]) -> list[bytes]:
@@ -227,7 +230,7 @@ class StoreExchange(SignedStore):
         name = f"{folder}/manifest.json"
         stands = self.objects.read_if_there(name)
         if stands is not None:
-            if self._is_by(manifest.silo, stands, name):
+            if self._is_by(manifest.silo, manifest.version, stands, name):
                 return stands
             self.objects.delete(name)
         try:
@@ -283,7 +286,8 @@ class StoreExchange(SignedStore):
     def delivered(self, silo: str, version: int) -> bytes | None:
         """The same of a delivery that the silo has signed; one that it has not counts as none, and is said."""
         data = self.delivery(silo, version)
-        return data if data and self._is_by(silo, data, f"{delivery_path(silo, version)}/manifest.json") else None
+        name = f"{delivery_path(silo, version)}/manifest.json"
+        return data if data and self._is_by(silo, version, data, name) else None
 
     def contributed(self, contributor: Contributor) -> tuple[Manifest, bytes]:
         """The manifest, and its bytes, that a commit names as a silo's part in it. Raises RefusedError."""
@@ -300,12 +304,12 @@ class StoreExchange(SignedStore):
         name = f"{delivery_path(silo, version)}/manifest.json"
         return self.delivered(silo, version) is not None if self.members.keys else self.objects.exists(name)
 
-    def _is_by(self, silo: str, manifest: bytes, name: str) -> bool:
-        """Whether a silo has signed a manifest; what it has not is said."""
+    def _is_by(self, silo: str, version: int, manifest: bytes, name: str) -> bool:
+        """Whether a silo has signed a manifest with its key for a version; what it has not is said."""
         if not self.members.keys:
             return True
         try:
-            self.members.check(silo, Manifest.from_bytes(manifest))
+            self.check(silo, Manifest.from_bytes(manifest), version=version)
         except RefusedError as error:
             self.pass_over(name, error)
             return False

@@ -120,9 +120,12 @@ def _listed(directory: Path, name: str) -> Listed:
 class BundleVerifier:
     """Goes through one bundle; writes nothing into it."""
 
-    def __init__(self, directory: Path, scratch: Path, *, tell: Callable[[str], object] = print) -> None:
-        """`scratch` is an empty folder for what is read; `tell` gets a line of progress now and then."""
-        self._directory, self._scratch, self._tell = directory, scratch, tell
+    def __init__(
+        self, directory: Path, scratch: Path, *, tell: Callable[[str], object] = print, key: Path | None = None
+    ) -> None:
+        """`scratch` is an empty folder for what is read; `tell` gets a line of progress now and then; `key` is the
+        operator's private key, which opens sealed deliveries."""
+        self._directory, self._scratch, self._tell, self._key = directory, scratch, tell, key
         self._found = VerifiedBundle(directory=str(directory))
 
     def verify(self) -> VerifiedBundle:
@@ -142,7 +145,7 @@ class BundleVerifier:
         self._check_files(record.files if record else [])
         exchange = StoreExchange(str(self._directory / STORE))
         try:
-            found.store = StoreVerifier(exchange, self._scratch, tell=self._tell).verify()
+            found.store = StoreVerifier(exchange, self._scratch, tell=self._tell, key=self._key).verify()
             found.findings += found.store.findings
             found.contract_sha256 = exchange.contract_sha256
             self._check_record(record, exchange)

@@ -11,12 +11,22 @@ from pathlib import Path
 
 from pretrain.config.check import ConfigError, named
 from pretrain.config.keys import RunConfig
-from pretrain.exchange.agreement import FOLDER as SIGNATURES
-from pretrain.exchange.history import History
+from pretrain.exchange.agreement import SIGNATURES
+from pretrain.exchange.amended import FOLDER as AMENDMENTS
 from pretrain.exchange.objects import Objects
+from pretrain.exchange.revocation import FOLDER as REVOCATIONS
 from pretrain.exchange.rollback import FOLDER as ROLLBACKS
 from pretrain.exchange.rollback import is_rolling_back
-from pretrain.exchange.store import REFUSED, REQUESTS_AT_ONCE, SNAPSHOTS, StoreExchange, delivery_path, version_path
+from pretrain.exchange.sealed import FOLDER as GROUP_KEYS
+from pretrain.exchange.store import (
+    REFUSED,
+    REQUESTS_AT_ONCE,
+    SNAPSHOTS,
+    StoreExchange,
+    delivery_path,
+    snapshot_path,
+    version_path,
+)
 from pretrain.federation.bundle import DATA, EXIT, KEYS, MODEL, OWN, SOFTWARE, STORE, Exit, listed
 from pretrain.federation.export import export_global_model, writing
 from pretrain.federation.leave import check_can_leave, say_left
@@ -27,10 +37,10 @@ from pretrain.host.software import installed
 from pretrain.outer.threads import in_threads
 from pretrain.silo.shards import MANIFEST_FILE
 from pretrain.trust.contract import build_contract, check_same_contract
-from pretrain.trust.ledger import Commit, RefusedError, sha256_bytes
+from pretrain.trust.ledger import Commit, Manifest, Payload, RefusedError, Snapshot, sha256_bytes
 from pretrain.trust.members import own_signer
 
-CHAIN = (SIGNATURES, "amendments", SNAPSHOTS, ROLLBACKS, "rolled-back", "revocations")
+CHAIN = (SIGNATURES, AMENDMENTS, GROUP_KEYS, SNAPSHOTS, ROLLBACKS, "rolled-back", REVOCATIONS)
 """Folders of a store that are copied as they are."""
 DEEPEST = 8  # of the folders in them
 ASKED = (
@@ -38,7 +48,7 @@ ASKED = (
     "the manifests of the member's packed text",
     "the member's deliveries",
     "contract, signatures, commits, manifests of all members, snapshot records, rollbacks, words",
-    "the payloads from which the newest versions are merged again",
+    "all payloads that the store still has, from which its newest versions are merged again",
     "public keys of all members",
     "the software",
 )
@@ -214,15 +224,33 @@ class _BundleWriter:
         return file
 
     def _copy_payloads(self, store: Path) -> str:
-        """From which the newest version is made, and merged again; returns what went wrong with that."""
-        try:
-            needed = History(self._exchange, self._config.outer.num_fragments).made_of(self._newest)
-            for folder, payload in needed:
-                if not (store / folder / payload.file).exists():
-                    self._exchange.fetch(folder, payload, store / folder / payload.file)
-        except RefusedError as error:
-            return str(error)
-        return ""
+        """All that is still there of what commits, snapshots and manifests name; returns what went wrong with that."""
+
+        def copy(one: tuple[str, Payload]) -> str:
+            folder, payload = one
+            name, place = f"{folder}/{payload.file}", store / folder / payload.file
+            try:
+                if not place.exists() and self._exchange.objects.exists(name):
+                    self._exchange.fetch(folder, payload, place)
+            except RefusedError as error:
+                return str(error)
+            return ""
+
+        return next(filter(None, in_threads(copy, [*self._payloads()], REQUESTS_AT_ONCE)), "")
+
+    def _payloads(self) -> Iterator[tuple[str, Payload]]:
+        """Folder and payload of all that the copied records name; what cannot be read is said when they are checked."""
+        for commit in self._commits.values():
+            folder = version_path(commit.version)
+            yield from ((folder, payload) for payload in commit.payloads)
+            with suppress(RefusedError, FileNotFoundError):
+                snapshot = Snapshot.from_bytes(self._target.read(snapshot_path(commit.version)))
+                yield from ((folder, payload) for payload in snapshot.payloads)
+            for one in commit.contributors:
+                folder = delivery_path(one.silo, one.version)
+                with suppress(RefusedError, FileNotFoundError):
+                    manifest = Manifest.from_bytes(self._target.read(f"{folder}/manifest.json"))
+                    yield from ((folder, payload) for payload in manifest.payloads)
 
     def _check(self, store: Path, trouble: str) -> None:
         """Raise ConfigError unless the copy is as it should be, as far as it goes."""
@@ -282,11 +310,11 @@ class _BundleWriter:
 
 
 def _not_merged(found: Verified, newest: int) -> list[str]:
-    """What of a chain cannot be merged again, because its payloads are gone."""
+    """What of a chain cannot be merged again, because its payloads are gone, or sealed."""
+    if found.is_sealed:
+        return ["what opens sealed deliveries: only the operator has it, so that no version was merged again"]
     gone = sorted({*range(1, newest + 1)} - {*found.merged})
-    return [f"payloads of versions {_ranges(gone)}: pruned, or before the newest snapshot; not merged again"] * bool(
-        gone
-    )
+    return [f"payloads of versions {_ranges(gone)}: pruned, so that these are not merged again"] if gone else []
 
 
 def _ranges(numbers: Sequence[int]) -> str:

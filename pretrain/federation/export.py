@@ -20,6 +20,7 @@ from pretrain.config.keys import RunConfig, SiloConfig
 from pretrain.exchange.history import History
 from pretrain.exchange.options import store_options
 from pretrain.exchange.payload import read_parameters
+from pretrain.exchange.sealed import read_as_a_member
 from pretrain.exchange.store import StoreExchange
 from pretrain.outer.digest import digest_tensors
 from pretrain.silo.data import PackedTokens
@@ -84,6 +85,7 @@ def _fill_from_store(config: RunConfig, parameters: dict[str, Tensor], version: 
         raise ConfigError(f"--version: {version} given; allowed: 0 to {newest}")
     history = History(exchange, config.outer.num_fragments)
     try:
+        read_as_a_member(exchange, config)
         commit = exchange.read_commit(version)
         with tempfile.TemporaryDirectory() as scratch:
             for fragment in range(config.outer.num_fragments):

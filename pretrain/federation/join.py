@@ -33,6 +33,7 @@ from pretrain.trust.contract import (
     read_contract,
 )
 from pretrain.trust.ledger import RefusedError
+from pretrain.trust.seal import sealed_bytes
 
 PROBE_BYTES = 8 << 20
 # A contract comes from others and goes into file names, batch scripts and what builds the model.
@@ -265,6 +266,8 @@ def measure_size(federation: Federation, config: RunConfig, silo: str, newest: i
     check_shapes(config.model, vocab_size, config.sequence_tokens)
     shapes = model_shapes(config, vocab_size)
     here = {fragment: payload_bytes("fp32", part) for fragment, part in enumerate(fragments(config, shapes))}
+    if config.trust.seal:
+        here = {fragment: sealed_bytes(num_bytes) for fragment, num_bytes in here.items()}
     if there not in (None, here):
         raise other
     moved, schedule = traffic(config, shapes, silo), config.schedule

@@ -19,7 +19,7 @@ from pretrain.host.software import differences
 from pretrain.silo.shards import check_a_sequence, check_enough, read_manifest, tokenizer_sha256
 from pretrain.silo.weights import checkpoint_files
 from pretrain.trust.contract import build_contract, check_same_contract, read_contract
-from pretrain.trust.members import own_signer
+from pretrain.trust.members import Members, act_as
 
 PROBE = "probe-"
 
@@ -50,7 +50,8 @@ def announce_store(config: RunConfig) -> None:
 
 def check_silo(config: RunConfig, name: str) -> None:
     """Its key, and its shards: there, whole, packed with the run's tokenizer, and enough for one batch."""
-    own_signer(config, name)
+    if config.trust.keys:  # else a local launch makes them
+        act_as(Members(), config, name)
     silo, tokenizer = config.silos[name], tokenizer_sha256(config.tokenizer_file)
     key = f"silos.{name}.data"
     if not silo.data:

@@ -1,7 +1,8 @@
 """A relay between a directory that compute nodes share and the federation's store, which they cannot reach. No torch.
 
     here to there   of this site's silos: identity, words of membership, resumable, beats, deliveries
-    there to here   the contract, rollbacks, refusals, and of each version the commit and the tensors that silos read
+    there to here   the contract, the group's keys, rollbacks, refusals, and of each version the commit and the tensors
+                    that silos read
 
 It compares what lies in both, and knows nothing else, so it may be killed at any instant and started again. What counts
 once its last object is there (a delivery: its manifest, a version: its commit) is copied in that order. Whoever removes
@@ -20,18 +21,22 @@ import fsspec
 
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig
+from pretrain.exchange.agreement import SIGNATURES
+from pretrain.exchange.amended import FOLDER as AMENDMENTS
+from pretrain.exchange.amended import acceptance_path, amendment_path
 from pretrain.exchange.beats import BEATS_PER_LEASE
 from pretrain.exchange.history import History
 from pretrain.exchange.objects import Objects
 from pretrain.exchange.options import is_directory, store_options
 from pretrain.exchange.rollback import FOLDER as ROLLBACKS
 from pretrain.exchange.rollback import Rollback, explain, foreign, take_back, versions_above
+from pretrain.exchange.sealed import given_group_key, group_key_path
 from pretrain.exchange.store import StoreExchange, delivery_path, version_path
 from pretrain.exchange.words import number
 from pretrain.host.lock import lock_directory
 from pretrain.host.stopping import STOPPED, StopRequested, raise_at_signals
 from pretrain.trust.contract import build_contract, check_same_contract
-from pretrain.trust.ledger import Commit, Manifest, Payload, RefusedError, check_link, sha256_bytes
+from pretrain.trust.ledger import Commit, Manifest, Payload, RefusedError, sha256_bytes
 
 MANIFEST = "manifest.json"
 
@@ -113,6 +118,8 @@ class Relay:
         if not self._copy_rollbacks():
             return  # the newest version there does not count until it is complete
         self._check_history()
+        self._copy_signatures()
+        self._copy_group_keys()
         known = self._newest
         while self._copy_version(self._newest + 1):
             self._newest += 1
@@ -173,6 +180,13 @@ class Relay:
                 raise ConfigError(foreign(str(self._root), self._newest, commit_sha256, self._there))
         self._is_checked = True
 
+    def _copy_group_keys(self) -> None:
+        """What this site's silos open versions with, if these are sealed."""
+        for silo in self._silos if self._there.is_sealed else ():
+            if not given_group_key(self._here, silo) and (found := given_group_key(self._there, silo)):
+                self._here.objects.delete(group_key_path(silo))
+                self._here.objects.write(group_key_path(silo), found.to_bytes())
+
     def _copy_version(self, version: int) -> bool:
         """Whether it was there."""
         try:
@@ -183,7 +197,7 @@ class Relay:
             return False
         began, commit = time.monotonic(), Commit.from_bytes(data)
         before = self._here.commit_bytes(version - 1) if version else None
-        check_link(commit, version, before, self._here.contract_sha256)
+        self._here.check_link(commit, version, before)
         self._here.publish(commit, self._fetched(version, commit.payloads))
         _say(f"version {version}: came", commit.payloads, began)
         return True
@@ -234,6 +248,21 @@ class Relay:
             self._there.claim_name(silo, self._here.holder(silo))
             self._named.add(silo)
         return silo in self._named
+
+    def _copy_signatures(self) -> None:
+        """Both ways; what was accepted there comes here last, before the commits that show it. Raises RefusedError."""
+        if not self._here.members.keys:
+            return
+        self._copy_words(SIGNATURES)
+        here, there = self._here.objects, self._there.objects
+        for n in sorted({n for store in (self._there, self._here) for n in store.numbers(AMENDMENTS, after=".json")}):
+            for source, target in ((there, here), (here, there)):
+                _copy(source, target, amendment_path(n))
+            self._copy_words(f"{AMENDMENTS}/{n:06d}")
+        for n in self._there.numbers(AMENDMENTS, after=".accepted"):
+            _copy(there, here, acceptance_path(n))
+        for store in (self._there, self._here):
+            store.follow_amendments()
 
     def _copy_words(self, folder: str) -> None:
         """Both ways, as somebody there may have said that the silo has left."""

@@ -25,6 +25,7 @@ from pretrain.merge.merger import Merger
 from pretrain.merge.snapshots import Snapshots
 from pretrain.outer.placing import InMemory
 from pretrain.outer.state import OuterState
+from pretrain.trust.amendment import Governed
 from pretrain.trust.ledger import Commit, Contributor, RefusedError, sha256_bytes
 
 REVOCATION = "revocation.json"
@@ -73,8 +74,13 @@ class Revoker:
     def __init__(
         self, config: RunConfig, exchange: StoreExchange, scratch: Path, *, tell: Callable[[str], object] = print
     ) -> None:
-        """`config` has the contract's terms; the contract was read. `scratch` is an empty folder."""
-        self._config, self._exchange, self._tell = config, exchange, tell
+        """`config` has the contract's terms; the contract was read, and if it seals, there is who opens.
+
+        `scratch` is an empty folder.
+        """
+        self._governed = Governed(config)
+        self._config = config = self._governed.config
+        self._exchange, self._tell = exchange, tell
         self._schedule, self._whole_from = config.schedule, 0
         self._merger = Merger(config, exchange, scratch, InMemory())
         self._snapshots = Snapshots(config, exchange, scratch, check_lease=lambda: None, let_go=self._merger.let_go)
@@ -144,7 +150,8 @@ class Revoker:
 
         Raises RefusedError.
         """
-        version = commit.version
+        version, terms = commit.version, self._exchange.members.terms_at(commit.version)
+        self._governed.go_to(terms.settings if terms else {})
         original.version = version - 1
         deliveries = [self._delivery(one, original, version) for one in commit.contributors]
         divisor = 0
@@ -194,7 +201,7 @@ class Revoker:
             allowed = f"{oldest} to {last}" if oldest <= last else "none"
             raise ConfigError(
                 f"--from: {first} given; what versions before {oldest} would be merged again from is pruned; allowed: "
-                f"{allowed} (exchange.keep_versions keeps more)"
+                f"{allowed} (trust.keep_deliveries keeps more)"
             )
         return [max(version for version in starts if version < first) for starts in found]
 

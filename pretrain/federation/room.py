@@ -56,6 +56,7 @@ def silo_disk_bytes(config: RunConfig, silo: str, shapes: "Shapes") -> int:
     host = whole * (2 if decay else 1)
     checkpoint = module + states_bytes(config, settings, stage, shapes) + host
     in_flight = 3 * whole  # on their way out and in, and the local parameters during an evaluation
+    in_flight += whole if config.trust.seal else 0  # what goes out, once more
     present = sum(file.stat().st_size for file in config.silo_directory(silo).rglob("*") if file.is_file())
     written = math.ceil(config.inner.num_steps / settings.checkpoint_interval_steps)
     most = min(settings.keep_checkpoints + 1, written)  # one more while it is written
@@ -74,6 +75,8 @@ def check_aggregator_room(config: RunConfig, *, is_new: bool) -> None:
     shapes = model_shapes(config, vocabulary(config))
     num_bytes = state_disk_bytes(config, shapes) + scratch_bytes(config, shapes, is_new=is_new)
     if is_new and not config.exchange.url:
+        num_bytes += parameters_bytes(shapes)
+    if config.trust.seal:  # what is written lies there sealed and open for a moment
         num_bytes += parameters_bytes(shapes)
     on_disk = config.outer.state == "disk"
     what = "the aggregator, with its outer state on disk," if on_disk else "the aggregator"

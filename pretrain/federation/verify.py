@@ -14,6 +14,7 @@ from pretrain.config.check import ConfigError
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.exchange.agreement import not_signed
 from pretrain.exchange.payload import save_tensors
+from pretrain.exchange.sealed import seal_payload
 from pretrain.exchange.store import StoreExchange, delivery_path, version_path
 from pretrain.federation.join import read_terms
 from pretrain.merge.collect import Delivery
@@ -22,7 +23,9 @@ from pretrain.merge.snapshots import Snapshots
 from pretrain.merge.terms import contributor
 from pretrain.outer.placing import InMemory
 from pretrain.outer.state import OuterState
-from pretrain.trust.ledger import Commit, Payload, RefusedError, check_link
+from pretrain.trust.amendment import Governed
+from pretrain.trust.ledger import Commit, Payload, RefusedError, check_cosigned, sha256_bytes
+from pretrain.trust.members import operator_sealer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,10 @@ class Verified:
     """Compared with their hashes."""
     num_pruned: int = 0
     """Payloads that are not there any more: hashes of them are all that is left."""
+    num_amendments: int = 0
+    """Of the contract, that hold."""
+    is_sealed: bool = False
+    """Deliveries are sealed, and there is no key here to open them: no version was merged again."""
     merged: list[int] = field(default_factory=list)
     """Versions that were merged again from their deliveries."""
     findings: list[Finding] = field(default_factory=list)
@@ -57,28 +64,43 @@ class Verified:
 class StoreVerifier:
     """Goes through one store."""
 
-    def __init__(self, exchange: StoreExchange, scratch: Path, *, tell: Callable[[str], object] = print) -> None:
-        """`scratch` is an empty folder for what is read; `tell` gets a line of progress now and then.
+    def __init__(
+        self,
+        exchange: StoreExchange,
+        scratch: Path,
+        *,
+        tell: Callable[[str], object] = print,
+        key: Path | None = None,
+    ) -> None:
+        """`scratch` is an empty folder for what is read; `tell` gets a line of progress now and then; `key` is the
+        operator's private key, which opens sealed deliveries.
 
-        Raises ConfigError for what is no store of a run.
+        Raises ConfigError for what is no store of a run, and for another key.
         """
         url, contract = exchange.objects.url, exchange.read_contract()
         if contract is None:
             raise ConfigError(f"store: {url!r} given; there is no run in it (no contract.json)")
-        self._config: RunConfig = read_terms(contract, url)[-1]
+        self._governed = Governed(read_terms(contract, url)[-1])
+        self._config: RunConfig = self._governed.config
         self._exchange, self._scratch, self._tell = exchange, scratch, tell
         self._commits: dict[int, Commit] = {}
-        self._found = Verified(url=url, is_signed=bool(exchange.members.keys))
+        self._sha256: dict[int, str] = {}  # of their bytes
+        if self._config.trust.seal and key:
+            exchange.members.sealer = operator_sealer(key, self._config)
+        is_sealed = self._config.trust.seal and not key
+        self._found = Verified(url=url, is_signed=bool(exchange.members.keys), is_sealed=is_sealed)
 
     def verify(self) -> Verified:
         """All of it. Raises StoreTroubleError."""
         for member in not_signed(self._exchange):
             self._note(None, f"signatures/{member}.json", f"{member} has not signed the contract")
+        self._found.num_amendments = len(self._exchange.members.later)
         self._read_chain()
         for commit in self._commits.values():
             self._check_payloads(version_path(commit.version), commit.version, commit.payloads)
             self._check_deliveries(commit)
         self._merge_again()
+        self._check_kept()
         return self._found
 
     def _note(self, version: int | None, name: str, what: object) -> None:
@@ -103,9 +125,10 @@ class StoreVerifier:
             with self._noting(version, name):
                 if data is None:
                     raise RefusedError("it is missing")
+                self._sha256[version] = sha256_bytes(data)
                 commit = Commit.from_bytes(data)
                 self._found.num_versions += 1
-                check_link(commit, version, previous, exchange.contract_sha256)
+                exchange.check_link(commit, version, previous)
                 if data != commit.to_bytes():
                     raise RefusedError("it is not in the one form that a commit has")
                 exchange.members.check(OPERATOR, commit)
@@ -137,8 +160,14 @@ class StoreVerifier:
                 manifest, data = self._exchange.contributed(one)
                 self._found.num_manifests += 1
                 self._exchange.members.check(one.silo, manifest)
-                if contributor(manifest, data, one.weight) != one or manifest.contract_sha256 != commit.contract_sha256:
+                if not self._exchange.members.has_key(one.silo, commit.version):
+                    raise RefusedError(f"{one.silo} has no key at version {commit.version} any more")
+                if contributor(
+                    manifest, data, one.weight
+                ) != one or manifest.contract_sha256 != self._exchange.terms_sha256(one.version):
                     raise RefusedError("the commit says something else of it")
+                adopted = range(self._config.schedule.base(one.version), one.version)
+                check_cosigned(manifest, [self._sha256[version] for version in adopted if version in self._sha256])
                 self._check_payloads(folder, commit.version, manifest.payloads)
 
     # ---- every version once more
@@ -157,6 +186,8 @@ class StoreVerifier:
                 self._check_payloads(version_path(version), version, record.payloads)
         if not self._config.full_roster or newest < 1 or len(self._commits) <= newest:
             return  # nothing was merged, or the chain is broken, which was said
+        if self._found.is_sealed:
+            return
         start = self._oldest_start(snapshots, written, newest)
         if start is None:
             return
@@ -166,6 +197,16 @@ class StoreVerifier:
             for version in range(min(start) + 1, newest + 1):
                 if version > start[self._config.schedule.fragment(version)]:
                     self._merge_version(merger, state, self._commits[version], is_whole=version >= first)
+
+    def _check_kept(self) -> None:
+        """Whether as many of the newest versions could be merged again as the contract says."""
+        newest, keep = max(self._commits, default=0), self._config.trust.keep_deliveries
+        gone = [
+            version for version in range(max(1, newest - keep + 1), newest + 1) if version not in self._found.merged
+        ]
+        if gone and not self._found.findings and not self._found.is_sealed:
+            what = f"cannot be merged again, but trust.keep_deliveries in the contract is {keep}"
+            self._note(gone[-1], "deliveries", f"version {gone[0]}{f' to {gone[-1]}' if len(gone) > 1 else ''} {what}")
 
     def _oldest_start(self, snapshots: Snapshots, written: list[int], newest: int) -> list[int] | None:
         """Of each fragment the oldest snapshot, or version 0, whose tensors are there; None if there are none."""
@@ -190,6 +231,8 @@ class StoreVerifier:
     def _merge_version(self, merger: Merger, state: OuterState, commit: Commit, *, is_whole: bool) -> None:
         """Raise RefusedError unless a version follows from its deliveries as the contract says."""
         version, state.version = commit.version, commit.version - 1
+        terms = self._exchange.members.terms_at(version)
+        self._governed.go_to(terms.settings if terms else {})
         try:
             deliveries = []
             for one in commit.contributors:
@@ -216,6 +259,7 @@ class StoreVerifier:
         (published,) = commit.payloads
         file = self._scratch / published.file
         made = save_tensors(merged.changes, file, fragment=published.fragment, moments=merged.moments)
+        made = seal_payload(self._exchange, OPERATOR, commit.version, made, file)
         file.unlink()
         if made != published:
             raise RefusedError(

@@ -64,6 +64,7 @@ class Collector:
             self._arrivals.extend(_read_arrivals(self._file))
         self.past = Past(config)
         """What is known of the commits so far."""
+        self._version = 0
         self._events: dict[str, Membership | None] = {}  # what each silo said last of taking part, when it was asked
         self._ask_again, self._was_enough = 0.0, False  # seconds into a version; whether enough were in at the last
 
@@ -74,7 +75,7 @@ class Collector:
         One that is on its way when there are enough has `exchange.stall_seconds` more. Returns them sorted by silo,
         those that came too late for the commit before after all others.
         """
-        rules, began = self._rules, time.monotonic()
+        rules, began, self._version = self._rules, time.monotonic(), version
         chosen = self.past.drawn(version)
         needed = rules.quorum or len(chosen)
         deadline = deadline_seconds(
@@ -154,7 +155,7 @@ class Collector:
 
     def _is_there(self, silo: str) -> bool:
         event = self._events[silo]
-        if event is None or event.left:
+        if event is None or event.left or not self._exchange.members.has_key(silo, self._version):
             return False
         return not self.past.is_away(silo, since=event.version)
 
@@ -191,7 +192,9 @@ class Collector:
         try:
             if (manifest := self._exchange.until(over).delivered(silo, version)) is None:
                 return None
-            return verify(silo, manifest, version, over)
+            delivery = verify(silo, manifest, version, over)
+            self.past.check_cosigned(delivery.manifest)
+            return delivery
         except RefusedError as error:
             self._refuse(silo, version, manifest or b"", str(error))
         except StopWaitingError:
@@ -211,7 +214,8 @@ class Collector:
             return []
         merged = self.past.in_time(late)
         with self._looks(late, verify) as looks:
-            found = looks.at([silo for silo in self._roster if silo not in merged], max(seconds, self._stall_seconds))
+            silos = [silo for silo in self._roster if self._exchange.members.has_key(silo, version)]
+            found = looks.at([silo for silo in silos if silo not in merged], max(seconds, self._stall_seconds))
         return list(found.values())
 
     def _without_absurd(

@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -46,8 +46,19 @@ class Merged:
 class Merger:
     """Of one store; writes nothing into it. Memory: the outer state, and a few single tensors, however many silos."""
 
-    def __init__(self, config: RunConfig, exchange: StoreExchange, scratch: Path, place: InMemory) -> None:
-        """`scratch` is a folder for what comes and goes, `place` says where the outer state lies."""
+    def __init__(
+        self,
+        config: RunConfig,
+        exchange: StoreExchange,
+        scratch: Path,
+        place: InMemory,
+        *,
+        go_to: Callable[[int], None] = lambda version: None,
+    ) -> None:
+        """`scratch` is a folder for what comes and goes, `place` says where the outer state lies; `go_to` makes
+        `config` say what holds at a version that is merged again.
+        """
+        self._go_to = go_to
         self._config, self._exchange, self._place, self._schedule = config, exchange, place, config.schedule
         self.num_threads = len(os.sched_getaffinity(0))
         self.fragments: list[list[str]] = []
@@ -111,6 +122,7 @@ class Merger:
         in_step = max(snapshots)
         for commit in commits:
             version, state.version = commit.version, commit.version - 1
+            self._go_to(version)
             read = partial(self._contributed, state, version)
             deliveries = in_threads(read, commit.contributors, REQUESTS_AT_ONCE)
             factors = factors_of(self._config.outer, [delivery.norm for delivery in deliveries])

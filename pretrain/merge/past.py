@@ -7,7 +7,7 @@ from collections import deque
 
 from pretrain.config.keys import RunConfig
 from pretrain.outer.rounds import participants
-from pretrain.trust.ledger import Commit
+from pretrain.trust.ledger import Commit, Manifest, check_cosigned, sha256_bytes
 
 NORMS = 8  # how many of a silo's own pseudo-gradients of a fragment a new one is compared with
 
@@ -23,10 +23,12 @@ class Past:
         self._missed: dict[str, deque[int]] = {}  # silo: versions in a row that it was waited for in vain, the newest
         self._norms: dict[tuple[str, int], deque[float]] = {}  # by silo and fragment
         self._in_time: deque[tuple[int, set[str]]] = deque(maxlen=config.outer.num_fragments)  # silos of a version
+        self._sha256: deque[tuple[int, str]] = deque(maxlen=2 * config.outer.num_fragments)  # of commits
 
     def committed(self, commit: Commit) -> None:
         """A version was committed, now or before this process started; in their order."""
         version, taken = commit.version, {c.silo for c in commit.contributors}
+        self._sha256.append((version, sha256_bytes(commit.to_bytes())))
         self._in_time.append((version, {c.silo for c in commit.contributors if c.version == version}))
         if not version:
             return
@@ -51,6 +53,11 @@ class Past:
         """Of its newest pseudo-gradients of a fragment, the oldest first."""
         return list(self._norms.get((silo, fragment), ()))
 
+    def check_cosigned(self, manifest: Manifest) -> None:
+        """Raise RefusedError unless a silo goes by the commits that were made here."""
+        adopted = range(self._schedule.base(manifest.version), manifest.version)
+        check_cosigned(manifest, [sha256 for version, sha256 in self._sha256 if version in adopted])
+
     def in_time(self, version: int) -> set[str]:
         """Whose deliveries for a version were in its commit, one of the last of each fragment."""
         return next(silos for made, silos in self._in_time if made == version)
@@ -63,4 +70,4 @@ def _num_needed(config: RunConfig) -> int:
     )
     if rules.sample:  # each is drawn so seldom, more or less
         versions *= 2 * -(-len(config.full_roster) // rules.sample)
-    return max(versions, num_fragments)
+    return max(versions, 2 * num_fragments)

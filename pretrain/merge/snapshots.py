@@ -8,9 +8,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pretrain.config.keys import RunConfig
+from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.exchange.history import History
 from pretrain.exchange.payload import Tensors, save_tensors
+from pretrain.exchange.sealed import fetch_version, seal_payload
 from pretrain.exchange.store import StoreExchange, file_payload, version_path
 from pretrain.merge.terms import snapshot_kinds, snapshot_versions
 from pretrain.outer.state import OuterState
@@ -65,7 +66,8 @@ class Snapshots:
         for kind in snapshot_kinds(self._config.outer):
             values, file = _of_kind(state, kind), self._scratch / "outbox" / f"{kind}-{fragment:03d}.safetensors"
             tensors = {name: {"values": values[name]} for name in names}
-            found.append((save_tensors(tensors, file, kind, fragment=fragment), file))
+            payload = save_tensors(tensors, file, kind, fragment=fragment)
+            found.append((seal_payload(self._exchange, OPERATOR, commit.version, payload, file), file))
         self._let_go(state, names)
         snapshot = self._exchange.members.sign(
             Snapshot(
@@ -84,12 +86,12 @@ class Snapshots:
         The tensors are gone when the next ones come.
         """
         for payload in self.history.whole(version, fragment):
-            file, folder = self._scratch / "inbox" / payload.file, version_path(version)
+            file = self._scratch / "inbox" / payload.file
             try:
-                self._exchange.fetch(folder, payload, file)
+                fetch_version(self._exchange, version, payload, file)
             except RefusedError:
                 self.repair(version, [payload])
-                self._exchange.fetch(folder, payload, file)
+                fetch_version(self._exchange, version, payload, file)
             kind = payload.file.split("-")[0]
             tensors = Tensors(file, kind)
             yield kind, {name: tensors.parts(name)["values"] for name in tensors.names}

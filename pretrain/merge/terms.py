@@ -15,6 +15,7 @@ from pretrain.outer.quantize import QUANTIZERS
 from pretrain.outer.state import kept_kinds
 from pretrain.silo.optim import is_muon_matrix
 from pretrain.trust.ledger import Commit, Contributor, Manifest, Payload, RefusedError, sha256_bytes
+from pretrain.trust.seal import opened_bytes
 
 HEADER_BYTES = 256  # of a payload's header, for each part of a tensor beside its name
 
@@ -59,12 +60,18 @@ def read_delivery(
 
 
 def check_payload_size(
-    payload: Payload, codec: str, shapes: Mapping[str, torch.Size], moments: Mapping[str, Moment]
+    payload: Payload,
+    codec: str,
+    shapes: Mapping[str, torch.Size],
+    moments: Mapping[str, Moment],
+    *,
+    is_sealed: bool = False,
 ) -> int:
     """Raise RefusedError for a payload that is larger than its tensors and moments, before a byte of it is read.
 
     Returns the most bytes that its header may have.
     """
+    found = opened_bytes(payload.num_bytes) if is_sealed else payload.num_bytes
     num_bytes = sum(moment.num_bytes for moment in moments.values())
     header_bytes = HEADER_BYTES
     for name, shape in shapes.items():
@@ -72,8 +79,8 @@ def check_payload_size(
         num_bytes += sum(dtype.itemsize * length for dtype, length in layout.values())
         header_bytes += HEADER_BYTES * len(layout) + len(json.dumps(name)) * (len(layout) + 3)
     header_bytes += 3 * HEADER_BYTES * len(moments)
-    if payload.num_bytes > num_bytes + header_bytes:
-        raise RefusedError(f"its payload has {payload.num_bytes} bytes; allowed: {num_bytes} and names")
+    if found > num_bytes + header_bytes:
+        raise RefusedError(f"its payload has {found} bytes; allowed: {num_bytes} and names")
     return header_bytes
 
 

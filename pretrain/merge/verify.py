@@ -11,6 +11,7 @@ from torch import Tensor
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.history import History
 from pretrain.exchange.payload import Tensors, check_header, read_parameters
+from pretrain.exchange.sealed import open_payload
 from pretrain.exchange.store import StoreExchange, delivery_path
 from pretrain.merge.collect import Delivery
 from pretrain.merge.terms import check_norm, check_payload_size, read_delivery, shared_moments
@@ -31,6 +32,9 @@ class Verifier:
         self._inbox, self._num_threads = inbox, num_threads
         self._history = History(exchange, config.outer.num_fragments)
         self._reading_base = threading.Lock()
+        if config.trust.seal:  # what is opened there is nobody else's on this machine
+            inbox.mkdir(mode=0o700, parents=True, exist_ok=True)
+            inbox.chmod(0o700)
         self._last_base: tuple[int, dict[str, Tensor]] = -1, {}
 
     def verify(
@@ -57,14 +61,16 @@ class Verifier:
             version=version,
             base_digest=digest_rows(rows),
             config=self._config,
-            contract_sha256=self._exchange.contract_sha256,
+            contract_sha256=self._exchange.terms_sha256(version),
         )
         file = self._inbox / f"{silo}-{version:06d}.safetensors"
         shapes = {name: state.parameters[name].shape for name in names}
         agreed = shared_moments(self._config, names, shapes)
-        header_bytes = check_payload_size(manifest.payloads[0], self._config.outer.codec, shapes, agreed)
-        exchange.fetch(delivery_path(silo, version), manifest.payloads[0], file)
+        (payload,), is_sealed = manifest.payloads, self._exchange.is_sealed
+        header_bytes = check_payload_size(payload, self._config.outer.codec, shapes, agreed, is_sealed=is_sealed)
+        exchange.fetch(delivery_path(silo, version), payload, file)
         try:
+            open_payload(self._exchange, silo, version, payload, file)
             check_header(file, limit_bytes=header_bytes)
             tensors = Tensors(file)
             delivery = Delivery(manifest=manifest, manifest_bytes=data, tensors=tensors, norm=0.0, base=late)

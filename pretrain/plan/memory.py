@@ -16,7 +16,7 @@ from pretrain.plan.bytes import Shapes, fragments
 from pretrain.silo.optim import is_muon_matrix
 
 # Resident memory with a model of 40 thousand parameters, on a CPU.
-SILO_BYTES, AGGREGATOR_BYTES = 425 << 20, 390 << 20
+SILO_BYTES, AGGREGATOR_BYTES = 558 << 20, 511 << 20
 CLIENT_BYTES, BLOCK_BYTES = 32 << 20, 50 << 20  # what a client of an object store adds, and the most it reads at once
 HEAP_SHARE = 0.8  # of the activations' bytes: what glibc's heap keeps beside what lives in it, where they are on a CPU
 REDUCE_BUCKET, LIVE_PARAMETERS = 500_000_000, 1_000_000_000  # DeepSpeed's defaults, in elements

@@ -56,7 +56,7 @@ from pretrain.outer.quantize import QUANTIZERS, Parts
 from pretrain.outer.state import OuterTensors
 from pretrain.sync.own_ledger import Kept, OwnLedger, all_pieces
 from pretrain.trust.contract import build_contract, check_same_contract, first_contract
-from pretrain.trust.ledger import Commit, Manifest, RefusedError, sha256_bytes
+from pretrain.trust.ledger import Commit, Manifest, Payload, RefusedError, sha256_bytes
 
 SETTLE_SECONDS = 3.0  # for the watch to find out who broke a connection, and why
 
@@ -86,9 +86,8 @@ class AmongSilos:
         self._rows: dict[str, Row] = {}  # of the newest version
         self._kept: Kept = {}  # the outer state of our part of every fragment
 
-    @property
-    def contract_sha256(self) -> str:
-        """sha256 of the contract."""
+    def terms_sha256(self, version: int) -> str:
+        """sha256 of the contract, which nobody amends."""
         return self._ledger.contract_sha256
 
     @property
@@ -202,6 +201,10 @@ class AmongSilos:
     def _parts(self, fragment: Mapping[str, Tensor]) -> list[list[Piece]]:
         return all_pieces(fragment, len(self._roster))
 
+    def sealed(self, payload: Payload, file: object, version: int) -> Payload:
+        """No file travels."""
+        return payload
+
     def deliver(self, sent: Outgoing) -> None:
         """Nothing leaves before all are there."""
 
@@ -280,7 +283,7 @@ class AmongSilos:
                     version=version,
                     base_digest=base_digest,
                     config=self._config,
-                    contract_sha256=self.contract_sha256,
+                    contract_sha256=self.terms_sha256(version),
                 )
             except RefusedError as error:
                 raise PeerLostError(f"silo {silo}: its part of version {version}: {error}") from None

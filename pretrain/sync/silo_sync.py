@@ -117,7 +117,7 @@ class SiloSync:
         if self.journal:
             for record in self._exchange.rollbacks():
                 self.journal.record("rollback", **record)
-        contract_sha256 = self.ranks.from_leader(self._exchange.contract_sha256 if self.ranks.is_leader else None)
+        contract_sha256 = self.ranks.from_leader(self._exchange.terms_sha256(0) if self.ranks.is_leader else None)
         if not self.ranks.is_leader:
             self._exchange.assist(self.ranks.rank)
         return contract_sha256
@@ -276,16 +276,18 @@ class SiloSync:
         fragment, held = self.schedule.fragment(version), None
         if self._exchange.sends_files:
             payload = save_tensors(coded, file, fragment=fragment, moments=moments)
+            payload = self._exchange.sealed(payload, file, version)
         else:
             held = Held(coded, moments)
             payload = held.describe(file, fragment)
         speed = {"seconds_per_step": progress.seconds_per_step} if self.config.membership.steps == "speed" else {}
         manifest = Manifest(
-            contract_sha256=self._exchange.contract_sha256,
+            contract_sha256=self._exchange.terms_sha256(version),
             silo=self.silo,
             version=version,
             base_version=self.schedule.base(version),
             base_digest=base_digest,
+            cosigned=progress.commit_sha256 if self.config.exchange.kind == "store" else "",
             codec=outer.codec,
             payloads=[payload],
             tokens=num_sequences * self.config.sequence_tokens,

@@ -23,7 +23,8 @@ from pretrain.exchange.history import History
 from pretrain.exchange.objects import StopWaitingError, StoreTroubleError
 from pretrain.exchange.payload import Tensors, changed_tensors, check_header, read_parameters
 from pretrain.exchange.rollback import check_held, explain, foreign, is_rolling_back, rollback_records
-from pretrain.exchange.store import StoreExchange, version_path
+from pretrain.exchange.sealed import fetch_version, seal_payload, sealed_copy, take_group_key
+from pretrain.exchange.store import StoreExchange
 from pretrain.host.foreign import shown
 from pretrain.host.identity import known_identity, own_identity
 from pretrain.host.software import differences
@@ -34,11 +35,12 @@ from pretrain.outer.pieces import Piece
 from pretrain.outer.quantize import Parts
 from pretrain.sync.delivered import Delivered
 from pretrain.trust.contract import build_contract, check_same_contract, read_contract
-from pretrain.trust.ledger import Commit, Payload, RefusedError, sha256_bytes
-from pretrain.trust.members import own_signer
+from pretrain.trust.ledger import Commit, Payload, RefusedError, check_cosigned, sha256_bytes
+from pretrain.trust.members import act_as
 
 MAX_REFUSALS = 3
 POLLS_PER_LOOK = 20  # while it waits, a silo looks whether the store still has the commit that it holds
+OTHERS_A_VERSION = 4  # whose manifest a silo compares with its own history
 POLLS_FOR_REPAIR = 120  # how long it waits for a version that is damaged to be published again
 
 
@@ -55,7 +57,7 @@ class ThroughStore:
         self._closing = threading.Event()
         self._store = StoreExchange.of_run(config, closing=self._closing)
         self._history = History(self._store, config.outer.num_fragments)
-        self._store.members.signer = own_signer(config, silo)
+        act_as(self._store.members, config, silo)
         self._directory = config.silo_directory(silo)
         self._marking = ThreadPoolExecutor(1, thread_name_prefix="mark")
         self._beats: Beats | None = None
@@ -65,10 +67,9 @@ class ThroughStore:
         self._held: dict[int, tuple[str, str | None]] = {}  # commits that we have seen: sha256, and of the one before
         self._remembering, self._next_look = threading.Lock(), time.monotonic()
 
-    @property
-    def contract_sha256(self) -> str:
-        """sha256 of the contract, once there is one."""
-        return self._store.contract_sha256
+    def terms_sha256(self, version: int) -> str:
+        """Of the contract, once there is one, or of the amendment that holds."""
+        return self._store.terms_sha256(version)
 
     def join(self) -> None:
         """Wait for the aggregator's contract; from then on the store shows that we are alive."""
@@ -76,6 +77,8 @@ class ThroughStore:
             self._pause()
         check_same_contract(build_contract(self._config), stored, self._store.objects.url)
         agree(self._store, self._silo, self._pause)
+        with self._readable("the group's key"):
+            take_group_key(self._store, self._silo, self._pause)
         for line in differences(read_contract(stored, self._store.objects.url)[1]):
             print(line, flush=True)
         with self._readable("the record of a rollback"):
@@ -143,6 +146,10 @@ class ThroughStore:
         """Whole tensors."""
         return [Piece(name) for name in names]
 
+    def sealed(self, payload: Payload, file: Path, version: int) -> Payload:
+        """A sealed copy in the outbox, where the contract wants it."""
+        return seal_payload(self._store, self._silo, version, payload, file, keep=True)
+
     def deliver(self, sent: Outgoing) -> None:
         """Write the payload and its manifest into the store; what comes too late to count is not sent."""
         with self._noticing_the_end():
@@ -151,7 +158,8 @@ class ThroughStore:
                 return
             self._num_refused.setdefault(version, len(self._store.refusals(self._silo, version)))
             self._delivered.add(version, sha256_bytes(manifest.to_bytes()))
-            stands = self._store.deliver(manifest, [(payload, sent.file) for payload in manifest.payloads])
+            file = sealed_copy(sent.file) if self._store.is_sealed else sent.file
+            stands = self._store.deliver(manifest, [(payload, file) for payload in manifest.payloads])
             if stands != manifest.to_bytes():
                 self._check_delivered(version, sha256_bytes(stands))
                 print(
@@ -229,8 +237,29 @@ class ThroughStore:
             sha256 = self._held[version][0]
         check_held(f"silo {self._silo}", version, sha256, self._store)
 
+    def _check_others(self, version: int) -> None:
+        """Whether a version's contributors, a few in turn, have adopted the commits that we have. Raises ConfigError.
+
+        An operator that shows us another history than them needs their signature under what they have been shown.
+        """
+        adopted = range(self._config.schedule.base(version), version)
+        with self._remembering:
+            held = dict(self._held)
+        if not self._store.members.keys or version not in held or any(earlier not in held for earlier in adopted):
+            return  # we have just come: the next version's are looked at
+        sha256s = [held[earlier][0] for earlier in adopted]
+        with self._readable(f"version {version}"):
+            others = [c for c in self._store.read_commit(version).contributors if c.silo != self._silo]
+            for number in range(min(len(others), OTHERS_A_VERSION)):
+                other = others[(version * OTHERS_A_VERSION + number) % len(others)]
+                if other.version == version:
+                    manifest = self._store.contributed(other)[0]
+                    self._store.members.check(other.silo, manifest)
+                    check_cosigned(manifest, sha256s)
+
     def _wait_for_commit(self, version: int, sent: Outgoing | None) -> bool:
         """Whether our delivery was refused for good."""
+        self._check_others(version - 1)
         refusals = self._store.refusals(self._silo, version)
         num_refused, missed_before = self._num_refused.get(version, len(refusals)), False
         while not self._is_committed(version):
@@ -316,7 +345,9 @@ class ThroughStore:
             agreed = shared_moments(self._config, before, before)
             for payload in commit.payloads:
                 file = self._directory / "inbox" / f"{version:06d}-{payload.fragment:03d}.safetensors"
-                header_bytes = check_payload_size(payload, commit.codec, before, agreed)
+                header_bytes = check_payload_size(
+                    payload, commit.codec, before, agreed, is_sealed=self._store.is_sealed
+                )
                 num_bytes += self._fetch(version, payload, file)
                 check_header(file, limit_bytes=header_bytes)
                 payload_tensors = Tensors(file)
@@ -340,7 +371,7 @@ class ThroughStore:
         began, said = time.monotonic(), ""
         while True:
             try:
-                return self._store.fetch(version_path(version), payload, file)
+                return fetch_version(self._store, version, payload, file)
             except RefusedError as error:
                 if time.monotonic() - began > seconds:
                     raise

@@ -21,12 +21,13 @@ FORMAT = 3
 SOFTWARE = "software"
 MOST_PACKAGES = 100
 LOCAL_OUTER = ("state",)  # what of `outer` is each machine's own affair
+LOCAL_TRUST = ("directory", "key_command")
 RUN = "run_id"
 
 
 def agreed_settings(config: RunConfig) -> dict[str, Any]:
     """Terms that are keys of the configuration, under their own names."""
-    outer = dataclasses.asdict(config.outer)
+    outer, trust = dataclasses.asdict(config.outer), dataclasses.asdict(config.trust)
     return {
         "name": config.name,
         "sequence_tokens": config.sequence_tokens,
@@ -35,7 +36,7 @@ def agreed_settings(config: RunConfig) -> dict[str, Any]:
         "outer": {key: value for key, value in outer.items() if key not in LOCAL_OUTER},
         "membership": dataclasses.asdict(config.membership),
         "roster": config.full_roster,
-        "trust": {"keys": dict(sorted(config.trust.keys.items()))},
+        "trust": {key: value for key, value in trust.items() if key not in LOCAL_TRUST},
     }
 
 
@@ -121,6 +122,26 @@ def contract_keys(stored: bytes) -> dict[str, PublicKey]:
     return {name: PublicKey.parse(text, f"contract.json: trust.keys.{shown(name)}") for name, text in keys.items()}
 
 
+def amend_rule(stored: bytes) -> str:
+    """How many silos have to sign an amendment of a contract: `all`, or a number; `all` for what is no contract."""
+    try:
+        terms = loads(stored, limit_bytes=RECORD_BYTES)
+        rule, most = terms["trust"]["amend"], len(terms["roster"])
+    except (ValueError, KeyError, TypeError):
+        return "all"  # whoever reads the terms says what is wrong with them
+    if rule not in ("all", *map(str, range(1, most + 1))):
+        raise ConfigError(f"contract.json: trust.amend is {shown(repr(rule))}; allowed: all, or 1 to {most}")
+    return str(rule)
+
+
+def contract_seals(stored: bytes) -> bool:
+    """Whether a contract says that payloads are sealed."""
+    try:
+        return loads(stored, limit_bytes=RECORD_BYTES)["trust"]["seal"] is True
+    except (ValueError, KeyError, TypeError):
+        return False  # whoever reads the terms says what is wrong with them
+
+
 def check_same_contract(ours: dict[str, Any], stored: bytes, where: str) -> None:
     """Raise ConfigError that names every term in which our configuration differs from the contract in the store.
 
@@ -134,15 +155,19 @@ def check_same_contract(ours: dict[str, Any], stored: bytes, where: str) -> None
 
 def check_same_terms(ours: dict[str, Any], theirs: dict[str, Any], where: str) -> None:
     """The same of terms that were read."""
-    differences = [
-        f"{shown(key)} is {_short(ours_value)} here and {_short(theirs_value)} there"
-        for key, ours_value, theirs_value in _differences(ours, theirs, "")
-    ]
-    if differences:
+    if differences := different_terms(ours, theirs):
         raise ConfigError(
             f"exchange.url: {where} given; it holds a run with another contract: {'; '.join(differences)}; "
             "change these keys, or name another store"
         )
+
+
+def different_terms(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """A line for each term that is not the same."""
+    return [
+        f"{shown(key)} is {_short(ours_value)} here and {_short(theirs_value)} there"
+        for key, ours_value, theirs_value in _differences(ours, theirs, "")
+    ]
 
 
 def _differences(ours: Any, theirs: Any, prefix: str) -> list[tuple[str, Any, Any]]:

@@ -15,7 +15,7 @@ from typing import Any, Self, get_args, get_origin
 
 from pretrain.host.foreign import loads, shown
 
-FORMAT, MANIFEST_FORMAT, COMMIT_FORMAT = 1, 2, 4
+FORMAT, MANIFEST_FORMAT, COMMIT_FORMAT = 1, 3, 4
 RECORD_BYTES = 4 << 20  # of a record: a commit of ten thousand silos
 METRIC = re.compile(r"[A-Za-z0-9_./-]{1,128}")
 MANIFEST_METRICS = 16  # how many a manifest may have; ours have three
@@ -134,6 +134,9 @@ class Manifest(Record):
     version: int
     base_version: int
     base_digest: str
+    cosigned: str
+    """sha256 of the bytes of the newest commit that the silo had adopted, so that what signs this stands under it, too;
+    empty in a collective, where each makes the commits itself."""
     codec: str
     payloads: list[Payload]
     tokens: int
@@ -203,9 +206,28 @@ class Agreement(Record):
     member: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class GroupKey(Record):
+    """The key with which the operator seals what it writes to all members, sealed to one of them."""
+
+    contract_sha256: str
+    member: str
+    sealed: str
+    """In hexadecimal; see seal.py."""
+
+
 def sha256_bytes(data: bytes) -> str:
     """sha256 in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
+
+
+def check_cosigned(manifest: Manifest, sha256s: Collection[str]) -> None:
+    """Raise RefusedError unless a silo has adopted one of the commits that it could have by then, by their sha256."""
+    if manifest.cosigned not in sha256s:
+        raise RefusedError(
+            f"silo {manifest.silo} had adopted commit {shown(manifest.cosigned[:12])} when it delivered for version "
+            f"{manifest.version}, which is none of this chain: it was shown another history"
+        )
 
 
 def check_link(commit: Commit, version: int, previous: bytes | None, contract_sha256: str) -> None:

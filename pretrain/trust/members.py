@@ -1,15 +1,61 @@
 """The members of a federation by their keys: what each has signed, and signing as one of them. No torch."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
 from typing import TypeVar
 
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import OPERATOR, RunConfig
-from pretrain.trust.keys import PublicKey, Signer, load_signer, new_key, verify
+from pretrain.trust.amendment import Terms
+from pretrain.trust.keys import PrivateKey, PublicKey, Signer, load_signer, new_key, read_key, verify
 from pretrain.trust.ledger import Record, RefusedError
+from pretrain.trust.seal import Sealer
 
 R = TypeVar("R", bound=Record)
+
+
+class OwnKeys:
+    """Signs for one member: with the key that the contract names, or the successor of it that holds at a version.
+
+    `atoll keys rotate` puts successors beside NAME.key, as NAME.key.1 and so on, and removes none: whichever version a
+    process is at when it starts, it finds the key of that version.
+    """
+
+    def __init__(self, member: str, file: Path, first: Signer, command: Sequence[str] = ()) -> None:
+        """`file` has the key that the contract names, `first` signs with it."""
+        self.member, self._file, self._command = member, file, command
+        self._signers = {first.public: first}
+        self.public = first.public
+
+    def sign(self, kind: str, data: bytes) -> str:
+        """With the key that the contract names; see `Signer`."""
+        return self._signers[self.public].sign(kind, data)
+
+    def holding(self, key: PublicKey) -> Signer:
+        """Who signs with a key; what was put beside since is found. Raises ConfigError if it is not here."""
+        for file in successors(self._file) if key not in self._signers else ():
+            found = read_key(file)
+            signer = found if isinstance(found, PrivateKey) else load_signer(file, self._command)
+            self._signers.setdefault(signer.public, signer)
+        if key not in self._signers:
+            raise ConfigError(
+                f"trust.directory: {str(self._file.parent)!r} given; none of {self._file}, {self._file.name}.1, ... is "
+                f"the private half of {key.fingerprint}, the key of {self.member} by an amendment of the contract; "
+                "allowed: where atoll keys rotate made it"
+            )
+        return self._signers[key]
+
+
+def successors(file: Path) -> list[Path]:
+    """The files of a member's later keys, oldest first, beside that of its first."""
+    names = (file.with_name(f"{file.name}.{number}") for number in count(1))
+    found: list[Path] = []
+    while (name := next(names)).exists():
+        found.append(name)
+    return found
 
 
 @dataclass(kw_only=True)
@@ -17,32 +63,96 @@ class Members:
     """Who may write what into a store. Without keys nothing is signed, and nothing is asked for."""
 
     keys: dict[str, PublicKey] = field(default_factory=dict)
-    """By the name of a silo, or `OPERATOR`."""
+    """By the name of a silo, or `OPERATOR`, as the contract has them."""
     signer: Signer | None = None
     """Ours, where we write."""
+    later: list[Terms] = field(default_factory=list)
+    """The amendments that were accepted, oldest first."""
+    sealer: Sealer | None = None
+    """Ours, where payloads are sealed and we have the key."""
 
-    def sign(self, record: R) -> R:
-        """The same record, signed as ourselves."""
-        return dataclasses.replace(record, signature=self.sign_bytes(_kind(record), record.unsigned_bytes()))
+    def terms_at(self, version: int) -> Terms | None:
+        """The last amendment that holds at a version; None where the contract holds as it was written."""
+        return next((terms for terms in reversed(self.later) if terms.from_version <= version), None)
 
-    def check(self, author: str, record: Record) -> None:
-        """Raise RefusedError unless a member has signed a record."""
-        self.check_bytes(author, _kind(record), record.unsigned_bytes(), record.signature)
+    def keys_at(self, version: int) -> dict[str, PublicKey]:
+        """The keys that hold at a version; those of members that lost theirs are not among them."""
+        return terms.keys if (terms := self.terms_at(version)) else self.keys
 
-    def sign_bytes(self, kind: str, data: bytes) -> str | None:
-        """Our signature, where there are keys."""
+    def has_key(self, member: str, version: int) -> bool:
+        """Whether a member may sign for a version; where nothing is signed, all may."""
+        return not self.keys or member in self.keys_at(version)
+
+    def sign(self, record: R, *, version: int | None = None) -> R:
+        """The same record, signed as ourselves with the key that holds at `version`, or the record's own."""
+        at = _version(record) if version is None else version
+        return dataclasses.replace(
+            record, signature=self.sign_bytes(_kind(record), record.unsigned_bytes(), version=at)
+        )
+
+    def check(self, author: str, record: Record, *, version: int | None = None) -> None:
+        """Raise RefusedError unless a member has signed a record with the key that holds at `version`, or its own."""
+        at = _version(record) if version is None else version
+        self.check_bytes(author, _kind(record), record.unsigned_bytes(), record.signature, version=at)
+
+    def sign_bytes(self, kind: str, data: bytes, *, version: int | None = None) -> str | None:
+        """Our signature, where there are keys; by the last that we had if it is of no version. Raises ConfigError."""
         if not self.keys:
             return None
         assert self.signer, f"nobody here signs a {kind}"
-        return self.signer.sign(kind, data)
+        if not isinstance(self.signer, OwnKeys):
+            return self.signer.sign(kind, data)
+        member = self.signer.member
+        last = (terms.keys for terms in reversed(self.later) if member in terms.keys)
+        keys = next(last, self.keys) if version is None else self.keys_at(version)
+        if (key := keys.get(member)) is None:
+            raise ConfigError(
+                f"trust.keys.{member}: {self.signer.public.text} given, which counts no more from version "
+                f"{self._taken_away(member)} on, as the contract is amended; allowed: a member with a key"
+            )
+        return self.signer.holding(key).sign(kind, data)
 
-    def check_bytes(self, author: str, kind: str, data: bytes, signature: str | None) -> None:
-        """Raise RefusedError unless a member's signature is that of these bytes, where there are keys."""
+    def check_bytes(
+        self, author: str, kind: str, data: bytes, signature: str | None, *, version: int | None = None
+    ) -> None:
+        """Raise RefusedError unless a member's signature is that of these bytes, where there are keys.
+
+        What is of no version, as words are, counts with the key of any time that led to the newest by the member's
+        own will; not with one that the others have replaced or taken away.
+        """
         if not self.keys:
             return
         if author not in self.keys:
             raise RefusedError(f"{author} is no member: the contract has no key of it")
-        verify(self.keys[author], kind, data, signature)
+        keys = self._keys_in_line(author) if version is None else [k for k in [self.keys_at(version).get(author)] if k]
+        if not keys:
+            raise RefusedError(f"the key of {author} counts no more from version {self._taken_away(author)} on")
+        for key in keys[1:]:
+            try:
+                verify(key, kind, data, signature)
+            except RefusedError:
+                continue
+            return
+        verify(keys[0], kind, data, signature)
+
+    def _keys_in_line(self, author: str) -> list[PublicKey]:
+        """The newest key of a member, and those before that it replaced itself; none if it has none any more."""
+        found = [self.keys[author]]
+        for terms in self.later:
+            key = terms.keys.get(author)
+            if key is None:
+                return []
+            if key != found[0]:
+                found = [key, *found] if terms.successor == author else [key]
+        return found
+
+    def _taken_away(self, member: str) -> int:
+        return next(terms.from_version for terms in self.later if member not in terms.keys)
+
+
+def _version(record: Record) -> int:
+    """Of which version a record is; one under the contract is of none, and the contract's keys sign it."""
+    return getattr(record, "version", 0)
 
 
 def _kind(record: Record) -> str:
@@ -51,6 +161,7 @@ def _kind(record: Record) -> str:
 
 def public_keys(config: RunConfig) -> dict[str, PublicKey]:
     """The keys of a configuration. Raises ConfigError for a line that is none, and for two members with one key."""
+    _check_sealing(config)
     found = {name: PublicKey.parse(text, f"trust.keys.{name}") for name, text in sorted(config.trust.keys.items())}
     names: dict[bytes, str] = {}
     for name, key in found.items():
@@ -59,23 +170,74 @@ def public_keys(config: RunConfig) -> dict[str, PublicKey]:
     return found
 
 
+def _check_sealing(config: RunConfig) -> None:
+    if config.trust.seal and not config.trust.keys:
+        raise ConfigError(
+            "trust.seal: true given without trust.keys; allowed: with the key of every silo of the roster and of "
+            f"{OPERATOR}, which a local launch of all silos makes itself"
+        )
+
+
+def act_as(members: Members, config: RunConfig, name: str) -> None:
+    """Sign, and seal or open, as a member from now on. Raises ConfigError; see `own_signer` and `own_sealer`."""
+    members.signer, members.sealer = own_signer(config, name), own_sealer(config, name)
+
+
+def own_sealer(config: RunConfig, name: str) -> Sealer | None:
+    """What seals or opens as a member on this machine; None where nothing is sealed. Raises ConfigError without it."""
+    if not config.trust.seal:
+        return None
+    keys, own = public_keys(config), read_key(config.key_file(name))
+    if not isinstance(own, PrivateKey):
+        raise ConfigError(
+            f"trust.seal: true given, and {config.key_file(name)} has a public key alone; allowed: the private file of "
+            f"atoll keys new {name} there, as sealing takes the private half of its agreement key, which no "
+            "trust.key_command has; or trust.seal=false"
+        )
+    return Sealer(own, keys)
+
+
+def operator_sealer(file: Path, config: RunConfig) -> Sealer:
+    """What opens the deliveries of a contract's members, with the operator's private key. Raises ConfigError."""
+    own, keys = read_key(file), public_keys(config)
+    agreed = keys[OPERATOR]
+    if not isinstance(own, PrivateKey) or own.public != agreed:
+        whose = own if isinstance(own, PublicKey) else own.public
+        raise ConfigError(
+            f"--key: {file}, {'a public key' if whose is own else 'the key'} {whose.fingerprint}, given; allowed: the "
+            f"private key of the aggregator's operator, {agreed.fingerprint}, which opens what is sealed"
+        )
+    return Sealer(own, keys)
+
+
 def own_signer(config: RunConfig, name: str) -> Signer | None:
     """Who signs for a member on this machine; None where nothing is signed. Raises ConfigError for another's key."""
     if not config.trust.keys:
+        _check_sealing(config)
         return None
-    agreed, file = PublicKey.parse(config.trust.keys[name], f"trust.keys.{name}"), config.key_file(name)
+    agreed = PublicKey.parse(config.trust.keys[name], f"trust.keys.{name}")
+    return own_keys(name, agreed, config.key_file(name), given=config.trust.directory, command=config.trust.key_command)
+
+
+def own_keys(name: str, agreed: PublicKey, file: Path, *, given: str, command: Sequence[str] = ()) -> OwnKeys:
+    """Who signs for a member whose key in the contract is `agreed`, with the keys in and beside a file.
+
+    `given` is the directory as an error calls it. Raises ConfigError for another's key.
+    """
+    if not file.exists() and (later := successors(file)):  # it was lost, and the others agreed to another one
+        return OwnKeys(name, file, load_signer(later[-1], command), command)
     if not file.exists():
         raise ConfigError(
-            f"trust.directory: {config.trust.directory!r} given; there is no {file}, the private half of "
-            f"trust.keys.{name}; allowed: where atoll keys new {name} made it"
+            f"trust.directory: {given!r} given; there is no {file}, the private half of trust.keys.{name}; allowed: "
+            f"where atoll keys new {name} made it"
         )
-    signer = load_signer(file, config.trust.key_command)
+    signer = load_signer(file, command)
     if signer.public != agreed:
         raise ConfigError(
             f"trust.keys.{name}: {agreed.text} given ({agreed.fingerprint}); {file} is the key of "
             f"{signer.public.text} ({signer.public.fingerprint}); allowed: the same on both sides"
         )
-    return signer
+    return OwnKeys(name, file, signer, command)
 
 
 def with_keys(config: RunConfig, *, make: bool) -> RunConfig:

@@ -20,10 +20,12 @@ from launch.start.processes import ChildCommand
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.history import History
 from pretrain.exchange.payload import read_parameters
+from pretrain.exchange.sealed import read_as_a_member
 from pretrain.exchange.store import StoreExchange
 from pretrain.silo.data import PackedTokens
 from pretrain.silo.model import build_initial, token_losses
 from pretrain.trust.ledger import Commit
+from pretrain.trust.members import with_keys
 from tests.support import VOCAB_SIZE
 from tests.warm import python as warm_python
 
@@ -57,6 +59,7 @@ class Outcome:
         """The run's store."""
         exchange = StoreExchange(self.ledger)
         assert exchange.read_contract() is not None
+        read_as_a_member(exchange, with_keys(self.config, make=False))
         return exchange
 
     @property

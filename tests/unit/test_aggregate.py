@@ -112,12 +112,13 @@ class Hand:
             "num_bytes": len(data),
         }
         manifest = {
-            "format": 2,
+            "format": 3,
             "contract_sha256": sha256((store / "contract.json").read_bytes()),
             "silo": silo,
             "version": version,
             "base_version": max(0, version - config.outer.num_fragments),
             "base_digest": digest_tensors((name, state.parameters[name]) for name in names),
+            "cosigned": sha256((store / f"global/{version - 1:06d}/commit.json").read_bytes()),
             "codec": codec,
             "payloads": [row],
             "tokens": tokens,
@@ -382,6 +383,10 @@ BAD: dict[str, tuple[Hand, str]] = {
     "unknown codec": (Hand(manifest=put(codec="zip")), "its codec is 'zip', not 'fp32'"),
     "other base": (Hand(manifest=put(base_digest="d" * 64)), "its base_digest is "),
     "other base version": (Hand(manifest=put(base_version=7)), "its base_version is 7, not 0"),
+    "a commit of another history": (
+        Hand(manifest=put(cosigned="e" * 64)),
+        "silo alpha had adopted commit eeeeeeeeeeee when it delivered for version 1, which is none of this chain",
+    ),
     "version of another time": (Hand(manifest=put(version=2)), "its version is 2, not 1"),
     "other contract": (Hand(manifest=put(contract_sha256="c" * 64)), "its contract_sha256 is "),
     "another silo's name": (Hand(manifest=put(silo="beta")), "its silo is 'beta', not 'alpha'"),
@@ -401,7 +406,7 @@ BAD: dict[str, tuple[Hand, str]] = {
     "absolute path": (Hand(manifest=put_payload(file="/contract.json")), "allowed: a plain file name"),
     "payloads are no list": (Hand(manifest=put(payloads=2)), "payloads: 2 given"),
     "key missing": (Hand(manifest=lambda m: m.pop("metrics")), "has keys"),
-    "other format": (Hand(manifest=put(format=1)), "format 1 given; this version reads 2"),
+    "other format": (Hand(manifest=put(format=1)), "format 1 given; this version reads 3"),
 }
 BAD_INT4: dict[str, tuple[Hand, str]] = {
     "values instead": (Hand(codec="fp32"), "its payload has "),

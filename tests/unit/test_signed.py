@@ -18,8 +18,10 @@ from pretrain.exchange.rollback import roll_back_store, rollback_records
 from pretrain.exchange.store import StoreExchange
 from pretrain.exchange.words import Membership, Refusal
 from pretrain.federation.leave import say_left
+from pretrain.federation.verify import StoreVerifier
+from pretrain.sync.through_store import ThroughStore
 from pretrain.trust.keys import PublicKey, load_signer, new_key
-from pretrain.trust.ledger import Commit, Manifest, RefusedError
+from pretrain.trust.ledger import Commit, Manifest, RefusedError, sha256_bytes
 from pretrain.trust.members import Members, own_signer, public_keys, with_keys
 from tests.conftest import TinyConfig
 from tests.support import one_line_error
@@ -114,6 +116,34 @@ def test_nothing_begins_before_all_have_signed(config: RunConfig, said: Callable
         state = starting.result(PATIENCE_SECONDS)[1]
     assert state.version == 0
     assert f"{store}: signatures/beta.json is passed over: " in said()
+
+
+def test_a_silo_that_is_shown_another_history_tells_the_others(config: RunConfig, tmp_path: Path) -> None:
+    """The operator shows beta a commit 1 of its own, with the same parameters: beta's next manifest says so."""
+    aggregator, state = begin(config)
+    alpha = ThroughStore(config, "alpha")
+    alpha._store.read_contract()
+    alpha._delivered.begin(3)  # its own were sent by an earlier start
+    for version in (1, 2):
+        for silo in config.full_roster:
+            deliver(config, state, silo)
+        if version == 2:
+            operator = as_member(config, OPERATOR)
+            shown = dataclasses.replace(operator.read_commit(1), metrics={})
+            cosigned = sha256_bytes(operator.members.sign(shown).to_bytes())
+            file = manifest_file(config, "beta", 2)
+            file.write_bytes(dataclasses.replace(Manifest.from_bytes(file.read_bytes()), cosigned=cosigned).to_bytes())
+            sign_delivery(config, "beta", 2, "beta")
+            aggregator._collector.past.check_cosigned = lambda manifest: None  # type: ignore[method-assign]  # the operator's
+        one_version(aggregator, state)
+        alpha.receive(version, None, state.parameters)
+    line = one_line_error(alpha.receive, 3, None, state.parameters)
+    found = f"silo beta had adopted commit {cosigned[:12]} when it delivered for version 2, which is none of this chain"
+    assert line.startswith(f"silo alpha: version 2 in the store cannot be used: {found}: it was shown another history")
+    (tmp_path / "scratch").mkdir()
+    findings = StoreVerifier(StoreExchange(config.store_url), tmp_path / "scratch").verify().findings
+    assert [(finding.version, finding.name) for finding in findings] == [(2, "silos/beta/000002/manifest.json")]
+    assert findings[0].what.startswith(found)
 
 
 # ---- what somebody else writes

@@ -172,6 +172,7 @@ MANIFEST = Manifest(
     version=1,
     base_version=0,
     base_digest="d0",
+    cosigned="e0" * 32,
     codec="fp32",
     payloads=[],
     tokens=512,

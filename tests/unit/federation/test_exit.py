@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from launch import cli
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.config.load import save_config
+from pretrain.exchange.store import StoreExchange
 from pretrain.federation.bundle import BundleVerifier, Exit, VerifiedBundle, is_bundle
 from pretrain.federation.exit import write_bundle
 from pretrain.trust.members import own_signer
@@ -24,6 +25,8 @@ from tests.conftest import TinyConfig
 from tests.support import one_line_error
 from tests.unit.federation.test_verify import INT4, advance, files, signed
 from tests.unit.test_aggregate import one_version
+from tests.unit.test_sealed import advance as advance_sealed
+from tests.unit.test_sealed import make as sealed_run
 from tests.unit.test_signed import as_member, deliver
 
 NUM_VERSIONS = 3
@@ -60,15 +63,12 @@ def test_a_bundle_is_whole_without_any_other_party(bundle: Path, left: RunConfig
     assert (found.member, record.version, record.missing) == ("alpha", NUM_VERSIONS, found.missing)
     assert found.store
     assert (found.store.num_versions, found.store.is_signed) == (NUM_VERSIONS + 1, True)
-    assert found.store.merged == [3]  # from the snapshot of version 2
-    assert found.missing == ["payloads of versions 1 to 2: pruned, or before the newest snapshot; not merged again"]
+    assert (found.store.merged, found.missing) == ([1, 2, 3], [])
     store = Path(left.store_url)
     for name in ("contract.json", "signatures/beta.json", "silos/beta/000001/manifest.json"):
         assert (bundle / "store" / name).read_bytes() == (store / name).read_bytes()
-    for version in (1, 2, 3):  # its own deliveries are all still there; of the other's, those that are merged again
-        folder = f"silos/{{}}/{version:06d}/{version:06d}.safetensors"
-        assert (bundle / "store" / folder.format("alpha")).is_file()
-        assert (bundle / "store" / folder.format("beta")).is_file() == (version == 3)
+    for silo in ("alpha", "beta"):
+        assert (bundle / f"store/silos/{silo}/000002/000002.safetensors").is_file()
     shards = Path(left.silos["alpha"].data[0]) / "manifest.json"
     assert (bundle / "data/train/000/manifest.json").read_bytes() == shards.read_bytes()
     assert not [*bundle.rglob("*.bin")]
@@ -99,7 +99,7 @@ main()
     )
     assert ran.returncode == 0, ran.stderr
     found = json.loads(ran.stdout[ran.stdout.index("{") :])
-    assert (found["member"], found["findings"], found["store"]["merged"]) == ("alpha", [], [3])
+    assert (found["member"], found["findings"], found["store"]["merged"]) == ("alpha", [], [1, 2, 3])
     assert verified(bundle).findings == []  # it has written nothing into the bundle
 
 
@@ -313,7 +313,7 @@ def test_leaving_with_a_bundle(tmp_path: Path, tiny_config: TinyConfig) -> None:
     said = CliRunner().invoke(cli.app, arguments)
     assert said.exit_code == 0, said.output
     assert "missing     payloads of its deliveries for versions 1 to 3: pruned\n" in said.stdout
-    assert "missing     payloads of versions 1 to 4: pruned, or before the newest snapshot" in said.stdout
+    assert "missing     payloads of versions 1 to 4: pruned, so that these are not merged again\n" in said.stdout
     assert said.stdout.endswith(f"exit.json   signed by alpha\nnext: atoll verify {target}\n")
     (word,) = {*files(config)} - {*before}
     assert word.name == "000001.json"
@@ -339,3 +339,34 @@ def test_an_unsigned_run_is_left_with_an_unsigned_list(tmp_path: Path, tiny_conf
     record = write_bundle(config, "alpha", tmp_path / "bundle", tell=lambda line: None)
     assert record.signature is None
     assert verified(tmp_path / "bundle").findings == []
+
+
+def test_deliveries_that_the_contract_keeps_are_in_the_bundle(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    exchange = {"snapshot_versions": 1, "keep_versions": 1}
+    config = signed(tiny_config, tmp_path, exchange=exchange, trust={"keep_deliveries": 2})
+    for silo in config.full_roster:
+        StoreExchange(config.store_url).mark_resumable(silo, 9)
+    advance(config, 4)
+    write_bundle(config, "alpha", tmp_path / "bundle", tell=lambda line: None)
+    found = verified(tmp_path / "bundle")
+    assert found.findings == []
+    assert found.store
+    assert found.store.merged == [3, 4]
+
+
+def test_a_bundle_of_a_sealed_run_is_checked_as_far_as_its_member_can(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    """The model is open; with the operator's key all versions are merged again."""
+    config = sealed_run(tiny_config, tmp_path / "sealed")
+    advance_sealed(config, 3)
+    key = config.key_file(OPERATOR).rename(tmp_path / "operator.key")
+    record = write_bundle(config, "alpha", tmp_path / "bundle", tell=lambda line: None)
+    assert record.missing == [
+        "what opens sealed deliveries: only the operator has it, so that no version was merged again"
+    ]
+    found = verified(tmp_path / "bundle")
+    assert found.findings == []
+    assert found.store
+    assert (found.store.is_sealed, found.store.merged) == (True, [])
+    said = CliRunner().invoke(cli.app, ["verify", str(tmp_path / "bundle"), "--key", str(key)])
+    assert said.exit_code == 0, said.output
+    assert "versions    4 in one chain, 3 merged again from their deliveries\n" in said.stdout

@@ -28,6 +28,8 @@ from tests.conftest import TinyConfig
 from tests.support import TinyText, one_line_error
 from tests.unit.federation.test_verify import INT4, files, signed
 from tests.unit.test_aggregate import GOOD, Tensors, fragment_names, one_version, plus_noise, start
+from tests.unit.test_sealed import advance as advance_sealed
+from tests.unit.test_sealed import make as sealed_run
 from tests.unit.test_signed import as_member, begin, manifest_file, sign_delivery
 
 SILOS = ("alpha", "beta", "gamma", "delta")
@@ -102,7 +104,10 @@ def the_same_to(config: RunConfig, of: RunConfig, silo: str, version: int, diges
     """What a silo delivered in another run, the very payload, where the base has become another."""
     folder = shutil.copytree(manifest_file(of, silo, version).parent, manifest_file(config, silo, version).parent)
     manifest, member = Manifest.from_bytes((folder / "manifest.json").read_bytes()), as_member(config, silo)
-    changed = dataclasses.replace(manifest, base_digest=digest, contract_sha256=member.contract_sha256)
+    cosigned = hashlib.sha256(member.commit_bytes(version - 1)).hexdigest()
+    changed = dataclasses.replace(
+        manifest, base_digest=digest, contract_sha256=member.contract_sha256, cosigned=cosigned
+    )
     (folder / "manifest.json").write_bytes(member.members.sign(changed).to_bytes())
 
 
@@ -214,14 +219,14 @@ def test_what_is_pruned_or_wrong_is_one_line(tmp_path: Path, tiny_config: TinyCo
 
     assert line(first=4) == (
         "--from: 4 given; what versions before 5 would be merged again from is pruned; allowed: 5 to 6 "
-        "(exchange.keep_versions keeps more)"
+        "(trust.keep_deliveries keeps more)"
     )
     assert revoked(config, tmp_path / "scratch", first=5).record.from_version == 5
     assert line(first=8) == "--from: 8 given; allowed: 1 to 6"
     assert line(first=6, last=9) == "--until: 9 given; allowed: 1 to 6"
     assert line("epsilon") == "member: 'epsilon' given; allowed: alpha, beta, delta, gamma"
     manifest_file(config, "alpha", 6).with_name("000006.safetensors").unlink()
-    assert line(first=6).endswith("allowed: none (exchange.keep_versions keeps more)")
+    assert line(first=6).endswith("allowed: none (trust.keep_deliveries keeps more)")
 
 
 def test_too_few_for_a_robust_merge_is_one_line(tmp_path: Path, tiny_config: TinyConfig) -> None:
@@ -301,3 +306,20 @@ def test_members_sign_what_they_come_to(over: RunConfig, tmp_path: Path) -> None
     words = "version 5 cannot be merged again: silos/gamma/000005/000005.safetensors has not the"
     assert words in str(signs("gamma").exception)
     assert json.loads(command(config.directory, "--check", "--json").stdout)[0]["signed"] == ["aggregator", "alpha"]
+
+
+def test_sealed_deliveries_take_the_operators_key(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    """And come to the parameters of the same run without seals."""
+    digests = []
+    for seal in (False, True):
+        config = sealed_run(tiny_config, tmp_path / str(seal), seal=seal)
+        advance_sealed(config, 3)
+        save_config(config, Path(config.directory) / "config.yaml")
+        key = config.key_file(OPERATOR).rename(tmp_path / f"{seal}.key")
+        if seal:
+            line = str(command(config.directory, "--from", 2).exception)
+            assert line.startswith("--key: none given; deliveries are sealed; allowed: ")
+        said = command(config.directory, "--from", 2, "--json", "--key", key)
+        assert said.exit_code == 0, said.output
+        digests.append(json.loads(said.stdout)["record"]["parameters_digest"])
+    assert digests[0] == digests[1]

@@ -18,7 +18,7 @@ from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.exchange.history import History
 from pretrain.exchange.store import StoreExchange
 from pretrain.federation.verify import StoreVerifier, Verified
-from pretrain.trust.ledger import Commit, Manifest
+from pretrain.trust.ledger import Commit, Manifest, sha256_bytes
 from pretrain.trust.members import own_signer, with_keys
 from tests.conftest import TinyConfig
 from tests.unit.test_aggregate import one_version
@@ -35,7 +35,8 @@ WAYS: dict[str, dict[str, Any]] = {
 
 def signed(tiny_config: TinyConfig, directory: Path, **settings: Any) -> RunConfig:
     usual = {"exchange": {"snapshot_versions": 2}, "inner": {"num_steps": 40}}
-    return with_keys(tiny_config(directory, trust={"directory": ""}, **usual | settings), make=True)
+    trust = {"directory": ""} | settings.pop("trust", {})
+    return with_keys(tiny_config(directory, trust=trust, **usual | settings), make=True)
 
 
 def advance(config: RunConfig, num_versions: int) -> tuple[Aggregator, OuterState]:
@@ -84,6 +85,20 @@ def test_what_is_pruned_is_counted_and_the_rest_is_merged_again(tmp_path: Path, 
     found = verified(config, tmp_path / "scratch")
     assert (found.findings, found.merged) == ([], [5])
     assert found.num_pruned == 4 + 3 * 2  # parameters and changes, and what was delivered
+
+
+def test_deliveries_are_kept_as_long_as_the_contract_says(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    few = {"snapshot_versions": 1, "keep_versions": 1}
+    config = signed(tiny_config, tmp_path, exchange=few, trust={"keep_deliveries": 3})
+    for silo in config.full_roster:
+        StoreExchange(config.store_url).mark_resumable(silo, 9)
+    advance(config, 6)
+    found = verified(config, tmp_path / "scratch")
+    assert (found.findings, found.merged) == ([], [4, 5, 6])
+    History(as_member(config, OPERATOR), 1).prune([], 6, 1)  # more than the contract allows
+    (finding,) = verified(config, tmp_path / "scratch").findings
+    assert (finding.version, finding.name) == (6, "deliveries")
+    assert finding.what == "version 4 to 6 cannot be merged again, but trust.keep_deliveries in the contract is 3"
 
 
 # ---- an aggregator that lies
@@ -149,6 +164,23 @@ def test_history_that_the_operator_has_written_anew_is_found(tmp_path: Path, tin
     resigned(config, 2, divisor=7)
     names = [(finding.version, finding.name) for finding in verified(config, tmp_path / "scratch").findings]
     assert names == [(2, "global/000002/commit.json"), (3, "global/000003/commit.json")]  # 3 follows another 2
+
+
+def test_history_written_anew_up_to_its_end_has_not_the_silos_signatures(
+    tmp_path: Path, tiny_config: TinyConfig
+) -> None:
+    """Every link and signature of the operator's fits; what silos have cosigned does not."""
+    config = signed(tiny_config, tmp_path)
+    advance(config, 4)
+    previous = as_member(config, "alpha").read_commit(2).previous
+    for version in (2, 3, 4):
+        resigned(config, version, previous=previous, metrics={})
+        previous = sha256_bytes(as_member(config, "alpha").commit_bytes(version))
+    found = [one for one in verified(config, tmp_path / "scratch").findings if one.name.startswith("silos/")]
+    assert [(finding.version, finding.name) for finding in found] == [
+        (version, f"silos/{silo}/{version:06d}/manifest.json") for version in (3, 4) for silo in config.full_roster
+    ]
+    assert all("it was shown another history" in finding.what for finding in found)
 
 
 @pytest.mark.parametrize(

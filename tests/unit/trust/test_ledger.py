@@ -28,6 +28,7 @@ MANIFEST = Manifest(
     version=3,
     base_version=2,
     base_digest="d0" * 32,
+    cosigned="e0" * 32,
     codec="fp32",
     payloads=[PAYLOAD, dataclasses.replace(PAYLOAD, fragment=1, file="001.safetensors")],
     tokens=512,
@@ -117,10 +118,10 @@ def test_no_record_holds_what_is_not_a_number() -> None:
 
 MALFORMED_MANIFESTS: dict[str, tuple[Change, str]] = {
     "extra key": (put("time", 3), "has keys"),
-    "other format": (put("format", 1), "format 1 given; this version reads 2"),
+    "other format": (put("format", 1), "format 1 given; this version reads 3"),
     "format is a text": (put("format", "2"), "format 2 given"),
     "format is true": (put("format", True), "format True given"),
-    "format is 1.0": (put("format", 2.0), "format: 2.0 given"),
+    "format is 1.0": (put("format", 3.0), "format: 3.0 given"),
     "version is a text": (put("version", "3"), "version: '3' given"),
     "version is a fraction": (put("version", 3.0), "version: 3.0 given"),
     "version is true": (put("version", True), "version: True given"),

@@ -1,0 +1,222 @@
+"""What reads bytes that another party wrote: each with bytes that it accepts, and its way to say no."""
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save
+
+from data_tools.counts import read_counts
+from launch.show.status import print_status
+from pretrain.config.check import ConfigError
+from pretrain.config.keys import OPERATOR
+from pretrain.config.load import load_config
+from pretrain.exchange import words
+from pretrain.exchange.payload import Tensors, check_header
+from pretrain.exchange.revocation import Revocation
+from pretrain.exchange.rollback import Rollback
+from pretrain.federation.bundle import Exit, Listed
+from pretrain.host.foreign import loads, shown
+from pretrain.outer.codec import CODECS, check, decoded, encode
+from pretrain.outer.moments import MeanGradient, SecondMoment, check_moments
+from pretrain.silo.shards import read_manifest, tokenizer_sha256
+from pretrain.trust.amendment import Acceptance, Amendment
+from pretrain.trust.contract import FORMAT, first_contract, read_contract
+from pretrain.trust.keys import PublicKey
+from pretrain.trust.ledger import Agreement, Commit, GroupKey, Manifest, RefusedError, Snapshot
+from tests.unit.trust.test_ledger import COMMIT, MANIFEST
+from tests.unit.trust.test_seal import PLACE, sealed, sealer
+
+SHAPE = torch.Size([6, 5])
+ROLLBACK = Rollback(
+    previous=None, from_version=2, to_version=1, commit_sha256="a" * 64, discarded=["b" * 64], reason="worse"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """Something that reads bytes of others."""
+
+    read: Callable[[bytes, Path], object]
+    """Takes the bytes, and a folder that is empty but for them."""
+    accepted: bytes
+    """What it reads without a word."""
+    refuses: type[Exception] | tuple[type[Exception], ...]
+    """How it says that something is wrong, in one line."""
+
+
+def from_file(read: Callable[[Path], object], name: str) -> Callable[[bytes, Path], object]:
+    """A reader of a file in a folder; gets the file."""
+
+    def read_file(data: bytes, folder: Path) -> object:
+        file = folder / name
+        file.write_bytes(data)
+        return read(file)
+
+    return read_file
+
+
+def read_payload(file: Path) -> None:
+    check_header(file, limit_bytes=1 << 20)
+    tensors = Tensors(file)
+    for name in tensors.names:
+        for codec in CODECS:
+            try:
+                check(codec, parts := tensors.parts(name), SHAPE)
+            except ValueError:
+                continue
+            assert decoded(codec, torch.zeros(SHAPE), parts).shape == SHAPE
+    for kind in (SecondMoment, MeanGradient):
+        agreed = {"w": kind(SHAPE)}
+        try:
+            check_moments(tensors.moments, agreed)
+        except ValueError:
+            continue
+        assert agreed["w"].decode(tensors.moments["w"]).isfinite().all()
+
+
+def payload() -> bytes:
+    value = torch.arange(30.0).view(SHAPE)
+    parts = {f"parameter/{part}/w": tensor for part, tensor in encode("int4", value, value * 2).items()}
+    moments = {f"moment/{part}/w": tensor for part, tensor in SecondMoment(SHAPE).encode(value).items()}
+    return save(parts | moments)
+
+
+WORDS = {
+    "identity": words.Identity(identity="a" * 32),
+    "membership": words.Membership(left=False, version=3),
+    "refusal": words.Refusal(reason="its norm", final=True, manifest_sha256="a" * 64),
+    "lease": words.Holder(holder="aggregator", machine="m", pid=1, lease_seconds=30.0, nonce="n"),
+    "waiting": words.Waiting(silos=["alpha"], deadline_seconds=None),
+    "damaged": words.Damaged(reason="truncated"),
+}
+SPLIT = {
+    "format": 2,
+    "name": "train",
+    "tokenizer_sha256": "a" * 64,
+    "vocab_size": 300,
+    "shards": [{"file": "shard-00000.bin", "num_tokens": 2, "sha256": "b" * 64}],
+}
+REVOCATION = Revocation(
+    contract_sha256="a" * 64,
+    member="beta",
+    from_version=2,
+    to_version=3,
+    commit_sha256="b" * 64,
+    parameters_digest="c" * 64,
+    reason="",
+    signer="alpha",
+)
+LEFT = Exit(
+    contract_sha256="a" * 64,
+    member="alpha",
+    version=3,
+    commit_sha256="b" * 64,
+    parameters_digest="c" * 64,
+    software=["torch 2.9"],
+    asked=["model"],
+    missing=[],
+    files=[Listed(path="store/contract.json", blake3="d" * 64, num_bytes=1)],
+)
+SNAPSHOT = Snapshot(contract_sha256="a" * 64, version=1, commit_sha256="b" * 64, payloads=[])
+AGREEMENT = Agreement(contract_sha256="a" * 64, member="alpha", signature="c" * 86)
+AMENDMENT = Amendment(number=1, previous="a" * 64, from_version=3, changes=["outer.lr=0.5"], author="alpha")
+ACCEPTANCE = Acceptance(amendment_sha256="a" * 64, version=1)
+RUN = "c0" * 32
+GROUP_KEY = GroupKey(contract_sha256=RUN, member="law", sealed=sealer(OPERATOR).give(RUN, "law"))
+# Of the seeds 9d61b19d... (RFC 8032, 7.1, test 1) and 77076d0a... (RFC 7748, 6.1).
+KEY = PublicKey(
+    signing=bytes.fromhex("d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a"),
+    agreement=bytes.fromhex("8520f0098930a754748b7ddcb43ef75a0dbf3a0d26381af4eba4a98eaa9b4e6a"),
+).text.encode()
+
+
+def sealed_payload() -> bytes:
+    with tempfile.TemporaryDirectory() as directory:
+        return sealed(Path(directory), payload())[0]
+
+
+def read_group_key(data: bytes, _: Path) -> None:
+    sealer("law").take(RUN, "law", GroupKey.from_bytes(data).sealed)
+
+
+READERS: dict[str, Reader] = {
+    "json": Reader(read=lambda data, _: loads(data), accepted=b'{"a": [1, 2.5]}', refuses=ValueError),
+    "text": Reader(read=lambda data, _: shown(data.decode(errors="replace")), accepted=b"a\x1b[2J", refuses=()),
+    "manifest": Reader(
+        read=lambda data, _: Manifest.from_bytes(data), accepted=MANIFEST.to_bytes(), refuses=RefusedError
+    ),
+    "commit": Reader(read=lambda data, _: Commit.from_bytes(data), accepted=COMMIT.to_bytes(), refuses=RefusedError),
+    "snapshot": Reader(
+        read=lambda data, _: Snapshot.from_bytes(data), accepted=SNAPSHOT.to_bytes(), refuses=RefusedError
+    ),
+    "revocation": Reader(
+        read=lambda data, _: Revocation.from_bytes(data), accepted=REVOCATION.to_bytes(), refuses=RefusedError
+    ),
+    "exit": Reader(read=lambda data, _: Exit.from_bytes(data), accepted=LEFT.to_bytes(), refuses=RefusedError),
+    "agreement": Reader(
+        read=lambda data, _: Agreement.from_bytes(data), accepted=AGREEMENT.to_bytes(), refuses=RefusedError
+    ),
+    "amendment": Reader(
+        read=lambda data, _: Amendment.from_bytes(data).new_key, accepted=AMENDMENT.to_bytes(), refuses=RefusedError
+    ),
+    "acceptance": Reader(
+        read=lambda data, _: Acceptance.from_bytes(data), accepted=ACCEPTANCE.to_bytes(), refuses=RefusedError
+    ),
+    "group key": Reader(read=read_group_key, accepted=GROUP_KEY.to_bytes(), refuses=RefusedError),
+    "sealed payload": Reader(
+        read=from_file(lambda file: sealer(OPERATOR).open(file, PLACE), "000017.safetensors"),
+        accepted=sealed_payload(),
+        refuses=RefusedError,
+    ),
+    "public key": Reader(
+        read=lambda data, _: PublicKey.parse(data.decode(errors="replace")), accepted=KEY, refuses=ConfigError
+    ),
+    "rollback": Reader(
+        read=lambda data, _: Rollback.from_bytes(data),
+        accepted=ROLLBACK.to_bytes(),
+        refuses=RefusedError,
+    ),
+    "contract": Reader(
+        read=lambda data, _: read_contract(data, "store"),
+        accepted=first_contract({"format": FORMAT, "run_id": ""}),
+        refuses=ConfigError,
+    ),
+    "payload": Reader(
+        read=from_file(read_payload, "p.safetensors"),
+        accepted=payload(),
+        refuses=(SafetensorError, ValueError, RefusedError),
+    ),
+    "packed split": Reader(
+        read=from_file(lambda file: read_manifest(file.parent), "manifest.json"),
+        accepted=json.dumps(SPLIT).encode(),
+        refuses=ConfigError,
+    ),
+    "tokenizer": Reader(
+        read=from_file(tokenizer_sha256, "tokenizer.json"), accepted=b'{"model": {"type": "BPE"}}', refuses=ConfigError
+    ),
+    "counts": Reader(read=from_file(read_counts, "c.tsv"), accepted=b'# {"format": 1}\n"a"\t3\n', refuses=ConfigError),
+    "configuration": Reader(
+        read=from_file(lambda file: load_config([file]), "run.yaml"),
+        accepted=b"name: run\nmodel: {config: {model_type: llama}}\nsilos: {a: {data: [x]}}\ninner: {num_steps: 500}\n",
+        refuses=ConfigError,
+    ),
+    "status": Reader(
+        read=from_file(lambda file: print_status(str(file.parent)), "contract.json"),
+        accepted=first_contract({"format": FORMAT, "run_id": "", "roster": ["alpha"], "outer": {"num_fragments": 1}}),
+        refuses=ConfigError,
+    ),
+} | {
+    name: Reader(read=lambda data, _, word=word: word.from_bytes(data), accepted=word.to_bytes(), refuses=RefusedError)
+    for name, word in WORDS.items()
+}
+
+SNIPPETS = [
+    *(b"[" * 5000, b'{"a":' * 3000, b"1e999", b"NaN", b"-1", b"9" * 400, b"null", b"\\ud800"),
+    *(b"\xff\xfe", b"\x00", b'"', b"}", b"\n", b"\x1b[2J", b"\xe2\x80\xae"),
+    *(b"${oc.env:HOME}", b"!!python/object:os.system", b"../.."),
+]
