@@ -20,6 +20,8 @@ from pretrain.aggregate import Aggregator, OuterState
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.config.load import save_config
 from pretrain.exchange.store import StoreExchange
+from pretrain.federation.contract import Agreed, rotate
+from pretrain.federation.exit import write_bundle
 from pretrain.federation.export import exported_digest
 from pretrain.federation.revoke import Revoked, Revoker
 from pretrain.outer.digest import digest_tensors
@@ -28,6 +30,8 @@ from tests.conftest import TinyConfig
 from tests.support import TinyText, one_line_error
 from tests.unit.federation.test_verify import INT4, files, signed
 from tests.unit.test_aggregate import GOOD, Tensors, fragment_names, one_version, plus_noise, start
+from tests.unit.test_contract_amended import make_version, propose
+from tests.unit.test_contract_amended import sign as agree_to
 from tests.unit.test_sealed import advance as advance_sealed
 from tests.unit.test_sealed import make as sealed_run
 from tests.unit.test_signed import as_member, begin, manifest_file, sign_delivery
@@ -323,3 +327,22 @@ def test_sealed_deliveries_take_the_operators_key(tmp_path: Path, tiny_config: T
         assert said.exit_code == 0, said.output
         digests.append(json.loads(said.stdout)["record"]["parameters_digest"])
     assert digests[0] == digests[1]
+
+
+def test_an_amended_run_goes_by_what_held_at_each_version(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    """Another learning rate and another key of alpha's from version 3 on: merged again so, signed so, left so."""
+    config = signed(tiny_config, tmp_path, outer=INT4, exchange=EXCHANGE, membership={"quorum": 1})
+    aggregator, state = begin(config)
+    propose(config, "alpha", 3, "outer.lr=0.25")
+    assert agree_to(config, "beta") == []
+    rotate(Agreed.at(config.store_url), "alpha", Path(config.directory) / "keys", 3)
+    while state.version < 4:
+        make_version(config, aggregator, state)
+    save_config(config, Path(config.directory) / "config.yaml")
+    found = revoked(config, tmp_path / "scratch", first=2)  # and its own history comes to the digests of its commits
+    assert found.record.to_version == 4
+    said = command(config.directory, "--from", 2, "--sign", "--silo", "alpha")
+    assert said.exit_code == 0, said.output
+    assert "signed by alpha; not by aggregator, beta\n" in command(config.directory, "--check").stdout
+    write_bundle(config, "alpha", tmp_path / "bundle", tell=lambda line: None)
+    assert CliRunner().invoke(cli.app, ["verify", str(tmp_path / "bundle")]).exit_code == 0
