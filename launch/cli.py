@@ -8,7 +8,9 @@ import typer
 
 from data_tools.cli import app as data_app
 from launch.contract import app as contract_app
+from launch.exit import leave_with_proof
 from launch.keys import app as keys_app
+from launch.revoke import revoke
 from launch.verify import verify
 from pretrain.config.check import ConfigError, check_url, named
 from pretrain.config.keys import RunConfig
@@ -28,6 +30,8 @@ app.add_typer(data_app, name="data")
 app.add_typer(keys_app, name="keys")
 app.add_typer(contract_app, name="contract")
 app.command()(verify)
+app.command("exit")(leave_with_proof)
+app.command()(revoke)
 
 Config = Annotated[list[Path], typer.Option("--config", "-c", help="YAML file; several are merged in order.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, merged last.")]

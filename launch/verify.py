@@ -1,52 +1,81 @@
-"""`atoll verify`: what a store says happened, checked by somebody who trusts nobody."""
+"""`atoll verify`: what a store or a bundle says happened, checked by somebody who trusts nobody."""
 
 import dataclasses
 import json
 import tempfile
-from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pretrain.config.paths import expand_home
+from pretrain.host.foreign import shown
+
+if TYPE_CHECKING:
+    from pretrain.federation.bundle import VerifiedBundle
+    from pretrain.federation.verify import Verified
+
 
 def verify(
-    where: Annotated[str, typer.Argument(help="URL of the store, or a run directory with one in it.")],
+    where: Annotated[str, typer.Argument(help="URL of the store, a run directory with one in it, or a bundle.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
     key: Annotated[Path | None, typer.Option(help="The operator's private key; that of the run directory.")] = None,
 ) -> None:
     """Check every signature, hash and digest of a store, and merge again every version whose deliveries are there.
 
-    Exit code 0 if all is as it should be, 1 if not. Nothing is written into the store, and no key is needed, but to
-    merge again where deliveries are sealed: without it all else is checked.
+    Of a bundle of `atoll exit` also its list, every file, and the model. Exit code 0 if all is as it should be, 1 if
+    not. Nothing is written there, and no key is needed, but to merge again where deliveries are sealed: without it
+    all else is checked.
 
     [bold]Example:[/bold] atoll verify s3://bucket/run
     """
     from pretrain.exchange.options import reached, store_options
     from pretrain.exchange.store import StoreExchange
-    from pretrain.federation.verify import StoreVerifier
+    from pretrain.federation.bundle import BundleVerifier, VerifiedBundle, is_bundle
+    from pretrain.federation.verify import StoreVerifier, Verified
 
-    url, exchange = reached(where)
-    store = StoreExchange(url, options=store_options(exchange, url), retry_seconds=exchange.retry_seconds)
+    found: Verified | VerifiedBundle
+    directory = Path(expand_home("store", where))
     with tempfile.TemporaryDirectory(prefix="atoll-") as scratch:
-        if not key and (kept := Path(where) / "keys" / "aggregator.key").is_file():
-            key = kept
-        tell = partial(typer.echo, err=True)
-        found = StoreVerifier(store, Path(scratch), tell=tell, key=key).verify()
-    if as_json:
-        print(json.dumps(dataclasses.asdict(found), indent=1))
-    else:
-        pruned = f", {found.num_pruned} are pruned" if found.num_pruned else ""
-        print(f"contract    {'signed by every member' if found.is_signed else 'names no keys: nothing is signed'}")
-        if found.num_amendments:
-            print(f"amendments  {found.num_amendments} in force, with all signatures that they need")
-        again = f"{len(found.merged)} merged again from their deliveries"
-        if found.is_sealed:
-            again = "none merged again: deliveries are sealed, and only --key aggregator.key opens them"
-        print(f"versions    {found.num_versions} in one chain, {again}")
-        print(f"deliveries  {found.num_manifests} manifests; {found.num_payloads} files have their hash{pruned}")
-        for finding in found.findings:
-            version = "" if finding.version is None else f"version {finding.version}: "
-            print(f"WRONG       {version}{finding.name}: {finding.what}")
-        print(f"{len(found.findings)} findings" if found.findings else "all is as it should be")
+        if is_bundle(directory):
+            found = BundleVerifier(directory, Path(scratch), tell=_tell, key=key).verify()
+        else:
+            url, exchange = reached(where)
+            store = StoreExchange(url, options=store_options(exchange, url), retry_seconds=exchange.retry_seconds)
+            if not key and (kept := directory / "keys" / "aggregator.key").is_file():
+                key = kept
+            found = StoreVerifier(store, Path(scratch), tell=_tell, key=key).verify()
+    print(json.dumps(dataclasses.asdict(found), indent=1) if as_json else "\n".join(_lines(found)))
     raise typer.Exit(1 if found.findings else 0)
+
+
+def _tell(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _lines(found: "Verified | VerifiedBundle") -> list[str]:
+    """For people."""
+    from pretrain.federation.verify import Verified
+
+    lines, store = [], found if isinstance(found, Verified) else found.store
+    if not isinstance(found, Verified):
+        contract = found.contract_sha256[:12] or "none"
+        whose = f"of {shown(found.member) or 'nobody'} under contract {contract}"
+        lines.append(f"bundle      {whose}: {found.num_files} files that exit.json lists")
+        lines += [f"missing     {shown(what, limit=1000)}" for what in found.missing]
+    if store:
+        pruned = f", {store.num_pruned} are pruned" if store.num_pruned else ""
+        again = f"{len(store.merged)} merged again from their deliveries"
+        if store.is_sealed:
+            again = "none merged again: deliveries are sealed, and only --key aggregator.key opens them"
+        lines.append(
+            f"contract    {'signed by every member' if store.is_signed else 'names no keys: nothing is signed'}"
+        )
+        if store.num_amendments:
+            lines.append(f"amendments  {store.num_amendments} in force, with all signatures that they need")
+        lines.append(f"versions    {store.num_versions} in one chain, {again}")
+        lines.append(f"deliveries  {store.num_manifests} manifests; {store.num_payloads} files have their hash{pruned}")
+    for finding in found.findings:
+        version = "" if finding.version is None else f"version {finding.version}: "
+        lines.append(f"WRONG       {version}{finding.name}: {finding.what}")
+    return [*lines, f"{len(found.findings)} findings" if found.findings else "all is as it should be"]

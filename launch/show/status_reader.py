@@ -29,6 +29,7 @@ from pretrain.config.keys import (
     RunConfig,
     SiloConfig,
 )
+from pretrain.exchange.signed import SignedStore
 from pretrain.host.foreign import loads, shown
 from pretrain.outer.rounds import participants
 from pretrain.trust.ledger import Commit, Manifest, RefusedError
@@ -40,6 +41,7 @@ IDENTITY = "silos/{}/identity.json"
 BEAT = "silos/{}/beats/#"
 WORD = "silos/{}/membership/#.json"
 MANIFEST = "silos/{}/#/manifest.json"
+AMENDED = "amendments/#.accepted"
 REFUSAL = "silos/{}/{}/refused-#.json"
 COMMIT = "global/{:06d}/commit.json"
 CONTRACT = "contract.json"
@@ -165,7 +167,10 @@ def store_status(url: str, options: Mapping[str, Any] | None = None) -> StoreSta
     if CONTRACT not in store.times:
         raise ConfigError(f"store: {url!r} given; there is no run in it (no contract.json)")
     terms = _terms(content, url)
-    return Reader(store, terms, Voices(content or b"")).status()
+    voices = Voices(content or b"")
+    if store.numbered(AMENDED):
+        voices.follow_amendments(SignedStore(url, options=options))
+    return Reader(store, terms, voices).status()
 
 
 def _terms(stored: bytes | None, url: str) -> RunConfig:

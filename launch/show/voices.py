@@ -4,6 +4,7 @@ import re
 
 from pretrain.config.keys import OPERATOR
 from pretrain.exchange.rollback import Rollback
+from pretrain.exchange.signed import SignedStore
 from pretrain.exchange.words import Beat, Done, Holder, Identity, Membership, Refusal, TermSign, Waiting, Word
 from pretrain.trust.contract import contract_keys
 from pretrain.trust.ledger import Commit, Manifest, Record, RefusedError, sha256_bytes
@@ -33,6 +34,11 @@ class Voices:
         self.members = Members(keys=contract_keys(contract))
         self._contract_sha256 = sha256_bytes(contract)
 
+    def follow_amendments(self, store: SignedStore) -> None:
+        """Go by what has changed since the contract was written, too. Raises ConfigError."""
+        store.read_contract()
+        self.members = store.members
+
     def is_by_author(self, path: str, data: bytes) -> bool:
         """Whether an object is signed by who alone may write it; all are where the contract names no keys."""
         if not self.members.keys:
@@ -42,7 +48,7 @@ class Voices:
         try:
             said = kind.from_bytes(data)
             if isinstance(said, Record):
-                self.members.check(author, said)
+                self.members.check(author, said, version=said.from_version if isinstance(said, Rollback) else None)
                 return not isinstance(said, Commit | Manifest) or self._is_of(path, said)
             self.members.check_bytes(author, "word", said.to_sign(self._contract_sha256, path), said.signature)
         except RefusedError:
@@ -51,4 +57,7 @@ class Voices:
 
     def _is_of(self, path: str, record: Commit | Manifest) -> bool:
         """Whether a record is of this run, and of the version in its path."""
-        return record.contract_sha256 == self._contract_sha256 and record.version == int(path.split("/")[-2])
+        version = int(path.split("/")[-2])
+        terms = self.members.terms_at(version)
+        sha256 = terms.sha256 if terms else self._contract_sha256
+        return record.contract_sha256 == sha256 and record.version == version

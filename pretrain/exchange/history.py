@@ -94,8 +94,8 @@ class History:
             return True
         try:
             snapshot = Snapshot.from_bytes(self._exchange.objects.read(snapshot_path(version)))
-            self._exchange.members.check(OPERATOR, snapshot)
-            if (snapshot.version, snapshot.contract_sha256) != (version, self._exchange.contract_sha256):
+            self._exchange.check(OPERATOR, snapshot)
+            if (snapshot.version, snapshot.contract_sha256) != (version, self._exchange.terms_sha256(version)):
                 raise RefusedError(f"it is of version {snapshot.version}, or of another run")
         except FileNotFoundError:
             return False

@@ -17,6 +17,7 @@
     damaged/000016/NAME                      the silo cannot use version 16; gone when the aggregator has looked
     silos/NAME/resumable/000016              the silo has a checkpoint that holds version 16
     rollbacks/, rolled-back/                 versions that were taken back (rollback.py)
+    revocations/                             who has signed what without a member (revocation.py)
     aggregator/000003.json                   who is the store's one aggregator (lease.py)
     amendments/                              changes of the contract, and who has signed them (amended.py)
     keys/NAME.json                           what silo NAME opens versions with, where payloads are sealed (sealed.py)

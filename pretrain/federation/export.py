@@ -4,7 +4,8 @@ import json
 import math
 import shlex
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from pretrain.silo.model import (
     load_checkpoint,
     token_losses,
 )
-from pretrain.silo.shards import tokenizer_sha256
+from pretrain.silo.shards import atomic_path, tokenizer_sha256
 from pretrain.silo.vocabulary import vocabulary_size
 from pretrain.trust.ledger import RefusedError
 
@@ -46,17 +47,25 @@ def load_global_model(config: RunConfig, version: int | None = None) -> tuple[nn
     Of a run whose one silo trained alone, that silo's final model. Raises ConfigError if there is no such version, or
     its bytes are not what the commit says.
     """
-    vocab_size = vocabulary_size(config.tokenizer_file)
-    model = build_empty(config.model, vocab_size, dtype=torch.float32)
-    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    model, parameters = empty_model(config)
     fill = _fill_from_silo if config.exchange.kind == "none" else _fill_from_store
-    provenance = {
+    return model.eval(), origin(config) | fill(config, parameters, version)
+
+
+def empty_model(config: RunConfig) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The fp32 model of a run, and its trained parameters by name, which are to be filled."""
+    model = build_empty(config.model, vocabulary_size(config.tokenizer_file), dtype=torch.float32)
+    return model, {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def origin(config: RunConfig) -> dict[str, Any]:
+    """What an export says of its run, whatever is exported of it."""
+    return {
         "run": config.name,
         "sequence_tokens": config.sequence_tokens,
         "document_masking": config.document_masking,
         "eval_sequences": _eval_sequences(config),
     }
-    return model.eval(), provenance | fill(config, parameters, version)
 
 
 def _eval_sequences(config: RunConfig) -> int:
@@ -115,10 +124,31 @@ def export_global_model(config: RunConfig, directory: Path, version: int | None 
         raise ConfigError(f"--output: {str(directory)!r} given; it exists already, and nothing is overwritten")
     model, provenance = load_global_model(config, version)
     temporary = directory.with_name(f".{directory.name}.tmp")
-    export(model, config.tokenizer_file, temporary)
-    (temporary / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n")
+    write_export(model, config, provenance, temporary)
     temporary.rename(directory)
     return provenance
+
+
+def write_export(model: nn.Module, config: RunConfig, provenance: dict[str, Any], directory: Path) -> None:
+    """Write a model with its tokenizer, and where it comes from, to a new directory."""
+    export(model, config.tokenizer_file, directory)
+    (directory / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n")
+
+
+@contextmanager
+def writing(directory: Path) -> Iterator[Path]:
+    """A new directory under another name, which has its own when all is in it. Raises ConfigError if it cannot be."""
+    try:
+        with atomic_path(directory) as temporary:
+            yield temporary
+    except OSError as error:
+        raise ConfigError(f"--to: {str(directory)!r} given; it cannot be written: {error.strerror or error}") from None
+
+
+def exported_digest(directory: Path) -> str:
+    """Digest of the parameters that a `transformers` directory holds, as commits have it. Raises ConfigError."""
+    named = load_checkpoint(directory, key="model").named_parameters()
+    return digest_tensors((name, parameter) for name, parameter in named if parameter.requires_grad)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,16 @@ from pretrain.trust.members import own_signer
 
 def say_left(config: RunConfig, silo: str) -> int:
     """Leave word in the store that a stopped silo has left; returns the newest version then. Raises ConfigError."""
+    exchange = check_can_leave(config, silo)
+    if config.silo_directory(silo).is_dir():  # here it runs, if it does
+        lock_directory(config.silo_directory(silo), f"silo {silo}")
+    newest = exchange.newest_version()
+    exchange.announce(silo, left=True, version=newest)
+    return newest
+
+
+def check_can_leave(config: RunConfig, silo: str) -> StoreExchange:
+    """The store in which a silo can say that it has left. Raises ConfigError."""
     if config.exchange.kind != "store":
         raise ConfigError(
             f"exchange.kind: {config.exchange.kind!r} given; a silo can leave only a run through a 'store'"
@@ -28,8 +38,4 @@ def say_left(config: RunConfig, silo: str) -> int:
     if word is None or word.left:
         what = "has left already" if word else "has never joined"
         raise ConfigError(f"--silo: {silo!r} given; this silo {what} in {config.store_url}")
-    if config.silo_directory(silo).is_dir():  # here it runs, if it does
-        lock_directory(config.silo_directory(silo), f"silo {silo}")
-    newest = exchange.newest_version()
-    exchange.announce(silo, left=True, version=newest)
-    return newest
+    return exchange

@@ -44,7 +44,7 @@ class Delivery:
     tensors: Tensors
     norm: float
     base: Mapping[str, Tensor] | None = None
-    """The parameters that it builds on, if it is late; else the newest."""
+    """The parameters that it was coded against, if these are not the newest: it is late, or another history's."""
 
 
 Verify = Callable[[str, bytes, int, threading.Event], Delivery]

@@ -161,7 +161,7 @@ class Merger:
             self._config.outer,
             [delivery.manifest for delivery in deliveries],
             norms=[delivery.norm for delivery in deliveries],
-            staleness=[stale if delivery.base else 1.0 for delivery in deliveries],
+            staleness=[stale if delivery.manifest.version <= state.version else 1.0 for delivery in deliveries],
             pseudo_gradients=([pseudo_gradient(d, name, state, self._config) for d in deliveries] for name in names),
         )
         step, changes = self._take_step(state, deliveries, weights, factors)

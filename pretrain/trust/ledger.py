@@ -61,7 +61,7 @@ class Record:
         check_types(cls, given)
         for name, row_type in (("payloads", Payload), ("contributors", Contributor)):
             if name in given:
-                given[name] = [_read_row(row_type, row) for row in given[name]]
+                given[name] = [read_row(row_type, row) for row in given[name]]
         for name in given.get("metrics", ()):
             if not METRIC.fullmatch(name):
                 raise RefusedError(f"metrics: {shown(repr(name))} given; allowed: {METRIC.pattern}")
@@ -109,7 +109,8 @@ def _fits(value: Any, wanted: Any) -> bool:
     return type(value) is wanted and (wanted is not int or 0 <= value < 1 << 53)
 
 
-def _read_row(row_type: type, row: Any) -> Any:
+def read_row(row_type: type, row: Any) -> Any:
+    """One of several dataclasses in a record of another party. Raises RefusedError."""
     what = row_type.__name__.lower()
     try:
         made = row_type(**row)

@@ -18,7 +18,9 @@ from pretrain.config.keys import OPERATOR, InnerConfig, MembershipConfig, OuterC
 from pretrain.config.load import load_config
 from pretrain.exchange import words
 from pretrain.exchange.payload import Tensors, check_header
+from pretrain.exchange.revocation import Revocation
 from pretrain.exchange.rollback import Rollback
+from pretrain.federation.bundle import Exit, Listed
 from pretrain.host.foreign import loads, shown
 from pretrain.outer.codec import CODECS, check, decoded, encode
 from pretrain.outer.moments import MeanGradient, SecondMoment, check_moments
@@ -123,6 +125,27 @@ WORDS = {
     "beat": words.Beat(lease_seconds=30.0),
     "sign of a term": words.TermSign(nonce="n"),
 }
+REVOCATION = Revocation(
+    contract_sha256="a" * 64,
+    member="beta",
+    from_version=2,
+    to_version=3,
+    commit_sha256="b" * 64,
+    parameters_digest="c" * 64,
+    reason="",
+    signer="alpha",
+)
+LEFT = Exit(
+    contract_sha256="a" * 64,
+    member="alpha",
+    version=3,
+    commit_sha256="b" * 64,
+    parameters_digest="c" * 64,
+    software=["torch 2.9"],
+    asked=["model"],
+    missing=[],
+    files=[Listed(path="store/contract.json", blake3="d" * 64, num_bytes=1)],
+)
 SHARD = shards.Shard(file="shard-00000.bin", num_tokens=2, sha256="b" * 64)
 SPLIT = shards.Manifest(
     tokenizer_sha256="a" * 64,
@@ -177,6 +200,10 @@ READERS: dict[str, Reader] = {
     "snapshot": Reader(
         read=lambda data, _: Snapshot.from_bytes(data), accepted=SNAPSHOT.to_bytes(), refuses=RefusedError
     ),
+    "revocation": Reader(
+        read=lambda data, _: Revocation.from_bytes(data), accepted=REVOCATION.to_bytes(), refuses=RefusedError
+    ),
+    "exit": Reader(read=lambda data, _: Exit.from_bytes(data), accepted=LEFT.to_bytes(), refuses=RefusedError),
     "agreement": Reader(
         read=lambda data, _: Agreement.from_bytes(data), accepted=AGREEMENT.to_bytes(), refuses=RefusedError
     ),

@@ -284,7 +284,7 @@ def test_a_rotated_key_signs_from_its_version_on(make: Callable[..., RunConfig],
     # A word of the old key counts on: beta replaced it itself.
     word = Membership(left=False, version=0)
     name = "silos/beta/membership/000000.json"
-    old = load_signer(keys / "beta.key").sign("word", exchange._said_there(name, word))
+    old = load_signer(keys / "beta.key").sign("word", word.to_sign(exchange.contract_sha256, name))
     exchange.objects.write(name, dataclasses.replace(word, signature=old).to_bytes())
     assert exchange.membership("beta") == word
 

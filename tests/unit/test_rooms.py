@@ -15,7 +15,7 @@ ALL_FILES = sorted(path for folder in OURS for path in (ROOT / folder).rglob("*.
 
 # The floors, from the top down: a room (a folder, or a file beside the folders) imports its own files and lower rooms.
 FLOORS = (
-    *("launch.cli", "launch.demo", "launch.keys", "launch.contract", "launch.verify"),
+    *("launch.cli", "launch.demo", "launch.exit", "launch.keys", "launch.contract", "launch.revoke", "launch.verify"),
     *("launch.compare", "launch.start", "launch.show"),
     "data_tools",
     *("pretrain.train", "pretrain.aggregate"),

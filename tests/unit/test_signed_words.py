@@ -274,9 +274,10 @@ def test_status_shows_what_is_signed_alone(store: Path, config: RunConfig) -> No
 
 MANIFEST = json.dumps(
     {
-        "format": 2,
+        "format": 3,
         "signature": None,
         "contract_sha256": "0" * 64,
+        "cosigned": "",
         "silo": "alpha",
         "version": 1,
         "base_version": 0,

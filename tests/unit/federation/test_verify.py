@@ -89,8 +89,9 @@ def test_what_is_pruned_is_counted_and_the_rest_is_merged_again(tmp_path: Path, 
 def test_deliveries_are_kept_as_long_as_the_contract_says(tmp_path: Path, tiny_config: TinyConfig) -> None:
     few = {"snapshot_versions": 1, "keep_versions": 1}
     config = signed(tiny_config, tmp_path, exchange=few, trust={"keep_deliveries": 3})
+    advance(config, 1)
     for silo in config.full_roster:
-        StoreExchange(config.store_url).mark_resumable(silo, 9)
+        as_member(config, silo).mark_resumable(silo, 9)
     advance(config, 6)
     found = verified(config, tmp_path / "scratch")
     assert (found.findings, found.merged) == ([], [4, 5, 6])
