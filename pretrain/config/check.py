@@ -190,15 +190,16 @@ def _check_muon_silo(name: str, zero: dict[str, Any]) -> None:
 
 
 def _check_trust(config: RunConfig) -> None:
-    keys, members = config.trust.keys, {*config.full_roster, OPERATOR}
+    keys, kind = config.trust.keys, config.exchange.kind
     if not keys:
         return
-    kind = config.exchange.kind
-    _require(kind == "store", "trust.keys", sorted(keys), f"none with exchange.kind={kind}, where nothing is signed")
+    _require(kind != "none", "trust.keys", sorted(keys), "none with exchange.kind=none, where nobody else is")
+    operator = {OPERATOR} if kind == "store" else set()  # a collective has none
+    members = {*config.full_roster} | operator
     if missing := sorted(members - keys.keys()):
         raise ConfigError(
-            f"trust.keys: none given of {named(missing)}; allowed: one of every silo of the roster and of "
-            f"{OPERATOR}, or none at all"
+            f"trust.keys: none given of {named(missing)}; allowed: one of every silo of the roster"
+            f"{f' and of {OPERATOR}' if operator else ''}, or none at all"
         )
     if unknown := sorted(keys.keys() - members):
         raise ConfigError(f"trust.keys: one of {named(unknown)} given; allowed: {named(sorted(members))}")
