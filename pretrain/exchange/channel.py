@@ -182,9 +182,9 @@ class Credentials:
         """Find out who came, and name the channel so. Raises BrokenError."""
         channel.shake_hands()
         challenge = os.urandom(CHALLENGE_BYTES)
+        said = channel.receive_frame(GREETING_BYTES, HANDSHAKE_SECONDS)
         channel.send_frame(self.passport.to_bytes(), HANDSHAKE_SECONDS)
         channel.send_frame(challenge, HANDSHAKE_SECONDS)
-        said = channel.receive_frame(GREETING_BYTES, HANDSHAKE_SECONDS)
         greeting = channel.receive_frame(GREETING_BYTES, HANDSHAKE_SECONDS)
         try:
             theirs = self._read(said)
@@ -217,15 +217,15 @@ class Credentials:
 
     def _introduce(self, channel: Channel, silo: str, lane: int, purpose: bytes) -> None:
         channel.shake_hands()
+        ours = self.passport.to_bytes()
+        channel.send_frame(ours, HANDSHAKE_SECONDS)
         theirs = self._read(channel.receive_frame(GREETING_BYTES, HANDSHAKE_SECONDS))
         if (theirs.silo, theirs.lane) != (silo, lane):
             raise RefusedError(f"{shown(theirs.silo)}, lane {theirs.lane}, is there, and not {silo}, lane {lane}")
         if theirs.certificate != channel.certificate:
             raise RefusedError(f"the passport of {silo} came with another certificate than its own")
         challenge = channel.receive_frame(GREETING_BYTES, HANDSHAKE_SECONDS)
-        ours = self.passport.to_bytes()
         proof = self._key.sign(_proven(challenge, theirs, ours, purpose))
-        channel.send_frame(ours, HANDSHAKE_SECONDS)
         channel.send_frame(proof + purpose, HANDSHAKE_SECONDS)
         answer = channel.receive_frame(GREETING_BYTES, HANDSHAKE_SECONDS)
         if answer != WELCOME:

@@ -94,7 +94,11 @@ class Collective:
         except BrokenError as error:
             if self._said != str(error):
                 self._said = str(error)
-                print(f"waiting for silo {self.roster[0]}: {self.url} is of no use yet: {error}", flush=True)
+                print(
+                    f"waiting for silo {self.roster[0]}: {self.url} does not take us: {error}; trust.keys, name and "
+                    "run_id have to be the same in all silos",
+                    flush=True,
+                )
             return False
         try:
             taken = board.claim(f"member/{self.silo}", identity)

@@ -36,6 +36,8 @@ class Listener:
     def close(self, *, everything: bool = True) -> None:
         """Take nobody more; and with `everything`, end whom it serves."""
         self._closing.set()
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes who accepts
         self._accepting.join()
         with self._lock:
             ending = [*self._half_open, *(self._channels if everything else ())]
@@ -50,7 +52,7 @@ class Listener:
                 except TimeoutError:
                     pass
                 except OSError:  # no file left, or who came is gone
-                    time.sleep(0.1)
+                    self._closing.wait(0.1)
                 else:
                     self._begin(connection, address[0])
                 self._drop_the_slow()
