@@ -166,7 +166,8 @@ class Collective:
                 self._pause(seconds)
                 seconds = min(2 * seconds, ASK_SECONDS)
             self.missing = []
-            return {silo: (self._board.get(key) or "").encode() for silo, key in keys.items()}
+            others = {silo: (self._board.get(key) or "").encode() for silo, key in keys.items() if silo != self.silo}
+            return {silo: others.get(silo, words.encode()) for silo in self.roster}
         except BrokenError as error:
             raise PeerLostError(self._host_is_gone(error)) from None
 

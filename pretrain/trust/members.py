@@ -14,7 +14,7 @@ R = TypeVar("R", bound=Record)
 
 @dataclass(kw_only=True)
 class Members:
-    """Who may write what into a store. Without keys nothing is signed, and nothing is asked for."""
+    """Who may write what into a store, or talk to us. Without keys nothing is signed, and nothing is asked for."""
 
     keys: dict[str, PublicKey] = field(default_factory=dict)
     """By the name of a silo, or `OPERATOR`."""
