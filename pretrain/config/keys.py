@@ -198,8 +198,8 @@ class TrustConfig:
     """Who signs what is written into a store, and whom the silos of a collective talk to."""
 
     keys: dict[str, str] = field(default_factory=dict)
-    """Public key of every silo of the roster and of `aggregator` (in a collective there is none), as `atoll keys new` says
-    it; part of the contract. Empty: nothing is signed, but by a launch of all silos, which makes the keys itself."""
+    """Public key of every silo of the roster and, unless in a collective, of `aggregator`, as `atoll keys new` says it;
+    part of the contract. Empty: nothing is signed, but by a launch of all silos, which makes the keys itself."""
     directory: str = ""
     """Where this machine has the private keys, NAME.key; empty: `keys` inside the run directory."""
     key_command: list[str] = field(default_factory=list)

@@ -11,6 +11,8 @@ from pretrain.config.keys import RunConfig
 from pretrain.exchange.board import Words
 from pretrain.exchange.lane import PeerLostError
 from pretrain.sync.among_silos import AmongSilos
+from pretrain.sync.own_ledger import OwnLedger
+from pretrain.trust.contract import build_contract
 from pretrain.trust.members import with_keys
 from tests.conftest import TinyConfig
 from tests.support import free_port
@@ -23,7 +25,9 @@ def config(tmp_path: Path, tiny_config: TinyConfig) -> RunConfig:
 
 
 def meet(configs: dict[str, RunConfig]) -> dict[str, Future[None]]:
-    """All join, and leave whatever came of it."""
+    """All join, and leave whatever came of it. Their ledgers begin before: one process draws one model at a time."""
+    for silo, config in configs.items():
+        OwnLedger(config, silo).open(build_contract(config))
 
     def take_part(silo: str, config: RunConfig) -> None:
         among = AmongSilos(config, silo, None)
