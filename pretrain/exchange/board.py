@@ -82,10 +82,11 @@ class Words:
             except GoneError:
                 channel.close()
                 return
-            channel.send_frame(json.dumps(_answer(board, asked), ensure_ascii=False).encode(), seconds)
+            channel.send_frame(json.dumps(answer(board, asked), ensure_ascii=False).encode(), seconds)
 
 
-def _answer(board: "OwnBoard", asked: bytes) -> Any:
+def answer(board: "OwnBoard", asked: bytes) -> Any:
+    """What a silo gets that asks so; see `Board`. Raises BrokenError."""
     try:
         match loads(asked):
             case ["set", str(key), str(words)]:

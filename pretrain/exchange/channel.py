@@ -31,7 +31,7 @@ from pretrain.host.foreign import shown
 from pretrain.trust.ledger import Record, RefusedError
 from pretrain.trust.members import Members
 
-HANDSHAKE_SECONDS = 10.0
+CONNECT_SECONDS, HANDSHAKE_SECONDS = 5.0, 10.0
 PIECE_BYTES = 4 << 20  # a peer that passes less than one in the time that it has is gone
 GREETING_BYTES = 4096  # of any frame before both know each other
 CHALLENGE_BYTES, PROOF_BYTES, LENGTH_BYTES = 32, 64, 4
@@ -201,7 +201,7 @@ class Credentials:
 
     def dial(self, host: str, port: int, silo: str, *, lane: int = 0, purpose: str) -> Channel:
         """A channel to a silo's process, which listens there. Raises OSError if nobody does, BrokenError."""
-        connection = socket.create_connection((host, port), HANDSHAKE_SECONDS)
+        connection = socket.create_connection((host, port), CONNECT_SECONDS)
         if self._client:
             connection = self._client.wrap_socket(connection, do_handshake_on_connect=False)
         channel = Channel(connection)

@@ -65,7 +65,12 @@ class Listener:
             return
         with self._lock:
             self._half_open[channel] = time.monotonic()
-        threading.Thread(target=self._talk, args=(channel, address), daemon=True, name="member").start()
+        try:
+            threading.Thread(target=self._talk, args=(channel, address), daemon=True, name="member").start()
+        except RuntimeError:  # no thread left
+            with self._lock:
+                del self._half_open[channel]
+            channel.close()
 
     def _drop_the_slow(self) -> None:
         with self._lock:

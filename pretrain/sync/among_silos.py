@@ -122,7 +122,7 @@ class AmongSilos:
     def join(self) -> None:
         """Wait for all silos; compare contracts and ledgers."""
         if not self._config.trust.keys:
-            print("trust.keys: none given; whoever reaches the ports of the collective may read and speak for all")
+            print("trust.keys: none given; whoever reaches the collective's ports may speak for all", flush=True)
         ours = build_contract(self._config)
         self._ledger.open(ours)
         with self._passing, self._naming_the_lost():

@@ -23,6 +23,8 @@ from launch.show.status import print_status
 from pretrain.config.check import ConfigError
 from pretrain.config.load import load_config
 from pretrain.exchange import words
+from pretrain.exchange.board import Words, answer
+from pretrain.exchange.channel import BrokenError, Passport
 from pretrain.exchange.payload import Tensors, check_header
 from pretrain.exchange.rollback import Rollback
 from pretrain.host.foreign import loads, shown
@@ -106,6 +108,7 @@ SPLIT = {
     "shards": [{"file": "shard-00000.bin", "num_tokens": 2, "sha256": "b" * 64}],
 }
 SNAPSHOT = Snapshot(contract_sha256="a" * 64, version=1, commit_sha256="b" * 64, payloads=[])
+PASSPORT = Passport(run="run", silo="alpha", lane=0, certificate="a" * 64, key="b" * 64, signature="c" * 86)
 AGREEMENT = Agreement(contract_sha256="a" * 64, member="alpha", signature="c" * 86)
 # Of the seeds 9d61b19d... (RFC 8032, 7.1, test 1) and 77076d0a... (RFC 7748, 6.1).
 KEY = PublicKey(
@@ -124,6 +127,14 @@ READERS: dict[str, Reader] = {
     ),
     "agreement": Reader(
         read=lambda data, _: Agreement.from_bytes(data), accepted=AGREEMENT.to_bytes(), refuses=RefusedError
+    ),
+    "passport": Reader(
+        read=lambda data, _: Passport.from_bytes(data), accepted=PASSPORT.to_bytes(), refuses=RefusedError
+    ),
+    "request to the board": Reader(
+        read=lambda data, _: answer(Words(["alpha"]).of("alpha"), data),
+        accepted=b'["set", "said/1/alpha", "words"]',
+        refuses=BrokenError,
     ),
     "public key": Reader(
         read=lambda data, _: PublicKey.parse(data.decode(errors="replace")), accepted=KEY, refuses=ConfigError
@@ -195,7 +206,8 @@ def inputs(draw: st.DrawFn, accepted: bytes) -> bytes:
         except ValueError:
             kind = "places"
         else:
-            found[draw(st.sampled_from(sorted(found)))] = draw(VALUES)
+            keys = sorted(found) if isinstance(found, dict) else range(len(found))
+            found[draw(st.sampled_from(keys))] = draw(VALUES)
             return json.dumps(found).encode()
     data = bytearray(accepted)
     for _ in range(draw(st.integers(1, 3))):
