@@ -7,7 +7,7 @@ send at once, each in a thread of its own, and neither has to wait for the other
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from urllib.parse import urlsplit
 
@@ -115,8 +115,8 @@ class Lane:
         """
         work: dict[Future[None], int] = {}
         for peer in self._peers:
-            work[self._begin(self._receive, peer, into[peer])] = peer
-            work[self._begin(self._send, peer, out[peer])] = peer
+            work[self._pool.submit(self._receive, peer, into[peer])] = peer
+            work[self._pool.submit(self._send, peer, out[peer])] = peer
         done, passing = wait(work, return_when=FIRST_EXCEPTION)
         broken = [(work[future], error) for future in done if (error := future.exception())]
         if broken:  # nobody waits for the rest
@@ -127,9 +127,6 @@ class Lane:
             if not isinstance(error, BrokenError):
                 raise error
             raise PeerLostError(f"silo {self._roster[peer]} is lost: {error}")
-
-    def _begin(self, passing: Callable[..., None], *arguments: object) -> Future[None]:
-        return self._pool.submit(passing, *arguments)
 
     def _send(self, peer: int, parts: Sequence[Tensor]) -> None:
         """The only place at which bytes of a silo's parameters leave it."""

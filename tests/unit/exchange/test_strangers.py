@@ -2,6 +2,7 @@
 
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -145,6 +146,50 @@ def test_who_serves_with_a_passport_that_was_seen_is_found_out(signed: Served) -
     with pytest.raises(BrokenError, match=r"^the passport of alpha came with another certificate than its own$"):
         credentials("beta").dial("127.0.0.1", false.port, "alpha", purpose="words")
     false.close()
+
+
+class Between:
+    """Somebody in the network between a silo and a port, who sees all and may change one byte."""
+
+    def __init__(self, port: int, *, changes: int = -1) -> None:
+        self.seen, self._changes = b"", changes
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.port = self._server.getsockname()[1]
+        self._beyond = socket.create_connection(("127.0.0.1", port))
+        threading.Thread(target=self._pass_all, daemon=True).start()
+
+    def _pass_all(self) -> None:
+        near, _ = self._server.accept()
+        threading.Thread(target=self._pass, args=(self._beyond, near, -1), daemon=True).start()
+        self._pass(near, self._beyond, self._changes)
+
+    def _pass(self, source: socket.socket, target: socket.socket, changes: int) -> None:
+        passed = 0
+        with suppress(OSError):
+            while data := source.recv(65536):
+                if passed <= changes < passed + len(data):
+                    at = changes - passed
+                    data = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+                passed, self.seen = passed + len(data), self.seen + data
+                target.sendall(data)
+        with suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
+
+
+def test_who_is_in_between_reads_nothing_and_changes_nothing(served: Served) -> None:
+    between = Between(served.port)
+    gamma = FarBoard(
+        credentials("gamma", keys=served.is_signed).dial("127.0.0.1", between.port, "alpha", purpose="words"), seconds=5
+    )
+    gamma.set("said/1/gamma", "of no concern to others")
+    assert served.beta.get("said/1/gamma") == "of no concern to others"
+    assert (b"of no concern" in between.seen) == (not served.is_signed)  # else it is found where it must not be
+    assert (b"gamma" in between.seen) == (not served.is_signed)
+    if not served.is_signed:
+        return
+    for changes in range(0, 800, 100):  # of what the client says until it is in
+        with pytest.raises(BrokenError):
+            credentials("gamma").dial("127.0.0.1", Between(served.port, changes=changes).port, "alpha", purpose="words")
 
 
 def test_a_member_writes_in_its_own_name_alone(served: Served) -> None:
