@@ -105,6 +105,15 @@ def test_silence_is_noticed_in_the_stated_time(silos: list[Collective]) -> None:
         beta.share("version 3", "")
 
 
+def test_the_end_of_the_silo_that_keeps_the_words_is_noticed(silos: list[Collective], url: str) -> None:
+    alpha, beta, gamma = silos
+    assert alpha._listener
+    alpha._listener.close()  # as the end of its process does
+    with pytest.raises(PeerLostError, match=rf"^silo alpha is lost: nobody serves {url} any more: the connection was "):
+        beta.share("version 3", "")
+    wait_for(lambda: gamma.lost.startswith("silo alpha is lost: nobody serves "))
+
+
 def test_a_loop_that_stands_still_is_hung(url: str) -> None:
     made = [
         Collective(url, ROSTER[:2], silo, lambda silo=silo: credentials(silo), dead_seconds=60.0, hung_seconds=2.0)
