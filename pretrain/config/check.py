@@ -191,7 +191,7 @@ def _check_muon_silo(name: str, zero: dict[str, Any]) -> None:
 
 
 def _check_trust(config: RunConfig) -> None:
-    keys, members, amend = config.trust.keys, {*config.full_roster, OPERATOR}, config.trust.amend
+    keys, amend = config.trust.keys, config.trust.amend
     most = len(config.full_roster)
     fits = amend in ("all", *map(str, range(1, most + 1)))
     _require(fits, "trust.amend", amend, f"all, or 1 to the {most} silos of the roster")
@@ -202,11 +202,13 @@ def _check_trust(config: RunConfig) -> None:
         fits = not seal or config.full_roster == sorted(config.silos)
         _require(fits, "trust.seal", seal, "false without trust.keys: it is the members' keys that seal")
         return
-    _require(kind == "store", "trust.keys", sorted(keys), f"none with exchange.kind={kind}, where nothing is signed")
+    _require(kind != "none", "trust.keys", sorted(keys), "none with exchange.kind=none, where nobody else is")
+    operator = {OPERATOR} if kind == "store" else set()  # a collective has none
+    members = {*config.full_roster} | operator
     if missing := sorted(members - keys.keys()):
         raise ConfigError(
-            f"trust.keys: none given of {named(missing)}; allowed: one of every silo of the roster and of "
-            f"{OPERATOR}, or none at all"
+            f"trust.keys: none given of {named(missing)}; allowed: one of every silo of the roster"
+            f"{f' and of {OPERATOR}' if operator else ''}, or none at all"
         )
     if unknown := sorted(keys.keys() - members):
         raise ConfigError(f"trust.keys: one of {named(unknown)} given; allowed: {named(sorted(members))}")

@@ -195,11 +195,11 @@ class ExchangeConfig:
 
 @dataclass(kw_only=True)
 class TrustConfig:
-    """Who signs what is written into a store."""
+    """Who signs what is written into a store, and whom the silos of a collective talk to."""
 
     keys: dict[str, str] = field(default_factory=dict)
-    """Public key of every silo of the roster and of `aggregator`, as `atoll keys new` says it; part of the contract.
-    Empty: nothing is signed, but by a local launch of all silos, which makes the keys itself."""
+    """Public key of every silo of the roster and, unless in a collective, of `aggregator`, as `atoll keys new` says it;
+    part of the contract. Empty: nothing is signed, but by a launch of all silos, which makes the keys itself."""
     keep_deliveries: int = 0
     """Of so many of the newest versions the operator keeps all deliveries, for `atoll verify` to merge them again; part
     of the contract. `exchange.keep_versions` may be more."""

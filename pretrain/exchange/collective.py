@@ -1,114 +1,58 @@
 """The collective exchange: silos that find each other at one address and pass bytes among themselves, no aggregator.
 
-Words (who is there, what was agreed, who has left) go through a TCPStore that the first silo of the roster serves;
-bytes go straight from silo to silo over one gloo process group a lane. Lane l connects the ranks l of all silos, so
-that more than one process, and node, of a silo can carry its bytes. For one allocation or one trusted network: nothing
-here is encrypted, and whoever reaches the port can take part. What arrives is bytes of known length and JSON.
+Words (who is there, what was agreed, who has left) go through a board that the first silo of the roster keeps at that
+address (board.py); bytes go straight from silo to silo on lanes (lane.py). With the keys of the roster all of it is
+between members alone (channel.py). Without, nothing is encrypted, and whoever reaches the ports can take part.
 """
 
-import socket
+import errno
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from datetime import timedelta
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from ipaddress import ip_address
 from itertools import count
-from typing import Any
 from urllib.parse import urlsplit
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
-
 from pretrain.config.check import ConfigError
+from pretrain.exchange.board import Board, FarBoard, Words
+from pretrain.exchange.channel import BrokenError, Credentials
+from pretrain.exchange.lane import ASK_SECONDS, Lane, PeerLostError
+from pretrain.exchange.listener import Listener
 from pretrain.exchange.objects import StopWaitingError
 from pretrain.host.foreign import shown
 
-MESSAGE_BYTES = 4 << 20  # a peer that passes less than one in `dead_seconds` counts as dead
-CONNECT_SECONDS = 5.0
-ASK_SECONDS = 0.02
 FIRST_ASK_SECONDS = 0.001  # twice as long each time: words that come at once are not waited for
-
-
-class PeerLostError(Exception):
-    """Another silo has died, hangs, or has left; the message names it."""
-
-
-class Lane:
-    """Passes bytes between the processes that carry the same lane, one in each silo.
-
-    Made by all of them at once; raises PeerLostError.
-    """
-
-    def __init__(
-        self, store: dist.Store, url: str, roster: Sequence[str], silo: str, *, lane: int, dead_seconds: float
-    ) -> None:
-        self._roster, self._me, self._timeout = list(roster), list(roster).index(silo), timedelta(seconds=dead_seconds)
-        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._timeout = self._timeout
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=_own_address(url))]
-        prefixed = dist.PrefixStore(f"lane/{lane}", store)
-        try:
-            self._group = dist.ProcessGroupGloo(prefixed, self._me, len(roster), options)
-        except RuntimeError as error:
-            raise PeerLostError(f"silo {silo} cannot connect lane {lane} with all others: {error}") from None
-
-    def swap(self, out: Sequence[Sequence[Tensor]], into: Sequence[Tensor]) -> None:
-        """Send each silo its bytes, `out`, and fill `into` with theirs, both in the roster's order; ours are left out.
-
-        What is sent may lie in several places, one behind the other for whoever receives it. Raises PeerLostError.
-        """
-        work: list[tuple[int, dist.Work]] = []
-        group: Any = self._group  # torch's types leave send and recv out
-        for peer in (peer for peer in range(len(self._roster)) if peer != self._me):
-            with self._naming(peer):  # of a peer that is known to be gone, nothing more is taken
-                for pass_on, data in ((group.recv, into[peer : peer + 1]), (group.send, out[peer])):
-                    for tag, message in enumerate(messages(data)):
-                        work.append((peer, pass_on([message], peer, tag)))
-        for peer, passing in work:
-            with self._naming(peer):
-                passing.wait(self._timeout)
-
-    @contextmanager
-    def _naming(self, peer: int) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            reason = str(error).split("] ")[-1].split(". ")[0]
-            raise PeerLostError(f"silo {self._roster[peer]} is lost: {reason}") from None
-
-
-def messages(parts: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Bytes that lie in several places, cut after every MESSAGE_BYTES; copied where a cut has more than one place."""
-    waiting: list[Tensor] = []
-    num_bytes = 0
-    for part in parts:
-        done = 0
-        while done < len(part):
-            waiting.append(part[done : done + MESSAGE_BYTES - num_bytes])
-            done, num_bytes = done + len(waiting[-1]), num_bytes + len(waiting[-1])
-            if num_bytes == MESSAGE_BYTES:
-                yield _joined(waiting)
-                waiting, num_bytes = [], 0
-    if waiting:
-        yield _joined(waiting)
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+REASON_CHARACTERS = 1000
+WORDS, WATCH = "words", "watch"  # what channels to the board are for
 
 
 class Collective:
     """One silo's place among all. `share` and `swap` are called by one thread, in the same order in every silo."""
 
-    def __init__(self, url: str, roster: Sequence[str], silo: str, *, dead_seconds: float, hung_seconds: float) -> None:
+    def __init__(
+        self,
+        url: str,
+        roster: Sequence[str],
+        silo: str,
+        credentials: Callable[[], Credentials],
+        *,
+        dead_seconds: float,
+        hung_seconds: float,
+    ) -> None:
+        """`credentials` makes those of this process, once, when all begins."""
         self.url, self.roster, self.silo = url, sorted(roster), silo
         self.lost = ""
         """Why all have to stop, once that is so."""
         self.missing: list[str] = []
         """The silos that we wait for."""
         self._dead_seconds, self._hung_seconds = dead_seconds, hung_seconds
-        self._is_host = silo == self.roster[0]
+        self._is_host, self._make_credentials = silo == self.roster[0], credentials
+        self._credentials: Credentials | None = None
+        self._board: Board | None = None
+        self._words = Words(self.roster)  # the first silo's
+        self._listener: Listener | None = None
+        self._said = ""
         self._moves = 0
         self._closing = threading.Event()
         self._watching = threading.Thread(target=self._watch, daemon=True, name="watch")
@@ -120,16 +64,44 @@ class Collective:
 
         Raises ConfigError if another has our name or our port; StopWaitingError.
         """
-        while not self._take_place(identity):
+        self._credentials = self._make_credentials()
+        if self._is_host:
+            self._listener = self._listen(self._credentials)
+        while not self._take_place(self._credentials, identity):
             self._pause(ASK_SECONDS * 10)
         self._watching.start()
         self.share("here", "")
 
-    def _take_place(self, identity: str) -> bool:
+    def _listen(self, credentials: Credentials) -> Listener:
+        host, port = _where(self.url)
+        serve = lambda channel: self._words.serve(channel, seconds=self._dead_seconds)  # noqa: E731
+        try:
+            try:
+                return Listener(credentials, _interface(host), port, serve, what=self.url)
+            except OSError as error:
+                if error.errno != errno.EADDRNOTAVAIL:
+                    raise
+                return Listener(credentials, "", port, serve, what=self.url)  # it is forwarded to us
+        except OSError as error:
+            raise ConfigError(f"exchange.url: {self.url!r} given; this silo cannot serve it: {error}") from None
+
+    def _take_place(self, credentials: Credentials, identity: str) -> bool:
         """Whether we are in; not if nobody serves the address yet, or an earlier start of ours is not over there."""
         try:
-            self._store = connect(self.url, is_host=self._is_host)
-            taken = self._store.compare_set(f"member/{self.silo}", "", identity).decode()
+            board = self._board = self._reach(credentials, WORDS)
+        except OSError:
+            return False  # nobody is there yet
+        except BrokenError as error:
+            if self._said != str(error):
+                self._said = str(error)
+                print(
+                    f"waiting for silo {self.roster[0]}: {self.url} does not take us: {error}; trust.keys, name and "
+                    "run_id have to be the same in all silos",
+                    flush=True,
+                )
+            return False
+        try:
+            taken = board.claim(f"member/{self.silo}", identity)
             if taken == identity:
                 return True
             if taken.split("/")[0] != identity.split("/", maxsplit=1)[0]:
@@ -137,10 +109,18 @@ class Collective:
                     f"silos: {self.silo!r} given; another run directory takes part under this name at {self.url}; "
                     "choose another name"
                 )
-            self._store.set(f"left/{self.silo}", f"silo {self.silo} was started again")
-        except dist.DistNetworkError:
-            pass
+            board.set(f"left/{self.silo}", f"silo {self.silo} was started again")
+        except BrokenError:
+            pass  # that meeting is over now
+        if isinstance(board, FarBoard):
+            board.close()
         return False
+
+    def _reach(self, credentials: Credentials, purpose: str) -> Board:
+        """The board, for one thread more or less. Raises OSError if nobody is there, BrokenError."""
+        if self._is_host:
+            return self._words.of(self.silo)
+        return reach_board(credentials, self.url, self.roster[0], purpose, seconds=self._dead_seconds)
 
     def close(self, reason: str = "") -> None:
         """Leave. Without a reason all is done, and whoever serves the address waits until all others are, too; with
@@ -149,15 +129,21 @@ class Collective:
         if not self._watching.is_alive():
             self._closing.set()
             return
-        with suppress(dist.DistError):
-            self._store.set(f"left/{self.silo}" if reason else f"done/{self.silo}", reason or "done")
+        assert self._board
+        with suppress(BrokenError):
+            self._board.set(f"{'left' if reason else 'done'}/{self.silo}", reason[:REASON_CHARACTERS] or "done")
             while self._is_host and not reason and not self.lost and not self._all_done():
                 time.sleep(ASK_SECONDS)
         self._closing.set()
         self._watching.join()
+        if isinstance(self._board, FarBoard):
+            self._board.close()
+        if self._listener and not reason:  # else the others can read why, as long as this process is there
+            self._listener.close()
 
     def _all_done(self) -> bool:
-        return self._store.check([f"done/{silo}" for silo in self.roster])
+        assert self._board
+        return all(self._board.have([f"done/{silo}" for silo in self.roster]))
 
     # ---- words and bytes
 
@@ -171,26 +157,35 @@ class Collective:
         Raises PeerLostError, StopWaitingError.
         """
         keys = {silo: f"said/{what}/{silo}" for silo in self.roster}
+        assert self._board
         try:
-            self._store.set(keys[self.silo], words)
+            self._board.set(keys[self.silo], words)
             seconds = FIRST_ASK_SECONDS
-            while missing := [silo for silo, key in keys.items() if not self._store.check([key])]:
+            while missing := self._silent(self._board, keys):
                 self.missing = missing
                 self._pause(seconds)
                 seconds = min(2 * seconds, ASK_SECONDS)
             self.missing = []
-            return {silo: self._store.get(key) for silo, key in keys.items()}
-        except dist.DistError:
-            raise PeerLostError(self._host_is_gone()) from None
+            others = {silo: (self._board.get(key) or "").encode() for silo, key in keys.items() if silo != self.silo}
+            return {silo: others.get(silo, words.encode()) for silo in self.roster}
+        except BrokenError as error:
+            raise PeerLostError(self._host_is_gone(error)) from None
+
+    @staticmethod
+    def _silent(board: Board, keys: dict[str, str]) -> list[str]:
+        return [silo for silo, there in zip(keys, board.have(list(keys.values())), strict=True) if not there]
 
     def forget(self, what: str) -> None:
         """Remove our words on `what`, when all must have heard them."""
-        with suppress(dist.DistError):
-            self._store.delete_key(f"said/{what}/{self.silo}")
+        assert self._board
+        with suppress(BrokenError):
+            self._board.delete(f"said/{what}/{self.silo}")
 
     def first_lane(self) -> Lane:
         """The leader's end of lane 0; returns when all silos have theirs."""
-        return Lane(self._store, self.url, self.roster, self.silo, lane=0, dead_seconds=self._dead_seconds)
+        assert self._board
+        assert self._credentials
+        return Lane(self._board, self._credentials, self.url, self.roster, dead_seconds=self._dead_seconds)
 
     def _pause(self, seconds: float) -> None:
         if self._closing.wait(seconds):
@@ -198,34 +193,41 @@ class Collective:
         if self.lost:
             raise PeerLostError(self.lost)
 
-    def _host_is_gone(self) -> str:
-        return f"silo {self.roster[0]} is lost: nobody serves {self.url} any more"
+    def _host_is_gone(self, why: object) -> str:
+        return f"silo {self.roster[0]} is lost: nobody serves {self.url} any more: {why}"
 
     # ---- liveness
 
     def _watch(self) -> None:
         """Say again and again that we live, and notice who does not."""
+        others = [silo for silo in self.roster if silo != self.silo]
+        heard = {silo: ("", time.monotonic()) for silo in others}  # last beat, and since when it is the same
+        moved = dict(heard)
+        board: Board | None = None
         try:
-            store = connect(self.url, is_host=False)
-            heard = {silo: ("", time.monotonic()) for silo in self.roster}  # last beat, and since when it is the same
-            moved = dict(heard)
+            assert self._credentials
+            board = self._reach(self._credentials, WATCH)
             for beat in count():
-                store.set(f"beat/{self.silo}", f"{beat} {self._moves}")
-                for silo in self.roster:
-                    if silo == self.silo or store.check([f"done/{silo}"]):
+                board.set(f"beat/{self.silo}", f"{beat} {self._moves}")
+                there = iter(board.have([f"{kind}/{silo}" for silo in others for kind in ("done", "left", "beat")]))
+                for silo, is_done, has_left, has_come in zip(others, there, there, there, strict=True):
+                    if is_done:
                         continue
-                    if store.check([f"left/{silo}"]):
-                        raise PeerLostError(shown(store.get(f"left/{silo}").decode(errors="replace")))
-                    if store.check([f"beat/{silo}"]):  # it has come
-                        beats, _, moves = store.get(f"beat/{silo}").decode(errors="replace").partition(" ")
+                    if has_left:
+                        raise PeerLostError(shown(board.get(f"left/{silo}") or f"silo {silo} has left"))
+                    if has_come:
+                        beats, _, moves = (board.get(f"beat/{silo}") or "").partition(" ")
                         self._check_beat(silo, beats, heard, self._dead_seconds, "nothing was heard of it")
                         self._check_beat(silo, moves, moved, self._hung_seconds, "its training did not go on")
                 if self._closing.wait(min(1.0, self._dead_seconds / 5)):
                     return
         except PeerLostError as error:
             self.lost = str(error)
-        except dist.DistError:
-            self.lost = self._host_is_gone()
+        except (OSError, BrokenError) as error:
+            self.lost = self._host_is_gone(error)
+        finally:
+            if isinstance(board, FarBoard):
+                board.close()
 
     @staticmethod
     def _check_beat(silo: str, number: str, last: dict[str, tuple[str, float]], seconds: float, what: str) -> None:
@@ -236,25 +238,24 @@ class Collective:
             raise PeerLostError(f"silo {silo} is lost: {what} for {seconds:g} s")
 
 
-def connect(url: str, *, is_host: bool) -> dist.TCPStore:
-    """A connection to the words of a collective. Raises DistNetworkError if nobody serves the address."""
+def reach_board(credentials: Credentials, url: str, keeper: str, purpose: str, *, seconds: float) -> FarBoard:
+    """The board of a collective, from any process. Raises OSError if nobody serves the address, BrokenError."""
+    host, port = _where(url)
+    return FarBoard(credentials.dial(host, port, keeper, purpose=purpose), seconds=seconds)
+
+
+def _where(url: str) -> tuple[str, int]:
     parts = urlsplit(url)
     assert parts.hostname
     assert parts.port
+    return parts.hostname, parts.port
+
+
+def _interface(host: str) -> str:
+    """Where the first silo listens: at an address that is given as such, else on all interfaces, as a name may mean
+    something else here than to the others.
+    """
     try:
-        return dist.TCPStore(
-            parts.hostname, parts.port, None, is_host, timedelta(seconds=CONNECT_SECONDS), wait_for_workers=False
-        )
-    except dist.DistNetworkError as error:
-        if is_host:
-            raise ConfigError(f"exchange.url: {url!r} given; this silo cannot serve it: {error}") from None
-        raise
-
-
-def _own_address(url: str) -> str:
-    """Our address on the way to `url`: the one at which the others reach us. Sends nothing."""
-    parts = urlsplit(url)
-    family, _, _, _, address = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(address)
-        return probe.getsockname()[0]
+        return str(ip_address(host))
+    except ValueError:
+        return "localhost" if host == "localhost" else ""

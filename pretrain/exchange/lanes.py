@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.exchange.collective import Lane, PeerLostError
+from pretrain.config.check import ConfigError
+from pretrain.exchange.lane import Lane, PeerLostError
 
 OVER = -1
 
@@ -44,9 +45,10 @@ class Lanes:
         return into
 
     def close(self, num_silos: int) -> None:
-        """Tell the other ranks that it is over."""
+        """Tell the other ranks that it is over, and let go of the other silos."""
         for lane in range(1, self._num_lanes):
             dist.send(torch.full((2 * num_silos,), OVER), lane, self._group)
+        self._first.close()
 
 
 def carry(make_lane: Callable[[], Lane], group: dist.ProcessGroup, num_silos: int) -> None:
@@ -59,6 +61,8 @@ def carry(make_lane: Callable[[], Lane], group: dist.ProcessGroup, num_silos: in
         sizes = torch.empty(2 * num_silos, dtype=torch.int64)
         dist.recv(sizes, 0, group)
         if sizes[0] == OVER:
+            if lane:
+                lane.close()
             return
         out_sizes, in_sizes = sizes[:num_silos].tolist(), sizes[num_silos:].tolist()
         out = _receive(sum(out_sizes), 0, group).split(out_sizes)
@@ -67,7 +71,7 @@ def carry(make_lane: Callable[[], Lane], group: dist.ProcessGroup, num_silos: in
         try:
             lane = lane or make_lane()
             lane.swap([[data] for data in out], into)
-        except (PeerLostError, dist.DistError) as lost:
+        except (PeerLostError, ConfigError) as lost:
             error = str(lost).encode()
         dist.send(torch.tensor([len(error)]), 0, group)
         for data in [torch.frombuffer(bytearray(error), dtype=torch.uint8)] if error else into:

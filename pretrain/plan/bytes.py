@@ -21,7 +21,7 @@ from pretrain.outer.pieces import cut_pieces
 from pretrain.outer.quantize import QUANTIZERS
 from pretrain.silo.model import build_without_memory
 from pretrain.silo.vocabulary import vocabulary_size
-from pretrain.sync.among_silos import num_bytes
+from pretrain.sync.packing import num_bytes
 
 Shapes = Mapping[str, torch.Size]
 """Name to shape of trained parameters."""

@@ -134,7 +134,7 @@ def _stage_seconds(config: RunConfig, moved: Traffic, given: Given) -> list[floa
     merging = (MERGE_SECONDS + MERGE_SILO_SECONDS * num_silos + state) * elements
     code, decode = CODE_SECONDS * elements * work, DECODE_SECONDS * elements * work
     if exchange.kind == "collective":
-        trips = WORDS * (2 * num_silos + 1) + 2
+        trips = WORDS * (num_silos + 3) + 2
         words = WORDS * WORD_SECONDS + trips * latency
         return [code, before + after + words + merging / num_silos * work + decode]
     # Aggregator and silo each look once in poll_seconds: half of it on the average.

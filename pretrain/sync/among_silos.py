@@ -21,8 +21,8 @@ The commit of v, whose payload is hashed as it is written, is compared as what v
 """
 
 import dataclasses
+import hashlib
 import json
-import math
 import threading
 import time
 import uuid
@@ -39,10 +39,11 @@ from torch import Tensor
 from pretrain.config.check import ConfigError, named
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.base import Outgoing, Received
-from pretrain.exchange.collective import Collective, Lane, PeerLostError, connect
+from pretrain.exchange.channel import BrokenError, Credentials
+from pretrain.exchange.collective import WORDS, Collective, reach_board
+from pretrain.exchange.lane import Lane, PeerLostError
 from pretrain.exchange.lanes import Lanes, carry
 from pretrain.exchange.payload import Held, Tensors
-from pretrain.host.foreign import loads, shown
 from pretrain.host.identity import own_identity
 from pretrain.host.memory import give_back_memory
 from pretrain.merge.step import Step, shares
@@ -52,11 +53,13 @@ from pretrain.outer.digest import Row, digest_rows, digest_tensors, tensor_rows
 from pretrain.outer.merge import mean_cosine, unit_sum_squared
 from pretrain.outer.moments import Moment, check_lengths, check_moments
 from pretrain.outer.pieces import Piece
-from pretrain.outer.quantize import QUANTIZERS, Parts
+from pretrain.outer.quantize import Parts
 from pretrain.outer.state import OuterTensors
 from pretrain.sync.own_ledger import Kept, OwnLedger, all_pieces
+from pretrain.sync.packing import as_bytes, heard, length, num_bytes, pack, unpack, unpack_moments
 from pretrain.trust.contract import build_contract, check_same_contract, first_contract
-from pretrain.trust.ledger import Commit, Manifest, Payload, RefusedError, sha256_bytes
+from pretrain.trust.ledger import Agreement, Commit, Manifest, Payload, RefusedError, sha256_bytes
+from pretrain.trust.members import Members, own_signer, public_keys
 
 SETTLE_SECONDS = 3.0  # for the watch to find out who broke a connection, and why
 
@@ -71,12 +74,18 @@ class AmongSilos:
         """`lanes` has the silo's ranks that carry bytes, for that alone; None with one lane."""
         self._config, self._silo, self._lane_group = config, silo, lanes
         self._schedule, self._roster, self._index = config.schedule, config.full_roster, config.full_roster.index(silo)
-        self._ledger = OwnLedger(config, silo)
+        self._ledger, self._members = OwnLedger(config, silo), Members(keys=public_keys(config))
         settings = config.exchange
         self._collective = Collective(
-            settings.url, self._roster, silo, dead_seconds=settings.dead_seconds, hung_seconds=settings.hung_seconds
+            settings.url,
+            self._roster,
+            silo,
+            self._credentials,
+            dead_seconds=settings.dead_seconds,
+            hung_seconds=settings.hung_seconds,
         )
         self._lanes: Lanes | None = None
+        self._straight: Lanes | None = None  # the same from leader to leader, without other ranks
         self._carrier: threading.Thread | None = None
         self._passing = threading.Lock()
         self._lost = ""
@@ -102,21 +111,61 @@ class AmongSilos:
 
     # ---- coming and going
 
+    def _credentials(self, lane: int = 0) -> Credentials:
+        """What this process shows to other silos."""
+        config = self._config
+        self._members.signer = own_signer(config, self._silo)
+        run = f"{config.name} {config.run_id}".strip()
+        return Credentials(self._members, run=run, silo=self._silo, lane=lane)
+
     def join(self) -> None:
         """Wait for all silos; compare contracts and ledgers."""
+        if not self._config.trust.keys:
+            print("trust.keys: none given; whoever reaches the collective's ports may speak for all", flush=True)
         ours = build_contract(self._config)
         self._ledger.open(ours)
         with self._passing, self._naming_the_lost():
             directory = self._config.silo_directory(self._silo)
             self._collective.join(f"{own_identity(directory)}/{uuid.uuid4().hex}")
+            agreed = self._members.sign(Agreement(contract_sha256=self._ledger.contract_sha256, member=self._silo))
             facts = {"contract": first_contract(ours).decode(), "newest": self._ledger.newest}
-            shared = self._collective.share("facts", json.dumps(facts))
-            told = {silo: _heard(silo, words, {"contract": str, "newest": int}) for silo, words in shared.items()}
+            shared = self._collective.share("facts", json.dumps(facts | {"agreed": agreed.to_bytes().decode()}))
+            kinds = {"agreed": str, "contract": str, "newest": int}
+            told = {silo: heard(silo, words, kinds) for silo, words in shared.items()}
             check_same_contract(ours, told[self._roster[0]]["contract"].encode(), self._config.exchange.url)
-            self._lanes = Lanes(self._collective.first_lane(), self._config.exchange.num_lanes, self._lane_group)
-            self._catch_up({silo: facts["newest"] for silo, facts in told.items()})
+            for silo, of_silo in told.items():
+                self._check_agreed(silo, of_silo["agreed"].encode())
+            first = self._collective.first_lane()
+            self._straight = Lanes(first, 1, None)
+            self._confirm(shared)
+            self._catch_up({silo: of_silo["newest"] for silo, of_silo in told.items()})
+            self._lanes = Lanes(first, self._config.exchange.num_lanes, self._lane_group)  # with the other ranks
         self._rows, self._kept = self._ledger.load()
         give_back_memory()  # copies of the model that went through our hands
+
+    def _check_agreed(self, silo: str, said: bytes) -> None:
+        """A silo has signed our contract. Raises PeerLostError."""
+        try:
+            agreed = Agreement.from_bytes(said)
+            if (agreed.member, agreed.contract_sha256) != (silo, self._ledger.contract_sha256):
+                raise RefusedError("it has agreed to another contract than this silo")
+            self._members.check(silo, agreed)
+        except RefusedError as error:
+            raise PeerLostError(f"silo {silo}: {error}") from None
+
+    def _share(self, what: str, words: str) -> dict[str, bytes]:
+        """Every silo's words on `what`. Raises PeerLostError."""
+        return self._confirm(self._collective.share(what, words))
+
+    def _confirm(self, told: dict[str, bytes]) -> dict[str, bytes]:
+        """Words that went over the board, which one silo keeps: everybody says the hash of its own straight to all."""
+        hashes = [hashlib.sha256(told[silo]).digest() for silo in self._roster]
+        own, sizes = as_bytes(hashes[self._index]), [len(one) for one in hashes]
+        arrived = self._swap([[own]] * len(hashes), sizes, self._straight)
+        for index, silo in enumerate(self._roster):
+            if index != self._index and arrived[index].numpy().tobytes() != hashes[index]:
+                raise PeerLostError(f"silo {self._roster[0]} passed on what silo {silo} has not said")
+        return told
 
     def _catch_up(self, newest: Mapping[str, int]) -> None:
         """Give the newest version to those that died before they had written it; nobody can be further behind."""
@@ -130,17 +179,16 @@ class AmongSilos:
                     "restore its run directory, or start all silos anew in others"
                 )
         has_it = self._silo in ahead
-        said = self._collective.share("newest", self._ledger.words(last) if has_it else "")
+        said = self._share("newest", self._ledger.words(last) if has_it else "")
         for silo in ahead:
             if said[silo] != said[ahead[0]]:
                 raise ConfigError(f"silos: {ahead[0]!r} and {silo!r} have different versions {last} in their ledgers")
         if behind:
-            assert self._lanes
             commit = Commit.from_bytes(said[ahead[0]])
-            gift = _bytes(self._ledger.payload(last) if self._silo == ahead[0] else b"")
+            gift = as_bytes(self._ledger.payload(last) if self._silo == ahead[0] else b"")
             num_bytes = 0 if has_it else commit.payloads[0].num_bytes
             out = [[gift] if silo in behind else [] for silo in self._roster]
-            arrived = self._lanes.swap(out, [num_bytes if silo == ahead[0] else 0 for silo in self._roster])
+            arrived = self._swap(out, [num_bytes if silo == ahead[0] else 0 for silo in self._roster], self._straight)
             if not has_it:
                 self._ledger.take(commit, arrived[self._roster.index(ahead[0])].numpy().tobytes())
 
@@ -149,8 +197,17 @@ class AmongSilos:
         settings = self._config.exchange
 
         def make_lane() -> Lane:
-            store, dead_seconds = connect(settings.url, is_host=False), settings.dead_seconds
-            return Lane(store, settings.url, self._roster, self._silo, lane=rank, dead_seconds=dead_seconds)
+            credentials, seconds, keeper = self._credentials(rank), settings.dead_seconds, self._roster[0]
+            try:
+                board = reach_board(credentials, settings.url, keeper, WORDS, seconds=seconds)
+            except (OSError, BrokenError) as error:
+                raise PeerLostError(
+                    f"silo {keeper} is lost: lane {rank} does not reach {settings.url}: {error}"
+                ) from None
+            try:
+                return Lane(board, credentials, settings.url, self._roster, dead_seconds=seconds)
+            finally:
+                board.close()
 
         if rank < settings.num_lanes:
             arguments = (make_lane, self._lane_group, len(self._roster))
@@ -188,8 +245,8 @@ class AmongSilos:
             return
         self._collective.close(reason and f"silo {self._silo} {reason}" if reason != self.lost else reason)
         with self._passing:  # whoever passes bytes at this moment ends first
-            if self._lanes:
-                self._lanes.close(len(self._roster))
+            if lanes := self._lanes or self._straight:
+                lanes.close(len(self._roster))
             self._beside.shutdown()
 
     # ---- one version
@@ -224,7 +281,7 @@ class AmongSilos:
 
     def _merge(self, version: int, manifest: Manifest, coded: Held | Tensors, base: Mapping[str, Tensor]) -> Received:
         assert version == self._ledger.newest + 1
-        told = self._collective.share(f"{version}/manifest", manifest.to_bytes().decode())
+        told = self._share(f"{version}/manifest", manifest.to_bytes().decode())
         manifests = self._read_manifests(version, told, digest_rows(self._rows[name] for name in base))
         for what in ("manifest", "merged"):
             self._collective.forget(f"{version - 1}/{what}")  # all have come here, so they have heard it
@@ -233,7 +290,7 @@ class AmongSilos:
         parts, others = self._parts(base), [silo != self._silo for silo in self._roster]
         mine = parts[self._index]
         own = [coded.parts(piece.key) for piece in mine]
-        out = [_pack([coded.parts(p.key) for p in part if other]) for part, other in zip(parts, others, strict=True)]
+        out = [pack([coded.parts(p.key) for p in part if other]) for part, other in zip(parts, others, strict=True)]
         arrived = self._swap(out, [num_bytes(uplink, mine)] * len(parts))
         told_moments, num_moment_bytes = self._swap_moments(coded.moments, base)
         values = {name: torch.empty_like(tensor) for name, tensor in base.items()}
@@ -245,14 +302,14 @@ class AmongSilos:
         shapes = {name: value.shape for name, value in base.items()}
         step = Step(self._config, version, outer, weights=weights, told=told_moments, shapes=shapes, gram=True)
         changes = self._step(step, base, mine, self._unpacked(arrived, uplink, [mine] * len(parts), own), outer)
-        sent, received = sum(map(_length, out)), _length(arrived)
+        sent, received = sum(map(length, out)), length(arrived)
         del arrived  # each of these is a fragment, or a silo's part of one
         keeping = self._beside.submit(self._ledger.keep, version, outer.kept)
 
-        change = _pack(changes)
+        change = pack(changes)
         merged = self._swap([change] * len(parts), [num_bytes(downlink, part) for part in parts])
         values = self._apply(self._unpacked(merged, downlink, parts, changes), parts, base, values)
-        sent, received = sent + _length(change) * sum(others), received + _length(merged)
+        sent, received = sent + length(change) * sum(others), received + length(merged)
         del merged, change, changes
         rows = tensor_rows(values, torch.get_num_threads())
         contributors = [
@@ -289,9 +346,10 @@ class AmongSilos:
                 raise PeerLostError(f"silo {silo}: its part of version {version}: {error}") from None
         return manifests
 
-    def _swap(self, out: Sequence[list[Tensor]], sizes: Sequence[int]) -> list[Tensor]:
-        assert self._lanes
-        return self._lanes.swap(
+    def _swap(self, out: Sequence[list[Tensor]], sizes: Sequence[int], lanes: Lanes | None = None) -> list[Tensor]:
+        lanes = lanes or self._lanes
+        assert lanes
+        return lanes.swap(
             [[] if index == self._index else parts for index, parts in enumerate(out)],
             [0 if index == self._index else size for index, size in enumerate(sizes)],
         )
@@ -301,7 +359,7 @@ class AmongSilos:
     ) -> list[list[Parts]]:
         """What came from each silo, and `own`, as it is here."""
         return [
-            own if index == self._index else _unpack(data, codec, of_silo)
+            own if index == self._index else unpack(data, codec, of_silo)
             for index, (data, of_silo) in enumerate(zip(arrived, pieces, strict=True))
         ]
 
@@ -357,8 +415,8 @@ class AmongSilos:
         moments = self._moments(base)
         if not moments:
             return [{} for _ in self._roster], 0
-        mine = _pack([own[name] for name in moments])
-        arrived = self._swap([mine] * len(self._roster), [_length(mine)] * len(self._roster))
+        mine = pack([own[name] for name in moments])
+        arrived = self._swap([mine] * len(self._roster), [length(mine)] * len(self._roster))
         found = [unpack_moments(data, moments) if len(data) else dict(own) for data in arrived]
         for silo, told in zip(self._roster, found, strict=True):
             try:
@@ -366,7 +424,7 @@ class AmongSilos:
                 check_lengths(told, moments, clip_norm=self._config.inner.clip_norm)
             except ValueError as error:
                 raise PeerLostError(f"silo {silo} sent what cannot be used: {error}") from None
-        return found, _length(mine) * (len(self._roster) - 1)
+        return found, length(mine) * (len(self._roster) - 1)
 
     def _apply(
         self,
@@ -396,9 +454,9 @@ class AmongSilos:
         told = digest_tensors((f"{name}/{part}", t) for name, of in moments.items() for part, t in of.items())
         words = {"update_squared": step.update_squared, "gram": step.gram.tolist(), "kept_digest": kept_digest}
         words["merged"] = sha256_bytes(terms.to_bytes() + told.encode())
-        found = self._collective.share(f"{version}/merged", json.dumps(words))
+        found = self._share(f"{version}/merged", json.dumps(words))
         kinds = {"gram": list, "kept_digest": str, "update_squared": float, "merged": str}
-        said = {silo: _heard(silo, heard, kinds) for silo, heard in found.items()}
+        said = {silo: heard(silo, words, kinds) for silo, words in found.items()}
         usual, number = Counter(of["merged"] for of in said.values()).most_common(1)[0]
         if number < len(said):
             odd = [silo for silo in self._roster if said[silo]["merged"] != usual or 2 * number <= len(said)]
@@ -430,67 +488,3 @@ class AmongSilos:
                 time.sleep(0.1)
             self._lost = self._collective.lost or str(error)
             raise
-
-
-def num_bytes(codec: str, pieces: Sequence[Piece]) -> int:
-    """Bytes of coded pieces."""
-    return sum(size for piece in pieces for _, _, size in _layout(codec, piece))
-
-
-def _layout(codec: str, piece: Piece) -> list[tuple[str, torch.dtype, int]]:
-    """Name, dtype and bytes of each part of a coded piece, in the order in which they are sent."""
-    assert piece.stop is not None
-    layout = QUANTIZERS[codec].layout(piece.stop - piece.start)
-    return [(part, dtype, number * dtype.itemsize) for part, (dtype, number) in sorted(layout.items())]
-
-
-def _pack(coded: Sequence[Parts]) -> list[Tensor]:
-    """Coded pieces as bytes, where they are: they are sent one behind the other."""
-    return [parts[part].contiguous().view(torch.uint8).view(-1) for parts in coded for part in sorted(parts)]
-
-
-def _length(data: Sequence[Tensor]) -> int:
-    return sum(map(len, data))
-
-
-def _unpack(data: Tensor, codec: str, pieces: Sequence[Piece]) -> list[Parts]:
-    """Coded pieces from bytes, whose memory they keep; but for what lies where its type cannot."""
-    layouts = [_layout(codec, piece) for piece in pieces]
-    chunks = iter(data.split([size for layout in layouts for _, _, size in layout]))
-    return [{part: _typed(next(chunks), dtype) for part, dtype, _ in layout} for layout in layouts]
-
-
-def _typed(data: Tensor, dtype: torch.dtype) -> Tensor:
-    return (data.clone() if data.storage_offset() % dtype.itemsize else data).view(dtype)
-
-
-def unpack_moments(data: Tensor, moments: Mapping[str, Moment]) -> dict[str, Parts]:
-    """Moments from bytes, as `_pack` lays them out."""
-    chunks = iter(data.split([size for moment in moments.values() for _, _, size in _moment_layout(moment)]))
-    return {
-        name: {part: next(chunks).clone().view(dtype).view(shape) for part, (dtype, shape), _ in _moment_layout(moment)}
-        for name, moment in moments.items()
-    }
-
-
-def _moment_layout(moment: Moment) -> list[tuple[str, tuple[torch.dtype, tuple[int, ...]], int]]:
-    """Name, dtype and shape, and bytes of each part, in the order in which they are sent."""
-    return [
-        (part, (dtype, shape), dtype.itemsize * math.prod(shape))
-        for part, (dtype, shape) in sorted(moment.layout.items())
-    ]
-
-
-def _bytes(data: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-
-
-def _heard(silo: str, words: bytes, kinds: Mapping[str, type]) -> dict[str, Any]:
-    """What another silo said, if it has just the keys of `kinds`, each of its type. Raises PeerLostError."""
-    try:
-        given = loads(words)
-    except ValueError as error:
-        raise PeerLostError(f"silo {silo}: what it said is not JSON: {shown(error)}") from None
-    if not isinstance(given, dict) or {key: type(value) for key, value in given.items()} != dict(kinds):
-        raise PeerLostError(f"silo {silo}: what it said is {shown(given)}; allowed: {', '.join(kinds)}")
-    return given

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config.check import RUN_ID, ConfigError
-from pretrain.config.keys import RunConfig
+from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.host.foreign import loads, shown
 from pretrain.host.software import VERSION, installed, minor
 from pretrain.silo.shards import tokenizer_sha256
@@ -111,7 +111,10 @@ def read_contract(stored: bytes, where: str) -> tuple[dict[str, Any], dict[str, 
 
 
 def contract_keys(stored: bytes) -> dict[str, PublicKey]:
-    """The keys that a contract names, by member; none if it names none. Raises ConfigError for what are no keys."""
+    """The keys by which a store is signed, by member. Raises ConfigError for what are no keys.
+
+    None without the operator's: in a collective each silo has a ledger of its own, and the keys are for connections.
+    """
     try:
         terms = loads(stored, limit_bytes=RECORD_BYTES)
         keys = terms["trust"]["keys"]
@@ -119,7 +122,8 @@ def contract_keys(stored: bytes) -> dict[str, PublicKey]:
         return {}  # whoever reads the terms says what is wrong with them
     if not isinstance(keys, dict):
         raise ConfigError(f"contract.json: trust.keys is {shown(repr(keys))}; allowed: a key of each member")
-    return {name: PublicKey.parse(text, f"contract.json: trust.keys.{shown(name)}") for name, text in keys.items()}
+    found = {name: PublicKey.parse(text, f"contract.json: trust.keys.{shown(name)}") for name, text in keys.items()}
+    return found if OPERATOR in found else {}
 
 
 def amend_rule(stored: bytes) -> str:

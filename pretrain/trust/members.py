@@ -60,7 +60,7 @@ def successors(file: Path) -> list[Path]:
 
 @dataclass(kw_only=True)
 class Members:
-    """Who may write what into a store. Without keys nothing is signed, and nothing is asked for."""
+    """Who may write what into a store, or talk to us. Without keys nothing is signed, and nothing is asked for."""
 
     keys: dict[str, PublicKey] = field(default_factory=dict)
     """By the name of a silo, or `OPERATOR`, as the contract has them."""
@@ -245,9 +245,9 @@ def with_keys(config: RunConfig, *, make: bool) -> RunConfig:
 
     What is missing is made, with `make`; else, without all of them, nothing is signed. Raises ConfigError.
     """
-    if config.trust.keys or config.exchange.kind != "store" or config.full_roster != sorted(config.silos):
+    if config.trust.keys or config.exchange.kind == "none" or config.full_roster != sorted(config.silos):
         return config
-    names = [*config.full_roster, OPERATOR]
+    names = [*config.full_roster, *([OPERATOR] if config.exchange.kind == "store" else [])]
     missing = [name for name in names if not config.key_file(name).exists()]
     if missing and not make:
         return config

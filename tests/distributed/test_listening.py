@@ -1,4 +1,4 @@
-"""What listens while a run trains: gloo, between the processes of one silo, and that on loopback."""
+"""What listens while a run trains: gloo, between the processes of one silo, and a collective's board; on loopback."""
 
 import fcntl
 import os
@@ -10,6 +10,7 @@ import sys
 import termios
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from launch.start.local import process_directory
 from launch.start.processes import MARK
 from tests.conftest import TinyConfig
 from tests.distributed.federation import left_behind
+from tests.support import free_port
 from tests.waiting import PATIENCE_SECONDS, wait_for
 
 RANKS = ("alpha rank 0", "beta rank 0", "beta rank 1")
@@ -46,6 +48,49 @@ def listening(launcher: int) -> dict[str, set[str]]:
             if socket.status == psutil.CONN_LISTEN or (not socket.raddr and socket.status != psutil.CONN_CLOSE)
         )
     return found
+
+
+def rubbish(port: int) -> Iterator[socket.socket]:
+    """Connections of strangers, which say something or nothing, and stay."""
+    for data in (b"", bytes(100), b"GET / HTTP/1.1\r\n\r\n", bytes.fromhex("1603010200010001fc0303") + bytes(500)) * 30:
+        connection = socket.create_connection((LOOPBACK, port), 10)
+        with suppress(OSError):
+            connection.sendall(data)
+        yield connection
+
+
+def test_a_collective_does_not_notice_strangers(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    port = free_port()
+    exchange = {"kind": "collective", "url": f"tcp://{LOOPBACK}:{port}", "dead_seconds": 10.0}
+    config = tiny_config(tmp_path, exchange=exchange, inner={"num_steps": 100_000})
+    command = [*ATOLL, "launch", "local", "--config", str(tmp_path / "tiny.yaml")]
+    statuses = [process_directory(config, silo) / "status.json" for silo in config.silos]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+
+        def trained(steps: int) -> None:
+            before = read_status(statuses[0]).step
+            wait_for(
+                lambda: all(read_status(status).step > before + steps for status in statuses),
+                seconds=150,
+                meanwhile=lambda: process.poll() is None,
+            )
+
+        try:
+            trained(8)
+            found = listening(process.pid)
+            held = list(rubbish(port))
+            trained(20)
+        finally:
+            process.terminate()
+            said, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    for connection in held:
+        connection.close()
+    assert process.returncode == 128 + signal.SIGTERM, said
+    silos = {f"{silo} rank 0": {LOOPBACK} for silo in config.silos}
+    assert found == {"launcher": set(), **silos}  # beta has gloo of its own process alone
+    lines = list(read_logs(Path(config.directory), ["alpha"], num_lines=1000, follow=False))
+    assert len([line for line in lines if f"a connection from {LOOPBACK} was dropped: " in line]) == 1
+    assert not [line for line in lines if "Traceback" in line]
 
 
 def test_nothing_listens_but_on_loopback(tmp_path: Path, tiny_config: TinyConfig) -> None:

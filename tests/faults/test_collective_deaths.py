@@ -10,6 +10,7 @@ import pytest
 
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.store import StoreExchange
+from pretrain.trust.members import with_keys
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, federate, launched
 from tests.distributed.guests import Guest
@@ -31,7 +32,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_config: TinyConfi
 def streaming(tiny_config: TinyConfig, directory: Path) -> RunConfig:
     exchange = collective(dead_seconds=DEAD_SECONDS)
     outer = STREAMING | {"codec": "topk", "downlink_codec": "int8"}
-    return make_config(tiny_config, directory, exchange=exchange, **outer)
+    return with_keys(make_config(tiny_config, directory, exchange=exchange, **outer), make=True)
 
 
 # Whoever dies between its step and its commit is one version behind those that have it.

@@ -12,6 +12,7 @@ What a reader reads from a file lies in memory, where there is a place for it.
 
 import argparse
 import contextlib
+import copy
 import json
 import multiprocessing
 import os
@@ -77,15 +78,17 @@ def text(rng: random.Random) -> str:
     return "".join(rng.choices(CHARACTERS, k=rng.randrange(6)))
 
 
-def spoiled(rng: random.Random, accepted: bytes, members: dict[str, Any]) -> bytes:
+def spoiled(rng: random.Random, accepted: bytes, parsed: Any) -> bytes:
     """See `inputs` of test_readers.py."""
     kind = rng.randrange(6)
     if kind == 0:
         return rng.randbytes(rng.randrange(200))
     if kind == 1:
         return json.dumps(value(rng)).encode()
-    if kind == 2 and members:
-        return json.dumps(members | {rng.choice(list(members)): value(rng)}).encode()
+    if kind == 2 and parsed:
+        found = copy.copy(parsed)
+        found[rng.choice(list(found) if isinstance(found, dict) else range(len(found)))] = value(rng)
+        return json.dumps(found).encode()
     data = bytearray(accepted)
     for _ in range(rng.randrange(1, 4)):
         at = rng.randrange(len(data) + 1)
@@ -113,15 +116,15 @@ def fuzz(name: str, seed: str, num_inputs: int) -> Found:
     """Give a reader so many inputs, in this process."""
     reader, rng, found = READERS[name], random.Random(seed), Found(reader=name, num_inputs=num_inputs)
     try:
-        members = json.loads(reader.accepted)
+        parsed = json.loads(reader.accepted)
     except ValueError:
-        members = {}
+        parsed = None
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=memory) as folder, open(os.devnull, "w") as nowhere:
         began = time.perf_counter()
         with contextlib.redirect_stdout(nowhere):
             for number in range(num_inputs):
-                data, start = spoiled(rng, reader.accepted, members), time.perf_counter()
+                data, start = spoiled(rng, reader.accepted, parsed), time.perf_counter()
                 wrong = read_one(reader, data, Path(folder))
                 seconds = time.perf_counter() - start
                 found.slowest_seconds = max(found.slowest_seconds, seconds)

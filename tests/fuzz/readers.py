@@ -17,6 +17,8 @@ from pretrain.config.check import ConfigError
 from pretrain.config.keys import OPERATOR, InnerConfig, MembershipConfig, OuterConfig
 from pretrain.config.load import load_config
 from pretrain.exchange import words
+from pretrain.exchange.board import Words, answer
+from pretrain.exchange.channel import BrokenError, Passport
 from pretrain.exchange.payload import Tensors, check_header
 from pretrain.exchange.revocation import Revocation
 from pretrain.exchange.rollback import Rollback
@@ -169,6 +171,7 @@ def read_split(file: Path) -> None:
 
 
 SNAPSHOT = Snapshot(contract_sha256="a" * 64, version=1, commit_sha256="b" * 64, payloads=[])
+PASSPORT = Passport(run="run", silo="alpha", lane=0, certificate="a" * 64, key="b" * 64, signature="c" * 86)
 AGREEMENT = Agreement(contract_sha256="a" * 64, member="alpha", signature="c" * 86)
 AMENDMENT = Amendment(number=1, previous="a" * 64, from_version=3, changes=["outer.lr=0.5"], author="alpha")
 ACCEPTANCE = Acceptance(amendment_sha256="a" * 64, version=1)
@@ -218,6 +221,14 @@ READERS: dict[str, Reader] = {
         read=from_file(lambda file: sealer(OPERATOR).open(file, PLACE), "000017.safetensors"),
         accepted=sealed_payload(),
         refuses=RefusedError,
+    ),
+    "passport": Reader(
+        read=lambda data, _: Passport.from_bytes(data), accepted=PASSPORT.to_bytes(), refuses=RefusedError
+    ),
+    "request to the board": Reader(
+        read=lambda data, _: answer(Words(["alpha"]).of("alpha"), data),
+        accepted=b'["set", "said/1/alpha", "words"]',
+        refuses=BrokenError,
     ),
     "public key": Reader(
         read=lambda data, _: PublicKey.parse(data.decode(errors="replace")), accepted=KEY, refuses=ConfigError

@@ -41,7 +41,8 @@ def inputs(draw: st.DrawFn, accepted: bytes) -> bytes:
         except ValueError:
             kind = "places"
         else:
-            found[draw(st.sampled_from(sorted(found)))] = draw(VALUES)
+            keys = sorted(found) if isinstance(found, dict) else range(len(found))
+            found[draw(st.sampled_from(keys))] = draw(VALUES)
             return json.dumps(found).encode()
     data = bytearray(accepted)
     for _ in range(draw(st.integers(1, 3))):

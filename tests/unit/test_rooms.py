@@ -26,6 +26,7 @@ FLOORS = (
 WITHOUT_TORCH = (
     *("launch", "pretrain.config", "pretrain.host", "pretrain.trust"),
     *("pretrain.federation.leave", "pretrain.federation.relay"),
+    *("pretrain.exchange.board", "pretrain.exchange.channel", "pretrain.exchange.listener"),
     *("pretrain.exchange.beats", "pretrain.exchange.lease", "pretrain.exchange.objects"),
     *("pretrain.exchange.options", "pretrain.exchange.rollback", "pretrain.exchange.store"),
 )

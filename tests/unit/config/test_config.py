@@ -40,7 +40,15 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     ),
     (
         ["trust.keys={alpha: a}", "exchange={kind: collective, url: 'tcp://a:1'}"],
-        ["trust.keys: ['alpha'] given; allowed: none with exchange.kind=collective, where nothing is signed"],
+        ["trust.keys: none given of beta; allowed: one of every silo of the roster, or none at all"],
+    ),
+    (
+        ["trust.keys={alpha: a, beta: b, aggregator: c}", "exchange={kind: collective, url: 'tcp://a:1'}"],
+        ["trust.keys: one of aggregator given; allowed: alpha, beta"],
+    ),
+    (
+        ["trust.keys={alpha: a, beta: b}", "exchange.kind=none"],
+        ["trust.keys: ['alpha', 'beta'] given; allowed: none with exchange.kind=none, where nobody else is"],
     ),
     (["colour=1"], ["colour: unknown key given; allowed: name, run_id, directory, "]),
     (["run_id=A b"], ["run_id: 'A b' given; allowed: [a-z0-9_-]{0,64}, or empty"]),

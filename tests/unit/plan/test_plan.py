@@ -28,8 +28,8 @@ from pretrain.plan.requests import Requests, aggregator_requests, reads_of, silo
 from pretrain.plan.seconds import Given, Pace, _waiting_seconds, parse_bandwidth, run_pace, work_factor
 from pretrain.silo.architecture import model_config
 from pretrain.silo.model import initial_parameters
-from pretrain.sync.among_silos import _pack
 from pretrain.sync.own_ledger import all_pieces
+from pretrain.sync.packing import pack
 from tests.conftest import TinyConfig
 from tests.support import one_line_error
 from tests.unit.launch.test_cli import one_line, run
@@ -155,7 +155,7 @@ def test_a_collective_moves_the_planned_bytes(codec: str, tmp_path: Path, tiny_c
 
     def packed(of: str) -> list[int]:
         coded = [[encode(of, p.of(values[p.name]), -p.of(values[p.name])) for p in part] for part in parts]
-        return [sum(map(len, _pack(part))) for part in coded]
+        return [sum(map(len, pack(part))) for part in coded]
 
     ups, downs = packed(codec), packed("int8")
     for mine, silo in enumerate(roster):
