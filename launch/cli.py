@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from data_tools.cli import app as data_app
+from launch.egress import app as egress_app
 from launch.keys import app as keys_app
 from launch.verify import verify
 from pretrain.config.check import ConfigError, check_url, named
@@ -25,6 +26,7 @@ launch_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="St
 app.add_typer(launch_app, name="launch")
 app.add_typer(data_app, name="data")
 app.add_typer(keys_app, name="keys")
+app.add_typer(egress_app, name="egress")
 app.command()(verify)
 
 Config = Annotated[list[Path], typer.Option("--config", "-c", help="YAML file; several are merged in order.")]

@@ -46,8 +46,9 @@ from pretrain.outer.placing import InMemory, OnDisk
 from pretrain.outer.quantize import Parts
 from pretrain.outer.state import OuterState, kept_at_start
 from pretrain.trust.contract import build_contract, check_same_contract, first_contract
+from pretrain.trust.egress import tracked
 from pretrain.trust.ledger import Commit, Contributor, Payload, RefusedError, sha256_bytes
-from pretrain.trust.members import own_signer
+from pretrain.trust.policy import Policy
 
 MOST_REPAIRS = 3  # a version: whoever says that it is damaged has all of it read again
 
@@ -59,7 +60,7 @@ class Aggregator:
         """`check_lease` raises ConfigError before a commit if another aggregator works on this store by now."""
         self._config, self._journal, self._schedule, self._check_lease = config, journal, config.schedule, check_lease
         self._exchange = StoreExchange.of_run(config)
-        self._exchange.members.signer = own_signer(config, OPERATOR)
+        self._exchange.speak_as(config, OPERATOR)
         self._scratch = Path(config.directory) / "aggregator"
         self._place = OnDisk(self._scratch / "state") if config.outer.state == "disk" else InMemory()
         self._merger = Merger(config, self._exchange, self._scratch, self._place)
@@ -160,6 +161,11 @@ class Aggregator:
         if newest:  # whoever committed it may have died before it wrote this
             self._journal.record("commit", **commit_record(self._config, self._newest))
         return state
+
+    def stop(self) -> None:
+        """End what goes on beside the loop."""
+        self.snapshots.stop()
+        self._exchange.objects.close_egress()
 
     # ---- one version
 
@@ -289,6 +295,7 @@ def aggregate(config: RunConfig, journal: Journal) -> None:
     if exchange.kind != "store":
         raise ConfigError(f"exchange.kind: {exchange.kind!r} given; an aggregator serves only 'store'")
     store = StoreExchange.of_run(config)
+    store.speak_as(config, OPERATOR)
     lease = Lease(store.objects, seconds=exchange.lease_seconds)
     aggregator: Aggregator | None = None
     try:
@@ -305,8 +312,9 @@ def aggregate(config: RunConfig, journal: Journal) -> None:
         aggregator.snapshots.finish()
     finally:
         if aggregator:
-            aggregator.snapshots.stop()
+            aggregator.stop()
         lease.release()
+        store.objects.close_egress()
 
 
 def main() -> int:
@@ -319,7 +327,7 @@ def main() -> int:
     try:
         config = load_config(arguments.config, arguments.overrides)
         lock_directory(Path(config.directory) / "aggregator", "an aggregator")
-        journal = Journal(config, "aggregator", silo=None)
+        journal = Journal(config, "aggregator", silo=None, says=tracked(config, OPERATOR, Policy()))
         journal.status("starting")
         torch.set_num_threads(1)
         print(slower, flush=True) if slower else None

@@ -195,7 +195,7 @@ class ExchangeConfig:
 
 @dataclass(kw_only=True)
 class TrustConfig:
-    """Who signs what is written into a store."""
+    """Who signs what is written into a store, and what may leave."""
 
     keys: dict[str, str] = field(default_factory=dict)
     """Public key of every silo of the roster and of `aggregator`, as `atoll keys new` says it; part of the contract.
@@ -204,6 +204,9 @@ class TrustConfig:
     """Where this machine has the private keys, NAME.key; empty: `keys` inside the run directory."""
     key_command: list[str] = field(default_factory=list)
     """What signs instead of a private key: a program and its arguments; NAME.key then has the public line alone."""
+    policy: str = ""
+    """A file of this site's own, which says what may leave its silos and wins over the contract; empty: what the
+    contract asks for."""
 
 
 @dataclass(kw_only=True)

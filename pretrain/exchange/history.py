@@ -116,7 +116,7 @@ class History:
         for payload, file in files:
             check()
             objects.delete(f"{folder}/{payload.file}")  # left by an aggregator that died before its record
-            objects.upload(file, f"{folder}/{payload.file}")
+            objects.upload(file, f"{folder}/{payload.file}", digest=payload.blake3)
         check()
         objects.write(snapshot_path(snapshot.version), snapshot.to_bytes())
 

@@ -7,14 +7,16 @@ from collections.abc import Mapping
 from typing import Any, Self, TypeVar
 
 from pretrain.config.check import ConfigError
-from pretrain.config.keys import ExchangeConfig, RunConfig
+from pretrain.config.keys import OPERATOR, ExchangeConfig, RunConfig
 from pretrain.exchange.objects import Objects
 from pretrain.exchange.options import store_options
 from pretrain.exchange.words import WORD_BYTES, Membership, Word, number
 from pretrain.host.foreign import shown
 from pretrain.trust.contract import contract_keys
+from pretrain.trust.egress import Egress
 from pretrain.trust.ledger import RefusedError, sha256_bytes
-from pretrain.trust.members import Members
+from pretrain.trust.members import Members, own_signer
+from pretrain.trust.policy import Policy, read_policy
 
 CONTRACT = "contract.json"
 W = TypeVar("W", bound=Word)
@@ -57,6 +59,12 @@ class SignedStore:
             stall_seconds=exchange.stall_seconds,
             closing=closing,
         )
+
+    def speak_as(self, config: RunConfig, member: str) -> None:
+        """Sign as a member of this machine, and keep its egress ledger. Raises ConfigError; see `own_signer`."""
+        self.members.signer = own_signer(config, member)
+        policy = Policy() if member == OPERATOR else read_policy(config)
+        self.objects.told_to(Egress.of_run(config, member, self.members.signer, policy))
 
     def until(self, over: threading.Event) -> Self:
         """The same store until `over` is set; see Objects."""

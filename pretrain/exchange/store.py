@@ -229,11 +229,12 @@ class StoreExchange(SignedStore):
             if self._is_by(manifest.silo, stands, name):
                 return stands
             self.objects.delete(name)
+        of = {key: getattr(manifest, key) for key in ("version", "base_version", "tokens", "steps")}
         try:
             for payload, file in files:
                 self.objects.delete(f"{folder}/{payload.file}")
-                self.objects.upload(file, f"{folder}/{payload.file}")
-            self.objects.write(name, manifest.to_bytes())
+                self.objects.upload(file, f"{folder}/{payload.file}", digest=payload.blake3, of=of)
+            self.objects.write(name, manifest.to_bytes(), of=of)
         except FileExistsError as error:
             raise ConfigError(
                 f"exchange.url: {self.objects.url} given; somebody else writes as silo {manifest.silo}: {error}"
@@ -363,7 +364,8 @@ class StoreExchange(SignedStore):
         for payload, file in files:
             check()
             self.objects.delete(f"{folder}/{payload.file}")  # left by an aggregator that died before its commit
-            (self.objects.give if give else self.objects.upload)(file, f"{folder}/{payload.file}")
+            carry = self.objects.give if give else self.objects.upload
+            carry(file, f"{folder}/{payload.file}", digest=payload.blake3)
         check()
         try:
             self.objects.write(f"{folder}/commit.json", commit.to_bytes())

@@ -35,7 +35,6 @@ from pretrain.outer.quantize import Parts
 from pretrain.sync.delivered import Delivered
 from pretrain.trust.contract import build_contract, check_same_contract, read_contract
 from pretrain.trust.ledger import Commit, Payload, RefusedError, sha256_bytes
-from pretrain.trust.members import own_signer
 
 MAX_REFUSALS = 3
 POLLS_PER_LOOK = 20  # while it waits, a silo looks whether the store still has the commit that it holds
@@ -55,7 +54,7 @@ class ThroughStore:
         self._closing = threading.Event()
         self._store = StoreExchange.of_run(config, closing=self._closing)
         self._history = History(self._store, config.outer.num_fragments)
-        self._store.members.signer = own_signer(config, silo)
+        self._store.speak_as(config, silo)
         self._directory = config.silo_directory(silo)
         self._marking = ThreadPoolExecutor(1, thread_name_prefix="mark")
         self._beats: Beats | None = None
@@ -368,3 +367,4 @@ class ThroughStore:
         self._closing.set()
         if self._beats:
             self._beats.stop(take_back=True)
+        self._store.objects.close_egress()
