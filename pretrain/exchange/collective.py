@@ -9,7 +9,7 @@ here is encrypted, and whoever reaches the port can take part. What arrives is b
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import count
@@ -107,6 +107,8 @@ class Collective:
         """Why all have to stop, once that is so."""
         self.missing: list[str] = []
         """The silos that we wait for."""
+        self.leaves: Callable[[str, str, bytes | int], None] = lambda peer, what, data: None
+        """Is told whom words go to, on what, and their bytes, before they do."""
         self._dead_seconds, self._hung_seconds = dead_seconds, hung_seconds
         self._is_host = silo == self.roster[0]
         self._moves = 0
@@ -171,6 +173,8 @@ class Collective:
         Raises PeerLostError, StopWaitingError.
         """
         keys = {silo: f"said/{what}/{silo}" for silo in self.roster}
+        for silo in (silo for silo in self.roster if silo != self.silo):
+            self.leaves(silo, what, words.encode())
         try:
             self._store.set(keys[self.silo], words)
             seconds = FIRST_ASK_SECONDS

@@ -56,6 +56,7 @@ from pretrain.outer.quantize import QUANTIZERS, Parts
 from pretrain.outer.state import OuterTensors
 from pretrain.sync.own_ledger import Kept, OwnLedger, all_pieces
 from pretrain.trust.contract import build_contract, check_same_contract, first_contract
+from pretrain.trust.egress import to_peers
 from pretrain.trust.ledger import Commit, Manifest, RefusedError, sha256_bytes
 
 SETTLE_SECONDS = 3.0  # for the watch to find out who broke a connection, and why
@@ -76,6 +77,7 @@ class AmongSilos:
         self._collective = Collective(
             settings.url, self._roster, silo, dead_seconds=settings.dead_seconds, hung_seconds=settings.hung_seconds
         )
+        self._collective.leaves = to_peers(config, silo)
         self._lanes: Lanes | None = None
         self._carrier: threading.Thread | None = None
         self._passing = threading.Lock()
@@ -115,6 +117,7 @@ class AmongSilos:
             told = {silo: _heard(silo, words, {"contract": str, "newest": int}) for silo, words in shared.items()}
             check_same_contract(ours, told[self._roster[0]]["contract"].encode(), self._config.exchange.url)
             self._lanes = Lanes(self._collective.first_lane(), self._config.exchange.num_lanes, self._lane_group)
+            self._lanes.leaves = lambda index, size: self._collective.leaves(self._roster[index], "lane", size)
             self._catch_up({silo: facts["newest"] for silo, facts in told.items()})
         self._rows, self._kept = self._ledger.load()
         give_back_memory()  # copies of the model that went through our hands

@@ -35,6 +35,7 @@ from pretrain.outer.quantize import Parts
 from pretrain.sync.delivered import Delivered
 from pretrain.trust.contract import build_contract, check_same_contract, read_contract
 from pretrain.trust.ledger import Commit, Payload, RefusedError, sha256_bytes
+from pretrain.trust.policy import read_policy
 
 MAX_REFUSALS = 3
 POLLS_PER_LOOK = 20  # while it waits, a silo looks whether the store still has the commit that it holds
@@ -50,7 +51,7 @@ class ThroughStore:
 
     def __init__(self, config: RunConfig, silo: str) -> None:
         self._config, self._silo = config, silo
-        self._rules = config.membership
+        self._rules, self._policy = config.membership, read_policy(config)
         self._closing = threading.Event()
         self._store = StoreExchange.of_run(config, closing=self._closing)
         self._history = History(self._store, config.outer.num_fragments)
@@ -201,6 +202,7 @@ class ThroughStore:
         for contributor in commit.contributors:
             if contributor.silo == self._silo:
                 self._check_delivered(contributor.version, contributor.manifest_sha256)
+                self._policy.check_merged(version, len({other.silo for other in commit.contributors}))
         with self._remembering:
             before, same, after = (self._held.get(version + step) for step in (-1, 0, 1))
             if (

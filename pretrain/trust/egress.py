@@ -27,7 +27,7 @@ from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.trust.keys import Signer
 from pretrain.trust.ledger import Record, RefusedError, sha256_bytes
-from pretrain.trust.policy import Policy
+from pretrain.trust.policy import Policy, read_policy
 
 FOLDER = "egress"
 RELAY = "relay"
@@ -301,5 +301,21 @@ def tracked(config: RunConfig, name: str, policy: Policy) -> Callable[[str, str,
     def says(host: str, what: str, values: dict[str, Any]) -> None:
         data = json.dumps(values, sort_keys=True).encode()
         egress.leaves(host, what, len(data), blake3_of(data), kind="wandb")
+
+    return says
+
+
+def to_peers(config: RunConfig, silo: str) -> Callable[[str, str, bytes | int], None]:
+    """What tells the ledger of what goes to another silo of a collective: who, what, and the bytes, or just how many.
+
+    Of parts of a payload the hash is in the manifest that went before.
+    """
+    egress = Egress.of_run(config, silo, None, read_policy(config))
+
+    def says(peer: str, what: str, data: bytes | int) -> None:
+        if isinstance(data, int):
+            egress.leaves(peer, what, data, "", kind="collective")
+        else:
+            egress.leaves(peer, what, len(data), blake3_of(data), kind="collective")
 
     return says

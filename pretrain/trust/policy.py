@@ -86,6 +86,8 @@ class Policy:
             return self._raise_for(found)
         if self.codecs is not None and outer.codec not in self.codecs:
             found.append(("codecs", "the contract's outer.codec", outer.codec))
+        if self.bytes_a_day is not None and config.exchange.kind == "collective":
+            found.append(("bytes_a_day", "exchange.kind", "collective, in which nobody can wait for a day"))
         fewest, term = len(config.full_roster), "the contract's roster"
         for name in ("sample", "quorum"):
             if (given := getattr(rules, name)) is not None:
@@ -106,6 +108,14 @@ class Policy:
             raise ConfigError(
                 f"trust.policy: {self.file} given; its max_norm is {self.max_norm:g}, and the pseudo-gradient of silo "
                 f"{silo} for version {version} is {norm:.6g} long; it was not sent"
+            )
+
+    def check_merged(self, version: int, num_silos: int) -> None:
+        """Raise ConfigError for a commit that has a delivery of ours with too few others: nothing more is sent."""
+        if self.least_silos is not None and num_silos < self.least_silos:
+            raise ConfigError(
+                f"trust.policy: {self.file} given; its least_silos is {self.least_silos}, and commit {version} has "
+                f"merged what we delivered among {num_silos}; change either, or take no part"
             )
 
     def _raise_for(self, found: list[tuple[str, str, object]]) -> None:

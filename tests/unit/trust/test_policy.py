@@ -129,6 +129,11 @@ SHARED = {"second_moments": "shared", "merge": "importance"}
             "its hosts is other.example, and the host of exchange.url is host.example",
         ),
         (
+            "bytes_a_day: 10",
+            {"exchange": {"kind": "collective", "url": "tcp://host.example:29600"}},
+            "its bytes_a_day is 10, and exchange.kind is collective, in which nobody can wait for a day",
+        ),
+        (
             "hosts: [/]",
             {"wandb": {"mode": "online"}},
             "its hosts is /, and the server of wandb.mode=online is api.wandb.ai",
@@ -166,3 +171,12 @@ def test_a_pseudo_gradient_that_is_too_long() -> None:
     for norm in (2.0001, float("nan")):
         said = one_line_error(policy.check_norm, "law", 3, norm)
         assert said.startswith("trust.policy: p.yaml given; its max_norm is 2, and the pseudo-gradient of silo law for")
+
+
+def test_a_commit_of_too_few() -> None:
+    """Whatever was agreed: an amendment, or an operator, may have done otherwise."""
+    policy = Policy(least_silos=3, file="p.yaml")
+    policy.check_merged(7, 3)
+    Policy().check_merged(7, 1)
+    said = "trust.policy: p.yaml given; its least_silos is 3, and commit 7 has merged what we delivered among 2;"
+    assert one_line_error(policy.check_merged, 7, 2).startswith(said)
