@@ -4,6 +4,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from pretrain.exchange.options import store_options
 from pretrain.exchange.store import REQUESTS_AT_ONCE
 from pretrain.outer.threads import in_threads
 from pretrain.trust.egress import FOLDER, RELAY, REQUESTS, SIGNED, Line, read_lines
-from pretrain.trust.keys import PublicKey, verify
+from pretrain.trust.keys import PublicKey, read_key, verify
 from pretrain.trust.ledger import RefusedError, sha256_bytes
 from pretrain.trust.members import with_keys
 
@@ -64,8 +65,7 @@ def check_ledgers(files: list[Path], config: RunConfig | None) -> Checked:
     """Chain and signatures of ledgers, and objects of the store, where it can be reached."""
     checked = Checked()
     for file in files:
-        text = config.trust.keys.get(file.stem) if config else None
-        lines = _check_chain(file, PublicKey.parse(text) if text else None, checked)
+        lines = _check_chain(file, _keys(config, file.stem) if config else [], checked)
         if not config or config.exchange.kind != "store":
             continue
         sent = [line for line in lines if line.kind not in NOT_IN_STORE]
@@ -78,7 +78,26 @@ def check_ledgers(files: list[Path], config: RunConfig | None) -> Checked:
     return checked
 
 
-def _check_chain(file: Path, key: PublicKey | None, checked: Checked) -> list[Line]:
+def _keys(config: RunConfig, member: str) -> list[PublicKey]:
+    """Those of a member that signs: of the contract, and of this machine, where it was changed since."""
+    if member not in config.trust.keys:
+        return []
+    found = [PublicKey.parse(config.trust.keys[member])]
+    with suppress(ConfigError):
+        own = read_key(config.key_file(member))
+        found.append(own if isinstance(own, PublicKey) else own.public)
+    return found
+
+
+def _check_signature(line: Line, keys: list[PublicKey]) -> None:
+    """Raise RefusedError unless one of them has signed it."""
+    for key in keys[1:]:
+        with suppress(RefusedError):
+            return verify(key, "egress", line.unsigned_bytes(), line.signature)
+    return verify(keys[0], "egress", line.unsigned_bytes(), line.signature)
+
+
+def _check_chain(file: Path, keys: list[PublicKey], checked: Checked) -> list[Line]:
     """All lines that are some."""
     previous, found, unsigned = None, [], 0
 
@@ -94,17 +113,17 @@ def _check_chain(file: Path, key: PublicKey | None, checked: Checked) -> list[Li
             found.append(line)
             if line.previous != previous:
                 wrong(number, "it does not follow the line before")
-            if line.signature is None and key and line.kind in SIGNED:
+            if line.signature is None and keys and line.kind in SIGNED:
                 wrong(number, f"a {line.kind}, and not signed")
-            if line.signature is not None and key:
+            if line.signature is not None and keys:
                 unsigned = 0
                 checked.num_signed += 1
                 try:
-                    verify(key, "egress", line.unsigned_bytes(), line.signature)
+                    _check_signature(line, keys)
                 except RefusedError as error:
                     wrong(number, str(error))
         previous = sha256_bytes(data)
-    if key:
+    if keys:
         checked.num_unsigned_at_end += unsigned
     return found
 

@@ -49,6 +49,8 @@ KINDS = (
     (r"snapshots/.+", "snapshot"),
     (r"signatures/.+", "agreement"),
     (r"contract\.json", "contract"),
+    (r"amendments/.+", "amendment"),
+    (r"revocations/.+", "revocation"),
     (r"aggregator/.+", "lease"),
     (r"rollbacks/.+|rolled-back/.+", "rollback"),
     (r"probe-.+", "probe"),
@@ -135,9 +137,19 @@ class Egress:
         """Say that an object is about to leave, and return 0; or how many seconds it has to wait until it may.
 
         Only payloads wait: without the small words nobody would know that a silo lives. Raises ConfigError for what
-        never may leave, and OSError on a full disk: then it must not.
+        never may leave, and where no line can be written: then it must not.
         """
-        kind = kind or kind_of(name)
+        try:
+            return self._leaves(where, name, num_bytes, digest, of=of or {}, kind=kind or kind_of(name))
+        except OSError as error:
+            raise ConfigError(
+                f"run directory: {str(self.file)!r} cannot be written: {error.strerror}; {name} was not sent, as "
+                "nothing leaves without a line"
+            ) from None
+
+    def _leaves(
+        self, where: str, name: str, num_bytes: int, digest: str, *, of: Mapping[str, float], kind: str
+    ) -> float:
         now = time.time()
         with self._lock, self._open() as descriptor:
             if kind == PAYLOAD and (seconds := self._seconds_to_wait(now, num_bytes)):
@@ -153,7 +165,7 @@ class Egress:
                 name=name,
                 num_bytes=num_bytes,
                 blake3=digest,
-                of=self._derived(name, of or {}),
+                of=self._derived(name, of),
                 rule=self.policy.rule("hosts", "bytes_a_day", *RULES.get(kind, ())),
                 previous=previous or None,
             )
@@ -166,7 +178,7 @@ class Egress:
         with self._lock:
             if self._size < 0 or (self._signed and not self._asked):
                 return
-            with suppress(OSError), self._open() as descriptor:  # nothing leaves with it
+            with suppress(OSError, ConfigError), self._open() as descriptor:  # nothing leaves with it
                 self._append(descriptor, b"", self._sign(self._counts(time.time(), where, self._head)))
 
     def _derived(self, name: str, of: Mapping[str, float]) -> dict[str, float]:

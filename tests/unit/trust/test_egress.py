@@ -22,7 +22,7 @@ from pretrain.trust.ledger import sha256_bytes
 from pretrain.trust.members import with_keys
 from pretrain.trust.policy import Policy
 from tests.conftest import TinyConfig
-from tests.support import one_line_error
+from tests.support import fill, mounted, one_line_error
 from tests.unit.test_aggregate import one_version
 from tests.unit.test_signed import as_member, begin, deliver
 
@@ -65,8 +65,11 @@ def test_kinds(name: str, kind: str) -> None:
 def test_a_line_is_there_before_the_bytes(tmp_path: Path) -> None:
     objects, file = objects_of(tmp_path)
     file.mkdir(parents=True)  # no line can be written
-    with pytest.raises(OSError, match="Is a directory"):
-        objects.write("silos/law/identity.json", b"{}\n")
+    said = one_line_error(objects.write, "silos/law/identity.json", b"{}\n")
+    assert said == (
+        f"run directory: '{file}' cannot be written: Is a directory; silos/law/identity.json was not sent, as nothing "
+        "leaves without a line"
+    )
     assert not (tmp_path / "store").exists()
     file.rmdir()
     payload = tmp_path / "payload"
@@ -111,6 +114,27 @@ def test_a_torn_line_is_taken_away_and_a_damaged_one_is_not(tmp_path: Path) -> N
     said = one_line_error(objects_of(tmp_path)[0].write, "damaged/000001/c", b"3")
     assert said.startswith(f"run directory: '{file}', the record of what has left, is damaged: its last line is none: ")
     assert not (tmp_path / "store" / "damaged" / "000001" / "c").exists()
+
+
+def write_many(objects: Objects) -> None:
+    for number in range(100):
+        objects.write(f"damaged/000002/{number:03d}", b"2")
+
+
+def test_a_full_disk_lets_nothing_out(tmp_path: Path) -> None:
+    with mounted(tmp_path / "small", num_bytes=1 << 16) as small:
+        objects, file = Objects(str(tmp_path / "store")), egress_file(small, "law")
+        objects.told_to(Egress(file=file))
+        objects.write("damaged/000001/a", b"1")
+        filler = fill(small)
+        said = one_line_error(write_many, objects)  # some find room in the file's last page
+        number = len(list((tmp_path / "store/damaged/000002").glob("*")))
+        assert f"cannot be written: No space left on device; damaged/000002/{number:03d} was not sent" in said
+        assert len(lines(file)) == number + 1
+        filler.unlink()
+        objects.write(f"damaged/000002/{number:03d}", b"2")
+        assert len(lines(file)) == number + 2
+        assert not check_ledgers([file], None).findings
 
 
 # ---- bytes a day

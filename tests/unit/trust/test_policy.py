@@ -12,7 +12,7 @@ from pretrain.federation.preflight import check_policy, check_silo
 from pretrain.federation.relay import Relay
 from pretrain.trust.policy import ALLOWED, Policy, read_policy
 from tests.conftest import TinyConfig
-from tests.support import one_line_error
+from tests.support import ROOT, one_line_error
 
 ALL: dict[str, Any] = {
     "codecs": ["int4", "fp32"],
@@ -180,3 +180,9 @@ def test_a_commit_of_too_few() -> None:
     Policy().check_merged(7, 1)
     said = "trust.policy: p.yaml given; its least_silos is 3, and commit 7 has merged what we delivered among 2;"
     assert one_line_error(policy.check_merged, 7, 2).startswith(said)
+
+
+def test_the_policy_of_the_documentation(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    said = "#" + (ROOT / "docs" / "clusters.md").read_text().split("# policy.yaml")[1].split("```")[0]
+    policy = read_policy(configured(tiny_config, tmp_path, said))
+    assert all(getattr(policy, key) is not None for key in ALLOWED)
