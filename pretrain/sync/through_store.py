@@ -146,7 +146,7 @@ class ThroughStore:
     def deliver(self, sent: Outgoing) -> None:
         """Write the payload and its manifest into the store; what comes too late to count is not sent."""
         with self._noticing_the_end():
-            manifest, version = self._store.members.sign(sent.manifest), sent.manifest.version
+            manifest, version = self._store.members.sign(self._policy.leaving(sent.manifest)), sent.manifest.version
             if self._rules.is_elastic and not self._rules.stale_weight and self._is_committed(version):
                 return
             self._num_refused.setdefault(version, len(self._store.refusals(self._silo, version)))

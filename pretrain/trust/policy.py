@@ -7,7 +7,7 @@ written. What is known only later is checked where bytes leave: how long a pseud
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from yaml import YAMLError
 
 from pretrain.config.check import CODECS, ConfigError
 from pretrain.config.keys import RunConfig
+from pretrain.trust.ledger import Manifest
 
 POLICY_BYTES = 64 << 10
 NO_POLICY = "no policy"
@@ -109,6 +110,13 @@ class Policy:
                 f"trust.policy: {self.file} given; its max_norm is {self.max_norm:g}, and the pseudo-gradient of silo "
                 f"{silo} for version {version} is {norm:.6g} long; it was not sent"
             )
+
+    def leaving(self, manifest: Manifest) -> Manifest:
+        """A manifest of ours with the numbers that may leave. Raises ConfigError if what it describes is too long."""
+        if self.max_norm is not None:  # the file may say less now than when this was coded
+            self.check_norm(manifest.silo, manifest.version, manifest.metrics["pseudo_gradient_norm"])
+        metrics = {name: number for name, number in manifest.metrics.items() if self.allows_metric(name)}
+        return replace(manifest, metrics=metrics)
 
     def check_merged(self, version: int, num_silos: int) -> None:
         """Raise ConfigError for a commit that has a delivery of ours with too few others: nothing more is sent."""
