@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from pretrain.config.keys import RunConfig
+from pretrain.exchange.options import destination
 from pretrain.federation.preflight import check_policy, check_silo
 from pretrain.federation.relay import Relay
 from pretrain.trust.policy import ALLOWED, Policy, read_policy
@@ -186,3 +187,25 @@ def test_the_policy_of_the_documentation(tiny_config: TinyConfig, tmp_path: Path
     said = "#" + (ROOT / "docs" / "clusters.md").read_text().split("# policy.yaml")[1].split("```")[0]
     policy = read_policy(configured(tiny_config, tmp_path, said))
     assert all(getattr(policy, key) is not None for key in ALLOWED)
+
+
+def test_where_a_bucket_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As the store's library finds it: in options, in the environment, by region."""
+    pytest.importorskip("botocore")
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    url = "s3://bucket/run"
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-central-1")
+    assert destination(url, {}) == "s3.eu-central-1.amazonaws.com"
+    (tmp_path / "config").write_text("[profile other]\nregion = eu-west-3\nendpoint_url = https://of.profile:9000\n")
+    assert destination(url, {"profile": "other"}) == "of.profile"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "https://of.environment")
+    assert destination(url, {}) == "of.environment"
+    assert destination(url, {"client_kwargs": {"endpoint_url": "http://of.client:1"}}) == "of.client"
+    assert destination("az://c/run", {"account_name": "ours"}) == "ours.blob.core.windows.net"
+    assert destination("file:///mnt/store", {}) == "/mnt/store"
+    said = one_line_error(destination, "az://c/run", {})
+    assert said.startswith("exchange.url: 'az://c/run' given; the host that its bytes go to cannot be told; allowed: ")
+    said = one_line_error(destination, url, {"profile": "none"})
+    assert said.startswith("exchange.options: the store's endpoint cannot be told: ")
