@@ -21,6 +21,8 @@ from pretrain.trust.ledger import RefusedError, sha256_bytes
 from pretrain.trust.members import with_keys
 
 REFUSAL = re.compile(r"silos/[^/]+/\d+/refused-\d+\.json")  # of the aggregator, among what a silo wrote
+KEPT = ("manifest", "commit")  # for ever
+TAKEN_BACK = "rolled-back"
 NOT_IN_STORE = (REQUESTS, "wandb", "collective")
 
 
@@ -129,7 +131,9 @@ def _check_chain(file: Path, keys: list[PublicKey], checked: Checked) -> list[Li
 
 
 def _check_store(objects: Objects, file: Path, lines: list[Line], config: RunConfig, checked: Checked) -> None:
-    """That every object in our name has a line, and each object that has lines the bytes of one of them."""
+    """That every object in our name has a line, each object that has lines the bytes of one of them, and what stays for
+    ever is there.
+    """
     sent: dict[str, dict[str, int]] = defaultdict(dict)
     for line in lines:
         sent[line.name][line.blake3] = line.num_bytes
@@ -151,6 +155,23 @@ def _check_store(objects: Objects, file: Path, lines: list[Line], config: RunCon
             checked.findings.append(Finding(file=str(file), what=what))
     for name in sorted(name for name in there if name not in sent and objects.exists(name)):
         checked.findings.append(Finding(file=str(file), what=f"{name} is in the store, and no line says that it left"))
+
+    newest = max((line.of.get("version", -1) for line in lines if line.kind in KEPT), default=-1)
+    for name in sorted({line.name for line in lines if line.kind in KEPT} - there):
+        if _version(lines, name) != newest and not _was_taken_back(objects, name):  # the newest may not have got there
+            checked.findings.append(Finding(file=str(file), what=f"{name} left, and is not in the store any more"))
+
+
+def _version(lines: list[Line], name: str) -> float:
+    return next(line.of.get("version", -1) for line in reversed(lines) if line.name == name)
+
+
+def _was_taken_back(objects: Objects, name: str) -> bool:
+    """Whether what is gone was refused, or is where a rollback has put it."""
+    folder = name.rpartition("/")[0]
+    if any(REFUSAL.fullmatch(f"{folder}/{other}") for other in objects.names(folder)):
+        return True
+    return any(objects.exists(f"{TAKEN_BACK}/{number}/{name}") for number in objects.names(TAKEN_BACK))
 
 
 def _ours(objects: Objects, member: str, config: RunConfig) -> Iterator[str]:

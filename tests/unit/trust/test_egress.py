@@ -265,6 +265,16 @@ def test_what_lies_in_the_store_in_our_name(run: RunConfig) -> None:
     (store / "silos/alpha/000009/manifest.json").write_bytes(whole)
     assert verdict(run) == (1, ["silos/alpha/000009/manifest.json is in the store, and no line says that it left"])
     (store / "silos/alpha/000009/manifest.json").unlink()
+    commit = store / "global/000000/commit.json"
+    moved = store / "rolled-back/000001/global/000000"
+    moved.mkdir(parents=True)
+    assert verdict(run)[0] == 0
+    before = commit.read_bytes()
+    commit.unlink()
+    assert verdict(run) == (1, ["global/000000/commit.json left, and is not in the store any more"])
+    (moved / "commit.json").write_bytes(before)  # a rollback has done it
+    assert verdict(run)[0] == 0
+    commit.write_bytes(before)
     assert verdict(run)[0] == 0
     (store / "global/000001/commit.json").write_bytes(b"{}")
     assert verdict(run) == (1, ["global/000001/commit.json in the store has other bytes than those that left"])
