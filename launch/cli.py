@@ -8,6 +8,7 @@ import typer
 
 from data_tools.cli import app as data_app
 from launch.contract import app as contract_app
+from launch.egress import app as egress_app
 from launch.exit import leave_with_proof
 from launch.keys import app as keys_app
 from launch.revoke import revoke
@@ -29,6 +30,7 @@ app.add_typer(launch_app, name="launch")
 app.add_typer(data_app, name="data")
 app.add_typer(keys_app, name="keys")
 app.add_typer(contract_app, name="contract")
+app.add_typer(egress_app, name="egress")
 app.command()(verify)
 app.command("exit")(leave_with_proof)
 app.command()(revoke)

@@ -49,8 +49,9 @@ from pretrain.outer.quantize import Parts
 from pretrain.outer.state import OuterState, kept_at_start
 from pretrain.trust.amendment import Governed
 from pretrain.trust.contract import build_contract, check_same_contract, first_contract
+from pretrain.trust.egress import tracked
 from pretrain.trust.ledger import Commit, Contributor, Payload, RefusedError, sha256_bytes
-from pretrain.trust.members import act_as
+from pretrain.trust.policy import Policy
 
 MOST_REPAIRS = 3  # a version: whoever says that it is damaged has all of it read again
 
@@ -68,7 +69,7 @@ class Aggregator:
         self._take_lease = take_lease
         self._lease: Lease | None = None
         self._exchange = StoreExchange.of_run(config)
-        act_as(self._exchange.members, config, OPERATOR)
+        self._exchange.speak_as(config, OPERATOR)
         self._scratch = Path(config.directory) / "aggregator"
         self._place = OnDisk(self._scratch / "state") if config.outer.state == "disk" else InMemory()
         self._merger = Merger(config, self._exchange, self._scratch, self._place, go_to=self._go_to)
@@ -129,6 +130,7 @@ class Aggregator:
         self.snapshots.stop()
         if self._lease:
             self._lease.release()
+        self._exchange.objects.close_egress()
 
     def _agree(self) -> None:
         def say(words: str) -> None:
@@ -359,7 +361,7 @@ def main() -> int:
     try:
         config = load_config(arguments.config, arguments.overrides)
         lock_directory(Path(config.directory) / "aggregator", "an aggregator")
-        journal = Journal(config, "aggregator", silo=None)
+        journal = Journal(config, "aggregator", silo=None, says=tracked(config, OPERATOR, Policy()))
         journal.status("starting")
         torch.set_num_threads(1)
         print(slower, flush=True) if slower else None

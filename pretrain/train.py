@@ -22,7 +22,7 @@ from pretrain.config.keys import RunConfig, SiloConfig
 from pretrain.config.load import load_config
 from pretrain.exchange.base import Exchange
 from pretrain.exchange.objects import StoreTroubleError
-from pretrain.federation.preflight import check_model, check_silo
+from pretrain.federation.preflight import check_model, check_policy, check_silo
 from pretrain.federation.room import check_silo_disk
 from pretrain.host.caches import use_writable_caches
 from pretrain.host.disk import full_disk
@@ -43,7 +43,9 @@ from pretrain.silo.steplog import StepLog, go_on_without_checkpoint
 from pretrain.sync.among_silos import AmongSilos
 from pretrain.sync.elastic import ElasticSync
 from pretrain.sync.through_store import ThroughStore
+from pretrain.trust.egress import tracked
 from pretrain.trust.ledger import RefusedError
+from pretrain.trust.policy import Policy
 
 
 @dataclass(kw_only=True)
@@ -393,6 +395,11 @@ def run(config: RunConfig, name: str, journal: Journal | None) -> int:
     return 0
 
 
+def _journal(config: RunConfig, name: str, policy: Policy) -> Journal:
+    allows = policy.allows_metric if policy.metrics is not None else None
+    return Journal(config, f"silos/{name}", silo=name, allows=allows, says=tracked(config, name, policy))
+
+
 def main() -> int:
     """Command line; returns the exit code: 0 done, 2 a user's mistake, 75 stopped, or a store in trouble."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -406,12 +413,13 @@ def main() -> int:
         config = load_config(arguments.config, arguments.overrides)
         if arguments.silo not in config.silos:
             raise ConfigError(f"--silo: {arguments.silo!r} given; allowed: {named(sorted(config.silos))}")
+        policy = check_policy(config)
         caches = use_writable_caches(Path(config.directory))
         if is_leader:
             for line in filter(None, (caches, slower)):
                 print(line, flush=True)
             lock_directory(config.silo_directory(arguments.silo), f"silo {arguments.silo}")
-            journal = Journal(config, f"silos/{arguments.silo}", silo=arguments.silo)
+            journal = _journal(config, arguments.silo, policy)
             journal.status("starting")
         code = run(config, arguments.silo, journal)
     except Exception as error:

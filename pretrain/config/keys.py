@@ -195,7 +195,7 @@ class ExchangeConfig:
 
 @dataclass(kw_only=True)
 class TrustConfig:
-    """Who signs what is written into a store, and whom the silos of a collective talk to."""
+    """Who signs what is written into a store, whom the silos of a collective talk to, and what may leave."""
 
     keys: dict[str, str] = field(default_factory=dict)
     """Public key of every silo of the roster and, unless in a collective, of `aggregator`, as `atoll keys new` says it;
@@ -212,6 +212,9 @@ class TrustConfig:
     seal: bool = False
     """Seal every delivery for the aggregator's operator, and every version for the members: whoever keeps the store
     sees sizes and records only. Needs `keys`; part of the contract."""
+    policy: str = ""
+    """A file of this site's own, which says what may leave its silos and wins over the contract; empty: what the
+    contract asks for."""
 
 
 @dataclass(kw_only=True)

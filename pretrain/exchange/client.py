@@ -44,19 +44,24 @@ class Client:
         """Soon after `over` is set, whatever is waited for is broken off, StopWaitingError."""
         self._fs, self._stall_seconds, self._over = fs, stall_seconds, over
         self.is_limited = isinstance(fs, AsyncFileSystem)
+        self.asked: Callable[[str], None] = lambda what: None
+        """Is told of each request, by the file system's method; of a library's own tries nothing is known."""
 
     def call(self, verb: str, *arguments: Any, num_bytes: int = 0, times: int = 1, **options: Any) -> Any:
         """What the file system's method answers. Raises SlowError if it takes longer than `times` `stall_seconds`, and
         as long again for each LEAST_SENT_BYTES that it sends.
         """
         if not self.is_limited:
+            self.asked(verb)
             return getattr(self._fs, verb)(*arguments, **options)
         limit_seconds = self._stall_seconds * (times + num_bytes / LEAST_SENT_BYTES)
         return self._wait(self._begin(verb, *arguments, **options), limit_seconds)
 
     def until(self, over: threading.Event) -> "Client":
         """The same until `over` is set."""
-        return Client(self._fs, self._stall_seconds, over)
+        bounded = Client(self._fs, self._stall_seconds, over)
+        bounded.asked = self.asked
+        return bounded
 
     def put(self, file: Path, path: str) -> None:
         """Copy a local file to a new object; of S3, in several parts at once.
@@ -72,6 +77,7 @@ class Client:
             in_parts = {"chunksize": part_bytes, "max_concurrency": at_once}
             num_bytes = min(num_bytes, part_bytes * max(at_once, 2))  # of less than two parts all goes at once
         if not self.is_limited:
+            self.asked("put_file")
             self._fs.put_file(str(file), path, mode="create")
             return
         told = fsspec.Callback()
@@ -153,6 +159,7 @@ class Client:
         return bytes(first) if len(first) <= most else b""
 
     def _begin(self, verb: str, *arguments: Any, **options: Any) -> Future[Any]:
+        self.asked(verb)
         started = getattr(self._fs, f"_{verb}")(*arguments, **options)
         return asyncio.run_coroutine_threadsafe(started, self._fs.loop)
 

@@ -46,6 +46,8 @@ class Collective:
         """Why all have to stop, once that is so."""
         self.missing: list[str] = []
         """The silos that we wait for."""
+        self.leaves: Callable[[str, str, bytes | int], None] = lambda peer, what, data: None
+        """Is told whom words go to, on what, and their bytes, before they do."""
         self._dead_seconds, self._hung_seconds = dead_seconds, hung_seconds
         self._is_host, self._make_credentials = silo == self.roster[0], credentials
         self._credentials: Credentials | None = None
@@ -158,6 +160,8 @@ class Collective:
         """
         keys = {silo: f"said/{what}/{silo}" for silo in self.roster}
         assert self._board
+        for silo in (silo for silo in self.roster if silo != self.silo):
+            self.leaves(silo, what, words.encode())
         try:
             self._board.set(keys[self.silo], words)
             seconds = FIRST_ASK_SECONDS

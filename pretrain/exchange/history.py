@@ -136,7 +136,8 @@ class History:
         folder = version_path(snapshot.version)
         for payload, file in files:
             check()
-            self._exchange.upload_over(file, f"{folder}/{payload.file}")  # one died before its record, perhaps
+            # one died before its record, perhaps
+            self._exchange.upload_over(file, f"{folder}/{payload.file}", digest=payload.blake3)
         check()
         name = snapshot_path(snapshot.version)
         self._exchange.write_over(name, snapshot.to_bytes(), lambda: self._is_signed(snapshot.version))

@@ -18,12 +18,17 @@ class Lanes:
     def __init__(self, first: Lane, num_lanes: int, group: dist.ProcessGroup | None) -> None:
         """`group` has the silo's ranks 0 to `num_lanes` - 1, for these messages alone; unused with one lane."""
         self._first, self._num_lanes, self._group = first, num_lanes, group
+        self.leaves: Callable[[int, int], None] = lambda index, num_bytes: None
+        """Is told how many bytes go to which silo of the roster, before they do."""
 
     def swap(self, out: Sequence[Sequence[Tensor]], sizes: Sequence[int]) -> list[Tensor]:
         """Send every silo its bytes, `out`, and return theirs, of `sizes`; ours stay out.
 
         What is sent to one may lie in several places. Raises PeerLostError.
         """
+        for index, parts in enumerate(out):
+            if parts:
+                self.leaves(index, sum(map(len, parts)))
         into = [torch.empty(size, dtype=torch.uint8) for size in sizes]
         shares = [
             ([_share(parts, i, self._num_lanes) for parts in out], [_share([t], i, self._num_lanes) for t in into])

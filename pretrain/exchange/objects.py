@@ -26,6 +26,7 @@ from pretrain.exchange.client import PAGES, Client, SlowError, StopWaitingError,
 from pretrain.exchange.directory import Directory
 from pretrain.exchange.options import OF_S3, distrust
 from pretrain.host.disk import is_full
+from pretrain.trust.egress import Egress, blake3_of
 from pretrain.trust.ledger import RECORD_BYTES, RefusedError
 
 BLOCK_BYTES = 1 << 20
@@ -87,6 +88,17 @@ class Objects:
         self._fs, self._client = fs, Client(fs, stall_seconds)
         self._directory = Directory(self._root) if isinstance(fs, LocalFileSystem) else None
         self._was_there = threading.Event()  # for copies, too: one that has nothing to do for long must know
+        self._egress: Egress | None = None
+
+    def told_to(self, egress: Egress) -> None:
+        """From now on, for copies made later, too, nothing leaves before the ledger has a line of it."""
+        self._egress = egress
+        self._client.asked = egress.asked
+
+    def close_egress(self) -> None:
+        """The ledger's last counts, if there is one."""
+        if self._egress:
+            self._egress.close(self.url)
 
     def at_once(self) -> "Objects":
         """The same objects, without retries."""
@@ -153,8 +165,11 @@ class Objects:
         names = [str(path).rstrip("/").rsplit("/", 1)[-1] for path in listed]
         return sorted(name for name in names if not name.startswith(".") and name != prefix.rsplit("/", 1)[-1])
 
-    def write(self, name: str, data: bytes) -> None:
-        """Write a small new object. Raises FileExistsError if the name is taken."""
+    def write(self, name: str, data: bytes, *, of: Mapping[str, float] | None = None) -> None:
+        """Write a small new object. Raises FileExistsError if the name is taken.
+
+        `of` tells the egress ledger what it was made of.
+        """
 
         def is_same() -> bool:
             return b"".join(self._blocks(name, len(data))) == data
@@ -164,21 +179,34 @@ class Objects:
             lambda temporary: temporary.write(data),
             lambda path: self._client.call("pipe_file", path, data, num_bytes=len(data), mode="create"),
             is_same,
+            leave=lambda: self._leave(name, len(data), blake3_of(data), of),
         )
 
-    def give(self, file: Path, name: str) -> None:
+    def give(self, file: Path, name: str, *, digest: str = "", of: Mapping[str, float] | None = None) -> None:
         """Make a local file that nobody writes to or needs any more a new object, uncopied where that can be.
 
-        Then the file is gone. Raises FileExistsError if the name is taken.
+        Then the file is gone. Raises FileExistsError if the name is taken. See `upload`.
         """
-        self._upload(file, name, given=file)
+        self._upload(file, name, digest, of, given=file)
         file.unlink(missing_ok=True)  # copied
 
-    def upload(self, file: Path, name: str) -> None:
-        """Copy a local file to a new object. Raises FileExistsError if the name is taken."""
-        self._upload(file, name)
+    def upload(self, file: Path, name: str, *, digest: str = "", of: Mapping[str, float] | None = None) -> None:
+        """Copy a local file to a new object. Raises FileExistsError if the name is taken.
 
-    def _upload(self, file: Path, name: str, *, given: Path | None = None) -> None:
+        The egress ledger is told its BLAKE3, `digest`, where that is known, and what it was made of.
+        """
+        self._upload(file, name, digest, of)
+
+    def _upload(
+        self, file: Path, name: str, digest: str, of: Mapping[str, float] | None, *, given: Path | None = None
+    ) -> None:
+
+        def leave() -> None:
+            known = digest
+            if self._egress and not known:
+                with file.open("rb") as ours:
+                    known = _digest(_blocks(ours, file.stat().st_size)).hex()
+            self._leave(name, file.stat().st_size, known, of)
 
         def is_same() -> bool:
             size = file.stat().st_size
@@ -194,6 +222,7 @@ class Objects:
             copy_it,
             lambda path: self._client.put(file, path),
             is_same,
+            leave=leave,
             given=given,
         )
 
@@ -235,6 +264,16 @@ class Objects:
 
     # ---- creating
 
+    def _leave(self, name: str, num_bytes: int, digest: str, of: Mapping[str, float] | None) -> None:
+        """Have the ledger say it before a byte leaves, and wait until a day's bytes are not used up any more."""
+        said = False
+        while self._egress and (seconds := self._egress.leaves(self.url, name, num_bytes, digest, of=of)):
+            if not said:
+                said = True
+                print(f"{name} waits {seconds:.0f} s: the policy's bytes_a_day have left today", flush=True)
+            if self._closing.wait(min(seconds, LONGEST_DELAY_SECONDS)):
+                raise StopWaitingError
+
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
 
@@ -245,15 +284,19 @@ class Objects:
         put: Callable[[str], object],
         is_same: Callable[[], bool],
         *,
+        leave: Callable[[], None],
         given: Path | None = None,
     ) -> None:
         temporary = f".{name.rsplit('/', 1)[-1]}.{uuid.uuid4().hex}.tmp"  # one for all tries, so the last one clears up
 
         num_tries = 0
+        leave()
 
         def create() -> None:
             nonlocal num_tries
             num_tries += 1
+            if num_tries > 1:
+                leave()  # once more
             try:
                 if self._directory:
                     # The store's own directory only at first: one that is gone must not be made anew.

@@ -1,8 +1,11 @@
 """How a store in a network is reached: what fsspec is told, and whose certificates are trusted. No torch."""
 
+import os
 import ssl
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import fsspec
 
@@ -12,7 +15,7 @@ from pretrain.config.load import CONFIG_FILE, load_run
 from pretrain.config.paths import expand_home
 
 OF_DIRECTORIES = (None, "file", "local")
-OF_S3 = ("s3", "s3a")
+OF_S3, OF_GOOGLE, OF_AZURE = ("s3", "s3a"), ("gs", "gcs"), ("az", "abfs", "abfss", "adl")
 
 
 def store_options(exchange: ExchangeConfig, url: str) -> dict[str, Any]:
@@ -65,6 +68,44 @@ def operators_key(where: str) -> Path | None:
     if (folder / CONFIG_FILE).is_file():
         file = load_run(folder).key_file(OPERATOR)
     return file if file.is_file() else None
+
+
+def destination(url: str, options: Mapping[str, Any]) -> str:
+    """Where what is written to a store goes: a host's name, or a folder of this machine, from / on.
+
+    Raises ConfigError for a kind of store of which that cannot be told.
+    """
+    if is_directory(url):
+        return str(Path(fsspec.core.strip_protocol(url)).absolute())
+    protocol = fsspec.core.split_protocol(url)[0]
+    endpoint = str(options.get("endpoint_url") or options.get("client_kwargs", {}).get("endpoint_url") or "")
+    if protocol in OF_S3 and not endpoint:
+        endpoint = _endpoint_of_s3(options.get("profile"))
+    elif protocol in OF_GOOGLE and not endpoint:
+        endpoint = os.environ.get("STORAGE_EMULATOR_HOST") or "https://storage.googleapis.com"
+    elif protocol in OF_AZURE and (account := options.get("account_name")):
+        endpoint = f"https://{account}.blob.core.windows.net"
+    elif protocol in ("http", "https"):
+        endpoint = url
+    if host := urlsplit(endpoint if "://" in endpoint else f"//{endpoint}").hostname:
+        return host
+    raise ConfigError(
+        f"exchange.url: {url!r} given; the host that its bytes go to cannot be told; allowed: with hosts in a policy, "
+        "a directory, s3://, gs://, http://, or az:// with exchange.options.account_name"
+    )
+
+
+def _endpoint_of_s3(profile: str | None) -> str:
+    """What the library makes of environment, ~/.aws and region."""
+    from botocore.exceptions import BotoCoreError
+    from botocore.session import Session
+
+    try:
+        session = Session(profile=profile)
+        region = session.get_config_variable("region") or "us-east-1"
+        return str(session.create_client("s3", region_name=region).meta.endpoint_url)
+    except (BotoCoreError, ValueError) as error:
+        raise ConfigError(f"exchange.options: the store's endpoint cannot be told: {error}") from None
 
 
 def is_directory(url: str) -> bool:

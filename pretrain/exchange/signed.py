@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from pretrain.config.check import ConfigError
-from pretrain.config.keys import ExchangeConfig, RunConfig
+from pretrain.config.keys import OPERATOR, ExchangeConfig, RunConfig
 from pretrain.exchange.amended import Amendments
 from pretrain.exchange.objects import Objects
 from pretrain.exchange.options import store_options
 from pretrain.exchange.words import WORD_BYTES, Membership, Word, number
 from pretrain.host.foreign import shown
 from pretrain.trust.contract import amend_rule, contract_keys, contract_seals
+from pretrain.trust.egress import Egress
 from pretrain.trust.ledger import Commit, Record, RefusedError, check_link, sha256_bytes
-from pretrain.trust.members import Members
+from pretrain.trust.members import Members, act_as
+from pretrain.trust.policy import Policy, read_policy
 
 CONTRACT = "contract.json"
 TRIES = 100  # against somebody who puts something there again and again
@@ -63,6 +65,12 @@ class SignedStore:
             stall_seconds=exchange.stall_seconds,
             closing=closing,
         )
+
+    def speak_as(self, config: RunConfig, member: str) -> None:
+        """Sign and seal as a member of this machine, and keep its egress ledger. Raises ConfigError; see `act_as`."""
+        act_as(self.members, config, member)
+        policy = Policy() if member == OPERATOR else read_policy(config)
+        self.objects.told_to(Egress.of_run(config, member, self.members.signer, policy))
 
     def until(self, over: threading.Event) -> Self:
         """The same store until `over` is set; see Objects."""
@@ -210,23 +218,28 @@ class SignedStore:
         """The same of a word as its author has signed it."""
         self.write_over(name, data, lambda: self.heard(kind, name, author) is not None)
 
-    def write_over(self, name: str, data: bytes, stands: Callable[[], bool]) -> None:
+    def write_over(
+        self, name: str, data: bytes, stands: Callable[[], bool], *, of: Mapping[str, float] | None = None
+    ) -> None:
         """Write a small object; what lies there gives way, however often, unless it `stands`, as its author's.
 
         Raises FileExistsError for what stands, which is all where nothing is signed.
         """
         for _ in range(TRIES):
             with suppress(FileExistsError):
-                return self.objects.write(name, data)
+                return self.objects.write(name, data, of=of)
             if not self.members.keys or stands():
                 break
             self.objects.delete(name)
         raise FileExistsError(f"{name} exists already")
 
-    def upload_over(self, file: Path, name: str, *, give: bool = False) -> None:
+    def upload_over(
+        self, file: Path, name: str, *, digest: str, of: Mapping[str, float] | None = None, give: bool = False
+    ) -> None:
         """Write a payload in the place of what another, or one of us who was killed, has left under its name."""
+        carry = self.objects.give if give else self.objects.upload
         for _ in range(TRIES if self.members.keys else 1):
             self.objects.delete(name)
             with suppress(FileExistsError):
-                return (self.objects.give if give else self.objects.upload)(file, name)
+                return carry(file, name, digest=digest, of=of)
         raise FileExistsError(f"{name} exists already")

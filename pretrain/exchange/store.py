@@ -30,6 +30,7 @@ import re
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -250,10 +251,12 @@ class StoreExchange(SignedStore):
         stands = self.objects.read_if_there(name)
         if stands is not None and self._is_by(manifest.silo, manifest.version, stands):
             return stands
+        of = {key: getattr(manifest, key) for key in ("version", "base_version", "tokens", "steps")}
         try:
             for payload, file in files:
-                self.upload_over(file, f"{folder}/{payload.file}")
-            self.write_over(name, manifest.to_bytes(), lambda: self.is_delivered(manifest.silo, manifest.version))
+                self.upload_over(file, f"{folder}/{payload.file}", digest=payload.blake3, of=of)
+            there = partial(self.is_delivered, manifest.silo, manifest.version)
+            self.write_over(name, manifest.to_bytes(), there, of=of)
         except FileExistsError as error:
             raise ConfigError(
                 f"exchange.url: {self.objects.url} given; somebody else writes as silo {manifest.silo}: {error}"
@@ -401,7 +404,8 @@ class StoreExchange(SignedStore):
             raise FileExistsError(f"{folder}/commit.json exists already; another aggregator works on this store")
         for payload, file in files:
             check()
-            self.upload_over(file, f"{folder}/{payload.file}", give=give)  # one died before its commit, perhaps
+            # one died before its commit, perhaps
+            self.upload_over(file, f"{folder}/{payload.file}", digest=payload.blake3, give=give)
         check()
         self.write_over(f"{folder}/commit.json", commit.to_bytes(), lambda: self.has_commit(commit.version))
         self.objects.delete(f"waiting/{commit.version:06d}.json")

@@ -5,7 +5,6 @@ from pretrain.config.keys import RunConfig
 from pretrain.exchange.store import StoreExchange
 from pretrain.host.lock import lock_directory
 from pretrain.trust.contract import build_contract, check_same_contract
-from pretrain.trust.members import own_signer
 
 
 def say_left(config: RunConfig, silo: str) -> int:
@@ -15,6 +14,7 @@ def say_left(config: RunConfig, silo: str) -> int:
         lock_directory(config.silo_directory(silo), f"silo {silo}")
     newest = exchange.newest_version()
     exchange.announce(silo, left=True, version=newest)
+    exchange.objects.close_egress()
     return newest
 
 
@@ -29,7 +29,7 @@ def check_can_leave(config: RunConfig, silo: str) -> StoreExchange:
     if not config.membership.is_elastic:
         raise ConfigError("membership.quorum: null given; without a quorum every version waits for all of the roster")
     exchange = StoreExchange.of_run(config)
-    exchange.members.signer = own_signer(config, silo)
+    exchange.speak_as(config, silo)
     stored = exchange.read_contract()
     if stored is None:
         raise ConfigError(f"exchange.url: {config.store_url} given; there is no run in it (no contract.json)")

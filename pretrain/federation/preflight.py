@@ -12,14 +12,16 @@ import fsspec
 
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig
-from pretrain.exchange.options import is_directory, store_options
+from pretrain.exchange.options import destination, is_directory, store_options
 from pretrain.exchange.signed import CONTRACT
 from pretrain.exchange.store import StoreExchange
 from pretrain.host.software import differences
+from pretrain.host.tracker import server_host
 from pretrain.silo.shards import check_a_sequence, check_enough, read_manifest, tokenizer_sha256
 from pretrain.silo.weights import checkpoint_files
 from pretrain.trust.contract import build_contract, check_same_contract, read_contract
 from pretrain.trust.members import Members, act_as
+from pretrain.trust.policy import Policy, read_policy
 
 PROBE = "probe-"
 
@@ -48,10 +50,30 @@ def announce_store(config: RunConfig) -> None:
         print(f"exchange.url: a new run begins in {directory}, a directory of this machine", flush=True)
 
 
+def check_policy(config: RunConfig, remote_url: str = "") -> Policy:
+    """The site's own policy, which nothing that it is asked for contradicts; `remote_url` is where a relay copies to.
+
+    Raises ConfigError, one line that names both sides.
+    """
+    policy, kind = read_policy(config), config.exchange.kind
+    policy.check_config(config)
+    if policy.hosts is not None:
+        if remote_url:
+            policy.check_place(destination(remote_url, config.exchange.options), "--remote")
+        elif kind == "collective":
+            policy.check_place(urlsplit(config.exchange.url).hostname or "", "the host of exchange.url")
+        elif kind == "store":
+            policy.check_place(destination(config.store_url, config.exchange.options), "where exchange.url leads")
+        if config.wandb.mode == "online":
+            policy.check_place(server_host(), "the server of wandb.mode=online")
+    return policy
+
+
 def check_silo(config: RunConfig, name: str) -> None:
-    """Its key, and its shards: there, whole, packed with the run's tokenizer, and enough for one batch."""
+    """Its key, its policy, and its shards: there, whole, packed with the run's tokenizer, and enough for one batch."""
     if config.trust.keys:  # else a local launch makes them
         act_as(Members(), config, name)
+    check_policy(config)
     silo, tokenizer = config.silos[name], tokenizer_sha256(config.tokenizer_file)
     key = f"silos.{name}.data"
     if not silo.data:

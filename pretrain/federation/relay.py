@@ -33,9 +33,11 @@ from pretrain.exchange.rollback import explain, foreign, read_rollbacks, take_ba
 from pretrain.exchange.sealed import given_group_key, group_key_path
 from pretrain.exchange.store import StoreExchange, delivery_path, identity_path, version_path
 from pretrain.exchange.words import Beat, Identity, Membership, Refusal, Resumable, Word, number
+from pretrain.federation.preflight import check_policy
 from pretrain.host.lock import lock_directory
 from pretrain.host.stopping import STOPPED, StopRequested, raise_at_signals
 from pretrain.trust.contract import build_contract, check_same_contract
+from pretrain.trust.egress import RELAY, Egress
 from pretrain.trust.ledger import Commit, Manifest, Payload, RefusedError, sha256_bytes
 
 MANIFEST = "manifest.json"
@@ -57,6 +59,7 @@ def relay(config: RunConfig, remote_url: str) -> int:
             time.sleep(config.exchange.poll_seconds)
         copier.copy()
         copier.copy_beats()
+        copier.close()
     except StopRequested:
         print("stopped; start it again to go on", flush=True)
         return STOPPED
@@ -84,6 +87,7 @@ class Relay:
         self._there = StoreExchange(
             remote_url, options=options, retry_seconds=exchange.retry_seconds, stall_seconds=exchange.stall_seconds
         )
+        self._there.objects.told_to(Egress.of_run(config, RELAY, None, check_policy(config, remote_url)))
         self._history = History(self._here, config.outer.num_fragments)
         self._scratch = Path(config.directory) / "relay" / "inbox"
         self._newest = -1
@@ -108,6 +112,10 @@ class Relay:
                 f"exchange.url: {self._root} given; its contract is not that of {where}; name another one"
             )
         shutil.rmtree(self._scratch, ignore_errors=True)  # left by one that was killed
+
+    def close(self) -> None:
+        """The last counts of what left."""
+        self._there.objects.close_egress()
 
     def is_done(self) -> bool:
         """Whether the last version is here and all silos of this site have ended."""

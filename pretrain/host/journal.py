@@ -9,21 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config.keys import RunConfig
-from pretrain.host.tracker import Tracker
+from pretrain.host.tracker import Allows, Says, Tracker
 
 
 class Journal:
     """One process's part of a run directory."""
 
-    def __init__(self, config: RunConfig, part: str, *, silo: str | None) -> None:
-        """`part` is the folder below the run directory: `aggregator`, or `silos/NAME`."""
+    def __init__(
+        self, config: RunConfig, part: str, *, silo: str | None, allows: Allows | None = None, says: Says | None = None
+    ) -> None:
+        """`part` is the folder below the run directory: `aggregator`, or `silos/NAME`. See Tracker for the rest."""
         self._silo = silo
         self._metrics = Path(config.directory) / "metrics.jsonl"
         self.directory = Path(config.directory) / part
         self.directory.mkdir(parents=True, exist_ok=True)
         (self.directory / "error.txt").unlink(missing_ok=True)
         self._end_broken_line()
-        self._tracker = Tracker(config, part, silo=silo)
+        self._tracker = Tracker(config, part, silo=silo, allows=allows, says=says)
 
     def record(self, kind: str, **values: Any) -> None:
         """Append one line to metrics.jsonl. One write in append mode: lines of several processes do not mix.

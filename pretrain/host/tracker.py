@@ -1,19 +1,44 @@
 """Weights & Biases beside a run, which never depends on it: what cannot be sent is kept on disk. No torch."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from pretrain.config.keys import RunConfig
 
 TIMEOUT_SECONDS = 15.0  # for a server, at the start and at the end
+SERVER = "https://api.wandb.ai"
+# What the library tells of the machine, its software and its code by itself.
+SILENT = {
+    **{"x_disable_stats": True, "x_disable_meta": True, "x_disable_machine_info": True, "x_save_requirements": False},
+    **{"disable_git": True, "disable_code": True, "save_code": False},
+}
+
+Allows = Callable[[str], bool]
+"""Whether a number of this name may leave."""
+Says = Callable[[str, str, dict[str, Any]], None]
+"""Is told the host, what it is, and the values, before they leave."""
+
+
+def server_host() -> str:
+    """Where an online run is sent."""
+    return urlsplit(os.environ.get("WANDB_BASE_URL") or SERVER).hostname or ""
 
 
 class Tracker:
     """One process's run there; none if `wandb.mode` is disabled, or the library fails."""
 
-    def __init__(self, config: RunConfig, part: str, *, silo: str | None) -> None:
-        """Online, a server that cannot be used is said in one line, and the run is recorded offline."""
+    def __init__(
+        self, config: RunConfig, part: str, *, silo: str | None, allows: Allows | None = None, says: Says | None = None
+    ) -> None:
+        """Online, a server that cannot be used is said in one line, and the run is recorded offline.
+
+        With `allows`, other numbers are left out, and the library tells nothing by itself.
+        """
         self._run: Any = None
+        self._allows, self._says, self._mode = allows, says, ""
         self._directory = Path(config.directory) / part
         if config.wandb.mode != "disabled":
             self._begin(config, config.wandb.mode, silo or part, {"silo": silo})
@@ -21,10 +46,13 @@ class Tracker:
     def _begin(self, config: RunConfig, mode: str, who: str, about: dict[str, Any]) -> None:
         import wandb
 
+        silent: dict[str, Any] = SILENT if self._allows else {}
         try:
             # Asked on a terminal, a key would be waited for.
             if mode == "online" and not wandb.login(prompt=False):
                 raise RuntimeError("no login was found (wandb login, or WANDB_API_KEY)")
+            self._mode = mode
+            self._say("init", {"project": config.wandb.project, "group": config.name, "name": who, "config": about})
             self._run = wandb.init(
                 project=config.wandb.project,
                 group=config.name,
@@ -33,7 +61,11 @@ class Tracker:
                 dir=str(self._directory),
                 config=about,
                 settings=wandb.Settings(
-                    silent=True, console="off", init_timeout=TIMEOUT_SECONDS, finish_timeout=TIMEOUT_SECONDS
+                    silent=True,
+                    console="off",
+                    init_timeout=TIMEOUT_SECONDS,
+                    finish_timeout=TIMEOUT_SECONDS,
+                    **silent,
                 ),
             )
         except Exception as error:  # of a library and a service that training must not depend on
@@ -50,7 +82,15 @@ class Tracker:
         if self._run:
             numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
             numbers |= {f"{kind}/{corpus}": loss for corpus, loss in values.get("val_loss", {}).items()}
-            self._try(lambda: self._run.log(numbers))
+            if self._allows:
+                numbers = {name: number for name, number in numbers.items() if self._allows(name)}
+            if numbers:
+                self._say(kind, numbers)
+                self._try(lambda: self._run.log(numbers))
+
+    def _say(self, what: str, values: dict[str, Any]) -> None:
+        if self._says and self._mode == "online":
+            self._says(server_host(), what, values)
 
     def close(self) -> None:
         """Send what is left, for a limited time."""

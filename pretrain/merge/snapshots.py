@@ -109,7 +109,7 @@ class Snapshots:
                 if file.is_file() and file_payload(file, payload.fragment) == payload:
                     self._check_lease()
                     self._exchange.objects.delete(name)
-                    self._exchange.objects.upload(file, name)
+                    self._exchange.objects.upload(file, name, digest=payload.blake3)
                     what = "it was published again"
                 print(f"version {version}: {error}; {what}", flush=True)
 

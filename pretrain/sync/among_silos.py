@@ -58,8 +58,10 @@ from pretrain.outer.state import OuterTensors
 from pretrain.sync.own_ledger import Kept, OwnLedger, all_pieces
 from pretrain.sync.packing import as_bytes, heard, length, num_bytes, pack, unpack, unpack_moments
 from pretrain.trust.contract import build_contract, check_same_contract, first_contract
+from pretrain.trust.egress import to_peers
 from pretrain.trust.ledger import Agreement, Commit, Manifest, Payload, RefusedError, sha256_bytes
 from pretrain.trust.members import Members, own_signer, public_keys
+from pretrain.trust.policy import read_policy
 
 SETTLE_SECONDS = 3.0  # for the watch to find out who broke a connection, and why
 
@@ -84,6 +86,7 @@ class AmongSilos:
             dead_seconds=settings.dead_seconds,
             hung_seconds=settings.hung_seconds,
         )
+        self._collective.leaves = to_peers(config, silo)
         self._lanes: Lanes | None = None
         self._straight: Lanes | None = None  # the same from leader to leader, without other ranks
         self._carrier: threading.Thread | None = None
@@ -137,9 +140,11 @@ class AmongSilos:
                 self._check_agreed(silo, of_silo["agreed"].encode())
             first = self._collective.first_lane()
             self._straight = Lanes(first, 1, None)
+            self._straight.leaves = self._leaves
             self._confirm(shared)
             self._catch_up({silo: of_silo["newest"] for silo, of_silo in told.items()})
             self._lanes = Lanes(first, self._config.exchange.num_lanes, self._lane_group)  # with the other ranks
+            self._lanes.leaves = self._leaves
         self._rows, self._kept = self._ledger.load()
         give_back_memory()  # copies of the model that went through our hands
 
@@ -279,9 +284,12 @@ class AmongSilos:
         self._written.result()
         return self._ledger.commit(commit.version)
 
+    def _leaves(self, index: int, num_bytes: int) -> None:
+        self._collective.leaves(self._roster[index], "lane", num_bytes)
+
     def _merge(self, version: int, manifest: Manifest, coded: Held | Tensors, base: Mapping[str, Tensor]) -> Received:
         assert version == self._ledger.newest + 1
-        told = self._share(f"{version}/manifest", manifest.to_bytes().decode())
+        told = self._share(f"{version}/manifest", read_policy(self._config).leaving(manifest).to_bytes().decode())
         manifests = self._read_manifests(version, told, digest_rows(self._rows[name] for name in base))
         for what in ("manifest", "merged"):
             self._collective.forget(f"{version - 1}/{what}")  # all have come here, so they have heard it

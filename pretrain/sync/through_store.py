@@ -36,7 +36,7 @@ from pretrain.outer.quantize import Parts
 from pretrain.sync.delivered import Delivered
 from pretrain.trust.contract import build_contract, check_same_contract, read_contract
 from pretrain.trust.ledger import Commit, Payload, RefusedError, check_cosigned, sha256_bytes
-from pretrain.trust.members import act_as
+from pretrain.trust.policy import read_policy
 
 MAX_REFUSALS = 3
 POLLS_PER_LOOK = 20  # while it waits, a silo looks whether the store still has the commit that it holds
@@ -53,11 +53,11 @@ class ThroughStore:
 
     def __init__(self, config: RunConfig, silo: str) -> None:
         self._config, self._silo = config, silo
-        self._rules = config.membership
+        self._rules, self._policy = config.membership, read_policy(config)
         self._closing = threading.Event()
         self._store = StoreExchange.of_run(config, closing=self._closing)
         self._history = History(self._store, config.outer.num_fragments)
-        act_as(self._store.members, config, silo)
+        self._store.speak_as(config, silo)
         self._directory = config.silo_directory(silo)
         self._marking = ThreadPoolExecutor(1, thread_name_prefix="mark")
         self._beats: Beats | None = None
@@ -153,7 +153,7 @@ class ThroughStore:
     def deliver(self, sent: Outgoing) -> None:
         """Write the payload and its manifest into the store; what comes too late to count is not sent."""
         with self._noticing_the_end():
-            manifest, version = self._store.members.sign(sent.manifest), sent.manifest.version
+            manifest, version = self._store.members.sign(self._policy.leaving(sent.manifest)), sent.manifest.version
             if self._rules.is_elastic and not self._rules.stale_weight and self._is_committed(version):
                 return
             self._num_refused.setdefault(version, len(self._store.refusals(self._silo, version)))
@@ -210,6 +210,7 @@ class ThroughStore:
         for contributor in commit.contributors:
             if contributor.silo == self._silo:
                 self._check_delivered(contributor.version, contributor.manifest_sha256)
+                self._policy.check_merged(version, len({other.silo for other in commit.contributors}))
         with self._remembering:
             before, same, after = (self._held.get(version + step) for step in (-1, 0, 1))
             if (
@@ -399,3 +400,4 @@ class ThroughStore:
         self._closing.set()
         if self._beats:
             self._beats.stop(take_back=True)
+        self._store.objects.close_egress()

@@ -25,6 +25,7 @@ neither.
 import contextlib
 import dataclasses
 import importlib
+import inspect
 import json
 import os
 import re
@@ -248,7 +249,7 @@ def arm(point: str, when: int, fired: Path, action: str, amount: Any) -> None:
     *outer, attribute = path.split(".")
     for name in outer:
         owner = getattr(owner, name)
-    original = getattr(owner, attribute)
+    original, known = getattr(owner, attribute), inspect.signature(number_of).parameters
 
     def is_due(found: int | None) -> bool:
         if found is None or action in (*LASTING, "drop"):
@@ -256,7 +257,8 @@ def arm(point: str, when: int, fired: Path, action: str, amount: Any) -> None:
         return found == when and not fired.exists()
 
     def faulty(*args: Any, **kwargs: Any) -> Any:
-        due = is_due(number_of(*args, **kwargs))
+        asked = {name: value for name, value in kwargs.items() if name in known or "_" in known}
+        due = is_due(number_of(*args, **asked))
         if due and action == "drop":
             fired.touch()
             return args[1].to_bytes()  # as if it had come through

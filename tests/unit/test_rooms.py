@@ -15,7 +15,16 @@ ALL_FILES = sorted(path for folder in OURS for path in (ROOT / folder).rglob("*.
 
 # The floors, from the top down: a room (a folder, or a file beside the folders) imports its own files and lower rooms.
 FLOORS = (
-    *("launch.cli", "launch.demo", "launch.exit", "launch.keys", "launch.contract", "launch.revoke", "launch.verify"),
+    *(
+        "launch.cli",
+        "launch.demo",
+        "launch.egress",
+        "launch.exit",
+        "launch.keys",
+        "launch.contract",
+        "launch.revoke",
+        "launch.verify",
+    ),
     *("launch.compare", "launch.start", "launch.show"),
     "data_tools",
     *("pretrain.train", "pretrain.aggregate"),
@@ -25,7 +34,7 @@ FLOORS = (
 # What a login node runs, and all that it has imported by then.
 WITHOUT_TORCH = (
     *("launch", "pretrain.config", "pretrain.host", "pretrain.trust"),
-    *("pretrain.federation.leave", "pretrain.federation.relay"),
+    *("pretrain.federation.egress", "pretrain.federation.leave", "pretrain.federation.relay"),
     *("pretrain.exchange.board", "pretrain.exchange.channel", "pretrain.exchange.listener"),
     *("pretrain.exchange.beats", "pretrain.exchange.lease", "pretrain.exchange.objects"),
     *("pretrain.exchange.options", "pretrain.exchange.rollback", "pretrain.exchange.store"),
