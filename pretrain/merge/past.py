@@ -70,4 +70,4 @@ def _num_needed(config: RunConfig) -> int:
     )
     if rules.sample:  # each is drawn so seldom, more or less
         versions *= 2 * -(-len(config.full_roster) // rules.sample)
-    return max(versions, 2 * num_fragments)
+    return max(versions, num_fragments * (2 if rules.stale_weight else 1))

@@ -37,8 +37,8 @@ def test_it_does_not_chain_to_another_commit_than_its_own(config: RunConfig) -> 
     aggregator, state = start(config)
     file = commit_file(config, 0)
     held, found = file.read_bytes(), file.read_bytes().replace(b'"divisor": 0', b'"divisor": 1')
-    file.write_bytes(found)
     deliver_all(config, state)
+    file.write_bytes(found)
     deliveries = aggregator._collector.collect(
         1, lambda silo, data, _, over: aggregator._merger.verify(silo, data, state, 1)
     )

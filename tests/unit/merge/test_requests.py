@@ -67,6 +67,9 @@ def deliver(config: RunConfig, state: OuterState, silos: tuple[str, ...]) -> Non
     here = dataclasses.replace(config, exchange=dataclasses.replace(config.exchange, url=str(folder)))
     folder.mkdir(exist_ok=True)
     (folder / "contract.json").write_bytes(exchange.read_contract() or b"")
+    commit = folder / "global" / f"{state.version:06d}" / "commit.json"
+    commit.parent.mkdir(parents=True, exist_ok=True)
+    commit.write_bytes(exchange.commit_bytes(state.version))
     for silo in silos:
         GOOD.deliver(here, silo, state, plus_noise(state))
         for name in (f"{version}.safetensors", "manifest.json"):

@@ -65,7 +65,9 @@ def deliver(config: RunConfig, silo: str, state: OuterState, scratch: Path) -> N
     objects = StoreExchange(config.store_url).objects
     there = dataclasses.replace(config, exchange=dataclasses.replace(config.exchange, url=str(scratch)))
     scratch.mkdir(exist_ok=True)
-    (scratch / "contract.json").write_bytes(objects.read("contract.json"))
+    for name in ("contract.json", f"global/{state.version:06d}/commit.json"):
+        (scratch / name).parent.mkdir(parents=True, exist_ok=True)
+        (scratch / name).write_bytes(objects.read(name))
     GOOD.deliver(there, silo, state, plus_noise(state, seed=ROSTER.index(silo)))
     folder = Path("silos") / silo / f"{state.version + 1:06d}"
     for file in sorted((scratch / folder).iterdir(), key=lambda file: file.name == "manifest.json"):
