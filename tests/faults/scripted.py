@@ -250,6 +250,7 @@ def arm(point: str, when: int, fired: Path, action: str, amount: Any) -> None:
     for name in outer:
         owner = getattr(owner, name)
     original, known = getattr(owner, attribute), inspect.signature(number_of).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
 
     def is_due(found: int | None) -> bool:
         if found is None or action in (*LASTING, "drop"):
@@ -257,7 +258,7 @@ def arm(point: str, when: int, fired: Path, action: str, amount: Any) -> None:
         return found == when and not fired.exists()
 
     def faulty(*args: Any, **kwargs: Any) -> Any:
-        asked = {name: value for name, value in kwargs.items() if name in known or "_" in known}
+        asked = {name: value for name, value in kwargs.items() if name in known or takes_all}
         due = is_due(number_of(*args, **asked))
         if due and action == "drop":
             fired.touch()

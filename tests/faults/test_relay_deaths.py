@@ -15,6 +15,7 @@ from launch.start.local import CommandBuilder, local_commands
 from launch.start.processes import ChildCommand
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import save_config
+from pretrain.trust.members import with_keys
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, federate
 from tests.faults.scripted import check_struck, scripted
@@ -91,7 +92,7 @@ def relayed(
     """Train alpha behind a relay that dies, beta without one; all must be as if there were no relay."""
     there, here, fired = directory / "there", directory / "site" / "store", directory / "fired"
     fired.mkdir(parents=True)
-    config = configured(tiny_config, directory, num_steps, {"url": str(there)})
+    config = with_keys(configured(tiny_config, directory, num_steps, {"url": str(there)}), make=True)
     module = scripted("launch.cli", faults, fired)
     relay = Restarted(relay_command(config, "alpha", here, module), directory / "relay.log", num_lives=num_lives)
     try:
