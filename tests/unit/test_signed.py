@@ -134,6 +134,20 @@ def test_a_silo_that_is_shown_another_history_tells_the_others(config: RunConfig
     assert findings[0].what.startswith(found)
 
 
+def test_a_silo_without_the_others_manifests_goes_on(config: RunConfig) -> None:
+    """Behind a relay there are none but its own."""
+    aggregator, state = begin(config)
+    alpha = ThroughStore(config, "alpha")
+    alpha._store.read_contract()
+    alpha._delivered.begin(4)
+    for version in (1, 2, 3):
+        for silo in config.full_roster:
+            deliver(config, state, silo)
+        one_version(aggregator, state)
+        manifest_file(config, "beta", version).unlink()
+        assert alpha.receive(version, None, state.parameters).commit.version == version
+
+
 # ---- what somebody else writes
 
 
