@@ -313,10 +313,17 @@ class StoreExchange(SignedStore):
 
     def contributed(self, contributor: Contributor) -> tuple[Manifest, bytes]:
         """The manifest, and its bytes, that a commit names as a silo's part in it. Raises RefusedError."""
+        if (found := self.contributed_if_there(contributor)) is None:
+            folder = delivery_path(contributor.silo, contributor.version)
+            raise RefusedError(f"{folder}/manifest.json is missing")
+        return found
+
+    def contributed_if_there(self, contributor: Contributor) -> tuple[Manifest, bytes] | None:
+        """The same, or None if there is none. Raises RefusedError."""
         silo, version = contributor.silo, contributor.version
         data = self.delivery(silo, version)
         if data is None:
-            raise RefusedError(f"{delivery_path(silo, version)}/manifest.json is missing")
+            return None
         if sha256_bytes(data) != contributor.manifest_sha256:
             raise RefusedError(f"{delivery_path(silo, version)}/manifest.json is not the one that was merged")
         return Manifest.from_bytes(data), data
