@@ -95,8 +95,7 @@ def accept_amendments(
         name = acceptance_path(proposal.amendment.number)
         accepted = exchange.members.sign(Acceptance(amendment_sha256=proposal.sha256, version=before))
         check()
-        exchange.objects.delete(name)  # whatever somebody else has put there
-        exchange.objects.write(name, accepted.to_bytes())
+        exchange.write_over(name, accepted.to_bytes(), lambda: False)
         if not exchange.follow_amendments():
             raise RefusedError(f"{name} was written, and is not there as it was: somebody else writes to this store")
 
@@ -142,8 +141,7 @@ def sign_amendment(exchange: StoreExchange, proposal: Proposal, member: str) -> 
 
 def _put(exchange: StoreExchange, proposal: Proposal, agreement: Agreement) -> None:
     name = signature_path(proposal.amendment.number, agreement.member)
-    exchange.objects.delete(name)  # of another key, or somebody else's
-    exchange.objects.write(name, agreement.to_bytes())
+    exchange.write_over(name, agreement.to_bytes(), lambda: False)  # over one of another key, too
 
 
 def _agreement(exchange: StoreExchange, proposal: Proposal, member: str) -> Agreement:

@@ -88,8 +88,7 @@ def _give(exchange: StoreExchange, silo: str) -> None:
     if (found := given_group_key(exchange, silo)) and found.sealed == given:
         return
     record = GroupKey(contract_sha256=exchange.contract_sha256, member=silo, sealed=given)
-    exchange.objects.delete(name)  # whatever somebody else has put there
-    exchange.objects.write(name, exchange.members.sign(record).to_bytes())
+    exchange.write_over(name, exchange.members.sign(record).to_bytes(), lambda: False)
 
 
 def take_group_key(exchange: StoreExchange, silo: str, pause: Callable[[], object] | None = None) -> None:
