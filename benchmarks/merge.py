@@ -88,6 +88,8 @@ class Deliveries:
             if codec == "fp32" or not made.exists():
                 generator = torch.Generator().manual_seed(index)
                 save_tensors({name: self._coded(value, generator) for name, value in state.parameters.items()}, made)
+                with made.open("rb") as written:
+                    os.fsync(written.fileno())  # as a silo's upload leaves it
             folder = Path(self._config.store_url) / delivery_path(silo, version)
             folder.mkdir(parents=True)
             file = folder / f"{version:06d}.safetensors"
