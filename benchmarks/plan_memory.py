@@ -79,7 +79,7 @@ def train(config: RunConfig, silo: SiloConfig, ranks: Ranks, parameters: dict[st
     engine.write(iter(parameters.items()) if ranks.is_leader else None)
     ids = torch.zeros(silo.micro_batch_sequences, config.sequence_tokens, dtype=torch.long, device=ranks.device)
     for _ in range(3):
-        engine.step([(ids, ids)] * silo.accumulation_steps, config.inner.lr)
+        engine.step([(ids, ids)] * (silo.global_batch_sequences // silo.micro_batch_sequences), config.inner.lr)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from pretrain.config.check import ConfigError, check_batch, named
+from pretrain.config.check import ConfigError, accumulation_steps, named
 from pretrain.config.keys import RunConfig, SiloConfig
 from pretrain.config.load import load_config
 from pretrain.exchange.base import Exchange
@@ -236,7 +236,7 @@ def prepare(
 ) -> Silo:
     """Check the data, join the federation, build the engine; resume from the newest checkpoint, or start anew."""
     settings = config.silos[name]
-    check_batch(name, settings, ranks.num_ranks)
+    settings.accumulation_steps = accumulation_steps(name, settings, ranks.num_ranks)
     mixture, held_out = _open_data(config, name)
     _check_model(config, name, ranks)
     packed = mixture.corpora[0].manifests[0]

@@ -377,11 +377,11 @@ def _check_silo(name: str, silo: SiloConfig) -> None:
     key = f"silos.{name}"
     for unit in (
         *("num_nodes", "processes_per_node", "num_threads"),
-        *("global_batch_sequences", "micro_batch_sequences", "accumulation_steps"),
+        *("global_batch_sequences", "micro_batch_sequences"),
         *("checkpoint_interval_steps", "keep_checkpoints", "log_interval_steps"),
     ):
         _require(getattr(silo, unit) >= 1, f"{key}.{unit}", getattr(silo, unit), "1 or more")
-    for unit in ("eval_interval_rounds", "eval_sequences", "prefetch_batches"):
+    for unit in ("min_nodes", "accumulation_steps", "eval_interval_rounds", "eval_sequences", "prefetch_batches"):
         _require(getattr(silo, unit) >= 0, f"{key}.{unit}", getattr(silo, unit), "0 or more")
     weights = silo.data_weights
     _require(
@@ -403,7 +403,10 @@ def _check_silo(name: str, silo: SiloConfig) -> None:
     turns = zero.get("round_robin_gradients", False)
     allowed = "false, at ZeRO stages 1 and 2"
     _require(not turns or stage in (0, 3), f"{key}.deepspeed.zero_optimization.round_robin_gradients", turns, allowed)
-    check_batch(name, silo, silo.num_nodes * silo.processes_per_node)
+    allowed = f"up to num_nodes {silo.num_nodes}"
+    _require(silo.min_nodes <= silo.num_nodes, f"{key}.min_nodes", silo.min_nodes, allowed)
+    for num_nodes in range(silo.min_nodes or silo.num_nodes, silo.num_nodes + 1):
+        accumulation_steps(name, silo, num_nodes * silo.processes_per_node)
 
 
 def _check_deepspeed(given: dict[str, Any], key: str, section: str) -> None:
@@ -418,11 +421,22 @@ def _check_deepspeed(given: dict[str, Any], key: str, section: str) -> None:
             _check_deepspeed(value, f"{key}.{name}", inner)
 
 
-def check_batch(name: str, silo: SiloConfig, num_ranks: int) -> None:
-    """`global batch = micro batch x accumulation x ranks`, all four numbers in the message."""
-    micro, accumulation = silo.micro_batch_sequences, silo.accumulation_steps
-    if silo.global_batch_sequences != micro * accumulation * num_ranks:
+def accumulation_steps(name: str, silo: SiloConfig, num_ranks: int) -> int:
+    """What a silo's configuration says, or what follows: global batch = micro batch x accumulation x ranks.
+
+    Raises ConfigError, with all four numbers, or the numbers of ranks that divide the batch.
+    """
+    whole, micro, accumulation = silo.global_batch_sequences, silo.micro_batch_sequences, silo.accumulation_steps
+    given = f"silos.{name}.global_batch_sequences: {whole} given"
+    if not accumulation and whole % (micro * num_ranks):
+        sizes = [str(ranks) for ranks in range(1, whole + 1) if whole % (micro * ranks) == 0]
         raise ConfigError(
-            f"silos.{name}.global_batch_sequences: {silo.global_batch_sequences} given; allowed: micro_batch_sequences "
-            f"{micro} x accumulation_steps {accumulation} x ranks {num_ranks} = {micro * accumulation * num_ranks}"
+            f"{given} with {num_ranks} ranks and micro_batch_sequences {micro}; allowed: a multiple of "
+            f"{micro * num_ranks}" + (f", or one of these numbers of ranks: {', '.join(sizes)}" if sizes else "")
         )
+    if accumulation and whole != micro * accumulation * num_ranks:
+        raise ConfigError(
+            f"{given}; allowed: micro_batch_sequences {micro} x accumulation_steps {accumulation} x ranks {num_ranks} "
+            f"= {micro * accumulation * num_ranks}; with accumulation_steps 0 it follows from the others"
+        )
+    return accumulation or whole // (micro * num_ranks)

@@ -229,14 +229,16 @@ class SiloConfig:
     """Held-out text: corpus name to a directory of packed shards."""
     num_nodes: int = 1
     """Nodes of the silo; several are started by torchrun."""
+    min_nodes: int = 0
+    """With how few of them a SLURM job starts, at every start anew, where no more are free; 0: with all."""
     processes_per_node: int = 1
     """Processes on each node, one per GPU."""
     global_batch_sequences: int = 8
     """Sequences of one inner step over all ranks."""
     micro_batch_sequences: int = 8
     """Sequences of one forward pass on one rank."""
-    accumulation_steps: int = 1
-    """Forward and backward passes per inner step."""
+    accumulation_steps: int = 0
+    """Forward and backward passes per inner step; 0: as many as the batch needs on the ranks that there are."""
     precision: str = "fp32"
     """fp32 or bf16 (fp32 master weights either way)."""
     activation_checkpointing: bool = False

@@ -46,15 +46,13 @@ def check_silo_disk(config: RunConfig, silo: str) -> None:
 def silo_disk_bytes(config: RunConfig, silo: str, shapes: "Shapes") -> int:
     """What a silo's directory will still take, at most; the manifests and logs beside it are small."""
     from pretrain.outer.codec import FEEDBACK_DECAY
-    from pretrain.plan.memory import states_bytes
+    from pretrain.plan.memory import moments_bytes
 
     settings, outer = config.silos[silo], config.outer
-    stage = settings.deepspeed.get("zero_optimization", {}).get("stage", 0)
     whole = 4 * sum(shape.numel() for shape in shapes.values())
-    module = 0 if stage == 3 else whole // (2 if settings.precision == "bf16" else 1)
     decay = FEEDBACK_DECAY[outer.codec] if outer.error_feedback is None else outer.error_feedback
     host = whole * (2 if decay else 1)
-    checkpoint = module + states_bytes(config, settings, stage, shapes) + host
+    checkpoint = whole + moments_bytes(config, shapes) + host
     in_flight = 3 * whole  # on their way out and in, and the local parameters during an evaluation
     in_flight += whole if config.trust.seal else 0  # what goes out, once more
     present = sum(file.stat().st_size for file in config.silo_directory(silo).rglob("*") if file.is_file())

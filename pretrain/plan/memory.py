@@ -72,7 +72,8 @@ def _device_bytes(config: RunConfig, silo: SiloConfig, stage: int, shapes: Shape
     bucket = zero.get("reduce_bucket_size", REDUCE_BUCKET)
     bucket_bytes = width * (bucket if isinstance(bucket, int | float) else REDUCE_BUCKET)
     parameters = float(width * num_elements)
-    accumulated = parameters if silo.accumulation_steps > 1 else 0.0
+    accumulates = silo.global_batch_sequences > silo.micro_batch_sequences * _num_ranks(silo)
+    accumulated = parameters if accumulates else 0.0
     if stage == 3:
         # Parameters and gradients are this rank's share, and so are fp32 masters, of fp32 parameters, too.
         states += width * share + bucket_bytes
@@ -108,9 +109,13 @@ def _offloads(silo: SiloConfig) -> tuple[bool, bool]:
 
 def states_bytes(config: RunConfig, silo: SiloConfig, stage: int, shapes: Shapes) -> int:
     """fp32 masters and moments of the whole model. Without ZeRO fp32 parameters are their own masters."""
-    optimizer = config.inner.optimizer
     masters = 4 if silo.precision == "bf16" or stage else 0
-    found = masters * _num_elements(shapes)
+    return masters * _num_elements(shapes) + moments_bytes(config, shapes)
+
+
+def moments_bytes(config: RunConfig, shapes: Shapes) -> int:
+    """What the inner optimizer remembers of gradients, fp32."""
+    optimizer, found = config.inner.optimizer, 0
     for name, shape in shapes.items():
         moments = 0 if optimizer == "sgd" else 8
         if optimizer == "muon" and is_muon_matrix(name, shape):

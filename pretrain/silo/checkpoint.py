@@ -1,7 +1,10 @@
 """The exact state of a silo: a run that was killed and resumed goes on bit by bit like one that was not.
 
+It may go on with other ranks, at another ZeRO stage or precision: parameters and optimizer state are the same to the
+last bit, and so are the sequences that follow; only dropout draws other numbers then.
+
 checkpoints/step-00000100/state.json         step, version, position, and what they belong to
-                          engine/            DeepSpeed's own files, one part per rank: module, fp32 masters, optimizer
+                          engine/            fp32 parameters and inner optimizer state, each rank's pieces by name
                           rng-00000.safetensors   random number generators of each rank
                           global.safetensors the silo's fp32 copy of the global parameters
                           residual.safetensors error feedback: what the codec has left out so far
@@ -13,7 +16,8 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -128,6 +132,7 @@ class Checkpoints:
                     save_file(tensors, temporary / f"{name}.safetensors")
             state = dataclasses.asdict(progress) | {
                 **engine.terms,
+                "layout": engine.layout,
                 "contract_sha256": self._contract_sha256,
                 "data": self._data,
             }
@@ -146,14 +151,16 @@ class Checkpoints:
     def load(self, engine: Engine, ranks: Ranks, host: HostTensors) -> Progress | None:
         """Resume from the newest checkpoint, all ranks together; None if there is none.
 
-        Fills `host` on the leader. Raises ConfigError if the checkpoint is of another contract, number of ranks, ZeRO
-        stage, precision, optimizer or model, or its position counts in other text.
+        Fills `host` on the leader. Raises ConfigError if the checkpoint is of another contract, optimizer or model, is
+        not whole, or its position counts in other text.
         """
         newest = ranks.from_leader(str(self.newest) if self.newest else None)
         if newest is None:
             return None
         directory = Path(newest)
         state: dict[str, Any] = json.loads((directory / "state.json").read_text())
+        if (layout := state.pop("layout", None)) is None:
+            raise ConfigError(f"{directory}: it was written by an earlier version of Atoll; {self._ways()}")
         for key, ours in {**engine.terms, "contract_sha256": self._contract_sha256}.items():
             if (theirs := state.pop(key, ours)) != ours:
                 raise ConfigError(
@@ -173,7 +180,14 @@ class Checkpoints:
             if ranks.is_leader:
                 print(f"warning: {meaning}; it goes on, as accept_other_data says", flush=True)
         engine.load(directory)
-        _restore_random_state(load_file(directory / f"rng-{ranks.rank:05d}.safetensors"))
+        if layout == engine.layout:
+            _restore_random_state(load_file(directory / f"rng-{ranks.rank:05d}.safetensors"))
+        else:
+            torch.manual_seed(zlib.crc32(f"{directory.name}/{ranks.rank}/{torch.initial_seed()}".encode()))
+            if ranks.is_leader:
+                print(
+                    f"goes on from {directory.name}: {_words(layout)} before, {_words(engine.layout)} now", flush=True
+                )
         for name, tensors in host.items() if ranks.is_leader else ():
             if (directory / f"{name}.safetensors").is_file():
                 tensors.update(load_file(directory / f"{name}.safetensors"))
@@ -188,6 +202,11 @@ class Checkpoints:
                 "fresh inner optimizer"
             )
         return f"{same}; or another run directory, to start anew" if self._kind == "none" else same
+
+
+def _words(layout: Mapping[str, Any]) -> str:
+    ranks = "1 rank" if layout["num_ranks"] == 1 else f"{layout['num_ranks']} ranks"
+    return f"{ranks}, ZeRO {layout['stage']}, {layout['precision']}"
 
 
 def other_data(recorded: dict[str, Any] | None, ours: dict[str, Any] | None) -> str:

@@ -4,6 +4,7 @@ All that knows DeepSpeed's inner names is in this file (`_refresh_module`, `_fp3
 `_pieces`, `_own_piece`).
 """
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -21,12 +22,15 @@ from torch import Tensor, nn
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import InnerConfig, ModelConfig, SiloConfig
 from pretrain.silo.model import build_empty, check_causality, check_document_masking, restore_buffers, token_losses
+from pretrain.silo.named_state import PARAMETER, SavedState, save_pieces
 from pretrain.silo.optim import MEAN_STEPS, MuonAdamW, Piece, build_optimizer
 from pretrain.silo.ranks import Ranks
 
+STATE = "engine"  # the folder of a checkpoint
+
 
 def deepspeed_config(silo: SiloConfig, inner: InnerConfig) -> dict[str, Any]:
-    """The user's DeepSpeed section, completed by what our own keys decide."""
+    """The user's DeepSpeed section, completed by what our own keys decide; accumulation follows, on all ranks."""
     return {
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
@@ -34,7 +38,6 @@ def deepspeed_config(silo: SiloConfig, inner: InnerConfig) -> dict[str, Any]:
         **silo.deepspeed,
         "train_batch_size": silo.global_batch_sequences,
         "train_micro_batch_size_per_gpu": silo.micro_batch_sequences,
-        "gradient_accumulation_steps": silo.accumulation_steps,
         "gradient_clipping": inner.clip_norm,
         "bf16": {"enabled": silo.precision == "bf16"},
     }
@@ -81,6 +84,7 @@ class Engine:
         self._precision, self._optimizer_name = silo.precision, inner.optimizer
         self._mask_at = mask_at
         self._optimizer = optimizer
+        self._counts_in_numbers = offloaded  # DeepSpeed's AdamW; torch's has a tensor
         _forget_initial_step(optimizer)
         if isinstance(optimizer, MuonAdamW) and self.stage:
             optimizer.place(_pieces(self._deepspeed, optimizer, self.stage), ranks.device)
@@ -91,13 +95,15 @@ class Engine:
         return self._deepspeed.module
 
     @property
+    def layout(self) -> dict[str, Any]:
+        """How its ranks share what they keep; a checkpoint of any other can be loaded."""
+        return {"num_ranks": self._ranks.num_ranks, "stage": self.stage, "precision": self._precision}
+
+    @property
     def terms(self) -> dict[str, Any]:
         """What its checkpoints can only be loaded with; by the name of what to change."""
         shapes = json.dumps({name: list(shape) for name, shape in self.shapes.items()})
         return {
-            "num_ranks": self._ranks.num_ranks,
-            "stage": self.stage,
-            "precision": self._precision,
             "optimizer": self._optimizer_name,
             "model": hashlib.sha256(shapes.encode()).hexdigest()[:12],
         }
@@ -261,13 +267,16 @@ class Engine:
 
     def _state_of(self, name: str) -> tuple[dict[str, Any], Piece]:
         """This rank's state of the inner optimizer for a parameter, and which piece of it that has."""
+        partition, piece = self._partition_of(name)
+        return self._optimizer.state.get(partition, {}), piece
+
+    def _partition_of(self, name: str) -> tuple[Tensor, Piece]:
+        """This rank's fp32 values, and which piece of a parameter they hold."""
         parameter, shape = self._parameters[name], self.shapes[name]
         if self.stage:
-            partition, piece = _own_piece(self._deepspeed, parameter, self.stage)
-        else:
-            partition = self._masters.get(name, parameter)
-            piece = Piece(shape=shape, start=0, offset=0, num_elements=shape.numel())
-        return self._optimizer.state.get(partition, {}), piece
+            return _own_piece(self._deepspeed, parameter, self.stage)
+        piece = Piece(shape=shape, start=0, offset=0, num_elements=shape.numel())
+        return self._masters.get(name, parameter), piece
 
     def _bias_correction(self, state: dict[str, Any]) -> float:
         """By which Adam divides its second moment; at least that of one step."""
@@ -283,14 +292,71 @@ class Engine:
         self._deepspeed.train(not on)
 
     def save(self, directory: Path) -> None:
-        """Every rank writes its part: module, fp32 masters and inner optimizer state."""
-        self._deepspeed.save_checkpoint(str(directory), tag="engine", save_latest=False)
+        """Every rank writes what it keeps: fp32 parameters and inner optimizer state, by name."""
+        pieces = {name: self._own_part(name) for name in self._parameters}
+        states = {name: self._optimizer.state.get(partition, {}) for name, (partition, _) in pieces.items()}
+
+        def of_kind(kind: str) -> dict[str, tuple[int, Tensor]]:
+            values = {
+                name: partition if kind == PARAMETER else states[name].get(kind)
+                for name, (partition, _) in pieces.items()
+            }
+            return {
+                name: (piece.start, values[name].view(-1)[piece.in_partition])
+                for name, (_, piece) in pieces.items()
+                if values[name] is not None
+            }
+
+        tensors = {kind for state in states.values() for kind, value in state.items() if is_of_elements(kind, value)}
+        steps = {name: int(state["step"]) for name, state in states.items() if "step" in state}
+        kinds = [PARAMETER, *sorted(tensors)]
+        save_pieces(directory / STATE, self._ranks.rank, ((kind, of_kind(kind)) for kind in kinds), steps)
+
+    def _own_part(self, name: str) -> tuple[Tensor, Piece]:
+        """This rank's fp32 values of a parameter, and which piece of it a checkpoint takes from there.
+
+        Without ZeRO every rank has all, and writes its share.
+        """
+        partition, piece = self._partition_of(name)
+        if self.stage:
+            return partition, piece
+        bounds = [piece.num_elements * rank // self._ranks.num_ranks for rank in range(self._ranks.num_ranks + 1)]
+        start, stop = bounds[self._ranks.rank : self._ranks.rank + 2]
+        return partition, dataclasses.replace(piece, start=start, offset=start, num_elements=stop - start)
 
     def load(self, directory: Path) -> None:
-        """Every rank reads its own part of this silo's checkpoint back."""
-        loaded, _ = self._deepspeed.load_checkpoint(str(directory), tag="engine")
-        if loaded is None:
-            raise ConfigError(f"{directory}: no DeepSpeed checkpoint for this number of ranks; delete it to start anew")
+        """Every rank reads what it keeps, whatever ranks, ZeRO stage and precision it was written with.
+
+        Raises ConfigError.
+        """
+        saved = SavedState(directory / STATE)
+        self.forget_optimizer()
+        for name, parameter in self._parameters.items():
+            partition, piece = self._partition_of(name)
+
+            def fill(value: Tensor, kind: str, name: str = name, piece: Piece = piece) -> None:
+                own = saved.read(kind, name, piece.start, piece.num_elements)
+                value.data.view(-1)[piece.in_partition] = own.to(value.device)
+
+            fill(partition, PARAMETER)
+            if not self.stage and partition is not parameter:
+                parameter.data.copy_(partition)
+            kinds = saved.kinds(name)
+            state = self._optimizer.state[partition] if kinds else {}
+            for kind in kinds:
+                fill(state.setdefault(kind, torch.zeros_like(partition, requires_grad=False)), kind)
+            if name in saved.steps:
+                state["step"] = self._step_count(saved.steps[name])
+        _refresh_module(self._deepspeed, self.stage)
+
+    def _step_count(self, num_steps: int) -> Tensor | int:
+        """As the inner optimizer counts."""
+        return num_steps if self._counts_in_numbers else torch.tensor(float(num_steps))
+
+
+def is_of_elements(kind: str, value: object) -> bool:
+    """Whether an optimizer keeps this of each element, and not one number of a whole tensor."""
+    return isinstance(value, Tensor) and kind != "step"
 
 
 def _fp32_masters(engine: Any) -> dict[str, Tensor]:

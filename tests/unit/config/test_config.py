@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from launch.start.site import load_site
-from pretrain.config.check import OWNED_DEEPSPEED_KEYS, check_batch
+from pretrain.config.check import OWNED_DEEPSPEED_KEYS, accumulation_steps
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import load_config, load_run, load_unchecked, save_config
 from pretrain.federation.preflight import check_silo
@@ -182,6 +182,11 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
         ["silos.beta={global_batch_sequences: 100, micro_batch_sequences: 5, accumulation_steps: 7, num_nodes: 3}"],
         ["silos.beta.global_batch_sequences: 100 given; allowed: ", "sequences 5 x ", "steps 7 x ranks 3 = 105"],
     ),
+    (["silo.min_nodes=2"], ["silos.alpha.min_nodes: 2 given; allowed: up to num_nodes 1"]),
+    (
+        ["silo.num_nodes=4", "silo.min_nodes=2", "silo.micro_batch_sequences=1"],
+        ["silos.alpha.global_batch_sequences: 8 given with 3 ranks and ", "; allowed: a multiple of 3, ", ": 1, 2, 4, 8"],
+    ),
     (["model.checkpoint=/x"], ["model: ", "either model.config or model.checkpoint"]),
     (["roster=[alpha]"], ["silos: 'beta' given; allowed: names of the roster: alpha"]),
     (["roster=[alpha,alpha,beta]"], ["roster: ", "each name once"]),
@@ -283,12 +288,22 @@ def test_files_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
 
 
 def test_batch_is_checked_against_the_ranks_that_are_there(minimal: Path) -> None:
-    silo = load_config([minimal]).silos["alpha"]
-    check_batch("alpha", silo, 1)
-    message = one_line_error(check_batch, "alpha", silo, 3)
-    assert message == (
-        "silos.alpha.global_batch_sequences: 8 given; allowed: "
-        "micro_batch_sequences 8 x accumulation_steps 1 x ranks 3 = 24"
+    silo = load_config([minimal], ["silo.global_batch_sequences=24", "silo.micro_batch_sequences=4"]).silos["alpha"]
+    assert [accumulation_steps("alpha", silo, num_ranks) for num_ranks in (1, 2, 3, 6)] == [6, 3, 2, 1]
+    assert one_line_error(accumulation_steps, "alpha", silo, 4) == (
+        "silos.alpha.global_batch_sequences: 24 given with 4 ranks and micro_batch_sequences 4; allowed: "
+        "a multiple of 16, or one of these numbers of ranks: 1, 2, 3, 6"
+    )
+    silo.accumulation_steps = 2
+    assert accumulation_steps("alpha", silo, 3) == 2
+    assert one_line_error(accumulation_steps, "alpha", silo, 2) == (
+        "silos.alpha.global_batch_sequences: 24 given; allowed: micro_batch_sequences 4 x accumulation_steps 2 x "
+        "ranks 2 = 16; with accumulation_steps 0 it follows from the others"
+    )
+    silo.micro_batch_sequences, silo.accumulation_steps = 7, 0
+    assert one_line_error(accumulation_steps, "alpha", silo, 1) == (
+        "silos.alpha.global_batch_sequences: 24 given with 1 ranks and micro_batch_sequences 7; "
+        "allowed: a multiple of 7"
     )
 
 

@@ -23,8 +23,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "H of 0": (["outer.sync_interval_steps=0"], "outer.sync_interval_steps: 0 given; allowed: 1 or more"),
     "batch sizes": (
         ["silos.alpha.global_batch_sequences=9", "silos.alpha.processes_per_node=2"],
-        "silos.alpha.global_batch_sequences: 9 given; allowed: micro_batch_sequences 4 x "
-        "accumulation_steps 1 x ranks 2 = 8",
+        "silos.alpha.global_batch_sequences: 9 given with 2 ranks and micro_batch_sequences 4; "
+        "allowed: a multiple of 8",
     ),
     "no key=value": (["fast"], "command line: 'fast' given; allowed: key=value"),
 }

@@ -1,0 +1,90 @@
+"""Parameters and optimizer state in files that any number of ranks can read, at any ZeRO stage and precision.
+
+    00003-exp_avg.safetensors   rank 3's pieces of one kind of state, fp32: name to elements, flat
+    00003.json                  where each of these pieces begins in its flattened tensor, and steps by name
+
+A rank reads only the elements that it is going to keep itself. Nothing here knows of ranks or stages: pieces of one
+tensor must not overlap, and together are the whole.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pretrain.config.check import ConfigError
+
+PARAMETER = "parameter"  # the kind that is there of all tensors
+
+
+def save_pieces(
+    directory: Path,
+    rank: int,
+    kinds: Iterable[tuple[str, Mapping[str, tuple[int, Tensor]]]],
+    steps: Mapping[str, int],
+) -> None:
+    """Write a rank's pieces, one kind after another: name to first element and fp32 elements.
+
+    `steps` says how often the optimizer has stepped each tensor that this rank has a piece of.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    starts: dict[str, dict[str, int]] = {}
+    for kind, pieces in kinds:
+        there = {name: (start, piece) for name, (start, piece) in pieces.items() if piece.numel()}
+        starts[kind] = {name: start for name, (start, _) in there.items()}
+        save_file({name: piece.detach().cpu() for name, (_, piece) in there.items()}, _file(directory, rank, kind))
+    (directory / f"{rank:05d}.json").write_text(json.dumps({"starts": starts, "steps": steps}))
+
+
+def _file(directory: Path, rank: int, kind: str) -> Path:
+    return directory / f"{rank:05d}-{kind}.safetensors"
+
+
+class SavedState:
+    """What all ranks have written. Raises ConfigError, naming the directory, for what is not there or damaged."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._pieces: dict[tuple[str, str], list[tuple[int, Path]]] = {}
+        self.steps: dict[str, int] = {}
+        """How often the optimizer has stepped each tensor."""
+        try:
+            for file in sorted(directory.glob("*.json")):
+                found = json.loads(file.read_text())
+                self.steps |= found["steps"]
+                for kind, starts in found["starts"].items():
+                    for name, start in starts.items():
+                        path = _file(directory, int(file.stem), kind)
+                        self._pieces.setdefault((kind, name), []).append((start, path))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self._damaged(str(error)) from None
+
+    def kinds(self, name: str) -> list[str]:
+        """Kinds of state that are there of a tensor, without its values."""
+        return sorted(kind for kind, of in self._pieces if of == name and kind != PARAMETER)
+
+    def read(self, kind: str, name: str, start: int, num_elements: int) -> Tensor:
+        """Some elements of a flattened tensor, fp32."""
+        found, stop, filled = torch.empty(num_elements), start + num_elements, 0
+        try:
+            for first, file in self._pieces.get((kind, name), ()):
+                with safe_open(file, framework="pt") as opened:
+                    piece = opened.get_slice(name)
+                    begin, end = max(start, first), min(stop, first + piece.get_shape()[0])
+                    if begin < end:
+                        found[begin - start : end - start] = piece[begin - first : end - first]
+                        filled += end - begin
+        except (OSError, SafetensorError) as error:
+            raise self._damaged(str(error)) from None
+        if filled != num_elements:
+            raise self._damaged(f"{filled} of {num_elements} elements of {kind} {name} are there")
+        return found
+
+    def _damaged(self, why: str) -> ConfigError:
+        return ConfigError(
+            f"{self._directory}: this checkpoint is not whole: {why}; delete it, and an older one counts"
+        )
