@@ -381,7 +381,14 @@ def _check_silo(name: str, silo: SiloConfig) -> None:
         *("checkpoint_interval_steps", "keep_checkpoints", "log_interval_steps"),
     ):
         _require(getattr(silo, unit) >= 1, f"{key}.{unit}", getattr(silo, unit), "1 or more")
-    for unit in ("min_nodes", "accumulation_steps", "eval_interval_rounds", "eval_sequences", "prefetch_batches"):
+    for unit in (
+        "min_nodes",
+        "loss_chunk_tokens",
+        "accumulation_steps",
+        "eval_interval_rounds",
+        "eval_sequences",
+        "prefetch_batches",
+    ):
         _require(getattr(silo, unit) >= 0, f"{key}.{unit}", getattr(silo, unit), "0 or more")
     weights = silo.data_weights
     _require(

@@ -243,6 +243,8 @@ class SiloConfig:
     """fp32 or bf16 (fp32 master weights either way)."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass to save device memory."""
+    loss_chunk_tokens: int = 0
+    """Tokens of which there are logits at once, made twice, for large vocabularies; 0: those of a micro batch."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """DeepSpeed's own configuration, passed through; batch sizes, precision and clipping are set from above."""
     data_seed: int | None = None

@@ -145,7 +145,8 @@ def activation_bytes(hugging_face: Any, shapes: Shapes, silo: SiloConfig, sequen
     kept = layers * width * hidden + layer if silo.activation_checkpointing else layers * layer
     loss = of.vocab_size * (4 + (4 if width == 4 else 6))  # log-probabilities; gradients of them, and in bf16
     tokens = silo.micro_batch_sequences * sequence_tokens
-    return tokens * (kept + (norm + width) * hidden + loss) + width * hidden * of.vocab_size
+    whole = min(tokens, silo.loss_chunk_tokens or tokens)  # of which there are logits at once
+    return tokens * (kept + (norm + width) * hidden) + whole * loss + width * hidden * of.vocab_size
 
 
 # ---- hosts

@@ -185,9 +185,7 @@ class Checkpoints:
         else:
             torch.manual_seed(zlib.crc32(f"{directory.name}/{ranks.rank}/{torch.initial_seed()}".encode()))
             if ranks.is_leader:
-                print(
-                    f"goes on from {directory.name}: {_words(layout)} before, {_words(engine.layout)} now", flush=True
-                )
+                print(f"goes on from {directory.name}, of {_words(layout)}, with {_words(engine.layout)}", flush=True)
         for name, tensors in host.items() if ranks.is_leader else ():
             if (directory / f"{name}.safetensors").is_file():
                 tensors.update(load_file(directory / f"{name}.safetensors"))

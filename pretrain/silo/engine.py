@@ -21,7 +21,14 @@ from torch import Tensor, nn
 
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import InnerConfig, ModelConfig, SiloConfig
-from pretrain.silo.model import build_empty, check_causality, check_document_masking, restore_buffers, token_losses
+from pretrain.silo.model import (
+    build_empty,
+    check_causality,
+    check_chunks,
+    check_document_masking,
+    restore_buffers,
+    token_losses,
+)
 from pretrain.silo.named_state import PARAMETER, SavedState, save_pieces
 from pretrain.silo.optim import MEAN_STEPS, MuonAdamW, Piece, build_optimizer
 from pretrain.silo.ranks import Ranks
@@ -82,7 +89,7 @@ class Engine:
         self._masters = _fp32_masters(self._deepspeed)
         self._ranks = ranks
         self._precision, self._optimizer_name = silo.precision, inner.optimizer
-        self._mask_at = mask_at
+        self._mask_at, self._chunk_tokens = mask_at, silo.loss_chunk_tokens
         self._optimizer = optimizer
         self._counts_in_numbers = offloaded  # DeepSpeed's AdamW; torch's has a tensor
         _forget_initial_step(optimizer)
@@ -153,17 +160,23 @@ class Engine:
     def token_losses(self, input_ids: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy in nats of every target, (num_sequences, sequence_tokens)."""
         device = self._ranks.device
-        return token_losses(self._deepspeed, input_ids.to(device), targets.to(device), self._mask_at)
+        chunk = self._chunk_tokens
+        return token_losses(
+            self._deepspeed, input_ids.to(device), targets.to(device), self._mask_at, chunk_tokens=chunk
+        )
 
     def check_sight(self) -> None:
         """Raise ConfigError, on all ranks alike, when a token of this model sees what it must not.
 
-        That is a later token, and another document where they are to be kept apart.
+        That is a later token, and another document where they are to be kept apart. Or where its loss cannot be had in
+        chunks that are asked for.
         """
         self.evaluating(True)
         check_causality(self._deepspeed, self._ranks.device)
         if self._mask_at is not None:
             check_document_masking(self._deepspeed, self._mask_at, self._ranks.device)
+        if self._chunk_tokens:
+            check_chunks(self._deepspeed, self._chunk_tokens, self._ranks.device)
         self.evaluating(False)
 
     def read(self, name: str) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
@@ -277,20 +278,62 @@ def document_positions(input_ids: Tensor, end_of_text_id: int) -> Tensor:
     return positions - begins
 
 
-def token_losses(model: nn.Module, input_ids: Tensor, targets: Tensor, mask_at: int | None = None) -> Tensor:
+def token_losses(
+    model: nn.Module, input_ids: Tensor, targets: Tensor, mask_at: int | None = None, *, chunk_tokens: int = 0
+) -> Tensor:
     """Cross-entropy in nats of every target. input_ids, targets and result: (num_sequences, sequence_tokens).
 
     `mask_at` is the end-of-text token at which another document begins that sees nothing of those before it (None:
     all is one text). So a document's loss in a packed sequence is its loss alone after an end-of-text token.
+    With `chunk_tokens` there are never logits of more tokens at once: those of one chunk after another are made for the
+    forward pass, and once more for the backward pass.
     """
-    logits = _logits(model, input_ids, mask_at)
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+    if not chunk_tokens:
+        return _losses(_logits(model, input_ids, mask_at).flatten(0, 1), targets.flatten()).view_as(targets)
+    module: Any = getattr(model, "module", model)
+    head, found = module.get_output_embeddings(), list[Tensor]()
+    hook = module.base_model.register_forward_hook(lambda _module, _inputs, output: found.append(output[0]))
+    try:
+        _logits(model, input_ids, mask_at, logits_to_keep=1)
+    finally:
+        hook.remove()
+    chunks = zip(found[0].flatten(0, 1).split(chunk_tokens), targets.flatten().split(chunk_tokens), strict=True)
+    losses = [
+        checkpoint(lambda hidden, target: _losses(head(hidden), target), *chunk, use_reentrant=False)
+        for chunk in chunks
+    ]
+    return torch.cat(losses).view_as(targets)
 
 
-def _logits(model: nn.Module, input_ids: Tensor, mask_at: int | None) -> Tensor:
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def _logits(model: nn.Module, input_ids: Tensor, mask_at: int | None, **options: int) -> Tensor:
     # From positions that restart, and no mask and no cache, `transformers` makes the mask that keeps documents apart.
     positions = {} if mask_at is None else {"position_ids": document_positions(input_ids, mask_at)}
-    return model(input_ids=input_ids, use_cache=False, **positions).logits
+    return model(input_ids=input_ids, use_cache=False, **positions, **options).logits
+
+
+@torch.no_grad()
+def check_chunks(model: nn.Module, chunk_tokens: int, device: torch.device) -> None:
+    """Raise ConfigError unless losses of chunks are those of whole logits.
+
+    They are not where a model makes more of its logits than its head does (caps, scales). `model` holds its parameters
+    and has dropout off.
+    """
+    rows = torch.arange(6, device=device).repeat(2, 1)
+    whole = token_losses(model, rows, rows)
+    try:
+        same = torch.allclose(token_losses(model, rows, rows, chunk_tokens=min(chunk_tokens, 5)), whole, rtol=1e-3)
+    except Exception as error:  # each type of model raises what it likes
+        logging.get_logger(__name__).debug("no loss in chunks: %s", error)
+        same = False
+    if not same:
+        raise ConfigError(
+            f"silo.loss_chunk_tokens: {chunk_tokens} given; this type of model makes more of its logits than its last "
+            "layer does; allowed: 0"
+        )
 
 
 @torch.no_grad()

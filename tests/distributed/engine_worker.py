@@ -232,11 +232,12 @@ def check(stage: int, precision: str, inner: InnerConfig, ranks: Ranks, director
 
 
 def check_masking(ranks: Ranks) -> dict[str, object]:
-    """Losses with documents kept apart, at ZeRO-3 with activations recomputed, and those of a plain loop."""
+    """Losses with documents kept apart, in chunks, at ZeRO-3 with activations recomputed, and those of a plain loop."""
     silo = SiloConfig(
         global_batch_sequences=4,
         micro_batch_sequences=4 // ranks.num_ranks,
         activation_checkpointing=True,
+        loss_chunk_tokens=7,
         deepspeed={"zero_optimization": {"stage": 3}},
     )
     initial = {name: p.detach() * 1.5 for name, p in build_initial(MODEL, VOCAB_SIZE).named_parameters()}

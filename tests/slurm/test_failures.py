@@ -81,7 +81,7 @@ def test_a_job_goes_on_with_fewer_nodes(slurm: Cluster, tmp_path: Path, tiny_con
     wait_for(lambda: step_of(config, "alpha") > 200, seconds=180)
     nodes = slurm.run("squeue", "--noheader", "--jobs", jobs["alpha"], "--format=%N").strip()
     first, last = slurm.run("scontrol", "show", "hostnames", nodes).split()
-    idle = [node for node in slurm.run("sinfo", "--noheader", "--Node", "--states=idle", "--format=%N").split()]
+    idle = slurm.run("sinfo", "--noheader", "--Node", "--states=idle", "--format=%N").split()
     for node in idle:
         slurm.run("scontrol", "update", f"NodeName={node}", "State=DRAIN", "Reason=elsewhere")
     slurm.fail_node(last)

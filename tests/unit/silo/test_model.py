@@ -20,6 +20,7 @@ from pretrain.silo.model import (
     build_empty,
     build_initial,
     check_causality,
+    check_chunks,
     check_shapes,
     export,
     initial_parameters,
@@ -111,6 +112,36 @@ def test_every_token_is_trained_though_the_type_has_a_padding_token() -> None:
     gradient = model.get_input_embeddings().weight.grad  # type: ignore[operator]
     assert gradient[0].norm() > 0
     assert gradient[1].norm() == 0  # did not occur
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("mask_at", [None, 3])
+def test_a_loss_in_chunks_and_its_gradients_are_those_of_whole_logits(tied: bool, mask_at: int | None) -> None:
+    config = LLAMA | {"tie_word_embeddings": tied}
+    rows = torch.randint(0, VOCAB_SIZE, (3, 11), generator=torch.Generator().manual_seed(0))
+
+    def gradients(dtype: torch.dtype, chunk_tokens: int) -> dict[str, torch.Tensor]:
+        model = build_initial(settings_of(config), VOCAB_SIZE).to(dtype)
+        losses = token_losses(model, rows, rows.roll(-1, 1), mask_at, chunk_tokens=chunk_tokens)
+        losses.mean().backward()
+        found = {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+        return found | {"losses": losses.detach().double()}
+
+    def way_off(found: dict[str, torch.Tensor]) -> float:
+        return max(((found[name] - right).norm() / right.norm()).item() for name, right in exact.items())
+
+    exact = gradients(torch.float32, 0)
+    assert way_off(gradients(torch.float32, 7)) < 1e-6
+    assert way_off(gradients(torch.bfloat16, 7)) < 1.1 * way_off(gradients(torch.bfloat16, 0))
+
+
+def test_chunks_are_refused_where_logits_are_capped() -> None:
+    capped = SMALL | {"model_type": "gemma2", "num_key_value_heads": 1, "head_dim": 16, "final_logit_softcapping": 0.1}
+    check_chunks(build_initial(settings_of(LLAMA), VOCAB_SIZE).eval(), 4, CPU)
+    assert one_line_error(check_chunks, build_initial(settings_of(capped), VOCAB_SIZE).eval(), 4, CPU) == (
+        "silo.loss_chunk_tokens: 4 given; this type of model makes more of its logits than its last layer does; "
+        "allowed: 0"
+    )
 
 
 # ---- checkpoints
