@@ -252,7 +252,7 @@ def _check_roster(config: RunConfig) -> None:
         _require(bool(fits), key, name, "names of a-z, 0-9, _ and -, and not aggregator")
     for name, silo in config.silos.items():
         _require(name in config.full_roster, "silos", name, f"names of the roster: {named(config.full_roster)}")
-        _check_silo(name, silo)
+        _check_silo(name, silo, masked=config.document_masking)
 
 
 def _check_membership(config: RunConfig) -> None:
@@ -373,7 +373,7 @@ def _refuse_secrets(given: dict[str, Any], key: str) -> None:
             _refuse_secrets(value, inner)
 
 
-def _check_silo(name: str, silo: SiloConfig) -> None:
+def _check_silo(name: str, silo: SiloConfig, *, masked: bool) -> None:
     key = f"silos.{name}"
     for unit in (
         *("num_nodes", "processes_per_node", "num_threads"),
@@ -410,6 +410,7 @@ def _check_silo(name: str, silo: SiloConfig) -> None:
     turns = zero.get("round_robin_gradients", False)
     allowed = "false, at ZeRO stages 1 and 2"
     _require(not turns or stage in (0, 3), f"{key}.deepspeed.zero_optimization.round_robin_gradients", turns, allowed)
+    _require(silo.attention != "documents" or masked, f"{key}.attention", "documents", "with document_masking=true")
     allowed = f"up to num_nodes {silo.num_nodes}"
     _require(silo.min_nodes <= silo.num_nodes, f"{key}.min_nodes", silo.min_nodes, allowed)
     for num_nodes in range(silo.min_nodes or silo.num_nodes, silo.num_nodes + 1):

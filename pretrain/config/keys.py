@@ -243,6 +243,9 @@ class SiloConfig:
     """fp32 or bf16 (fp32 master weights either way)."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass to save device memory."""
+    attention: str = ""
+    """sdpa, or another implementation that `transformers` has here; documents: each of a packed sequence by itself;
+    empty: that with `document_masking` on a CPU, where the type of model allows it, else what the model asks for."""
     loss_chunk_tokens: int = 0
     """Tokens of which there are logits at once, made twice, for large vocabularies; 0: those of a micro batch."""
     deepspeed: dict[str, Any] = field(default_factory=dict)

@@ -21,11 +21,13 @@ from torch import Tensor, nn
 
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import InnerConfig, ModelConfig, SiloConfig
+from pretrain.silo.attention import DOCUMENTS
 from pretrain.silo.model import (
     build_empty,
     check_causality,
     check_chunks,
     check_document_masking,
+    go_by_documents,
     restore_buffers,
     token_losses,
 )
@@ -76,7 +78,10 @@ class Engine:
             raise ConfigError("deepspeed.zero_optimization: offload to nvme given; allowed: none, cpu")
         partitioned = deepspeed.zero.Init(config_dict_or_path=settings) if self.stage == 3 else None
         dtype = torch.bfloat16 if silo.precision == "bf16" else torch.float32
-        module = build_empty(model, vocab_size, dtype=dtype, partitioned=partitioned)
+        by_mask = silo.attention or (model.config or {}).get("attn_implementation") or ranks.device.type != "cpu"
+        self._by_documents = silo.attention == DOCUMENTS or (mask_at is not None and not by_mask)
+        attention = "" if self._by_documents else silo.attention
+        module = build_empty(model, vocab_size, dtype=dtype, partitioned=partitioned, attention=attention)
         if silo.activation_checkpointing:
             module.gradient_checkpointing_enable()  # type: ignore[operator]
         offloaded = zero.get("offload_optimizer", {}).get("device") == "cpu"
@@ -89,7 +94,7 @@ class Engine:
         self._masters = _fp32_masters(self._deepspeed)
         self._ranks = ranks
         self._precision, self._optimizer_name = silo.precision, inner.optimizer
-        self._mask_at, self._chunk_tokens = mask_at, silo.loss_chunk_tokens
+        self._mask_at, self._chunk_tokens, self._asked = mask_at, silo.loss_chunk_tokens, bool(silo.attention)
         self._optimizer = optimizer
         self._counts_in_numbers = offloaded  # DeepSpeed's AdamW; torch's has a tensor
         _forget_initial_step(optimizer)
@@ -174,10 +179,19 @@ class Engine:
         self.evaluating(True)
         check_causality(self._deepspeed, self._ranks.device)
         if self._mask_at is not None:
+            if self._by_documents and (why := go_by_documents(self._deepspeed, self._mask_at, self._ranks.device)):
+                self._use_a_mask(why)
             check_document_masking(self._deepspeed, self._mask_at, self._ranks.device)
         if self._chunk_tokens:
             check_chunks(self._deepspeed, self._chunk_tokens, self._ranks.device)
         self.evaluating(False)
+
+    def _use_a_mask(self, why: str) -> None:
+        """Where a type of model asks attention for more. Raises ConfigError if that was not left to us."""
+        if self._asked:
+            raise ConfigError(f"silo.attention: {DOCUMENTS!r} given; allowed for this type of model: sdpa: {why}")
+        if self._ranks.is_leader:
+            print(f"silo.attention: documents are kept apart by a mask: {why}", flush=True)
 
     def read(self, name: str) -> Tensor:
         """The whole fp32 parameter `name` on this rank's device; gathers one tensor, at no stage the model."""

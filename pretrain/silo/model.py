@@ -23,6 +23,7 @@ from pretrain.config.check import ConfigError
 from pretrain.config.keys import ModelConfig, RunConfig
 from pretrain.host.foreign import shown
 from pretrain.silo.architecture import model_config, one_line
+from pretrain.silo.attention import DOCUMENTS, check_type, document_lengths
 from pretrain.silo.shards import END_OF_TEXT_NAMES
 from pretrain.silo.vocabulary import vocabulary_size
 from pretrain.silo.weights import checkpoint_files, tensors_of
@@ -127,12 +128,22 @@ def build_empty(
     *,
     dtype: torch.dtype,
     partitioned: AbstractContextManager[Any] | None = None,
+    attention: str = "",
 ) -> nn.Module:
-    """The model's structure with parameters that are about to be overwritten; `partitioned` is ZeRO-3's context."""
+    """The model's structure with parameters that are about to be overwritten; `partitioned` is ZeRO-3's context.
+
+    `attention` is an implementation of `transformers`, or attention.py's. Raises ConfigError for one that is not here.
+    """
     config = model_config(settings, vocab_size)
     config.use_cache = False
-    with partitioned or nullcontext(), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    options = {"attn_implementation": attention} if attention else {}
+    try:
+        with partitioned or nullcontext(), no_init_weights():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+    except (ImportError, ValueError) as error:
+        if not attention:
+            raise
+        raise ConfigError(f"silo.attention: {attention!r} given; {one_line(error)}") from None
     model.tie_weights()  # part of the initialization that was skipped
     for module in model.modules():
         if isinstance(module, nn.Embedding):
@@ -309,10 +320,48 @@ def _losses(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
-def _logits(model: nn.Module, input_ids: Tensor, mask_at: int | None, **options: int) -> Tensor:
-    # From positions that restart, and no mask and no cache, `transformers` makes the mask that keeps documents apart.
-    positions = {} if mask_at is None else {"position_ids": document_positions(input_ids, mask_at)}
-    return model(input_ids=input_ids, use_cache=False, **positions, **options).logits
+def _logits(model: nn.Module, input_ids: Tensor, mask_at: int | None, **options: Any) -> Tensor:
+    if mask_at is not None:
+        # From positions that restart, no mask and no cache `transformers` makes the mask that keeps documents apart.
+        options["position_ids"] = document_positions(input_ids, mask_at)
+        if _attention(model) == DOCUMENTS:
+            options["documents"] = document_lengths(input_ids, mask_at)
+    return model(input_ids=input_ids, use_cache=False, **options).logits
+
+
+def _attention(model: nn.Module) -> str:
+    module: Any = getattr(model, "module", model)
+    return module.config._attn_implementation
+
+
+@torch.no_grad()
+def go_by_documents(model: nn.Module, end_of_text_id: int, device: torch.device) -> str:
+    """Have attention compute each document by itself; "" if that comes to what a mask does, else why it does not.
+
+    Two short forward passes; a model that asks for more stays as it was. `model` holds its parameters and has dropout
+    off.
+    """
+    module: Any = getattr(model, "module", model)
+    a, b, c, d, e = ((end_of_text_id + offset) % 6 for offset in range(1, 6))
+    rows = torch.tensor([[a, b, c, end_of_text_id, d, e], [end_of_text_id, e, c, b, d, end_of_text_id]], device=device)
+    before, verbosity, why = _attention(model), logging.get_verbosity(), ""
+    logging.set_verbosity_error()
+    try:
+        check_type(module.config)
+        masked = _logits(model, rows, end_of_text_id).float()
+        module.set_attn_implementation(DOCUMENTS)
+        alone = _logits(model, rows, end_of_text_id).float()
+        if _attention(model) != DOCUMENTS or not torch.allclose(
+            alone, masked, rtol=1e-2, atol=0.01 * masked.std().item()
+        ):
+            why = "its attention is another"
+    except Exception as error:  # each type of model raises what it likes
+        why = one_line(error)
+    finally:
+        logging.set_verbosity(verbosity)
+        if why:
+            module.set_attn_implementation(before)
+    return why
 
 
 @torch.no_grad()

@@ -20,10 +20,17 @@ from torch import nn
 
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import ModelConfig
+from pretrain.silo.attention import DOCUMENTS, document_lengths
 from pretrain.silo.checkpoint import other_data
 from pretrain.silo.data import BadTokenError, Batches, Mixture, Order, PackedTokens, Prefetch, held_out_batches
 from pretrain.silo.evaluate import summed_loss
-from pretrain.silo.model import build_initial, check_document_masking, document_positions, token_losses
+from pretrain.silo.model import (
+    build_initial,
+    check_document_masking,
+    document_positions,
+    go_by_documents,
+    token_losses,
+)
 from pretrain.silo.shards import read_manifest, write_manifest
 from tests.unit.silo.test_data import write_split
 from tests.waiting import wait_for
@@ -325,6 +332,7 @@ SMALL: dict[str, Any] = {
     "intermediate_size": 48,
     "initializer_range": 0.3,  # so that what a token sees makes a difference
 }
+FULL = "full_attention"
 KINDS: list[dict[str, Any]] = [
     SMALL | {"model_type": "llama"},
     SMALL | {"model_type": "llama", "attn_implementation": "eager"},
@@ -369,6 +377,56 @@ def test_a_document_in_a_packed_sequence_has_its_loss_alone(tmp_path: Path, kind
     total, num_tokens = summed_loss(lambda x, y: token_losses(model, x, y, END), batches)
     assert (total, num_tokens) == (pytest.approx(alone.sum().item(), rel=1e-5), 3 * 24)
     check_document_masking(model, END, CPU)
+
+
+def test_lengths_are_those_between_ends_of_text() -> None:
+    rows = torch.tensor([[5, 6, END, 7, 8, END, END, 9], [END, 1, 2, 3, 4, 5, 6, END], [1, 2, 3, 4, 5, 6, 7, 8]])
+    assert document_lengths(rows, END) == [[2, 3, 1, 2], [7, 1], [8]]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: " ".join(map(str, list(kind.values())[-2:])))
+def test_each_document_by_itself_has_the_losses_and_gradients_of_a_mask(kind: dict[str, Any]) -> None:
+    model: Any = small_model(kind)
+    rows = torch.randint(0, 90, (3, 40), generator=torch.Generator().manual_seed(0))
+    rows[torch.rand(rows.shape, generator=torch.Generator().manual_seed(1)) < 0.15] = END
+
+    def found(attention: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        model.set_attn_implementation(attention)
+        model.zero_grad()
+        losses = token_losses(model, rows, rows.roll(-1, 1), END)
+        losses.mean().backward()
+        return losses.detach(), [p.grad.clone() for p in model.parameters()]
+
+    before = model.config._attn_implementation
+    if "sliding_window" in kind:
+        assert go_by_documents(model, END, CPU) == "its attention reaches back a window of tokens"
+        assert model.config._attn_implementation == before
+        return
+    assert not go_by_documents(model, END, CPU)
+    assert model.config._attn_implementation == DOCUMENTS
+    (masked, gradients), (alone, own) = found("sdpa"), found(DOCUMENTS)
+    torch.testing.assert_close(alone, masked, rtol=1e-5, atol=1e-5)
+    for one, other in zip(own, gradients, strict=True):
+        assert (one - other).norm() < 1e-5 * other.norm()
+
+
+GEMMA2 = SMALL | {"model_type": "gemma2", "num_key_value_heads": 1, "head_dim": 16}
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ({"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 2}, "its attention is another"),
+        (GEMMA2, "its attention reaches back a window of tokens"),
+        (GEMMA2 | {"layer_types": 2 * [FULL]}, "its attention asks for softcap"),
+    ],
+    ids=["bloom", "gemma2", "gemma2 in full"],
+)
+def test_a_model_that_asks_attention_for_more_keeps_its_mask(kind: dict[str, Any], why: str) -> None:
+    model: Any = small_model(kind)
+    before = model.config._attn_implementation
+    assert go_by_documents(model, END, CPU) == why
+    assert model.config._attn_implementation == before
 
 
 @pytest.mark.parametrize(
