@@ -411,6 +411,9 @@ def _check_silo(name: str, silo: SiloConfig, *, masked: bool) -> None:
     allowed = "false, at ZeRO stages 1 and 2"
     _require(not turns or stage in (0, 3), f"{key}.deepspeed.zero_optimization.round_robin_gradients", turns, allowed)
     _require(silo.attention != "documents" or masked, f"{key}.attention", "documents", "with document_masking=true")
+    by_documents = silo.attention == "documents" and silo.compile
+    _require(not by_documents, f"{key}.attention", "documents", "with silo.compile: sdpa, or none named")
+    _require(not (silo.compile and stage == 3), f"{key}.compile", True, "false at ZeRO stage 3; true at 0, 1 and 2")
     allowed = f"up to num_nodes {silo.num_nodes}"
     _require(silo.min_nodes <= silo.num_nodes, f"{key}.min_nodes", silo.min_nodes, allowed)
     for num_nodes in range(silo.min_nodes or silo.num_nodes, silo.num_nodes + 1):

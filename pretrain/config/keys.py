@@ -243,6 +243,8 @@ class SiloConfig:
     """fp32 or bf16 (fp32 master weights either way)."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass to save device memory."""
+    compile: bool = False
+    """Compile the model's layers (torch.compile), at ZeRO 0 to 2; the first step takes minutes, later starts less."""
     attention: str = ""
     """sdpa, or another implementation that `transformers` has here; documents: each of a packed sequence by itself;
     empty: that with `document_masking` on a CPU, where the type of model allows it, else what the model asks for."""

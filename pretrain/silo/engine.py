@@ -27,6 +27,7 @@ from pretrain.silo.model import (
     check_causality,
     check_chunks,
     check_document_masking,
+    compile_layers,
     go_by_documents,
     restore_buffers,
     token_losses,
@@ -78,12 +79,15 @@ class Engine:
             raise ConfigError("deepspeed.zero_optimization: offload to nvme given; allowed: none, cpu")
         partitioned = deepspeed.zero.Init(config_dict_or_path=settings) if self.stage == 3 else None
         dtype = torch.bfloat16 if silo.precision == "bf16" else torch.float32
-        by_mask = silo.attention or (model.config or {}).get("attn_implementation") or ranks.device.type != "cpu"
+        stated = silo.attention or (model.config or {}).get("attn_implementation")
+        by_mask = stated or silo.compile or ranks.device.type != "cpu"  # other lengths would be compiled anew
         self._by_documents = silo.attention == DOCUMENTS or (mask_at is not None and not by_mask)
         attention = "" if self._by_documents else silo.attention
         module = build_empty(model, vocab_size, dtype=dtype, partitioned=partitioned, attention=attention)
         if silo.activation_checkpointing:
             module.gradient_checkpointing_enable()  # type: ignore[operator]
+        if silo.compile:
+            compile_layers(module)
         offloaded = zero.get("offload_optimizer", {}).get("device") == "cpu"
         optimizer = build_optimizer(module.named_parameters(), inner, on_cpu=offloaded, sums_gradients=sums_gradients)
         self._deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)

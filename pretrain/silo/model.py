@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 from pretrain.config.check import ConfigError
@@ -332,6 +333,13 @@ def _logits(model: nn.Module, input_ids: Tensor, mask_at: int | None, **options:
 def _attention(model: nn.Module) -> str:
     module: Any = getattr(model, "module", model)
     return module.config._attn_implementation
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Have every layer compiled when it runs first; layers that are alike share what the compiler keeps on disk."""
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile(dynamic=False)
 
 
 @torch.no_grad()

@@ -182,6 +182,15 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
         ["silos.beta={global_batch_sequences: 100, micro_batch_sequences: 5, accumulation_steps: 7, num_nodes: 3}"],
         ["silos.beta.global_batch_sequences: 100 given; allowed: ", "sequences 5 x ", "steps 7 x ranks 3 = 105"],
     ),
+    (["silo.attention=documents"], ["silos.alpha.attention: 'documents' given; allowed: with document_masking=true"]),
+    (
+        ["silo.attention=documents", "document_masking=true", "silo.compile=true"],
+        ["silos.alpha.attention: 'documents' given; allowed: with silo.compile: sdpa, or none named"],
+    ),
+    (
+        ["silo.compile=true", "silo.deepspeed.zero_optimization.stage=3"],
+        ["silos.alpha.compile: True given; allowed: false at ZeRO stage 3; true at 0, 1 and 2"],
+    ),
     (["silo.min_nodes=2"], ["silos.alpha.min_nodes: 2 given; allowed: up to num_nodes 1"]),
     (
         ["silo.num_nodes=4", "silo.min_nodes=2", "silo.micro_batch_sequences=1"],
