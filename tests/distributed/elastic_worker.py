@@ -13,7 +13,7 @@ from pretrain.silo.checkpoint import Checkpoints, Progress
 from pretrain.silo.engine import Engine
 from pretrain.silo.model import build_initial
 from pretrain.silo.ranks import Ranks
-from tests.distributed.engine_worker import BATCHES, INNER, MODEL, MUON, VOCAB_SIZE, steps
+from tests.distributed.engine_worker import BATCHES, INNER, MODEL, MUON, NUM_MICRO_BATCHES, VOCAB_SIZE, steps
 
 KINDS = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer", "exp_avg", "exp_avg_sq", "told")}
 
@@ -40,7 +40,7 @@ def main() -> None:
     for settings in (INNER, MUON):
         silo = SiloConfig(
             global_batch_sequences=4,
-            micro_batch_sequences=4 // ranks.num_ranks,
+            micro_batch_sequences=max(1, 4 // ranks.num_ranks // NUM_MICRO_BATCHES),
             deepspeed={"zero_optimization": {"stage": stage}} if stage else {},
         )
         inner = dataclasses.replace(settings, num_steps=len(BATCHES))

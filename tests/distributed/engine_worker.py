@@ -31,6 +31,7 @@ MODEL = ModelConfig(
 INNER = InnerConfig(lr=0.01, clip_norm=1.0, num_steps=6)
 MUON = dataclasses.replace(INNER, optimizer="muon", muon_lr=0.03)
 BATCHES = torch.randint(0, VOCAB_SIZE, (6, 4, 13), generator=torch.Generator().manual_seed(1))
+NUM_MICRO_BATCHES = 2  # of a rank's part of a batch
 END = 0  # the end-of-text token, where documents are kept apart
 DOCUMENTS = torch.where(BATCHES < VOCAB_SIZE // 5, END, BATCHES)
 
@@ -59,11 +60,12 @@ def plain_loop(
     inner: InnerConfig = INNER,
     moments: dict[str, torch.Tensor] | None = None,
     gradients: dict[str, torch.Tensor] | None = None,
+    norms: list[float] | None = None,
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """A plain loop: transformers and torch alone, fp32, from `values`; losses and final parameters.
 
     `moments` is filled with the bias-corrected second moments of what AdamW trains, `gradients` with the
-    means of all clipped gradients.
+    means of all clipped gradients, `norms` with their norms before.
     """
     model = build_initial(MODEL, VOCAB_SIZE)
     for name, parameter in model.named_parameters():
@@ -73,7 +75,9 @@ def plain_loop(
         model.zero_grad()
         loss = token_losses(model, batch[:, :-1], batch[:, 1:], mask_at).mean()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), inner.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), inner.clip_norm)
+        if norms is not None:
+            norms.append(norm.item())
         for name, parameter in model.named_parameters() if gradients is not None else ():
             gradients[name] = gradients.get(name, 0) + parameter.grad / num_steps
         for optimizer in optimizers:
@@ -103,13 +107,26 @@ def plain_loss(values: dict[str, torch.Tensor], dtype: torch.dtype, batch: torch
         return token_losses(model, batch[:, :-1], batch[:, 1:]).mean().item()
 
 
-def steps(engine: Engine, ranks: Ranks, numbers: range, batches: torch.Tensor = BATCHES) -> list[float]:
-    """Inner steps on this rank's part of the batches; returns the losses of the whole batches."""
+def steps(
+    engine: Engine,
+    ranks: Ranks,
+    numbers: range,
+    batches: torch.Tensor = BATCHES,
+    *,
+    norms: list[float] | None = None,
+) -> list[float]:
+    """Inner steps on this rank's part of the batches, in two micro batches where there is more than one sequence.
+
+    Returns the losses of the whole batches; `norms` is filled with the gradients'.
+    """
     losses = []
     for number in numbers:
         part = batches[number].chunk(ranks.num_ranks)[ranks.rank]
-        loss, _ = engine.step([(part[:, :-1], part[:, 1:])], INNER.lr)
+        micro_batches = part.chunk(NUM_MICRO_BATCHES)
+        loss, norm = engine.step([(one[:, :-1], one[:, 1:]) for one in micro_batches], INNER.lr)
         losses.append(ranks.sum([loss / ranks.num_ranks])[0])
+        if norms is not None:
+            norms.append(norm)
     return losses
 
 
@@ -175,7 +192,7 @@ def check(stage: int, precision: str, inner: InnerConfig, ranks: Ranks, director
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     silo = SiloConfig(
         global_batch_sequences=4,
-        micro_batch_sequences=4 // ranks.num_ranks,
+        micro_batch_sequences=4 // ranks.num_ranks // NUM_MICRO_BATCHES,
         precision=precision,
         deepspeed={"zero_optimization": {"stage": stage}} if stage else {},
     )
@@ -188,9 +205,12 @@ def check(stage: int, precision: str, inner: InnerConfig, ranks: Ranks, director
     engine.write(iter(initial.items()) if ranks.is_leader else None)
     held_bytes = most_held_bytes(engine, initial, ranks)
     written_back = all(torch.equal(engine.read(name).cpu(), initial[name]) for name in engine.shapes)
-    before_merge = steps(engine, ranks, range(2))
+    norms, expected_norms = list[float](), list[float]()
+    before_merge = steps(engine, ranks, range(2), norms=norms)
     moments, gradients = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
-    expected_before_merge, expected = plain_loop(initial, 2, inner=inner, moments=moments, gradients=gradients)
+    expected_before_merge, expected = plain_loop(
+        initial, 2, inner=inner, moments=moments, gradients=gradients, norms=expected_norms
+    )
     off = way_off(read_all(engine), expected, initial)
     told_row = check_moments(engine, moments, ranks)
     told_row |= check_gradients(engine, gradients, ranks) if inner.optimizer == "muon" else {}
@@ -198,7 +218,8 @@ def check(stage: int, precision: str, inner: InnerConfig, ranks: Ranks, director
     merged = {name: value * 0.75 + 0.01 for name, value in read_all(engine).items()}
     engine.write(iter(merged.items()) if ranks.is_leader else None)
     merged_back = all(torch.equal(engine.read(name).cpu(), merged[name]) for name in engine.shapes)
-    expected_next = sum(plain_loss(merged, dtype, part) for part in BATCHES[2].chunk(ranks.num_ranks)) / ranks.num_ranks
+    parts = BATCHES[2].chunk(ranks.num_ranks * NUM_MICRO_BATCHES)
+    expected_next = sum(plain_loss(merged, dtype, part) for part in parts) / len(parts)
     after_merge = steps(engine, ranks, range(2, 3))
     checkpoints = Checkpoints(directory / f"{inner.optimizer}-{stage}-{precision}", keep=1, contract_sha256="c")
     saved = Progress(step=3, position=12)
@@ -219,6 +240,8 @@ def check(stage: int, precision: str, inner: InnerConfig, ranks: Ranks, director
         **told_row,
         "before_merge": before_merge,
         "expected_before_merge": expected_before_merge,
+        "norms": norms,
+        "expected_norms": expected_norms,
         "way_off": off,
         "next_loss": after_merge[0],
         "expected_next_loss": expected_next,
@@ -235,7 +258,7 @@ def check_masking(ranks: Ranks) -> dict[str, object]:
     """Losses with documents kept apart, in chunks, at ZeRO-3 with activations recomputed, and those of a plain loop."""
     silo = SiloConfig(
         global_batch_sequences=4,
-        micro_batch_sequences=4 // ranks.num_ranks,
+        micro_batch_sequences=4 // ranks.num_ranks // NUM_MICRO_BATCHES,
         activation_checkpointing=True,
         loss_chunk_tokens=7,
         deepspeed={"zero_optimization": {"stage": 3}},
