@@ -13,6 +13,7 @@ from pretrain.config.keys import OPERATOR, ExchangeConfig, RunConfig
 from pretrain.exchange.amended import Amendments
 from pretrain.exchange.objects import Objects
 from pretrain.exchange.options import store_options
+from pretrain.exchange.records import R, checked, heard
 from pretrain.exchange.words import WORD_BYTES, Membership, Word, number
 from pretrain.host.foreign import shown
 from pretrain.trust.contract import amend_rule, contract_keys, contract_seals
@@ -185,6 +186,14 @@ class SignedStore:
         except RefusedError as error:
             self.pass_over(name, error)
             return None
+
+    def record(self, kind: type[R], name: str, author: str, *, at: int | None = None, **of: object) -> R | None:
+        """A record of another party of which all is as given, if it is there; None, and a line, if it is none such."""
+        return heard(self.objects, kind, name, author, self.members, of=of, pass_over=self.pass_over, at=at)
+
+    def checked_record(self, kind: type[R], name: str, author: str, *, at: int | None = None, **of: object) -> R:
+        """The same. Raises FileNotFoundError, and RefusedError for what is none such."""
+        return checked(self.objects, kind, name, author, self.members, of=of, at=at)
 
     def given(self, kind: type[Word], name: str, author: str) -> bytes | None:
         """The bytes of a word that its author has said, to hand on; where nothing is signed, whatever is there."""
