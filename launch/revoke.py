@@ -42,6 +42,7 @@ def revoke(
     tokenizer: Annotated[Path | None, typer.Option(help="The run's, with a URL and no configuration.")] = None,
     sign: Annotated[bool, typer.Option("--sign", help="Sign what comes out, as --silo.")] = False,
     silo: Annotated[str, typer.Option(help="Who signs: a silo of this machine, or aggregator.")] = "",
+    archive: Annotated[str, typer.Option(help="Where what was pruned is; default: that of the run directory.")] = "",
     key: Annotated[Path | None, typer.Option(help="Where deliveries are sealed: the operator's private key.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Only say who has signed.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
@@ -53,6 +54,7 @@ def revoke(
 
     [bold]Example:[/bold] atoll revoke law runs/run --from 12 --to without-law --reason "consent withdrawn"
     """
+    from pretrain.exchange.archive import archive_of, read_archive
     from pretrain.exchange.options import reached, store_options
     from pretrain.exchange.revocation import sign as sign_record
     from pretrain.exchange.revocation import signed_before
@@ -71,6 +73,7 @@ def revoke(
         raise ConfigError("--from: none given; allowed: the first version that is to be without the member")
     if to and os.path.lexists(to := Path(expand_home("--to", str(to)))):
         raise ConfigError(f"--to: {str(to)!r} given; it exists already, and nothing is overwritten")
+    read_archive(exchange, expand_home("--archive", archive) or archive_of(where), options, is_asked=bool(archive))
     own, data = _configuration(where, config, tokenizer, contract), _splits(valid or [])
     _open(exchange, own, key or Path(expand_home("store", where)) / "keys" / "aggregator.key")
     if sign:

@@ -49,6 +49,8 @@ class SignedStore:
             closing=closing,
         )
         self.contract_sha256, self.members, self.is_sealed = "", Members(), False
+        self.egress: Egress | None = None
+        """Of what is written here, once we speak as a member."""
         self.amendments = Amendments(self.members, "all", "", self.pass_over)
         self._passed_over: set[str] = set()
         self._said: dict[str, tuple[list[int], Membership | None]] = {}  # words of membership, and the last
@@ -71,7 +73,8 @@ class SignedStore:
         """Sign and seal as a member of this machine, and keep its egress ledger. Raises ConfigError; see `act_as`."""
         act_as(self.members, config, member)
         policy = Policy() if member == OPERATOR else read_policy(config)
-        self.objects.told_to(Egress.of_run(config, member, self.members.signer, policy))
+        self.egress = Egress.of_run(config, member, self.members.signer, policy)
+        self.objects.told_to(self.egress)
 
     def until(self, over: threading.Event) -> Self:
         """The same store until `over` is set; see Objects."""
