@@ -54,7 +54,6 @@ def revoke(
 
     [bold]Example:[/bold] atoll revoke law runs/run --from 12 --to without-law --reason "consent withdrawn"
     """
-    from pretrain.exchange.archive import archive_of, read_archive
     from pretrain.exchange.options import reached, store_options
     from pretrain.exchange.revocation import sign as sign_record
     from pretrain.exchange.revocation import signed_before
@@ -73,9 +72,8 @@ def revoke(
         raise ConfigError("--from: none given; allowed: the first version that is to be without the member")
     if to and os.path.lexists(to := Path(expand_home("--to", str(to)))):
         raise ConfigError(f"--to: {str(to)!r} given; it exists already, and nothing is overwritten")
-    read_archive(exchange, expand_home("--archive", archive) or archive_of(where), options, is_asked=bool(archive))
     own, data = _configuration(where, config, tokenizer, contract), _splits(valid or [])
-    _open(exchange, own, key or Path(expand_home("store", where)) / "keys" / "aggregator.key")
+    _open(exchange, own, key or Path(expand_home("store", where)) / "keys" / "aggregator.key", archive)
     if sign:
         exchange.members.signer = _signer(exchange, own, silo)
         if before := signed_before(exchange, member, first, until):
@@ -132,9 +130,13 @@ def _configuration(where: str, paths: list[Path] | None, tokenizer: Path | None,
     return own
 
 
-def _open(exchange: "StoreExchange", own: RunConfig, key: Path) -> None:
-    """Open sealed deliveries from now on. Raises ConfigError without the key."""
+def _open(exchange: "StoreExchange", own: RunConfig, key: Path, archive: str) -> None:
+    """Open sealed deliveries, and read what was pruned, from now on. Raises ConfigError without the key."""
+    from pretrain.exchange.archive import read_archive
     from pretrain.trust.members import operator_sealer
+
+    kept_at = expand_home("--archive", archive) or own.trust.archive
+    read_archive(exchange, kept_at, own.exchange, is_asked=bool(archive))
 
     if exchange.is_sealed and not key.exists():
         raise ConfigError(

@@ -139,7 +139,9 @@ class Amendments:
         """The operator's word for the next amendment; what is none counts as not there, and is said."""
         members = Members(keys=self._members.keys, later=self._terms(earlier)[1:])
         of, name = {"amendment_sha256": sha256}, acceptance_path(len(earlier) + 1)
-        return heard(objects, Acceptance, name, OPERATOR, members, of=of, pass_over=self._pass_over)
+        return heard(
+            objects, Acceptance, name, OPERATOR, members, of=of, pass_over=self._pass_over, limit_bytes=WORD_BYTES
+        )
 
     def _check_none_missing(self, objects: Objects, numbers: list[int], later: list[Terms]) -> None:
         """Raise RefusedError if the operator has accepted an amendment that is not there any more."""

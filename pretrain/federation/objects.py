@@ -10,7 +10,7 @@ from contextlib import suppress
 
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.exchange import words
-from pretrain.exchange.amended import Amendments
+from pretrain.exchange.amended import Amendments, Proposal
 from pretrain.exchange.revocation import read_signed
 from pretrain.exchange.rollback import Rollback
 from pretrain.exchange.store import REQUESTS_AT_ONCE, ROLLBACKS, StoreExchange
@@ -68,8 +68,8 @@ class ObjectsVerifier:
         """Names of those that are as they should be."""
         self.past_words: list[str] = []
         """Of them, by a key that counts no more: what its member had said by then."""
-        self._amendments: int | None = None
-        """How many follow the contract; None where that cannot be told."""
+        self._amendments: list[Proposal] | None = None
+        """Those that follow the contract; None where that cannot be told."""
         self._not_amendments: dict[str, str] = {}
         self._read_amendments(contract)
         self._rollbacks: dict[int, Rollback] = {}
@@ -119,7 +119,7 @@ class ObjectsVerifier:
                 if match := pattern.fullmatch(name):
                     check(name, match)
                     return ""
-            is_there = self._objects.read_if_there(name) is not None
+            is_there = self._objects.read_if_there(name) is not None or self._objects.names(name)
         except FileNotFoundError:
             return ""
         except RefusedError as error:
@@ -186,13 +186,14 @@ class ObjectsVerifier:
             raise RefusedError(
                 f"it is of silo {shown(manifest.silo)}, version {manifest.version} of contract {contract}, put here"
             )
-        try:
-            if manifest.contract_sha256 != terms and not was_discarded:
+        if not was_discarded:
+            if manifest.contract_sha256 != terms:
                 raise RefusedError(f"it does not go by the terms of version {version}")
             self._members.check(silo, manifest, version=version)
-        except RefusedError:  # by a key that was taken away, or what held before a rollback
-            if not self._by_a_past_key(silo, "manifest", manifest.unsigned_bytes(), manifest.signature):
-                raise
+        elif self._members.keys and not self._by_a_past_key(
+            silo, "manifest", manifest.unsigned_bytes(), manifest.signature
+        ):  # what held then may hold no more: amendments since may have come to hold earlier
+            raise RefusedError(f"no key that {silo} ever had has signed it")
 
     def _check_snapshot(self, name: str, match: re.Match[str]) -> None:
         version = int(match["n"])
@@ -228,16 +229,20 @@ class ObjectsVerifier:
             rule, sha256 = amend_rule(contract), self._exchange.contract_sha256
             with suppress(RefusedError):  # one that was accepted and cannot hold: the run stops at it, and it is said
                 first = Members(keys=self._members.keys)
-                self._amendments = len(Amendments(first, rule, sha256, note).read(self._objects))
+                self._amendments = Amendments(first, rule, sha256, note).read(self._objects)
         else:
-            self._amendments = 0
+            self._amendments = []
 
     def _check_amendment(self, name: str, match: re.Match[str]) -> None:
         if name in self._not_amendments:
             raise RefusedError(self._not_amendments[name])
-        if self._amendments is not None and int(match["n"]) > self._amendments:
+        if self._amendments is None:
+            return
+        if int(match["n"]) > len(self._amendments):
             raise RefusedError("it follows no amendment, and not the contract")
-        if (member := match["member"]) and not any(member in keys for keys in self._all_keys):
+        proposal = self._amendments[int(match["n"]) - 1]
+        new = proposal.amendment.new_key or ("", None)
+        if (member := match["member"]) and member not in {*proposal.before.keys, new[0]}:
             raise RefusedError(f"{shown(member)} is no member: the contract has no key of it")
 
     def _check_revocation(self, name: str, match: re.Match[str]) -> None:

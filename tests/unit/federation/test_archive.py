@@ -173,7 +173,7 @@ def test_killed_before_every_use_of_either_nothing_is_lost(
         assert found == expected
         shutil.rmtree(store)
         shutil.rmtree(archive)
-        num_uses += 11  # every one in turn takes long, and finds nothing more
+        num_uses += 17  # every one in turn takes long, and finds nothing more
     assert len(payloads(expected["archive"])) == 14
     assert num_uses > 100
 

@@ -162,6 +162,7 @@ MOVED = {
     "keys/alpha.json": "signatures/alpha.json",
     "silos/alpha/000003/notes.txt": "contract.json",
     "global/000003/commit.json.bak": "global/000003/commit.json",
+    "silos/alpha/000003.d/hidden": "contract.json",
     "elsewhere/commit": "global/000003/commit.json",
 }
 
@@ -172,7 +173,7 @@ def test_what_is_put_where_it_does_not_belong_is_named_in_the_table_and_the_json
         shutil.copy(store / source, store / name)
     (store / "silos/beta/empty").mkdir()  # of no object
     found = {finding.name: finding for finding in findings(store)}
-    assert found.keys() == MOVED.keys()
+    assert found.keys() == {*MOVED} - {"silos/alpha/000003.d/hidden"} | {"silos/alpha/000003.d"}
     assert not any(finding.of_chain for finding in found.values())
     said = CliRunner().invoke(cli.app, ["verify", str(store)])
     assert said.exit_code == 1
