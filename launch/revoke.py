@@ -42,6 +42,7 @@ def revoke(
     tokenizer: Annotated[Path | None, typer.Option(help="The run's, with a URL and no configuration.")] = None,
     sign: Annotated[bool, typer.Option("--sign", help="Sign what comes out, as --silo.")] = False,
     silo: Annotated[str, typer.Option(help="Who signs: a silo of this machine, or aggregator.")] = "",
+    archive: Annotated[str, typer.Option(help="Where what was pruned is; default: that of the run directory.")] = "",
     key: Annotated[Path | None, typer.Option(help="Where deliveries are sealed: the operator's private key.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Only say who has signed.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
@@ -72,7 +73,7 @@ def revoke(
     if to and os.path.lexists(to := Path(expand_home("--to", str(to)))):
         raise ConfigError(f"--to: {str(to)!r} given; it exists already, and nothing is overwritten")
     own, data = _configuration(where, config, tokenizer, contract), _splits(valid or [])
-    _open(exchange, own, key or Path(expand_home("store", where)) / "keys" / "aggregator.key")
+    _open(exchange, own, key or Path(expand_home("store", where)) / "keys" / "aggregator.key", archive)
     if sign:
         exchange.members.signer = _signer(exchange, own, silo)
         if before := signed_before(exchange, member, first, until):
@@ -129,9 +130,13 @@ def _configuration(where: str, paths: list[Path] | None, tokenizer: Path | None,
     return own
 
 
-def _open(exchange: "StoreExchange", own: RunConfig, key: Path) -> None:
-    """Open sealed deliveries from now on. Raises ConfigError without the key."""
+def _open(exchange: "StoreExchange", own: RunConfig, key: Path, archive: str) -> None:
+    """Open sealed deliveries, and read what was pruned, from now on. Raises ConfigError without the key."""
+    from pretrain.exchange.archive import read_archive
     from pretrain.trust.members import operator_sealer
+
+    kept_at = expand_home("--archive", archive) or own.trust.archive
+    read_archive(exchange, kept_at, own.exchange, is_asked=bool(archive))
 
     if exchange.is_sealed and not key.exists():
         raise ConfigError(

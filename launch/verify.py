@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import sys
 import tempfile
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 def verify(
     where: Annotated[str, typer.Argument(help="URL of the store, a run directory with one in it, or a bundle.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+    archive: Annotated[str, typer.Option(help="Where what was pruned is; default: that of the run directory.")] = "",
     key: Annotated[Path | None, typer.Option(help="The operator's private key; that of the run directory.")] = None,
 ) -> None:
     """Check every signature, hash and digest of a store, and merge again every version whose deliveries are there.
@@ -29,6 +32,7 @@ def verify(
 
     [bold]Example:[/bold] atoll verify s3://bucket/run
     """
+    from pretrain.exchange.archive import archive_of, read_archive
     from pretrain.exchange.options import reached, store_options
     from pretrain.exchange.store import StoreExchange
     from pretrain.federation.bundle import BundleVerifier, VerifiedBundle, is_bundle
@@ -36,7 +40,8 @@ def verify(
 
     found: Verified | VerifiedBundle
     directory = Path(expand_home("store", where))
-    with tempfile.TemporaryDirectory(prefix="atoll-") as scratch:
+    # What is passed over is said as it is met: not into the JSON, and found again below.
+    with tempfile.TemporaryDirectory(prefix="atoll-") as scratch, redirect_stdout(sys.stderr):
         if is_bundle(directory):
             found = BundleVerifier(directory, Path(scratch), tell=_tell, key=key).verify()
         else:
@@ -44,6 +49,9 @@ def verify(
             store = StoreExchange(url, options=store_options(exchange, url), retry_seconds=exchange.retry_seconds)
             if not key and (kept := directory / "keys" / "aggregator.key").is_file():
                 key = kept
+            read_archive(
+                store, expand_home("--archive", archive) or archive_of(where), exchange, is_asked=bool(archive)
+            )
             found = StoreVerifier(store, Path(scratch), tell=_tell, key=key).verify()
     print(json.dumps(dataclasses.asdict(found), indent=1) if as_json else "\n".join(_lines(found)))
     raise typer.Exit(1 if found.findings else 0)
@@ -75,7 +83,10 @@ def _lines(found: "Verified | VerifiedBundle") -> list[str]:
             lines.append(f"amendments  {store.num_amendments} in force, with all signatures that they need")
         lines.append(f"versions    {store.num_versions} in one chain, {again}")
         lines.append(f"deliveries  {store.num_manifests} manifests; {store.num_payloads} files have their hash{pruned}")
+        if store.num_words:
+            past = f", {store.num_past_words} by keys that count no more" if store.num_past_words else ""
+            lines.append(f"words       {store.num_words}{', each by its author' if store.is_signed else ''}{past}")
     for finding in found.findings:
         version = "" if finding.version is None else f"version {finding.version}: "
-        lines.append(f"WRONG       {version}{finding.name}: {finding.what}")
+        lines.append(f"WRONG       {version}{shown(finding.name)}: {finding.what}")
     return [*lines, f"{len(found.findings)} findings" if found.findings else "all is as it should be"]

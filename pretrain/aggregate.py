@@ -24,6 +24,7 @@ from pretrain.config.check import ConfigError, named
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.config.load import load_config
 from pretrain.exchange.agreement import accept_amendments, agree
+from pretrain.exchange.archive import Archive
 from pretrain.exchange.lease import Lease
 from pretrain.exchange.objects import StoreTroubleError
 from pretrain.exchange.payload import PARAMETER, save_tensors
@@ -71,6 +72,7 @@ class Aggregator:
         self._exchange = StoreExchange.of_run(config)
         self._exchange.speak_as(config, OPERATOR)
         self._scratch = Path(config.directory) / "aggregator"
+        self._archive = Archive.of_run(config, self._exchange, self._scratch)
         self._place = OnDisk(self._scratch / "state") if config.outer.state == "disk" else InMemory()
         self._merger = Merger(config, self._exchange, self._scratch, self._place, go_to=self._go_to)
         self._newest_file = self._scratch / "newest.json"
@@ -89,6 +91,8 @@ class Aggregator:
         ours = build_contract(self._own)
         stored = self._exchange.read_contract()
         known = self._check_history()
+        if self._archive:
+            self._archive.check()
         check_model(self._config)
         newest = self._exchange.newest_version()
         check_aggregator_room(self._config, is_new=newest < 0)
@@ -256,7 +260,8 @@ class Aggregator:
         merged_again = self._config.trust.keep_deliveries + 1  # from the version before them
         keep = max(self._config.exchange.keep_versions, merged_again)
         late = self._config.membership.stale_weight > 0
-        self.snapshots.history.prune(self._collector.members(), state.version, keep, late=late)
+        prune = partial(self.snapshots.history.prune, self._collector.members(), state.version, keep, late=late)
+        self._archive.prune(prune) if self._archive else prune()
         if self.snapshots.is_due(state.version):
             self.snapshots.begin(state, commit, self._merger.fragments[fragment])
 

@@ -1,6 +1,7 @@
 """What values a configuration may have. Imports no torch; a mistake is said before anything starts."""
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -196,6 +197,7 @@ def _check_trust(config: RunConfig) -> None:
     fits = amend in ("all", *map(str, range(1, most + 1)))
     _require(fits, "trust.amend", amend, f"all, or 1 to the {most} silos of the roster")
     kind, seal = config.exchange.kind, config.trust.seal
+    _check_archive(config)
     _require(not seal or kind == "store", "trust.seal", seal, f"false with exchange.kind={kind}, where no file travels")
     if not keys:
         # A local launch of all silos makes their keys later.
@@ -212,6 +214,18 @@ def _check_trust(config: RunConfig) -> None:
         )
     if unknown := sorted(keys.keys() - members):
         raise ConfigError(f"trust.keys: one of {named(unknown)} given; allowed: {named(sorted(members))}")
+
+
+def _check_archive(config: RunConfig) -> None:
+    archive, kind = config.trust.archive, config.exchange.kind
+    if not archive:
+        return
+    _require(kind == "store", "trust.archive", archive, f"none with exchange.kind={kind}, where nobody prunes a store")
+    check_url(archive, "trust.archive")
+    places = [url if "://" in url else os.path.abspath(url) for url in (archive, config.store_url)]
+    ours, store = (f"{place.rstrip('/')}/" for place in places)
+    apart = not ours.startswith(store) and not store.startswith(ours)
+    _require(apart, "trust.archive", archive, f"a place of its own, outside of the store {config.store_url}")
 
 
 def _check_streaming(outer: OuterConfig) -> None:

@@ -203,6 +203,9 @@ class TrustConfig:
     keep_deliveries: int = 0
     """Of so many of the newest versions the operator keeps all deliveries, for `atoll verify` to merge them again; part
     of the contract. `exchange.keep_versions` may be more."""
+    archive: str = ""
+    """URL or directory, reached as the store is, where the aggregator copies what it is about to prune, and where this
+    machine's commands look for what the store no longer has; empty: what is pruned is gone."""
     amend: str = "all"
     """Silos that have to sign an amendment of the contract: all, or a number of them; part of the contract."""
     directory: str = ""

@@ -55,6 +55,7 @@ def _changed(config: RunConfig, change: Change) -> RunConfig:
     config.model.checkpoint = at("model.checkpoint", config.model.checkpoint or "") or None
     config.exchange.ca_file = at("exchange.ca_file", config.exchange.ca_file)
     config.trust.directory = at("trust.directory", config.trust.directory)
+    config.trust.archive = at("trust.archive", config.trust.archive)
     config.trust.policy = at("trust.policy", config.trust.policy)
     if config.exchange.kind == "store":
         config.exchange.url = at("exchange.url", config.exchange.url)

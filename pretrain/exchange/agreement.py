@@ -62,18 +62,9 @@ def agree(
 
 
 def _has_signed(exchange: StoreExchange, member: str) -> bool:
-    data = exchange.objects.read_if_there(_name(member))
-    if data is None:
-        return False
-    try:
-        found = Agreement.from_bytes(data)
-        if (found.contract_sha256, found.member) != (exchange.contract_sha256, member):
-            raise RefusedError("it is under another contract, or another member's")
-        exchange.members.check(member, found, version=0)
-    except RefusedError as error:
-        exchange.pass_over(_name(member), error)
-        return False
-    return True
+    name, sha256 = _name(member), exchange.contract_sha256
+    found = exchange.record(Agreement, name, member, at=0, contract_sha256=sha256, member=member)
+    return found is not None
 
 
 def _name(member: str) -> str:

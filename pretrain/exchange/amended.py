@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pretrain.config.check import named
 from pretrain.config.keys import OPERATOR
 from pretrain.exchange.objects import Objects
+from pretrain.exchange.records import heard
 from pretrain.exchange.words import WORD_BYTES, number
 from pretrain.trust.amendment import Acceptance, Amendment, Terms, applied, still_missing
 from pretrain.trust.keys import PublicKey
@@ -128,35 +129,19 @@ class Amendments:
         return [first, *(applied(p.amendment, p.sha256, p.before) for p in earlier if p.accepted)]
 
     def _has_signed(self, objects: Objects, amendment: Amendment, member: str, key: PublicKey) -> bool:
-        name = signature_path(amendment.number, member)
-        data = objects.read_if_there(name)
-        if data is None:
-            return False
-        try:
-            agreement = Agreement.from_bytes(data)
-            if (agreement.contract_sha256, agreement.member) != (sha256_bytes(amendment.to_bytes()), member):
-                raise RefusedError("it is under another amendment, or another member's")
-            replaced, new = amendment.new_key or ("", None)
-            Members(keys={member: new if new and replaced == member else key}).check(member, agreement)
-        except RefusedError as error:
-            self._pass_over(name, error)
-            return False
-        return True
+        replaced, new = amendment.new_key or ("", None)
+        members = Members(keys={member: new if new and replaced == member else key})
+        of = {"contract_sha256": sha256_bytes(amendment.to_bytes()), "member": member}
+        name, pass_over = signature_path(amendment.number, member), self._pass_over
+        return heard(objects, Agreement, name, member, members, of=of, pass_over=pass_over) is not None
 
     def _acceptance(self, objects: Objects, sha256: str, earlier: list[Proposal]) -> Acceptance | None:
         """The operator's word for the next amendment; what is none counts as not there, and is said."""
-        name = acceptance_path(len(earlier) + 1)
-        if (data := objects.read_if_there(name, limit_bytes=WORD_BYTES)) is None:
-            return None
-        try:
-            acceptance = Acceptance.from_bytes(data)
-            Members(keys=self._members.keys, later=self._terms(earlier)[1:]).check(OPERATOR, acceptance)
-            if acceptance.amendment_sha256 != sha256:
-                raise RefusedError("it is of another amendment than the one that lies here")
-        except RefusedError as error:
-            self._pass_over(name, error)
-            return None
-        return acceptance
+        members = Members(keys=self._members.keys, later=self._terms(earlier)[1:])
+        of, name = {"amendment_sha256": sha256}, acceptance_path(len(earlier) + 1)
+        return heard(
+            objects, Acceptance, name, OPERATOR, members, of=of, pass_over=self._pass_over, limit_bytes=WORD_BYTES
+        )
 
     def _check_none_missing(self, objects: Objects, numbers: list[int], later: list[Terms]) -> None:
         """Raise RefusedError if the operator has accepted an amendment that is not there any more."""

@@ -6,7 +6,7 @@ that a version changed, and its parameters whole; it is written after the versio
 whole, of all fragments, and its outer state follows from its parameters.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from heapq import heapify, heapreplace
 from pathlib import Path
 
@@ -204,11 +204,19 @@ class History:
             return before
         return self._last(snapshots, before, fragment)
 
-    def prune(self, roster: Sequence[str], newest: int, keep_versions: int, *, late: bool = False) -> list[int]:
+    def prune(
+        self,
+        roster: Sequence[str],
+        newest: int,
+        keep_versions: int,
+        *,
+        late: bool = False,
+        keep: Callable[[int, Sequence[str]], Collection[str]] = lambda version, names: names,
+    ) -> list[int]:
         """Delete tensors that nobody can need again; commits and manifests stay. Returns the pruned versions.
 
         Kept are the newest `keep_versions`, all from which a silo's newest checkpoint would go on, and what these are
-        made of. Raises RefusedError.
+        made of. `keep` is told what of a version is about to be deleted, and says what may. Raises RefusedError.
         """
         exchange = self._exchange
         oldest = max(0, self._oldest_resumable(roster, newest - keep_versions + 1))
@@ -218,15 +226,16 @@ class History:
             pruned.append(version)
         silos, snapshots = (exchange.objects.names("silos"), self.snapshots()) if pruned else ([], [])  # also who left
         for version in reversed(pruned):  # oldest first: whoever is killed here leaves no gap behind
-            # The version's own folder comes last: while it holds tensors, the next pruning sees that this one was not
-            # finished.
             # What a silo delivered has the one name that silos give it: to look costs more than to delete.
             delivered = [f"{delivery_path(silo, version)}/{version:06d}.safetensors" for silo in silos]
-            in_threads(exchange.objects.delete, delivered, REQUESTS_AT_ONCE)
-            if version in snapshots:
-                exchange.objects.delete(snapshot_path(version))
-            for name in exchange.tensors(version_path(version)):
-                exchange.objects.delete(f"{version_path(version)}/{name}")
+            rest = [snapshot_path(version)] if version in snapshots else []
+            # The version's own folder comes last: while it holds tensors, the next pruning sees that this one was not
+            # finished.
+            rest += [f"{version_path(version)}/{name}" for name in exchange.tensors(version_path(version))]
+            goes = keep(version, [*delivered, *rest])
+            in_threads(exchange.objects.delete, [name for name in delivered if name in goes], REQUESTS_AT_ONCE)
+            for name in (name for name in rest if name in goes):
+                exchange.objects.delete(name)
         return pruned
 
     def _oldest_resumable(self, roster: Sequence[str], limit: int) -> int:

@@ -69,14 +69,15 @@ class Objects:
         retry_seconds: float = 0.0,
         stall_seconds: float = ExchangeConfig.stall_seconds,
         closing: threading.Event | None = None,
+        key: str = "exchange.url",
     ) -> None:
         """`options` go to fsspec; `anchor` is an object that nobody ever deletes: a directory that had it and now has
-        not is in trouble.
+        not is in trouble. `key` is what a user has given the URL as.
 
         Raises ConfigError if the URL's kind of file system is unknown, its package is missing or an option is unknown.
         """
         self.url, self._retry_seconds, self._closing = url, retry_seconds, closing or threading.Event()
-        self._anchor = anchor
+        self._anchor, self._key = anchor, key
         self._over: threading.Event | None = None
         self._jitter = random.Random()  # not the one whose state belongs to training
         if fsspec.core.split_protocol(url)[0] in OF_S3:
@@ -84,15 +85,19 @@ class Objects:
         try:
             fs, self._root = fsspec.core.url_to_fs(url, **{**(options or {}), "use_listings_cache": False})
         except (ValueError, TypeError, ImportError) as error:
-            raise ConfigError(f"exchange.url: {url!r} given; {error}") from None
+            raise ConfigError(f"{key}: {url!r} given; {error}") from None
         self._fs, self._client = fs, Client(fs, stall_seconds)
         self._directory = Directory(self._root) if isinstance(fs, LocalFileSystem) else None
         self._was_there = threading.Event()  # for copies, too: one that has nothing to do for long must know
         self._egress: Egress | None = None
+        self._egress_kind = ""
 
-    def told_to(self, egress: Egress) -> None:
-        """From now on, for copies made later, too, nothing leaves before the ledger has a line of it."""
-        self._egress = egress
+    def told_to(self, egress: Egress, *, kind: str = "") -> None:
+        """From now on, for copies made later, too, nothing leaves before the ledger has a line of it.
+
+        Of a `kind`, or of what kind its name says.
+        """
+        self._egress, self._egress_kind = egress, kind
         self._client.asked = egress.asked
 
     def close_egress(self) -> None:
@@ -266,8 +271,8 @@ class Objects:
 
     def _leave(self, name: str, num_bytes: int, digest: str, of: Mapping[str, float] | None) -> None:
         """Have the ledger say it before a byte leaves, and wait until a day's bytes are not used up any more."""
-        said = False
-        while self._egress and (seconds := self._egress.leaves(self.url, name, num_bytes, digest, of=of)):
+        said, kind = False, self._egress_kind
+        while self._egress and (seconds := self._egress.leaves(self.url, name, num_bytes, digest, of=of, kind=kind)):
             if not said:
                 said = True
                 print(f"{name} waits {seconds:.0f} s: the policy's bytes_a_day have left today", flush=True)
@@ -400,7 +405,7 @@ class Objects:
         if is_too_large(error):
             short = f"{short or error}; with more outer.num_fragments objects are smaller"
         what = " ".join((short or str(error)).split()) or type(error).__name__
-        return f"exchange.url: {self.url} given; {name} cannot be {verb}: {what}"
+        return f"{self._key}: {self.url} given; {name} cannot be {verb}: {what}"
 
 
 def _blocks(source: IO[bytes] | Any, limit_bytes: int) -> Iterator[bytes]:

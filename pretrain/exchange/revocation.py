@@ -55,11 +55,12 @@ def revocations(exchange: SignedStore, member: str) -> dict[str, list[Signed]]:
         if match and match[1] == member:
             place, span = f"{FOLDER}/{name}", (int(match[2]), int(match[3]))
             signers = [n.removesuffix(".json") for n in exchange.objects.names(place) if n.endswith(".json")]
-            found[place] = [_read(exchange, place, signer, member, span) for signer in signers]
+            found[place] = [read_signed(exchange, place, signer, member, span) for signer in signers]
     return found
 
 
-def _read(exchange: SignedStore, place: str, signer: str, member: str, span: tuple[int, int]) -> Signed:
+def read_signed(exchange: SignedStore, place: str, signer: str, member: str, span: tuple[int, int]) -> Signed:
+    """What lies under a signer's name in a folder: of these versions, of a member's revocation."""
     try:
         record = Revocation.from_bytes(exchange.objects.read(f"{place}/{signer}.json"))
         told = record.contract_sha256, record.member, record.from_version, record.to_version, record.signer

@@ -119,17 +119,8 @@ def read_as_a_member(exchange: StoreExchange, config: RunConfig) -> None:
 
 def given_group_key(exchange: StoreExchange, silo: str) -> GroupKey | None:
     """What lies there for a silo; None, and a line, if that is not the operator's."""
-    if (data := exchange.objects.read_if_there(group_key_path(silo))) is None:
-        return None
-    try:
-        found = GroupKey.from_bytes(data)
-        if (found.contract_sha256, found.member) != (exchange.contract_sha256, silo):
-            raise RefusedError("it is of another contract, or for another member")
-        exchange.members.check(OPERATOR, found)
-    except RefusedError as error:
-        exchange.pass_over(group_key_path(silo), error)
-        return None
-    return found
+    of = {"contract_sha256": exchange.contract_sha256, "member": silo}
+    return exchange.record(GroupKey, group_key_path(silo), OPERATOR, at=0, **of)
 
 
 def group_key_path(silo: str) -> str:

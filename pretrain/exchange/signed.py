@@ -13,6 +13,7 @@ from pretrain.config.keys import OPERATOR, ExchangeConfig, RunConfig
 from pretrain.exchange.amended import Amendments
 from pretrain.exchange.objects import Objects
 from pretrain.exchange.options import store_options
+from pretrain.exchange.records import R, checked, heard
 from pretrain.exchange.words import WORD_BYTES, Membership, Word, number
 from pretrain.host.foreign import shown
 from pretrain.trust.contract import amend_rule, contract_keys, contract_seals
@@ -48,6 +49,8 @@ class SignedStore:
             closing=closing,
         )
         self.contract_sha256, self.members, self.is_sealed = "", Members(), False
+        self.egress: Egress | None = None
+        """Of what is written here, once we speak as a member."""
         self.amendments = Amendments(self.members, "all", "", self.pass_over)
         self._passed_over: set[str] = set()
         self._said: dict[str, tuple[list[int], Membership | None]] = {}  # words of membership, and the last
@@ -70,7 +73,8 @@ class SignedStore:
         """Sign and seal as a member of this machine, and keep its egress ledger. Raises ConfigError; see `act_as`."""
         act_as(self.members, config, member)
         policy = Policy() if member == OPERATOR else read_policy(config)
-        self.objects.told_to(Egress.of_run(config, member, self.members.signer, policy))
+        self.egress = Egress.of_run(config, member, self.members.signer, policy)
+        self.objects.told_to(self.egress)
 
     def until(self, over: threading.Event) -> Self:
         """The same store until `over` is set; see Objects."""
@@ -185,6 +189,14 @@ class SignedStore:
         except RefusedError as error:
             self.pass_over(name, error)
             return None
+
+    def record(self, kind: type[R], name: str, author: str, *, at: int | None = None, **of: object) -> R | None:
+        """A record of another party of which all is as given, if it is there; None, and a line, if it is none such."""
+        return heard(self.objects, kind, name, author, self.members, of=of, pass_over=self.pass_over, at=at)
+
+    def checked_record(self, kind: type[R], name: str, author: str, *, at: int | None = None, **of: object) -> R:
+        """The same. Raises FileNotFoundError, and RefusedError for what is none such."""
+        return checked(self.objects, kind, name, author, self.members, of=of, at=at)
 
     def given(self, kind: type[Word], name: str, author: str) -> bytes | None:
         """The bytes of a word that its author has said, to hand on; where nothing is signed, whatever is there."""

@@ -13,6 +13,7 @@ from pretrain.config.check import ConfigError, named
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.agreement import SIGNATURES
 from pretrain.exchange.amended import FOLDER as AMENDMENTS
+from pretrain.exchange.archive import read_archive
 from pretrain.exchange.objects import Objects
 from pretrain.exchange.revocation import FOLDER as REVOCATIONS
 from pretrain.exchange.rollback import FOLDER as ROLLBACKS
@@ -104,6 +105,7 @@ def _reached(config: RunConfig, silo: str, directory: Path, *, leave: bool) -> S
     if stored is None:
         raise ConfigError(f"exchange.url: {config.store_url} given; there is no run in it (no contract.json)")
     check_same_contract(build_contract(config), stored, config.store_url)
+    read_archive(exchange, config.trust.archive, config.exchange)
     try:
         if is_rolling_back(exchange):
             raise RefusedError("it is being rolled back; allowed: when that is done")
@@ -259,12 +261,15 @@ class _BundleWriter:
         found = StoreVerifier(StoreExchange(str(store)), scratch, tell=self._tell).verify()
         shutil.rmtree(scratch)
         url = self._exchange.objects.url
-        for finding in found.findings[:1]:
+        for finding in (finding for finding in found.findings if finding.of_chain):
             version = "contract" if finding.version is None else f"version {finding.version}"
             raise ConfigError(
                 f"exchange.url: {url} given; its chain is broken: {version}: {shown(finding.name)}: "
                 f"{shown(finding.what, limit=1000)}; nothing is written"
             )
+        for finding in found.findings:  # beside the chain: what every party of the run passes over
+            (store / finding.name).unlink(missing_ok=True)
+            self._missing.append(f"{finding.name}, which counts for nothing: {finding.what}")
         if trouble:
             raise ConfigError(
                 f"exchange.url: {url} given; {trouble}; nothing is written; if the run went on meanwhile, try again"

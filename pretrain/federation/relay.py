@@ -19,7 +19,7 @@ from pathlib import Path
 
 import fsspec
 
-from pretrain.config.check import ConfigError
+from pretrain.config.check import ConfigError, named
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.exchange.agreement import SIGNATURES
 from pretrain.exchange.amended import FOLDER as AMENDMENTS
@@ -38,7 +38,9 @@ from pretrain.host.lock import lock_directory
 from pretrain.host.stopping import STOPPED, StopRequested, raise_at_signals
 from pretrain.trust.contract import build_contract, check_same_contract
 from pretrain.trust.egress import RELAY, Egress
+from pretrain.trust.keys import Signer
 from pretrain.trust.ledger import Commit, Manifest, Payload, RefusedError, sha256_bytes
+from pretrain.trust.members import own_signer
 
 MANIFEST = "manifest.json"
 
@@ -87,7 +89,8 @@ class Relay:
         self._there = StoreExchange(
             remote_url, options=options, retry_seconds=exchange.retry_seconds, stall_seconds=exchange.stall_seconds
         )
-        self._there.objects.told_to(Egress.of_run(config, RELAY, None, check_policy(config, remote_url)))
+        policy = check_policy(config, remote_url)
+        self._there.objects.told_to(Egress.of_run(config, RELAY, _signer(config), policy))
         self._history = History(self._here, config.outer.num_fragments)
         self._scratch = Path(config.directory) / "relay" / "inbox"
         self._newest = -1
@@ -370,6 +373,17 @@ class Relay:
         while True:
             self.copy_beats()
             time.sleep(self._config.exchange.lease_seconds / BEATS_PER_LEASE)
+
+
+def _signer(config: RunConfig) -> Signer | None:
+    """Who signs the relay's ledger: the first of this site's silos whose key this machine has. Raises ConfigError."""
+    if not config.trust.keys:
+        return None
+    for silo in sorted(config.silos):
+        if config.key_file(silo).exists():
+            return own_signer(config, silo)
+    print(f"egress/{RELAY}.jsonl is not signed: no key of {named(sorted(config.silos))} is on this machine", flush=True)
+    return None
 
 
 def _copy(source: Objects, target: Objects, name: str) -> None:

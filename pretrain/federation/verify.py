@@ -16,8 +16,9 @@ from pretrain.exchange.agreement import not_signed
 from pretrain.exchange.amended import FOLDER
 from pretrain.exchange.payload import save_tensors
 from pretrain.exchange.sealed import seal_payload
-from pretrain.exchange.store import SNAPSHOTS, StoreExchange, delivery_path, snapshot_path, version_path
+from pretrain.exchange.store import StoreExchange, delivery_path, snapshot_path, version_path
 from pretrain.federation.join import read_terms
+from pretrain.federation.objects import ObjectsVerifier
 from pretrain.merge.collect import Delivery
 from pretrain.merge.merger import Merged, Merger
 from pretrain.merge.snapshots import Snapshots
@@ -38,6 +39,8 @@ class Finding:
     name: str
     """The object in the store, or what it is about."""
     what: str
+    of_chain: bool = True
+    """False: it lies beside the chain, and whoever passes it over, as a run does, has all that happened."""
 
 
 @dataclass(kw_only=True)
@@ -55,6 +58,10 @@ class Verified:
     """Payloads that are not there any more: hashes of them are all that is left."""
     num_amendments: int = 0
     """Of the contract, that hold."""
+    num_words: int = 0
+    """Small words of silos and operator, each by its author where things are signed, ..."""
+    num_past_words: int = 0
+    """... of them by a key that was replaced or taken away since."""
     is_sealed: bool = False
     """Deliveries are sealed, and there is no key here to open them: no version was merged again."""
     merged: list[int] = field(default_factory=list)
@@ -81,7 +88,7 @@ class StoreVerifier:
         url, contract = exchange.objects.url, exchange.read_contract(follow=False)
         if contract is None:
             raise ConfigError(f"store: {url!r} given; there is no run in it (no contract.json)")
-        self._governed = Governed(read_terms(contract, url)[-1])
+        self._governed, self._contract = Governed(read_terms(contract, url)[-1]), contract
         self._config: RunConfig = self._governed.config
         self._exchange, self._scratch, self._tell = exchange, scratch, tell
         self._commits: dict[int, Commit] = {}
@@ -104,6 +111,7 @@ class StoreVerifier:
             self._check_deliveries(commit)
         self._merge_again()
         self._check_kept()
+        self._check_others()
         return self._found
 
     def _note(self, version: int | None, name: str, what: object) -> None:
@@ -183,7 +191,7 @@ class StoreVerifier:
             self._config, self._exchange, self._scratch, check_lease=lambda: None, let_go=merger.let_go
         )
         written = [version for version in snapshots.history.snapshots() if version in self._commits]
-        for version in filter(self._commits.__contains__, self._exchange.numbers(SNAPSHOTS, after=".json")):
+        for version in written:
             with self._noting(version, snapshot_path(version)):
                 record = snapshots.history.read_snapshot(version)
                 self._check_payloads(version_path(version), version, record.payloads)
@@ -210,6 +218,17 @@ class StoreVerifier:
         if gone and not self._found.findings and not self._found.is_sealed:
             what = f"cannot be merged again, but trust.keep_deliveries in the contract is {keep}"
             self._note(gone[-1], "deliveries", f"version {gone[0]}{f' to {gone[-1]}' if len(gone) > 1 else ''} {what}")
+
+    def _check_others(self) -> None:
+        """All objects that the chain does not name; what was found already is not said again."""
+        merged = {(one.silo, one.version) for commit in self._commits.values() for one in commit.contributors}
+        commits = {version: sha256 if version in self._commits else None for version, sha256 in self._sha256.items()}
+        others = ObjectsVerifier(self._exchange, self._config, self._contract, commits=commits, merged=merged)
+        known = {finding.name for finding in self._found.findings}
+        for name, what in others.verify():
+            if name not in known:
+                self._found.findings.append(Finding(version=None, name=name, what=what, of_chain=False))
+        self._found.num_words, self._found.num_past_words = len(others.words), len(others.past_words)
 
     def _oldest_start(self, snapshots: Snapshots, written: list[int], newest: int) -> list[int] | None:
         """Of each fragment the oldest snapshot, or version 0, whose tensors are there; None if there are none."""

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from pretrain.config.keys import RunConfig
@@ -18,8 +18,16 @@ SILENT = {
 
 Allows = Callable[[str], bool]
 """Whether a number of this name may leave."""
-Says = Callable[[str, str, dict[str, Any]], None]
-"""Is told the host, what it is, and the values, before they leave."""
+
+
+class Says(Protocol):
+    """Is told what leaves."""
+
+    def __call__(self, host: str, what: str, values: dict[str, Any], /) -> None:
+        """Before it does."""
+
+    def close(self) -> None:
+        """That was all."""
 
 
 def server_host() -> str:
@@ -96,6 +104,8 @@ class Tracker:
         """Send what is left, for a limited time."""
         if self._run:
             self._try(self._run.finish)
+        if self._says:
+            self._says.close()
 
     def _try(self, action: Any) -> None:
         try:

@@ -86,7 +86,7 @@ class AmongSilos:
             dead_seconds=settings.dead_seconds,
             hung_seconds=settings.hung_seconds,
         )
-        self._collective.leaves = to_peers(config, silo)
+        self._collective.leaves = self._tells = to_peers(config, silo)
         self._lanes: Lanes | None = None
         self._straight: Lanes | None = None  # the same from leader to leader, without other ranks
         self._carrier: threading.Thread | None = None
@@ -252,6 +252,7 @@ class AmongSilos:
         with self._passing:  # whoever passes bytes at this moment ends first
             if lanes := self._lanes or self._straight:
                 lanes.close(len(self._roster))
+            self._tells.close()
             self._beside.shutdown()
 
     # ---- one version

@@ -27,6 +27,7 @@ from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.trust.keys import Signer
 from pretrain.trust.ledger import Record, RefusedError, sha256_bytes
+from pretrain.trust.members import own_signer
 from pretrain.trust.policy import Policy, read_policy
 
 FOLDER = "egress"
@@ -36,6 +37,7 @@ DAY_SECONDS = 86_400
 REQUESTS = "requests"  # what a line of counts is
 APPEND = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 SIGNED = ("manifest", "commit")  # once a version
+COLLECTIVE = "collective"
 PAYLOAD = "payload"
 # Of what kind an object is, by its name; the first that fits.
 KINDS = (
@@ -134,14 +136,18 @@ class Egress:
         *,
         of: Mapping[str, float] | None = None,
         kind: str = "",
+        sign: bool = False,
     ) -> float:
         """Say that an object is about to leave, and return 0; or how many seconds it has to wait until it may.
 
-        Only payloads wait: without the small words nobody would know that a silo lives. Raises ConfigError for what
-        never may leave, and where no line can be written: then it must not.
+        With `sign` its line is signed, as those of manifests and commits are. Only payloads wait: without the small
+        words nobody would know that a silo lives. Raises ConfigError for what never may leave, and where no line can be
+        written: then it must not.
         """
         try:
-            return self._leaves(where, name, num_bytes, digest, of=of or {}, kind=kind or kind_of(name))
+            kind = kind or kind_of(name)
+            sign = sign or kind in SIGNED
+            return self._leaves(where, name, num_bytes, digest, of=of or {}, kind=kind, sign=sign)
         except OSError as error:
             raise ConfigError(
                 f"run directory: {str(self.file)!r} cannot be written: {error.strerror}; {name} was not sent, as "
@@ -149,14 +155,14 @@ class Egress:
             ) from None
 
     def _leaves(
-        self, where: str, name: str, num_bytes: int, digest: str, *, of: Mapping[str, float], kind: str
+        self, where: str, name: str, num_bytes: int, digest: str, *, of: Mapping[str, float], kind: str, sign: bool
     ) -> float:
         now = time.time()
         with self._lock, self._open() as descriptor:
             if kind == PAYLOAD and (seconds := self._seconds_to_wait(now, num_bytes)):
                 return seconds
             data, previous = b"", self._head
-            if kind in SIGNED and self._asked:
+            if sign and self._asked:
                 data = self._counts(now, where, previous).to_bytes()
                 previous = sha256_bytes(data)
             line = Line(
@@ -170,17 +176,18 @@ class Egress:
                 rule=self.policy.rule("hosts", "bytes_a_day", *RULES.get(kind, ())),
                 previous=previous or None,
             )
-            self._append(descriptor, data, self._sign(line) if kind in SIGNED else line)
+            self._append(descriptor, data, self._sign(line) if sign else line)
             self._bytes_of_day += num_bytes
         return 0.0
 
     def close(self, where: str) -> None:
         """Write down the last counts, signed, unless nothing has been written or asked since the last signature."""
         with self._lock:
-            if self._size < 0 or (self._signed and not self._asked):
+            if self._size < 0:
                 return
             with suppress(OSError, ConfigError), self._open() as descriptor:  # nothing leaves with it
-                self._append(descriptor, b"", self._sign(self._counts(time.time(), where, self._head)))
+                if self._asked or not self._signed:
+                    self._append(descriptor, b"", self._sign(self._counts(time.time(), where, self._head)))
 
     def _derived(self, name: str, of: Mapping[str, float]) -> dict[str, float]:
         found = dict(of)
@@ -251,13 +258,13 @@ class Egress:
             size -= len(tail) - len(whole)
             os.ftruncate(descriptor, size)
         last = whole[whole[:-1].rfind(b"\n") + 1 :]
+        self._signed = not self.signer
         if last:
             try:
-                Line.from_bytes(last)
+                self._signed |= Line.from_bytes(last).signature is not None
             except RefusedError as error:
                 raise self._damaged(f"its last line is none: {error}") from None
         self._size, self._head = size, sha256_bytes(last) if last else ""
-        self._signed = False
         self._day = -1
 
     def _damaged(self, what: str) -> ConfigError:
@@ -307,28 +314,60 @@ def blake3_of(data: bytes) -> str:
     return blake3(data).hexdigest()
 
 
-def tracked(config: RunConfig, name: str, policy: Policy) -> Callable[[str, str, dict[str, Any]], None]:
-    """What tells the ledger of what is handed to a tracker's library, as JSON of it."""
-    egress = Egress.of_run(config, name, None, policy)
+class Tells:
+    """Tells a ledger of what goes elsewhere than to a store; once a version, and at the end, its line is signed."""
 
-    def says(host: str, what: str, values: dict[str, Any]) -> None:
+    def __init__(self, config: RunConfig, name: str, kind: str, policy: Callable[[], Policy]) -> None:
+        """Of a member `name`. Nothing is read or written before something leaves."""
+        self._config, self._name, self._kind, self._policy = config, name, kind, policy
+        self._egress: Egress | None = None
+        self._where, self._version = "", -1
+
+    def _leaves(self, where: str, what: str, num_bytes: int, digest: str, version: int = -1) -> None:
+        if not self._egress:
+            signer = own_signer(self._config, self._name)
+            self._egress = Egress.of_run(self._config, self._name, signer, self._policy())
+        is_new, self._version, self._where = version > self._version, max(version, self._version), where
+        of = {"version": self._version} if self._version >= 0 else {}
+        self._egress.leaves(where, what, num_bytes, digest, of=of, kind=self._kind, sign=is_new)
+
+    def close(self) -> None:
+        """Sign what was said last, if anything was."""
+        if self._egress:
+            self._egress.close(self._where)
+
+
+class ToTracker(Tells):
+    """Of what is handed to a tracker's library, as JSON of it."""
+
+    def __call__(self, host: str, what: str, values: dict[str, Any]) -> None:
+        """Before it is handed over."""
         data = json.dumps(values, sort_keys=True).encode()
-        egress.leaves(host, what, len(data), blake3_of(data), kind="wandb")
-
-    return says
+        self._leaves(host, what, len(data), blake3_of(data))
 
 
-def to_peers(config: RunConfig, silo: str) -> Callable[[str, str, bytes | int], None]:
-    """What tells the ledger of what goes to another silo of a collective: who, what, and the bytes, or just how many.
+class ToPeers(Tells):
+    """Of what goes to another silo of a collective: who, what, and the bytes, or just how many.
 
-    Of parts of a payload the hash is in the manifest that went before.
+    Of parts of a payload the hash is in the manifest that went before. The first line of a version is signed, and by
+    the chain all before it.
     """
-    egress = Egress.of_run(config, silo, None, read_policy(config))
 
-    def says(peer: str, what: str, data: bytes | int) -> None:
+    def __call__(self, peer: str, what: str, data: bytes | int) -> None:
+        """Before they go; words on a version are called `17/manifest`."""
+        version, slash, _ = what.partition("/")
+        number = int(version) if slash and version.isdigit() else -1
         if isinstance(data, int):
-            egress.leaves(peer, what, data, "", kind="collective")
+            self._leaves(peer, what, data, "", number)
         else:
-            egress.leaves(peer, what, len(data), blake3_of(data), kind="collective")
+            self._leaves(peer, what, len(data), blake3_of(data), number)
 
-    return says
+
+def tracked(config: RunConfig, name: str, policy: Policy) -> ToTracker:
+    """What tells the ledger of what is handed to a tracker."""
+    return ToTracker(config, name, "wandb", lambda: policy)
+
+
+def to_peers(config: RunConfig, silo: str) -> ToPeers:
+    """What tells the ledger of what goes to other silos."""
+    return ToPeers(config, silo, COLLECTIVE, lambda: read_policy(config))

@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from launch import cli
 from pretrain.exchange.store import StoreExchange
+from pretrain.federation.egress import check_ledgers, ledgers
 from pretrain.outer.rounds import participants
 from pretrain.silo.optim import learning_rate
 from tests.conftest import TinyConfig
@@ -36,7 +39,12 @@ def test_a_sample_of_the_silos_trains_and_one_whose_loss_explodes_goes_back(
 ) -> None:
     rules = {"quorum": 2, "sample": 2, "sample_seed": 1, "max_loss_rise": 0.5, "rejoin_warmup_steps": 2}
     config = tiny_config(
-        tmp_path, inner={"num_steps": 20}, membership=rules, silos={"gamma": tiny_silo(tiny_text, "gamma")}
+        tmp_path,
+        inner={"num_steps": 20},
+        membership=rules,
+        silos={"gamma": tiny_silo(tiny_text, "gamma")},
+        exchange={"keep_versions": 1, "snapshot_versions": 1},
+        trust={"archive": str(tmp_path / "archive")},
     )
     drawn = [participants(ROSTER, round, sample=2, seed=1) for round in range(1, 6)]
     assert drawn == [["beta", "gamma"], ["alpha", "gamma"], ["alpha", "gamma"], ["alpha", "beta"], ["alpha", "gamma"]]
@@ -56,6 +64,10 @@ def test_a_sample_of_the_silos_trains_and_one_whose_loss_explodes_goes_back(
     assert losses[back["step"]] > losses[4] + 0.5 > losses[8]
     assert len({run.held_out(silo)[5][silo] for silo in ROSTER}) == 3
     assert_evaluated_last(run)
+    said = CliRunner().invoke(cli.app, ["verify", config.directory])
+    assert (said.exit_code, "6 in one chain, 5 merged again" in said.stdout) == (0, True), said.output
+    assert (tmp_path / "archive/global/000001/parameter-000.safetensors").is_file()
+    assert not check_ledgers(*ledgers(Path(config.directory))).findings
 
 
 @pytest.mark.soak

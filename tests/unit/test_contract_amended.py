@@ -345,7 +345,9 @@ def test_the_run_goes_on_without_a_revoked_member(
         "which counts no more from version 2 on, as the contract is amended; allowed: a member with a key"
     )
     assert_same_state(start(config)[1], state)
-    assert not verified(config, tmp_path).findings
+    found = verified(config, tmp_path)
+    assert [one.name for one in found.findings if not one.of_chain] == ["silos/beta/000002/manifest.json"]
+    assert (len(found.findings), found.num_words, found.num_past_words) == (1, 3, 1)  # beta's, of joining
     assert one_line_error(propose, config, "alpha", 4, "trust.keys.gamma=").startswith(
         "trust.keys.gamma: '' given; allowed: with a membership.quorum of 1 or less"
     )

@@ -302,6 +302,8 @@ def test_leaving_with_a_bundle(tmp_path: Path, tiny_config: TinyConfig) -> None:
     outbox = config.silo_directory("alpha") / "outbox"
     outbox.mkdir(parents=True)
     (outbox / "000006.safetensors").write_bytes(b"in flight")
+    said_by_alpha = Path(config.store_url) / "silos/alpha/membership"
+    shutil.copytree(said_by_alpha, said_by_alpha.parents[1] / "beta/membership")  # not beta's word
     save_config(config, Path(config.directory) / "config.yaml")
     before = files(config)
     target = tmp_path / "bundle"
@@ -310,6 +312,9 @@ def test_leaving_with_a_bundle(tmp_path: Path, tiny_config: TinyConfig) -> None:
     assert said.exit_code == 0, said.output
     assert "missing     payloads of its deliveries for versions 1 to 3: pruned\n" in said.stdout
     assert "missing     payloads of versions 1 to 4: pruned, so that these are not merged again\n" in said.stdout
+    forged = "silos/beta/membership/000000.json"
+    assert f"missing     {forged}, which counts for nothing: signature of the word: not of these bytes" in said.stdout
+    assert not (target / "store" / forged).exists()
     assert said.stdout.endswith(f"exit.json   signed by alpha\nnext: atoll verify {target}\n")
     (word,) = {*files(config)} - {*before}
     assert word.name == "000001.json"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +17,9 @@ from pretrain.config.load import save_config
 from pretrain.exchange.agreement import sign_contract
 from pretrain.exchange.client import StopWaitingError
 from pretrain.exchange.objects import Objects
-from pretrain.federation.egress import check_ledgers, ledgers
-from pretrain.trust.egress import DAY_SECONDS, Egress, Line, egress_file, kind_of, read_lines
+from pretrain.federation.egress import Checked, check_ledgers, ledgers
+from pretrain.federation.relay import Relay
+from pretrain.trust.egress import DAY_SECONDS, Egress, Line, egress_file, kind_of, read_lines, to_peers, tracked
 from pretrain.trust.ledger import sha256_bytes
 from pretrain.trust.members import with_keys
 from pretrain.trust.policy import Policy
@@ -294,3 +296,72 @@ def test_show(run: RunConfig) -> None:
 
 def test_no_policy_speaks_for_the_aggregator(run: RunConfig) -> None:
     assert {line.rule for line in lines(egress_file(run.directory, OPERATOR))} == {"no policy"}
+
+
+# ---- what goes elsewhere
+
+
+def signed_lines(file: Path) -> list[str]:
+    return [f"{line.kind} {line.name}".strip() for line in lines(file) if line.signature]
+
+
+def checked(config: RunConfig, name: str) -> Checked:
+    return check_ledgers([egress_file(config.directory, name)], config)
+
+
+def test_a_collectives_rounds_are_one_signed_line_each(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    collective = {"kind": "collective", "url": "tcp://localhost:1"}
+    config = with_keys(tiny_config(tmp_path, exchange=collective, trust={"directory": ""}), make=True)
+    tells = to_peers(config, "alpha")
+    for what in ("facts", "lane", "1/manifest", "lane", "1/outcome", "lane", "2/manifest", "lane", "lane"):
+        for peer in ("beta", "gamma"):
+            tells(peer, what, 1000 if what == "lane" else what.encode())
+    tells.close()
+    tells.close()
+    file = egress_file(tmp_path / "run", "alpha")
+    assert signed_lines(file) == ["collective 1/manifest", "collective 2/manifest", "requests"]
+    assert [line.of.get("version") for line in lines(file)] == [None] * 4 + [1.0] * 8 + [2.0] * 6 + [None]
+    found = checked(config, "alpha")
+    assert (found.findings, found.num_signed, found.num_unsigned_at_end) == ([], 3, 0)
+    changed(lambda rows: [row.replace(b'"num_bytes":1000', b'"num_bytes":1001') for row in rows], file)
+    assert checked(config, "alpha").findings
+
+
+def test_what_a_tracker_was_handed_is_signed_at_the_end(run: RunConfig) -> None:
+    tells = tracked(run, "alpha", Policy())
+    tells.close()  # nothing was said
+    before = len(lines(egress_file(run.directory, "alpha")))
+    tells("wandb", "init", {"project": "atoll"})
+    tells("wandb", "step", {"loss": 1.5})
+    assert checked(run, "alpha").num_unsigned_at_end == 2
+    tells.close()
+    assert (verdict(run), checked(run, "alpha").num_unsigned_at_end) == ((0, []), 0)
+    assert len(lines(egress_file(run.directory, "alpha"))) == before + 3
+
+
+def test_a_relay_signs_with_a_key_of_its_site(run: RunConfig, tmp_path: Path, said: Callable[[], str]) -> None:
+    here = dataclasses.replace(
+        run,
+        directory=str(tmp_path / "site"),
+        roster=run.full_roster,
+        silos={"beta": run.silos["beta"]},
+        exchange=dataclasses.replace(run.exchange, url=str(tmp_path / "site" / "store")),
+        trust=dataclasses.replace(run.trust, directory=f"{run.directory}/keys"),
+    )
+    for is_there in (True, False):
+        shutil.rmtree(Path(run.store_url) / "silos/beta", ignore_errors=True)
+        trust = here.trust if is_there else dataclasses.replace(here.trust, directory=str(tmp_path / "none"))
+        relay = Relay(dataclasses.replace(here, trust=trust), run.store_url)
+        relay._there.objects.write(f"silos/beta/{8 + is_there:06d}/manifest.json", b"{}")
+        relay._there.objects.write(f"damaged/{8 + is_there:06d}/beta", b"{}")
+        relay.close()
+        signed = ["manifest silos/beta/000009/manifest.json", "requests"] if is_there else []
+        file = egress_file(here.directory, "relay")
+        assert signed_lines(file) == signed
+        found = checked(here, "relay")
+        assert (found.findings, found.num_signed) == ([], len(signed))
+        if is_there:
+            changed(lambda rows: [row.replace(b'"num_bytes":2', b'"num_bytes":3') for row in rows], file)
+            assert "signature of the egress" in checked(here, "relay").findings[0].what
+        file.unlink()
+    assert "egress/relay.jsonl is not signed: no key of beta is on this machine\n" in said()

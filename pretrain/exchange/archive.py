@@ -1,0 +1,274 @@
+"""An archive: what pruning takes out of a store is kept there first, the same names and the same bytes. No torch.
+
+    contract.json                        whose archive it is
+    silos/NAME/000017/                   deliveries with their manifests and refusals
+    global/000017/, snapshots/000017.json    changes, snapshots and version 0, with their commits
+
+Commits and manifests stay in the store, too, and count as they lie there; the archive's are for whoever has nothing
+else.
+"""
+
+import copy
+import os
+import re
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Protocol
+
+from pretrain.config.check import ConfigError
+from pretrain.config.keys import ExchangeConfig, RunConfig
+from pretrain.config.load import CONFIG_FILE, load_run
+from pretrain.config.paths import expand_home
+from pretrain.exchange.objects import Objects
+from pretrain.exchange.options import store_options
+from pretrain.exchange.signed import CONTRACT
+from pretrain.exchange.store import REFUSED, StoreExchange, delivery_path, snapshot_path, version_path
+from pretrain.trust.ledger import RECORD_BYTES, Commit, Manifest, Payload, RefusedError, Snapshot
+
+KIND = "archive"  # of its lines in the egress ledger
+PRUNED = re.compile(r"(?:global/\d{6,9}|silos/[^/]+/\d{6,9})/[^/]+\.safetensors|snapshots/\d{6,9}\.json")
+FOLDERS = re.compile(r"global/\d{6,9}|silos/[^/]+/\d{6,9}|snapshots")
+
+
+class ArchiveError(Exception):
+    """The archive is in trouble; the message says how."""
+
+
+class Prune(Protocol):
+    """Deletes what nobody needs, of each version what `keep` returns of it."""
+
+    def __call__(self, *, keep: Callable[[int, Sequence[str]], Collection[str]]) -> object: ...
+
+
+def archive_objects(url: str, exchange: ExchangeConfig) -> Objects:
+    """An archive at a URL. Raises ConfigError for one that fsspec cannot serve."""
+    options, stall = store_options(exchange, url), exchange.stall_seconds
+    return Objects(url, options=options, anchor=CONTRACT, stall_seconds=stall, key="trust.archive")
+
+
+class Archive:
+    """Of one store, whose aggregator prunes."""
+
+    def __init__(self, exchange: StoreExchange, objects: Objects, scratch: Path, *, retry_seconds: float) -> None:
+        """`scratch` is a folder for what is copied; after trouble nothing is tried for `retry_seconds`."""
+        self._exchange, self._own = exchange, exchange.objects
+        self.objects, self._scratch, self._retry_seconds = objects, scratch, retry_seconds
+        self._is_ours, self._in_trouble, self._next_try = False, False, 0.0
+
+    @property
+    def _store(self) -> StoreExchange:
+        """The store itself, as its contract is known by now, without what is read from the archive."""
+        store = copy.copy(self._exchange)
+        store.objects = self._own
+        return store
+
+    @classmethod
+    def of_run(cls, config: RunConfig, exchange: StoreExchange, scratch: Path) -> "Archive | None":
+        """The one that a configuration names, if it does. What goes there has lines in the store's egress ledger.
+
+        From then on what the store has not is read there. Raises ConfigError.
+        """
+        if not config.trust.archive:
+            return None
+        objects = archive_objects(config.trust.archive, config.exchange)
+        if exchange.egress:
+            objects.told_to(exchange.egress, kind=KIND)
+        found = cls(exchange, objects, scratch, retry_seconds=config.exchange.retry_seconds)
+        exchange.objects = Archived(exchange.objects, objects, lists=False)
+        return found
+
+    def check(self) -> None:
+        """Raise ConfigError if it is another run's, as far as it can be reached."""
+        with suppress(ArchiveError), self._there():
+            check_same_run(self._store, self.objects)
+
+    def prune(self, prune: Prune) -> None:
+        """Have what was copied deleted. An archive in trouble is one line, and what is not in it stays in the store."""
+        if time.monotonic() < self._next_try:
+            return
+        try:
+            prune(keep=self.keep)
+        except ArchiveError as error:
+            self._next_try = time.monotonic() + self._retry_seconds
+            if not self._in_trouble:
+                print(f"{error}; nothing is pruned until it can be archived", flush=True)
+            self._in_trouble = True
+            return
+        if self._in_trouble:
+            print(f"trust.archive: {self.objects.url} is reached again; what is there is pruned", flush=True)
+        self._in_trouble = False
+
+    def keep(self, version: int, names: Sequence[str]) -> list[str]:
+        """Copy what is about to be deleted of a version, and what says what it is; returns what may be deleted then.
+
+        What is no part of any record is let go; what has not the bytes that its record names stays, and is said.
+        Raises ArchiveError.
+        """
+        if not self._is_ours:
+            with self._there():
+                if not check_same_run(self._store, self.objects):
+                    self.objects.write(CONTRACT, self._store.objects.read(CONTRACT))
+            self._is_ours = True
+        stays = [name for name, payload in self._payloads(version, names) if not self._copy_payload(name, payload)]
+        for name in self._records(version, names):
+            self._copy_record(name)
+        return [name for name in names if name not in stays]
+
+    def _payloads(self, version: int, names: Sequence[str]) -> Iterator[tuple[str, Payload]]:
+        """Those of the names that a record has, with it."""
+        folder = version_path(version)
+        with suppress(RefusedError, FileNotFoundError):
+            yield from self._of(folder, Commit.from_bytes(self._store.commit_bytes(version)).payloads, names)
+        with suppress(RefusedError, FileNotFoundError):
+            snapshot = Snapshot.from_bytes(self._store.objects.read(snapshot_path(version)))
+            yield from self._of(folder, snapshot.payloads, names)
+        for silo in self._silos(names):
+            with suppress(RefusedError):
+                if data := self._store.delivery(silo, version):  # whoever has signed it
+                    yield from self._of(delivery_path(silo, version), Manifest.from_bytes(data).payloads, names)
+
+    @staticmethod
+    def _of(folder: str, payloads: Sequence[Payload], names: Sequence[str]) -> Iterator[tuple[str, Payload]]:
+        return ((name, one) for one in payloads if (name := f"{folder}/{one.file}") in names)
+
+    @staticmethod
+    def _silos(names: Sequence[str]) -> list[str]:
+        return [name.split("/")[1] for name in names if name.startswith("silos/")]
+
+    def _records(self, version: int, names: Sequence[str]) -> Iterator[str]:
+        """What says what the payloads are, of each the last that tells that it is there."""
+        for silo in self._silos(names):
+            folder = delivery_path(silo, version)
+            there = self._store.objects.names(folder)
+            yield from (f"{folder}/{name}" for name in there if REFUSED.fullmatch(name))
+            yield f"{folder}/manifest.json"
+        yield snapshot_path(version)
+        yield f"{version_path(version)}/commit.json"
+
+    def _copy_payload(self, name: str, payload: Payload) -> bool:
+        """Whether it is in the archive then, or is nowhere."""
+        if self._has(name, payload) or not self._store.objects.exists(name):
+            return True
+        file = self._scratch / "archived" / payload.file
+        try:
+            self._store.fetch(name.rpartition("/")[0], payload, file)
+        except RefusedError as error:
+            self._store.pass_over(name, f"it is not archived, and stays: {error}")
+            return False
+        with self._there():
+            self.objects.delete(name)  # of other bytes than these
+            self.objects.upload(file, name, digest=payload.blake3)
+        file.unlink()
+        if not self._has(name, payload):
+            raise ArchiveError(f"trust.archive: {self.objects.url} given; {name} there is not what was written")
+        return True
+
+    def _has(self, name: str, payload: Payload) -> bool:
+        """Whether the archive has just these bytes, by reading them."""
+        with self._there():
+            try:
+                found = self.objects.download(name, Path(os.devnull), limit_bytes=payload.num_bytes)
+            except FileNotFoundError:
+                return False
+        return found == (payload.blake3, payload.num_bytes)
+
+    def _copy_record(self, name: str) -> None:
+        try:
+            data = self._store.objects.read_if_there(name)
+        except RefusedError:  # nothing of ours is so large
+            return
+        with self._there():
+            if data is not None and self.objects.read_if_there(name, limit_bytes=RECORD_BYTES) != data:
+                self.objects.delete(name)
+                self.objects.write(name, data)
+
+    @contextmanager
+    def _there(self) -> Iterator[None]:
+        """While the archive itself is used."""
+        try:
+            yield
+        except AnotherRunError:
+            raise
+        except (ConfigError, RefusedError, FileExistsError) as error:
+            raise ArchiveError(str(error)) from None
+
+
+class AnotherRunError(ConfigError):
+    """An archive is another run's."""
+
+
+def check_same_run(exchange: StoreExchange, archive: Objects) -> bool:
+    """Whether an archive has been begun. Raises ConfigError if it is another run's."""
+    try:
+        theirs = archive.read_if_there(CONTRACT)
+    except RefusedError as error:
+        raise ConfigError(f"trust.archive: {archive.url} given; {error}") from None
+    if theirs not in (None, exchange.objects.read_if_there(CONTRACT)):
+        raise AnotherRunError(
+            f"trust.archive: {archive.url} given; it is the archive of another run; allowed: one of this run's own"
+        )
+    return theirs is not None
+
+
+# ---- reading
+
+
+class Archived(Objects):
+    """The objects of a store; what was pruned of it is read from its archive."""
+
+    def __init__(self, store: Objects, archive: Objects, *, lists: bool = True) -> None:
+        """A view: with `lists`, what is in the archive is listed, too, for whoever only reads."""
+        self.__dict__ |= store.__dict__
+        self._archive, self._lists = archive, lists
+
+    def exists(self, name: str) -> bool:
+        """The same, in either."""
+        return super().exists(name) or (bool(PRUNED.fullmatch(name)) and self._archive.exists(name))
+
+    def read(self, name: str, *, limit_bytes: int = RECORD_BYTES) -> bytes:
+        """The same, from either."""
+        try:
+            return super().read(name, limit_bytes=limit_bytes)
+        except FileNotFoundError:
+            if not PRUNED.fullmatch(name):
+                raise
+            return self._archive.read(name, limit_bytes=limit_bytes)
+
+    def download(self, name: str, file: Path, *, limit_bytes: int) -> tuple[str, int]:
+        """The same, from either."""
+        try:
+            return super().download(name, file, limit_bytes=limit_bytes)
+        except FileNotFoundError:
+            if not PRUNED.fullmatch(name):
+                raise
+            return self._archive.download(name, file, limit_bytes=limit_bytes)
+
+    def names(self, prefix: str) -> list[str]:
+        """The same, of both."""
+        found = super().names(prefix)
+        if not self._lists or not FOLDERS.fullmatch(prefix):
+            return found
+        pruned = {name for name in self._archive.names(prefix) if PRUNED.fullmatch(f"{prefix}/{name}")}
+        return sorted({*found} | pruned)
+
+
+def read_archive(exchange: StoreExchange, url: str, settings: ExchangeConfig, *, is_asked: bool = False) -> None:
+    """Read from now on what a store has not from its archive at `url`, if there is one.
+
+    Raises ConfigError for one that is not this run's, and, where a user asked for it, for one with nothing in it.
+    """
+    if not url:
+        return
+    objects = archive_objects(url, settings)
+    if check_same_run(exchange, objects):
+        exchange.objects = Archived(exchange.objects, objects)
+    elif is_asked:
+        raise ConfigError(f"--archive: {url!r} given; there is no archive in it (no {CONTRACT})")
+
+
+def archive_of(where: str) -> str:
+    """The archive that a run directory's configuration names; empty for what is none. Raises ConfigError."""
+    folder = Path(expand_home("store", where))
+    return load_run(folder).trust.archive if (folder / CONFIG_FILE).is_file() else ""
