@@ -21,7 +21,7 @@ FORMAT = 3
 SOFTWARE = "software"
 MOST_PACKAGES = 100
 LOCAL_OUTER = ("state",)  # what of `outer` is each machine's own affair
-LOCAL_TRUST = ("directory", "key_command")
+LOCAL_TRUST = ("directory", "key_command", "policy")
 RUN = "run_id"
 
 
