@@ -82,9 +82,9 @@ def check_ledgers(files: list[Path], config: RunConfig | None) -> Checked:
 
 def _keys(config: RunConfig, member: str) -> list[PublicKey]:
     """Those of a member that signs: of the contract, and of this machine, where it was changed since."""
-    if member not in config.trust.keys:
+    if not (text := (config.trust.keys | config.trust.added).get(member)):
         return []
-    found = [PublicKey.parse(config.trust.keys[member])]
+    found = [PublicKey.parse(text)]
     with suppress(ConfigError):
         own = read_key(config.key_file(member))
         found.append(own if isinstance(own, PublicKey) else own.public)

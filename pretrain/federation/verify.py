@@ -234,8 +234,7 @@ class StoreVerifier:
     def _merge_version(self, merger: Merger, state: OuterState, commit: Commit, *, is_whole: bool) -> None:
         """Raise RefusedError unless a version follows from its deliveries as the contract says."""
         version, state.version = commit.version, commit.version - 1
-        terms = self._exchange.members.terms_at(version)
-        self._governed.go_to(terms.settings if terms else {})
+        self._governed.go_to(self._exchange.members.terms_at(version))
         try:
             deliveries = []
             for one in commit.contributors:

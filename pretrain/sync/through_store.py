@@ -108,7 +108,8 @@ class ThroughStore:
 
         From version 0 a silo of a fixed roster makes all rounds again as they were, if it can.
         """
-        while (newest := self._store.newest_version()) < 0:
+        enters = max(0, (self._store.members.enters_at(self._silo) or 0) - 1)  # whose deliveries may count from then on
+        while (newest := self._store.newest_version()) < enters:
             self._pause()
         if not self._rules.is_elastic and not self.rollbacks():
             with self._readable("version 0"):

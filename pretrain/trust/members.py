@@ -79,6 +79,22 @@ class Members:
         """The keys that hold at a version; those of members that lost theirs are not among them."""
         return terms.keys if (terms := self.terms_at(version)) else self.keys
 
+    @property
+    def first_keys(self) -> dict[str, PublicKey]:
+        """The first key of all who ever had one, by the contract or an amendment."""
+        oldest_last = [*(terms.keys for terms in reversed(self.later)), self.keys]
+        return {name: key for keys in oldest_last for name, key in keys.items()}
+
+    def all_silos(self, roster: Sequence[str]) -> list[str]:
+        """Those of the contract, and all that amendments have ever added; sorted."""
+        return sorted({*roster, *self.first_keys} - {OPERATOR})
+
+    def enters_at(self, member: str) -> int | None:
+        """The first version for which a member may sign; None if there is none yet."""
+        if not self.keys or member in self.keys:
+            return 0
+        return next((terms.from_version for terms in self.later if member in terms.keys), None)
+
     def has_key(self, member: str, version: int) -> bool:
         """Whether a member may sign for a version; where nothing is signed, all may."""
         return not self.keys or member in self.keys_at(version)
@@ -107,8 +123,8 @@ class Members:
         keys = next(last, self.keys) if version is None else self.keys_at(version)
         if (key := keys.get(member)) is None:
             raise ConfigError(
-                f"trust.keys.{member}: {self.signer.public.text} given, which counts no more from version "
-                f"{self._taken_away(member)} on, as the contract is amended; allowed: a member with a key"
+                f"trust.keys.{member}: {self.signer.public.text} given, which {self._why_none(member, version)}, as "
+                "the contract is amended; allowed: a member with a key"
             )
         return self.signer.holding(key).sign(kind, data)
 
@@ -122,11 +138,11 @@ class Members:
         """
         if not self.keys:
             return
-        if author not in self.keys:
+        if self.enters_at(author) is None:
             raise RefusedError(f"{author} is no member: the contract has no key of it")
         keys = self._keys_in_line(author) if version is None else [k for k in [self.keys_at(version).get(author)] if k]
         if not keys:
-            raise RefusedError(f"the key of {author} counts no more from version {self._taken_away(author)} on")
+            raise RefusedError(f"the key of {author} {self._why_none(author, version)}")
         for key in keys[1:]:
             try:
                 verify(key, kind, data, signature)
@@ -137,17 +153,25 @@ class Members:
 
     def _keys_in_line(self, author: str) -> list[PublicKey]:
         """The newest key of a member, and those before that it replaced itself; none if it has none any more."""
-        found = [self.keys[author]]
+        found = [self.keys[author]] if author in self.keys else []
         for terms in self.later:
             key = terms.keys.get(author)
-            if key is None:
-                return []
-            if key != found[0]:
+            if key is None or not found:
+                found = [key] if key else []
+            elif key != found[0]:
                 found = [key, *found] if terms.successor == author else [key]
         return found
 
-    def _taken_away(self, member: str) -> int:
-        return next(terms.from_version for terms in self.later if member not in terms.keys)
+    def _why_none(self, member: str, version: int | None) -> str:
+        """Why a key of a member that had or will have one does not count, at a version or at all."""
+        rows = [(0, member in self.keys), *((terms.from_version, member in terms.keys) for terms in self.later)]
+        if (enters := self.enters_at(member)) is None:
+            return "counts nothing until an amendment adds it"
+        if version is not None and version < enters:
+            return f"counts only from version {enters} on"
+        had = [has for since, has in rows if version is None or since <= version]
+        last = max(place for place, has in enumerate(had) if has)
+        return f"counts no more from version {rows[last + 1][0]} on"
 
 
 def _version(record: Record) -> int:
@@ -163,6 +187,7 @@ def public_keys(config: RunConfig) -> dict[str, PublicKey]:
     """The keys of a configuration. Raises ConfigError for a line that is none, and for two members with one key."""
     _check_sealing(config)
     found = {name: PublicKey.parse(text, f"trust.keys.{name}") for name, text in sorted(config.trust.keys.items())}
+    found |= {name: PublicKey.parse(text, f"trust.added.{name}") for name, text in sorted(config.trust.added.items())}
     names: dict[bytes, str] = {}
     for name, key in found.items():
         if (other := names.setdefault(key.signing, name)) != name:
@@ -215,7 +240,9 @@ def own_signer(config: RunConfig, name: str) -> Signer | None:
     if not config.trust.keys:
         _check_sealing(config)
         return None
-    agreed = PublicKey.parse(config.trust.keys[name], f"trust.keys.{name}")
+    if (text := (config.trust.keys | config.trust.added).get(name)) is None:
+        raise ConfigError(f"trust.keys: none of {name} given; allowed: that of a member")
+    agreed = PublicKey.parse(text, f"trust.keys.{name}")
     return own_keys(name, agreed, config.key_file(name), given=config.trust.directory, command=config.trust.key_command)
 
 

@@ -34,17 +34,6 @@ QUORUM = {"quorum": 2, "deadline_floor_seconds": 0.0, "deadline_ceiling_seconds"
 LR = "outer.lr=0.25"
 
 
-@pytest.fixture
-def make(tiny_config: TinyConfig, tmp_path: Path) -> Callable[..., RunConfig]:
-    """A configuration of four versions with all keys in the run directory."""
-
-    def make(*, trust: dict[str, str] | None = None, **changes: object) -> RunConfig:
-        settings = {"inner": {"num_steps": 16}, "outer": {"lr": 0.5}, "exchange": {"snapshot_versions": 4}} | changes
-        return with_keys(tiny_config(tmp_path, trust={"directory": ""} | (trust or {}), **settings), make=True)
-
-    return make
-
-
 def deliver(config: RunConfig, state: OuterState, silo: str, factor: float = 2, *, tokens: int = 100) -> None:
     """As the silo would: by the terms of the version, signed with the key that holds there."""
     GOOD.deliver(config, silo, state, times(state, factor), tokens=tokens)
