@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,17 +10,21 @@ import pytest
 from launch.show.status_reader import store_status
 from pretrain.aggregate import Aggregator, OuterState
 from pretrain.config.keys import OPERATOR, RunConfig
+from pretrain.config.load import load_config
 from pretrain.exchange.agreement import accept_amendments, propose_amendment, sign_amendment
 from pretrain.exchange.amended import MOST_OPEN, amendment_path
 from pretrain.federation.contract import Agreed, describe, rotate
+from pretrain.sync.through_store import ThroughStore
 from pretrain.trust.amendment import Amendment
 from pretrain.trust.keys import load_signer, new_key
 from pretrain.trust.ledger import Commit, Manifest, RefusedError
-from tests.support import one_line_error
+from tests.support import TinyText, one_line_error, tiny_silo
+from tests.unit.federation.test_join import Site
 from tests.unit.test_aggregate import GOOD, start, times
 from tests.unit.test_aggregate_restart import assert_same_state
 from tests.unit.test_contract_amended import LR, QUORUM, deliver, make_version, propose, sign, verified
 from tests.unit.test_signed import as_member, begin, manifest_file
+from tests.waiting import PATIENCE_SECONDS
 
 Run = tuple[RunConfig, Aggregator, OuterState]
 RULES = QUORUM | {"quorum": 1, "deadline_ceiling_seconds": 0.2}
@@ -241,3 +246,37 @@ def test_who_has_a_stolen_key_does_not_outlive_its_replacement(run: Run) -> None
     assert one_line_error(propose_amendment, stolen, config, "beta", from_version=3, changes=[mine]) == line
     with pytest.raises(RefusedError, match="not of these bytes"):
         stolen.check("beta", stolen.members.sign(stolen.read_commit(1), version=1), version=3)
+
+
+# ---- what its institution is told
+
+
+def test_launch_join_says_whose_signature_is_missing(run: Run, tmp_path: Path, tiny_text: TinyText) -> None:
+    """And what a silo is that nobody has added; its configuration has the key, and makes the store's contract."""
+    config, aggregator, state = run
+    site = Site(directory=tmp_path / "here", url=config.store_url, text=tiny_text)
+    trust = {"directory": str(config.key_file("gamma").parent)}
+    silo = {"silos": {"beta": None, "gamma": tiny_silo(tiny_text, "gamma")}, "trust": trust}
+    assert site.refusal(**silo) == "silos: 'gamma' given; allowed: names of the roster: alpha, beta"
+    text = new_key(config.key_file("gamma"), "gamma").text
+    propose(config, "alpha", 3, f"trust.keys.gamma={text}")
+    assert "the signature of beta, gamma under amendment 1, which adds gamma; allowed: once gamma" in site.refusal(
+        **silo
+    )
+    assert sign(with_gamma(config), "gamma") == ["beta"]
+    waits = "until gamma is a member its start waits for the signature of beta under amendment 1, which adds gamma"
+    assert waits in site.join(**silo)["warning"]
+    assert sign(config, "beta") == []
+    make_version(config, aggregator, state)
+    said = site.join(**silo)
+    assert said["enters"] == ["gamma takes over version 2, or the newest by then, and trains for the next"]
+    own = load_config([tmp_path / "here" / "run" / "config.yaml"])
+    assert (own.trust.added, own.full_roster) == ({"gamma": text}, ["alpha", "beta", "gamma"])
+    own.silo_directory("gamma").mkdir(parents=True)
+    gamma = ThroughStore(own, "gamma")
+    gamma.join()
+    with ThreadPoolExecutor(1) as pool:
+        initial = pool.submit(gamma.initial)
+        make_version(config, aggregator, state)
+        assert initial.result(PATIENCE_SECONDS).commit.version == 2
+    gamma.close("")
