@@ -138,7 +138,7 @@ def _open(exchange: "StoreExchange", own: RunConfig, key: Path) -> None:
             "--key: none given; deliveries are sealed; allowed: the private key of the aggregator's operator"
         )
     if exchange.is_sealed:
-        exchange.members.sealer = operator_sealer(key, own)
+        exchange.members.sealer = operator_sealer(exchange.members, key, own)
 
 
 def _splits(given: list[str]) -> dict[str, Path]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pretrain.config.check import ConfigError, named
 from pretrain.config.keys import MembershipConfig, RunConfig
 from pretrain.exchange.amended import FOLDER, Proposal, acceptance_path, amendment_path, signature_path
+from pretrain.exchange.sealed import give_group_key
 from pretrain.exchange.store import REQUESTS_AT_ONCE, StoreExchange
 from pretrain.outer.threads import in_threads
 from pretrain.trust.amendment import KEYS, Acceptance, Amendment, amended, applied, voters
@@ -109,6 +110,9 @@ def accept_amendments(
         exchange.write_over(name, accepted.to_bytes(), lambda: False)
         if not exchange.follow_amendments():
             raise RefusedError(f"{name} was written, and is not there as it was: somebody else writes to this store")
+        if proposal.amendment.new_key:
+            check()
+            give_group_key(exchange)
 
 
 def _complete(exchange: StoreExchange, config: RunConfig, before: int) -> Proposal | None:

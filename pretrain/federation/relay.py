@@ -199,10 +199,12 @@ class Relay:
 
     def _copy_group_keys(self) -> None:
         """What this site's silos open versions with, if these are sealed."""
+        epoch = self._there.members.epochs()[-1]
         for silo in self._silos if self._there.is_sealed else ():
-            if not given_group_key(self._here, silo) and (found := given_group_key(self._there, silo)):
-                self._here.objects.delete(group_key_path(silo))
-                self._here.objects.write(group_key_path(silo), found.to_bytes())
+            found = None if given_group_key(self._here, epoch, silo) else given_group_key(self._there, epoch, silo)
+            if found:
+                self._here.objects.delete(group_key_path(epoch, silo))
+                self._here.objects.write(group_key_path(epoch, silo), found.to_bytes())
 
     def _copy_version(self, version: int) -> bool:
         """Whether it was there."""

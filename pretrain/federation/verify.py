@@ -87,7 +87,7 @@ class StoreVerifier:
         self._commits: dict[int, Commit] = {}
         self._sha256: dict[int, str] = {}  # of their bytes
         if self._config.trust.seal and key:
-            exchange.members.sealer = operator_sealer(key, self._config)
+            exchange.members.sealer = operator_sealer(exchange.members, key, self._config)
         is_sealed = self._config.trust.seal and not key
         self._found = Verified(url=url, is_signed=bool(exchange.members.keys), is_sealed=is_sealed)
 

@@ -78,7 +78,7 @@ class ThroughStore:
         check_same_contract(build_contract(self._config), stored, self._store.objects.url)
         agree(self._store, self._silo, self._pause)
         with self._readable("the group's key"):
-            take_group_key(self._store, self._silo, self._pause)
+            take_group_key(self._store, pause=self._pause)
         for line in differences(read_contract(stored, self._store.objects.url)[1]):
             print(line, flush=True)
         with self._readable("the record of a rollback"):

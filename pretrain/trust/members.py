@@ -12,9 +12,10 @@ from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.trust.amendment import Terms
 from pretrain.trust.keys import PrivateKey, PublicKey, Signer, load_signer, new_key, read_key, verify
 from pretrain.trust.ledger import Record, RefusedError
-from pretrain.trust.seal import Sealer
+from pretrain.trust.seal import Epoch, Sealer
 
 R = TypeVar("R", bound=Record)
+EPOCH = ("from_version", "number", "sha256", "keys")  # what it has of the terms that begin it
 
 
 class OwnKeys:
@@ -48,6 +49,16 @@ class OwnKeys:
             )
         return self._signers[key]
 
+    def private(self, key: PublicKey) -> PrivateKey:
+        """The private half of a key. Raises ConfigError if it is not here, or behind a command."""
+        if isinstance(found := self.holding(key), PrivateKey):
+            return found
+        raise ConfigError(
+            f"trust.seal: true given, and of {key.fingerprint}, a key of {self.member}, there is the public line alone "
+            f"in {self._file.parent}; allowed: the private file of atoll keys new {self.member}, as sealing takes the "
+            "private half of its agreement key, which no trust.key_command has; or trust.seal=false"
+        )
+
 
 def successors(file: Path) -> list[Path]:
     """The files of a member's later keys, oldest first, beside that of its first."""
@@ -68,6 +79,8 @@ class Members:
     """Ours, where we write."""
     later: list[Terms] = field(default_factory=list)
     """The amendments that were accepted, oldest first."""
+    contract_sha256: str = ""
+    """Of the contract that has these keys, once it was read."""
     sealer: Sealer | None = None
     """Ours, where payloads are sealed and we have the key."""
 
@@ -94,6 +107,14 @@ class Members:
         if not self.keys or member in self.keys:
             return 0
         return next((terms.from_version for terms in self.later if member in terms.keys), None)
+
+    def epochs(self) -> list[Epoch]:
+        """The contract, and each amendment that changed a key."""
+        found = [Epoch(from_version=0, number=0, sha256=self.contract_sha256, keys=self.keys)]
+        for terms in self.later:
+            if terms.keys != found[-1].keys:
+                found.append(Epoch(**{name: getattr(terms, name) for name in EPOCH}))
+        return found
 
     def has_key(self, member: str, version: int) -> bool:
         """Whether a member may sign for a version; where nothing is signed, all may."""
@@ -205,37 +226,34 @@ def _check_sealing(config: RunConfig) -> None:
 
 def act_as(members: Members, config: RunConfig, name: str) -> None:
     """Sign, and seal or open, as a member from now on. Raises ConfigError; see `own_signer` and `own_sealer`."""
-    members.signer, members.sealer = own_signer(config, name), own_sealer(config, name)
+    members.signer = own_signer(config, name)
+    members.sealer = own_sealer(members, config, name)
 
 
-def own_sealer(config: RunConfig, name: str) -> Sealer | None:
+def own_sealer(members: Members, config: RunConfig, name: str) -> Sealer | None:
     """What seals or opens as a member on this machine; None where nothing is sealed. Raises ConfigError without it."""
-    if not config.trust.seal:
+    if not config.trust.seal or (own := own_signer(config, name)) is None:
         return None
-    keys, own = public_keys(config), read_key(config.key_file(name))
-    if not isinstance(own, PrivateKey):
-        raise ConfigError(
-            f"trust.seal: true given, and {config.key_file(name)} has a public key alone; allowed: the private file of "
-            f"atoll keys new {name} there, as sealing takes the private half of its agreement key, which no "
-            "trust.key_command has; or trust.seal=false"
-        )
-    return Sealer(own, keys)
+    own.private(own.public)  # or what it cannot open is only said later
+    return Sealer(name, own.private, members.epochs)
 
 
-def operator_sealer(file: Path, config: RunConfig) -> Sealer:
-    """What opens the deliveries of a contract's members, with the operator's private key. Raises ConfigError."""
-    own, keys = read_key(file), public_keys(config)
-    agreed = keys[OPERATOR]
+def operator_sealer(members: Members, file: Path, config: RunConfig) -> Sealer:
+    """What opens the deliveries of a contract's members, with the operator's private key. Raises ConfigError.
+
+    Its successors are found beside it.
+    """
+    own, agreed = read_key(file), public_keys(config)[OPERATOR]
     if not isinstance(own, PrivateKey) or own.public != agreed:
         whose = own if isinstance(own, PublicKey) else own.public
         raise ConfigError(
             f"--key: {file}, {'a public key' if whose is own else 'the key'} {whose.fingerprint}, given; allowed: the "
             f"private key of the aggregator's operator, {agreed.fingerprint}, which opens what is sealed"
         )
-    return Sealer(own, keys)
+    return Sealer(OPERATOR, OwnKeys(OPERATOR, file, own).private, members.epochs)
 
 
-def own_signer(config: RunConfig, name: str) -> Signer | None:
+def own_signer(config: RunConfig, name: str) -> OwnKeys | None:
     """Who signs for a member on this machine; None where nothing is signed. Raises ConfigError for another's key."""
     if not config.trust.keys:
         _check_sealing(config)

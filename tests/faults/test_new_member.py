@@ -37,7 +37,7 @@ def atoll(*arguments: object) -> str:
 
 @pytest.mark.soak
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("seal", [False])
+@pytest.mark.parametrize("seal", [False, True])
 def test_it_joins_and_has_its_part(seal: bool, tmp_path: Path, tiny_config: TinyConfig, tiny_text: TinyText) -> None:
     config = tiny_config(
         tmp_path / "there",
