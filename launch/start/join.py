@@ -212,7 +212,10 @@ class Says:
         if is_back and has_checkpoint:
             enters = "goes on from its newest checkpoint"
         elif config.membership.is_elastic:
-            newest = max(newest, (federation.exchange.members.enters_at(silo) or 0) - 1)
+            first = federation.exchange.members.enters_at(silo)
+            if first is None and (proposal := adding(federation.exchange, silo)):
+                first = proposal.amendment.from_version
+            newest = max(newest, (first or 0) - 1)
             enters = f"takes over version {newest}, or the newest by then, and trains for the next"
         else:
             enters = "begins with version 0"

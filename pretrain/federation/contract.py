@@ -245,10 +245,13 @@ def amend(agreed: Agreed, member: str, from_version: int, changes: Sequence[str]
     return propose_amendment(agreed.exchange, agreed.config, member, from_version=from_version, changes=changes)
 
 
-def rotate(agreed: Agreed, member: str, directory: Path, from_version: int) -> tuple[Proposal, Path]:
+def rotate(
+    agreed: Agreed, member: str, directory: Path, from_version: int, command: Sequence[str] = ()
+) -> tuple[Proposal, Path]:
     """Make the successor of a member's key beside it, and propose that it holds from a version on.
 
-    A successor that was made before and is of no amendment is taken. Raises ConfigError.
+    A successor that was made before and is of no amendment is taken. With a `command` that signs, for both keys, it has
+    to be there, as a public line. Raises ConfigError.
     """
     exchange, file = agreed.exchange, directory / f"{member}.key"
     keys = exchange.members.first_keys
@@ -256,12 +259,17 @@ def rotate(agreed: Agreed, member: str, directory: Path, from_version: int) -> t
         allowed = named(sorted(keys)) or "none, as this contract names no keys"
         raise ConfigError(f"name: {member!r} given; allowed: {allowed}")
     check_from_version(exchange, agreed.config, from_version)
-    exchange.members.signer = own_keys(member, keys[member], file, given=str(directory))
+    exchange.members.signer = own_keys(member, keys[member], file, given=str(directory), command=command)
     known = successors(file)
     used = {change.partition("=")[2] for p in agreed.proposals() for change in p.amendment.changes}
     made = known[-1] if known and _public(known[-1]).text not in used else None
     if made is None:
         made = file.with_name(f"{file.name}.{len(known) + 1}")
+        if command:
+            raise ConfigError(
+                f"{made}: not there; allowed: the public line of the key that the key_command is to sign with, or the "
+                f"file of atoll keys new {member}, which then signs itself"
+            )
         new_key(made, member)
     return amend(agreed, member, from_version, [f"{KEYS}{member}={_public(made).text}"]), made
 

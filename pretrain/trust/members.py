@@ -39,8 +39,10 @@ class OwnKeys:
         """Who signs with a key; what was put beside since is found. Raises ConfigError if it is not here."""
         for file in successors(self._file) if key not in self._signers else ():
             found = read_key(file)
-            signer = found if isinstance(found, PrivateKey) else load_signer(file, self._command)
-            self._signers.setdefault(signer.public, signer)
+            if isinstance(found, PublicKey) and found == key:
+                self._signers[key] = load_signer(file, self._command)
+            elif isinstance(found, PrivateKey):
+                self._signers.setdefault(found.public, found)
         if key not in self._signers:
             raise ConfigError(
                 f"trust.directory: {str(self._file.parent)!r} given; none of {self._file}, {self._file.name}.1, ... is "
