@@ -71,6 +71,10 @@ def test_it_joins_and_has_its_part(seal: bool, tmp_path: Path, tiny_config: Tiny
         with ThreadPoolExecutor(1) as pool:
             joining = pool.submit(join_it)
             atoll("contract", "sign", store, "-c", others, "--silo", "beta", "--amendment", 1)
+            wait_for((Path(store) / "amendments" / "000001.accepted").exists, seconds=120)
+            atoll("contract", "amend", store, "-c", others, "--silo", "alpha", "--from", ALL, "membership.quorum=3")
+            for silo, path in (("beta", others), ("gamma", here / "silo.yaml")):
+                atoll("contract", "sign", store, "-c", path, "--silo", silo, "--amendment", 2)
             return joining.result()
 
     with ThreadPoolExecutor(1) as pool:
