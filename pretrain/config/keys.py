@@ -211,7 +211,8 @@ class TrustConfig:
     directory: str = ""
     """Where this machine has the private keys, NAME.key; empty: `keys` inside the run directory."""
     key_command: list[str] = field(default_factory=list)
-    """What signs instead of a private key: a program and its arguments; NAME.key then has the public line alone."""
+    """What signs instead of a private key: a program and its arguments, told which key in ATOLL_KEY; NAME.key then has
+    the public line alone."""
     seal: bool = False
     """Seal every delivery for the aggregator's operator, and every version for the members: whoever keeps the store
     sees sizes and records only. Needs `keys`; part of the contract."""

@@ -183,11 +183,10 @@ class Governed:
     def go_to(self, terms: Terms | None) -> None:
         """What holds at a version; None: the contract. Raises ConfigError for what the contract could not have said."""
         set_all(self.config, self._at_first)
-        self.config.trust.added = {}
         if terms:
             amended(self.config, terms.settings, terms.keys)
             set_all(self.config, terms.settings)
-            _set_members(self.config, terms.keys)
+        _set_members(self.config, terms.keys if terms else {})
 
 
 def applied(amendment: Amendment, sha256: str, before: Terms) -> Terms:
