@@ -20,7 +20,7 @@ from pretrain.exchange.payload import save_tensors
 from pretrain.exchange.store import file_payload
 from pretrain.outer.codec import encode
 from pretrain.trust.keys import PrivateKey, new_key, read_key
-from pretrain.trust.seal import Place, Sealer
+from pretrain.trust.seal import Epoch, Place, Sealer
 
 PLACE = Place(contract_sha256="0" * 64, author="law", version=1, fragment=0, file="000001.safetensors")
 
@@ -33,8 +33,11 @@ def sealers(directory: Path) -> tuple[Sealer, Sealer]:
         key = read_key(directory / f"{name}.key")
         assert isinstance(key, PrivateKey)
         own[name] = key
-    keys = {name: key.public for name, key in own.items()}
-    return Sealer(own["law"], keys), Sealer(own[OPERATOR], keys)
+    epochs = [Epoch(from_version=0, number=0, sha256="", keys={name: key.public for name, key in own.items()})]
+    return (
+        Sealer("law", lambda key: own["law"], lambda: epochs),
+        Sealer(OPERATOR, lambda key: own[OPERATOR], lambda: epochs),
+    )
 
 
 def measure(codec: str, num_parameters: int, num_turns: int) -> str:

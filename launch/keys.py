@@ -53,18 +53,23 @@ def rotate(
     store: Store,
     from_version: Annotated[int, typer.Option("--from", metavar="VERSION", help="From which version on it signs.")],
     directory: Annotated[Path, typer.Option(help="Where NAME.key is; its successor is put beside it.")] = Path("."),
+    config: Annotated[
+        list[Path] | None, typer.Option("--config", "-c", help="Where trust.key_command says what signs, if anything.")
+    ] = None,
 ) -> None:
     """Make the successor of one's own key, and propose that it signs from a version on. It needs nobody's consent.
 
     The old file stays, as it signs for the versions before; whoever runs finds the new one, also when started again.
+    Where a key_command signs, NAME.key.1 with the public line of its new key is there before.
 
     [bold]Example:[/bold] atoll keys rotate law s3://bucket/run --from 40 --directory ~/keys
     """
+    from pretrain.config.load import load_unchecked
     from pretrain.federation.contract import Agreed
     from pretrain.federation.contract import rotate as rotate_it
 
-    agreed = Agreed.at(store)
-    proposal, file = rotate_it(agreed, name, Path(expand_home("--directory", str(directory))), from_version)
+    agreed, command = Agreed.at(store, config or []), load_unchecked(config).trust.key_command if config else []
+    proposal, file = rotate_it(agreed, name, Path(expand_home("--directory", str(directory))), from_version, command)
     print(f"private key  {file.absolute()}")
     say_proposed(agreed, proposal)
 

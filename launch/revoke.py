@@ -143,7 +143,7 @@ def _open(exchange: "StoreExchange", own: RunConfig, key: Path, archive: str) ->
             "--key: none given; deliveries are sealed; allowed: the private key of the aggregator's operator"
         )
     if exchange.is_sealed:
-        exchange.members.sealer = operator_sealer(key, own)
+        exchange.members.sealer = operator_sealer(exchange.members, key, own)
 
 
 def _splits(given: list[str]) -> dict[str, Path]:
@@ -165,11 +165,13 @@ def _signer(exchange: "StoreExchange", own: RunConfig, silo: str) -> "Signer":
     """Who signs. Raises ConfigError, before anything is computed."""
     from pretrain.trust.members import own_signer
 
-    keys = exchange.members.keys
+    keys = exchange.members.first_keys
     if not keys:
         raise ConfigError("--sign: given; the contract names no keys (trust.keys), so nothing can be signed")
     if silo not in keys:
         raise ConfigError(f"--silo: {silo!r} given; allowed with --sign: {named(sorted(keys))}")
+    if silo not in own.trust.keys:
+        own.trust.added[silo] = keys[silo].text
     signer = own_signer(own, silo)
     if signer is None:
         raise ConfigError(f"--config: none given; allowed with --sign: the configuration of {silo}, which says its key")
@@ -227,7 +229,7 @@ def _say_signed(exchange: "StoreExchange", member: str, *, as_json: bool) -> int
         if len(digests) > 1:
             wrong.append(f"members have come to different parameters: {named(sorted(digests))}")
         names = [one.signer for one in signed if one.record]
-        missing = [name for name in sorted(exchange.members.keys) if name not in names]
+        missing = [name for name in sorted(exchange.members.first_keys) if name not in names]
         first = next((one.record for one in signed if one.record), None)
         rows.append({"revocation": place, "signed": names, "missing": missing, "wrong": wrong, **_told(first)})
         is_right = is_right and not wrong

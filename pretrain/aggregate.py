@@ -78,7 +78,6 @@ class Aggregator:
         self._newest_file = self._scratch / "newest.json"
         self._newest: Commit | None = None
         self._next_look, self._num_repairs = time.monotonic(), 0
-        self._roster = config.full_roster
         self.snapshots = Snapshots(
             config, self._exchange, self._scratch, check_lease=self._check_lease, let_go=self._merger.let_go
         )
@@ -121,8 +120,7 @@ class Aggregator:
 
     def _go_to(self, version: int) -> None:
         """From here on the configuration says what holds at a version that is made, or made again."""
-        terms = self._exchange.members.terms_at(version)
-        self._governed.go_to(terms.settings if terms else {})
+        self._governed.go_to(self._exchange.members.terms_at(version))
 
     def _check_lease(self) -> None:
         """Raise ConfigError if another aggregator works on this store by now."""
@@ -223,7 +221,10 @@ class Aggregator:
             return
         self._next_look = time.monotonic() + POLLS_PER_LOOK * self._config.exchange.poll_seconds
         self._check_held()
-        if self._exchange.hear_damaged(self._roster, self._newest.version) and self._num_repairs < MOST_REPAIRS:
+        if (
+            self._exchange.hear_damaged(self._config.full_roster, self._newest.version)
+            and self._num_repairs < MOST_REPAIRS
+        ):
             self._num_repairs += 1
             self.snapshots.repair_all(self._newest)
 

@@ -32,6 +32,7 @@ from pretrain.config.keys import (
 from pretrain.exchange.signed import SignedStore
 from pretrain.host.foreign import loads, shown
 from pretrain.outer.rounds import participants
+from pretrain.trust.amendment import Governed
 from pretrain.trust.ledger import Commit, Manifest, RefusedError
 
 # The layout is in pretrain/exchange/store.py; # is the number that tells objects of a kind apart.
@@ -170,6 +171,7 @@ def store_status(url: str, options: Mapping[str, Any] | None = None) -> StoreSta
     voices = Voices(content or b"")
     if store.numbered(AMENDED):
         voices.follow_amendments(SignedStore(url, options=options))
+        terms.trust.keys = {name: key.text for name, key in voices.members.keys.items()}
     return Reader(store, terms, voices).status()
 
 
@@ -224,7 +226,7 @@ class Reader:
     """What the names of a store's objects, their times and the small ones among them tell."""
 
     def __init__(self, store: Listed, terms: RunConfig, voices: Voices) -> None:
-        self._store, self._terms, self._rules, self._voices = store, terms, terms.membership, voices
+        self._store, self._voices = store, voices
         self._unreadable: list[str] = []
         self._unsigned: list[str] = []
         self._last_signed: dict[str, str] = {}  # pattern to path
@@ -236,6 +238,10 @@ class Reader:
             commits.pop()
         self._version = len(commits) - 1 if commits else None
         self._next = (self._version or 0) + 1
+        governed = Governed(terms)
+        governed.go_to(voices.members.terms_at(self._next))
+        terms = self._terms = governed.config
+        self._rules = terms.membership
         self._began = store.times[commits[-1] if commits else CONTRACT]
         self._commits = commits
         silos, is_signed = terms.full_roster, bool(voices.members.keys)

@@ -15,7 +15,7 @@ from launch.start.site import SiteConfig, check_gpus, load_site
 from launch.start.slurm import launch_slurm
 from pretrain.config.check import ConfigError, named
 from pretrain.config.keys import RunConfig
-from pretrain.exchange.agreement import not_signed
+from pretrain.exchange.agreement import adding, check_from_version, not_added_yet, not_signed
 from pretrain.federation import join as joining
 from pretrain.federation.join import Federation, Link, Size
 from pretrain.federation.preflight import check_silo
@@ -55,6 +55,8 @@ def join(
     is_back = joining.takes_part_already(federation, config, silo)
     _check_can_enter(status, federation, silo, is_back=is_back)
     says.silo(config, silo, is_back=is_back)
+    if waits_for := _check_is_added(federation, config, silo):
+        says.warning(f"until {silo} is a member its start waits for {waits_for}")
     says.machine(config, silo, site)
     size = joining.measure_size(federation, config, silo, status.version)
     says.size(config, size, check_silo_room(config, silo, size.disk_bytes), is_begun=status.version is not None)
@@ -74,6 +76,25 @@ def _check_can_enter(status: StoreStatus, federation: Federation, silo: str, *, 
             f"store: {federation.url!r} given; its run is finished, with version {status.version}; there is nothing to "
             "join"
         )
+
+
+def _check_is_added(federation: Federation, config: RunConfig, silo: str) -> str:
+    """What a silo that the contract does not have still waits for; empty if it is a member.
+
+    Raises ConfigError unless it has signed the amendment that adds it.
+    """
+    exchange = federation.exchange
+    if silo not in config.trust.added or not (words := not_added_yet(exchange, silo)):
+        return ""
+    proposal = adding(exchange, silo)
+    assert proposal
+    check_from_version(exchange, federation.agreed, proposal.amendment.from_version)
+    if silo in proposal.missing:
+        raise ConfigError(
+            f"store: {federation.url!r} given; it waits for {words}; allowed: once {silo} itself has signed: atoll "
+            f"contract sign {federation.url} --config ... --silo {silo} --amendment {proposal.amendment.number}"
+        )
+    return words
 
 
 def _start(config: RunConfig, silo: str, site: SiteConfig | None, *, dry_run: bool, says: "Says") -> int:
@@ -191,6 +212,10 @@ class Says:
         if is_back and has_checkpoint:
             enters = "goes on from its newest checkpoint"
         elif config.membership.is_elastic:
+            first = federation.exchange.members.enters_at(silo)
+            if first is None and (proposal := adding(federation.exchange, silo)):
+                first = proposal.amendment.from_version
+            newest = max(newest, (first or 0) - 1)
             enters = f"takes over version {newest}, or the newest by then, and trains for the next"
         else:
             enters = "begins with version 0"

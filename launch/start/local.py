@@ -106,7 +106,7 @@ def launch_silo(config: RunConfig, silo: str, *, console: Console | None = None)
                 )
     path = write_resolved(config)
     attempt = Attempt(
-        config=dataclasses.replace(config, silos={silo: config.silos[silo]}, roster=config.full_roster),
+        config=dataclasses.replace(config, silos={silo: config.silos[silo]}, roster=config.agreed_roster),
         log_directory=new_attempt(directory),
         max_restarts=0,
         console=console or Console(),

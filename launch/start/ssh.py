@@ -67,7 +67,7 @@ def launch_by_ssh(
             )
             commands.append(_run_command(config, silo, node, program, logs=logs, save_seconds=save_seconds))
         attempt = Attempt(
-            config=dataclasses.replace(config, silos={silo: config.silos[silo]}, roster=config.full_roster),
+            config=dataclasses.replace(config, silos={silo: config.silos[silo]}, roster=config.agreed_roster),
             log_directory=logs,
             max_restarts=0,  # torchrun has its own
             console=console or Console(),

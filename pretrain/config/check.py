@@ -193,12 +193,16 @@ def _check_muon_silo(name: str, zero: dict[str, Any]) -> None:
 
 def _check_trust(config: RunConfig) -> None:
     keys, amend = config.trust.keys, config.trust.amend
-    most = len(config.full_roster)
+    most = len(config.agreed_roster)
     fits = amend in ("all", *map(str, range(1, most + 1)))
     _require(fits, "trust.amend", amend, f"all, or 1 to the {most} silos of the roster")
     kind, seal = config.exchange.kind, config.trust.seal
     _check_archive(config)
     _require(not seal or kind == "store", "trust.seal", seal, f"false with exchange.kind={kind}, where no file travels")
+    fits = not config.trust.added or bool(keys and kind == "store")
+    _require(fits, "trust.added", sorted(config.trust.added), "none without trust.keys and a store")
+    if both := sorted(config.trust.added.keys() & {OPERATOR, *config.agreed_roster}):
+        raise ConfigError(f"trust.added: {named(both)} given; allowed: silos that the contract does not have")
     if not keys:
         # A local launch of all silos makes their keys later.
         fits = not seal or config.full_roster == sorted(config.silos)
@@ -206,7 +210,7 @@ def _check_trust(config: RunConfig) -> None:
         return
     _require(kind != "none", "trust.keys", sorted(keys), "none with exchange.kind=none, where nobody else is")
     operator = {OPERATOR} if kind == "store" else set()  # a collective has none
-    members = {*config.full_roster} | operator
+    members = {*config.agreed_roster} | operator
     if missing := sorted(members - keys.keys()):
         raise ConfigError(
             f"trust.keys: none given of {named(missing)}; allowed: one of every silo of the roster"

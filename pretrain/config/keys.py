@@ -200,6 +200,9 @@ class TrustConfig:
     keys: dict[str, str] = field(default_factory=dict)
     """Public key of every silo of the roster and, unless in a collective, of `aggregator`, as `atoll keys new` says it;
     part of the contract. Empty: nothing is signed, but by a launch of all silos, which makes the keys itself."""
+    added: dict[str, str] = field(default_factory=dict)
+    """Silos that an amendment of the contract has added, and the public key of each: `atoll launch join` writes its own
+    here. No part of the contract."""
     keep_deliveries: int = 0
     """Of so many of the newest versions the operator keeps all deliveries, for `atoll verify` to merge them again; part
     of the contract. `exchange.keep_versions` may be more."""
@@ -211,7 +214,8 @@ class TrustConfig:
     directory: str = ""
     """Where this machine has the private keys, NAME.key; empty: `keys` inside the run directory."""
     key_command: list[str] = field(default_factory=list)
-    """What signs instead of a private key: a program and its arguments; NAME.key then has the public line alone."""
+    """What signs instead of a private key: a program and its arguments, told which key in ATOLL_KEY; NAME.key then has
+    the public line alone."""
     seal: bool = False
     """Seal every delivery for the aggregator's operator, and every version for the members: whoever keeps the store
     sees sizes and records only. Needs `keys`; part of the contract."""
@@ -353,9 +357,14 @@ class RunConfig:
         return max(1, -(-step // self.outer.sync_interval_steps))
 
     @property
+    def agreed_roster(self) -> list[str]:
+        """Names of all silos that the contract has, sorted."""
+        return sorted(self.roster or self.silos.keys() - self.trust.added.keys())
+
+    @property
     def full_roster(self) -> list[str]:
-        """Names of all silos of the federation, sorted."""
-        return sorted(self.roster or self.silos)
+        """Names of all silos of the federation, sorted: those of the contract, and those added since."""
+        return sorted({*self.agreed_roster, *self.trust.added})
 
     def key_file(self, name: str) -> Path:
         """The private key of a member on this machine."""

@@ -4,15 +4,17 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from pretrain.config.check import ConfigError, named
-from pretrain.config.keys import RunConfig
+from pretrain.config.keys import MembershipConfig, RunConfig
 from pretrain.exchange.amended import FOLDER, Proposal, acceptance_path, amendment_path, signature_path
+from pretrain.exchange.sealed import give_group_key
 from pretrain.exchange.store import REQUESTS_AT_ONCE, StoreExchange
 from pretrain.outer.threads import in_threads
-from pretrain.trust.amendment import Acceptance, Amendment, amended, voters
+from pretrain.trust.amendment import KEYS, Acceptance, Amendment, amended, applied, voters
 from pretrain.trust.ledger import Agreement, RefusedError
 from pretrain.trust.members import OwnKeys
 
 SIGNATURES = "signatures"
+MOST_AHEAD = 16  # versions, between the commit before which a member's own successor is accepted and where it signs
 
 
 def sign_contract(exchange: StoreExchange, member: str) -> None:
@@ -49,15 +51,25 @@ def agree(
     if not exchange.members.keys:
         print("trust.keys: none given; nothing is signed: whoever can write to the store may speak for all", flush=True)
         return
-    sign_contract(exchange, member)
-    missing, said = not_signed(exchange), ""
-    while missing:
-        words = f"the signature of {named(missing)} under the contract"
+    said = ""
+
+    def wait_for(words: str) -> None:
+        nonlocal said
         if words != said:
             said = words
             print(f"waiting for {words}", flush=True)
             say(words)
         pause()
+
+    if member in exchange.members.keys:
+        sign_contract(exchange, member)
+    else:
+        while words := not_added_yet(exchange, member):
+            wait_for(words)
+            exchange.follow_amendments()
+    missing = not_signed(exchange)
+    while missing:
+        wait_for(f"the signature of {named(missing)} under the contract")
         missing = _missing(exchange, missing)
 
 
@@ -89,6 +101,9 @@ def accept_amendments(
         exchange.write_over(name, accepted.to_bytes(), lambda: False)
         if not exchange.follow_amendments():
             raise RefusedError(f"{name} was written, and is not there as it was: somebody else writes to this store")
+        if proposal.amendment.new_key:
+            check()
+            give_group_key(exchange)
 
 
 def _complete(exchange: StoreExchange, config: RunConfig, before: int) -> Proposal | None:
@@ -97,13 +112,13 @@ def _complete(exchange: StoreExchange, config: RunConfig, before: int) -> Propos
     number, earliest = (later[-1].number, later[-1].from_version) if later else (0, 0)
     if not exchange.members.keys or all(n <= number or n in void for n in exchange.numbers(FOLDER, after=".json")):
         return None
-    for proposal in exchange.amendments.read(exchange.objects):
+    for proposal in exchange.amendments.read(exchange.objects, later):
         amendment = proposal.amendment
-        if amendment.number <= number or amendment.number in void:
+        if amendment.number in void:
             continue
         if config.schedule.base(amendment.from_version) < before or amendment.from_version < earliest:
             void.add(amendment.number)
-        elif not proposal.missing:
+        elif not proposal.missing and not _has_to_wait(exchange, amendment, before, config.outer.num_fragments):
             try:
                 check_amended(config, proposal)
                 return proposal
@@ -112,17 +127,66 @@ def _complete(exchange: StoreExchange, config: RunConfig, before: int) -> Propos
     return None
 
 
+def _has_to_wait(exchange: StoreExchange, amendment: Amendment, before: int, num_fragments: int) -> bool:
+    """Whether the successor of a member's own key is not accepted yet: one after another, and not long before it signs.
+
+    Nothing that is accepted later can hold earlier: else one member could keep the others from amending anything.
+    """
+    last = next((terms for terms in reversed(exchange.members.later) if terms.successor == amendment.author), None)
+    is_early = amendment.from_version > before + num_fragments + MOST_AHEAD
+    return amendment.is_succession and (is_early or (last is not None and last.from_version > before))
+
+
+def adding(exchange: StoreExchange, member: str) -> Proposal | None:
+    """The newest amendment that adds a silo, whether it holds or not. Raises ConfigError for one that cannot hold."""
+    try:
+        found = exchange.amendments.read(exchange.objects)
+    except RefusedError as error:
+        raise ConfigError(f"exchange.url: {exchange.objects.url} given; {error}") from None
+    keys = ((one, one.amendment.new_key) for one in reversed(found) if member not in one.before.keys)
+    return next((one for one, new in keys if new and new[0] == member), None)
+
+
+def not_added_yet(exchange: StoreExchange, member: str) -> str:
+    """What a silo that the contract does not have waits for before it counts as a member; empty if it does.
+
+    Raises ConfigError where no amendment would add it.
+    """
+    if exchange.members.enters_at(member) is not None:
+        return ""
+    if (proposal := adding(exchange, member)) is None:
+        raise ConfigError(
+            f"silos: {member!r} given; neither the contract nor an amendment has this silo; allowed: "
+            f"{named(exchange.members.all_silos([]))}, or one that a member adds by atoll contract amend"
+        )
+    number = proposal.amendment.number
+    if proposal.missing:
+        return f"the signature of {named(proposal.missing)} under amendment {number}, which adds {member}"
+    return f"the aggregator, which has to accept amendment {number} before its next commit"
+
+
 def check_amended(config: RunConfig, proposal: Proposal) -> None:
     """Raise ConfigError if a run of a configuration could not go on with an amendment."""
     amendment, before = proposal.amendment, proposal.before
-    found = amended(config, before.settings | amendment.settings)
+    keys = applied(amendment, proposal.sha256, before).keys
+    found = amended(config, before.settings | amendment.settings, keys)
     gone = amendment.new_key if amendment.new_key and not amendment.new_key[1] else None
-    num_gone = len(config.full_roster) - (len(before.keys) - 1 - bool(gone))
-    rules = found.membership
-    most = (rules.sample or len(config.full_roster)) - num_gone
+    num_gone, rules = len(found.full_roster) - (len(keys) - 1), found.membership
+    if new := sorted(keys.keys() - before.keys.keys()):
+        _check_may_enter(new[0], rules)
+    most = (rules.sample or len(found.full_roster)) - num_gone
     if num_gone and (rules.quorum is None or rules.quorum > most):
         given = f"trust.keys.{gone[0]}: '' given" if gone else f"membership.quorum: {rules.quorum} given"
         raise ConfigError(f"{given}; allowed: with a membership.quorum of {most} or less, as no version could be made")
+
+
+def _check_may_enter(silo: str, rules: MembershipConfig) -> None:
+    """Raise ConfigError unless a silo that the contract does not have can come while the run goes on."""
+    given = f"{KEYS}{silo}: a new silo given"
+    if rules.quorum is None:
+        raise ConfigError(f"{given}; allowed: in a run with a membership.quorum, as all others wait for nobody to come")
+    if rules.sample is not None:
+        raise ConfigError(f"{given} with membership.sample={rules.sample}; allowed: without, as all draw by the roster")
 
 
 def sign_amendment(exchange: StoreExchange, proposal: Proposal, member: str) -> None:
@@ -176,6 +240,11 @@ def propose_amendment(
     except RefusedError as error:
         raise ConfigError(error) from None
     check_amended(config, proposal)
+    most = newest + config.outer.num_fragments + MOST_AHEAD
+    if amendment.is_succession and from_version > most:
+        raise ConfigError(
+            f"--from: {from_version} given; allowed: up to {most} for a key of one's own, by version {newest}"
+        )
     agreement = _agreement(exchange, proposal, member) if member in may_sign(proposal) else None
     name = amendment_path(amendment.number)
     if exchange.newest_version() != newest:

@@ -8,8 +8,9 @@ Each names the one before, so that the sha256 of an amendment stands for all ter
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from pretrain.config.check import named
 from pretrain.config.keys import OPERATOR
@@ -22,6 +23,8 @@ from pretrain.trust.ledger import Agreement, RefusedError, sha256_bytes
 from pretrain.trust.members import Members
 
 FOLDER = "amendments"
+MOST_OPEN = 16  # amendments of a member that may wait, or be void, since the last that holds
+AMENDMENT_BYTES = 16 << 10  # more than its changes and names can have
 
 
 def amendment_path(number: int) -> str:
@@ -67,32 +70,38 @@ class Amendments:
         """Whether amendments were accepted that were not known. Raises RefusedError for one that cannot have been."""
         if not self._members.keys:
             return False
-        known = {terms.number for terms in self._members.later}
+        known = self._members.later
         listed = (number(name, after=".accepted") for name in objects.names(FOLDER))
-        new = {n for n in listed if n is not None} - known
+        new = sorted(n for n in listed if n is not None and n > (known[-1].number if known else 0))
         if not new:
             return False
-        later = self._terms(self.read(objects))[1:]
-        self._check_none_missing(objects, sorted(new - {terms.number for terms in later}), later)
-        if not known <= {terms.number for terms in later}:
-            raise RefusedError(f"{FOLDER}/: an amendment that was accepted is not there any more; restore it")
+        later = self._terms(self.read(objects, known, of_accepted=True), known)[1:]
+        newest = later[-1].number if later else 0
+        self._check_none_missing(objects, [n for n in new if n > newest][:MOST_OPEN], later)
         self._members.later = later
-        for terms in (terms for terms in later if terms.number not in known):
+        for terms in later[len(known) :]:
             print(
                 f"the contract is amended from version {terms.from_version} on: {', '.join(terms.changes)}", flush=True
             )
         return len(later) > len(known)
 
-    def read(self, objects: Objects) -> list[Proposal]:
-        """All that follow from the contract on, each from the one before; what is none is passed over, and said.
+    def read(self, objects: Objects, since: Sequence[Terms] = (), *, of_accepted: bool = False) -> list[Proposal]:
+        """All that follow, each from the one before; what is none is passed over, and said.
 
-        Raises RefusedError for one that was accepted and cannot have been.
+        They follow from the contract, or from the last that was accepted of all those `since`. `of_accepted`: who has
+        signed is asked for accepted ones only. Raises RefusedError for one that was accepted and cannot have been.
         """
         found: list[Proposal] = []
-        while (data := objects.read_if_there(name := amendment_path(len(found) + 1))) is not None:
-            accepted = self._acceptance(objects, sha256_bytes(data), found)
+        while True:
+            number = (since[-1].number if since else 0) + len(found) + 1
+            name, accepted = amendment_path(number), None
             try:
-                proposal = dataclasses.replace(self.proposal(objects, data, found), accepted=accepted)
+                if (data := objects.read_if_there(name, limit_bytes=AMENDMENT_BYTES)) is None:
+                    break
+                accepted = self._acceptance(objects, number, sha256_bytes(data), self._terms(found, since))
+                is_asked = bool(accepted) or not (of_accepted or number in self.void)
+                proposal = self.proposal(objects, data, found, since, ask=is_asked)
+                proposal = dataclasses.replace(proposal, accepted=accepted)
                 if accepted:
                     _check_may_hold(proposal)
             except RefusedError as error:
@@ -103,19 +112,38 @@ class Amendments:
             found.append(proposal)
         return found
 
-    def proposal(self, objects: Objects, data: bytes, earlier: list[Proposal]) -> Proposal:
-        """An amendment after all that are there. Raises RefusedError for what is none."""
-        amendment, sha256, rows = Amendment.from_bytes(data), sha256_bytes(data), self._terms(earlier)
+    def proposal(
+        self,
+        objects: Objects,
+        data: bytes,
+        earlier: list[Proposal],
+        since: Sequence[Terms] = (),
+        *,
+        ask: bool = True,
+    ) -> Proposal:
+        """An amendment after all that are there; `ask`: who has signed it. Raises RefusedError for what is none."""
+        amendment, sha256, rows = Amendment.from_bytes(data), sha256_bytes(data), self._terms(earlier, since)
         if data != amendment.to_bytes():
             raise RefusedError("it is not in the one form that an amendment has")
-        previous = earlier[-1].sha256 if earlier else self._contract_sha256
-        if (amendment.number, amendment.previous) != (len(earlier) + 1, previous):
+        before = earlier[-1] if earlier else rows[-1]
+        number = before.amendment.number if isinstance(before, Proposal) else before.number
+        if (amendment.number, amendment.previous) != (number + 1, before.sha256):
             raise RefusedError("it does not follow the amendment before it, or the contract")
         # Whoever signs may do so at any version before: what holds at the last of these is asked for.
         keys = next(terms for terms in reversed(rows) if terms.from_version < max(1, amendment.from_version)).keys
-        Members(keys=keys).check(amendment.author, amendment)
+        author = amendment.author
+        Members(keys=keys).check(author, amendment)
+        if amendment.is_succession and keys.get(author) != rows[-1].keys.get(author):
+            raise RefusedError(f"{author} replaces a key that an amendment before has replaced or taken away")
+        waiting = [one.amendment.author for one in takewhile(lambda one: not one.accepted, reversed(earlier))]
+        if waiting.count(author) >= MOST_OPEN:  # or whoever looks would have to read any number
+            raise RefusedError(
+                f"{author} has proposed {MOST_OPEN} amendments since the last that holds; allowed: another once one of "
+                "these holds, or one by another member"
+            )
         applied(amendment, sha256, rows[-1])
-        signed = [name for name in keys if self._has_signed(objects, amendment, name, keys[name])]
+        proves = {amendment.new_key[0]: key} if amendment.new_key and (key := amendment.new_key[1]) else {}
+        signed = self._who_signed(objects, amendment, keys | proves) if ask else []
         return Proposal(
             amendment=amendment,
             sha256=sha256,
@@ -123,22 +151,26 @@ class Amendments:
             missing=still_missing(amendment, self._rule, signed, keys),
         )
 
-    def _terms(self, earlier: list[Proposal]) -> list[Terms]:
+    def _terms(self, earlier: list[Proposal], since: Sequence[Terms]) -> list[Terms]:
         """The contract, and what came to hold since; from ever later versions on."""
         first = Terms(from_version=0, number=0, sha256=self._contract_sha256, keys=self._members.keys, settings={})
-        return [first, *(applied(p.amendment, p.sha256, p.before) for p in earlier if p.accepted)]
+        return [first, *since, *(applied(p.amendment, p.sha256, p.before) for p in earlier if p.accepted)]
+
+    def _who_signed(self, objects: Objects, amendment: Amendment, keys: Mapping[str, PublicKey]) -> list[str]:
+        """Of some members those whose signature by these keys is there."""
+        there = {*objects.names(f"{FOLDER}/{amendment.number:06d}")}
+        asked = [(name, key) for name, key in keys.items() if f"{name}.json" in there]
+        return [name for name, key in asked if self._has_signed(objects, amendment, name, key)]
 
     def _has_signed(self, objects: Objects, amendment: Amendment, member: str, key: PublicKey) -> bool:
-        replaced, new = amendment.new_key or ("", None)
-        members = Members(keys={member: new if new and replaced == member else key})
         of = {"contract_sha256": sha256_bytes(amendment.to_bytes()), "member": member}
-        name, pass_over = signature_path(amendment.number, member), self._pass_over
-        return heard(objects, Agreement, name, member, members, of=of, pass_over=pass_over) is not None
+        members, name = Members(keys={member: key}), signature_path(amendment.number, member)
+        return heard(objects, Agreement, name, member, members, of=of, pass_over=self._pass_over) is not None
 
-    def _acceptance(self, objects: Objects, sha256: str, earlier: list[Proposal]) -> Acceptance | None:
-        """The operator's word for the next amendment; what is none counts as not there, and is said."""
-        members = Members(keys=self._members.keys, later=self._terms(earlier)[1:])
-        of, name = {"amendment_sha256": sha256}, acceptance_path(len(earlier) + 1)
+    def _acceptance(self, objects: Objects, number: int, sha256: str, rows: list[Terms]) -> Acceptance | None:
+        """The operator's word for an amendment after `rows`; what is none counts as not there, and is said."""
+        members = Members(keys=self._members.keys, later=rows[1:])
+        of, name = {"amendment_sha256": sha256}, acceptance_path(number)
         return heard(
             objects, Acceptance, name, OPERATOR, members, of=of, pass_over=self._pass_over, limit_bytes=WORD_BYTES
         )

@@ -1,6 +1,7 @@
 """A store whose payloads are sealed: sealing and opening them in their places, and the group's key. No torch.
 
-keys/NAME.json    the group's key, sealed to a silo and signed by the aggregator's operator
+keys/NAME.json           the group's key, sealed to a silo and signed by the aggregator's operator
+keys/000003/NAME.json    that from amendment 3 on, which changed a key, and all before
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from pretrain.exchange.store import REQUESTS_AT_ONCE, StoreExchange, version_pat
 from pretrain.outer.threads import in_threads
 from pretrain.trust.ledger import GroupKey, Payload, RefusedError
 from pretrain.trust.members import act_as
-from pretrain.trust.seal import Place
+from pretrain.trust.seal import Epoch, Place
 
 FOLDER = "keys"
 
@@ -44,6 +45,8 @@ def open_payload(exchange: StoreExchange, author: str, version: int, payload: Pa
         return
     if not (sealer := exchange.members.sealer):
         raise RefusedError("it is sealed for the members of this run, and there is no key of any here")
+    if author == OPERATOR and not sealer.can_open(version):
+        take_group_key(exchange, sealer.epoch(version))  # the operator gave it before it sealed so
     sealer.open(file, _place(exchange, author, version, payload))
 
 
@@ -76,35 +79,45 @@ def _place(exchange: StoreExchange, author: str, version: int, payload: Payload)
 
 
 def give_group_key(exchange: StoreExchange) -> None:
-    """As the operator: leave the group's key for every silo of the contract, where it is not there yet."""
+    """As the operator: leave the group's keys for every silo that has a key by now, where they are not there yet.
+
+    Before anything is sealed with the newest.
+    """
+    epoch = exchange.members.epochs()[-1]
     if exchange.is_sealed:
-        in_threads(lambda silo: _give(exchange, silo), sorted({*exchange.members.keys} - {OPERATOR}), REQUESTS_AT_ONCE)
+        in_threads(lambda silo: _give(exchange, epoch, silo), sorted({*epoch.keys} - {OPERATOR}), REQUESTS_AT_ONCE)
 
 
-def _give(exchange: StoreExchange, silo: str) -> None:
+def _give(exchange: StoreExchange, epoch: Epoch, silo: str) -> None:
     sealer = exchange.members.sealer
     assert sealer, "nobody here gives the group's key"
-    given, name = sealer.give(exchange.contract_sha256, silo), group_key_path(silo)
-    if (found := given_group_key(exchange, silo)) and found.sealed == given:
+    given, name = sealer.give(epoch, silo), group_key_path(epoch, silo)
+    if (found := given_group_key(exchange, epoch, silo)) and found.sealed == given:
         return
-    record = GroupKey(contract_sha256=exchange.contract_sha256, member=silo, sealed=given)
-    exchange.write_over(name, exchange.members.sign(record).to_bytes(), lambda: False)
+    record = GroupKey(contract_sha256=epoch.sha256, member=silo, sealed=given)
+    record = exchange.members.sign(record, version=epoch.from_version)
+    exchange.write_over(name, record.to_bytes(), lambda: False)
 
 
-def take_group_key(exchange: StoreExchange, silo: str, pause: Callable[[], object] | None = None) -> None:
-    """As a silo: wait for the group's key, and open with it from then on. Raises RefusedError.
+def take_group_key(
+    exchange: StoreExchange, epoch: Epoch | None = None, pause: Callable[[], object] | None = None
+) -> None:
+    """As a silo: wait for the group's keys, and open with them from then on; None: the newest. Raises RefusedError.
 
-    Without `pause` it is there, or that is refused.
+    Without `pause` they are there, or that is refused.
     """
     if not exchange.is_sealed:
         return
     sealer = exchange.members.sealer
     assert sealer, "nobody here opens a payload"
-    while not (found := given_group_key(exchange, silo)):
+    epoch = epoch or sealer.newest_epoch()
+    assert epoch, "nobody has added us"
+    while not (found := given_group_key(exchange, epoch, sealer.member)):
         if not pause:
-            raise RefusedError(f"{group_key_path(silo)}, the key of what is sealed for all, is not there")
+            name = group_key_path(epoch, sealer.member)
+            raise RefusedError(f"{name}, the key of what is sealed for all, is not there")
         pause()
-    sealer.take(exchange.contract_sha256, silo, found.sealed)
+    sealer.take(epoch, found.sealed)
 
 
 def read_as_a_member(exchange: StoreExchange, config: RunConfig) -> None:
@@ -114,15 +127,15 @@ def read_as_a_member(exchange: StoreExchange, config: RunConfig) -> None:
         return
     act_as(exchange.members, config, names[0])
     if names[0] != OPERATOR:
-        take_group_key(exchange, names[0])
+        take_group_key(exchange)
 
 
-def given_group_key(exchange: StoreExchange, silo: str) -> GroupKey | None:
+def given_group_key(exchange: StoreExchange, epoch: Epoch, silo: str) -> GroupKey | None:
     """What lies there for a silo; None, and a line, if that is not the operator's."""
-    of = {"contract_sha256": exchange.contract_sha256, "member": silo}
-    return exchange.record(GroupKey, group_key_path(silo), OPERATOR, at=0, **of)
+    of = {"contract_sha256": epoch.sha256, "member": silo}
+    return exchange.record(GroupKey, group_key_path(epoch, silo), OPERATOR, at=epoch.from_version, **of)
 
 
-def group_key_path(silo: str) -> str:
-    """Where the operator leaves the group's key for a silo."""
-    return f"{FOLDER}/{silo}.json"
+def group_key_path(epoch: Epoch, silo: str) -> str:
+    """Where the operator leaves the group's keys up to an epoch for a silo."""
+    return f"{FOLDER}/{epoch.number:06d}/{silo}.json" if epoch.number else f"{FOLDER}/{silo}.json"

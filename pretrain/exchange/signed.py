@@ -112,6 +112,7 @@ class SignedStore:
         if sha256 == self.contract_sha256:
             return
         self.members.keys, self.members.later, self.contract_sha256 = contract_keys(contract), [], sha256
+        self.members.contract_sha256 = sha256
         self.is_sealed = contract_seals(contract)
         self.amendments = Amendments(self.members, amend_rule(contract), sha256, self.pass_over)
 

@@ -20,7 +20,7 @@
     revocations/                             who has signed what without a member (revocation.py)
     aggregator/000003.json                   who is the store's one aggregator (lease.py)
     amendments/                              changes of the contract, and who has signed them (amended.py)
-    keys/NAME.json                           what silo NAME opens versions with, where payloads are sealed (sealed.py)
+    keys/NAME.json, keys/000003/NAME.json    what silo NAME opens versions with, where payloads are sealed (sealed.py)
 
 Version 17 is what outer step 17 made of one fragment (outer/schedule.py); with one fragment, versions are rounds.
 """

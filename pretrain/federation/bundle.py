@@ -209,8 +209,8 @@ class BundleVerifier:
             if getattr(record, term) != value:
                 self._note(EXIT, f"its {term} is {getattr(record, term)!r}; of the store here it is {value!r}")
         try:
-            if record.member not in terms["roster"]:
-                raise RefusedError(f"{record.member} is not on the contract's roster")
+            if record.member not in exchange.members.all_silos(terms["roster"]):
+                raise RefusedError(f"{record.member} is not on the contract's roster, nor was it added")
             exchange.members.check(record.member, record)
         except RefusedError as error:
             self._note(EXIT, error)

@@ -8,6 +8,7 @@ from pretrain.config.check import ConfigError, check_config, named
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.config.load import load_unchecked
 from pretrain.exchange.agreement import (
+    adding,
     check_from_version,
     may_sign,
     not_signed,
@@ -18,7 +19,7 @@ from pretrain.exchange.agreement import (
 from pretrain.exchange.amended import Proposal
 from pretrain.exchange.options import reached, store_options
 from pretrain.exchange.store import StoreExchange
-from pretrain.federation.join import read_terms
+from pretrain.federation.join import know_added, read_terms
 from pretrain.federation.preflight import check_model
 from pretrain.host.foreign import shown
 from pretrain.trust.amendment import ALL, KEYS
@@ -59,8 +60,9 @@ class Agreed:
 
     def own(self, paths: Sequence[Path], overrides: Sequence[str]) -> RunConfig:
         """A member's own configuration; what it does not say is as the contract says. Raises ConfigError."""
-        settings = read_terms(self.contract, self.url)[2]
-        return load_unchecked(paths, overrides, below=settings)
+        config = load_unchecked(paths, overrides, below=read_terms(self.contract, self.url)[2])
+        know_added(config, self.exchange)
+        return config
 
     def differences(self, paths: Sequence[Path], overrides: Sequence[str]) -> list[str]:
         """A line for each term that a member's own configuration has otherwise. Raises ConfigError."""
@@ -81,8 +83,11 @@ class Agreed:
             raise ConfigError(
                 f"store: {self.url!r} given; its contract names no trust.keys, and nothing is signed in it"
             )
-        if member not in self.exchange.members.keys:
-            raise ConfigError(f"--silo: {member!r} given; allowed: {named(sorted(self.exchange.members.keys))}")
+        known = self.exchange.members.first_keys
+        if member not in known and not adding(self.exchange, member):
+            raise ConfigError(
+                f"--silo: {member!r} given; allowed: {named(sorted(known))}, or a silo that is being added"
+            )
         if differences := self.differences(paths, overrides):
             raise ConfigError(f"store: {self.url!r} given; nothing is signed, as {'; '.join(differences)}")
         config = self.own(paths, overrides)
@@ -136,10 +141,12 @@ def describe(agreed: Agreed) -> Iterator[tuple[str, str]]:
     rule = amend_rule(agreed.contract)
     who = "all silos sign" if rule == ALL else f"{rule} of the {len(config.full_roster)} silos sign"
     yield "amending", f"{who}; the one whose key it changes has no voice, and its own key each changes alone"
-    missing = not_signed(agreed.exchange)
-    for name in [*config.full_roster, OPERATOR]:
+    missing, keys = not_signed(agreed.exchange), members.first_keys
+    for name in [*members.all_silos(config.full_roster), OPERATOR]:
         has = "has not signed" if name in missing else "has signed"
-        yield name, f"{members.keys[name].fingerprint}  {has}{_since(agreed, name)}"
+        if enters := members.enters_at(name):
+            has = f"was added, from version {enters} on"
+        yield name, f"{keys[name].fingerprint}  {has}{_since(agreed, name)}"
     for proposal in agreed.proposals():
         yield f"amendment {proposal.amendment.number}", describe_amendment(agreed, proposal)
 
@@ -147,20 +154,19 @@ def describe(agreed: Agreed) -> Iterator[tuple[str, str]]:
 def _since(agreed: Agreed, name: str) -> str:
     """How a member's key has changed since the contract was signed."""
     members = agreed.exchange.members
-    said, before = "", members.keys[name]
+    said, before = "", members.keys.get(name)
     for terms in members.later:
-        key = terms.keys.get(name)
-        if key is None:
-            return f"{said}; counts no more from version {terms.from_version} on"
-        if key != before:
-            said, before = f"{said}; {key.fingerprint} from version {terms.from_version} on", key
+        key, since = terms.keys.get(name), f"from version {terms.from_version} on"
+        if key != before and (before or name in members.keys or said):
+            said += f"; {key.fingerprint} {since}" if key else f"; counts no more {since}"
+        before = key
     return said
 
 
 def describe_amendment(agreed: Agreed, proposal: Proposal) -> str:
     """What an amendment changes, and whether it holds."""
     amendment = proposal.amendment
-    changes = ", ".join(_in_words(change) for change in amendment.changes)
+    changes = ", ".join(_in_words(change, proposal) for change in amendment.changes)
     said = f"from version {amendment.from_version} on: {changes}; proposed by {amendment.author}; "
     if proposal.accepted:
         return said + "all that are needed have signed: it holds"
@@ -177,11 +183,13 @@ def _of(missing: list[str]) -> str:
     return f", without the signature of {named(missing)}" if missing else ""
 
 
-def _in_words(change: str) -> str:
+def _in_words(change: str, proposal: Proposal) -> str:
     key, _, value = change.partition("=")
     if not key.startswith(KEYS):
         return change
     name = key.removeprefix(KEYS)
+    if name not in proposal.before.keys:
+        return f"{name} is added, with the key {PublicKey.parse(value).fingerprint}"
     return f"{name} has the key {PublicKey.parse(value).fingerprint}" if value else f"the key of {name} counts no more"
 
 
@@ -237,22 +245,31 @@ def amend(agreed: Agreed, member: str, from_version: int, changes: Sequence[str]
     return propose_amendment(agreed.exchange, agreed.config, member, from_version=from_version, changes=changes)
 
 
-def rotate(agreed: Agreed, member: str, directory: Path, from_version: int) -> tuple[Proposal, Path]:
+def rotate(
+    agreed: Agreed, member: str, directory: Path, from_version: int, command: Sequence[str] = ()
+) -> tuple[Proposal, Path]:
     """Make the successor of a member's key beside it, and propose that it holds from a version on.
 
-    A successor that was made before and is of no amendment is taken. Raises ConfigError.
+    A successor that was made before and is of no amendment is taken. With a `command` that signs, for both keys, it has
+    to be there, as a public line. Raises ConfigError.
     """
     exchange, file = agreed.exchange, directory / f"{member}.key"
-    if member not in exchange.members.keys:
-        allowed = named(sorted(exchange.members.keys)) or "none, as this contract names no keys"
+    keys = exchange.members.first_keys
+    if member not in keys:
+        allowed = named(sorted(keys)) or "none, as this contract names no keys"
         raise ConfigError(f"name: {member!r} given; allowed: {allowed}")
     check_from_version(exchange, agreed.config, from_version)
-    exchange.members.signer = own_keys(member, exchange.members.keys[member], file, given=str(directory))
+    exchange.members.signer = own_keys(member, keys[member], file, given=str(directory), command=command)
     known = successors(file)
     used = {change.partition("=")[2] for p in agreed.proposals() for change in p.amendment.changes}
     made = known[-1] if known and _public(known[-1]).text not in used else None
     if made is None:
         made = file.with_name(f"{file.name}.{len(known) + 1}")
+        if command:
+            raise ConfigError(
+                f"{made}: not there; allowed: the public line of the key that the key_command is to sign with, or the "
+                f"file of atoll keys new {member}, which then signs itself"
+            )
         new_key(made, member)
     return amend(agreed, member, from_version, [f"{KEYS}{member}={_public(made).text}"]), made
 

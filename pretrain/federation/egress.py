@@ -85,10 +85,10 @@ def _keys(config: RunConfig, member: str) -> list[PublicKey]:
     """Those of a member that signs, and for a relay those of its silos: of the contract, and of this machine, where it
     was changed since.
     """
-    found = []
+    found, known = [], config.trust.keys | config.trust.added
     for name in sorted(config.silos) if member == RELAY else [member]:
-        if name in config.trust.keys:
-            found.append(PublicKey.parse(config.trust.keys[name]))
+        if name in known:
+            found.append(PublicKey.parse(known[name]))
             with suppress(ConfigError):
                 own = read_key(config.key_file(name))
                 found.append(own if isinstance(own, PublicKey) else own.public)

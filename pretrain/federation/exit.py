@@ -150,7 +150,9 @@ class _BundleWriter:
         export_global_model(dataclasses.replace(self._config, exchange=here), bundle / MODEL, self._newest)
         self._copy_data_manifests(bundle / DATA)
         _write_software(bundle / SOFTWARE)
-        keys = [f"{name} {key.text} {key.fingerprint}\n" for name, key in sorted(self._exchange.members.keys.items())]
+        keys = [
+            f"{name} {key.text} {key.fingerprint}\n" for name, key in sorted(self._exchange.members.first_keys.items())
+        ]
         (bundle / KEYS).write_text("".join(keys))
 
     def record(self, bundle: Path) -> Exit:
@@ -192,7 +194,7 @@ class _BundleWriter:
 
     def _copy_words(self) -> None:
         """Who said that it joins or leaves, and whose deliveries were refused."""
-        for silo in self._config.full_roster:
+        for silo in self._exchange.members.all_silos(self._config.full_roster):
             self.copy_membership(silo)
             folders = [delivery_path(silo, version) for version in self._exchange.numbers(f"silos/{silo}")]
             for folder, found in zip(folders, in_threads(self._names, folders, REQUESTS_AT_ONCE), strict=True):

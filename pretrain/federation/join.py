@@ -15,6 +15,7 @@ from typing import Any
 from pretrain.config.check import RUN_NAME, ConfigError, check_config
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import Section, load_unchecked
+from pretrain.exchange.agreement import adding
 from pretrain.exchange.options import is_directory, store_options
 from pretrain.exchange.store import StoreExchange, version_path
 from pretrain.federation.preflight import PROBE
@@ -196,10 +197,20 @@ def _unknown(url: str, what: str) -> ConfigError:
     return ConfigError(f"store: {url!r} given; its contract.json is not of this version of atoll: {what}")
 
 
+def know_added(config: RunConfig, exchange: StoreExchange) -> None:
+    """Put into `trust.added` those silos of this machine that an amendment adds, whether it holds yet or not."""
+    for silo in config.silos.keys() - {*config.agreed_roster, *config.trust.added}:
+        first = exchange.members.first_keys.get(silo)
+        new = adding(exchange, silo) if first is None and exchange.members.keys else None
+        if key := new.amendment.new_key[1] if new and new.amendment.new_key else first:
+            config.trust.added[silo] = key.text
+
+
 def joined_config(federation: Federation, paths: Sequence[Path], overrides: Sequence[str]) -> RunConfig:
     """The silo's own configuration with the contract's terms under it; raises ConfigError unless both are one."""
     terms, url = federation.terms, federation.url
     config = load_unchecked(paths, overrides, below=federation.settings)
+    know_added(config, federation.exchange)
     agreed = agreed_settings(config)
     check_same_terms(agreed, {key: terms[key] for key in agreed}, url)  # before a wrong value blames a right one
     if "checkpoint" in terms["model"] and not config.model.checkpoint:

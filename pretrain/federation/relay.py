@@ -32,7 +32,7 @@ from pretrain.exchange.rollback import FOLDER as ROLLBACKS
 from pretrain.exchange.rollback import explain, foreign, read_rollbacks, take_back, versions_above
 from pretrain.exchange.sealed import given_group_key, group_key_path
 from pretrain.exchange.store import StoreExchange, delivery_path, identity_path, version_path
-from pretrain.exchange.words import Beat, Identity, Membership, Refusal, Resumable, Word, number
+from pretrain.exchange.words import WORD_BYTES, Beat, Identity, Membership, Refusal, Resumable, Word, number
 from pretrain.federation.preflight import check_policy
 from pretrain.host.lock import lock_directory
 from pretrain.host.stopping import STOPPED, StopRequested, raise_at_signals
@@ -202,10 +202,12 @@ class Relay:
 
     def _copy_group_keys(self) -> None:
         """What this site's silos open versions with, if these are sealed."""
+        epoch = self._there.members.epochs()[-1]
         for silo in self._silos if self._there.is_sealed else ():
-            if not given_group_key(self._here, silo) and (found := given_group_key(self._there, silo)):
-                self._here.objects.delete(group_key_path(silo))
-                self._here.objects.write(group_key_path(silo), found.to_bytes())
+            found = None if given_group_key(self._here, epoch, silo) else given_group_key(self._there, epoch, silo)
+            if found:
+                self._here.objects.delete(group_key_path(epoch, silo))
+                self._here.objects.write(group_key_path(epoch, silo), found.to_bytes())
 
     def _copy_version(self, version: int) -> bool:
         """Whether it was there."""
@@ -277,13 +279,15 @@ class Relay:
             return
         self._copy_folder(SIGNATURES)
         here, there = self._here.objects, self._there.objects
-        for n in sorted({n for store in (self._there, self._here) for n in store.numbers(AMENDMENTS, after=".json")}):
+        stores = (self._there, self._here)
+        known = min(store.members.later[-1].number if store.members.later else 0 for store in stores)
+        for n in sorted({n for store in stores for n in store.numbers(AMENDMENTS, after=".json") if n > known}):
             for source, target in ((there, here), (here, there)):
                 _copy(source, target, amendment_path(n))
             self._copy_folder(f"{AMENDMENTS}/{n:06d}")
-        for n in self._there.numbers(AMENDMENTS, after=".accepted"):
+        for n in (n for n in self._there.numbers(AMENDMENTS, after=".accepted") if n > known):
             _copy(there, here, acceptance_path(n))
-        for store in (self._there, self._here):
+        for store in stores:
             store.follow_amendments()
 
     def _copy_folder(self, folder: str) -> None:
@@ -387,9 +391,9 @@ def _signer(config: RunConfig) -> Signer | None:
 
 
 def _copy(source: Objects, target: Objects, name: str) -> None:
-    """A small object, if it is still here, to where it is not yet."""
-    with suppress(FileNotFoundError, FileExistsError):
-        target.write(name, source.read(name))
+    """A small object, if it is still here, to where it is not yet; what is larger than any of ours is none."""
+    with suppress(FileNotFoundError, FileExistsError, RefusedError):
+        target.write(name, source.read(name, limit_bytes=WORD_BYTES))
 
 
 def _say(what: str, payloads: Iterable[Payload], began: float) -> None:

@@ -90,10 +90,10 @@ class Revoker:
 
         Raises ConfigError for what cannot be, with what can, and RefusedError for a store that is not as it should be.
         """
-        config, newest = self._config, self._exchange.newest_version()
+        newest, silos = self._exchange.newest_version(), self._exchange.members.all_silos(self._config.full_roster)
         last = newest if last is None else last
-        if member not in config.full_roster:
-            raise ConfigError(f"member: {member!r} given; allowed: {named(config.full_roster)}")
+        if member not in silos:
+            raise ConfigError(f"member: {member!r} given; allowed: {named(silos)}")
         if not 1 <= last <= newest:
             raise ConfigError(f"--until: {last} given; allowed: 1 to {newest}")
         if not 1 <= first <= last:
@@ -150,8 +150,8 @@ class Revoker:
 
         Raises RefusedError.
         """
-        version, terms = commit.version, self._exchange.members.terms_at(commit.version)
-        self._governed.go_to(terms.settings if terms else {})
+        version = commit.version
+        self._governed.go_to(self._exchange.members.terms_at(version))
         original.version = version - 1
         deliveries = [self._delivery(one, original, version) for one in commit.contributors]
         divisor = 0

@@ -94,7 +94,7 @@ class StoreVerifier:
         self._commits: dict[int, Commit] = {}
         self._sha256: dict[int, str] = {}  # of their bytes
         if self._config.trust.seal and key:
-            exchange.members.sealer = operator_sealer(key, self._config)
+            exchange.members.sealer = operator_sealer(exchange.members, key, self._config)
         is_sealed = self._config.trust.seal and not key
         self._found = Verified(url=url, is_signed=bool(exchange.members.keys), is_sealed=is_sealed)
 
@@ -253,8 +253,7 @@ class StoreVerifier:
     def _merge_version(self, merger: Merger, state: OuterState, commit: Commit, *, is_whole: bool) -> None:
         """Raise RefusedError unless a version follows from its deliveries as the contract says."""
         version, state.version = commit.version, commit.version - 1
-        terms = self._exchange.members.terms_at(version)
-        self._governed.go_to(terms.settings if terms else {})
+        self._governed.go_to(self._exchange.members.terms_at(version))
         try:
             deliveries = []
             for one in commit.contributors:

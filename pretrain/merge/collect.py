@@ -56,7 +56,7 @@ class Collector:
 
     def __init__(self, config: RunConfig, exchange: StoreExchange, journal: Journal) -> None:
         self._config, self._exchange, self._journal = config, exchange, journal
-        self._rules, self._schedule, self._roster = config.membership, config.schedule, config.full_roster
+        self._rules, self._schedule = config.membership, config.schedule
         self._stall_seconds = config.exchange.stall_seconds
         self._file = Path(config.directory) / "aggregator" / "arrivals.json"
         self._arrivals: deque[float] = deque(maxlen=ARRIVALS)
@@ -129,10 +129,11 @@ class Collector:
 
         Who was there is not asked again: of a silo that has just left, a little more is kept for a while.
         """
+        roster = self._config.full_roster
         if not self._rules.is_elastic:
-            return self._roster
-        self._ask([silo for silo in self._roster if silo not in self._events or not self._is_there(silo)])
-        return [silo for silo in self._roster if self._is_there(silo)]
+            return roster
+        self._ask([silo for silo in roster if silo not in self._events or not self._is_there(silo)])
+        return [silo for silo in roster if self._is_there(silo)]
 
     def _missing(self, pending: list[str], waited: float, *, is_enough: bool) -> list[str]:
         """Of those whose delivery is not here, whose is waited for: with a quorum, of who has joined and is not away.
@@ -182,7 +183,7 @@ class Collector:
         return Looks(
             lambda silo, over: self._look(silo, version, verify, over),
             at_once=REQUESTS_AT_ONCE,
-            most=len(self._roster),
+            most=len(self._config.full_roster),
             patience_seconds=self._stall_seconds,
         )
 
@@ -214,7 +215,7 @@ class Collector:
             return []
         merged = self.past.in_time(late)
         with self._looks(late, verify) as looks:
-            silos = [silo for silo in self._roster if self._exchange.members.has_key(silo, version)]
+            silos = [silo for silo in self._config.full_roster if self._exchange.members.has_key(silo, version)]
             found = looks.at([silo for silo in silos if silo not in merged], max(seconds, self._stall_seconds))
         return list(found.values())
 

@@ -17,7 +17,6 @@ class Past:
 
     def __init__(self, config: RunConfig) -> None:
         self._config, self._rules, self._schedule = config, config.membership, config.schedule
-        self._roster = config.full_roster
         self.num_needed = _num_needed(config)
         """Newest commits that are to be told of, whoever starts."""
         self._missed: dict[str, deque[int]] = {}  # silo: versions in a row that it was waited for in vain, the newest
@@ -43,7 +42,8 @@ class Past:
     def drawn(self, version: int) -> list[str]:
         """Whose deliveries a version is made of, if all come."""
         rules = self._rules
-        return participants(self._roster, self._config.round_of(version), sample=rules.sample, seed=rules.sample_seed)
+        roster, round = self._config.full_roster, self._config.round_of(version)
+        return participants(roster, round, sample=rules.sample, seed=rules.sample_seed)
 
     def is_away(self, silo: str, *, since: int) -> bool:
         """Whether a silo has missed too many commits in a row after version `since`, where it said that it is there."""

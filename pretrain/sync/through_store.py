@@ -78,7 +78,7 @@ class ThroughStore:
         check_same_contract(build_contract(self._config), stored, self._store.objects.url)
         agree(self._store, self._silo, self._pause)
         with self._readable("the group's key"):
-            take_group_key(self._store, self._silo, self._pause)
+            take_group_key(self._store, pause=self._pause)
         for line in differences(read_contract(stored, self._store.objects.url)[1]):
             print(line, flush=True)
         with self._readable("the record of a rollback"):
@@ -108,7 +108,8 @@ class ThroughStore:
 
         From version 0 a silo of a fixed roster makes all rounds again as they were, if it can.
         """
-        while (newest := self._store.newest_version()) < 0:
+        enters = max(0, (self._store.members.enters_at(self._silo) or 0) - 1)  # whose deliveries may count from then on
+        while (newest := self._store.newest_version()) < enters:
             self._pause()
         if not self._rules.is_elastic and not self.rollbacks():
             with self._readable("version 0"):

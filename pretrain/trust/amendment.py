@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from pretrain.config.check import ConfigError, check_config, named
+from pretrain.config.check import SILO_NAME, ConfigError, check_config, named
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.host.foreign import loads, shown
 from pretrain.trust.keys import PublicKey
@@ -42,7 +42,7 @@ class Amendment(Record):
     """sha256 of the bytes of the amendment before, or of the contract."""
     from_version: int
     changes: list[str]
-    """`key=value`, as on a command line; `trust.keys.NAME=` takes a key away."""
+    """`key=value`, as on a command line; `trust.keys.NAME=` takes a key away, and the key of a new NAME adds a silo."""
     author: str
 
     @property
@@ -126,10 +126,14 @@ def _number(key: str, text: str) -> float | None:
     raise RefusedError(f"{key}: {shown(repr(text))} given; allowed: a number, or null")
 
 
-def amended(config: RunConfig, settings: Mapping[str, float | None]) -> RunConfig:
-    """The same configuration with amended settings; raises ConfigError for what the contract could not have said."""
+def amended(config: RunConfig, settings: Mapping[str, float | None], keys: Mapping[str, PublicKey]) -> RunConfig:
+    """The same configuration with amended settings, and the members that have `keys`, where there are any.
+
+    Raises ConfigError for what the contract could not have said.
+    """
     found = copy.deepcopy(config)
     set_all(found, settings)
+    _set_members(found, keys)
     before, after = config.membership, found.membership
     for key, had, has in (
         ("membership.quorum", before.quorum is not None, after.quorum is not None),
@@ -155,6 +159,12 @@ def set_all(config: RunConfig, settings: Mapping[str, Any]) -> None:
         setattr(section, name, float(value) if "float" in kind and value is not None else value)
 
 
+def _set_members(config: RunConfig, keys: Mapping[str, PublicKey]) -> None:
+    """Whom amendments have added to the silos of the contract, and not taken away again."""
+    known = {OPERATOR, *config.agreed_roster}
+    config.trust.added = {name: key.text for name, key in keys.items() if name not in known}
+
+
 def get_all(config: RunConfig) -> dict[str, Any]:
     """All that an amendment could change, as a configuration has it."""
     return {key: getattr(getattr(config, key.partition(".")[0]), key.partition(".")[2]) for key in AMENDABLE}
@@ -170,12 +180,13 @@ class Governed:
         self._at_first = get_all(config)
         self.config = copy.deepcopy(config)
 
-    def go_to(self, settings: Mapping[str, float | None]) -> None:
-        """Settings that are amended at a version. Raises ConfigError for what the contract could not have said."""
+    def go_to(self, terms: Terms | None) -> None:
+        """What holds at a version; None: the contract. Raises ConfigError for what the contract could not have said."""
         set_all(self.config, self._at_first)
-        if settings:
-            amended(self.config, settings)
-            set_all(self.config, settings)
+        if terms:
+            amended(self.config, terms.settings, terms.keys)
+            set_all(self.config, terms.settings)
+        _set_members(self.config, terms.keys if terms else {})
 
 
 def applied(amendment: Amendment, sha256: str, before: Terms) -> Terms:
@@ -183,8 +194,9 @@ def applied(amendment: Amendment, sha256: str, before: Terms) -> Terms:
     keys = dict(before.keys)
     if amendment.new_key:
         member, key = amendment.new_key
-        if member not in before.keys:
-            raise RefusedError(f"{KEYS}{shown(member)}: given; allowed: {named(sorted(before.keys))}")
+        if member not in before.keys and (key is None or not SILO_NAME.fullmatch(member)):
+            allowed = "a-z, 0-9, _ and - in the name of a new silo" if key else named(sorted(before.keys))
+            raise RefusedError(f"{KEYS}{shown(member)}: given; allowed: {allowed}")
         if key is None and member == OPERATOR:
             raise RefusedError(f"{KEYS}{member}: taken away; allowed: another key, as nobody could commit without one")
         if key and key.signing in {one.signing for one in before.keys.values()}:
@@ -208,13 +220,14 @@ def voters(amendment: Amendment, keys: Mapping[str, PublicKey]) -> list[str]:
     """The members whose signatures count: all silos that have a key, but not the one whose key it changes.
 
     Whoever replaces its own key asks nobody. The operator has no voice, but where one silo alone would decide on the
-    key of the only other one.
+    key of the only other one; who is new has none.
     """
     if amendment.is_succession:
         return []
     member = amendment.new_key[0] if amendment.new_key else ""
     silos = [name for name in sorted(keys) if name not in (OPERATOR, member)]
-    return [OPERATOR, *silos] if member not in ("", OPERATOR) and len(silos) < 2 else silos
+    is_others = member in keys and member != OPERATOR
+    return [OPERATOR, *silos] if is_others and len(silos) < 2 else silos
 
 
 def still_missing(amendment: Amendment, rule: str, signed: Iterable[str], keys: Mapping[str, PublicKey]) -> list[str]:

@@ -21,7 +21,7 @@ FORMAT = 3
 SOFTWARE = "software"
 MOST_PACKAGES = 100
 LOCAL_OUTER = ("state",)  # what of `outer` is each machine's own affair
-LOCAL_TRUST = ("archive", "directory", "key_command")
+LOCAL_TRUST = ("added", "archive", "directory", "key_command", "policy")
 RUN = "run_id"
 
 
@@ -35,7 +35,7 @@ def agreed_settings(config: RunConfig) -> dict[str, Any]:
         "inner": dataclasses.asdict(config.inner),
         "outer": {key: value for key, value in outer.items() if key not in LOCAL_OUTER},
         "membership": dataclasses.asdict(config.membership),
-        "roster": config.full_roster,
+        "roster": config.agreed_roster,
         "trust": {key: value for key, value in trust.items() if key not in LOCAL_TRUST},
     }
 

@@ -32,6 +32,7 @@ FORMAT = 1
 PREFIX = "atoll-key-1:"
 KEY_BYTES, SIGNATURE_BYTES = 32, 64
 FILE_BYTES = 4096  # ten times what a private key's file has
+KEY_VARIABLE = "ATOLL_KEY"  # a command may have several, after a rotation
 COMMAND_SECONDS = 30.0  # somebody may have to touch a token
 READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # of a regular file, this does not wait
 CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -118,7 +119,8 @@ class CommandSigner:
 
     public: PublicKey
     command: tuple[str, ...]
-    """It gets the message on stdin, and says 64 bytes on stdout, raw or as base64. No shell comes between."""
+    """It gets the message on stdin, and the public line of the key that is to sign in ATOLL_KEY, and says 64 bytes on
+    stdout, raw or as base64. No shell comes between."""
     limit_seconds: float = COMMAND_SECONDS
 
     def sign(self, kind: str, data: bytes) -> str:
@@ -138,9 +140,11 @@ class CommandSigner:
         return text
 
     def _ask(self, message: bytes) -> bytes:
-        pipe = subprocess.PIPE
+        pipe, environment = subprocess.PIPE, os.environ | {KEY_VARIABLE: self.public.text}
         try:
-            child = subprocess.Popen(self.command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
+            child = subprocess.Popen(
+                self.command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, start_new_session=True
+            )
         except (OSError, ValueError) as error:  # ValueError: a NUL in it
             reason = error.strerror if isinstance(error, OSError) else error
             raise ConfigError(f"key_command: {self.command[0]!r} cannot be started: {reason}") from None

@@ -12,9 +12,10 @@ from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.trust.amendment import Terms
 from pretrain.trust.keys import PrivateKey, PublicKey, Signer, load_signer, new_key, read_key, verify
 from pretrain.trust.ledger import Record, RefusedError
-from pretrain.trust.seal import Sealer
+from pretrain.trust.seal import Epoch, Sealer
 
 R = TypeVar("R", bound=Record)
+EPOCH = ("from_version", "number", "sha256", "keys")  # what it has of the terms that begin it
 
 
 class OwnKeys:
@@ -38,8 +39,10 @@ class OwnKeys:
         """Who signs with a key; what was put beside since is found. Raises ConfigError if it is not here."""
         for file in successors(self._file) if key not in self._signers else ():
             found = read_key(file)
-            signer = found if isinstance(found, PrivateKey) else load_signer(file, self._command)
-            self._signers.setdefault(signer.public, signer)
+            if isinstance(found, PublicKey) and found == key:
+                self._signers[key] = load_signer(file, self._command)
+            elif isinstance(found, PrivateKey):
+                self._signers.setdefault(found.public, found)
         if key not in self._signers:
             raise ConfigError(
                 f"trust.directory: {str(self._file.parent)!r} given; none of {self._file}, {self._file.name}.1, ... is "
@@ -47,6 +50,16 @@ class OwnKeys:
                 "allowed: where atoll keys rotate made it"
             )
         return self._signers[key]
+
+    def private(self, key: PublicKey) -> PrivateKey:
+        """The private half of a key. Raises ConfigError if it is not here, or behind a command."""
+        if isinstance(found := self.holding(key), PrivateKey):
+            return found
+        raise ConfigError(
+            f"trust.seal: true given, and of {key.fingerprint}, a key of {self.member}, there is the public line alone "
+            f"in {self._file.parent}; allowed: the private file of atoll keys new {self.member}, as sealing takes the "
+            "private half of its agreement key, which no trust.key_command has; or trust.seal=false"
+        )
 
 
 def successors(file: Path) -> list[Path]:
@@ -68,6 +81,8 @@ class Members:
     """Ours, where we write."""
     later: list[Terms] = field(default_factory=list)
     """The amendments that were accepted, oldest first."""
+    contract_sha256: str = ""
+    """Of the contract that has these keys, once it was read."""
     sealer: Sealer | None = None
     """Ours, where payloads are sealed and we have the key."""
 
@@ -78,6 +93,30 @@ class Members:
     def keys_at(self, version: int) -> dict[str, PublicKey]:
         """The keys that hold at a version; those of members that lost theirs are not among them."""
         return terms.keys if (terms := self.terms_at(version)) else self.keys
+
+    @property
+    def first_keys(self) -> dict[str, PublicKey]:
+        """The first key of all who ever had one, by the contract or an amendment."""
+        oldest_last = [*(terms.keys for terms in reversed(self.later)), self.keys]
+        return {name: key for keys in oldest_last for name, key in keys.items()}
+
+    def all_silos(self, roster: Sequence[str]) -> list[str]:
+        """Those of the contract, and all that amendments have ever added; sorted."""
+        return sorted({*roster, *self.first_keys} - {OPERATOR})
+
+    def enters_at(self, member: str) -> int | None:
+        """The first version for which a member may sign; None if there is none yet."""
+        if not self.keys or member in self.keys:
+            return 0
+        return next((terms.from_version for terms in self.later if member in terms.keys), None)
+
+    def epochs(self) -> list[Epoch]:
+        """The contract, and each amendment that changed a key."""
+        found = [Epoch(from_version=0, number=0, sha256=self.contract_sha256, keys=self.keys)]
+        for terms in self.later:
+            if terms.keys != found[-1].keys:
+                found.append(Epoch(**{name: getattr(terms, name) for name in EPOCH}))
+        return found
 
     def has_key(self, member: str, version: int) -> bool:
         """Whether a member may sign for a version; where nothing is signed, all may."""
@@ -107,8 +146,8 @@ class Members:
         keys = next(last, self.keys) if version is None else self.keys_at(version)
         if (key := keys.get(member)) is None:
             raise ConfigError(
-                f"trust.keys.{member}: {self.signer.public.text} given, which counts no more from version "
-                f"{self._taken_away(member)} on, as the contract is amended; allowed: a member with a key"
+                f"trust.keys.{member}: {self.signer.public.text} given, which {self._why_none(member, version)}, as "
+                "the contract is amended; allowed: a member with a key"
             )
         return self.signer.holding(key).sign(kind, data)
 
@@ -122,11 +161,11 @@ class Members:
         """
         if not self.keys:
             return
-        if author not in self.keys:
+        if self.enters_at(author) is None:
             raise RefusedError(f"{author} is no member: the contract has no key of it")
         keys = self._keys_in_line(author) if version is None else [k for k in [self.keys_at(version).get(author)] if k]
         if not keys:
-            raise RefusedError(f"the key of {author} counts no more from version {self._taken_away(author)} on")
+            raise RefusedError(f"the key of {author} {self._why_none(author, version)}")
         for key in keys[1:]:
             try:
                 verify(key, kind, data, signature)
@@ -137,17 +176,25 @@ class Members:
 
     def _keys_in_line(self, author: str) -> list[PublicKey]:
         """The newest key of a member, and those before that it replaced itself; none if it has none any more."""
-        found = [self.keys[author]]
+        found = [self.keys[author]] if author in self.keys else []
         for terms in self.later:
             key = terms.keys.get(author)
-            if key is None:
-                return []
-            if key != found[0]:
+            if key is None or not found:
+                found = [key] if key else []
+            elif key != found[0]:
                 found = [key, *found] if terms.successor == author else [key]
         return found
 
-    def _taken_away(self, member: str) -> int:
-        return next(terms.from_version for terms in self.later if member not in terms.keys)
+    def _why_none(self, member: str, version: int | None) -> str:
+        """Why a key of a member that had or will have one does not count, at a version or at all."""
+        rows = [(0, member in self.keys), *((terms.from_version, member in terms.keys) for terms in self.later)]
+        if (enters := self.enters_at(member)) is None:
+            return "counts nothing until an amendment adds it"
+        if version is not None and version < enters:
+            return f"counts only from version {enters} on"
+        had = [has for since, has in rows if version is None or since <= version]
+        last = max(place for place, has in enumerate(had) if has)
+        return f"counts no more from version {rows[last + 1][0]} on"
 
 
 def _version(record: Record) -> int:
@@ -163,6 +210,7 @@ def public_keys(config: RunConfig) -> dict[str, PublicKey]:
     """The keys of a configuration. Raises ConfigError for a line that is none, and for two members with one key."""
     _check_sealing(config)
     found = {name: PublicKey.parse(text, f"trust.keys.{name}") for name, text in sorted(config.trust.keys.items())}
+    found |= {name: PublicKey.parse(text, f"trust.added.{name}") for name, text in sorted(config.trust.added.items())}
     names: dict[bytes, str] = {}
     for name, key in found.items():
         if (other := names.setdefault(key.signing, name)) != name:
@@ -180,42 +228,41 @@ def _check_sealing(config: RunConfig) -> None:
 
 def act_as(members: Members, config: RunConfig, name: str) -> None:
     """Sign, and seal or open, as a member from now on. Raises ConfigError; see `own_signer` and `own_sealer`."""
-    members.signer, members.sealer = own_signer(config, name), own_sealer(config, name)
+    members.signer = own_signer(config, name)
+    members.sealer = own_sealer(members, config, name)
 
 
-def own_sealer(config: RunConfig, name: str) -> Sealer | None:
+def own_sealer(members: Members, config: RunConfig, name: str) -> Sealer | None:
     """What seals or opens as a member on this machine; None where nothing is sealed. Raises ConfigError without it."""
-    if not config.trust.seal:
+    if not config.trust.seal or (own := own_signer(config, name)) is None:
         return None
-    keys, own = public_keys(config), read_key(config.key_file(name))
-    if not isinstance(own, PrivateKey):
-        raise ConfigError(
-            f"trust.seal: true given, and {config.key_file(name)} has a public key alone; allowed: the private file of "
-            f"atoll keys new {name} there, as sealing takes the private half of its agreement key, which no "
-            "trust.key_command has; or trust.seal=false"
-        )
-    return Sealer(own, keys)
+    own.private(own.public)  # or what it cannot open is only said later
+    return Sealer(name, own.private, members.epochs)
 
 
-def operator_sealer(file: Path, config: RunConfig) -> Sealer:
-    """What opens the deliveries of a contract's members, with the operator's private key. Raises ConfigError."""
-    own, keys = read_key(file), public_keys(config)
-    agreed = keys[OPERATOR]
+def operator_sealer(members: Members, file: Path, config: RunConfig) -> Sealer:
+    """What opens the deliveries of a contract's members, with the operator's private key. Raises ConfigError.
+
+    Its successors are found beside it.
+    """
+    own, agreed = read_key(file), public_keys(config)[OPERATOR]
     if not isinstance(own, PrivateKey) or own.public != agreed:
         whose = own if isinstance(own, PublicKey) else own.public
         raise ConfigError(
             f"--key: {file}, {'a public key' if whose is own else 'the key'} {whose.fingerprint}, given; allowed: the "
             f"private key of the aggregator's operator, {agreed.fingerprint}, which opens what is sealed"
         )
-    return Sealer(own, keys)
+    return Sealer(OPERATOR, OwnKeys(OPERATOR, file, own).private, members.epochs)
 
 
-def own_signer(config: RunConfig, name: str) -> Signer | None:
+def own_signer(config: RunConfig, name: str) -> OwnKeys | None:
     """Who signs for a member on this machine; None where nothing is signed. Raises ConfigError for another's key."""
     if not config.trust.keys:
         _check_sealing(config)
         return None
-    agreed = PublicKey.parse(config.trust.keys[name], f"trust.keys.{name}")
+    if (text := (config.trust.keys | config.trust.added).get(name)) is None:
+        raise ConfigError(f"trust.keys: none of {name} given; allowed: that of a member")
+    agreed = PublicKey.parse(text, f"trust.keys.{name}")
     return own_keys(name, agreed, config.key_file(name), given=config.trust.directory, command=config.trust.key_command)
 
 

@@ -8,7 +8,7 @@ who was killed writes what it wrote before. docs/formats.md has it byte by byte.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -63,13 +63,27 @@ class Place:
         return f"{self.contract_sha256} {self.author} {self.version} {self.fragment} {self.file}\n".encode()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """The versions from one change of the members' keys to the next, for which the group has one key."""
+
+    from_version: int
+    number: int
+    """Of the amendment that changed a key; 0 of the contract."""
+    sha256: str
+    """Of the bytes of that."""
+    keys: Mapping[str, PublicKey]
+
+
 class Sealer:
     """Seals and opens as a member. Whoever can open what another has sealed could have sealed it: who did, signs."""
 
-    def __init__(self, own: PrivateKey, keys: Mapping[str, PublicKey]) -> None:
-        """`keys` are those of the contract, ours among them."""
-        self._own, self._keys = own, keys
-        self._group: dict[str, bytes] = {}  # the group's key, by sha256 of the contract
+    def __init__(
+        self, member: str, own: Callable[[PublicKey], PrivateKey], epochs: Callable[[], Sequence[Epoch]]
+    ) -> None:
+        """`own` is the private half of a key of ours, `epochs` are all that are known, the contract's first."""
+        self.member, self._own, self._epochs = member, own, epochs
+        self._group: dict[str, bytes] = {}  # the group's key, by sha256 of the epoch
 
     def seal(self, payload: Payload, file: Path, target: Path, place: Place) -> Payload:
         """Write a payload's file, sealed, to a new file; returns what is told of that, under the payload's name.
@@ -127,51 +141,79 @@ class Sealer:
 
     # ---- the group's key
 
-    def give(self, contract_sha256: str, member: str) -> str:
-        """As the operator: the group's key, for one member alone, in hexadecimal."""
-        return self._wrapping(contract_sha256, member).encrypt(NO_NONCE, self._group_key(contract_sha256), None).hex()
+    def epoch(self, version: int) -> Epoch:
+        """That of a version."""
+        return next(epoch for epoch in reversed(self._epochs()) if epoch.from_version <= version)
 
-    def take(self, contract_sha256: str, member: str, given: str) -> None:
+    def newest_epoch(self) -> Epoch | None:
+        """The last in which we have a key."""
+        return next((epoch for epoch in reversed(self._epochs()) if self.member in epoch.keys), None)
+
+    def can_open(self, version: int) -> bool:
+        """Whether the group's key of a version is here."""
+        return self.member == OPERATOR or self.epoch(version).sha256 in self._group
+
+    def give(self, epoch: Epoch, member: str) -> str:
+        """As the operator: the group's keys up to an epoch, for one member alone, in hexadecimal."""
+        keys = b"".join(map(self._group_key, self._until(epoch)))
+        return self._wrapping(epoch, member).encrypt(NO_NONCE, keys, None).hex()
+
+    def take(self, epoch: Epoch, given: str) -> None:
         """As a member: go by what the operator has given us. Raises RefusedError if it is not for us."""
+        epochs = self._until(epoch)
         try:
-            key = self._wrapping(contract_sha256, member).decrypt(NO_NONCE, bytes.fromhex(given), None)
+            keys = self._wrapping(epoch, self.member).decrypt(NO_NONCE, bytes.fromhex(given), None)
         except (InvalidTag, ValueError):
+            keys = b""
+        if len(keys) != KEY_BYTES * len(epochs):
             raise RefusedError(
-                f"the group's key cannot be opened: it is not as the operator gave it to {member}"
+                f"the group's key cannot be opened: it is not as the operator gave it to {self.member}"
             ) from None
-        self._group[contract_sha256] = key
+        for number, one in enumerate(epochs):
+            self._group[one.sha256] = keys[KEY_BYTES * number : KEY_BYTES * (number + 1)]
 
-    def _group_key(self, contract_sha256: str) -> bytes:
+    def _until(self, epoch: Epoch) -> list[Epoch]:
+        return [one for one in self._epochs() if one.number <= epoch.number]
+
+    def _group_key(self, epoch: Epoch) -> bytes:
         """The operator's follows from its private key, so that it is the same after a restart."""
-        if contract_sha256 not in self._group:
-            assert self._own.public == self._keys[OPERATOR], "the group's key was not taken"
-            own, info = self._own.agreement.private_bytes_raw(), b"atoll/1 group\0" + contract_sha256.encode()
-            self._group[contract_sha256] = HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=None, info=info).derive(own)
-        return self._group[contract_sha256]
+        if epoch.sha256 not in self._group:
+            if self.member != OPERATOR:
+                raise RefusedError(
+                    f"the group's key from version {epoch.from_version} on was not given to {self.member}"
+                )
+            own = self._own(epoch.keys[OPERATOR]).agreement.private_bytes_raw()
+            info = b"atoll/1 group\0" + epoch.sha256.encode()
+            self._group[epoch.sha256] = HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=None, info=info).derive(own)
+        return self._group[epoch.sha256]
 
-    def _wrapping(self, contract_sha256: str, member: str) -> ChaCha20Poly1305:
-        """What seals the group's key to a member: that one message."""
-        shared, ends = self._shared(member)
-        info = b"atoll/1 group-key\0" + ends + f"{contract_sha256} {member}\n".encode()
+    def _wrapping(self, epoch: Epoch, member: str) -> ChaCha20Poly1305:
+        """What seals the group's keys to a member: that one message."""
+        shared, ends = self._shared(epoch, member)
+        info = b"atoll/1 group-key\0" + ends + f"{epoch.sha256} {member}\n".encode()
         return ChaCha20Poly1305(HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=None, info=info).derive(shared))
 
     # ---- secrets
 
     def _secrets(self, place: Place) -> tuple[bytes, bytes]:
         """What those who may read can know of this place: the key of its salts, and what its keys follow from."""
+        epoch = self.epoch(place.version)
         if place.author == OPERATOR:
-            shared, ends = self._group_key(place.contract_sha256), b""
+            shared, ends = self._group_key(epoch), b""
         else:
-            shared, ends = self._shared(place.author)
+            shared, ends = self._shared(epoch, place.author)
         info = b"atoll/1 seal\0" + ends + place.to_bytes()
         found = HKDF(algorithm=SHA256(), length=2 * KEY_BYTES, salt=None, info=info).derive(shared)
         return found[:KEY_BYTES], found[KEY_BYTES:]
 
-    def _shared(self, silo: str) -> tuple[bytes, bytes]:
+    def _shared(self, epoch: Epoch, silo: str) -> tuple[bytes, bytes]:
         """The secret of a silo and the operator, and both public keys."""
-        its, operator = self._keys[silo].agreement, self._keys[OPERATOR].agreement
-        other = its if self._own.public.agreement == operator else operator
-        return self._own.agreement.exchange(X25519PublicKey.from_public_bytes(other)), its + operator
+        for member in (silo, self.member):
+            if member not in epoch.keys:
+                raise RefusedError(f"{member} has no key from version {epoch.from_version} on")
+        its, operator = epoch.keys[silo].agreement, epoch.keys[OPERATOR].agreement
+        own, other = self._own(epoch.keys[self.member]), its if self.member == OPERATOR else operator
+        return own.agreement.exchange(X25519PublicKey.from_public_bytes(other)), its + operator
 
 
 def _salt(key: bytes, plain_blake3: str) -> bytes:

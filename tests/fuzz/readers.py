@@ -33,7 +33,7 @@ from pretrain.trust.contract import FORMAT, first_contract, read_contract
 from pretrain.trust.keys import PublicKey
 from pretrain.trust.ledger import Agreement, Commit, GroupKey, Manifest, RefusedError, Snapshot
 from tests.unit.trust.test_ledger import COMMIT, MANIFEST
-from tests.unit.trust.test_seal import PLACE, sealed, sealer
+from tests.unit.trust.test_seal import EPOCH, PLACE, sealed, sealer
 
 SHAPE = torch.Size([6, 5])
 ROLLBACK = Rollback(
@@ -176,7 +176,7 @@ AGREEMENT = Agreement(contract_sha256="a" * 64, member="alpha", signature="c" * 
 AMENDMENT = Amendment(number=1, previous="a" * 64, from_version=3, changes=["outer.lr=0.5"], author="alpha")
 ACCEPTANCE = Acceptance(amendment_sha256="a" * 64, version=1)
 RUN = "c0" * 32
-GROUP_KEY = GroupKey(contract_sha256=RUN, member="law", sealed=sealer(OPERATOR).give(RUN, "law"))
+GROUP_KEY = GroupKey(contract_sha256=RUN, member="law", sealed=sealer(OPERATOR).give(EPOCH, "law"))
 # Of the seeds 9d61b19d... (RFC 8032, 7.1, test 1) and 77076d0a... (RFC 7748, 6.1).
 KEY = PublicKey(
     signing=bytes.fromhex("d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a"),
@@ -190,7 +190,7 @@ def sealed_payload() -> bytes:
 
 
 def read_group_key(data: bytes, _: Path) -> None:
-    sealer("law").take(RUN, "law", GroupKey.from_bytes(data).sealed)
+    sealer("law").take(EPOCH, GroupKey.from_bytes(data).sealed)
 
 
 READERS: dict[str, Reader] = {

@@ -107,3 +107,14 @@ def said(capsys: pytest.CaptureFixture[str]) -> Callable[[], str]:
         return "".join(parts)
 
     return said
+
+
+@pytest.fixture
+def make(tiny_config: TinyConfig, tmp_path: Path) -> Callable[..., RunConfig]:
+    """A configuration of four versions with all keys in the run directory."""
+
+    def make(*, trust: dict[str, str] | None = None, **changes: object) -> RunConfig:
+        settings = {"inner": {"num_steps": 16}, "outer": {"lr": 0.5}, "exchange": {"snapshot_versions": 4}} | changes
+        return with_keys(tiny_config(tmp_path, trust={"directory": ""} | (trust or {}), **settings), make=True)
+
+    return make

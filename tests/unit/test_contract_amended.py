@@ -1,6 +1,8 @@
 """Amendments of a signed run's contract: the real aggregator in this process, deliveries that are written by hand."""
 
 import dataclasses
+import shutil
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,17 +34,6 @@ from tests.waiting import PATIENCE_SECONDS, wait_for
 
 QUORUM = {"quorum": 2, "deadline_floor_seconds": 0.0, "deadline_ceiling_seconds": 0.5}
 LR = "outer.lr=0.25"
-
-
-@pytest.fixture
-def make(tiny_config: TinyConfig, tmp_path: Path) -> Callable[..., RunConfig]:
-    """A configuration of four versions with all keys in the run directory."""
-
-    def make(*, trust: dict[str, str] | None = None, **changes: object) -> RunConfig:
-        settings = {"inner": {"num_steps": 16}, "outer": {"lr": 0.5}, "exchange": {"snapshot_versions": 4}} | changes
-        return with_keys(tiny_config(tmp_path, trust={"directory": ""} | (trust or {}), **settings), make=True)
-
-    return make
 
 
 def deliver(config: RunConfig, state: OuterState, silo: str, factor: float = 2, *, tokens: int = 100) -> None:
@@ -287,6 +278,48 @@ def test_a_rotated_key_signs_from_its_version_on(make: Callable[..., RunConfig],
     old = load_signer(keys / "beta.key").sign("word", word.to_sign(exchange.contract_sha256, name))
     exchange.objects.write(name, dataclasses.replace(word, signature=old).to_bytes())
     assert exchange.membership("beta") == word
+
+
+SIGNING = """
+import base64, json, os, pathlib, sys
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+for path in pathlib.Path(sys.argv[1]).iterdir():
+    key = json.loads(path.read_text())
+    if key["public"] == os.environ["ATOLL_KEY"]:
+        secret = Ed25519PrivateKey.from_private_bytes(base64.urlsafe_b64decode(key["signing"] + "="))
+        sys.stdout.buffer.write(secret.sign(sys.stdin.buffer.read()))
+"""
+
+
+def test_a_key_behind_a_command_is_rotated(make: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """Beta's machine has public lines alone; the command is told which of its keys is to sign."""
+    config = make(inner={"num_steps": 12})
+    keys, token, program = Path(config.directory) / "keys", tmp_path / "token", tmp_path / "sign.py"
+    token.mkdir()
+    program.write_text(SIGNING)
+    aggregator, state = begin(config)
+    shutil.move(keys / "beta.key", token)
+    (keys / "beta.key").write_text(config.trust.keys["beta"] + "\n")
+    successor, command = new_key(token / "beta.key.1", "beta"), [sys.executable, str(program), str(token)]
+    agreed = Agreed.at(config.store_url)
+    assert "; allowed: the private one of atoll keys new, or a key_command" in one_line_error(
+        rotate, agreed, "beta", keys, 2
+    )
+    assert one_line_error(rotate, agreed, "beta", keys, 2, command).startswith(
+        f"{keys / 'beta.key.1'}: not there; allowed: the public line of the key that the key_command is to sign with"
+    )
+    (keys / "beta.key.1").write_text(successor.text + "\n")
+    proposal, file = rotate(agreed, "beta", keys, 2, command)
+    assert (proposal.missing, file) == ([], keys / "beta.key.1")
+    beta = dataclasses.replace(config, trust=dataclasses.replace(config.trust, key_command=command))
+    for version in (1, 2):
+        deliver(config, state, "alpha")
+        deliver(beta, state, "beta")
+        one_version(aggregator, state)
+        assert state.version == version
+    found = verified(config, tmp_path)
+    assert (found.findings, found.num_amendments, found.merged) == ([], 1, [1, 2])
 
 
 def test_who_changes_its_key_signs_again_what_holds_later(make: Callable[..., RunConfig], tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,9 @@ from pretrain.federation.preflight import check_silo
 from pretrain.federation.relay import Relay
 from pretrain.sync.through_store import ThroughStore
 from pretrain.trust.contract import build_contract
+from pretrain.trust.keys import CommandSigner, load_signer, new_key
 from pretrain.trust.ledger import GroupKey, Manifest, RefusedError
-from pretrain.trust.members import own_sealer, with_keys
+from pretrain.trust.members import OwnKeys, own_sealer, with_keys
 from pretrain.trust.seal import sealed_bytes
 from tests.conftest import TinyConfig
 from tests.distributed.federation import assert_same_bits
@@ -60,6 +61,7 @@ def outgoing(config: RunConfig, state: OuterState, silo: str) -> tuple[ThroughSt
     there.unlink()
     through = ThroughStore(config, silo)
     through._store.read_contract()
+    manifest = dataclasses.replace(manifest, contract_sha256=through.terms_sha256(manifest.version))
     payload = through.sealed(file_payload(file, manifest.payloads[0].fragment), file, manifest.version)
     return through, Outgoing(dataclasses.replace(manifest, payloads=[payload]), file)
 
@@ -67,12 +69,17 @@ def outgoing(config: RunConfig, state: OuterState, silo: str) -> tuple[ThroughSt
 def advance(config: RunConfig, num_versions: int) -> tuple[Aggregator, OuterState]:
     aggregator, state = begin(config)
     while state.version < num_versions:
-        for silo in config.full_roster:
-            through, sent = outgoing(config, state, silo)
-            through.deliver(sent)
-            through.close("")
-        one_version(aggregator, state)
+        go_on(config, aggregator, state, config.full_roster)
     return aggregator, state
+
+
+def go_on(config: RunConfig, aggregator: Aggregator, state: OuterState, silos: Sequence[str]) -> None:
+    """The next version."""
+    for silo in silos:
+        through, sent = outgoing(config, state, silo)
+        through.deliver(sent)
+        through.close("")
+    one_version(aggregator, state)
 
 
 def payload_file(config: RunConfig, silo: str, version: int) -> Path:
@@ -212,21 +219,22 @@ def test_the_groups_key_is_the_operators_word_to_one_member(
 ) -> None:
     begin(sealed)
     alpha, folder = as_member(sealed, "alpha"), Path(sealed.store_url) / "keys"
-    alpha.members.sealer = own_sealer(sealed, "alpha")
+    alpha.members.sealer = own_sealer(alpha.members, sealed, "alpha")
+    (epoch,) = alpha.members.epochs()
     before = (folder / "alpha.json").read_bytes()
     shutil.copy(folder / "beta.json", folder / "alpha.json")
     with pytest.raises(RefusedError, match=r"^keys/alpha.json, the key of what is sealed for all, is not there"):
-        take_group_key(alpha, "alpha")
+        take_group_key(alpha)
     forged = GroupKey(contract_sha256=alpha.contract_sha256, member="alpha", sealed="00" * 48)
     (folder / "alpha.json").write_bytes(as_member(sealed, "beta").members.sign(forged).to_bytes())
-    assert given_group_key(alpha, "alpha") is None
+    assert given_group_key(alpha, epoch, "alpha") is None
     assert "keys/alpha.json is passed over: " in capsys.readouterr().out
     betas = GroupKey.from_bytes((folder / "beta.json").read_bytes())
     with pytest.raises(RefusedError, match="the group's key cannot be opened"):
-        alpha.members.sealer.take(alpha.contract_sha256, "alpha", betas.sealed)
+        alpha.members.sealer.take(epoch, betas.sealed)
     start(sealed)  # the operator writes it again, the same
     assert (folder / "alpha.json").read_bytes() == before
-    take_group_key(alpha, "alpha")
+    take_group_key(alpha)
 
 
 def test_a_relay_hands_on_what_is_sealed_as_it_is(sealed: RunConfig, tmp_path: Path) -> None:
@@ -282,9 +290,11 @@ def test_another_key_opens_nothing(sealed: RunConfig) -> None:
 def test_sealing_takes_the_private_half_of_the_agreement_key(sealed: RunConfig) -> None:
     """With a command that signs, the file has the public line alone."""
     file = sealed.key_file("alpha")
-    file.write_text(sealed.trust.keys["alpha"] + "\n")
-    line = one_line_error(own_sealer, sealed, "alpha")
-    assert line.startswith(f"trust.seal: true given, and {file} has a public key alone; allowed: the private file of")
+    own = OwnKeys("alpha", file, load_signer(file))
+    own.holding(public := new_key(file.with_name("alpha.key.1"), "alpha"))
+    command = CommandSigner(public=public, command=("true",))
+    line = one_line_error(OwnKeys("alpha", file, command).private, public)
+    assert line.startswith(f"trust.seal: true given, and of {public.fingerprint}, a key of alpha, there is the public ")
     assert "no trust.key_command has" in line
 
 

@@ -34,6 +34,11 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     (["data=[a]"], ["data: unknown key given", "; type silo.data=... or silos.NAME.data=..."]),
     (["silos.alpha.data=a"], ["silos.alpha.data: 'a' given; allowed: a list: type silos.alpha.data=[a]"]),
     (["trust.keys={alpha: a, beta: b}"], ["trust.keys: none given of aggregator; allowed: one of every silo of the"]),
+    (["trust.added={gamma: d}"], ["trust.added: ['gamma'] given; allowed: none without trust.keys and a store"]),
+    (
+        ["trust.keys={alpha: a, beta: b, aggregator: c}", "trust.added={beta: d}", "roster=[alpha, beta]"],
+        ["trust.added: beta given; allowed: silos that the contract does not have"],
+    ),
     (
         ["trust.keys={alpha: a, beta: b, aggregator: c, gamma: d}"],
         ["trust.keys: one of gamma given; allowed: aggregator, alpha, beta"],

@@ -11,6 +11,7 @@ from pretrain.config.keys import RunConfig
 from pretrain.exchange.options import destination
 from pretrain.federation.preflight import check_policy, check_silo
 from pretrain.federation.relay import Relay
+from pretrain.trust.contract import agreed_settings
 from pretrain.trust.policy import ALLOWED, Policy, read_policy
 from tests.conftest import TinyConfig
 from tests.support import ROOT, one_line_error
@@ -70,6 +71,13 @@ def test_all_keys_are_read(dump: Any, tiny_config: TinyConfig, tmp_path: Path) -
 def test_what_is_no_policy_is_one_line(said: str, error: str, tiny_config: TinyConfig, tmp_path: Path) -> None:
     config = configured(tiny_config, tmp_path, said)
     assert f"trust.policy: {config.trust.policy} given; {error}" in one_line_error(check_silo, config, "alpha")
+
+
+def test_a_policy_is_part_of_no_contract(tiny_config: TinyConfig, tmp_path: Path) -> None:
+    """A silo with one of its own has the contract of those without."""
+    config, without = configured(tiny_config, tmp_path, yaml.safe_dump(ALL)), tiny_config(tmp_path)
+    assert config.trust.policy
+    assert agreed_settings(config) == agreed_settings(without)
 
 
 def test_a_policy_that_is_not_there(tiny_config: TinyConfig, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from pretrain.trust.seal import (
     HEADER_BYTES,
     MAGIC,
     TAG_BYTES,
+    Epoch,
     Place,
     Sealer,
     opened_bytes,
@@ -51,8 +52,11 @@ def private(name: str) -> PrivateKey:
 KEYS = {name: private(name).public for name in AGREEMENT}
 
 
-def sealer(name: str) -> Sealer:
-    return Sealer(private(name), KEYS)
+EPOCH = Epoch(from_version=0, number=0, sha256=PLACE.contract_sha256, keys=KEYS)
+
+
+def sealer(name: str, epoch: Epoch = EPOCH) -> Sealer:
+    return Sealer(name, lambda key: private(name), lambda: [epoch])
 
 
 def sealed(directory: Path, data: bytes, place: Place = PLACE) -> tuple[bytes, Payload]:
@@ -201,10 +205,10 @@ def test_what_the_operator_seals_for_all_opens_for_who_was_given_the_key(tmp_pat
     assert found[0] == found[1]
     member = sealer("law")
     with pytest.raises(RefusedError, match="the group's key cannot be opened"):
-        member.take(PLACE.contract_sha256, "law", sealer(OPERATOR).give(PLACE.contract_sha256, "medicine"))
+        member.take(EPOCH, sealer(OPERATOR).give(EPOCH, "medicine"))
     with pytest.raises(RefusedError, match="the group's key cannot be opened"):
-        member.take(PLACE.contract_sha256, "law", sealer(OPERATOR).give("c1" * 32, "law"))
-    member.take(PLACE.contract_sha256, "law", sealer(OPERATOR).give(PLACE.contract_sha256, "law"))
+        member.take(EPOCH, sealer(OPERATOR, other := replace(EPOCH, sha256="c1" * 32)).give(other, "law"))
+    member.take(EPOCH, sealer(OPERATOR).give(EPOCH, "law"))
     member.open(target, place)
     assert target.read_bytes() == data
     target.write_bytes(found[0])
