@@ -130,7 +130,11 @@ def describe(agreed: Agreed) -> Iterator[tuple[str, str]]:
         f"{rules.deadline_floor_seconds:g} to {rules.deadline_ceiling_seconds:g} s after the commit before"
     )
     yield "quorum", enough
-    yield from _told_of_silos(agreed)
+    yield from told_of_silos(config)
+    software = read_contract(agreed.contract, agreed.url)[1]
+    versions = named([f"{package} {version}" for package, version in software.items()]) or "none recorded"
+    rule = "others do not take part" if config.trust.software == "exact" else "others are told what differs"
+    yield "software", f"{versions}: {rule}"
     if not members.keys:
         yield "roster", f"{named(config.full_roster)}; no keys are named: nothing is signed"
         return
@@ -145,20 +149,15 @@ def describe(agreed: Agreed) -> Iterator[tuple[str, str]]:
         yield f"amendment {proposal.amendment.number}", describe_amendment(agreed, proposal)
 
 
-def _told_of_silos(agreed: Agreed) -> Iterator[tuple[str, str]]:
-    """What silos say of themselves, and by what it is bounded."""
-    config, terms = agreed.config, agreed.config.trust
+def told_of_silos(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """What silos tell of themselves by a contract, who sees it, and what it does."""
     if (floor := config.outer.quality_floor) is not None:
         yield "quality", f"a loss above {floor:g} times the median of the other silos' does not count"
-    of_tier = {tier: named([name for name, its in terms.metrics.items() if its == tier]) for tier in TIERS}
+    of_tier = {tier: named([name for name, its in config.trust.metrics.items() if its == tier]) for tier in TIERS}
     yield "metrics", "; ".join(f"{tier}: {names}" for tier, names in of_tier.items() if names)
     clip = config.inner.clip_norm
     clipped = f"gradients of a step clipped to {clip:g}" if clip else "gradients not clipped"
-    yield "privacy", f"{clipped}, no noise; payloads {'sealed' if terms.seal else 'not sealed'}"
-    software = read_contract(agreed.contract, agreed.url)[1]
-    versions = named([f"{package} {version}" for package, version in software.items()]) or "none recorded"
-    rule = "others do not take part" if terms.software == "exact" else "others are told what differs"
-    yield "software", f"{versions}: {rule}"
+    yield "privacy", f"{clipped}, no noise; payloads {'sealed' if config.trust.seal else 'not sealed'}"
 
 
 def _since(agreed: Agreed, name: str) -> str:

@@ -1,5 +1,6 @@
 """A floor of quality in whole runs: three silos through a store, and among themselves, to the same bits."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from tests.support import TinyText, tiny_silo
 def test_the_collective_judges_as_the_aggregator_does(
     tmp_path: Path, tiny_config: TinyConfig, tiny_text: TinyText
 ) -> None:
-    """With a floor of 1 nobody counts whose loss is above the median of the others'."""
+    """With a floor of 1 nobody counts whose loss is above the median of the others'. Norms are the members' own."""
 
     def run(directory: Path, exchange: dict[str, Any]) -> Outcome:
         silos = {"gamma": tiny_silo(tiny_text, "gamma")}
-        return federate(tiny_config(directory, outer={"quality_floor": 1.0}, exchange=exchange, silos=silos))
+        terms = {"outer": {"quality_floor": 1.0}, "trust": {"metrics": {"pseudo_gradient_norm": "member"}}}
+        return federate(tiny_config(directory, exchange=exchange, silos=silos, **terms))
 
     stored, among = run(tmp_path / "store", {}), run(tmp_path / "among", collective())
     last, left_out = among.config.schedule.num_versions, 0
@@ -38,3 +40,6 @@ def test_the_collective_judges_as_the_aggregator_does(
     for outcome in (stored, among):
         logs = "".join(file.read_text() for file in (Path(outcome.config.directory) / "logs").rglob("*.log"))
         assert " does not count: its loss is " in logs
+    manifests = [*Path(stored.config.store_url).glob("silos/*/*/manifest.json")]
+    assert len(manifests) == 3 * last
+    assert all(json.loads(file.read_bytes())["metrics"].keys() == {"loss"} for file in manifests)
