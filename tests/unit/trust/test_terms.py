@@ -14,6 +14,7 @@ from pretrain.config.check import METRICS
 from pretrain.config.keys import RunConfig, TrustConfig, WandbConfig
 from pretrain.exchange.store import StoreExchange
 from pretrain.federation.contract import Agreed, describe, propose
+from pretrain.federation.preflight import check_silo
 from pretrain.federation.verify import StoreVerifier
 from pretrain.host import software
 from pretrain.host.journal import Journal
@@ -26,6 +27,7 @@ from tests.conftest import TinyConfig
 from tests.support import one_line_error
 from tests.unit.test_aggregate import Hand, one_version, start, times
 from tests.unit.test_signed import begin, deliver, manifest_file, sign_delivery
+from tests.unit.trust.test_policy import configured
 
 KEPT = {"loss": "member", "pseudo_gradient_norm": "consortium", "tokens": "consortium"}
 
@@ -224,3 +226,55 @@ def test_other_software_is_refused_where_the_contract_says_exact(
     )
     assert one_line_error(ThroughStore(config, "alpha").join) == expected
     assert one_line_error(start, config) == expected
+
+
+# ---- a site's own policy
+
+
+FOUR = {"silos": {"gamma": {}, "delta": {}}, "outer": {"quality_floor": 1.25}}
+
+
+@pytest.mark.parametrize(
+    ("said", "error"),
+    [
+        (
+            "metrics: [tokens]",
+            "its metrics is tokens, and the contract's outer.quality_floor is 1.25, which needs loss",
+        ),
+        (
+            "least_silos: 3",
+            "its least_silos is 3, and the contract's outer.quality_floor is 1.25, with which 2 of 4 may be all that "
+            "count",
+        ),
+    ],
+)
+def test_a_policy_wins_over_a_floor(said: str, error: str, tiny_config: TinyConfig, tmp_path: Path) -> None:
+    config = configured(tiny_config, tmp_path, said, **FOUR)
+    line = f"trust.policy: {config.trust.policy} given; {error}; change either, or take no part"
+    assert one_line_error(check_silo, config, "alpha") == line
+    assert not Path(config.directory).exists()
+
+
+def test_who_does_not_count_is_not_one_of_those_with_which_ours_is_merged(
+    tiny_config: TinyConfig, tmp_path: Path
+) -> None:
+    """As after an amendment; ours is merged with nobody where it does not count itself."""
+    config = tiny_config(tmp_path, **FOUR)
+    aggregator, state = start(config)
+    for silo, loss in zip(config.full_roster, (1.0, 1.1, 9.0, 9.0), strict=True):  # alpha, beta, delta, gamma
+        hand = Hand(manifest=lambda manifest, loss=loss: manifest.update(metrics={"loss": loss}))
+        hand.deliver(config, silo, state, times(state, 2))
+    one_version(aggregator, state)
+    config.trust.policy = str(tmp_path / "policy.yaml")
+    Path(config.trust.policy).write_text("least_silos: 3")
+    for silo in ("alpha", "delta"):
+        exchange = ThroughStore(config, silo)
+        exchange._store.read_contract()
+        exchange._delivered.begin(9)
+        counts = {one.silo: one.weight for one in exchange._store.read_commit(1).contributors}
+        assert counts == {"alpha": 100, "beta": 100, "delta": 0, "gamma": 0}
+        if silo == "delta":
+            exchange.receive(1, None, state.parameters)
+        else:
+            line = one_line_error(exchange.receive, 1, None, state.parameters)
+            assert "its least_silos is 3, and commit 1 has merged what we delivered among 2;" in line
