@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from launch.show.report import write_report
 from pretrain.config.check import METRICS
 from pretrain.config.keys import RunConfig, TrustConfig, WandbConfig
 from pretrain.exchange.store import StoreExchange
@@ -25,6 +26,7 @@ from pretrain.trust.ledger import Manifest
 from pretrain.trust.policy import TELLS, Policy, read_policy
 from tests.conftest import TinyConfig
 from tests.support import one_line_error
+from tests.unit.launch.show.test_report import make_run
 from tests.unit.test_aggregate import Hand, one_version, start, times
 from tests.unit.test_signed import begin, deliver, manifest_file, sign_delivery
 from tests.unit.trust.test_policy import configured
@@ -118,6 +120,14 @@ def test_what_is_the_consortiums_is_not_in_weights_and_biases(monkeypatch: pytes
     ]
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [len(record) for record in records] == [3 + 5, 3 + 3, 3 + 3 + len(told)]
+
+
+def test_a_report_says_that_it_is_not_for_publication(tmp_path: Path) -> None:
+    config = make_run(tmp_path / "run")
+    line = "Not for publication: by the contract (trust.metrics) loss, pseudo_gradient_norm, tokens of silos stay"
+    assert line not in write_report(config).read_text()
+    config.trust.metrics |= KEPT
+    assert line in write_report(config).read_text()
 
 
 def test_what_must_not_travel_is_refused_by_name(tiny_config: TinyConfig, tmp_path: Path) -> None:
