@@ -53,6 +53,7 @@ from pretrain.trust.contract import build_contract, check_same_contract, first_c
 from pretrain.trust.egress import tracked
 from pretrain.trust.ledger import Commit, Contributor, Payload, RefusedError, sha256_bytes
 from pretrain.trust.policy import Policy
+from pretrain.trust.quality import losses, say_not_counted
 
 MOST_REPAIRS = 3  # a version: whoever says that it is damaged has all of it read again
 
@@ -246,7 +247,7 @@ class Aggregator:
             contributor(delivery.manifest, delivery.manifest_bytes, weight)
             for delivery, weight in zip(deliveries, merged.weights, strict=True)
         ]
-        divisor, metrics = sum(merged.weights), merged.metrics | self._facts(deliveries)
+        divisor, metrics = sum(merged.weights), merged.metrics | self._facts(deliveries, state.version + 1)
         fragment = self._schedule.fragment(state.version + 1)
         commit = self._commit(
             state, [fragment], merged.changes, contributors, moments=merged.moments, divisor=divisor, metrics=metrics
@@ -257,6 +258,7 @@ class Aggregator:
             f"cosine {metrics['cosine_mean']:+.3f}  digest {state.parameters_digest[:12]}",
             flush=True,
         )
+        say_not_counted(commit)
         self._journal.record("commit", **commit_record(self._config, commit))
         merged_again = self._config.trust.keep_deliveries + 1  # from the version before them
         keep = max(self._config.exchange.keep_versions, merged_again)
@@ -266,9 +268,11 @@ class Aggregator:
         if self.snapshots.is_due(state.version):
             self.snapshots.begin(state, commit, self._merger.fragments[fragment])
 
-    def _facts(self, deliveries: list[Delivery]) -> dict[str, float]:
-        """What later rounds need to know of the silos in this one."""
+    def _facts(self, deliveries: list[Delivery], version: int) -> dict[str, float]:
+        """What later rounds, or those who check this one, need to know of the silos in it."""
         rules, facts = self._config.membership, {}
+        if self._config.outer.quality_floor is not None:
+            facts = losses([delivery.manifest for delivery in deliveries], version)
         for delivery in deliveries:
             silo = delivery.manifest.silo
             if rules.max_norm_ratio and not delivery.base:
@@ -367,7 +371,9 @@ def main() -> int:
     try:
         config = load_config(arguments.config, arguments.overrides)
         lock_directory(Path(config.directory) / "aggregator", "an aggregator")
-        journal = Journal(config, "aggregator", silo=None, says=tracked(config, OPERATOR, Policy()))
+        policy = Policy(tiers=config.trust.metrics)
+        says = tracked(config, OPERATOR, policy)
+        journal = Journal(config, "aggregator", silo=None, allows=policy.shows, says=says)
         journal.status("starting")
         torch.set_num_threads(1)
         print(slower, flush=True) if slower else None

@@ -396,8 +396,7 @@ def run(config: RunConfig, name: str, journal: Journal | None) -> int:
 
 
 def _journal(config: RunConfig, name: str, policy: Policy) -> Journal:
-    allows = policy.allows_metric if policy.metrics is not None else None
-    return Journal(config, f"silos/{name}", silo=name, allows=allows, says=tracked(config, name, policy))
+    return Journal(config, f"silos/{name}", silo=name, allows=policy.shows, says=tracked(config, name, policy))
 
 
 def main() -> int:

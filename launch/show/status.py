@@ -35,6 +35,9 @@ def show_status(status: StoreStatus, console: Console) -> None:
         if silo.refusals and not silo.has_delivered and not status.is_finished:
             words = f"silo {name} was refused for version {(status.version or 0) + 1}: {silo.refusals[-1]}"
             console.print(Text(words, style="red"))
+        if silo.not_counted:
+            more = f"; {len(silo.not_counted)} versions in all" if len(silo.not_counted) > 1 else ""
+            console.print(Text(f"silo {name} did not count in {silo.not_counted[-1]}{more}", style="red"))
     if status.unreadable:
         words = f"passed over, as they are not what their names say: {_named(status.unreadable)}"
         console.print(Text(words, style="red"))

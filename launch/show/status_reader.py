@@ -34,6 +34,7 @@ from pretrain.host.foreign import loads, shown
 from pretrain.outer.rounds import participants
 from pretrain.trust.amendment import Governed
 from pretrain.trust.ledger import Commit, Manifest, RefusedError
+from pretrain.trust.quality import not_counted
 
 # The layout is in pretrain/exchange/store.py; # is the number that tells objects of a kind apart.
 TERM = "aggregator/#.json"
@@ -82,6 +83,8 @@ class SiloStatus:
     """Whether its pseudo-gradient for the version in progress is there."""
     refusals: list[str]
     """Why deliveries for the version in progress were refused, oldest first."""
+    not_counted: list[str] = field(default_factory=list)
+    """Commits that have its delivery with weight 0, by the floor of quality, and why, oldest first."""
     is_awaited: bool = False
     """Whether the version in progress waits for its delivery."""
 
@@ -258,6 +261,7 @@ class Reader:
         coming = [path for name in manifests if is_signed and (path := store.numbered(name).get(self._next))]
         self._manifests |= self._parsed([path for path in coming if path not in self._manifests], Manifest.from_bytes)
         self._tokens = {v: _tokens(committed[path]) for v, path in enumerate(commits) if path in committed}
+        self._not_counted = {v: not_counted(committed[path]) for v, path in enumerate(commits) if path in committed}
         self._drawn = cache(self._drawn_anew)
 
     def _parsed(self, paths: Iterable[str], parse: Callable[[bytes], T]) -> dict[str, T]:
@@ -405,6 +409,7 @@ class Reader:
             newest_commit=max(tokens, default=None),
             tokens_contributed=sum(tokens.values()),
             has_delivered=has_delivered,
+            not_counted=[f"version {v}: {found[name]}" for v, found in self._not_counted.items() if name in found],
             refusals=[shown(refusal.get("reason", "no reason given")) for refusal in self._refusals(name)],
         )
 
@@ -469,10 +474,10 @@ def _number(record: Json, key: str) -> float:
 
 
 def _tokens(commit: Commit) -> dict[str, int]:
-    """Silo to the tokens behind its contributions to a commit; two, if one of them came late."""
+    """Silo to the tokens behind its contributions to a commit, two if one of them came late; 0 if they do not count."""
     found: defaultdict[str, int] = defaultdict(int)
     for contributor in commit.contributors:
-        found[contributor.silo] += contributor.tokens
+        found[contributor.silo] += contributor.tokens if contributor.weight else 0
     return found
 
 

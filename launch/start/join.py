@@ -17,6 +17,7 @@ from pretrain.config.check import ConfigError, named
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.agreement import adding, check_from_version, not_added_yet, not_signed
 from pretrain.federation import join as joining
+from pretrain.federation.contract import told_of_silos
 from pretrain.federation.join import Federation, Link, Size
 from pretrain.federation.preflight import check_silo
 from pretrain.federation.room import check_silo_room
@@ -143,6 +144,8 @@ class Says:
         )
         enough = "every version waits for all" if quorum is None else f"{quorum} are enough for a version"
         self.line("roster", f"{named(agreed.full_roster)}; {enough}")
+        for what, text in told_of_silos(agreed):
+            self.line(what, text)
         for terms in federation.exchange.members.later:
             self.line("amended", f"from version {terms.from_version} on: {shown(', '.join(terms.changes), limit=1000)}")
         alive = [name for name, silo in status.silos.items() if silo.life.is_alive]

@@ -9,13 +9,16 @@ from typing import Any
 
 import fsspec
 
-from pretrain.config.deepspeed_keys import KNOWN
+from pretrain.config.deepspeed_keys import KNOWN, OWNED
 from pretrain.config.keys import OPERATOR, ModelConfig, OuterConfig, RunConfig, SiloConfig
 
 SCHEDULES = ("cosine", "wsd", "constant")
 MOMENTS = ("local", "shared")
 STATES = ("memory", "disk")
 MERGES = ("mean", "importance", "clip", "trimmed_mean", "median", "krum")
+TIERS = ("public", "consortium", "member")
+METRICS = ("loss", "pseudo_gradient_norm", "seconds_per_step", "tokens")
+FEWEST_JUDGED = 3  # silos of which the others can say that one is worse than they are
 CODECS = ("fp32", "bf16", "int8", "int4", "e3m0", "topk")
 # What s3fs, gcsfs, adlfs and the libraries under them call a secret, or a name that goes with one.
 SECRET_NAME = re.compile(r"secret|token|passw|credential|connection_string|authorization|username|key$|key_id$", re.I)
@@ -27,19 +30,6 @@ SILO_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 # It may come from another institution, and goes into batch scripts.
 RUN_NAME = re.compile(r"[\w.-]{1,100}")
 MOST_NAMED = 12  # silos in a line
-
-# Keys of DeepSpeed's configuration that are computed from ours; giving them twice could only contradict.
-OWNED_DEEPSPEED_KEYS = {
-    "train_batch_size": "global_batch_sequences",
-    "train_micro_batch_size_per_gpu": "micro_batch_sequences",
-    "gradient_accumulation_steps": "accumulation_steps",
-    "gradient_clipping": "inner.clip_norm",
-    "bf16": "precision",
-    "bfloat16": "precision",
-    "fp16": "precision",
-    "optimizer": "inner.optimizer",
-    "scheduler": "inner.schedule",
-}
 
 
 class ConfigError(ValueError):
@@ -81,6 +71,7 @@ def check_config(config: RunConfig) -> None:
         "outer.downlink_codec": (config.outer.downlink_codec, CODECS),
         "outer.state": (config.outer.state, STATES),
         "exchange.kind": (config.exchange.kind, ("store", "collective", "none")),
+        "trust.software": (config.trust.software, ("recorded", "exact")),
         "wandb.mode": (config.wandb.mode, ("offline", "online", "disabled")),
     }
     _require(bool(RUN_ID.fullmatch(config.run_id)), "run_id", config.run_id, f"{RUN_ID.pattern}, or empty")
@@ -95,6 +86,8 @@ def check_config(config: RunConfig) -> None:
     _check_roster(config)
     for check in (
         _check_trust,
+        _check_quality,
+        _check_tiers,
         _check_store,
         _check_options,
         _check_collective,
@@ -230,6 +223,38 @@ def _check_archive(config: RunConfig) -> None:
     ours, store = (f"{place.rstrip('/')}/" for place in places)
     apart = not ours.startswith(store) and not store.startswith(ours)
     _require(apart, "trust.archive", archive, f"a place of its own, outside of the store {config.store_url}")
+
+
+def _check_quality(config: RunConfig) -> None:
+    floor, merge, key = config.outer.quality_floor, config.outer.merge, "outer.quality_floor"
+    if floor is None:
+        return
+    # Below 1 the best of all could be below it.
+    _require(1 <= floor < math.inf, key, floor, "null, or 1 or more")
+    fits = merge in ("mean", "importance", "clip")
+    _require(
+        fits, key, floor, f"null with outer.merge={merge}, which counts all alike; it has its own way with the worst"
+    )
+    fewest = config.membership.sample or len(config.full_roster)
+    what = "membership.sample" if config.membership.sample else "roster"
+    allowed = f"null with a {what} of {fewest}: of fewer than {FEWEST_JUDGED} nobody can say which is worse"
+    _require(fewest >= FEWEST_JUDGED, key, floor, allowed)
+
+
+def _check_tiers(config: RunConfig) -> None:
+    tiers, rules, key = config.trust.metrics, config.membership, "trust.metrics"
+    _require({*tiers} == {*METRICS}, key, sorted(tiers), f"a tier for each of {', '.join(METRICS)}")
+    needed = {
+        "loss": config.outer.quality_floor is not None and f"outer.quality_floor={config.outer.quality_floor}",
+        "pseudo_gradient_norm": rules.max_norm_ratio is not None
+        and f"membership.max_norm_ratio={rules.max_norm_ratio}",
+        "seconds_per_step": rules.steps == "speed" and "membership.steps=speed",
+        "tokens": "outer.weight_power and every restart",
+    }
+    for name, tier in tiers.items():
+        _require(tier in TIERS, f"{key}.{name}", tier, ", ".join(TIERS))
+        allowed = f"{', '.join(TIERS[:2])} with {needed[name]}, for which others have to know it"
+        _require(tier != "member" or not needed[name], f"{key}.{name}", tier, allowed)
 
 
 def _check_streaming(outer: OuterConfig) -> None:
@@ -417,7 +442,7 @@ def _check_silo(name: str, silo: SiloConfig, *, masked: bool) -> None:
     )
     _require(all(0 < weight < math.inf for weight in weights), f"{key}.data_weights", weights, "numbers above 0")
     _require(silo.precision in ("fp32", "bf16"), f"{key}.precision", silo.precision, "fp32, bf16")
-    for owned, ours in OWNED_DEEPSPEED_KEYS.items():
+    for owned, ours in OWNED.items():
         if owned in silo.deepspeed:
             raise ConfigError(f"{key}.deepspeed.{owned}: {silo.deepspeed[owned]!r} given; set {ours} instead")
     _check_deepspeed(silo.deepspeed, f"{key}.deepspeed", "")

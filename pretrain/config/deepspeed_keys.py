@@ -3,6 +3,19 @@
 Of DeepSpeed 0.19; tests/unit/config/test_deepspeed_keys.py compares them with the installed one.
 """
 
+# Keys of DeepSpeed's configuration that are computed from ours; giving them twice could only contradict.
+OWNED = {
+    "train_batch_size": "global_batch_sequences",
+    "train_micro_batch_size_per_gpu": "micro_batch_sequences",
+    "gradient_accumulation_steps": "accumulation_steps",
+    "gradient_clipping": "inner.clip_norm",
+    "bf16": "precision",
+    "bfloat16": "precision",
+    "fp16": "precision",
+    "optimizer": "inner.optimizer",
+    "scheduler": "inner.schedule",
+}
+
 KNOWN: dict[str, tuple[str, ...]] = {
     "": (
         "activation_checkpointing",

@@ -92,6 +92,9 @@ class OuterConfig:
     max_share: float = 0.8
     """No silo's weight in mean, importance and clip is above this share of all in a commit; where there are too few
     silos for that, all count alike."""
+    quality_floor: float | None = None
+    """A delivery whose loss, as its manifest tells it, is above this many times the median of the other silos' in its
+    version has weight 0; 1 or more, null: whatever the losses, all count. See trust/quality.py."""
     max_batch_sequences: int | None = None
     """Most sequences of one inner step of any silo: who says that it trained on more is refused; null: nobody is."""
     num_malicious: int = 1
@@ -219,6 +222,19 @@ class TrustConfig:
     seal: bool = False
     """Seal every delivery for the aggregator's operator, and every version for the members: whoever keeps the store
     sees sizes and records only. Needs `keys`; part of the contract."""
+    metrics: dict[str, str] = field(
+        default_factory=lambda: {
+            "loss": "public",
+            "pseudo_gradient_norm": "public",
+            "seconds_per_step": "public",
+            "tokens": "public",
+        }
+    )
+    """Who may see what a silo tells of its training: member (nobody else: it is in no manifest), consortium (in
+    manifests, and not in Weights & Biases) or public (wherever it is shown); part of the contract."""
+    software: str = "recorded"
+    """recorded: who has other versions than the contract names is told so; exact: it does not take part. Part of the
+    contract."""
     policy: str = ""
     """A file of this site's own, which says what may leave its silos and wins over the contract; empty: what the
     contract asks for."""

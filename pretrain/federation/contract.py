@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pretrain.config.check import ConfigError, check_config, named
+from pretrain.config.check import TIERS, ConfigError, check_config, named
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.config.load import load_unchecked
 from pretrain.exchange.agreement import (
@@ -135,6 +135,11 @@ def describe(agreed: Agreed) -> Iterator[tuple[str, str]]:
         f"{rules.deadline_floor_seconds:g} to {rules.deadline_ceiling_seconds:g} s after the commit before"
     )
     yield "quorum", enough
+    yield from told_of_silos(config)
+    software = read_contract(agreed.contract, agreed.url)[1]
+    versions = named([f"{package} {version}" for package, version in software.items()]) or "none recorded"
+    rule = "others do not take part" if config.trust.software == "exact" else "others are told what differs"
+    yield "software", f"{versions}: {rule}"
     if not members.keys:
         yield "roster", f"{named(config.full_roster)}; no keys are named: nothing is signed"
         return
@@ -149,6 +154,17 @@ def describe(agreed: Agreed) -> Iterator[tuple[str, str]]:
         yield name, f"{keys[name].fingerprint}  {has}{_since(agreed, name)}"
     for proposal in agreed.proposals():
         yield f"amendment {proposal.amendment.number}", describe_amendment(agreed, proposal)
+
+
+def told_of_silos(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """What silos tell of themselves by a contract, who sees it, and what it does."""
+    if (floor := config.outer.quality_floor) is not None:
+        yield "quality", f"a loss above {floor:g} times the median of the other silos' does not count"
+    of_tier = {tier: named([name for name, its in config.trust.metrics.items() if its == tier]) for tier in TIERS}
+    yield "metrics", "; ".join(f"{tier}: {names}" for tier, names in of_tier.items() if names)
+    clip = config.inner.clip_norm
+    clipped = f"gradients of a step clipped to {clip:g}" if clip else "gradients not clipped"
+    yield "privacy", f"{clipped}, no noise; payloads {'sealed' if config.trust.seal else 'not sealed'}"
 
 
 def _since(agreed: Agreed, name: str) -> str:

@@ -15,11 +15,10 @@ from pretrain.config.keys import RunConfig
 from pretrain.exchange.options import destination, is_directory, store_options
 from pretrain.exchange.signed import CONTRACT
 from pretrain.exchange.store import StoreExchange
-from pretrain.host.software import differences
 from pretrain.host.tracker import server_host
 from pretrain.silo.shards import check_a_sequence, check_enough, read_manifest, tokenizer_sha256
 from pretrain.silo.weights import checkpoint_files
-from pretrain.trust.contract import build_contract, check_same_contract, read_contract
+from pretrain.trust.contract import build_contract, check_same_contract, other_software
 from pretrain.trust.members import Members, act_as
 from pretrain.trust.policy import Policy, read_policy
 
@@ -115,7 +114,7 @@ def check_store(config: RunConfig) -> list[str]:
     if (stored := store.read_contract()) is None:
         return []
     check_same_contract(build_contract(config), stored, config.store_url)
-    return differences(read_contract(stored, config.store_url)[1])
+    return other_software(stored, config.store_url)
 
 
 def check_collective(config: RunConfig, name: str) -> None:

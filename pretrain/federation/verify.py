@@ -28,6 +28,7 @@ from pretrain.outer.state import OuterState
 from pretrain.trust.amendment import Governed
 from pretrain.trust.ledger import Commit, Payload, RefusedError, check_cosigned, sha256_bytes
 from pretrain.trust.members import operator_sealer
+from pretrain.trust.quality import check_floor, check_metrics, check_told, floor_at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +147,7 @@ class StoreVerifier:
                 if commit.divisor != sum(one.weight for one in commit.contributors):
                     raise RefusedError(f"its divisor is {commit.divisor}, not the sum of its weights")
                 self._commits[version] = commit
+                check_floor(commit, floor_at(self._config, exchange.members, version))
             previous = data
 
     def _has_commit(self, version: int) -> bool:
@@ -179,6 +181,9 @@ class StoreVerifier:
                     raise RefusedError("the commit says something else of it")
                 adopted = range(self._config.schedule.base(one.version), one.version)
                 check_cosigned(manifest, [self._sha256[version] for version in adopted if version in self._sha256])
+                check_metrics(manifest, self._config.trust.metrics)
+                if floor_at(self._config, self._exchange.members, commit.version) is not None:
+                    check_told(commit, manifest)
                 self._check_payloads(folder, commit.version, manifest.payloads)
 
     # ---- every version once more

@@ -8,7 +8,7 @@ from itertools import islice
 from pretrain.host.foreign import shown
 
 VERSION = "0.1.0"
-PACKAGES = ("torch", "transformers", "deepspeed", "tokenizers")
+PACKAGES = ("torch", "transformers", "deepspeed", "tokenizers", "numpy", "numba")
 NAMED = 16  # of another party's packages; more than anybody records
 
 

@@ -21,6 +21,7 @@ from pretrain.outer.quantize import Parts
 from pretrain.outer.robust import clip_factors, coordinate_median, krum, trimmed_mean
 from pretrain.outer.state import OuterTensors
 from pretrain.trust.ledger import Manifest
+from pretrain.trust.quality import below, told_by
 
 COUNT_ALL_ALIKE = ("trimmed_mean", "median", "krum")
 ROBUST = ("clip", "trimmed_mean", "median")  # krum takes one silo's parameters and its moments with them
@@ -162,7 +163,10 @@ def shares(
         max(1, round(merge_weight(manifest.tokens, outer.weight_power) * share))
         for manifest, share in zip(manifests, staleness or ones, strict=True)
     ]
-    return capped(weights, outer.max_share), factors_of(outer, norms) or ones
+    left_out = below(outer.quality_floor, told_by(manifests)) if outer.quality_floor is not None else {}
+    counting = iter(capped([w for place, w in enumerate(weights) if place not in left_out], outer.max_share))
+    found = [0 if place in left_out else next(counting) for place in range(len(weights))]
+    return found, factors_of(outer, norms) or ones
 
 
 def factors_of(outer: OuterConfig, norms: Sequence[float]) -> list[float]:

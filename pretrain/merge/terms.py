@@ -15,6 +15,7 @@ from pretrain.outer.quantize import QUANTIZERS
 from pretrain.outer.state import kept_kinds
 from pretrain.silo.optim import is_muon_matrix
 from pretrain.trust.ledger import Commit, Contributor, Manifest, Payload, RefusedError, sha256_bytes
+from pretrain.trust.quality import check_metrics, not_counted
 from pretrain.trust.seal import opened_bytes
 
 HEADER_BYTES = 256  # of a payload's header, for each part of a tensor beside its name
@@ -48,6 +49,9 @@ def read_delivery(
         raise RefusedError(f"it counts {manifest.steps} steps, not 1 to {most}")
     if rules.steps == "speed" and not manifest.metrics.get("seconds_per_step", 0) > 0:
         raise RefusedError("it does not say its seconds_per_step")
+    if config.outer.quality_floor is not None and not manifest.metrics.get("loss", -1) >= 0:
+        raise RefusedError("it does not say its loss, which outer.quality_floor needs, as a number of 0 or more")
+    check_metrics(manifest, config.trust.metrics)
     batch = config.outer.max_batch_sequences
     most_tokens = MOST_TOKENS if batch is None else min(MOST_TOKENS, most * batch * config.sequence_tokens)
     if not 1 <= manifest.tokens <= most_tokens:
@@ -153,6 +157,7 @@ def commit_record(config: RunConfig, commit: Commit) -> dict[str, Any]:
         "silos": [contributor.silo for contributor in commit.contributors],
         "weights": [contributor.weight for contributor in commit.contributors],
         "divisor": commit.divisor,
+        **({"not_counted": left_out} if (left_out := not_counted(commit)) else {}),
         **commit.metrics,
         "digest": commit.parameters_digest,
     }

@@ -48,7 +48,7 @@ from pretrain.host.identity import own_identity
 from pretrain.host.memory import give_back_memory
 from pretrain.merge.step import Step, shares
 from pretrain.merge.terms import LONGEST_NORM, check_norm, contributor, read_delivery, shared_moments
-from pretrain.outer.blocks import Adopted, adopt, check_coded, squared_norms
+from pretrain.outer.blocks import Adopted, adopt, squared_norms
 from pretrain.outer.digest import Row, digest_rows, digest_tensors, tensor_rows
 from pretrain.outer.merge import mean_cosine, unit_sum_squared
 from pretrain.outer.moments import Moment, check_lengths, check_moments
@@ -56,12 +56,13 @@ from pretrain.outer.pieces import Piece
 from pretrain.outer.quantize import Parts
 from pretrain.outer.state import OuterTensors
 from pretrain.sync.own_ledger import Kept, OwnLedger, all_pieces
-from pretrain.sync.packing import as_bytes, heard, length, num_bytes, pack, unpack, unpack_moments
-from pretrain.trust.contract import build_contract, check_same_contract, first_contract
+from pretrain.sync.packing import as_bytes, check_parts, heard, length, num_bytes, pack, unpack, unpack_moments
+from pretrain.trust.contract import build_contract, check_same_contract, first_contract, other_software
 from pretrain.trust.egress import to_peers
 from pretrain.trust.ledger import Agreement, Commit, Manifest, Payload, RefusedError, sha256_bytes
 from pretrain.trust.members import Members, own_signer, public_keys
 from pretrain.trust.policy import read_policy
+from pretrain.trust.quality import losses
 
 SETTLE_SECONDS = 3.0  # for the watch to find out who broke a connection, and why
 
@@ -135,7 +136,10 @@ class AmongSilos:
             shared = self._collective.share("facts", json.dumps(facts | {"agreed": agreed.to_bytes().decode()}))
             kinds = {"agreed": str, "contract": str, "newest": int}
             told = {silo: heard(silo, words, kinds) for silo, words in shared.items()}
-            check_same_contract(ours, told[self._roster[0]]["contract"].encode(), self._config.exchange.url)
+            contract, where = told[self._roster[0]]["contract"].encode(), self._config.exchange.url
+            check_same_contract(ours, contract, where)
+            for line in other_software(contract, where):
+                print(line, flush=True)
             for silo, of_silo in told.items():
                 self._check_agreed(silo, of_silo["agreed"].encode())
             first = self._collective.first_lane()
@@ -325,7 +329,9 @@ class AmongSilos:
             contributor(manifests[silo], told[silo], weight) for silo, weight in zip(self._roster, weights, strict=True)
         ]
         moments = step.merged_moments()
-        terms = self._ledger.terms(version, digest_rows((self._rows | rows).values()), contributors)
+        digest, floor = digest_rows((self._rows | rows).values()), self._config.outer.quality_floor
+        facts = losses([*manifests.values()], version) if floor is not None else {}
+        terms = self._ledger.terms(version, digest, contributors, metrics=facts)
         terms = self._agree(terms, moments, step, kept_digest=keeping.result())
         self._rows |= rows
         fragment = self._schedule.fragment(version)
@@ -384,7 +390,7 @@ class AmongSilos:
         coded: dict[str, list[tuple[Parts, Tensor]]] = {piece.key: [] for piece in mine}
         for silo, of_silo in zip(self._roster, arrived, strict=True):
             for piece, parts in zip(mine, of_silo, strict=True):
-                self._check(silo, self._config.outer.codec, parts, piece)
+                check_parts(silo, self._config.outer.codec, parts, piece)
                 coded[piece.key].append((parts, outer.parameters[piece.key]))
         try:
             changes = step.take(mine, lambda piece: coded[piece.key], num_threads=torch.get_num_threads())
@@ -406,15 +412,6 @@ class AmongSilos:
                     check_norm(squared**0.5)
                 except ValueError as error:
                     raise PeerLostError(f"silo {silo}: {piece.name}: {error}") from None
-
-    @staticmethod
-    def _check(silo: str, codec: str, parts: Parts, piece: Piece) -> None:
-        """Raise PeerLostError unless what another silo sent is of the codec and finite."""
-        assert piece.stop is not None
-        try:
-            check_coded(codec, parts, torch.Size([piece.stop - piece.start]))
-        except ValueError as error:
-            raise PeerLostError(f"silo {silo} sent a {piece.name} that cannot be used: {error}") from None
 
     def _moments(self, base: Mapping[str, Tensor]) -> dict[str, Moment]:
         return shared_moments(self._config, sorted(base), {name: value.shape for name, value in base.items()})
@@ -448,7 +445,7 @@ class AmongSilos:
             if silo == self._silo:
                 continue
             for piece, change in zip(pieces, of_silo, strict=True):
-                self._check(silo, codec, change, piece)
+                check_parts(silo, codec, change, piece)
                 published, new = piece.of(base[piece.name]), piece.of(values[piece.name])
                 changes.append(Adopted(published=published, parts=change, new=new))
         adopt(codec, changes, torch.get_num_threads())
@@ -480,7 +477,8 @@ class AmongSilos:
         return dataclasses.replace(
             terms,
             outer_digest=sha256_bytes(json.dumps([of["kept_digest"] for of in said.values()]).encode()),
-            metrics={
+            metrics=terms.metrics
+            | {
                 "update_norm": sum(of["update_squared"] for of in said.values()) ** 0.5,
                 "cosine_mean": mean_cosine(unit_sum_squared(gram), len(self._roster)),
             },

@@ -84,6 +84,7 @@ class OwnLedger:
         contributors: Sequence[Contributor] = (),
         *,
         outer_digest: str = "",
+        metrics: Mapping[str, float] | None = None,
     ) -> Commit:
         """A commit of which the payloads are not known yet. The version before is in the ledger."""
         return Commit(
@@ -96,6 +97,7 @@ class OwnLedger:
             divisor=sum(contributor.weight for contributor in contributors),
             parameters_digest=parameters_digest,
             outer_digest=outer_digest,
+            metrics=dict(metrics or {}),
         )
 
     def write(

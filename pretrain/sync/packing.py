@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pretrain.exchange.lane import PeerLostError
 from pretrain.host.foreign import loads, shown
+from pretrain.outer.blocks import check_coded
 from pretrain.outer.moments import Moment
 from pretrain.outer.pieces import Piece
 from pretrain.outer.quantize import QUANTIZERS, Parts
@@ -78,3 +79,12 @@ def heard(silo: str, words: bytes, kinds: Mapping[str, type]) -> dict[str, Any]:
     if not isinstance(given, dict) or {key: type(value) for key, value in given.items()} != dict(kinds):
         raise PeerLostError(f"silo {silo}: what it said is {shown(given)}; allowed: {', '.join(kinds)}")
     return given
+
+
+def check_parts(silo: str, codec: str, parts: Parts, piece: Piece) -> None:
+    """Raise PeerLostError unless what another silo sent of a piece is of the codec and finite."""
+    assert piece.stop is not None
+    try:
+        check_coded(codec, parts, torch.Size([piece.stop - piece.start]))
+    except ValueError as error:
+        raise PeerLostError(f"silo {silo} sent a {piece.name} that cannot be used: {error}") from None

@@ -35,6 +35,7 @@ from pretrain.silo.checkpoint import HostTensors, Progress
 from pretrain.silo.engine import Engine
 from pretrain.silo.ranks import Ranks
 from pretrain.trust.ledger import Commit, Manifest, sha256_bytes
+from pretrain.trust.quality import say_not_counted
 
 Coded = Future[Outgoing | None]
 
@@ -420,6 +421,7 @@ class SiloSync:
     def _record(self, progress: Progress, flight: Flight, received: Received) -> None:
         assert self.journal
         commit, sent = received.commit, flight.coded.result()
+        say_not_counted(commit)
         self.journal.record(
             "sync",
             step=progress.step,

@@ -27,16 +27,16 @@ from pretrain.exchange.store import StoreExchange
 from pretrain.exchange.words import Beat
 from pretrain.host.foreign import shown
 from pretrain.host.identity import known_identity, own_identity
-from pretrain.host.software import differences
 from pretrain.merge.terms import check_payload_size, shared_moments
 from pretrain.outer.digest import tensor_rows
 from pretrain.outer.moments import check_moments
 from pretrain.outer.pieces import Piece
 from pretrain.outer.quantize import Parts
 from pretrain.sync.delivered import Delivered
-from pretrain.trust.contract import build_contract, check_same_contract, read_contract
-from pretrain.trust.ledger import Commit, Payload, RefusedError, check_cosigned, sha256_bytes
+from pretrain.trust.contract import build_contract, check_same_contract, other_software
+from pretrain.trust.ledger import Commit, Manifest, Payload, RefusedError, check_cosigned, sha256_bytes
 from pretrain.trust.policy import read_policy
+from pretrain.trust.quality import check_floor, check_metrics, check_told, floor_at
 
 MAX_REFUSALS = 3
 POLLS_PER_LOOK = 20  # while it waits, a silo looks whether the store still has the commit that it holds
@@ -79,7 +79,7 @@ class ThroughStore:
         agree(self._store, self._silo, self._pause)
         with self._readable("the group's key"):
             take_group_key(self._store, pause=self._pause)
-        for line in differences(read_contract(stored, self._store.objects.url)[1]):
+        for line in other_software(stored, self._store.objects.url):
             print(line, flush=True)
         with self._readable("the record of a rollback"):
             while is_rolling_back(self._store):
@@ -203,15 +203,17 @@ class ThroughStore:
             )
 
     def _remember(self, commit: Commit) -> Commit:
-        """Check a commit against those that we have seen, and what it has of us against what we have sent.
-
-        Raises ConfigError.
+        """Check a commit against the floor of quality, those that we have seen, and what it has of us against what we
+        have sent. Raises RefusedError for the first, else ConfigError.
         """
         version, sha256 = commit.version, sha256_bytes(commit.to_bytes())
+        check_floor(commit, floor_at(self._config, self._store.members, version))
         for contributor in commit.contributors:
             if contributor.silo == self._silo:
                 self._check_delivered(contributor.version, contributor.manifest_sha256)
-                self._policy.check_merged(version, len({other.silo for other in commit.contributors}))
+                if contributor.weight:
+                    counted = {other.silo for other in commit.contributors if other.weight}
+                    self._policy.check_merged(version, len(counted))
         with self._remembering:
             before, same, after = (self._held.get(version + step) for step in (-1, 0, 1))
             if (
@@ -251,13 +253,26 @@ class ThroughStore:
             return  # we have just come: the next version's are looked at
         sha256s = [held[earlier][0] for earlier in adopted]
         with self._readable(f"version {version}"):
-            others = [c for c in self._store.read_commit(version).contributors if c.silo != self._silo]
-            for number in range(min(len(others), OTHERS_A_VERSION)):
-                other = others[(version * OTHERS_A_VERSION + number) % len(others)]
+            commit, floor = self._store.read_commit(version), floor_at(self._config, self._store.members, version)
+            others = [c for c in commit.contributors if c.silo != self._silo]
+            turns = range(min(len(others), OTHERS_A_VERSION))
+            looked_at = [others[(version * OTHERS_A_VERSION + number) % len(others)] for number in turns]
+            looked_at += [c for c in commit.contributors if c.silo == self._silo and floor is not None]
+            for other in looked_at:
                 # Behind a relay there are none but ours; one that somebody has deleted is named by atoll verify.
                 if other.version == version and (found := self._store.contributed_if_there(other)):
-                    self._store.members.check(other.silo, found[0])
-                    check_cosigned(found[0], sha256s)
+                    self._check_other(commit, found[0], sha256s, has_floor=floor is not None)
+
+    def _check_other(self, commit: Commit, manifest: Manifest, sha256s: list[str], *, has_floor: bool) -> None:
+        """Raise RefusedError unless a manifest in a commit is its silo's, of our history, and says what it may."""
+        self._store.members.check(manifest.silo, manifest)
+        check_cosigned(manifest, sha256s)
+        try:
+            check_metrics(manifest, self._config.trust.metrics)
+        except RefusedError as error:
+            raise RefusedError(f"the delivery of silo {manifest.silo}: {error}") from None
+        if has_floor:
+            check_told(commit, manifest)
 
     def _wait_for_commit(self, version: int, sent: Outgoing | None) -> bool:
         """Whether our delivery was refused for good."""

@@ -29,6 +29,7 @@ AMENDABLE = (
     "outer.lr",
     "outer.weight_power",
     "outer.max_share",
+    "outer.quality_floor",
     "outer.max_batch_sequences",
 )
 

@@ -10,7 +10,7 @@ from typing import Any
 from pretrain.config.check import RUN_ID, ConfigError
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.host.foreign import loads, shown
-from pretrain.host.software import VERSION, installed, minor
+from pretrain.host.software import VERSION, differences, installed, minor
 from pretrain.silo.shards import tokenizer_sha256
 from pretrain.silo.weights import checkpoint_files
 from pretrain.trust.keys import PublicKey
@@ -110,6 +110,11 @@ def read_contract(stored: bytes, where: str) -> tuple[dict[str, Any], dict[str, 
     return terms, software
 
 
+def other_software(stored: bytes, where: str) -> list[str]:
+    """How the software here differs by more than patches from that of a contract, a line each. Raises ConfigError."""
+    return differences(read_contract(stored, where)[1])
+
+
 def contract_keys(stored: bytes) -> dict[str, PublicKey]:
     """The keys by which a store is signed, by member. Raises ConfigError for what are no keys.
 
@@ -149,12 +154,21 @@ def contract_seals(stored: bytes) -> bool:
 def check_same_contract(ours: dict[str, Any], stored: bytes, where: str) -> None:
     """Raise ConfigError that names every term in which our configuration differs from the contract in the store.
 
-    Without a `run_id` of its own, a configuration goes with any run of its terms.
+    Without a `run_id` of its own, a configuration goes with any run of its terms. With `trust.software: exact` the
+    software here has to be the contract's, too.
     """
-    theirs, _ = read_contract(stored, where)
+    theirs, software = read_contract(stored, where)
     if not ours[RUN]:  # drawn when the contract was written
         ours = ours | {RUN: theirs[RUN]}
     check_same_terms(ours, theirs, where)
+    here = installed()
+    if ours["trust"]["software"] == "exact" and (others := [p for p in software if software[p] != here.get(p)]):
+        found = ", ".join(f"{package} {here.get(package, 'none')}" for package in others)
+        wanted = ", ".join(f"{package} {software[package]}" for package in others)
+        raise ConfigError(
+            f"trust.software: exact given by the contract in {where}; here is {found}; allowed: {wanted}, or "
+            "trust.software=recorded in the contract of a new run"
+        )
 
 
 def check_same_terms(ours: dict[str, Any], theirs: dict[str, Any], where: str) -> None:

@@ -7,7 +7,7 @@ written. What is known only later is checked where bytes leave: how long a pseud
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,13 @@ from pretrain.trust.ledger import Manifest
 POLICY_BYTES = 64 << 10
 NO_POLICY = "no policy"
 WANDB = (False, "offline", "online")  # each allows what is before it, too
+# What the numbers of records are called that tell a number of a manifest, or from which it follows.
+TELLS = {
+    "loss": ("*/loss", "*/loss/*"),
+    "pseudo_gradient_norm": ("*/pseudo_gradient_norm", "*/norm/*"),
+    "seconds_per_step": ("*/seconds_per_step/*", "*/tokens_per_second", "*/seconds_training"),
+    "tokens": ("*/tokens", "*/tokens_per_second", "*/divisor"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +54,8 @@ class Policy:
     """Whether second moments may leave: their rows tell which words a text has."""
     mean_gradients: bool | None = None
     """Whether mean gradients may leave."""
+    tiers: dict[str, str] = field(default_factory=dict)
+    """The contract's `trust.metrics`, than which `metrics` can only be stricter."""
     file: str = ""
     """Where it was read."""
     sha256: str = ""
@@ -61,7 +70,16 @@ class Policy:
 
     def allows_metric(self, name: str) -> bool:
         """Whether a number of this name may leave."""
-        return self.metrics is None or any(fnmatchcase(name, allowed) for allowed in self.metrics)
+        is_allowed = self.metrics is None or any(fnmatchcase(name, allowed) for allowed in self.metrics)
+        return is_allowed and self.tiers.get(name) != "member"
+
+    @property
+    def shows(self) -> Callable[[str], bool] | None:
+        """Whether a number of Weights & Biases may be shown there, by its name; None: all may."""
+        kept = [pattern for name, tier in self.tiers.items() if tier != "public" for pattern in TELLS[name]]
+        if not kept and self.metrics is None:
+            return None
+        return lambda name: self.allows_metric(name) and not any(fnmatchcase(name, pattern) for pattern in kept)
 
     def allows_place(self, place: str) -> bool:
         """Whether bytes may go to a host, or to a folder of this machine, which begins with /."""
@@ -95,8 +113,15 @@ class Policy:
                 fewest, term = given, f"the contract's membership.{name}"
         if self.least_silos is not None and fewest < self.least_silos:
             found.append(("least_silos", term, f"{fewest} silos" if term.endswith("roster") else fewest))
+        elif self.least_silos is not None and outer.quality_floor is not None and (fewest + 1) // 2 < self.least_silos:
+            left = f"{outer.quality_floor:g}, with which {(fewest + 1) // 2} of {fewest} may be all that count"
+            found.append(("least_silos", "the contract's outer.quality_floor", left))
         if rules.steps == "speed" and not self.allows_metric("seconds_per_step"):
             found.append(("metrics", "the contract's membership.steps", "speed, which needs seconds_per_step"))
+        if outer.quality_floor is not None and not self.allows_metric("loss"):
+            found.append(
+                ("metrics", "the contract's outer.quality_floor", f"{outer.quality_floor:g}, which needs loss")
+            )
         if self.second_moments is False and outer.second_moments != "local":
             found.append(("second_moments", "the contract's outer.second_moments", outer.second_moments))
         if self.mean_gradients is False and outer.control_variates > 0:
@@ -175,7 +200,7 @@ def read_policy(config: RunConfig) -> Policy:
     Raises ConfigError for a file that cannot be read, or says anything but these keys, each once and of its type.
     """
     if not config.trust.policy:
-        return Policy()
+        return Policy(tiers=config.trust.metrics)
     path = Path(config.trust.policy)
     given = f"trust.policy: {path} given"
     try:
@@ -192,7 +217,7 @@ def read_policy(config: RunConfig) -> Policy:
         is_allowed, allowed = ALLOWED[key]
         if not is_allowed(value):
             raise ConfigError(f"{given}; its {key} is {value!r}; allowed: {allowed}")
-    return Policy(**said, file=str(path), sha256=hashlib.sha256(data).hexdigest())
+    return Policy(**said, tiers=config.trust.metrics, file=str(path), sha256=hashlib.sha256(data).hexdigest())
 
 
 def _mapping(data: bytes, given: str) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from launch.start.site import load_site
-from pretrain.config.check import OWNED_DEEPSPEED_KEYS, accumulation_steps
+from pretrain.config.check import accumulation_steps
+from pretrain.config.deepspeed_keys import OWNED
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import load_config, load_run, load_unchecked, save_config
 from pretrain.federation.preflight import check_silo
@@ -280,10 +281,10 @@ def test_a_mistake_is_one_line(minimal: Path, overrides: list[str], fragments: l
         assert fragment in message
 
 
-@pytest.mark.parametrize("owned", OWNED_DEEPSPEED_KEYS)
+@pytest.mark.parametrize("owned", OWNED)
 def test_deepspeed_keys_that_are_ours_are_refused(minimal: Path, owned: str) -> None:
     message = one_line_error(load_config, [minimal], [f"silo.deepspeed={{{owned}: 1}}"])
-    assert message == f"silos.alpha.deepspeed.{owned}: 1 given; set {OWNED_DEEPSPEED_KEYS[owned]} instead"
+    assert message == f"silos.alpha.deepspeed.{owned}: 1 given; set {OWNED[owned]} instead"
 
 
 @pytest.mark.parametrize("text", BAD_FILES)

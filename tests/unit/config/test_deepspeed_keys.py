@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.config.check import OWNED_DEEPSPEED_KEYS
-from pretrain.config.deepspeed_keys import KNOWN
+from pretrain.config.deepspeed_keys import KNOWN, OWNED
 from pretrain.config.load import load_config
 from tests.support import TinyText, one_line_error, write_settings
 
@@ -62,7 +61,7 @@ def installed_keys() -> dict[str, tuple[str, ...]]:
 def test_they_are_those_of_the_installed_deepspeed() -> None:
     installed = installed_keys()
     assert installed == KNOWN, f"DeepSpeed has changed: check pretrain/config/check.py and write KNOWN = {installed}"
-    assert set(KNOWN[""]) >= OWNED_DEEPSPEED_KEYS.keys()
+    assert set(KNOWN[""]) >= OWNED.keys()
 
 
 @pytest.mark.parametrize(

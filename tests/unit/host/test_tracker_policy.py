@@ -42,8 +42,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Library:
 
 def journal(tmp_path: Path, policy: Policy, mode: str) -> Journal:
     config = RunConfig(directory=str(tmp_path), wandb=WandbConfig(mode=mode))
-    allows = policy.allows_metric if policy.metrics is not None else None
-    return Journal(config, "silos/law", silo="law", allows=allows, says=tracked(config, "law", policy))
+    return Journal(config, "silos/law", silo="law", allows=policy.shows, says=tracked(config, "law", policy))
 
 
 def test_other_numbers_stay_here(library: Library, tmp_path: Path) -> None:
