@@ -113,6 +113,8 @@ class StoreStatus:
     """Objects that are not what their names say."""
     unsigned: list[str] = field(default_factory=list)
     """Objects that are not signed by who should have written them."""
+    ahead: list[str] = field(default_factory=list)
+    """Objects of a time to come, by this machine's clock; no age is counted from them."""
     version_seconds: float | None = None
     """Median time from one commit to the next; None before there are two, or where the store tells no times."""
 
@@ -333,7 +335,7 @@ class Reader:
             silos=silos,
             aggregator=self._aggregator(),
             quorum=self._rules.quorum,
-            waited_seconds=None if store.now is None or self._began is None else store.now - self._began,
+            waited_seconds=self._waited(),
             deadline_unix_seconds=self._deadline(),
             now_unix_seconds=store.now,
             rollbacks=[
@@ -343,8 +345,12 @@ class Reader:
             ],
             unreadable=self._unreadable,
             unsigned=self._unsigned,
+            ahead=store.ahead,
             version_seconds=self._version_seconds(),
         )
+
+    def _waited(self) -> float | None:
+        return None if self._store.now is None or self._began is None else max(0.0, self._store.now - self._began)
 
     def _version_seconds(self) -> float | None:
         times = [self._store.times[path] for path in self._commits]

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from launch.start.torchrun import config_path, node_command
@@ -58,7 +58,8 @@ def main() -> int:
     if code and not asked.first:  # with signals it was ended, most likely because another node failed
         notes = notes_directory(config, arguments.silo)
         notes.mkdir(parents=True, exist_ok=True)
-        (notes / f"{start}-{node}").write_text(json.dumps({"time": time.time(), "node": node}))
+        with suppress(FileExistsError):  # another node was faster; clocks of two nodes tell nothing
+            os.symlink(node, notes / start)
     return code
 
 
@@ -100,7 +101,7 @@ def _wait_for_the_last_start(directory: Path) -> None:
 
 
 def notes_directory(config: RunConfig, silo: str) -> Path:
-    """Where nodes note that torchrun failed there: a file for each start and node."""
+    """Where the node on which torchrun failed first notes it: a link for each start, to the node's name."""
     return config.silo_directory(silo) / "crashes"
 
 

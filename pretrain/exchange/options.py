@@ -2,7 +2,7 @@
 
 import os
 import ssl
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,7 +13,10 @@ from pretrain.config.check import ConfigError, check_url
 from pretrain.config.keys import OPERATOR, ExchangeConfig
 from pretrain.config.load import CONFIG_FILE, load_run
 from pretrain.config.paths import expand_home
+from pretrain.host.clock import by_this_machine
 
+OF_TIME = (9, 10)  # X509_V_ERR_CERT_NOT_YET_VALID and _HAS_EXPIRED of OpenSSL
+SKEWED = ("RequestTimeTooSkewed", "RequestExpired", "RequestInTheFuture")
 OF_DIRECTORIES = (None, "file", "local")
 OF_S3, OF_GOOGLE, OF_AZURE = ("s3", "s3a"), ("gs", "gcs"), ("az", "abfs", "abfss", "adl")
 
@@ -115,8 +118,21 @@ def is_directory(url: str) -> bool:
 
 def distrust(error: BaseException | None) -> str:
     """Why a server's certificate was not accepted, if that is behind an error of whatever library; else nothing."""
-    while error:
-        if isinstance(error, ssl.SSLCertVerificationError) and hasattr(error, "verify_message"):
-            return error.verify_message  # which libraries' own kinds of it have not
-        error = error.__cause__ or error.__context__
+    for one in _chain(error):
+        if isinstance(one, ssl.SSLCertVerificationError) and hasattr(one, "verify_message"):
+            clock = f"; {by_this_machine()}" if one.verify_code in OF_TIME else ""
+            return f"{one.verify_message}{clock}"  # which libraries' own kinds of it have not
     return ""
+
+
+def is_of_another_time(error: BaseException | None) -> bool:
+    """Whether a store refuses a request because its clock and this machine's differ (S3: RequestTimeTooSkewed)."""
+    answers = (getattr(one, "response", None) for one in _chain(error))
+    codes = (found.get("Error", {}).get("Code") for found in answers if isinstance(found, dict))
+    return any(code in SKEWED for code in codes)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error:
+        yield error
+        error = error.__cause__ or error.__context__
