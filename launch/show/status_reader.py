@@ -29,7 +29,9 @@ from pretrain.config.keys import (
     RunConfig,
     SiloConfig,
 )
+from pretrain.exchange.options import distrust, is_of_another_time
 from pretrain.exchange.signed import SignedStore
+from pretrain.host.clock import by_this_machine
 from pretrain.host.foreign import loads, shown
 from pretrain.outer.rounds import participants
 from pretrain.trust.ledger import Commit, Manifest, RefusedError
@@ -164,7 +166,8 @@ def store_status(url: str, options: Mapping[str, Any] | None = None) -> StoreSta
     except ConfigError:
         raise
     except Exception as error:  # every fsspec backend raises exceptions of its own
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = distrust(error) or " ".join(str(error).split()) or type(error).__name__
+        reason += f"; {by_this_machine()}" if is_of_another_time(error) else ""
         raise ConfigError(f"store: {url!r} given; it cannot be read: {shown(reason)}") from None
     if CONTRACT not in store.times:
         raise ConfigError(f"store: {url!r} given; there is no run in it (no contract.json)")

@@ -397,7 +397,7 @@ class Objects:
         # Of a write, `name` says all; the path of a temporary file would only mislead.
         short = error.strerror if verb == "written" and isinstance(error, OSError) else ""
         if reason := distrust(error):
-            short = f"its certificate is not trusted: {reason} (exchange.ca_file)"
+            short = reason
         if is_of_another_time(error):
             short = f"{short or error}; {by_this_machine()}"
         if is_too_large(error):
