@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from pretrain.config.check import ConfigError, named
 from pretrain.config.keys import RunConfig
@@ -21,7 +22,8 @@ def sign_contract(exchange: StoreExchange, member: str) -> None:
     if _has_signed(exchange, member):
         return
     signed = exchange.members.sign(Agreement(contract_sha256=exchange.contract_sha256, member=member), version=0)
-    exchange.write_over(name, signed.to_bytes(), lambda: _has_signed(exchange, member))
+    with suppress(FileExistsError):  # said by another process of ours meanwhile
+        exchange.write_over(name, signed.to_bytes(), lambda: _has_signed(exchange, member))
 
 
 def not_signed(exchange: StoreExchange) -> list[str]:
@@ -58,6 +60,7 @@ def agree(
             print(f"waiting for {words}", flush=True)
             say(words)
         pause()
+        sign_contract(exchange, member)  # once more, where somebody has taken it away
         missing = _missing(exchange, missing)
 
 

@@ -254,9 +254,8 @@ class ThroughStore:
             for number in range(min(len(others), OTHERS_A_VERSION)):
                 other = others[(version * OTHERS_A_VERSION + number) % len(others)]
                 # Behind a relay there are none but ours; one that somebody has deleted is named by atoll verify.
-                if other.version == version and (found := self._store.contributed_if_there(other)):
-                    self._store.members.check(other.silo, found[0])
-                    check_cosigned(found[0], sha256s)
+                if other.version == version and (found := self._store.adopted_by(other)):
+                    check_cosigned(found, sha256s)
 
     def _wait_for_commit(self, version: int, sent: Outgoing | None) -> bool:
         """Whether our delivery was refused for good."""
