@@ -56,10 +56,7 @@ def main() -> int:
         print(f"node {node}: {error}", file=sys.stderr, flush=True)
         return 2
     if code and not asked.first:  # with signals it was ended, most likely because another node failed
-        notes = notes_directory(config, arguments.silo)
-        notes.mkdir(parents=True, exist_ok=True)
-        with suppress(FileExistsError):  # another node was faster; clocks of two nodes tell nothing
-            os.symlink(node, notes / start)
+        note_failure(notes_directory(config, arguments.silo), start, node)
     return code
 
 
@@ -103,6 +100,13 @@ def _wait_for_the_last_start(directory: Path) -> None:
 def notes_directory(config: RunConfig, silo: str) -> Path:
     """Where the node on which torchrun failed first notes it: a link for each start, to the node's name."""
     return config.silo_directory(silo) / "crashes"
+
+
+def note_failure(notes: Path, start: str, node: str) -> None:
+    """Note that a start failed on a node, unless it has failed on another before; clocks of two nodes tell nothing."""
+    notes.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        os.symlink(node, notes / start)
 
 
 @contextmanager
