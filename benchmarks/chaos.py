@@ -220,7 +220,7 @@ class Killer:
                 return False
             target = self.rng.choice(sorted(targets, key=lambda target: target.child))
             status = process_directory(self.watch.config, target.child) / "status.json"
-            phase = read_status(status, target.process.create_time()).phase
+            phase = read_status(status).phase
             target.process.kill()  # which compares the time of creation: never another of the same pid
             self._turns.pop()
             self._struck_starts.add(target.start)

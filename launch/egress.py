@@ -38,8 +38,7 @@ def show(where: Where, as_json: AsJson = False) -> None:
 
 def totals(file: Path) -> dict[str, Any]:
     """Objects and bytes of a ledger by kind, place and day; requests by what was asked; policies that allowed them."""
-    import time
-
+    from pretrain.host.clock import utc
     from pretrain.host.foreign import shown
     from pretrain.trust.egress import REQUESTS, read_lines
 
@@ -51,7 +50,7 @@ def totals(file: Path) -> dict[str, Any]:
         if line.kind == REQUESTS:
             requests.update({shown(what): int(number) for what, number in line.of.items()})
             continue
-        day = time.strftime("%Y-%m-%d", time.gmtime(line.time))
+        day = utc(line.time).partition(" ")[0]
         for heading, what in (("kind", line.kind), ("where", line.where), ("day", day)):
             row = counts[heading].setdefault(shown(what), [0, 0])
             row[0], row[1] = row[0] + 1, row[1] + line.num_bytes

@@ -369,7 +369,7 @@ def _start(planned: Planned, children: Children) -> Child:
 
 def _outcome(planned: Planned, child: Child) -> str:
     if planned.is_finished:
-        return f"{planned.name}: finished in {format_seconds(time.time() - child.started_unix_seconds)}"
+        return f"{planned.name}: finished in {format_seconds(time.monotonic() - child.began)}"
     return f"{planned.name}: exit status {child.returncode} in {planned.directory}; see {child.log_path}"
 
 

@@ -1,6 +1,7 @@
 """What a store's objects are called, how large they are and when they were written, all at one moment."""
 
 import re
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from datetime import datetime
@@ -11,6 +12,7 @@ import fsspec
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import ExchangeConfig
 from pretrain.exchange.client import PAGES, Client, SlowError
+from pretrain.host.clock import DAY_SECONDS
 
 LAST_NUMBER = re.compile(r"(.*?)([0-9]{1,15})([^0-9]*)")
 LIMIT_BYTES = 4 << 20  # of one object; the largest, a commit of MAX_SILOS, has 2 MB
@@ -42,11 +44,16 @@ class Listed:
                 self.times[path] = _modified(entry)
                 if match := LAST_NUMBER.fullmatch(path):
                     self._numbered[f"{match[1]}#{match[3]}"][int(match[2])] = path
-        self.now = self.newest(self.times)
+        # Whoever writes into a shared directory can give a file any time, and one in the future would age all others.
+        latest = time.time() + DAY_SECONDS
+        ahead = [path for path, when in self.times.items() if when is not None and when > latest]
+        self.ahead = ahead if len(ahead) < sum(when is not None for when in self.times.values()) else []
+        """Objects that are of a time to come by this machine's clock, unless all are."""
+        self.now = self.newest(self.times.keys() - self.ahead)
 
     def newest(self, paths: Iterable[str]) -> float | None:
         """When the newest of these was written; None if there is none, or the store tells no times."""
-        return max((time for path in paths if (time := self.times[path]) is not None), default=None)
+        return max((when for path in paths if (when := self.times[path]) is not None), default=None)
 
     def numbered(self, pattern: str) -> Numbered:
         """Objects whose last number is where # is, in their order."""

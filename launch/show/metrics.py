@@ -1,7 +1,6 @@
 """Reading what running processes write: `metrics.jsonl` and `status.json`."""
 
 import json
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,27 +96,27 @@ class ProcessStatus:
     waiting_for: str | None = None
     """What it waits for, in words."""
     since_unix_seconds: float = 0.0
-    """Since when it is in this phase."""
+    """Since when it is in this phase, by its own clock."""
+    waited_seconds: float = 0.0
+    """For how long whoever watches it has seen it in this phase."""
     step: int = 0
     """Inner steps done."""
     round: int = 0
     """The round it is in, or the version of the aggregator."""
 
-    @property
-    def waited_seconds(self) -> float:
-        """For how long it has been in its phase."""
-        return max(0.0, time.time() - self.since_unix_seconds)
 
+def read_status(path: Path, before: bytes = b"") -> ProcessStatus:
+    """A process's `status.json`; plain "starting" when there is none, or still `before`, which an earlier start left.
 
-def read_status(path: Path, newer_than_unix_seconds: float = 0.0) -> ProcessStatus:
-    """A process's `status.json`; plain "starting" when there is none, or only one that an earlier start left."""
+    Times of files and processes are of several clocks, and not compared.
+    """
     try:
-        # Clocks of file systems tick in steps of some milliseconds: a file written just after may look older.
-        if path.stat().st_mtime < newer_than_unix_seconds - 0.05:
-            return ProcessStatus(since_unix_seconds=newer_than_unix_seconds)
-        found = json.loads(path.read_text())
+        data = path.read_bytes()
+        found = json.loads(data)
     except (OSError, ValueError):
-        return ProcessStatus(since_unix_seconds=newer_than_unix_seconds)
+        return ProcessStatus()
+    if before and data == before:
+        return ProcessStatus()
     return ProcessStatus(
         phase=str(found.get("phase", "starting")),
         waiting_for=found.get("waiting_for"),

@@ -12,6 +12,7 @@ from launch.show.display import format_seconds
 from launch.show.report import format_count
 from launch.show.status_reader import SiloStatus, StoreStatus, store_status
 from pretrain.config.keys import ExchangeConfig
+from pretrain.host.clock import DAY_SECONDS, by_this_machine, utc
 from pretrain.host.foreign import shown
 
 WIDE = 100
@@ -43,6 +44,9 @@ def show_status(status: StoreStatus, console: Console) -> None:
         console.print(Text(words, style="red"))
     if status.unsigned:
         words = f"not said, as who should have said it has not signed it: {_named(status.unsigned)}"
+        console.print(Text(words, style="red"))
+    if status.ahead:
+        words = f"of a time to come, {by_this_machine()}, and so not counted from: {_named(status.ahead)}"
         console.print(Text(words, style="red"))
     silos = status.silos.values()
     num_alive, num_participating = sum(s.life.is_alive for s in silos), sum(s.part == "yes" for s in silos)
@@ -120,6 +124,9 @@ def _how_old(status: StoreStatus) -> Text:
         return Text("this store does not tell when it changed")
     # The store's clock may be ahead of ours.
     passed = max(0.0, time.time() - status.now_unix_seconds)
+    if status.now_unix_seconds - time.time() > DAY_SECONDS:
+        words = f"the store last changed at {utc(status.now_unix_seconds)}, and {by_this_machine()}"
+        return Text(f"{words}: one of the two is wrong", style="red")
     words = f"{format_seconds(passed)} since the store last changed ({_clock(status.now_unix_seconds)})"
     if status.is_finished or passed <= ExchangeConfig().lease_seconds:
         return Text(words, style="dim")

@@ -29,7 +29,9 @@ from pretrain.config.keys import (
     RunConfig,
     SiloConfig,
 )
+from pretrain.exchange.options import distrust, is_of_another_time
 from pretrain.exchange.signed import SignedStore
+from pretrain.host.clock import by_this_machine
 from pretrain.host.foreign import loads, shown
 from pretrain.outer.rounds import participants
 from pretrain.trust.amendment import Governed
@@ -117,6 +119,8 @@ class StoreStatus:
     """Objects that are not what their names say."""
     unsigned: list[str] = field(default_factory=list)
     """Objects that are not signed by who should have written them."""
+    ahead: list[str] = field(default_factory=list)
+    """Objects of a time to come, by this machine's clock; no age is counted from them."""
     version_seconds: float | None = None
     """Median time from one commit to the next; None before there are two, or where the store tells no times."""
 
@@ -166,7 +170,8 @@ def store_status(url: str, options: Mapping[str, Any] | None = None) -> StoreSta
     except ConfigError:
         raise
     except Exception as error:  # every fsspec backend raises exceptions of its own
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = distrust(error) or " ".join(str(error).split()) or type(error).__name__
+        reason += f"; {by_this_machine()}" if is_of_another_time(error) else ""
         raise ConfigError(f"store: {url!r} given; it cannot be read: {shown(reason)}") from None
     if CONTRACT not in store.times:
         raise ConfigError(f"store: {url!r} given; there is no run in it (no contract.json)")
@@ -343,7 +348,7 @@ class Reader:
             silos=silos,
             aggregator=self._aggregator(),
             quorum=self._rules.quorum,
-            waited_seconds=None if store.now is None or self._began is None else store.now - self._began,
+            waited_seconds=self._waited(),
             deadline_unix_seconds=self._deadline(),
             now_unix_seconds=store.now,
             rollbacks=[
@@ -353,8 +358,12 @@ class Reader:
             ],
             unreadable=self._unreadable,
             unsigned=self._unsigned,
+            ahead=store.ahead,
             version_seconds=self._version_seconds(),
         )
+
+    def _waited(self) -> float | None:
+        return None if self._store.now is None or self._began is None else max(0.0, self._store.now - self._began)
 
     def _version_seconds(self) -> float | None:
         times = [self._store.times[path] for path in self._commits]

@@ -234,6 +234,8 @@ class Attempt:
     failure: "Failure | None" = None
     """What went wrong, if something did."""
     signals: StopSignals = field(default_factory=StopSignals)
+    _phases: dict[str, tuple[tuple[str, float], float]] = field(default_factory=dict)
+    """Of each process its phase and since when, by its own clock; and when that was first seen, by ours."""
 
     def run(self, commands: list[ChildCommand], inherited_files: tuple[int, ...] = ()) -> None:
         """Start all, watch them, and return when none is left."""
@@ -319,7 +321,12 @@ class Attempt:
             status = child_status(child, self.config)
             if status.phase == "failed" and (self.failure.name != child.name if self.failure else self.signals.first):
                 status.phase = "stopped"  # by us
-            statuses[child.command.process or child.name] = status
+            name = child.command.process or child.name
+            phase, now = (status.phase, status.since_unix_seconds), time.monotonic()
+            if name not in self._phases or self._phases[name][0] != phase:
+                self._phases[name] = phase, now
+            status.waited_seconds = now - self._phases[name][1]
+            statuses[name] = status
         display.update(self._metrics.read_new(), statuses)
 
     def report(self, *, write: bool = True) -> int:
@@ -354,7 +361,7 @@ class Attempt:
 def child_status(child: Child, config: RunConfig) -> ProcessStatus:
     """What the child says it is doing, corrected by what its exit status tells."""
     directory = process_directory(config, child.command.process or child.name)
-    status = read_status(directory / "status.json", child.started_unix_seconds)
+    status = read_status(directory / "status.json", child.status_before)
     if child.returncode is not None and status.phase not in ("finished", "stopped"):
         status.phase = "finished" if child.returncode == 0 else "failed"
     return status

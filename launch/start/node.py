@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from launch.start.torchrun import config_path, node_command
@@ -56,9 +56,7 @@ def main() -> int:
         print(f"node {node}: {error}", file=sys.stderr, flush=True)
         return 2
     if code and not asked.first:  # with signals it was ended, most likely because another node failed
-        notes = notes_directory(config, arguments.silo)
-        notes.mkdir(parents=True, exist_ok=True)
-        (notes / f"{start}-{node}").write_text(json.dumps({"time": time.time(), "node": node}))
+        note_failure(notes_directory(config, arguments.silo), start, node)
     return code
 
 
@@ -100,8 +98,15 @@ def _wait_for_the_last_start(directory: Path) -> None:
 
 
 def notes_directory(config: RunConfig, silo: str) -> Path:
-    """Where nodes note that torchrun failed there: a file for each start and node."""
+    """Where the node on which torchrun failed first notes it: a link for each start, to the node's name."""
     return config.silo_directory(silo) / "crashes"
+
+
+def note_failure(notes: Path, start: str, node: str) -> None:
+    """Note that a start failed on a node, unless it has failed on another before; clocks of two nodes tell nothing."""
+    notes.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        os.symlink(node, notes / start)
 
 
 @contextmanager

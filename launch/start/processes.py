@@ -44,7 +44,7 @@ class ChildCommand:
     environment: dict[str, str] = field(default_factory=dict)
     """Added to the launcher's own environment."""
     error_path: Path | None = None
-    """File in which the child says in one line why it stopped, before it exits with code 2."""
+    """File in which the child says in one line why it stopped, before it exits with code 2, beside its status.json."""
     process: str = ""
     """The silo whose status.json tells of it, if not the one of its name."""
     stops_at_end_of_input: bool = False
@@ -70,7 +70,9 @@ class Child:
             self.command.error_path.unlink(missing_ok=True)
         self.mark = f"{self.command.name}-{secrets.token_hex(8)}"
         self.num_starts += 1
-        self.started_unix_seconds = time.time()
+        self.status_before = self._status()
+        """Its status.json as an earlier start left it."""
+        self.began = time.monotonic()
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", **self.command.environment, MARK: self.mark}
         with self.log_path.open("ab") as log:
             if self.num_starts > 1:
@@ -102,6 +104,12 @@ class Child:
         if path is None or not path.is_file():
             return None
         return " ".join(path.read_text().split()) or None
+
+    def _status(self) -> bytes:
+        path = self.command.error_path
+        with contextlib.suppress(OSError):
+            return path.with_name("status.json").read_bytes() if path else b""
+        return b""
 
     def ask_to_stop(self) -> None:
         """SIGTERM to the leader, or the end of its input."""

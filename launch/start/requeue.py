@@ -90,11 +90,10 @@ def _count_crash(directory: Path, notes: Path, job: str) -> dict[str, Any]:
         found = {"job": job, "crashes": 0, "nodes": {}}
     if found.get("saved") != saved:
         found |= {"saved": saved, "crashes": 0}
-    start = f"{job}-{os.environ.get('SLURM_RESTART_COUNT', '0')}-"
-    failed = sorted((json.loads(note.read_text()) for note in notes.glob(f"{start}*")), key=lambda note: note["time"])
     found["crashes"] += 1
-    if failed:
-        found["nodes"] = Counter(found["nodes"]) + Counter([failed[0]["node"]])
+    with suppress(OSError):
+        first = os.readlink(notes / f"{job}-{os.environ.get('SLURM_RESTART_COUNT', '0')}")
+        found["nodes"] = Counter(found["nodes"]) + Counter([first])
     file.write_text(json.dumps(found))
     return found
 

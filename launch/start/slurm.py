@@ -223,8 +223,12 @@ def launch_slurm(
 
 def submitted_jobs(directory: Path) -> tuple[Path | None, dict[str, str]]:
     """The last attempt that submitted jobs, and their ids; an attempt is made only when those before have ended."""
-    attempts = sorted((directory / "logs").glob(f"attempt-*/{JOBS_FILE}"), key=lambda file: file.stat().st_mtime)
+    attempts = sorted((directory / "logs").glob(f"attempt-*/{JOBS_FILE}"), key=_attempt_number)
     return (attempts[-1].parent, json.loads(attempts[-1].read_text())) if attempts else (None, {})
+
+
+def _attempt_number(file: Path) -> int:
+    return int(file.parent.name.removeprefix("attempt-"))
 
 
 def living_jobs(directory: Path) -> dict[str, str]:

@@ -174,6 +174,11 @@ class ExchangeConfig:
     ca_file: str = ""
     """PEM file of the authorities whose certificates an s3:// store may show; empty: $AWS_CA_BUNDLE, or the public
     ones."""
+    client_certificate: str = ""
+    """PEM file of the certificate, and those up to its authority, with which this site shows an s3:// store who it is;
+    empty: none."""
+    client_key: str = ""
+    """PEM file of its private key, without a password, of mode 600; empty: it is in `client_certificate`."""
     poll_seconds: float = 0.5
     """How often a waiting process looks into the store."""
     retry_seconds: float = 600.0

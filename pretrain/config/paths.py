@@ -53,7 +53,8 @@ def _changed(config: RunConfig, change: Change) -> RunConfig:
     config.directory = at("directory", config.directory)
     config.tokenizer = at("tokenizer", config.tokenizer)
     config.model.checkpoint = at("model.checkpoint", config.model.checkpoint or "") or None
-    config.exchange.ca_file = at("exchange.ca_file", config.exchange.ca_file)
+    for name in ("ca_file", "client_certificate", "client_key"):
+        setattr(config.exchange, name, at(f"exchange.{name}", getattr(config.exchange, name)))
     config.trust.directory = at("trust.directory", config.trust.directory)
     config.trust.archive = at("trust.archive", config.trust.archive)
     config.trust.policy = at("trust.policy", config.trust.policy)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from pretrain.config.check import ConfigError, named
 from pretrain.config.keys import MembershipConfig, RunConfig
@@ -23,7 +24,8 @@ def sign_contract(exchange: StoreExchange, member: str) -> None:
     if _has_signed(exchange, member):
         return
     signed = exchange.members.sign(Agreement(contract_sha256=exchange.contract_sha256, member=member), version=0)
-    exchange.write_over(name, signed.to_bytes(), lambda: _has_signed(exchange, member))
+    with suppress(FileExistsError):  # said by another process of ours meanwhile
+        exchange.write_over(name, signed.to_bytes(), lambda: _has_signed(exchange, member))
 
 
 def not_signed(exchange: StoreExchange) -> list[str]:
@@ -61,7 +63,7 @@ def agree(
             say(words)
         pause()
 
-    if member in exchange.members.keys:
+    if is_founder := member in exchange.members.keys:
         sign_contract(exchange, member)
     else:
         while words := not_added_yet(exchange, member):
@@ -70,6 +72,8 @@ def agree(
     missing = not_signed(exchange)
     while missing:
         wait_for(f"the signature of {named(missing)} under the contract")
+        if is_founder:
+            sign_contract(exchange, member)  # once more, where somebody has taken it away
         missing = _missing(exchange, missing)
 
 

@@ -24,7 +24,8 @@ from pretrain.config.check import ConfigError
 from pretrain.config.keys import ExchangeConfig
 from pretrain.exchange.client import PAGES, Client, SlowError, StopWaitingError, is_too_large, with_connections
 from pretrain.exchange.directory import Directory
-from pretrain.exchange.options import OF_S3, distrust
+from pretrain.exchange.options import OF_S3, distrust, is_of_another_time
+from pretrain.host.clock import by_this_machine
 from pretrain.host.disk import is_full
 from pretrain.trust.egress import Egress, blake3_of
 from pretrain.trust.ledger import RECORD_BYTES, RefusedError
@@ -337,7 +338,7 @@ class Objects:
                     raise  # our own disk, on which it was written
                 line, now = self._line(name, verb, error), time.monotonic()
                 is_certain = isinstance(error, CERTAIN) or type(error).__name__ in CERTAIN_NAMES
-                if is_certain or distrust(error) or is_too_large(error):
+                if is_certain or distrust(error) or is_of_another_time(error) or is_too_large(error):
                     raise ConfigError(line) from error
                 began = began if num_failures else now
                 left_seconds = began + self._retry_seconds - now
@@ -401,7 +402,9 @@ class Objects:
         # Of a write, `name` says all; the path of a temporary file would only mislead.
         short = error.strerror if verb == "written" and isinstance(error, OSError) else ""
         if reason := distrust(error):
-            short = f"its certificate is not trusted: {reason} (exchange.ca_file)"
+            short = reason
+        if is_of_another_time(error):
+            short = f"{short or error}; {by_this_machine()}"
         if is_too_large(error):
             short = f"{short or error}; with more outer.num_fragments objects are smaller"
         what = " ".join((short or str(error)).split()) or type(error).__name__

@@ -2,7 +2,7 @@
 
 import os
 import ssl
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,32 +13,51 @@ from pretrain.config.check import ConfigError, check_url
 from pretrain.config.keys import OPERATOR, ExchangeConfig
 from pretrain.config.load import CONFIG_FILE, load_run
 from pretrain.config.paths import expand_home
+from pretrain.exchange.identity import check_authorities, check_identity
+from pretrain.host.clock import by_this_machine
 
+OF_TIME = (9, 10)  # X509_V_ERR_CERT_NOT_YET_VALID and _HAS_EXPIRED of OpenSSL
+# What a server says of a client's certificate, as OpenSSL names it (RFC 8446, section 6.2).
+ALERTS = {
+    "TLSV13_ALERT_CERTIFICATE_REQUIRED": "it wants a certificate of whoever asks",
+    "TLSV1_ALERT_UNKNOWN_CA": "it does not know the authority of our certificate",
+    "SSLV3_ALERT_BAD_CERTIFICATE": "it does not take our certificate",
+    "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE": "it does not take a certificate of our kind",
+    "SSLV3_ALERT_CERTIFICATE_REVOKED": "it says that our certificate is revoked",
+    "SSLV3_ALERT_CERTIFICATE_EXPIRED": "it says that our certificate has expired",
+    "SSLV3_ALERT_CERTIFICATE_UNKNOWN": "it does not take our certificate",
+}
+SKEWED = ("RequestTimeTooSkewed", "RequestExpired", "RequestInTheFuture")
+OF_TLS = {
+    "ca_file": "; for other kinds set SSL_CERT_FILE and REQUESTS_CA_BUNDLE in the environment",
+    "client_certificate": "",
+    "client_key": "",
+}
 OF_DIRECTORIES = (None, "file", "local")
 OF_S3, OF_GOOGLE, OF_AZURE = ("s3", "s3a"), ("gs", "gcs"), ("az", "abfs", "abfss", "adl")
 
 
 def store_options(exchange: ExchangeConfig, url: str) -> dict[str, Any]:
-    """`exchange.options` for the store at `url`, with `exchange.ca_file` among them; nothing for a directory.
+    """`exchange.options` for the store at `url`, with the files of certificates among them; nothing for a directory.
 
-    Raises ConfigError for a file that holds no certificates, and for a kind of store that cannot be given one.
+    Raises ConfigError for files that are none, and for a kind of store that cannot be given them.
     """
     if is_directory(url):
         return {}
-    if not exchange.ca_file:
-        return exchange.options
-    if fsspec.core.split_protocol(url)[0] not in OF_S3:
-        raise ConfigError(
-            f"exchange.ca_file: {exchange.ca_file!r} given with {url}; allowed: with s3://; for other kinds set "
-            "SSL_CERT_FILE and REQUESTS_CA_BUNDLE in the environment"
-        )
-    try:
-        ssl.create_default_context(cafile=exchange.ca_file)
-    except OSError as error:
-        reason = "it holds no certificates" if isinstance(error, ssl.SSLError) else error.strerror
-        raise ConfigError(f"exchange.ca_file: {exchange.ca_file!r} given; allowed: a PEM file; {reason}") from None
-    client = {**exchange.options.get("client_kwargs", {}), "verify": exchange.ca_file}
-    return {**exchange.options, "client_kwargs": client}
+    found = exchange.options
+    for name, why in OF_TLS.items():
+        if getattr(exchange, name) and fsspec.core.split_protocol(url)[0] not in OF_S3:
+            raise ConfigError(
+                f"exchange.{name}: {getattr(exchange, name)!r} given with {url}; allowed: with s3://{why}"
+            )
+    if exchange.ca_file:
+        check_authorities(exchange.ca_file)
+        found = found | {"client_kwargs": {**found.get("client_kwargs", {}), "verify": exchange.ca_file}}
+    if exchange.client_certificate or exchange.client_key:
+        check_identity(exchange.client_certificate, exchange.client_key)
+        shows = exchange.client_certificate, exchange.client_key or exchange.client_certificate
+        found = found | {"config_kwargs": {**found.get("config_kwargs", {}), "client_cert": shows}}
+    return found
 
 
 def reached(where: str) -> tuple[str, ExchangeConfig]:
@@ -114,9 +133,24 @@ def is_directory(url: str) -> bool:
 
 
 def distrust(error: BaseException | None) -> str:
-    """Why a server's certificate was not accepted, if that is behind an error of whatever library; else nothing."""
-    while error:
-        if isinstance(error, ssl.SSLCertVerificationError) and hasattr(error, "verify_message"):
-            return error.verify_message  # which libraries' own kinds of it have not
-        error = error.__cause__ or error.__context__
+    """Why a server's certificate was not accepted, or ours by it, if that is behind an error of whatever library."""
+    for one in _chain(error):
+        if isinstance(one, ssl.SSLCertVerificationError) and hasattr(one, "verify_message"):
+            clock = f"; {by_this_machine()}" if one.verify_code in OF_TIME else ""
+            return f"its certificate is not trusted: {one.verify_message}{clock} (exchange.ca_file)"
+        if isinstance(one, ssl.SSLError) and (said := ALERTS.get(getattr(one, "reason", None) or "")):
+            return f"{said} (exchange.client_certificate)"
     return ""
+
+
+def is_of_another_time(error: BaseException | None) -> bool:
+    """Whether a store refuses a request because its clock and this machine's differ (S3: RequestTimeTooSkewed)."""
+    answers = (getattr(one, "response", None) for one in _chain(error))
+    codes = (found.get("Error", {}).get("Code") for found in answers if isinstance(found, dict))
+    return any(code in SKEWED for code in codes)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -80,6 +80,10 @@ def file_payload(file: Path, fragment: int) -> Payload:
     return Payload(fragment=fragment, file=file.name, blake3=digest, num_bytes=file.stat().st_size)
 
 
+def _manifest_of(contributor: Contributor) -> str:
+    return f"{delivery_path(contributor.silo, contributor.version)}/manifest.json"
+
+
 class StoreExchange(SignedStore):
     """Silos and aggregator meet only in the store; each may be killed and started again at any instant."""
 
@@ -313,20 +317,34 @@ class StoreExchange(SignedStore):
 
     def contributed(self, contributor: Contributor) -> tuple[Manifest, bytes]:
         """The manifest, and its bytes, that a commit names as a silo's part in it. Raises RefusedError."""
-        if (found := self.contributed_if_there(contributor)) is None:
-            folder = delivery_path(contributor.silo, contributor.version)
-            raise RefusedError(f"{folder}/manifest.json is missing")
-        return found
+        data = self.delivery(contributor.silo, contributor.version)
+        if data is None:
+            raise RefusedError(f"{_manifest_of(contributor)} is missing")
+        if sha256_bytes(data) != contributor.manifest_sha256:
+            raise RefusedError(f"{_manifest_of(contributor)} is not the one that was merged")
+        return Manifest.from_bytes(data), data
 
-    def contributed_if_there(self, contributor: Contributor) -> tuple[Manifest, bytes] | None:
-        """The same, or None if there is none. Raises RefusedError."""
-        silo, version = contributor.silo, contributor.version
-        data = self.delivery(silo, version)
+    def adopted_by(self, contributor: Contributor) -> Manifest | None:
+        """What a silo signed when it had its part in a commit, and so what it had adopted; None if that is gone.
+
+        What somebody has put in its place is passed over, and said. Raises RefusedError for what was merged unsigned.
+        """
+        silo, version, name = contributor.silo, contributor.version, _manifest_of(contributor)
+        try:
+            data = self.delivery(silo, version)
+        except RefusedError as error:
+            self.pass_over(name, error)
+            return None
         if data is None:
             return None
-        if sha256_bytes(data) != contributor.manifest_sha256:
-            raise RefusedError(f"{delivery_path(silo, version)}/manifest.json is not the one that was merged")
-        return Manifest.from_bytes(data), data
+        if sha256_bytes(data) == contributor.manifest_sha256:
+            manifest = Manifest.from_bytes(data)
+            self.members.check(silo, manifest)
+            return manifest
+        if not self._is_by(silo, version, data):
+            return None
+        self.pass_over(name, "it is signed, but not the one that was merged; atoll verify tells more")
+        return Manifest.from_bytes(data)
 
     def is_delivered(self, silo: str, version: int) -> bool:
         """Whether there is a manifest of the silo's."""

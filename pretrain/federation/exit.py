@@ -146,7 +146,7 @@ class _BundleWriter:
         trouble = self._copy_payloads(store)
         self._check(store, trouble)
         self._tell(f"version {self._newest}: writing its model")
-        here = dataclasses.replace(self._config.exchange, url=str(store), options={}, ca_file="")
+        here = dataclasses.replace(self._config.exchange, url=str(store))
         export_global_model(dataclasses.replace(self._config, exchange=here), bundle / MODEL, self._newest)
         self._copy_data_manifests(bundle / DATA)
         _write_software(bundle / SOFTWARE)

@@ -260,13 +260,15 @@ class ThroughStore:
             looked_at += [c for c in commit.contributors if c.silo == self._silo and floor is not None]
             for other in looked_at:
                 # Behind a relay there are none but ours; one that somebody has deleted is named by atoll verify.
-                if other.version == version and (found := self._store.contributed_if_there(other)):
-                    self._check_other(commit, found[0], sha256s, has_floor=floor is not None)
+                if other.version == version and (found := self._store.adopted_by(other)):
+                    is_merged = sha256_bytes(found.to_bytes()) == other.manifest_sha256
+                    self._check_other(commit if is_merged else None, found, sha256s, has_floor=floor is not None)
 
-    def _check_other(self, commit: Commit, manifest: Manifest, sha256s: list[str], *, has_floor: bool) -> None:
-        """Raise RefusedError unless a manifest in a commit is its silo's, of our history, and says what it may."""
-        self._store.members.check(manifest.silo, manifest)
+    def _check_other(self, commit: Commit | None, manifest: Manifest, sha256s: list[str], *, has_floor: bool) -> None:
+        """Raise RefusedError unless a manifest is of our history, and, if it is in a commit, says what it may."""
         check_cosigned(manifest, sha256s)
+        if not commit:
+            return
         try:
             check_metrics(manifest, self._config.trust.metrics)
         except RefusedError as error:

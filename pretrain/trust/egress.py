@@ -25,6 +25,7 @@ from blake3 import blake3
 
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig
+from pretrain.host.clock import DAY_SECONDS, by_this_machine, utc
 from pretrain.trust.keys import Signer
 from pretrain.trust.ledger import Record, RefusedError, sha256_bytes
 from pretrain.trust.members import own_signer
@@ -33,7 +34,6 @@ from pretrain.trust.policy import Policy, read_policy
 FOLDER = "egress"
 RELAY = "relay"
 LINE_BYTES = 64 << 10  # ours have 500
-DAY_SECONDS = 86_400
 REQUESTS = "requests"  # what a line of counts is
 APPEND = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 SIGNED = ("manifest", "commit")  # once a version
@@ -120,8 +120,14 @@ class Egress:
 
     @classmethod
     def of_run(cls, config: RunConfig, name: str, signer: Signer | None, policy: Policy) -> "Egress":
-        """The ledger of a silo, the aggregator or a relay of a run directory."""
-        return cls(file=egress_file(config.directory, name), policy=policy, signer=signer, round_of=config.round_of)
+        """The ledger of a silo, the aggregator or a relay of a run directory.
+
+        Raises ConfigError where days count and this machine's clock is before what was written.
+        """
+        made = cls(file=egress_file(config.directory, name), policy=policy, signer=signer, round_of=config.round_of)
+        if policy.bytes_a_day is not None:
+            made._sent_today(time.time())
+        return made
 
     def asked(self, what: str) -> None:
         """Count a request that carries no object."""
@@ -285,16 +291,28 @@ class Egress:
                 "was not sent; allow more, or take no part"
             )
         if (day := int(now // DAY_SECONDS)) != self._day:
-            self._day, self._bytes_of_day = day, self._sent_on(day)
+            self._day, self._bytes_of_day = day, self._sent_today(now)
         if self._bytes_of_day + num_bytes <= most:
             return 0.0
         return (day + 1) * DAY_SECONDS - now
 
-    def _sent_on(self, day: int) -> int:
-        """Bytes that left on a day, by what is in the file."""
+    def _sent_today(self, now: float) -> int:
+        """Bytes that left today, by what is in the file. A clock that was put back does not give them once more.
+
+        Raises ConfigError if it was put back by more than a day.
+        """
+        day, num_bytes, latest = now // DAY_SECONDS, 0, now
         with suppress(FileNotFoundError):
-            return sum(line.num_bytes for line, _ in read_lines(self.file) if line and line.time // DAY_SECONDS == day)
-        return 0
+            for line, _ in read_lines(self.file):
+                if line and line.time // DAY_SECONDS >= day:
+                    num_bytes, latest = num_bytes + line.num_bytes, max(latest, line.time)
+        if latest - now > DAY_SECONDS:
+            raise ConfigError(
+                f"trust.policy: {self.policy.file} given; its bytes_a_day needs the day, and {by_this_machine()}, "
+                f"while {str(self.file)!r} has a line of {utc(latest)}; set the clock, or move the file away "
+                "to begin a new one if that line's is wrong"
+            )
+        return num_bytes
 
 
 def read_lines(file: Path) -> Iterator[tuple[Line | None, bytes]]:

@@ -12,7 +12,7 @@ import pytest
 
 from pretrain.aggregate import Aggregator, OuterState
 from pretrain.config.keys import OPERATOR, RunConfig
-from pretrain.exchange.agreement import not_signed, sign_contract
+from pretrain.exchange.agreement import agree, not_signed, sign_contract
 from pretrain.exchange.history import History
 from pretrain.exchange.rollback import is_rolling_back, roll_back_store, rollback_records
 from pretrain.exchange.store import StoreExchange
@@ -21,7 +21,7 @@ from pretrain.federation.leave import say_left
 from pretrain.federation.verify import StoreVerifier
 from pretrain.sync.through_store import ThroughStore
 from pretrain.trust.keys import PublicKey, load_signer, new_key
-from pretrain.trust.ledger import Commit, Manifest, RefusedError, sha256_bytes
+from pretrain.trust.ledger import RECORD_BYTES, Commit, Manifest, RefusedError, sha256_bytes
 from pretrain.trust.members import Members, own_signer, public_keys, with_keys
 from tests.conftest import TinyConfig
 from tests.support import one_line_error
@@ -134,8 +134,9 @@ def test_a_silo_that_is_shown_another_history_tells_the_others(config: RunConfig
     assert findings[0].what.startswith(found)
 
 
-def test_a_silo_without_the_others_manifests_goes_on(config: RunConfig) -> None:
-    """Behind a relay there are none but its own."""
+@pytest.mark.parametrize("what", ["gone", "somebody's", "too long", "another of its own", "no file"])
+def test_a_silo_without_the_others_manifests_goes_on(what: str, config: RunConfig, said: Callable[[], str]) -> None:
+    """Behind a relay there are none but its own; and who can write to the store can replace what was merged."""
     aggregator, state = begin(config)
     alpha = ThroughStore(config, "alpha")
     alpha._store.read_contract()
@@ -144,8 +145,56 @@ def test_a_silo_without_the_others_manifests_goes_on(config: RunConfig) -> None:
         for silo in config.full_roster:
             deliver(config, state, silo)
         one_version(aggregator, state)
-        manifest_file(config, "beta", version).unlink()
+        file = manifest_file(config, "beta", version)
+        data = file.read_bytes()
+        file.unlink()
+        if what == "no file":
+            file.mkdir()
+        elif what != "gone":
+            other = data.replace(b'"tokens": ', b'"tokens": 1')
+            file.write_bytes(bytes(RECORD_BYTES + 1) if what == "too long" else other)
+        if what == "another of its own":
+            sign_delivery(config, "beta", version, "beta")
         assert alpha.receive(version, None, state.parameters).commit.version == version
+    assert ("silos/beta/000002/manifest.json is passed over: " in said()) == (what not in ("gone", "no file"))
+
+
+def test_a_silo_stops_at_a_delivery_that_was_merged_unsigned(config: RunConfig) -> None:
+    """The operator invents what beta has sent."""
+    aggregator, state = begin(config)
+    alpha = ThroughStore(config, "alpha")
+    alpha._store.read_contract()
+    alpha._delivered.begin(4)
+    for version in (1, 2):
+        deliver(config, state, "alpha")
+        deliver(config, state, "beta", signer="beta" if version == 1 else "alpha")
+        if version == 2:
+            aggregator._exchange._is_by = lambda *_: True  # type: ignore[method-assign]  # the operator's own
+            aggregator._exchange.check = lambda *_, **__: None  # type: ignore[method-assign]
+        one_version(aggregator, state)
+        alpha.receive(version, None, state.parameters)
+    line = one_line_error(alpha.receive, 3, None, state.parameters)
+    assert line.startswith("silo alpha: version 2 in the store cannot be used: signature of the manifest: not of these")
+
+
+def test_a_signature_that_was_replaced_or_taken_away_comes_again(config: RunConfig) -> None:
+    begin(config)
+    file, beta = (Path(config.store_url) / "signatures" / f"{name}.json" for name in ("alpha", "beta"))
+    stands, kept, found = file.read_bytes(), beta.read_bytes(), list[bool]()
+    beta.unlink()
+
+    def pause() -> None:
+        found.append(file.read_bytes() == stands)
+        if len(found) == 1:
+            file.write_bytes(b"{}")
+        elif len(found) == 2:
+            file.unlink()
+        else:
+            beta.write_bytes(kept)
+
+    agree(as_member(config, "alpha"), "alpha", pause)
+    assert found == [True] * 3
+    assert file.read_bytes() == stands
 
 
 # ---- what somebody else writes

@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from launch.cli import app
+from launch.egress import totals
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.config.load import save_config
 from pretrain.exchange.agreement import sign_contract
@@ -176,6 +177,25 @@ def test_yesterdays_bytes_do_not_count(tmp_path: Path) -> None:
     send(objects_of(tmp_path, policy)[0], tmp_path, 2, 900)
     said = one_line_error(send, objects_of(tmp_path, policy)[0], tmp_path, 3, 1001)
     assert said.startswith("trust.policy: p.yaml given; its bytes_a_day is 1000, and a payload has 1001: it was not")
+
+
+def test_a_clock_that_was_put_back_gives_no_days_bytes_once_more(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    policy = Policy(bytes_a_day=1000, file="p.yaml")
+    objects, file = objects_of(tmp_path, policy)
+    send(objects, tmp_path, 1, 900)
+    (line,) = lines(file)
+    file.write_bytes(dataclasses.replace(line, time=line.time + DAY_SECONDS / 2).to_bytes())  # by some hours
+    assert objects_of(tmp_path, policy)[0]._egress.leaves("s", "silos/law/2/2.safetensors", 900, "") > 0  # type: ignore[union-attr]
+    config = tiny_config(tmp_path)
+    for years, year in ((100, 2126), (1e30, "a time beyond all calendars")):
+        file = egress_file(config.directory, "alpha")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(dataclasses.replace(line, time=line.time + years * 365.2425 * DAY_SECONDS).to_bytes())
+        said = one_line_error(Egress.of_run, config, "alpha", None, policy)
+        assert said.startswith("trust.policy: p.yaml given; its bytes_a_day needs the day, and by this machine's clock")
+        assert f"has a line of {year}" in said
+        Egress.of_run(config, "alpha", None, Policy())  # nobody asks for the day
+        assert totals(file)["day"]
 
 
 def test_requests_without_an_object_are_counted(tmp_path: Path) -> None:

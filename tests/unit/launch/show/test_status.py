@@ -356,7 +356,25 @@ def test_a_time_that_no_calendar_has(store_of_one: Path) -> None:
     console = Console(record=True, width=80, file=open(os.devnull, "w"))  # noqa: SIM115
     status = dataclasses.replace(store_status(str(store_of_one)), now_unix_seconds=1e18, deadline_unix_seconds=1e19)
     show_status(status, console)
-    assert "0 s since the store last changed (a time beyond all calendars)" in console.export_text()
+    assert "the store last changed at a time beyond all calendars" in console.export_text()
+
+
+def test_one_file_of_another_century_ages_nobody(store_of_one: Path) -> None:
+    def last_words() -> str:
+        return " ".join(shown(str(store_of_one)))
+
+    before = untimed(store_of_one)
+    stray = store_of_one / "silos/alpha/000001/manifest.json"
+    os.utime(stray, (4.9e9, 4.9e9))
+    status = store_status(str(store_of_one))
+    assert status.ahead == ["silos/alpha/000001/manifest.json"]
+    assert dataclasses.replace(untimed(store_of_one), ahead=[]) == before
+    assert status.now_unix_seconds == pytest.approx(time.time(), abs=600)
+    assert "and so not counted from: silos/alpha/000001/manifest.json" in last_words()
+    for file in store_of_one.rglob("*.*"):  # or is it this machine's clock that is behind?
+        os.utime(file, (4.9e9, 4.9e9))
+    assert store_status(str(store_of_one)).ahead == []
+    assert "the store last changed at 2125-04-10 23:06:40 UTC, and by this machine's clock it is " in last_words()
 
 
 @pytest.mark.parametrize(

@@ -365,7 +365,11 @@ def test_a_status_of_an_earlier_start_does_not_count(tmp_path: Path) -> None:
     path = tmp_path / "status.json"
     path.write_text(json.dumps({"phase": "finished", "waiting_for": None, "since": 5.0, "step": 7, "round": 1}))
     assert read_status(path).phase == "finished"
-    assert read_status(path, time.time() + 10).phase == "starting"
+    earlier = path.read_bytes()
+    assert read_status(path, earlier).phase == "starting"
+    os.utime(path, (0, 0))  # of a machine whose clock is another
+    path.write_text(json.dumps({"phase": "training", "waiting_for": None, "since": -1.4e9, "step": 8, "round": 1}))
+    assert (read_status(path, earlier).phase, read_status(path, earlier).step) == ("training", 8)
 
 
 def drawn(display: LiveDisplay, width: int = 140) -> str:
@@ -381,9 +385,7 @@ def test_live_table(tmp_path: Path) -> None:
     )
     display = LiveDisplay(config, Console(file=open(os.devnull, "w"), force_terminal=True, width=140))  # noqa: SIM115
     step = {"kind": "step", "silo": "law", "step": 10, "loss": 5.25, "tokens_per_second": 12345.0}
-    waiting = ProcessStatus(
-        phase="waiting", waiting_for="commit 1 from the aggregator", since_unix_seconds=time.time() - 25
-    )
+    waiting = ProcessStatus(phase="waiting", waiting_for="commit 1 from the aggregator", waited_seconds=25)
     display.update([step], {"law": waiting, "aggregator": ProcessStatus(phase="merging")})
     display.close()
     text = drawn(display)
@@ -399,7 +401,7 @@ def test_the_live_table_cuts_nothing_at_80_columns(tmp_path: Path) -> None:
     config.silos[long] = config.silos.pop("law")
     display = LiveDisplay(config, Console(file=open(os.devnull, "w"), force_terminal=True, width=80))  # noqa: SIM115
     words = f"delivery for version 1,234 from {long}, medicine: 2 are enough 600 s after the commit before"
-    waiting = ProcessStatus(phase="waiting", waiting_for=words, since_unix_seconds=time.time() - 4000)
+    waiting = ProcessStatus(phase="waiting", waiting_for=words, waited_seconds=4000)
     step = {"kind": "step", "silo": long, "step": 10, "loss": 5.25, "tokens_per_second": 1234567.0}
     display.update([step], {long: waiting, "aggregator": waiting})
     display.close()
@@ -424,7 +426,7 @@ def test_plain_lines(tmp_path: Path) -> None:
         {"kind": "commit", "version": 1, "fragment": 0, "silos": ["law"], "update_norm": 0.5, "cosine_mean": -0.25},
         {"kind": "eval", **law, "step": 10, "val_loss": {"law": 4.0, "medicine": 6.0}},
     ]
-    waiting = ProcessStatus(phase="waiting", waiting_for="commit 2", since_unix_seconds=time.time() - 21)
+    waiting = ProcessStatus(phase="waiting", waiting_for="commit 2", waited_seconds=21)
     display.update(records, {"law": waiting})
     display.update([], {"law": waiting})
     display.close()
