@@ -17,7 +17,7 @@ SIGNATURES = "signatures"
 
 def sign_contract(exchange: StoreExchange, member: str) -> None:
     """Put a member's signature under the contract that was read, unless it is there."""
-    name = _name(member)
+    name = agreement_path(member)
     if _has_signed(exchange, member):
         return
     signed = exchange.members.sign(Agreement(contract_sha256=exchange.contract_sha256, member=member), version=0)
@@ -62,7 +62,7 @@ def agree(
 
 
 def _has_signed(exchange: StoreExchange, member: str) -> bool:
-    data = exchange.objects.read_if_there(_name(member))
+    data = exchange.objects.read_if_there(agreement_path(member))
     if data is None:
         return False
     try:
@@ -71,12 +71,13 @@ def _has_signed(exchange: StoreExchange, member: str) -> bool:
             raise RefusedError("it is under another contract, or another member's")
         exchange.members.check(member, found, version=0)
     except RefusedError as error:
-        exchange.pass_over(_name(member), error)
+        exchange.pass_over(agreement_path(member), error)
         return False
     return True
 
 
-def _name(member: str) -> str:
+def agreement_path(member: str) -> str:
+    """Where a member's signature under the contract lies."""
     return f"{SIGNATURES}/{member}.json"
 
 

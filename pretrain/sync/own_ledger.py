@@ -1,6 +1,7 @@
 """A silo's own record of a collective run, in its run directory: what a restart needs, and what it owes the others.
 
-    silos/NAME/ledger/        laid out like a store: contract.json, and of every version commit.json and the parameters
+    silos/NAME/ledger/        laid out like a store: contract.json, and of every version commit.json, the parameters,
+                              and what all silos have signed of it (merge/outcome.py)
     silos/NAME/kept/000017-velocity.safetensors   the outer state of the silo's part, as step 17 left it, and in
     silos/NAME/kept/000017.digest                 its digest
 
@@ -12,6 +13,7 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,10 +22,12 @@ from torch import Tensor
 
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig
+from pretrain.exchange.agreement import agreement_path
 from pretrain.exchange.base import Received
 from pretrain.exchange.history import History
 from pretrain.exchange.payload import PARAMETER, Tensors, keep_tensors, read_parameters, save_tensors
 from pretrain.exchange.store import StoreExchange, file_payload, version_path
+from pretrain.merge.outcome import record_paths
 from pretrain.outer.digest import Row, digest_rows, tensor_rows
 from pretrain.outer.fragments import cut_fragments
 from pretrain.outer.pieces import Piece, cut_pieces
@@ -61,6 +65,7 @@ class OwnLedger:
         else:
             check_same_contract(contract, stored, self._store.objects.url)
         self.newest = self._store.newest_version()
+        self.records(max(0, self.newest))
         if self.newest < 0:
             outer, parameters = self._config.outer, parameters or initial_parameters(self._config)
             kept = kept_at_start(parameters, outer.optimizer, outer.downlink_codec)
@@ -103,8 +108,12 @@ class OwnLedger:
         terms: Commit,
         values: Mapping[int, Mapping[str, Tensor]],  # by fragment
         moments: Mapping[str, Parts] | None = None,
+        records: Mapping[str, bytes] = MappingProxyType({}),
     ) -> None:
-        """Write a version: its payloads, one a fragment, and the commit that names them."""
+        """Write a version: its payloads, one a fragment, what all have signed of it, and the commit, which comes last.
+
+        `records` has these by name (`record_paths`).
+        """
         files = [self._file(fragment) for fragment in values]
         payloads = []
         for file, (fragment, tensors) in zip(files, values.items(), strict=True):
@@ -113,6 +122,7 @@ class OwnLedger:
         for file in (self._directory / "kept").glob(f"{terms.version:06d}*"):
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
+        self._put(records)
         self.publish(dataclasses.replace(terms, payloads=payloads), files)
 
     def publish(self, commit: Commit, files: Sequence[Path]) -> None:
@@ -123,6 +133,20 @@ class OwnLedger:
         for file in (self._directory / "kept").glob("*"):
             if int(file.name[:6]) <= self.newest - 2 * self._schedule.num_fragments:  # else `keep` takes it over
                 file.unlink()
+
+    def keep_agreements(self, agreed: Mapping[str, bytes]) -> None:
+        """Keep the silos' signatures under the contract, by silo."""
+        self._put({agreement_path(silo): data for silo, data in agreed.items()})
+
+    def _put(self, records: Mapping[str, bytes]) -> None:
+        """Write small objects, over what one who was killed before its commit has left."""
+        objects = self._store.objects
+        for name, data in records.items():
+            found = objects.read_if_there(name)
+            if found is not None and found != data:
+                objects.delete(name)
+            if found != data:
+                objects.write(name, data)
 
     def _file(self, fragment: int) -> Path:
         return self._directory / "inbox" / f"{PARAMETER}-{fragment:03d}.safetensors"
@@ -146,7 +170,21 @@ class OwnLedger:
         (payload,) = self._store.read_commit(version).payloads
         return self._store.objects.read(f"{version_path(version)}/{payload.file}", limit_bytes=payload.num_bytes)
 
-    def take(self, commit: Commit, data: bytes) -> None:
+    def record_names(self, version: int) -> list[str]:
+        """The names of what all silos have signed of a version."""
+        return record_paths(self._config.full_roster, version)
+
+    def records(self, version: int) -> dict[str, bytes]:
+        """What all silos have signed of a version, by name. Raises ConfigError if it is not all there."""
+        found = {name: self._store.objects.read_if_there(name) for name in self.record_names(version)}
+        for name in (name for name, data in found.items() if data is None):
+            raise ConfigError(
+                f"run directory: {self._store.objects.url}/{name} is missing, which a silo has signed of version "
+                f"{version}; restore it; a run that was begun by an atoll that kept none goes on with that one"
+            )
+        return {name: data for name, data in found.items() if data is not None}
+
+    def take(self, commit: Commit, data: bytes, records: Mapping[str, bytes]) -> None:
         """Write a version that another silo has and we do not. Raises ConfigError if the bytes are not the commit's."""
         (payload,) = commit.payloads
         file = self._file(payload.fragment)
@@ -154,6 +192,7 @@ class OwnLedger:
         file.write_bytes(data)
         if file_payload(file, payload.fragment) != payload:
             raise ConfigError(f"silos: another silo's version {commit.version} is not what its commit says")
+        self._put(records)
         self.publish(commit, [file])
 
     def initial(self) -> Received:
