@@ -17,13 +17,14 @@ if TYPE_CHECKING:
 
 
 def verify(
-    where: Annotated[str, typer.Argument(help="URL of the store, a run directory with one in it, or a bundle.")],
+    where: Annotated[str, typer.Argument(help="URL of a store, a run directory with one in it, or a bundle.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
     key: Annotated[Path | None, typer.Option(help="The operator's private key; that of the run directory.")] = None,
 ) -> None:
     """Check every signature, hash and digest of a store, and merge again every version whose deliveries are there.
 
-    Of a bundle of `atoll exit` also its list, every file, and the model. Exit code 0 if all is as it should be, 1 if
+    Of a bundle of `atoll exit` also its list, every file, and the model. A silo's ledger of a collective, in
+    RUN/silos/NAME/ledger, has no deliveries: all else is checked, and what all silos have signed. Exit code 0 if all is as it should be, 1 if
     not. Nothing is written there, and no key is needed, but to merge again where deliveries are sealed: without it
     all else is checked.
 
@@ -73,6 +74,10 @@ def _lines(found: "Verified | VerifiedBundle") -> list[str]:
         )
         if store.num_amendments:
             lines.append(f"amendments  {store.num_amendments} in force, with all signatures that they need")
+        if store.is_collective:
+            signed = "every silo's outcome of each" if store.is_signed else "what every silo said came out of each"
+            again = f"{signed}; {len(store.compared)} with the parameters of their digest; none merged again: "
+            again += "a collective keeps no deliveries"
         lines.append(f"versions    {store.num_versions} in one chain, {again}")
         lines.append(f"deliveries  {store.num_manifests} manifests; {store.num_payloads} files have their hash{pruned}")
     for finding in found.findings:
