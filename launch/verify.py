@@ -24,9 +24,9 @@ def verify(
     """Check every signature, hash and digest of a store, and merge again every version whose deliveries are there.
 
     Of a bundle of `atoll exit` also its list, every file, and the model. A silo's ledger of a collective, in
-    RUN/silos/NAME/ledger, has no deliveries: all else is checked, and what all silos have signed. Exit code 0 if all is as it should be, 1 if
-    not. Nothing is written there, and no key is needed, but to merge again where deliveries are sealed: without it
-    all else is checked.
+    RUN/silos/NAME/ledger, has no deliveries: what all silos have signed is checked. Exit code 0 if all is as it should
+    be, 1 if not. Nothing is written there, and no key is needed, but to merge again where deliveries are sealed: without
+    it all else is checked.
 
     [bold]Example:[/bold] atoll verify s3://bucket/run
     """
