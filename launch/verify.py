@@ -25,8 +25,8 @@ def verify(
 
     Of a bundle of `atoll exit` also its list, every file, and the model. A silo's ledger of a collective, in
     RUN/silos/NAME/ledger, has no deliveries: what all silos have signed is checked. Exit code 0 if all is as it should
-    be, 1 if not. Nothing is written there, and no key is needed, but to merge again where deliveries are sealed: without
-    it all else is checked.
+    be, 1 if not. Nothing is written there, and no key is needed, but to merge again where deliveries are sealed:
+    without it all else is checked.
 
     [bold]Example:[/bold] atoll verify s3://bucket/run
     """
@@ -75,8 +75,8 @@ def _lines(found: "Verified | VerifiedBundle") -> list[str]:
         if store.num_amendments:
             lines.append(f"amendments  {store.num_amendments} in force, with all signatures that they need")
         if store.is_collective:
-            signed = "every silo's outcome of each" if store.is_signed else "what every silo said came out of each"
-            again = f"{signed}; {len(store.compared)} with the parameters of their digest; none merged again: "
+            signed = "each signed by every silo" if store.is_signed else "each as every silo has said, unsigned"
+            again = f"{signed}; parameters of {len(store.compared)} have their digest; none is merged again: "
             again += "a collective keeps no deliveries"
         lines.append(f"versions    {store.num_versions} in one chain, {again}")
         lines.append(f"deliveries  {store.num_manifests} manifests; {store.num_payloads} files have their hash{pruned}")

@@ -57,8 +57,8 @@ def test_a_ledger_as_it_should_be_is_what_all_have_signed(ledger: Path) -> None:
     assert found.compared == [3, 4]
     said = CliRunner().invoke(cli.app, ["verify", str(ledger)])
     assert said.exit_code == 0
-    assert "5 in one chain, every silo's outcome of each; " in said.output
-    assert "none merged again: a collective keeps no deliveries" in said.output
+    assert "5 in one chain, each signed by every silo; parameters of 2 have their digest; " in said.output
+    assert "none is merged again: a collective keeps no deliveries" in said.output
 
 
 def of_json(name: str, key: str, value: object) -> Callable[[Path], object]:
