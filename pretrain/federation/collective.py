@@ -5,16 +5,19 @@ has signed what it delivered and, before anybody adopted it, what came out: the 
 """
 
 import copy
+import dataclasses
 from pathlib import Path
 
 from safetensors import SafetensorError
+from torch import Tensor
 
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.agreement import not_signed
-from pretrain.exchange.payload import Tensors
-from pretrain.exchange.store import StoreExchange, version_path
+from pretrain.exchange.history import History
+from pretrain.exchange.payload import Tensors, changed_tensors
+from pretrain.exchange.store import StoreExchange, snapshot_path, version_path
 from pretrain.merge.outcome import Outcome, check_commit, moments_digest, outcome_path, record_paths
-from pretrain.outer.digest import Row, digest_rows, tensor_rows
+from pretrain.outer.digest import digest_tensors
 from pretrain.trust.contract import without_operator
 from pretrain.trust.ledger import Commit, Payload, RefusedError
 from pretrain.trust.members import Members, public_keys
@@ -37,7 +40,8 @@ class SignedBySilos:
         """`config` is as the contract says; `scratch` a folder for what is read. Raises ConfigError for no keys."""
         self._config, self._exchange, self._scratch = config, exchange, scratch
         self.members = Members(keys=public_keys(config))
-        self._rows: dict[int, dict[str, Row]] = {}  # by fragment: of its newest parameters, if they are there
+        self._history = History(exchange, config.schedule.num_fragments)
+        self._values: dict[int, dict[str, Tensor]] = {}  # by fragment: its newest parameters, if they are there
         self._outcomes: list[Outcome] = []  # of the version that was looked at last
 
     def not_signed(self) -> list[str]:
@@ -59,27 +63,45 @@ class SignedBySilos:
     def has_its_parameters(self, commit: Commit) -> bool:
         """Whether all parameters of a version are there; raises RefusedError if they are not those that were signed."""
         for payload in commit.payloads:
-            self._rows.pop(payload.fragment, None)
-            if self._exchange.objects.exists(f"{version_path(commit.version)}/{payload.file}"):
-                self._rows[payload.fragment] = self._read(commit.version, payload)
-        if len(self._rows) < self._config.schedule.num_fragments:
+            before = self._values.pop(payload.fragment, {})
+            if self._is_there(commit, payload) and (before or commit.codec == "fp32"):
+                self._values[payload.fragment] = self._read(commit, payload, before)
+        for payload in self._whole(commit):
+            if self._is_there(commit, payload):
+                self._values[payload.fragment] = self._read(dataclasses.replace(commit, codec="fp32"), payload, {})
+        if len(self._values) < self._config.schedule.num_fragments:
             return False
-        digest = digest_rows(row for rows in self._rows.values() for row in rows.values())
+        digest = digest_tensors(row for values in self._values.values() for row in values.items())
         if digest != commit.parameters_digest:
             raise RefusedError(f"its parameters have digest {digest[:12]}, not {commit.parameters_digest[:12]}")
         return True
 
-    def _read(self, version: int, payload: Payload) -> dict[str, Row]:
+    def _is_there(self, commit: Commit, payload: Payload) -> bool:
+        return self._exchange.objects.exists(f"{version_path(commit.version)}/{payload.file}")
+
+    def _whole(self, commit: Commit) -> list[Payload]:
+        """What a version's snapshot has: the fragment's parameters, which are not its change, but whole."""
+        if not self._exchange.objects.exists(snapshot_path(commit.version)):
+            return []
+        payloads = self._history.read_snapshot(commit.version).payloads
+        if [payload.fragment for payload in payloads] != [self._config.schedule.fragment(commit.version)]:
+            raise RefusedError(f"{snapshot_path(commit.version)} is not of the fragment that the version changed")
+        return payloads
+
+    def _read(self, commit: Commit, payload: Payload, before: dict[str, Tensor]) -> dict[str, Tensor]:
         file = self._scratch / payload.file
-        self._exchange.fetch(version_path(version), payload, file)
+        self._exchange.fetch(version_path(commit.version), payload, file)
         try:
             tensors = Tensors(file)
-            rows = tensor_rows({name: tensors.parts(name)["values"] for name in tensors.names}, 1)
-            moments = moments_digest(tensors.moments)
-        except (SafetensorError, ValueError, KeyError) as error:
+            values = changed_tensors(tensors, commit.codec, before if commit.codec != "fp32" else {})
+            is_signed = payload not in commit.payloads or self._have_signed(moments_digest(tensors.moments))
+        except (SafetensorError, ValueError) as error:
             raise RefusedError(f"{payload.file}: {error}") from None
         finally:
             file.unlink()
-        if any(outcome.moments_digest != moments for outcome in self._outcomes):
+        if not is_signed:
             raise RefusedError(f"{payload.file}: its moments are not those that its silos have signed")
-        return rows
+        return values
+
+    def _have_signed(self, moments: str) -> bool:
+        return all(outcome.moments_digest == moments for outcome in self._outcomes)

@@ -52,7 +52,7 @@ from pretrain.outer.pieces import Piece
 from pretrain.outer.quantize import Parts
 from pretrain.outer.state import OuterTensors
 from pretrain.sync.own_ledger import Kept, OwnLedger, all_pieces
-from pretrain.sync.packing import length, num_bytes, pack, unpack, unpack_moments
+from pretrain.sync.packing import joined, length, num_bytes, pack, unpack, unpack_moments
 from pretrain.sync.parley import Parley, swap_others
 from pretrain.trust.contract import build_contract
 from pretrain.trust.egress import to_peers
@@ -209,7 +209,7 @@ class AmongSilos:
         """Merge a version with the others; one that is in our ledger already is taken from there."""
         self._written.result()  # nobody speaks of a version before its ledger has the one before
         if version <= self._ledger.newest:
-            return self._ledger.received(version)
+            return self._ledger.received(version, base)
         assert sent  # nobody sits out a round of a collective
         with self._passing, self._naming_the_lost():
             return self._merge(version, sent.manifest, sent.coded, base)
@@ -248,29 +248,24 @@ class AmongSilos:
 
         change = pack(changes)
         merged = self._swap([change] * len(parts), [num_bytes(downlink, part) for part in parts])
-        values = self._apply(self._unpacked(merged, downlink, parts, changes), parts, base, values)
+        coded_parts = self._unpacked(merged, downlink, parts, changes)
+        values = self._apply(coded_parts, parts, base, values)
+        whole_change = joined(parts, coded_parts) if downlink != "fp32" else None
         sent, received = sent + length(change) * sum(others), received + length(merged)
-        del merged, change, changes
+        del merged, change, changes, coded_parts
         rows = tensor_rows(values, torch.get_num_threads())
         contributors = [
             contributor(manifests[silo], told[silo], weight) for silo, weight in zip(self._roster, weights, strict=True)
         ]
         moments = step.merged_moments()
         terms = self._ledger.terms(version, digest_rows((self._rows | rows).values()), contributors)
-        outcome = Outcome(
-            contract_sha256=terms.contract_sha256,
-            silo=self._silo,
-            version=version,
-            terms_sha256=sha256_bytes(terms.to_bytes()),
-            moments_digest=moments_digest(moments),
-            kept_digest=keeping.result(),
-            update_squared=step.update_squared,
-            gram=step.gram.tolist(),
-        )
+        outcome = self._outcome(terms, step, moments, kept_digest=keeping.result())
         terms, records = self._parley.settle(terms, outcome, told)
         self._rows |= rows
         fragment = self._schedule.fragment(version)
-        self._written = self._beside.submit(self._ledger.write, terms, {fragment: values}, moments, records)
+        self._written = self._beside.submit(
+            self._ledger.write, terms, {fragment: values}, moments, records, change=whole_change
+        )
         return Received(
             commit=terms,  # but for its payload's hash
             values=values,
@@ -278,6 +273,18 @@ class AmongSilos:
             moments=moments,
             bytes_sent=sent + num_moment_bytes,
             bytes_received=received + num_moment_bytes,
+        )
+
+    def _outcome(self, terms: Commit, step: Step, moments: Mapping[str, Parts], *, kept_digest: str) -> Outcome:
+        return Outcome(
+            contract_sha256=terms.contract_sha256,
+            silo=self._silo,
+            version=terms.version,
+            terms_sha256=sha256_bytes(terms.to_bytes()),
+            moments_digest=moments_digest(moments),
+            kept_digest=kept_digest,
+            update_squared=step.update_squared,
+            gram=step.gram.tolist(),
         )
 
     def _swap(self, out: Sequence[list[Tensor]], sizes: Sequence[int]) -> list[Tensor]:

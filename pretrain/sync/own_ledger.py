@@ -1,7 +1,8 @@
 """A silo's own record of a collective run, in its run directory: what a restart needs, and what it owes the others.
 
-    silos/NAME/ledger/        laid out like a store: contract.json, and of every version commit.json, the parameters,
-                              and what all silos have signed of it (merge/outcome.py)
+    silos/NAME/ledger/        laid out like a store: contract.json, and of every version commit.json, the coded change,
+                              and what all silos have signed of it (merge/outcome.py); whole parameters now and then,
+                              in a snapshot, and always where the codec is fp32
     silos/NAME/kept/000017-velocity.safetensors   the outer state of the silo's part, as step 17 left it, and in
     silos/NAME/kept/000017.digest                 its digest
 
@@ -10,6 +11,7 @@ The outer state is written before anybody can adopt what belongs to it, a versio
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,19 +27,30 @@ from pretrain.config.keys import RunConfig
 from pretrain.exchange.agreement import agreement_path
 from pretrain.exchange.base import Received
 from pretrain.exchange.history import History
-from pretrain.exchange.payload import PARAMETER, Tensors, keep_tensors, read_parameters, save_tensors
+from pretrain.exchange.payload import PARAMETER, Tensors, changed_tensors, keep_tensors, read_parameters, save_tensors
 from pretrain.exchange.store import StoreExchange, file_payload, version_path
 from pretrain.merge.outcome import record_paths
 from pretrain.outer.digest import Row, digest_rows, tensor_rows
 from pretrain.outer.fragments import cut_fragments
 from pretrain.outer.pieces import Piece, cut_pieces
-from pretrain.outer.quantize import Parts
+from pretrain.outer.quantize import QUANTIZERS, Parts
 from pretrain.outer.state import OuterTensors, kept_at_start
 from pretrain.silo.model import initial_parameters
 from pretrain.trust.contract import check_same_contract, contract_bytes
-from pretrain.trust.ledger import Commit, Contributor, Payload, RefusedError, sha256_bytes
+from pretrain.trust.ledger import Commit, Contributor, RefusedError, Snapshot, sha256_bytes
 
 Kept = dict[str, dict[str, Tensor]]  # kind to piece to tensor
+
+
+MOST_CHANGES = 16  # that a restart applies to a fragment's whole parameters, however small they are
+
+
+def whole_versions(codec: str) -> int:
+    """A fragment's parameters are written whole at every so many of its outer steps.
+
+    By then the changes since are as many bytes; that is what a ledger takes at most, beside the whole ones.
+    """
+    return min(MOST_CHANGES, math.ceil(QUANTIZERS["fp32"].bits / QUANTIZERS[codec].bits))
 
 
 class OwnLedger:
@@ -47,7 +60,8 @@ class OwnLedger:
         self._config, self._silo, self._schedule = config, silo, config.schedule
         self._directory = config.silo_directory(silo)
         self._store = StoreExchange(config.ledger_url(silo))
-        self._history = History(self._store, self._schedule.num_fragments, all_whole=True)
+        self._codec = config.outer.downlink_codec
+        self._history = History(self._store, self._schedule.num_fragments, all_whole=self._codec == "fp32")
         self.newest = -1
 
     @property
@@ -95,7 +109,7 @@ class OwnLedger:
             contract_sha256=self.contract_sha256,
             version=version,
             previous=self.sha256(version - 1) if version else None,
-            codec="fp32",
+            codec=self._codec if version else "fp32",
             payloads=[],
             contributors=list(contributors),
             divisor=sum(contributor.weight for contributor in contributors),
@@ -109,21 +123,44 @@ class OwnLedger:
         values: Mapping[int, Mapping[str, Tensor]],  # by fragment
         moments: Mapping[str, Parts] | None = None,
         records: Mapping[str, bytes] = MappingProxyType({}),
+        *,
+        change: Mapping[str, Parts] | None = None,
     ) -> None:
         """Write a version: its payloads, one a fragment, what all have signed of it, and the commit, which comes last.
 
-        `records` has these by name (`record_paths`).
+        `records` has these by name (`record_paths`); `change` is the coded one of the tensors, where the codec is not
+        fp32.
         """
-        files = [self._file(fragment) for fragment in values]
+        files = [self._file(fragment, terms.codec) for fragment in values]
         payloads = []
         for file, (fragment, tensors) in zip(files, values.items(), strict=True):
-            coded = {name: {"values": value} for name, value in tensors.items()}
+            coded = change or _whole(tensors)
             payloads.append(save_tensors(coded, file, fragment=fragment, moments=moments))
         for file in (self._directory / "kept").glob(f"{terms.version:06d}*"):
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
         self._put(records)
-        self.publish(dataclasses.replace(terms, payloads=payloads), files)
+        commit = dataclasses.replace(terms, payloads=payloads)
+        self.publish(commit, files)
+        if commit.codec != "fp32" and self._schedule.count(commit.version) % whole_versions(commit.codec) == 0:
+            self._write_whole(commit, *values.items())
+
+    def _write_whole(self, commit: Commit, of_fragment: tuple[int, Mapping[str, Tensor]]) -> None:
+        """Write a fragment's parameters as a version left them. Whoever dies before goes on from the whole ones before.
+
+        The record that names them is signed by nobody: the commit has their digest.
+        """
+        fragment, tensors = of_fragment
+        file = self._file(fragment, "fp32")
+        payload = save_tensors(_whole(tensors), file, fragment=fragment)
+        snapshot = Snapshot(
+            contract_sha256=commit.contract_sha256,
+            version=commit.version,
+            commit_sha256=sha256_bytes(commit.to_bytes()),
+            payloads=[payload],
+        )
+        self._history.write_snapshot(snapshot, [(payload, file)])
+        file.unlink()
 
     def publish(self, commit: Commit, files: Sequence[Path]) -> None:
         """Write a version for ever, and prune what nobody needs again."""
@@ -148,8 +185,9 @@ class OwnLedger:
             if found != data:
                 objects.write(name, data)
 
-    def _file(self, fragment: int) -> Path:
-        return self._directory / "inbox" / f"{PARAMETER}-{fragment:03d}.safetensors"
+    def _file(self, fragment: int, codec: str) -> Path:
+        kind = PARAMETER if codec == "fp32" else "change"
+        return self._directory / "inbox" / f"{kind}-{fragment:03d}.safetensors"
 
     # ---- reading
 
@@ -166,7 +204,7 @@ class OwnLedger:
         return sha256_bytes(self._store.commit_bytes(version))
 
     def payload(self, version: int) -> bytes:
-        """The parameters that a version changed, as its commit names them."""
+        """What a version has of the fragment that it changed, as its commit names it."""
         (payload,) = self._store.read_commit(version).payloads
         return self._store.objects.read(f"{version_path(version)}/{payload.file}", limit_bytes=payload.num_bytes)
 
@@ -187,7 +225,7 @@ class OwnLedger:
     def take(self, commit: Commit, data: bytes, records: Mapping[str, bytes]) -> None:
         """Write a version that another silo has and we do not. Raises ConfigError if the bytes are not the commit's."""
         (payload,) = commit.payloads
-        file = self._file(payload.fragment)
+        file = self._file(payload.fragment, commit.codec)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(data)
         if file_payload(file, payload.fragment) != payload:
@@ -210,26 +248,20 @@ class OwnLedger:
         """As an exchange has it."""
         return self._store.tokens_total(self._silo, version, above=above)
 
-    def received(self, version: int) -> Received:
-        """A version that is there already."""
+    def received(self, version: int, base: Mapping[str, Tensor] = MappingProxyType({})) -> Received:
+        """A version that is there already; `base` has the tensors that it changes, as they are before."""
         commit = self._store.read_commit(version)
         values: dict[str, Tensor] = {}
         moments: dict[str, Parts] = {}
         for payload in commit.payloads:
-            found, beside = self._tensors(version, payload)
-            values |= found
-            moments |= beside
+            file = self._directory / "inbox" / payload.file
+            self._store.fetch(version_path(version), payload, file)
+            tensors = Tensors(file)
+            values |= changed_tensors(tensors, commit.codec, {} if commit.codec == "fp32" else base)
+            moments |= dict(tensors.moments)
+            file.unlink()
         rows = tensor_rows(values, torch.get_num_threads())
         return Received(commit=commit, values=values, rows=rows, moments=moments, bytes_sent=0, bytes_received=0)
-
-    def _tensors(self, version: int, payload: Payload) -> tuple[dict[str, Tensor], dict[str, Parts]]:
-        file = self._file(payload.fragment)
-        self._store.fetch(version_path(version), payload, file)
-        tensors = Tensors(file)
-        values = {name: tensors.parts(name)["values"].clone() for name in tensors.names}
-        moments = dict(tensors.moments)
-        file.unlink()
-        return values, moments
 
     def _parameters(self, version: int) -> dict[str, Tensor]:
         """All tensors as `version` has them. Raises RefusedError."""
@@ -302,6 +334,10 @@ class OwnLedger:
     def mark_resumable(self, version: int) -> None:
         """A checkpoint holds `version`."""
         self._store.mark_resumable(self._silo, version)
+
+
+def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Parts]:
+    return {name: {"values": value} for name, value in tensors.items()}
 
 
 def _kept_digest(kept: Kept) -> str:

@@ -7,6 +7,7 @@ import torch
 
 from pretrain.config.keys import RunConfig
 from pretrain.outer.digest import digest_rows
+from pretrain.outer.fragments import cut_fragments
 from pretrain.sync.among_silos import AmongSilos
 from pretrain.sync.own_ledger import OwnLedger
 from pretrain.trust.contract import build_contract
@@ -32,14 +33,15 @@ def write_next(config: RunConfig, ledger: OwnLedger) -> Commit:
     """Write the next version, in which the fragment's parameters are that much higher."""
     version, schedule = ledger.newest + 1, config.schedule
     rows, kept = ledger.load()
-    payload = next(p for p in ledger.received(0).commit.payloads if p.fragment == schedule.fragment(version))
-    values = {name: value + version for name, value in ledger._tensors(0, payload)[0].items()}
+    first = ledger.received(0).values
+    cut = cut_fragments({name: value.numel() for name, value in first.items()}, schedule.num_fragments)
+    values = {name: first[name] + version for name in cut[schedule.fragment(version)]}
     mine = {kind: {key: value + version for key, value in of.items()} for kind, of in kept.items()}
     in_fragment = {kind: {k: v for k, v in of.items() if k.split("[")[0] in values} for kind, of in mine.items()}
     ledger.keep(version, in_fragment)
     terms = ledger.terms(version, digest_rows(rows.values()), outer_digest="0" * 64)
     signed = dict.fromkeys(ledger.record_names(version), b"what a silo has signed")  # who takes it looks at it
-    ledger.write(terms, {payload.fragment: values}, records=signed)
+    ledger.write(terms, {schedule.fragment(version): values}, records=signed)
     return ledger.commit(version)
 
 

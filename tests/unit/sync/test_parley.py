@@ -9,8 +9,9 @@ import pytest
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.lane import PeerLostError
 from pretrain.exchange.store import StoreExchange, version_path
+from pretrain.federation.verify import StoreVerifier
 from pretrain.merge.outcome import Outcome, check_commit, manifest_path, outcome_path, record_paths
-from pretrain.sync.own_ledger import OwnLedger
+from pretrain.sync.own_ledger import OwnLedger, whole_versions
 from pretrain.trust.contract import build_contract
 from pretrain.trust.keys import load_signer, new_key
 from pretrain.trust.ledger import Manifest, RefusedError
@@ -130,6 +131,29 @@ def test_who_gives_what_was_not_signed_is_named(config: RunConfig) -> None:
     found = start(dict.fromkeys(config.full_roster, config), NUM_VERSIONS)
     with pytest.raises(PeerLostError, match=r"^silo alpha: its version 3: silos/beta/000003/outcome.json: .*signature"):
         found["beta"].result()
+
+
+@pytest.mark.parametrize("codec", ["int4", "topk"])
+def test_a_ledger_has_changes_and_now_and_then_all(tmp_path: Path, tiny_config: TinyConfig, codec: str) -> None:
+    outer, every = OUTER | {"downlink_codec": codec}, whole_versions(codec)
+    num_versions = 2 * every + 2  # the parameters of both fragments are written whole two versions before
+    more = {"exchange": {"keep_versions": 1}, "inner": {"num_steps": 100}}
+    config = among_silos(tiny_config, tmp_path, outer=outer, **more)
+    run(config, num_versions - 2)
+    (ledger(config, "beta") / "snapshots" / f"{2 * every:06d}.json").unlink()  # as one who was killed before it
+    run(config, num_versions)  # from the ledgers alone
+    place = ledger(config, "alpha")
+    found = StoreVerifier(StoreExchange(str(place)), tmp_path, tell=lambda line: None).verify()
+    assert (found.findings, found.compared[-1]) == ([], num_versions)
+    assert sorted(file.stem for file in (place / "snapshots").glob("*")) == [f"{2 * every - 1:06d}", f"{2 * every:06d}"]
+    assert not [*(place / "global" / "000000").glob("*.safetensors")]
+    sizes = [file.stat().st_size for file in (place / version_path(num_versions)).glob("*.safetensors")]
+    own = OwnLedger(config, "alpha")
+    own.open(build_contract(config))
+    whole = sum(value.nbytes for value in own.initial().values.values())
+    assert sum(sizes) < whole / 8  # a half of the model, in at most an eighth of its bytes
+    again = StoreVerifier(StoreExchange(str(ledger(config, "beta"))), tmp_path, tell=lambda line: None).verify()
+    assert (again.findings, again.compared[-1]) == ([], num_versions)
 
 
 def test_a_ledger_without_what_was_signed_is_one_line(config: RunConfig) -> None:
