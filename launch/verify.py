@@ -19,16 +19,17 @@ if TYPE_CHECKING:
 
 
 def verify(
-    where: Annotated[str, typer.Argument(help="URL of the store, a run directory with one in it, or a bundle.")],
+    where: Annotated[str, typer.Argument(help="URL of a store, a run directory with one in it, or a bundle.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
     archive: Annotated[str, typer.Option(help="Where what was pruned is; default: that of the run directory.")] = "",
     key: Annotated[Path | None, typer.Option(help="The operator's private key; that of the run directory.")] = None,
 ) -> None:
     """Check every signature, hash and digest of a store, and merge again every version whose deliveries are there.
 
-    Of a bundle of `atoll exit` also its list, every file, and the model. Exit code 0 if all is as it should be, 1 if
-    not. Nothing is written there, and no key is needed, but to merge again where deliveries are sealed: without it
-    all else is checked.
+    Of a bundle of `atoll exit` also its list, every file, and the model. A silo's ledger of a collective, in
+    RUN/silos/NAME/ledger, has no deliveries: what all silos have signed is checked. Exit code 0 if all is as it should
+    be, 1 if not. Nothing is written there, and no key is needed, but to merge again where deliveries are sealed:
+    without it all else is checked.
 
     [bold]Example:[/bold] atoll verify s3://bucket/run
     """
@@ -81,6 +82,10 @@ def _lines(found: "Verified | VerifiedBundle") -> list[str]:
         )
         if store.num_amendments:
             lines.append(f"amendments  {store.num_amendments} in force, with all signatures that they need")
+        if store.is_collective:
+            signed = "each signed by every silo" if store.is_signed else "each as every silo has said, unsigned"
+            again = f"{signed}; parameters of {len(store.compared)} have their digest; none is merged again: "
+            again += "a collective keeps no deliveries"
         lines.append(f"versions    {store.num_versions} in one chain, {again}")
         lines.append(f"deliveries  {store.num_manifests} manifests; {store.num_payloads} files have their hash{pruned}")
         if store.num_words:

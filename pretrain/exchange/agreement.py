@@ -20,7 +20,7 @@ MOST_AHEAD = 16  # versions, between the commit before which a member's own succ
 
 def sign_contract(exchange: StoreExchange, member: str) -> None:
     """Put a member's signature under the contract that was read, unless it is there."""
-    name = _name(member)
+    name = agreement_path(member)
     if _has_signed(exchange, member):
         return
     signed = exchange.members.sign(Agreement(contract_sha256=exchange.contract_sha256, member=member), version=0)
@@ -78,12 +78,13 @@ def agree(
 
 
 def _has_signed(exchange: StoreExchange, member: str) -> bool:
-    name, sha256 = _name(member), exchange.contract_sha256
+    name, sha256 = agreement_path(member), exchange.contract_sha256
     found = exchange.record(Agreement, name, member, at=0, contract_sha256=sha256, member=member)
     return found is not None
 
 
-def _name(member: str) -> str:
+def agreement_path(member: str) -> str:
+    """Where a member's signature under the contract lies."""
     return f"{SIGNATURES}/{member}.json"
 
 

@@ -73,7 +73,8 @@ def reached(where: str) -> tuple[str, ExchangeConfig]:
         return where, ExchangeConfig()
     config = load_run(Path(where))
     if config.exchange.kind != "store":
-        raise ConfigError(f"store: {where!r} given; its run is one with exchange.kind={config.exchange.kind}")
+        ledgers = f"; allowed: {where}/silos/NAME/ledger, a silo's own" if config.exchange.kind == "collective" else ""
+        raise ConfigError(f"store: {where!r} given; its run is one with exchange.kind={config.exchange.kind}{ledgers}")
     return config.store_url, config.exchange
 
 

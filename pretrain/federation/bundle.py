@@ -24,6 +24,7 @@ from pretrain.host.foreign import shown
 from pretrain.silo.shards import tokenizer_sha256
 from pretrain.trust.contract import read_contract
 from pretrain.trust.ledger import Record, RefusedError, check_types, read_row, sha256_bytes, typed_keys
+from pretrain.trust.members import Members
 
 EXIT, STORE, MODEL, DATA, OWN, KEYS, SOFTWARE = "exit.json", "store", "model", "data", "own", "keys.txt", "software"
 EXIT_BYTES = 1 << 28  # a row a file: a million of them
@@ -145,10 +146,11 @@ class BundleVerifier:
         self._check_files(record.files if record else [])
         exchange = StoreExchange(str(self._directory / STORE))
         try:
-            found.store = StoreVerifier(exchange, self._scratch, tell=self._tell, key=self._key).verify()
+            verifier = StoreVerifier(exchange, self._scratch, tell=self._tell, key=self._key)
+            found.store = verifier.verify()
             found.findings += found.store.findings
             found.contract_sha256 = exchange.contract_sha256
-            self._check_record(record, exchange)
+            self._check_record(record, exchange, verifier.members)
         except ConfigError as error:
             self._note(f"{STORE}/contract.json", error)
         return found
@@ -182,7 +184,7 @@ class BundleVerifier:
         except OSError as error:
             self._note(one.path, error.strerror)
 
-    def _check_record(self, record: Exit | None, exchange: StoreExchange) -> None:
+    def _check_record(self, record: Exit | None, exchange: StoreExchange, members: Members) -> None:
         """Who has signed what, that it is of this chain, and that the model is that of its end."""
         newest = exchange.newest_version()
         try:
@@ -209,8 +211,8 @@ class BundleVerifier:
             if getattr(record, term) != value:
                 self._note(EXIT, f"its {term} is {getattr(record, term)!r}; of the store here it is {value!r}")
         try:
-            if record.member not in exchange.members.all_silos(terms["roster"]):
+            if record.member not in members.all_silos(terms["roster"]):
                 raise RefusedError(f"{record.member} is not on the contract's roster, nor was it added")
-            exchange.members.check(record.member, record)
+            members.check(record.member, record)
         except RefusedError as error:
             self._note(EXIT, error)

@@ -35,11 +35,12 @@ from pretrain.federation.verify import StoreVerifier, Verified
 from pretrain.host.foreign import shown
 from pretrain.host.lock import lock_directory
 from pretrain.host.software import installed
+from pretrain.merge.outcome import manifest_path, outcome_path
 from pretrain.outer.threads import in_threads
 from pretrain.silo.shards import MANIFEST_FILE
 from pretrain.trust.contract import build_contract, check_same_contract
 from pretrain.trust.ledger import Commit, Manifest, Payload, RefusedError, Snapshot, sha256_bytes
-from pretrain.trust.members import own_signer
+from pretrain.trust.members import Members, own_signer, public_keys
 
 CHAIN = (SIGNATURES, AMENDMENTS, GROUP_KEYS, SNAPSHOTS, ROLLBACKS, "rolled-back", REVOCATIONS)
 """Folders of a store that are copied as they are."""
@@ -74,8 +75,8 @@ def write_bundle(
     The directory appears when all is in it. Raises ConfigError, and nothing is written, for what cannot be, and for a
     chain that is broken, with its first version that is not as it should be.
     """
-    exchange = _reached(config, silo, directory, leave=leave)
-    copies = _BundleWriter(config, exchange, silo, tell)
+    exchange, members = _reached(config, silo, directory, leave=leave)
+    copies = _BundleWriter(config, exchange, members, silo, tell)
     with writing(directory) as temporary:
         with _stopped(config, silo):
             copies.write(temporary)
@@ -87,31 +88,38 @@ def write_bundle(
     return record
 
 
-def _reached(config: RunConfig, silo: str, directory: Path, *, leave: bool) -> StoreExchange:
-    """The store, with who signs for the silo. Raises ConfigError."""
-    if config.exchange.kind != "store":
-        raise ConfigError(
-            f"exchange.kind: {config.exchange.kind!r} given; a bundle is made only of a run through a 'store'"
-        )
+def _reached(config: RunConfig, silo: str, directory: Path, *, leave: bool) -> tuple[StoreExchange, Members]:
+    """The store, or the silo's own ledger of a collective, and the members, as the silo. Raises ConfigError."""
+    if config.exchange.kind == "none":
+        raise ConfigError("exchange.kind: 'none' given; a bundle is made of a run through a 'store', or a 'collective'")
     if silo not in config.silos or silo not in config.full_roster:
         raise ConfigError(f"--silo: {silo!r} given; allowed: {named(sorted(config.silos))}, which run here")
     if os.path.lexists(directory):
         raise ConfigError(f"--to: {str(directory)!r} given; it exists already, and nothing is overwritten")
     if leave:
         check_can_leave(config, silo)
-    exchange = StoreExchange.of_run(config)
-    exchange.members.signer = own_signer(config, silo)
-    stored = exchange.read_contract()
+    among = config.exchange.kind == "collective"
+    exchange = StoreExchange(config.ledger_url(silo)) if among else StoreExchange.of_run(config)
+    stored, given = exchange.read_contract(), _given(exchange, config)
+    members = Members(keys=public_keys(config)) if among else exchange.members
+    members.signer = own_signer(config, silo)
     if stored is None:
-        raise ConfigError(f"exchange.url: {config.store_url} given; there is no run in it (no contract.json)")
-    check_same_contract(build_contract(config), stored, config.store_url)
-    read_archive(exchange, config.trust.archive, config.exchange)
+        raise ConfigError(f"{given}; there is no run in it (no contract.json)")
+    check_same_contract(build_contract(config), stored, exchange.objects.url)
+    if not among:
+        read_archive(exchange, config.trust.archive, config.exchange)
     try:
         if is_rolling_back(exchange):
             raise RefusedError("it is being rolled back; allowed: when that is done")
     except RefusedError as error:
-        raise ConfigError(f"exchange.url: {config.store_url} given; {error}; nothing is written") from None
-    return exchange
+        raise ConfigError(f"{given}; {error}; nothing is written") from None
+    return exchange, members
+
+
+def _given(exchange: StoreExchange, config: RunConfig) -> str:
+    """How an error begins that is about what was reached."""
+    key = "run directory" if config.exchange.kind == "collective" else "exchange.url"
+    return f"{key}: {exchange.objects.url} given"
 
 
 @contextmanager
@@ -129,12 +137,20 @@ def _stopped(config: RunConfig, silo: str) -> Iterator[None]:
 class _BundleWriter:
     """Copies one silo's."""
 
-    def __init__(self, config: RunConfig, exchange: StoreExchange, silo: str, tell: Callable[[str], object]) -> None:
-        self._config, self._exchange, self._silo, self._tell = config, exchange, silo, tell
+    def __init__(
+        self,
+        config: RunConfig,
+        exchange: StoreExchange,
+        members: Members,
+        silo: str,
+        tell: Callable[[str], object],
+    ) -> None:
+        self._config, self._exchange, self._members, self._silo, self._tell = config, exchange, members, silo, tell
+        self._given, self._is_collective = _given(exchange, config), config.exchange.kind == "collective"
         self._newest, self._missing = exchange.newest_version(), list[str]()
         self._commits: dict[int, Commit] = {}
         if self._newest < 0:
-            raise ConfigError(f"exchange.url: {exchange.objects.url} given; there is no version in it yet")
+            raise ConfigError(f"{self._given}; there is no version in it yet")
 
     def write(self, bundle: Path) -> None:
         """All but the list. Raises ConfigError if the chain is broken."""
@@ -146,19 +162,17 @@ class _BundleWriter:
         trouble = self._copy_payloads(store)
         self._check(store, trouble)
         self._tell(f"version {self._newest}: writing its model")
-        here = dataclasses.replace(self._config.exchange, url=str(store))
+        here = dataclasses.replace(self._config.exchange, kind="store", url=str(store), options={}, ca_file="")
         export_global_model(dataclasses.replace(self._config, exchange=here), bundle / MODEL, self._newest)
         self._copy_data_manifests(bundle / DATA)
         _write_software(bundle / SOFTWARE)
-        keys = [
-            f"{name} {key.text} {key.fingerprint}\n" for name, key in sorted(self._exchange.members.first_keys.items())
-        ]
+        keys = [f"{name} {key.text} {key.fingerprint}\n" for name, key in sorted(self._members.first_keys.items())]
         (bundle / KEYS).write_text("".join(keys))
 
     def record(self, bundle: Path) -> Exit:
         """The list of what was written, signed."""
         newest = self._commits[self._newest]
-        return self._exchange.members.sign(
+        return self._members.sign(
             Exit(
                 contract_sha256=self._exchange.contract_sha256,
                 member=self._silo,
@@ -185,7 +199,8 @@ class _BundleWriter:
                 data = self._target.read(f"{version_path(version)}/commit.json")
                 self._commits[version] = Commit.from_bytes(data)
         merged = {(c.silo, c.version) for commit in self._commits.values() for c in commit.contributors}
-        names = [f"{delivery_path(silo, version)}/manifest.json" for silo, version in sorted(merged)]
+        beside = (manifest_path, outcome_path) if self._is_collective else (manifest_path,)
+        names = [path(silo, version) for silo, version in sorted(merged) for path in beside]
         in_threads(self._copy, names, REQUESTS_AT_ONCE)
 
     def copy_membership(self, silo: str) -> None:
@@ -213,7 +228,7 @@ class _BundleWriter:
                 self._target.upload(self._fetched(bundle, f"{folder}/{name}"), f"{folder}/{name}")
             if "manifest.json" in names and not any(name.endswith(".safetensors") for name in names):
                 pruned.append(version)
-        if pruned:
+        if pruned and not self._is_collective:  # where there never were any
             self._missing.append(f"payloads of its deliveries for versions {_ranges(pruned)}: pruned")
         place, own = self._config.silo_directory(self._silo), bundle / OWN
         for file in (place / "delivered.txt", *sorted((place / "outbox").glob("*.safetensors"))):
@@ -262,20 +277,17 @@ class _BundleWriter:
         scratch.mkdir()
         found = StoreVerifier(StoreExchange(str(store)), scratch, tell=self._tell).verify()
         shutil.rmtree(scratch)
-        url = self._exchange.objects.url
         for finding in (finding for finding in found.findings if finding.of_chain):
             version = "contract" if finding.version is None else f"version {finding.version}"
             raise ConfigError(
-                f"exchange.url: {url} given; its chain is broken: {version}: {shown(finding.name)}: "
+                f"{self._given}; its chain is broken: {version}: {shown(finding.name)}: "
                 f"{shown(finding.what, limit=1000)}; nothing is written"
             )
         for finding in found.findings:  # beside the chain: what every party of the run passes over
             (store / finding.name).unlink(missing_ok=True)
             self._missing.append(f"{finding.name}, which counts for nothing: {finding.what}")
         if trouble:
-            raise ConfigError(
-                f"exchange.url: {url} given; {trouble}; nothing is written; if the run went on meanwhile, try again"
-            )
+            raise ConfigError(f"{self._given}; {trouble}; nothing is written; if the run went on meanwhile, try again")
         self._missing += _not_merged(found, self._newest)
 
     def _copy(self, name: str) -> None:
@@ -317,7 +329,9 @@ class _BundleWriter:
 
 
 def _not_merged(found: Verified, newest: int) -> list[str]:
-    """What of a chain cannot be merged again, because its payloads are gone, or sealed."""
+    """What of a chain cannot be merged again, because its payloads are gone, sealed, or were never there."""
+    if found.is_collective:
+        return ["payloads of deliveries: a collective's pass from silo to silo, so that no version is merged again"]
     if found.is_sealed:
         return ["what opens sealed deliveries: only the operator has it, so that no version was merged again"]
     gone = sorted({*range(1, newest + 1)} - {*found.merged})

@@ -32,11 +32,13 @@ from pretrain.trust.contract import (
     check_same_terms,
     contract_bytes,
     read_contract,
+    without_operator,
 )
 from pretrain.trust.ledger import RefusedError
 from pretrain.trust.seal import sealed_bytes
 
 PROBE_BYTES = 8 << 20
+COLLECTIVE = {"kind": "collective", "url": "tcp://localhost:1"}  # wherever it was
 # A contract comes from others and goes into file names, batch scripts and what builds the model.
 CODE_KEYS = ("auto_map", "trust_remote_code")
 # What a contract may make this machine count and build before anything else can be compared.
@@ -109,16 +111,22 @@ def find_federation(url: str, paths: Sequence[Path], overrides: Sequence[str]) -
     )
 
 
-def read_terms(contract: bytes, url: str) -> tuple[dict[str, Any], dict[str, str], Section, RunConfig]:
+def read_terms(
+    contract: bytes, url: str, *, of_collective: bool = False
+) -> tuple[dict[str, Any], dict[str, str], Section, RunConfig]:
     """Terms and software of a contract, and the terms as a section and as a configuration; see `Federation`.
 
-    Raises ConfigError for what no machine should build, and for a contract of another version of atoll.
+    Raises ConfigError for what no machine should build, for a contract of another version of atoll, and for one of a
+    collective, by its keys, unless whoever asks can use that, too.
     """
     terms, software = read_contract(contract, url)
     _check_harmless(terms, software, url)
     _check_lengths(terms, url)
     settings = _settings(terms, url)
-    return terms, software, settings, _agreed(settings, url)
+    agreed = _agreed(settings, url)
+    if agreed.exchange.kind == "collective" and not of_collective:
+        raise ConfigError(f"store: {url!r} given; it is a silo's own ledger of a collective; allowed: a store")
+    return terms, software, settings, agreed
 
 
 def _absolute(url: str) -> str:
@@ -184,9 +192,11 @@ def _settings(terms: dict[str, Any], url: str) -> Section:
 def _agreed(settings: Section, url: str) -> RunConfig:
     """The same as everybody sees it, with silos as the defaults make them. Raises ConfigError for what cannot be."""
     try:
-        model = settings["model"] or {"checkpoint": "."}
-        silos = dict.fromkeys(settings["roster"])
-        agreed = load_unchecked([], below=settings | {"model": model, "silos": silos})
+        below = settings | {"model": settings["model"] or {"checkpoint": "."}}
+        below |= {"silos": dict.fromkeys(settings["roster"])}
+        if without_operator(settings["trust"]["keys"]):
+            below |= {"exchange": COLLECTIVE}
+        agreed = load_unchecked([], below=below)
         check_config(agreed)
     except (ConfigError, TypeError) as error:
         raise _unknown(url, str(error)) from None

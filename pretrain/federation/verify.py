@@ -1,7 +1,8 @@
 """What a store says happened, checked by somebody who trusts nobody: from the store alone, without a silo's text.
 
 Every signature, hash, link and digest, the weights by the contract's rules, and every version whose deliveries are
-still there once more, from these to its bytes. It writes nothing into the store.
+still there once more, from these to its bytes; of a silo's ledger of a collective, which has none, all but the last. It
+writes nothing into the store.
 """
 
 import os
@@ -12,11 +13,12 @@ from pathlib import Path
 
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import OPERATOR, RunConfig
-from pretrain.exchange.agreement import not_signed
+from pretrain.exchange.agreement import agreement_path, not_signed
 from pretrain.exchange.amended import FOLDER
 from pretrain.exchange.payload import save_tensors
 from pretrain.exchange.sealed import seal_payload
 from pretrain.exchange.store import StoreExchange, delivery_path, snapshot_path, version_path
+from pretrain.federation.collective import SignedBySilos, is_collective
 from pretrain.federation.join import read_terms
 from pretrain.federation.objects import ObjectsVerifier
 from pretrain.merge.collect import Delivery
@@ -65,8 +67,12 @@ class Verified:
     """... of them by a key that was replaced or taken away since."""
     is_sealed: bool = False
     """Deliveries are sealed, and there is no key here to open them: no version was merged again."""
+    is_collective: bool = False
+    """It is a silo's own ledger of a collective, which keeps no deliveries: no version can be merged again."""
     merged: list[int] = field(default_factory=list)
     """Versions that were merged again from their deliveries."""
+    compared: list[int] = field(default_factory=list)
+    """Of a collective: versions whose parameters are there, and are those that all silos have signed."""
     findings: list[Finding] = field(default_factory=list)
 
 
@@ -89,7 +95,7 @@ class StoreVerifier:
         url, contract = exchange.objects.url, exchange.read_contract(follow=False)
         if contract is None:
             raise ConfigError(f"store: {url!r} given; there is no run in it (no contract.json)")
-        self._governed, self._contract = Governed(read_terms(contract, url)[-1]), contract
+        self._governed, self._contract = Governed(read_terms(contract, url, of_collective=True)[-1]), contract
         self._config: RunConfig = self._governed.config
         self._exchange, self._scratch, self._tell = exchange, scratch, tell
         self._commits: dict[int, Commit] = {}
@@ -97,12 +103,22 @@ class StoreVerifier:
         if self._config.trust.seal and key:
             exchange.members.sealer = operator_sealer(exchange.members, key, self._config)
         is_sealed = self._config.trust.seal and not key
-        self._found = Verified(url=url, is_signed=bool(exchange.members.keys), is_sealed=is_sealed)
+        self._silos = SignedBySilos(self._config, exchange, scratch) if is_collective(exchange, self._config) else None
+        self.members = self._silos.members if self._silos else exchange.members
+        """By whose keys all of it was checked."""
+        self._found = Verified(
+            url=url,
+            is_signed=bool(self.members.keys),
+            is_sealed=is_sealed,
+            is_collective=bool(self._silos),
+        )
 
     def verify(self) -> Verified:
         """All of it. Raises StoreTroubleError."""
+        if self._silos:
+            return self._verify_collective(self._silos)
         for member in not_signed(self._exchange):
-            self._note(None, f"signatures/{member}.json", f"{member} has not signed the contract")
+            self._note(None, agreement_path(member), f"{member} has not signed the contract")
         with self._noting(None, f"{FOLDER}/"):
             self._exchange.follow_amendments()
         self._found.num_amendments = len(self._exchange.members.later)
@@ -113,6 +129,20 @@ class StoreVerifier:
         self._merge_again()
         self._check_kept()
         self._check_others()
+        return self._found
+
+    def _verify_collective(self, silos: SignedBySilos) -> Verified:
+        for silo in silos.not_signed():
+            self._note(None, agreement_path(silo), f"{silo} has not signed the contract")
+        self._read_chain()
+        for commit in self._commits.values():
+            folder = version_path(commit.version)
+            self._check_payloads(folder, commit.version, commit.payloads)
+            with self._noting(commit.version, folder):
+                self._found.num_manifests += silos.check(commit)
+            with self._noting(commit.version, folder):
+                if silos.has_its_parameters(commit):
+                    self._found.compared.append(commit.version)
         return self._found
 
     def _note(self, version: int | None, name: str, what: object) -> None:

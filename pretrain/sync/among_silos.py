@@ -20,13 +20,9 @@ died before it had the commit finds its part of the outer state there and the co
 The commit of v, whose payload is hashed as it is written, is compared as what v + 1 follows, and when silos meet.
 """
 
-import dataclasses
-import hashlib
-import json
 import threading
 import time
 import uuid
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -46,22 +42,22 @@ from pretrain.exchange.lanes import Lanes, carry
 from pretrain.exchange.payload import Held, Tensors
 from pretrain.host.identity import own_identity
 from pretrain.host.memory import give_back_memory
+from pretrain.merge.outcome import Outcome, moments_digest
 from pretrain.merge.step import Step, shares
-from pretrain.merge.terms import LONGEST_NORM, check_norm, contributor, read_delivery, shared_moments
+from pretrain.merge.terms import LONGEST_NORM, check_norm, contributor, shared_moments
 from pretrain.outer.blocks import Adopted, adopt, squared_norms
-from pretrain.outer.digest import Row, digest_rows, digest_tensors, tensor_rows
-from pretrain.outer.merge import mean_cosine, unit_sum_squared
+from pretrain.outer.digest import Row, digest_rows, tensor_rows
 from pretrain.outer.moments import Moment, check_lengths, check_moments
 from pretrain.outer.pieces import Piece
 from pretrain.outer.quantize import Parts
 from pretrain.outer.state import OuterTensors
 from pretrain.sync.own_ledger import Kept, OwnLedger, all_pieces
-from pretrain.sync.packing import as_bytes, check_parts, heard, length, num_bytes, pack, unpack, unpack_moments
-from pretrain.trust.contract import build_contract, check_same_contract, first_contract, other_software
+from pretrain.sync.packing import check_parts, joined, length, num_bytes, pack, unpack, unpack_moments
+from pretrain.sync.parley import Parley, swap_others
+from pretrain.trust.contract import build_contract
 from pretrain.trust.egress import to_peers
-from pretrain.trust.ledger import Agreement, Commit, Manifest, Payload, RefusedError, sha256_bytes
+from pretrain.trust.ledger import Commit, Manifest, Payload, sha256_bytes
 from pretrain.trust.members import Members, own_signer, public_keys
-from pretrain.trust.policy import read_policy
 from pretrain.trust.quality import losses
 
 SETTLE_SECONDS = 3.0  # for the watch to find out who broke a connection, and why
@@ -88,8 +84,8 @@ class AmongSilos:
             hung_seconds=settings.hung_seconds,
         )
         self._collective.leaves = self._tells = to_peers(config, silo)
+        self._parley = Parley(config, silo, self._collective, self._ledger, self._members)
         self._lanes: Lanes | None = None
-        self._straight: Lanes | None = None  # the same from leader to leader, without other ranks
         self._carrier: threading.Thread | None = None
         self._passing = threading.Lock()
         self._lost = ""
@@ -131,75 +127,11 @@ class AmongSilos:
         with self._passing, self._naming_the_lost():
             directory = self._config.silo_directory(self._silo)
             self._collective.join(f"{own_identity(directory)}/{uuid.uuid4().hex}")
-            agreed = self._members.sign(Agreement(contract_sha256=self._ledger.contract_sha256, member=self._silo))
-            facts = {"contract": first_contract(ours).decode(), "newest": self._ledger.newest}
-            shared = self._collective.share("facts", json.dumps(facts | {"agreed": agreed.to_bytes().decode()}))
-            kinds = {"agreed": str, "contract": str, "newest": int}
-            told = {silo: heard(silo, words, kinds) for silo, words in shared.items()}
-            contract, where = told[self._roster[0]]["contract"].encode(), self._config.exchange.url
-            check_same_contract(ours, contract, where)
-            for line in other_software(contract, where):
-                print(line, flush=True)
-            for silo, of_silo in told.items():
-                self._check_agreed(silo, of_silo["agreed"].encode())
-            first = self._collective.first_lane()
-            self._straight = Lanes(first, 1, None)
-            self._straight.leaves = self._leaves
-            self._confirm(shared)
-            self._catch_up({silo: of_silo["newest"] for silo, of_silo in told.items()})
+            first = self._parley.meet(ours, self._leaves)
             self._lanes = Lanes(first, self._config.exchange.num_lanes, self._lane_group)  # with the other ranks
             self._lanes.leaves = self._leaves
         self._rows, self._kept = self._ledger.load()
         give_back_memory()  # copies of the model that went through our hands
-
-    def _check_agreed(self, silo: str, said: bytes) -> None:
-        """A silo has signed our contract. Raises PeerLostError."""
-        try:
-            agreed = Agreement.from_bytes(said)
-            if (agreed.member, agreed.contract_sha256) != (silo, self._ledger.contract_sha256):
-                raise RefusedError("it has agreed to another contract than this silo")
-            self._members.check(silo, agreed)
-        except RefusedError as error:
-            raise PeerLostError(f"silo {silo}: {error}") from None
-
-    def _share(self, what: str, words: str) -> dict[str, bytes]:
-        """Every silo's words on `what`. Raises PeerLostError."""
-        return self._confirm(self._collective.share(what, words))
-
-    def _confirm(self, told: dict[str, bytes]) -> dict[str, bytes]:
-        """Words that went over the board, which one silo keeps: everybody says the hash of its own straight to all."""
-        hashes = [hashlib.sha256(told[silo]).digest() for silo in self._roster]
-        own, sizes = as_bytes(hashes[self._index]), [len(one) for one in hashes]
-        arrived = self._swap([[own]] * len(hashes), sizes, self._straight)
-        for index, silo in enumerate(self._roster):
-            if index != self._index and arrived[index].numpy().tobytes() != hashes[index]:
-                raise PeerLostError(f"silo {self._roster[0]} passed on what silo {silo} has not said")
-        return told
-
-    def _catch_up(self, newest: Mapping[str, int]) -> None:
-        """Give the newest version to those that died before they had written it; nobody can be further behind."""
-        last = max(newest.values())
-        ahead = [silo for silo in self._roster if newest[silo] == last]
-        behind = [silo for silo in self._roster if newest[silo] < last]
-        for silo in behind:
-            if newest[silo] < last - 1:
-                raise ConfigError(
-                    f"silos: {silo!r} has version {newest[silo]} in its run directory where {ahead[0]!r} has {last}; "
-                    "restore its run directory, or start all silos anew in others"
-                )
-        has_it = self._silo in ahead
-        said = self._share("newest", self._ledger.words(last) if has_it else "")
-        for silo in ahead:
-            if said[silo] != said[ahead[0]]:
-                raise ConfigError(f"silos: {ahead[0]!r} and {silo!r} have different versions {last} in their ledgers")
-        if behind:
-            commit = Commit.from_bytes(said[ahead[0]])
-            gift = as_bytes(self._ledger.payload(last) if self._silo == ahead[0] else b"")
-            num_bytes = 0 if has_it else commit.payloads[0].num_bytes
-            out = [[gift] if silo in behind else [] for silo in self._roster]
-            arrived = self._swap(out, [num_bytes if silo == ahead[0] else 0 for silo in self._roster], self._straight)
-            if not has_it:
-                self._ledger.take(commit, arrived[self._roster.index(ahead[0])].numpy().tobytes())
 
     def assist(self, rank: int) -> None:
         """Carry a lane's bytes, beside training."""
@@ -254,7 +186,7 @@ class AmongSilos:
             return
         self._collective.close(reason and f"silo {self._silo} {reason}" if reason != self.lost else reason)
         with self._passing:  # whoever passes bytes at this moment ends first
-            if lanes := self._lanes or self._straight:
+            if lanes := self._lanes or self._parley.lanes:
                 lanes.close(len(self._roster))
             self._tells.close()
             self._beside.shutdown()
@@ -279,7 +211,7 @@ class AmongSilos:
         """Merge a version with the others; one that is in our ledger already is taken from there."""
         self._written.result()  # nobody speaks of a version before its ledger has the one before
         if version <= self._ledger.newest:
-            return self._ledger.received(version)
+            return self._ledger.received(version, base)
         assert sent  # nobody sits out a round of a collective
         with self._passing, self._naming_the_lost():
             return self._merge(version, sent.manifest, sent.coded, base)
@@ -294,10 +226,7 @@ class AmongSilos:
 
     def _merge(self, version: int, manifest: Manifest, coded: Held | Tensors, base: Mapping[str, Tensor]) -> Received:
         assert version == self._ledger.newest + 1
-        told = self._share(f"{version}/manifest", read_policy(self._config).leaving(manifest).to_bytes().decode())
-        manifests = self._read_manifests(version, told, digest_rows(self._rows[name] for name in base))
-        for what in ("manifest", "merged"):
-            self._collective.forget(f"{version - 1}/{what}")  # all have come here, so they have heard it
+        told, manifests = self._parley.deliver(manifest, digest_rows(self._rows[name] for name in base))
 
         uplink, downlink = self._config.outer.codec, self._config.outer.downlink_codec
         parts, others = self._parts(base), [silo != self._silo for silo in self._roster]
@@ -321,9 +250,11 @@ class AmongSilos:
 
         change = pack(changes)
         merged = self._swap([change] * len(parts), [num_bytes(downlink, part) for part in parts])
-        values = self._apply(self._unpacked(merged, downlink, parts, changes), parts, base, values)
+        coded_parts = self._unpacked(merged, downlink, parts, changes)
+        values = self._apply(coded_parts, parts, base, values)
+        whole_change = joined(parts, coded_parts) if downlink != "fp32" else None
         sent, received = sent + length(change) * sum(others), received + length(merged)
-        del merged, change, changes
+        del merged, change, changes, coded_parts
         rows = tensor_rows(values, torch.get_num_threads())
         contributors = [
             contributor(manifests[silo], told[silo], weight) for silo, weight in zip(self._roster, weights, strict=True)
@@ -332,10 +263,13 @@ class AmongSilos:
         digest, floor = digest_rows((self._rows | rows).values()), self._config.outer.quality_floor
         facts = losses([*manifests.values()], version) if floor is not None else {}
         terms = self._ledger.terms(version, digest, contributors, metrics=facts)
-        terms = self._agree(terms, moments, step, kept_digest=keeping.result())
+        outcome = self._outcome(terms, step, moments, kept_digest=keeping.result())
+        terms, records = self._parley.settle(terms, outcome, told)
         self._rows |= rows
         fragment = self._schedule.fragment(version)
-        self._written = self._beside.submit(self._ledger.write, terms, {fragment: values}, moments)
+        self._written = self._beside.submit(
+            self._ledger.write, terms, {fragment: values}, moments, records, change=whole_change
+        )
         return Received(
             commit=terms,  # but for its payload's hash
             values=values,
@@ -345,29 +279,21 @@ class AmongSilos:
             bytes_received=received + num_moment_bytes,
         )
 
-    def _read_manifests(self, version: int, told: Mapping[str, bytes], base_digest: str) -> dict[str, Manifest]:
-        manifests = {}
-        for silo, words in told.items():
-            try:
-                manifests[silo] = read_delivery(
-                    words,
-                    silo=silo,
-                    version=version,
-                    base_digest=base_digest,
-                    config=self._config,
-                    contract_sha256=self.terms_sha256(version),
-                )
-            except RefusedError as error:
-                raise PeerLostError(f"silo {silo}: its part of version {version}: {error}") from None
-        return manifests
-
-    def _swap(self, out: Sequence[list[Tensor]], sizes: Sequence[int], lanes: Lanes | None = None) -> list[Tensor]:
-        lanes = lanes or self._lanes
-        assert lanes
-        return lanes.swap(
-            [[] if index == self._index else parts for index, parts in enumerate(out)],
-            [0 if index == self._index else size for index, size in enumerate(sizes)],
+    def _outcome(self, terms: Commit, step: Step, moments: Mapping[str, Parts], *, kept_digest: str) -> Outcome:
+        return Outcome(
+            contract_sha256=terms.contract_sha256,
+            silo=self._silo,
+            version=terms.version,
+            terms_sha256=sha256_bytes(terms.to_bytes()),
+            moments_digest=moments_digest(moments),
+            kept_digest=kept_digest,
+            update_squared=step.update_squared,
+            gram=step.gram.tolist(),
         )
+
+    def _swap(self, out: Sequence[list[Tensor]], sizes: Sequence[int]) -> list[Tensor]:
+        assert self._lanes
+        return swap_others(self._lanes, self._index, out, sizes)
 
     def _unpacked(
         self, arrived: Sequence[Tensor], codec: str, pieces: Sequence[Sequence[Piece]], own: list[Parts]
@@ -450,39 +376,6 @@ class AmongSilos:
                 changes.append(Adopted(published=published, parts=change, new=new))
         adopt(codec, changes, torch.get_num_threads())
         return values
-
-    def _agree(self, terms: Commit, moments: Mapping[str, Parts], step: Step, *, kept_digest: str) -> Commit:
-        """Compare what came out of a version with what the others have; returns its commit, but for the payload.
-
-        Our part of the outer state is written by now: whoever adopts the version relies on it.
-        """
-        version = terms.version
-        told = digest_tensors((f"{name}/{part}", t) for name, of in moments.items() for part, t in of.items())
-        words = {"update_squared": step.update_squared, "gram": step.gram.tolist(), "kept_digest": kept_digest}
-        words["merged"] = sha256_bytes(terms.to_bytes() + told.encode())
-        found = self._share(f"{version}/merged", json.dumps(words))
-        kinds = {"gram": list, "kept_digest": str, "update_squared": float, "merged": str}
-        said = {silo: heard(silo, words, kinds) for silo, words in found.items()}
-        usual, number = Counter(of["merged"] for of in said.values()).most_common(1)[0]
-        if number < len(said):
-            odd = [silo for silo in self._roster if said[silo]["merged"] != usual or 2 * number <= len(said)]
-            raise PeerLostError(
-                f"silo {named(odd)}: another version {version} than the other silos' came out of the same "
-                "deliveries; the version is not written"
-            )
-        try:
-            gram = torch.tensor([of["gram"] for of in said.values()], dtype=torch.float64).sum(0)
-        except (ValueError, TypeError) as error:
-            raise PeerLostError(f"version {version}: what a silo said of its step is no matrix: {error}") from None
-        return dataclasses.replace(
-            terms,
-            outer_digest=sha256_bytes(json.dumps([of["kept_digest"] for of in said.values()]).encode()),
-            metrics=terms.metrics
-            | {
-                "update_norm": sum(of["update_squared"] for of in said.values()) ** 0.5,
-                "cosine_mean": mean_cosine(unit_sum_squared(gram), len(self._roster)),
-            },
-        )
 
     @contextmanager
     def _naming_the_lost(self) -> Iterator[None]:

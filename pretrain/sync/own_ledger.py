@@ -1,6 +1,8 @@
 """A silo's own record of a collective run, in its run directory: what a restart needs, and what it owes the others.
 
-    silos/NAME/ledger/        laid out like a store: contract.json, and of every version commit.json and the parameters
+    silos/NAME/ledger/        laid out like a store: contract.json, and of every version commit.json, the coded change,
+                              and what all silos have signed of it (merge/outcome.py); whole parameters now and then,
+                              in a snapshot, and always where the codec is fp32
     silos/NAME/kept/000017-velocity.safetensors   the outer state of the silo's part, as step 17 left it, and in
     silos/NAME/kept/000017.digest                 its digest
 
@@ -9,9 +11,11 @@ The outer state is written before anybody can adopt what belongs to it, a versio
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,20 +24,33 @@ from torch import Tensor
 
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig
+from pretrain.exchange.agreement import agreement_path
 from pretrain.exchange.base import Received
 from pretrain.exchange.history import History
-from pretrain.exchange.payload import PARAMETER, Tensors, keep_tensors, read_parameters, save_tensors
+from pretrain.exchange.payload import PARAMETER, Tensors, changed_tensors, keep_tensors, read_parameters, save_tensors
 from pretrain.exchange.store import StoreExchange, file_payload, version_path
+from pretrain.merge.outcome import record_paths
 from pretrain.outer.digest import Row, digest_rows, tensor_rows
 from pretrain.outer.fragments import cut_fragments
 from pretrain.outer.pieces import Piece, cut_pieces
-from pretrain.outer.quantize import Parts
+from pretrain.outer.quantize import QUANTIZERS, Parts
 from pretrain.outer.state import OuterTensors, kept_at_start
 from pretrain.silo.model import initial_parameters
 from pretrain.trust.contract import check_same_contract, contract_bytes
-from pretrain.trust.ledger import Commit, Contributor, Payload, RefusedError, sha256_bytes
+from pretrain.trust.ledger import Commit, Contributor, RefusedError, Snapshot, sha256_bytes
 
 Kept = dict[str, dict[str, Tensor]]  # kind to piece to tensor
+
+
+MOST_CHANGES = 16  # that a restart applies to a fragment's whole parameters, however small they are
+
+
+def whole_versions(codec: str) -> int:
+    """A fragment's parameters are written whole at every so many of its outer steps.
+
+    By then the changes since are as many bytes; that is what a ledger takes at most, beside the whole ones.
+    """
+    return min(MOST_CHANGES, math.ceil(QUANTIZERS["fp32"].bits / QUANTIZERS[codec].bits))
 
 
 class OwnLedger:
@@ -43,7 +60,8 @@ class OwnLedger:
         self._config, self._silo, self._schedule = config, silo, config.schedule
         self._directory = config.silo_directory(silo)
         self._store = StoreExchange(config.ledger_url(silo))
-        self._history = History(self._store, self._schedule.num_fragments, all_whole=True)
+        self._codec = config.outer.downlink_codec
+        self._history = History(self._store, self._schedule.num_fragments, all_whole=self._codec == "fp32")
         self.newest = -1
 
     @property
@@ -61,6 +79,7 @@ class OwnLedger:
         else:
             check_same_contract(contract, stored, self._store.objects.url)
         self.newest = self._store.newest_version()
+        self.records(max(0, self.newest))
         if self.newest < 0:
             outer, parameters = self._config.outer, parameters or initial_parameters(self._config)
             kept = kept_at_start(parameters, outer.optimizer, outer.downlink_codec)
@@ -91,7 +110,7 @@ class OwnLedger:
             contract_sha256=self.contract_sha256,
             version=version,
             previous=self.sha256(version - 1) if version else None,
-            codec="fp32",
+            codec=self._codec if version else "fp32",
             payloads=[],
             contributors=list(contributors),
             divisor=sum(contributor.weight for contributor in contributors),
@@ -105,17 +124,45 @@ class OwnLedger:
         terms: Commit,
         values: Mapping[int, Mapping[str, Tensor]],  # by fragment
         moments: Mapping[str, Parts] | None = None,
+        records: Mapping[str, bytes] = MappingProxyType({}),
+        *,
+        change: Mapping[str, Parts] | None = None,
     ) -> None:
-        """Write a version: its payloads, one a fragment, and the commit that names them."""
-        files = [self._file(fragment) for fragment in values]
+        """Write a version: its payloads, one a fragment, what all have signed of it, and the commit, which comes last.
+
+        `records` has these by name (`record_paths`); `change` is the coded one of the tensors, where the codec is not
+        fp32.
+        """
+        files = [self._file(fragment, terms.codec) for fragment in values]
         payloads = []
         for file, (fragment, tensors) in zip(files, values.items(), strict=True):
-            coded = {name: {"values": value} for name, value in tensors.items()}
+            coded = change or _whole(tensors)
             payloads.append(save_tensors(coded, file, fragment=fragment, moments=moments))
         for file in (self._directory / "kept").glob(f"{terms.version:06d}*"):
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
-        self.publish(dataclasses.replace(terms, payloads=payloads), files)
+        self._put(records)
+        commit = dataclasses.replace(terms, payloads=payloads)
+        self.publish(commit, files)
+        if commit.codec != "fp32" and self._schedule.count(commit.version) % whole_versions(commit.codec) == 0:
+            self._write_whole(commit, *values.items())
+
+    def _write_whole(self, commit: Commit, of_fragment: tuple[int, Mapping[str, Tensor]]) -> None:
+        """Write a fragment's parameters as a version left them. Whoever dies before goes on from the whole ones before.
+
+        The record that names them is signed by nobody: the commit has their digest.
+        """
+        fragment, tensors = of_fragment
+        file = self._file(fragment, "fp32")
+        payload = save_tensors(_whole(tensors), file, fragment=fragment)
+        snapshot = Snapshot(
+            contract_sha256=commit.contract_sha256,
+            version=commit.version,
+            commit_sha256=sha256_bytes(commit.to_bytes()),
+            payloads=[payload],
+        )
+        self._history.write_snapshot(snapshot, [(payload, file)])
+        file.unlink()
 
     def publish(self, commit: Commit, files: Sequence[Path]) -> None:
         """Write a version for ever, and prune what nobody needs again."""
@@ -126,8 +173,23 @@ class OwnLedger:
             if int(file.name[:6]) <= self.newest - 2 * self._schedule.num_fragments:  # else `keep` takes it over
                 file.unlink()
 
-    def _file(self, fragment: int) -> Path:
-        return self._directory / "inbox" / f"{PARAMETER}-{fragment:03d}.safetensors"
+    def keep_agreements(self, agreed: Mapping[str, bytes]) -> None:
+        """Keep the silos' signatures under the contract, by silo."""
+        self._put({agreement_path(silo): data for silo, data in agreed.items()})
+
+    def _put(self, records: Mapping[str, bytes]) -> None:
+        """Write small objects, over what one who was killed before its commit has left."""
+        objects = self._store.objects
+        for name, data in records.items():
+            found = objects.read_if_there(name)
+            if found is not None and found != data:
+                objects.delete(name)
+            if found != data:
+                objects.write(name, data)
+
+    def _file(self, fragment: int, codec: str) -> Path:
+        kind = PARAMETER if codec == "fp32" else "change"
+        return self._directory / "inbox" / f"{kind}-{fragment:03d}.safetensors"
 
     # ---- reading
 
@@ -144,18 +206,33 @@ class OwnLedger:
         return sha256_bytes(self._store.commit_bytes(version))
 
     def payload(self, version: int) -> bytes:
-        """The parameters that a version changed, as its commit names them."""
+        """What a version has of the fragment that it changed, as its commit names it."""
         (payload,) = self._store.read_commit(version).payloads
         return self._store.objects.read(f"{version_path(version)}/{payload.file}", limit_bytes=payload.num_bytes)
 
-    def take(self, commit: Commit, data: bytes) -> None:
+    def record_names(self, version: int) -> list[str]:
+        """The names of what all silos have signed of a version."""
+        return record_paths(self._config.full_roster, version)
+
+    def records(self, version: int) -> dict[str, bytes]:
+        """What all silos have signed of a version, by name. Raises ConfigError if it is not all there."""
+        found = {name: self._store.objects.read_if_there(name) for name in self.record_names(version)}
+        for name in (name for name, data in found.items() if data is None):
+            raise ConfigError(
+                f"run directory: {self._store.objects.url}/{name} is missing, which a silo has signed of version "
+                f"{version}; restore it; a run that was begun by an atoll that kept none goes on with that one"
+            )
+        return {name: data for name, data in found.items() if data is not None}
+
+    def take(self, commit: Commit, data: bytes, records: Mapping[str, bytes]) -> None:
         """Write a version that another silo has and we do not. Raises ConfigError if the bytes are not the commit's."""
         (payload,) = commit.payloads
-        file = self._file(payload.fragment)
+        file = self._file(payload.fragment, commit.codec)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(data)
         if file_payload(file, payload.fragment) != payload:
             raise ConfigError(f"silos: another silo's version {commit.version} is not what its commit says")
+        self._put(records)
         self.publish(commit, [file])
 
     def initial(self) -> Received:
@@ -173,26 +250,20 @@ class OwnLedger:
         """As an exchange has it."""
         return self._store.tokens_total(self._silo, version, above=above)
 
-    def received(self, version: int) -> Received:
-        """A version that is there already."""
+    def received(self, version: int, base: Mapping[str, Tensor] = MappingProxyType({})) -> Received:
+        """A version that is there already; `base` has the tensors that it changes, as they are before."""
         commit = self._store.read_commit(version)
         values: dict[str, Tensor] = {}
         moments: dict[str, Parts] = {}
         for payload in commit.payloads:
-            found, beside = self._tensors(version, payload)
-            values |= found
-            moments |= beside
+            file = self._directory / "inbox" / payload.file
+            self._store.fetch(version_path(version), payload, file)
+            tensors = Tensors(file)
+            values |= changed_tensors(tensors, commit.codec, {} if commit.codec == "fp32" else base)
+            moments |= dict(tensors.moments)
+            file.unlink()
         rows = tensor_rows(values, torch.get_num_threads())
         return Received(commit=commit, values=values, rows=rows, moments=moments, bytes_sent=0, bytes_received=0)
-
-    def _tensors(self, version: int, payload: Payload) -> tuple[dict[str, Tensor], dict[str, Parts]]:
-        file = self._file(payload.fragment)
-        self._store.fetch(version_path(version), payload, file)
-        tensors = Tensors(file)
-        values = {name: tensors.parts(name)["values"].clone() for name in tensors.names}
-        moments = dict(tensors.moments)
-        file.unlink()
-        return values, moments
 
     def _parameters(self, version: int) -> dict[str, Tensor]:
         """All tensors as `version` has them. Raises RefusedError."""
@@ -265,6 +336,10 @@ class OwnLedger:
     def mark_resumable(self, version: int) -> None:
         """A checkpoint holds `version`."""
         self._store.mark_resumable(self._silo, version)
+
+
+def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Parts]:
+    return {name: {"values": value} for name, value in tensors.items()}
 
 
 def _kept_digest(kept: Kept) -> str:

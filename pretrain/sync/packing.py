@@ -1,7 +1,7 @@
 """What silos pass on among themselves: coded pieces and moments as bytes, whose layout both ends know, and words."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +46,16 @@ def unpack(data: Tensor, codec: str, pieces: Sequence[Piece]) -> list[Parts]:
 
 def _typed(data: Tensor, dtype: torch.dtype) -> Tensor:
     return (data.clone() if data.storage_offset() % dtype.itemsize else data).view(dtype)
+
+
+def joined(pieces: Iterable[Sequence[Piece]], coded: Iterable[Sequence[Parts]]) -> dict[str, Parts]:
+    """Whole coded tensors from the pieces of all silos' parts, which are cut where every format's blocks end."""
+    found: dict[str, list[tuple[int, Parts]]] = {}
+    for of_silo, parts_of_silo in zip(pieces, coded, strict=True):
+        for piece, parts in zip(of_silo, parts_of_silo, strict=True):
+            found.setdefault(piece.name, []).append((piece.start, parts))
+    whole = {name: [parts for _, parts in sorted(of, key=lambda row: row[0])] for name, of in found.items()}
+    return {name: {part: torch.cat([one[part] for one in of]) for part in of[0]} for name, of in whole.items()}
 
 
 def unpack_moments(data: Tensor, moments: Mapping[str, Moment]) -> dict[str, Parts]:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import uuid
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,12 @@ def contract_keys(stored: bytes) -> dict[str, PublicKey]:
     if not isinstance(keys, dict):
         raise ConfigError(f"contract.json: trust.keys is {shown(repr(keys))}; allowed: a key of each member")
     found = {name: PublicKey.parse(text, f"contract.json: trust.keys.{shown(name)}") for name, text in keys.items()}
-    return found if OPERATOR in found else {}
+    return {} if without_operator(found) else found
+
+
+def without_operator(keys: Collection[str]) -> bool:
+    """Whether keys, by member, are those of a collective, in which nobody commits for the others."""
+    return bool(keys) and OPERATOR not in keys
 
 
 def amend_rule(stored: bytes) -> str:

@@ -187,6 +187,27 @@ def check_gradients(engine: Engine, expected: dict[str, torch.Tensor], ranks: Ra
     return {"num_gradients": len(expected), "gradients_off": off, "corrected": right and anew}
 
 
+def check_first_steps(
+    engine: Engine, inner: InnerConfig, ranks: Ranks, initial: dict[str, torch.Tensor]
+) -> dict[str, object]:
+    """Two steps beside those of a plain loop: losses, gradients' norms, parameters, and what is told of gradients."""
+    norms, expected_norms = list[float](), list[float]()
+    losses = steps(engine, ranks, range(2), norms=norms)
+    moments, gradients = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+    expected_losses, expected = plain_loop(
+        initial, 2, inner=inner, moments=moments, gradients=gradients, norms=expected_norms
+    )
+    row = {
+        "before_merge": losses,
+        "expected_before_merge": expected_losses,
+        "norms": norms,
+        "expected_norms": expected_norms,
+        "way_off": way_off(read_all(engine), expected, initial),
+    }
+    told = check_moments(engine, moments, ranks)
+    return row | told | (check_gradients(engine, gradients, ranks) if inner.optimizer == "muon" else {})
+
+
 def check(stage: int, precision: str, inner: InnerConfig, ranks: Ranks, directory: Path) -> dict[str, object]:
     """What the test asserts for one stage, precision and optimizer."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -205,15 +226,7 @@ def check(stage: int, precision: str, inner: InnerConfig, ranks: Ranks, director
     engine.write(iter(initial.items()) if ranks.is_leader else None)
     held_bytes = most_held_bytes(engine, initial, ranks)
     written_back = all(torch.equal(engine.read(name).cpu(), initial[name]) for name in engine.shapes)
-    norms, expected_norms = list[float](), list[float]()
-    before_merge = steps(engine, ranks, range(2), norms=norms)
-    moments, gradients = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
-    expected_before_merge, expected = plain_loop(
-        initial, 2, inner=inner, moments=moments, gradients=gradients, norms=expected_norms
-    )
-    off = way_off(read_all(engine), expected, initial)
-    told_row = check_moments(engine, moments, ranks)
-    told_row |= check_gradients(engine, gradients, ranks) if inner.optimizer == "muon" else {}
+    first_row = check_first_steps(engine, inner, ranks, initial)
     # A merge in the middle of training: new parameters in, and the very next loss is theirs.
     merged = {name: value * 0.75 + 0.01 for name, value in read_all(engine).items()}
     engine.write(iter(merged.items()) if ranks.is_leader else None)
@@ -237,12 +250,7 @@ def check(stage: int, precision: str, inner: InnerConfig, ranks: Ranks, director
         "held_bytes": held_bytes,
         "largest_bytes": max(4 * shape.numel() for shape in engine.shapes.values()),
         "merged_back": merged_back,
-        **told_row,
-        "before_merge": before_merge,
-        "expected_before_merge": expected_before_merge,
-        "norms": norms,
-        "expected_norms": expected_norms,
-        "way_off": off,
+        **first_row,
         "next_loss": after_merge[0],
         "expected_next_loss": expected_next,
         "progress_restored": progress is not None and dataclasses.asdict(progress) == dataclasses.asdict(saved),

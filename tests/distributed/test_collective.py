@@ -9,6 +9,7 @@ import pytest
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.payload import Tensors
 from pretrain.exchange.store import StoreExchange
+from pretrain.federation.verify import StoreVerifier
 from pretrain.outer.digest import digest_tensors
 from pretrain.silo.model import build_initial
 from pretrain.trust.ledger import sha256_bytes
@@ -57,6 +58,9 @@ def test_the_same_bits_as_through_a_store(tmp_path: Path, tiny_config: TinyConfi
         assert among.by_step(silo, "loss") == stored.by_step(silo, "loss")
         ledger = StoreExchange(among.config.ledger_url(silo))
         assert ledger.commit_bytes(last) == among.exchange.commit_bytes(last)
+        found = StoreVerifier(ledger, tmp_path, tell=lambda line: None).verify()
+        assert (found.findings, found.is_signed, found.num_manifests) == ([], True, 2 * last)
+        assert last in found.compared
     assert among.commit(last).outer_digest == outer_digest(among.config, last)
     assert_evaluated_last(among)
 

@@ -24,6 +24,7 @@ from pretrain.exchange.revocation import Revocation
 from pretrain.exchange.rollback import Rollback
 from pretrain.federation.bundle import Exit, Listed
 from pretrain.host.foreign import loads, shown
+from pretrain.merge.outcome import Outcome, bare, read_outcome, settled
 from pretrain.outer.codec import CODECS, check, decoded, encode
 from pretrain.outer.moments import MeanGradient, SecondMoment, check_moments
 from pretrain.silo import shards
@@ -32,6 +33,7 @@ from pretrain.trust.amendment import Acceptance, Amendment
 from pretrain.trust.contract import FORMAT, first_contract, read_contract
 from pretrain.trust.keys import PublicKey
 from pretrain.trust.ledger import Agreement, Commit, GroupKey, Manifest, RefusedError, Snapshot
+from pretrain.trust.members import Members
 from tests.unit.trust.test_ledger import COMMIT, MANIFEST
 from tests.unit.trust.test_seal import EPOCH, PLACE, sealed, sealer
 
@@ -173,6 +175,16 @@ def read_split(file: Path) -> None:
 SNAPSHOT = Snapshot(contract_sha256="a" * 64, version=1, commit_sha256="b" * 64, payloads=[])
 PASSPORT = Passport(run="run", silo="alpha", lane=0, certificate="a" * 64, key="b" * 64, signature="c" * 86)
 AGREEMENT = Agreement(contract_sha256="a" * 64, member="alpha", signature="c" * 86)
+OUTCOME = Outcome(
+    contract_sha256="a" * 64,
+    silo="alpha",
+    version=1,
+    terms_sha256="b" * 64,
+    moments_digest="c" * 64,
+    kept_digest="d" * 64,
+    update_squared=0.5,
+    gram=[[1.0, 0.5], [0.5, 2.0]],
+)
 AMENDMENT = Amendment(number=1, previous="a" * 64, from_version=3, changes=["outer.lr=0.5"], author="alpha")
 ACCEPTANCE = Acceptance(amendment_sha256="a" * 64, version=1)
 RUN = "c0" * 32
@@ -187,6 +199,12 @@ KEY = PublicKey(
 def sealed_payload() -> bytes:
     with tempfile.TemporaryDirectory() as directory:
         return sealed(Path(directory), payload())[0]
+
+
+def read_two_outcomes(data: bytes, _: Path) -> None:
+    """What two silos say of a version, both the same, and what comes of it."""
+    outcome = read_outcome(data, silo="alpha", version=1, contract_sha256="a" * 64, num_silos=2, members=Members())
+    settled(bare(COMMIT), [outcome, outcome]).to_bytes()
 
 
 def read_group_key(data: bytes, _: Path) -> None:
@@ -210,6 +228,7 @@ READERS: dict[str, Reader] = {
     "agreement": Reader(
         read=lambda data, _: Agreement.from_bytes(data), accepted=AGREEMENT.to_bytes(), refuses=RefusedError
     ),
+    "outcome": Reader(read=read_two_outcomes, accepted=OUTCOME.to_bytes(), refuses=RefusedError),
     "amendment": Reader(
         read=lambda data, _: Amendment.from_bytes(data).new_key, accepted=AMENDMENT.to_bytes(), refuses=RefusedError
     ),

@@ -265,8 +265,8 @@ def test_a_broken_chain_and_other_mistakes_are_one_line_and_write_nothing(
     )
     assert refused("gamma") == "--silo: 'gamma' given; allowed: alpha, beta, which run here"
     assert refused(leave=True).startswith("membership.quorum: null given; without a quorum")
-    line = refused(config=tiny_config(tmp_path / "c", exchange={"kind": "collective", "url": "tcp://localhost:1"}))
-    assert line == "exchange.kind: 'collective' given; a bundle is made only of a run through a 'store'"
+    line = refused(config=tiny_config(tmp_path / "c", exchange={"kind": "none"}, silos={"beta": None}))
+    assert line == "exchange.kind: 'none' given; a bundle is made of a run through a 'store', or a 'collective'"
     target.parent.rmdir()
     target.parent.write_text("no folder")
     assert one_line_error(write_bundle, left, "alpha", target) == (

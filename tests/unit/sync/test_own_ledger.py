@@ -7,6 +7,7 @@ import torch
 
 from pretrain.config.keys import RunConfig
 from pretrain.outer.digest import digest_rows
+from pretrain.outer.fragments import cut_fragments
 from pretrain.sync.among_silos import AmongSilos
 from pretrain.sync.own_ledger import OwnLedger
 from pretrain.trust.contract import build_contract
@@ -32,12 +33,15 @@ def write_next(config: RunConfig, ledger: OwnLedger) -> Commit:
     """Write the next version, in which the fragment's parameters are that much higher."""
     version, schedule = ledger.newest + 1, config.schedule
     rows, kept = ledger.load()
-    payload = next(p for p in ledger.received(0).commit.payloads if p.fragment == schedule.fragment(version))
-    values = {name: value + version for name, value in ledger._tensors(0, payload)[0].items()}
+    first = ledger.received(0).values
+    cut = cut_fragments({name: value.numel() for name, value in first.items()}, schedule.num_fragments)
+    values = {name: first[name] + version for name in cut[schedule.fragment(version)]}
     mine = {kind: {key: value + version for key, value in of.items()} for kind, of in kept.items()}
     in_fragment = {kind: {k: v for k, v in of.items() if k.split("[")[0] in values} for kind, of in mine.items()}
     ledger.keep(version, in_fragment)
-    ledger.write(ledger.terms(version, digest_rows(rows.values()), outer_digest="0" * 64), {payload.fragment: values})
+    terms = ledger.terms(version, digest_rows(rows.values()), outer_digest="0" * 64)
+    signed = dict.fromkeys(ledger.record_names(version), b"what a silo has signed")  # who takes it looks at it
+    ledger.write(terms, {schedule.fragment(version): values}, records=signed)
     return ledger.commit(version)
 
 
@@ -72,11 +76,12 @@ def test_takes_from_another_what_its_commit_names_and_nothing_else(config: RunCo
     giver, taker = (opened(config, silo) for silo in ("alpha", "beta"))
     commit = write_next(config, giver)
     data = giver.payload(1)
-    message = one_line_error(taker.take, commit, data[:-1] + bytes([data[-1] ^ 1]))
+    message = one_line_error(taker.take, commit, data[:-1] + bytes([data[-1] ^ 1]), giver.records(1))
     assert message == "silos: another silo's version 1 is not what its commit says"
     assert taker.newest == 0
-    taker.take(commit, data)
+    taker.take(commit, data, giver.records(1))
     assert (taker.newest, taker.words(1), taker.payload(1)) == (1, giver.words(1), data)
+    assert taker.records(1) == giver.records(1)
 
 
 def test_a_lost_outer_state_is_one_line(config: RunConfig) -> None:
@@ -112,7 +117,7 @@ def test_a_ledger_of_another_contract_is_one_line(config: RunConfig, tmp_path: P
 
 def test_two_versions_behind_is_one_line(config: RunConfig) -> None:
     silo = AmongSilos(config, "alpha", None)
-    assert one_line_error(silo._catch_up, {"alpha": 4, "beta": 2}) == (
+    assert one_line_error(silo._parley.catch_up, {"alpha": 4, "beta": 2}) == (
         "silos: 'beta' has version 2 in its run directory where 'alpha' has 4; restore its run directory, or start all "
         "silos anew in others"
     )
