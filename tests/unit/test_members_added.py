@@ -280,3 +280,22 @@ def test_launch_join_says_whose_signature_is_missing(run: Run, tmp_path: Path, t
         make_version(config, aggregator, state)
         assert initial.result(PATIENCE_SECONDS).commit.version == 2
     gamma.close("")
+
+
+def test_a_silo_whose_amendment_is_void_ends_in_one_line(run: Run) -> None:
+    """And does not wait for ever; nor does one that nobody adds."""
+    config, aggregator, state = run
+    own = with_gamma(config)
+    own.silo_directory("gamma").mkdir(parents=True)
+    gamma = ThroughStore(own, "gamma")
+    allowed = "neither the contract nor an amendment has this silo; allowed: alpha, beta, or one that a member adds by"
+    assert allowed in one_line_error(gamma.join)
+    propose(config, "alpha", 2, f"trust.keys.gamma={own.trust.added['gamma']}")
+    with ThreadPoolExecutor(1) as pool:
+        joining = pool.submit(one_line_error, gamma.join)
+        make_version(config, aggregator, state)
+        assert joining.result(PATIENCE_SECONDS) == (
+            "silos: 'gamma' given; amendment 1, which adds it, is void, as it was not complete in time; allowed: once "
+            "a member has proposed it anew"
+        )
+    gamma.close("")
