@@ -139,7 +139,7 @@ class Aggregator:
         def say(words: str) -> None:
             self._journal.status("waiting", round=0, waiting_for=words)
 
-        agree(self._exchange, OPERATOR, lambda: time.sleep(self._config.exchange.poll_seconds), say=say)
+        agree(self._exchange, self._own, OPERATOR, lambda: time.sleep(self._config.exchange.poll_seconds), say=say)
         give_group_key(self._exchange)
 
     def _initial(self) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from launch.start.site import SiteConfig, check_gpus, load_site
 from launch.start.slurm import launch_slurm
 from pretrain.config.check import ConfigError, named
 from pretrain.config.keys import RunConfig
-from pretrain.exchange.agreement import adding, check_from_version, not_added_yet, not_signed
+from pretrain.exchange.agreement import adding, not_added_yet, not_signed
 from pretrain.federation import join as joining
 from pretrain.federation.contract import told_of_silos
 from pretrain.federation.join import Federation, Link, Size
@@ -85,11 +85,10 @@ def _check_is_added(federation: Federation, config: RunConfig, silo: str) -> str
     Raises ConfigError unless it has signed the amendment that adds it.
     """
     exchange = federation.exchange
-    if silo not in config.trust.added or not (words := not_added_yet(exchange, silo)):
+    if silo not in config.trust.added or not (words := not_added_yet(exchange, federation.agreed, silo)):
         return ""
     proposal = adding(exchange, silo)
     assert proposal
-    check_from_version(exchange, federation.agreed, proposal.amendment.from_version)
     if silo in proposal.missing:
         raise ConfigError(
             f"store: {federation.url!r} given; it waits for {words}; allowed: once {silo} itself has signed: atoll "

@@ -41,6 +41,7 @@ def _missing(exchange: StoreExchange, members: Sequence[str]) -> list[str]:
 
 def agree(
     exchange: StoreExchange,
+    config: RunConfig,
     member: str,
     pause: Callable[[], object],
     *,
@@ -48,7 +49,8 @@ def agree(
 ) -> None:
     """Sign as a member, and wait until every other has; where the contract names no keys there is nothing to sign.
 
-    `say` is told whose signature is missing, whenever it is others'.
+    A silo that the contract does not have waits until the amendment that adds it holds. `say` is told whose signature
+    is missing, whenever it is others'. Raises ConfigError for a silo that nobody adds.
     """
     if not exchange.members.keys:
         print("trust.keys: none given; nothing is signed: whoever can write to the store may speak for all", flush=True)
@@ -66,7 +68,7 @@ def agree(
     if is_founder := member in exchange.members.keys:
         sign_contract(exchange, member)
     else:
-        while words := not_added_yet(exchange, member):
+        while words := not_added_yet(exchange, config, member):
             wait_for(words)
             exchange.follow_amendments()
     missing = not_signed(exchange)
@@ -152,10 +154,10 @@ def adding(exchange: StoreExchange, member: str) -> Proposal | None:
     return next((one for one, new in keys if new and new[0] == member), None)
 
 
-def not_added_yet(exchange: StoreExchange, member: str) -> str:
+def not_added_yet(exchange: StoreExchange, config: RunConfig, member: str) -> str:
     """What a silo that the contract does not have waits for before it counts as a member; empty if it does.
 
-    Raises ConfigError where no amendment would add it.
+    Raises ConfigError where no amendment would add it, or not any more.
     """
     if exchange.members.enters_at(member) is not None:
         return ""
@@ -165,6 +167,15 @@ def not_added_yet(exchange: StoreExchange, member: str) -> str:
             f"{named(exchange.members.all_silos([]))}, or one that a member adds by atoll contract amend"
         )
     number = proposal.amendment.number
+    try:
+        check_from_version(exchange, config, proposal.amendment.from_version)
+    except ConfigError:
+        if exchange.follow_amendments():  # accepted since, before the newest commit
+            return not_added_yet(exchange, config, member)
+        raise ConfigError(
+            f"silos: {member!r} given; amendment {number}, which adds it, is void, as it was not complete in time; "
+            "allowed: once a member has proposed it anew"
+        ) from None
     if proposal.missing:
         return f"the signature of {named(proposal.missing)} under amendment {number}, which adds {member}"
     return f"the aggregator, which has to accept amendment {number} before its next commit"

@@ -76,7 +76,7 @@ class ThroughStore:
         while (stored := self._store.read_contract()) is None:
             self._pause()
         check_same_contract(build_contract(self._config), stored, self._store.objects.url)
-        agree(self._store, self._silo, self._pause)
+        agree(self._store, self._config, self._silo, self._pause)
         with self._readable("the group's key"):
             take_group_key(self._store, pause=self._pause)
         for line in other_software(stored, self._store.objects.url):

@@ -6,7 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from launch import cli
 from launch.show.status_reader import store_status
 from pretrain.aggregate import Aggregator, OuterState
 from pretrain.config.keys import OPERATOR, RunConfig
@@ -14,6 +16,8 @@ from pretrain.config.load import load_config
 from pretrain.exchange.agreement import accept_amendments, propose_amendment, sign_amendment
 from pretrain.exchange.amended import MOST_OPEN, amendment_path
 from pretrain.federation.contract import Agreed, describe, rotate
+from pretrain.federation.exit import write_bundle
+from pretrain.federation.revoke import Revoker
 from pretrain.sync.through_store import ThroughStore
 from pretrain.trust.amendment import Amendment
 from pretrain.trust.keys import load_signer, new_key
@@ -107,6 +111,24 @@ def test_a_silo_that_all_agree_to_takes_part_from_its_version_on(
     said = dict(describe(Agreed.at(config.store_url)))
     assert said["gamma"].endswith("  was added, from version 3 on")
     assert said["amendment 1"].startswith("from version 3 on: gamma is added, with the key ")
+
+
+def test_a_silo_that_was_added_leaves_with_proof_and_is_taken_out(run: Run, tmp_path: Path) -> None:
+    """As any other: its bundle is whole, a copy of it knows it from its version on, and so does who merges again."""
+    config, aggregator, state = run
+    own = add_gamma(config, 2)
+    make_version(config, aggregator, state)
+    as_member(own, "gamma").announce("gamma", left=False, version=1)
+    for _ in range(2):
+        make_version(own, aggregator, state, ["alpha", "beta", "gamma"])
+    for silo, whose in (("gamma", own), ("alpha", config)):
+        write_bundle(whose, silo, tmp_path / silo, tell=lambda line: None)
+        assert CliRunner().invoke(cli.app, ["verify", str(tmp_path / silo)]).exit_code == 0
+        assert own.trust.added["gamma"] in (tmp_path / silo / "keys.txt").read_text()
+    exchange = as_member(config, "alpha")
+    (tmp_path / "scratch").mkdir()
+    found = Revoker(config, exchange, tmp_path / "scratch", tell=lambda line: None).revoke("gamma", 2)
+    assert [one.version for one in found.versions] == [2, 3]
 
 
 def test_a_kill_while_it_is_accepted_changes_nothing(make: Callable[..., RunConfig], run: Run, tmp_path: Path) -> None:
@@ -279,4 +301,23 @@ def test_launch_join_says_whose_signature_is_missing(run: Run, tmp_path: Path, t
         initial = pool.submit(gamma.initial)
         make_version(config, aggregator, state)
         assert initial.result(PATIENCE_SECONDS).commit.version == 2
+    gamma.close("")
+
+
+def test_a_silo_whose_amendment_is_void_ends_in_one_line(run: Run) -> None:
+    """And does not wait for ever; nor does one that nobody adds."""
+    config, aggregator, state = run
+    own = with_gamma(config)
+    own.silo_directory("gamma").mkdir(parents=True)
+    gamma = ThroughStore(own, "gamma")
+    allowed = "neither the contract nor an amendment has this silo; allowed: alpha, beta, or one that a member adds by"
+    assert allowed in one_line_error(gamma.join)
+    propose(config, "alpha", 2, f"trust.keys.gamma={own.trust.added['gamma']}")
+    with ThreadPoolExecutor(1) as pool:
+        joining = pool.submit(one_line_error, gamma.join)
+        make_version(config, aggregator, state)
+        assert joining.result(PATIENCE_SECONDS) == (
+            "silos: 'gamma' given; amendment 1, which adds it, is void, as it was not complete in time; allowed: once "
+            "a member has proposed it anew"
+        )
     gamma.close("")
