@@ -65,7 +65,7 @@ def agree(
 
 
 def _has_signed(exchange: StoreExchange, member: str) -> bool:
-    data = exchange.objects.read_if_there(_name(member))
+    data = exchange.found(_name(member))
     if data is None:
         return False
     try:

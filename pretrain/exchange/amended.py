@@ -88,7 +88,7 @@ class Amendments:
         Raises RefusedError for one that was accepted and cannot have been.
         """
         found: list[Proposal] = []
-        while (data := objects.read_if_there(name := amendment_path(len(found) + 1))) is not None:
+        while (data := self._found(objects, name := amendment_path(len(found) + 1))) is not None:
             accepted = self._acceptance(objects, sha256_bytes(data), found)
             try:
                 proposal = dataclasses.replace(self.proposal(objects, data, found), accepted=accepted)
@@ -101,6 +101,14 @@ class Amendments:
                 break
             found.append(proposal)
         return found
+
+    def _found(self, objects: Objects, name: str) -> bytes | None:
+        """What lies there; None for what is longer than any of ours, too, which is said."""
+        try:
+            return objects.read_if_there(name)
+        except RefusedError as error:
+            self._pass_over(name, error)
+            return None
 
     def proposal(self, objects: Objects, data: bytes, earlier: list[Proposal]) -> Proposal:
         """An amendment after all that are there. Raises RefusedError for what is none."""
@@ -129,7 +137,7 @@ class Amendments:
 
     def _has_signed(self, objects: Objects, amendment: Amendment, member: str, key: PublicKey) -> bool:
         name = signature_path(amendment.number, member)
-        data = objects.read_if_there(name)
+        data = self._found(objects, name)
         if data is None:
             return False
         try:
@@ -146,7 +154,7 @@ class Amendments:
     def _acceptance(self, objects: Objects, sha256: str, earlier: list[Proposal]) -> Acceptance | None:
         """The operator's word for the next amendment; what is none counts as not there, and is said."""
         name = acceptance_path(len(earlier) + 1)
-        if (data := objects.read_if_there(name, limit_bytes=WORD_BYTES)) is None:
+        if (data := self._found(objects, name)) is None:
             return None
         try:
             acceptance = Acceptance.from_bytes(data)

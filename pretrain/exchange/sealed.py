@@ -119,7 +119,7 @@ def read_as_a_member(exchange: StoreExchange, config: RunConfig) -> None:
 
 def given_group_key(exchange: StoreExchange, silo: str) -> GroupKey | None:
     """What lies there for a silo; None, and a line, if that is not the operator's."""
-    if (data := exchange.objects.read_if_there(group_key_path(silo))) is None:
+    if (data := exchange.found(group_key_path(silo))) is None:
         return None
     try:
         found = GroupKey.from_bytes(data)

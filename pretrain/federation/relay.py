@@ -373,8 +373,8 @@ class Relay:
 
 
 def _copy(source: Objects, target: Objects, name: str) -> None:
-    """A small object, if it is still here, to where it is not yet."""
-    with suppress(FileNotFoundError, FileExistsError):
+    """A small object, if it is still here, to where it is not yet; one that is longer than any of ours stays."""
+    with suppress(FileNotFoundError, FileExistsError, RefusedError):
         target.write(name, source.read(name))
 
 
