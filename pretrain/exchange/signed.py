@@ -181,6 +181,18 @@ class SignedStore:
         signature = self.members.sign_bytes("word", word.to_sign(self.contract_sha256, name))
         return dataclasses.replace(word, signature=signature).to_bytes()
 
+    def found(self, name: str) -> bytes | None:
+        """The bytes of a record, whoever has written them; None if there is none, or, where all is signed, if they are
+        more than any of ours has, which is said.
+        """
+        try:
+            return self.objects.read_if_there(name)
+        except RefusedError as error:
+            if not self.members.keys:
+                raise
+            self.pass_over(name, error)
+            return None
+
     def heard(self, kind: type[W], name: str, author: str) -> W | None:
         """A word of another party, if it is there; None, and a line, if it is none, or not by its author."""
         try:

@@ -97,7 +97,7 @@ class StoreExchange(SignedStore):
         name = f"{version_path(version)}/commit.json"
         if not self.members.keys:
             return self.objects.exists(name)
-        if (data := self.objects.read_if_there(name)) is None:
+        if (data := self.found(name)) is None:
             return False
         try:
             commit = Commit.from_bytes(data)
@@ -252,7 +252,7 @@ class StoreExchange(SignedStore):
         """
         folder = delivery_path(manifest.silo, manifest.version)
         name = f"{folder}/manifest.json"
-        stands = self.objects.read_if_there(name)
+        stands = self.found(name)
         if stands is not None and self._is_by(manifest.silo, manifest.version, stands):
             return stands
         of = {key: getattr(manifest, key) for key in ("version", "base_version", "tokens", "steps")}
@@ -307,8 +307,8 @@ class StoreExchange(SignedStore):
     # ---- the aggregator's verbs
 
     def delivery(self, silo: str, version: int) -> bytes | None:
-        """The manifest's bytes of a delivery, or None while there is none. Raises RefusedError if they are too many."""
-        return self.objects.read_if_there(f"{delivery_path(silo, version)}/manifest.json")
+        """The manifest's bytes of a delivery, or None while there is none. Raises RefusedError as `found`."""
+        return self.found(f"{delivery_path(silo, version)}/manifest.json")
 
     def delivered(self, silo: str, version: int) -> bytes | None:
         """The same of a delivery that the silo has signed; one that it has not counts as none, and is said."""
@@ -330,12 +330,7 @@ class StoreExchange(SignedStore):
         What somebody has put in its place is passed over, and said. Raises RefusedError for what was merged unsigned.
         """
         silo, version, name = contributor.silo, contributor.version, _manifest_of(contributor)
-        try:
-            data = self.delivery(silo, version)
-        except RefusedError as error:
-            self.pass_over(name, error)
-            return None
-        if data is None:
+        if (data := self.delivery(silo, version)) is None:
             return None
         if sha256_bytes(data) == contributor.manifest_sha256:
             manifest = Manifest.from_bytes(data)

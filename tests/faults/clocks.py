@@ -18,14 +18,17 @@ from pretrain.config.keys import RunConfig
 
 LOOKED = "CLOCKS_LOOKED"
 
+Years = dict[str, tuple[int, ...]]
+"""Silo, or `aggregator`, to the year that its clock has, or to several in turns."""
+
 
 def until(year: int) -> float:
     """Seconds from now to a year's beginning."""
     return (year - 1970) * 365.2425 * 86_400 - time.time()
 
 
-def with_clocks(years: dict[str, tuple[int, ...]], looked: Path) -> CommandBuilder:
-    """A command builder that gives silos, and `aggregator`, the clocks of other years; of two, in turns."""
+def with_clocks(years: Years, looked: Path) -> CommandBuilder:
+    """A command builder that gives each process its clock; those that look leave their names in `looked`."""
 
     def build(config: RunConfig, config_path: Path) -> list[ChildCommand]:
         commands = []

@@ -11,10 +11,12 @@ import pytest
 
 from pretrain.aggregate import Aggregator, OuterState
 from pretrain.config.keys import OPERATOR, RunConfig
+from pretrain.exchange.agreement import not_signed, sign_contract
 from pretrain.exchange.lease import Lease
+from pretrain.exchange.rollback import read_rollbacks
 from pretrain.exchange.words import Membership
 from pretrain.sync.through_store import ThroughStore
-from pretrain.trust.ledger import RefusedError
+from pretrain.trust.ledger import RECORD_BYTES, RefusedError
 from tests.support import one_line_error
 from tests.unit.test_aggregate import one_version, start
 from tests.unit.test_aggregate_restart import assert_same_state
@@ -165,3 +167,28 @@ def test_any_number_of_forged_objects(config: RunConfig) -> None:
     operator = as_member(config, OPERATOR)
     assert operator.membership("alpha") == Membership(left=False, version=0)
     assert (operator.newest_version(0), operator.resumable("alpha"), operator.refusals("alpha", 1)) == (1, 0, [])
+
+
+def test_what_is_longer_than_any_record_counts_as_none(config: RunConfig, said: Said) -> None:
+    """Under every name that is read next, the signature of alpha among them."""
+    aggregator, state = begin(config)
+    store, long = Path(config.store_url), bytes(RECORD_BYTES + 1)
+    names = ["amendments/000001.json", "amendments/000001.accepted", "rollbacks/000001.json", "snapshots/000001.json"]
+    names += ["global/000001/commit.json", "silos/alpha/000001/manifest.json", "signatures/alpha.json"]
+    for name in names:
+        (store / name).parent.mkdir(parents=True, exist_ok=True)
+        (store / name).write_bytes(long)
+    alpha = as_member(config, "alpha")
+    assert not_signed(alpha) == ["alpha"]
+    sign_contract(alpha, "alpha")
+    assert not_signed(alpha) == []
+    assert not alpha.is_delivered("alpha", 1)
+    manifest_file(config, "alpha", 1).unlink()
+    for silo in config.full_roster:
+        deliver(config, state, silo)
+    one_version(aggregator, state)
+    assert alpha.newest_version() == state.version == 1
+    assert read_rollbacks(alpha) == []
+    lines = said()
+    for name in {*names} - {"amendments/000001.accepted"}:  # which nobody reads then
+        assert f"{name} is passed over: {name} has more than the {RECORD_BYTES} bytes that it may have" in lines
