@@ -107,7 +107,8 @@ def test_a_silo_that_all_agree_to_takes_part_from_its_version_on(
         as_member(config, silo).announce(silo, left=True, version=3)
     assert contributors(make_version(own, aggregator, again, ["gamma"])) == ["gamma"]
     found = verified(config, tmp_path)
-    assert (found.findings, found.num_amendments, found.merged) == ([], 1, [1, 2, 3, 4])
+    assert [(one.name, one.of_chain) for one in found.findings] == [("silos/gamma/000002/manifest.json", False)]
+    assert (found.num_amendments, found.merged) == (1, [1, 2, 3, 4])
     said = dict(describe(Agreed.at(config.store_url)))
     assert said["gamma"].endswith("  was added, from version 3 on")
     assert said["amendment 1"].startswith("from version 3 on: gamma is added, with the key ")
