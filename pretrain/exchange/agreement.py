@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 
 from pretrain.config.check import ConfigError, named
 from pretrain.config.keys import MembershipConfig, RunConfig
@@ -19,13 +18,17 @@ MOST_AHEAD = 16  # versions, between the commit before which a member's own succ
 
 
 def sign_contract(exchange: StoreExchange, member: str) -> None:
-    """Put a member's signature under the contract that was read, unless it is there."""
+    """Put a member's signature under the contract that was read, unless it is there. Raises ConfigError."""
     name = agreement_path(member)
     if _has_signed(exchange, member):
         return
     signed = exchange.members.sign(Agreement(contract_sha256=exchange.contract_sha256, member=member), version=0)
-    with suppress(FileExistsError):  # said by another process of ours meanwhile
+    try:
         exchange.write_over(name, signed.to_bytes(), lambda: _has_signed(exchange, member))
+    except FileExistsError:  # said by another process of ours meanwhile, or a folder, which nobody deletes
+        if not _has_signed(exchange, member):
+            what = f"{name} cannot be written: something else has the name; take it away"
+            raise ConfigError(f"exchange.url: {exchange.objects.url} given; {what}") from None
 
 
 def not_signed(exchange: StoreExchange) -> list[str]:

@@ -82,7 +82,7 @@ class ObjectsVerifier:
             *((pattern, self._check_word(kind)) for pattern, kind in WORDS),
             (rf"snapshots/{N}\.json", self._check_snapshot),
             (r"signatures/(?P<member>[^/]+)\.json", self._check_signature),
-            (r"keys/(?P<silo>[^/]+)\.json", self._check_group_key),
+            (r"keys/(?:(?P<epoch>[0-9]{6})/)?(?P<silo>[^/]+)\.json", self._check_group_key),
             (rf"amendments/{N}(?:\.json|\.accepted|/(?P<member>[^/]+)\.json)", self._check_amendment),
             (REVOCATION, self._check_revocation),
             (rf"{ROLLBACKS}/{N}\.json", self._check_rollback),
@@ -218,8 +218,11 @@ class ObjectsVerifier:
     def _check_group_key(self, name: str, match: re.Match[str]) -> None:
         if not self._exchange.is_sealed:
             raise RefusedError("nothing is sealed in this run")
-        of = {"contract_sha256": self._exchange.contract_sha256, "member": self._silo(match)}
-        self._exchange.checked_record(GroupKey, name, OPERATOR, at=0, **of)
+        epochs = {epoch.number: epoch for epoch in self._members.epochs()}
+        if not (epoch := epochs.get(int(match["epoch"] or 0))):
+            raise RefusedError(f"amendment {match['epoch']} has not changed the group's key")
+        of = {"contract_sha256": epoch.sha256, "member": self._silo(match)}
+        self._exchange.checked_record(GroupKey, name, OPERATOR, at=epoch.from_version, **of)
 
     def _read_amendments(self, contract: bytes) -> None:
         def note(name: str, why: object) -> None:

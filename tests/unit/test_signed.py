@@ -195,6 +195,10 @@ def test_a_signature_that_was_replaced_or_taken_away_comes_again(config: RunConf
     agree(as_member(config, "alpha"), "alpha", pause)
     assert found == [True] * 3
     assert file.read_bytes() == stands
+    file.unlink()
+    file.mkdir()
+    said = one_line_error(sign_contract, as_member(config, "alpha"), "alpha")
+    assert said.endswith("signatures/alpha.json cannot be written: something else has the name; take it away")
 
 
 # ---- what somebody else writes
