@@ -11,6 +11,7 @@ from contextlib import suppress
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.exchange import words
 from pretrain.exchange.amended import Amendments, Proposal
+from pretrain.exchange.records import checked
 from pretrain.exchange.revocation import read_signed
 from pretrain.exchange.rollback import Rollback
 from pretrain.exchange.store import REQUESTS_AT_ONCE, ROLLBACKS, StoreExchange
@@ -222,7 +223,7 @@ class ObjectsVerifier:
         if not (epoch := epochs.get(int(match["epoch"] or 0))):
             raise RefusedError(f"amendment {match['epoch']} has not changed the group's key")
         of = {"contract_sha256": epoch.sha256, "member": self._silo(match)}
-        self._exchange.checked_record(GroupKey, name, OPERATOR, at=epoch.from_version, **of)
+        checked(self._objects, GroupKey, name, OPERATOR, Members(keys=epoch.keys), of=of)
 
     def _read_amendments(self, contract: bytes) -> None:
         def note(name: str, why: object) -> None:

@@ -192,7 +192,7 @@ def test_a_signature_that_was_replaced_or_taken_away_comes_again(config: RunConf
         else:
             beta.write_bytes(kept)
 
-    agree(as_member(config, "alpha"), "alpha", pause)
+    agree(as_member(config, "alpha"), config, "alpha", pause)
     assert found == [True] * 3
     assert file.read_bytes() == stands
     file.unlink()
