@@ -223,7 +223,7 @@ class ObjectsVerifier:
         if not (epoch := epochs.get(int(match["epoch"] or 0))):
             raise RefusedError(f"amendment {match['epoch']} has not changed the group's key")
         of = {"contract_sha256": epoch.sha256, "member": self._silo(match)}
-        checked(self._objects, GroupKey, name, OPERATOR, Members(keys=epoch.keys), of=of)
+        checked(self._objects, GroupKey, name, OPERATOR, Members(keys={**epoch.keys}), of=of)
 
     def _read_amendments(self, contract: bytes) -> None:
         def note(name: str, why: object) -> None:
