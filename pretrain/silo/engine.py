@@ -168,11 +168,9 @@ class Engine:
 
     def token_losses(self, input_ids: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy in nats of every target, (num_sequences, sequence_tokens)."""
-        device = self._ranks.device
-        chunk = self._chunk_tokens
-        return token_losses(
-            self._deepspeed, input_ids.to(device), targets.to(device), self._mask_at, chunk_tokens=chunk
-        )
+        device, chunk = self._ranks.device, self._chunk_tokens
+        inputs, targets = input_ids.to(device), targets.to(device)
+        return token_losses(self._deepspeed, inputs, targets, self._mask_at, chunk_tokens=chunk)
 
     def check_sight(self) -> None:
         """Raise ConfigError, on all ranks alike, when a token of this model sees what it must not.

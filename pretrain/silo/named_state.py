@@ -1,7 +1,7 @@
 """Parameters and optimizer state in files that any number of ranks can read, at any ZeRO stage and precision.
 
     00003-exp_avg.safetensors   rank 3's pieces of one kind of state, fp32: name to elements, flat
-    00003.json                  where each of these pieces begins in its flattened tensor, and steps by name
+    00003.json                  where each of these pieces lies in its flattened tensor, and steps by name
 
 A rank reads only the elements that it is going to keep itself. Nothing here knows of ranks or stages: pieces of one
 tensor must not overlap, and together are the whole.
@@ -32,12 +32,12 @@ def save_pieces(
     `steps` says how often the optimizer has stepped each tensor that this rank has a piece of.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    starts: dict[str, dict[str, int]] = {}
+    places: dict[str, dict[str, tuple[int, int]]] = {}
     for kind, pieces in kinds:
         there = {name: (start, piece) for name, (start, piece) in pieces.items() if piece.numel()}
-        starts[kind] = {name: start for name, (start, _) in there.items()}
+        places[kind] = {name: (start, start + piece.numel()) for name, (start, piece) in there.items()}
         save_file({name: piece.detach().cpu() for name, (_, piece) in there.items()}, _file(directory, rank, kind))
-    (directory / f"{rank:05d}.json").write_text(json.dumps({"starts": starts, "steps": steps}))
+    (directory / f"{rank:05d}.json").write_text(json.dumps({"places": places, "steps": steps}))
 
 
 def _file(directory: Path, rank: int, kind: str) -> Path:
@@ -49,17 +49,17 @@ class SavedState:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._pieces: dict[tuple[str, str], list[tuple[int, Path]]] = {}
+        self._pieces: dict[tuple[str, str], list[tuple[int, int, Path]]] = {}  # first element, the one behind the last
         self.steps: dict[str, int] = {}
         """How often the optimizer has stepped each tensor."""
         try:
             for file in sorted(directory.glob("*.json")):
                 found = json.loads(file.read_text())
                 self.steps |= found["steps"]
-                for kind, starts in found["starts"].items():
-                    for name, start in starts.items():
-                        path = _file(directory, int(file.stem), kind)
-                        self._pieces.setdefault((kind, name), []).append((start, path))
+                for kind, places in found["places"].items():
+                    path = _file(directory, int(file.stem), kind)
+                    for name, (start, stop) in places.items():
+                        self._pieces.setdefault((kind, name), []).append((start, stop, path))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._damaged(str(error)) from None
 
@@ -71,14 +71,12 @@ class SavedState:
         """Some elements of a flattened tensor, fp32."""
         found, stop, filled = torch.empty(num_elements), start + num_elements, 0
         try:
-            for first, file in self._pieces.get((kind, name), ()):
-                with safe_open(file, framework="pt") as opened:
-                    piece = opened.get_slice(name)
-                    begin, end = max(start, first), min(stop, first + piece.get_shape()[0])
-                    if begin < end:
-                        found[begin - start : end - start] = piece[begin - first : end - first]
-                        filled += end - begin
-        except (OSError, SafetensorError) as error:
+            for first, last, file in self._pieces.get((kind, name), ()):
+                if (begin := max(start, first)) < (end := min(stop, last)):
+                    with safe_open(file, framework="pt") as opened:
+                        found[begin - start : end - start] = opened.get_slice(name)[begin - first : end - first]
+                    filled += end - begin
+        except (OSError, SafetensorError, RuntimeError) as error:
             raise self._damaged(str(error)) from None
         if filled != num_elements:
             raise self._damaged(f"{filled} of {num_elements} elements of {kind} {name} are there")
