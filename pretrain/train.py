@@ -388,6 +388,11 @@ def run(config: RunConfig, name: str, journal: Journal | None) -> int:
             silo.batches.close()
         if sync:
             sync.close(ended)
+    if sync and (lost := ranks.from_leader(sync.lost)):
+        if journal:
+            print(f"all steps are done, but {lost}: start again, so that it gets what it lacks", flush=True)
+        ranks.close()
+        return STOPPED
     if not sync:
         silo.check_data()
         save_parameters(config.final_parameters(name), silo.engine, ranks)

@@ -124,6 +124,10 @@ class Collective:
             return self._words.of(self.silo)
         return reach_board(credentials, self.url, self.roster[0], purpose, seconds=self._dead_seconds)
 
+    def give_up(self) -> None:
+        """Wait for nobody any more: whoever does so meets a StopWaitingError."""
+        self._closing.set()
+
     def close(self, reason: str = "") -> None:
         """Leave. Without a reason all is done, and whoever serves the address waits until all others are, too; with
         one, the others stop, and give it as theirs.

@@ -25,7 +25,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ from pretrain.exchange.channel import BrokenError, Credentials
 from pretrain.exchange.collective import WORDS, Collective, reach_board
 from pretrain.exchange.lane import Lane, PeerLostError
 from pretrain.exchange.lanes import Lanes, carry
+from pretrain.exchange.objects import StopWaitingError
 from pretrain.exchange.payload import Held, Tensors
 from pretrain.host.identity import own_identity
 from pretrain.host.memory import give_back_memory
@@ -60,6 +61,7 @@ from pretrain.trust.ledger import Commit, Manifest, Payload, sha256_bytes
 from pretrain.trust.members import Members, own_signer, public_keys
 from pretrain.trust.quality import losses
 
+LAST_SECONDS = 60.0  # for a silo that lacks the last version to come back
 SETTLE_SECONDS = 3.0  # for the watch to find out who broke a connection, and why
 
 
@@ -124,7 +126,7 @@ class AmongSilos:
             print("trust.keys: none given; whoever reaches the collective's ports may speak for all", flush=True)
         ours = build_contract(self._config)
         self._ledger.open(ours)
-        with self._passing, self._naming_the_lost():
+        with self._passing, self._naming_the_lost(), self._patience():
             directory = self._config.silo_directory(self._silo)
             self._collective.join(f"{own_identity(directory)}/{uuid.uuid4().hex}")
             first = self._parley.meet(ours, self._leaves)
@@ -132,6 +134,22 @@ class AmongSilos:
             self._lanes.leaves = self._leaves
         self._rows, self._kept = self._ledger.load()
         give_back_memory()  # copies of the model that went through our hands
+
+    @contextmanager
+    def _patience(self) -> Iterator[None]:
+        """Where our ledger has all versions the others may have ended; one that lacks the last comes soon, or not."""
+        if self._ledger.newest < self._schedule.num_versions:
+            yield
+            return
+        seconds = max(LAST_SECONDS, 2 * self._config.exchange.dead_seconds)
+        timer = threading.Timer(seconds, self._collective.give_up)
+        timer.start()
+        try:
+            yield
+        except StopWaitingError:
+            print(f"all versions are here, and the other silos have not come in {seconds:.0f} s: done", flush=True)
+        finally:
+            timer.cancel()
 
     def assist(self, rank: int) -> None:
         """Carry a lane's bytes, beside training."""
@@ -184,6 +202,10 @@ class AmongSilos:
         if self._carrier:
             self._carrier.join()
             return
+        if not reason and self._lanes:
+            with suppress(PeerLostError), self._naming_the_lost():  # who has all leaves when all have
+                self._collective.share("end", "")
+            reason = self.lost
         self._collective.close(reason and f"silo {self._silo} {reason}" if reason != self.lost else reason)
         with self._passing:  # whoever passes bytes at this moment ends first
             if lanes := self._lanes or self._parley.lanes:

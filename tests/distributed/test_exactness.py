@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.payload import Tensors
 from pretrain.outer.moments import MeanGradient
 from pretrain.silo.data import Order, PackedTokens
 from pretrain.silo.model import build_initial, token_losses
+from pretrain.silo.named_state import SavedState
 from pretrain.silo.optim import is_muon_matrix, learning_rate
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, assert_evaluated_last, assert_same_bits, federate
@@ -70,15 +72,14 @@ def test_control_variates_are_a_share_of_what_the_mean_gradients_sent_are_off_th
         (sent,) = (store / "silos" / silo / newest).glob("*.safetensors")
         told = Tensors(sent).moments
         last = run.config.silo_directory(silo) / "checkpoints" / f"step-{run.config.inner.num_steps:08d}"
-        (file,) = last.glob("engine/*.pt")
-        checkpoint = torch.load(file, weights_only=False)  # our own
-        shapes = {n: value.shape for n, value in checkpoint["module"].items() if is_muon_matrix(n, value.shape)}
+        saved, values = SavedState(last / "engine"), load_file(last / "global.safetensors")
+        shapes = {name: value.shape for name, value in values.items() if is_muon_matrix(name, value.shape)}
         assert set(shapes) == set(told) == set(merged)
-        for i, (name, shape) in enumerate(shapes.items()):
+        for name, shape in shapes.items():
             moment = MeanGradient(shape)
             off = moment.decode(merged[name]) - moment.decode(told[name])
             assert off.any()
-            assert torch.equal(checkpoint["optimizer"]["state"][i]["correction"], 0.5 * off)
+            assert torch.equal(saved.read("correction", name, 0, shape.numel()), 0.5 * off.flatten())
 
 
 def test_identical_silos_are_one_silo(plain: Outcome, tmp_path: Path, tiny_config: TinyConfig) -> None:

@@ -139,10 +139,10 @@ AGGREGATOR_POINTS: dict[str, Point] = {  # as its loop comes to them
     "committing": ("os", "link", "before", lambda written, final, **more: commit(linked(final, **more))),
     "after_commit": (OBJECTS, "Objects.write", "after", lambda self, name, data: commit(name)),
     "noted": (AGGREGATE, "Aggregator._publish", "after", lambda self, commit, payloads: commit.version),
-    "before_pruning": (HISTORY, "History.prune", "before", lambda self, roster, newest, keep, **settings: newest),
+    "before_pruning": (HISTORY, "History.prune", "before", lambda self, roster, newest, most, **settings: newest),
     "delivery_pruned": (OBJECTS, "Objects.delete", "after", lambda self, name: pruned(self, name, delivery(name))),
     "pruning": (OBJECTS, "Objects.delete", "after", lambda self, name: pruned(self, name, version(name))),
-    "after_pruning": (HISTORY, "History.prune", "after", lambda self, roster, newest, keep, **settings: newest),
+    "after_pruning": (HISTORY, "History.prune", "after", lambda self, roster, newest, most, **settings: newest),
     "releasing": ("pretrain.exchange.lease", "Lease.release", "before", lambda self: 0),
     "finishing": (
         "pretrain.host.journal",

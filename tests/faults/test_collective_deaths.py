@@ -48,6 +48,35 @@ def test_killed_and_restarted_equals_undisturbed(undisturbed: Outcome, tmp_path:
     check_same(run, undisturbed)
 
 
+# At the very end, before the others know that all have the last version, the seventh.
+LAST_DEATHS: list[Faults] = [
+    {"beta": [("before_publish", 7)]},
+    {"alpha": [("after_publish", 7)]},
+    {"alpha": [("before_publish", 7)], "beta": [("after_publish", 7)]},
+]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("deaths", LAST_DEATHS, ids=["behind", "keeper", "both"])
+def test_killed_after_the_last_version(
+    undisturbed: Outcome, tmp_path: Path, tiny_config: TinyConfig, deaths: Faults
+) -> None:
+    run = federate_with(deaths, streaming(tiny_config, tmp_path), tmp_path / "fired", max_restarts=20)
+    check_same(run, undisturbed)
+
+
+@pytest.mark.soak
+def test_a_silo_that_has_all_does_not_wait_for_those_that_are_done(
+    undisturbed: Outcome, tmp_path: Path, tiny_config: TinyConfig
+) -> None:
+    config = streaming(tiny_config, tmp_path)
+    run = federate(config)
+    with Guest(config, "beta") as beta:
+        beta.start()
+        assert "all versions are here, and the other silos have not come in 60 s: done" in beta.wait(100)
+    check_same(run, undisturbed)
+
+
 def wait_for_words(path: Path, words: str) -> None:
     """Until a file is there and has them."""
 
