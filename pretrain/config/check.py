@@ -425,7 +425,6 @@ def _check_silo(name: str, silo: SiloConfig, *, masked: bool) -> None:
     ):
         _require(getattr(silo, unit) >= 1, f"{key}.{unit}", getattr(silo, unit), "1 or more")
     for unit in (
-        "min_nodes",
         "loss_chunk_tokens",
         "accumulation_steps",
         "eval_interval_rounds",
@@ -457,10 +456,7 @@ def _check_silo(name: str, silo: SiloConfig, *, masked: bool) -> None:
     by_documents = silo.attention == "documents" and silo.compile
     _require(not by_documents, f"{key}.attention", "documents", "with silo.compile: sdpa, or none named")
     _require(not (silo.compile and stage == 3), f"{key}.compile", True, "false at ZeRO stage 3; true at 0, 1 and 2")
-    allowed = f"up to num_nodes {silo.num_nodes}"
-    _require(silo.min_nodes <= silo.num_nodes, f"{key}.min_nodes", silo.min_nodes, allowed)
-    for num_nodes in range(silo.min_nodes or silo.num_nodes, silo.num_nodes + 1):
-        accumulation_steps(name, silo, num_nodes * silo.processes_per_node)
+    accumulation_steps(name, silo, silo.num_nodes * silo.processes_per_node)
 
 
 def _check_deepspeed(given: dict[str, Any], key: str, section: str) -> None:

@@ -257,8 +257,6 @@ class SiloConfig:
     """Held-out text: corpus name to a directory of packed shards."""
     num_nodes: int = 1
     """Nodes of the silo; several are started by torchrun."""
-    min_nodes: int = 0
-    """With how few of them a SLURM job starts, at every start anew, where no more are free; 0: with all."""
     processes_per_node: int = 1
     """Processes on each node, one per GPU."""
     global_batch_sequences: int = 8

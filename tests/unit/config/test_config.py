@@ -197,11 +197,6 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
         ["silo.compile=true", "silo.deepspeed.zero_optimization.stage=3"],
         ["silos.alpha.compile: True given; allowed: false at ZeRO stage 3; true at 0, 1 and 2"],
     ),
-    (["silo.min_nodes=2"], ["silos.alpha.min_nodes: 2 given; allowed: up to num_nodes 1"]),
-    (
-        ["silo.num_nodes=4", "silo.min_nodes=2", "silo.micro_batch_sequences=1"],
-        ["global_batch_sequences: 8 given with 3 ranks and ", "; allowed: a multiple of 3, ", ": 1, 2, 4, 8"],
-    ),
     (["model.checkpoint=/x"], ["model: ", "either model.config or model.checkpoint"]),
     (["roster=[alpha]"], ["silos: 'beta' given; allowed: names of the roster: alpha"]),
     (["roster=[alpha,alpha,beta]"], ["roster: ", "each name once"]),
