@@ -179,10 +179,9 @@ class Archive:
             data = self._store.objects.read_if_there(name)
         except RefusedError:  # nothing of ours is so large
             return
-        with self._there():
-            if data is not None and self.objects.read_if_there(name, limit_bytes=RECORD_BYTES) != data:
-                self.objects.delete(name)
-                self.objects.write(name, data)
+        if data is not None:
+            with self._there():
+                self.objects.replace(name, data)
 
     @contextmanager
     def _there(self) -> Iterator[None]:

@@ -132,7 +132,7 @@ class Collective:
         """Leave. Without a reason all is done, and whoever serves the address waits until all others are, too; with
         one, the others stop, and give it as theirs.
         """
-        if not self._watching.is_alive():
+        if self._closing.is_set() or not self._watching.is_alive():
             self._closing.set()
             return
         assert self._board

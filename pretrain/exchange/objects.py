@@ -171,6 +171,14 @@ class Objects:
         names = [str(path).rstrip("/").rsplit("/", 1)[-1] for path in listed]
         return sorted(name for name in names if not name.startswith(".") and name != prefix.rsplit("/", 1)[-1])
 
+    def replace(self, name: str, data: bytes) -> None:
+        """Have a small object hold these bytes; what lies there with others gives way. Raises as `read` and `write`."""
+        if (found := self.read_if_there(name)) == data:
+            return
+        if found is not None:
+            self.delete(name)
+        self.write(name, data)
+
     def write(self, name: str, data: bytes, *, of: Mapping[str, float] | None = None) -> None:
         """Write a small new object. Raises FileExistsError if the name is taken.
 

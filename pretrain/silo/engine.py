@@ -336,7 +336,9 @@ class Engine:
                 if values[name] is not None
             }
 
-        tensors = {kind for state in states.values() for kind, value in state.items() if is_of_elements(kind, value)}
+        # A step is one number of a whole tensor, though some optimizers keep it as one.
+        found = (item for state in states.values() for item in state.items())
+        tensors = {kind for kind, value in found if isinstance(value, Tensor) and kind != "step"}
         steps = {name: int(state["step"]) for name, state in states.items() if "step" in state}
         kinds = [PARAMETER, *sorted(tensors)]
         save_pieces(directory / STATE, self._ranks.rank, ((kind, of_kind(kind)) for kind in kinds), steps)
@@ -381,11 +383,6 @@ class Engine:
     def _step_count(self, num_steps: int) -> Tensor | int:
         """As the inner optimizer counts."""
         return num_steps if self._counts_in_numbers else torch.tensor(float(num_steps))
-
-
-def is_of_elements(kind: str, value: object) -> bool:
-    """Whether an optimizer keeps this of each element, and not one number of a whole tensor."""
-    return isinstance(value, Tensor) and kind != "step"
 
 
 def _fp32_masters(engine: Any) -> dict[str, Tensor]:

@@ -49,7 +49,8 @@ class SavedState:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._pieces: dict[tuple[str, str], list[tuple[int, int, Path]]] = {}  # first element, the one behind the last
+        # By tensor and kind: first element, the one behind the last, where they are.
+        self._pieces: dict[str, dict[str, list[tuple[int, int, Path]]]] = {}
         self.steps: dict[str, int] = {}
         """How often the optimizer has stepped each tensor."""
         try:
@@ -59,19 +60,19 @@ class SavedState:
                 for kind, places in found["places"].items():
                     path = _file(directory, int(file.stem), kind)
                     for name, (start, stop) in places.items():
-                        self._pieces.setdefault((kind, name), []).append((start, stop, path))
+                        self._pieces.setdefault(name, {}).setdefault(kind, []).append((start, stop, path))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._damaged(str(error)) from None
 
     def kinds(self, name: str) -> list[str]:
         """Kinds of state that are there of a tensor, without its values."""
-        return sorted(kind for kind, of in self._pieces if of == name and kind != PARAMETER)
+        return sorted(self._pieces.get(name, {}).keys() - {PARAMETER})
 
     def read(self, kind: str, name: str, start: int, num_elements: int) -> Tensor:
         """Some elements of a flattened tensor, fp32."""
         found, stop, filled = torch.empty(num_elements), start + num_elements, 0
         try:
-            for first, last, file in self._pieces.get((kind, name), ()):
+            for first, last, file in self._pieces.get(name, {}).get(kind, ()):
                 if (begin := max(start, first)) < (end := min(stop, last)):
                     with safe_open(file, framework="pt") as opened:
                         found[begin - start : end - start] = opened.get_slice(name)[begin - first : end - first]

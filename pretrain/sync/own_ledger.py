@@ -179,13 +179,8 @@ class OwnLedger:
 
     def _put(self, records: Mapping[str, bytes]) -> None:
         """Write small objects, over what one who was killed before its commit has left."""
-        objects = self._store.objects
         for name, data in records.items():
-            found = objects.read_if_there(name)
-            if found is not None and found != data:
-                objects.delete(name)
-            if found != data:
-                objects.write(name, data)
+            self._store.objects.replace(name, data)
 
     def _file(self, fragment: int, codec: str) -> Path:
         kind = PARAMETER if codec == "fp32" else "change"

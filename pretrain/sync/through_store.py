@@ -261,14 +261,12 @@ class ThroughStore:
             for other in looked_at:
                 # Behind a relay there are none but ours; one that somebody has deleted is named by atoll verify.
                 if other.version == version and (found := self._store.adopted_by(other)):
-                    is_merged = sha256_bytes(found.to_bytes()) == other.manifest_sha256
-                    self._check_other(commit if is_merged else None, found, sha256s, has_floor=floor is not None)
+                    check_cosigned(found, sha256s)
+                    if sha256_bytes(found.to_bytes()) == other.manifest_sha256:
+                        self._check_merged(commit, found, has_floor=floor is not None)
 
-    def _check_other(self, commit: Commit | None, manifest: Manifest, sha256s: list[str], *, has_floor: bool) -> None:
-        """Raise RefusedError unless a manifest is of our history, and, if it is in a commit, says what it may."""
-        check_cosigned(manifest, sha256s)
-        if not commit:
-            return
+    def _check_merged(self, commit: Commit, manifest: Manifest, *, has_floor: bool) -> None:
+        """Raise RefusedError unless a manifest in a commit says what it may, and the commit what it says."""
         try:
             check_metrics(manifest, self._config.trust.metrics)
         except RefusedError as error:

@@ -1,8 +1,6 @@
 """Somebody who can write to the store, and has no key, forges all it can while a signed federation runs."""
 
 import re
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +8,8 @@ import pytest
 from pretrain.config.keys import OPERATOR
 from pretrain.exchange.words import Beat, Damaged, Done, Holder, Identity, Membership, Refusal, Resumable, Waiting, Word
 from tests.conftest import TinyConfig
-from tests.distributed.federation import Outcome, federate
+from tests.distributed.federation import Outcome
+from tests.faults.beside import federate_beside
 from tests.faults.test_kills import check_same, make_config
 
 LAST = 3
@@ -74,24 +73,7 @@ def forge(store: Path) -> int:
 def test_a_run_comes_to_the_bits_of_an_undisturbed_one(
     undisturbed: Outcome, tmp_path: Path, tiny_config: TinyConfig
 ) -> None:
-    config, over, num_forged = make_config(tiny_config, tmp_path), threading.Event(), [0]
-
-    def keep_forging() -> None:
-        store = Path(config.store_url)
-        while not over.is_set():
-            if (store / "contract.json").is_file():
-                num_forged[0] += forge(store)
-            time.sleep(0.02)
-
-    forger = threading.Thread(target=keep_forging)
-    forger.start()
-    try:
-        run = federate(config)
-    finally:
-        over.set()
-        forger.join()
-    assert num_forged[0] > 50
+    run, logs = federate_beside(make_config(tiny_config, tmp_path), forge)
     check_same(run, undisturbed)
-    logs = "".join(path.read_text() for path in (Path(config.directory) / "logs" / "latest").glob("*.log"))
     named = set(re.findall(r"([a-z0-9/.-]+) is passed over", logs))
     assert {"aggregator/000002.json", "silos/alpha/000001/manifest.json", "silos/beta/identity.json"} <= named, named

@@ -2,8 +2,7 @@
 
 import os
 import re
-import threading
-import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,8 @@ import pytest
 from pretrain.config.keys import OPERATOR
 from pretrain.trust.ledger import RECORD_BYTES
 from tests.conftest import TinyConfig
-from tests.distributed.federation import Outcome, federate
+from tests.distributed.federation import Outcome
+from tests.faults.beside import federate_beside
 from tests.faults.test_forgers import LAST, words
 from tests.faults.test_kills import check_same, make_config
 
@@ -33,7 +33,6 @@ def names(store: Path) -> set[str]:
 def test_a_run_comes_to_the_bits_of_an_undisturbed_one(
     what: str, undisturbed: Outcome, tmp_path: Path, tiny_config: TinyConfig
 ) -> None:
-    config, over, num_put = make_config(tiny_config, tmp_path), threading.Event(), [0]
     source = tmp_path / "source"
     if what == "a pipe":
         os.mkfifo(source)
@@ -42,30 +41,18 @@ def test_a_run_comes_to_the_bits_of_an_undisturbed_one(
     else:
         source.write_bytes(bytes(RECORD_BYTES + 1))
 
-    def put() -> None:
-        store = Path(config.store_url)
-        while not over.is_set():
-            if (store / "contract.json").is_file():
-                for name in names(store):
-                    file = store / name
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    try:
-                        os.link(source, file, follow_symlinks=False)
-                        num_put[0] += 1
-                    except FileExistsError:
-                        pass
-            time.sleep(0.02)
+    def put(store: Path) -> int:
+        num_put = 0
+        for name in names(store):
+            file = store / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileExistsError):
+                os.link(source, file, follow_symlinks=False)
+                num_put += 1
+        return num_put
 
-    stranger = threading.Thread(target=put)
-    stranger.start()
-    try:
-        run = federate(config)
-    finally:
-        over.set()
-        stranger.join()
-    assert num_put[0] > 50
+    run, logs = federate_beside(make_config(tiny_config, tmp_path), put)
     check_same(run, undisturbed)
-    logs = "".join(path.read_text() for path in (Path(config.directory) / "logs" / "latest").glob("*.log"))
     assert "Traceback" not in logs
     named = set(re.findall(r"([a-z0-9/.-]+) is (?:passed over|a link|a pipe)", logs))
     assert {"amendments/000001.json", "snapshots/000001.json"} <= named
