@@ -286,7 +286,9 @@ def strike(action: str, amount: Any, fired: Path, args: tuple[Any, ...]) -> None
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif action == "pause":
-        subprocess.Popen(["sh", "-c", f"sleep {amount}; kill -CONT {os.getpid()}"], start_new_session=True)
+        stopped = f"grep -q '^State:.T' /proc/{os.getpid()}/status"  # SIGCONT before that would leave it so for ever
+        wake = f"until {stopped}; do sleep 0.05; done; sleep {amount}; kill -CONT {os.getpid()}"
+        subprocess.Popen(["sh", "-c", wake], start_new_session=True)
         os.kill(os.getpid(), signal.SIGSTOP)
     elif action == "slow":
         time.sleep(amount)
