@@ -35,7 +35,7 @@ from pretrain.outer.quantize import Parts
 from pretrain.sync.delivered import Delivered
 from pretrain.trust.contract import build_contract, check_same_contract, other_software
 from pretrain.trust.ledger import Commit, Manifest, Payload, RefusedError, check_cosigned, sha256_bytes
-from pretrain.trust.policy import read_policy
+from pretrain.trust.policy import in_one_value, read_policy
 from pretrain.trust.quality import check_floor, check_metrics, check_told, floor_at
 
 MAX_REFUSALS = 3
@@ -213,7 +213,7 @@ class ThroughStore:
                 self._check_delivered(contributor.version, contributor.manifest_sha256)
                 if contributor.weight:
                     counted = {other.silo for other in commit.contributors if other.weight}
-                    self._policy.check_merged(version, len(counted))
+                    self._policy.check_merged(version, in_one_value(self._config.outer, len(counted)))
         with self._remembering:
             before, same, after = (self._held.get(version + step) for step in (-1, 0, 1))
             if (
