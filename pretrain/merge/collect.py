@@ -62,7 +62,7 @@ class Collector:
         self._arrivals: deque[float] = deque(maxlen=ARRIVALS)
         if self._rules.is_elastic and self._file.is_file():
             self._arrivals.extend(_read_arrivals(self._file))
-        self.past = Past(config)
+        self.past = Past(config, exchange.members)
         """What is known of the commits so far."""
         self._version = 0
         self._events: dict[str, Membership | None] = {}  # what each silo said last of taking part, when it was asked

@@ -32,6 +32,7 @@ from pretrain.outer.digest import tensor_rows
 from pretrain.outer.moments import check_moments
 from pretrain.outer.pieces import Piece
 from pretrain.outer.quantize import Parts
+from pretrain.outer.rounds import participants
 from pretrain.sync.delivered import Delivered
 from pretrain.trust.contract import build_contract, check_same_contract, other_software
 from pretrain.trust.ledger import Commit, Manifest, Payload, RefusedError, check_cosigned, sha256_bytes
@@ -328,6 +329,11 @@ class ThroughStore:
         """Say that we take part from `version` on."""
         with self._noticing_the_end():
             self._store.announce(self._silo, left=False, version=version)
+
+    def is_drawn(self, round: int) -> bool:
+        """Whether we train in a round: of whom it is drawn is known once the commit was read that it begins with."""
+        roster = self._store.members.roster_at(round, self._config.agreed_roster)  # with a sample, rounds are versions
+        return self._silo in participants(roster, round, sample=self._rules.sample, seed=self._rules.sample_seed)
 
     def wait_for(self, version: int) -> None:
         """Wait for a commit in which we have no part."""
