@@ -222,10 +222,10 @@ class Aggregator:
             return
         self._next_look = time.monotonic() + POLLS_PER_LOOK * self._config.exchange.poll_seconds
         self._check_held()
-        if (
-            self._exchange.hear_damaged(self._config.full_roster, self._newest.version)
-            and self._num_repairs < MOST_REPAIRS
-        ):
+        if not self._exchange.hear_damaged(self._config.full_roster, self._newest.version):
+            return
+        self._collector.put_back(check=self._check_lease)
+        if self._num_repairs < MOST_REPAIRS:
             self._num_repairs += 1
             self.snapshots.repair_all(self._newest)
 
@@ -259,6 +259,7 @@ class Aggregator:
             flush=True,
         )
         say_not_counted(commit)
+        self._collector.merged = [(delivery.manifest, delivery.manifest_bytes) for delivery in deliveries]
         self._journal.record("commit", **commit_record(self._config, commit))
         merged_again = self._config.trust.keep_deliveries + 1  # from the version before them
         keep = max(self._config.exchange.keep_versions, merged_again)
