@@ -344,7 +344,7 @@ def test_a_rollback_that_the_aggregators_operator_has_not_signed_is_none(
     assert "rollbacks/000001.json is passed over: the rollback is not signed" in said()
     assert_same_state(start(config)[1], state)
     assert beta.newest_version() == 1
-    assert roll_back_store(config.store_url, to=0, key=config.key_file(OPERATOR)).to_version == 0
+    assert roll_back_store(StoreExchange(config.store_url), to=0, key=config.key_file(OPERATOR)).to_version == 0
     assert [record["to_version"] for record in rollback_records(beta, config)] == [0]
     assert start(config)[1].version == 0
 
@@ -417,10 +417,10 @@ def test_only_the_operator_can_roll_back(config: RunConfig) -> None:
     one_version(aggregator, state)
     allowed = f"allowed: the private key of the aggregator's operator, {aggregator_key(config).fingerprint}, as this"
     for key, given in ((None, "none"), (config.key_file("beta"), f"{config.key_file('beta')}, the key ")):
-        line = one_line_error(partial(roll_back_store, key=key, to=0), config.store_url)
+        line = one_line_error(partial(roll_back_store, key=key, to=0), StoreExchange(config.store_url))
         assert line.startswith(f"--key: {given}")
         assert allowed in line
-    assert roll_back_store(config.store_url, to=0, key=config.key_file(OPERATOR)).to_version == 0
+    assert roll_back_store(StoreExchange(config.store_url), to=0, key=config.key_file(OPERATOR)).to_version == 0
     assert start(config)[1].version == 0
 
 
