@@ -295,9 +295,11 @@ def stop(directory: RunDirectory) -> None:
 @app.command()
 def rollback(
     where: Annotated[str, typer.Argument(help="URL of the store, or a run directory with one in it.")],
-    to: Annotated[int, typer.Option(help="Version to go back to; it must still be kept.")],
+    *,
+    to: Annotated[int, typer.Option(help="Version to go back to; it must be kept, in the store or its archive.")],
     reason: Annotated[str, typer.Option(help="Why, for the record.")] = "",
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    archive: Annotated[str, typer.Option(help="Where what was pruned is; default: that of the run directory.")] = "",
     key: Annotated[
         Path | None, typer.Option(help="The operator's private key; where the run directory's trust.directory says.")
     ] = None,
@@ -309,10 +311,12 @@ def rollback(
 
     [bold]Example:[/bold] atoll rollback s3://bucket/run --to 12 --reason "corrupted text since version 13"
     """
+    from pretrain.exchange.archive import open_store
     from pretrain.exchange.options import operators_key
     from pretrain.exchange.rollback import consequences, roll_back_store
 
-    said = consequences(_store(where), to=to)
+    store = open_store(where, archive)
+    said = consequences(store, to=to)
     if said and not yes and not sys.stdin.isatty():
         raise ConfigError(
             f"--yes: not given, and there is no terminal to ask at; nothing is changed: {'; '.join(said)}"
@@ -322,7 +326,7 @@ def rollback(
     if said and not yes and not typer.confirm(f"Roll back to version {to}?"):
         print("nothing is changed")
         raise typer.Exit(1)
-    done = roll_back_store(_store(where), to=to, reason=reason, key=key or operators_key(where))
+    done = roll_back_store(store, to=to, reason=reason, key=key or operators_key(where))
     print(f"rolled back from version {done.from_version} to {done.to_version}")
 
 

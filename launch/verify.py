@@ -33,9 +33,7 @@ def verify(
 
     [bold]Example:[/bold] atoll verify s3://bucket/run
     """
-    from pretrain.exchange.archive import archive_of, read_archive
-    from pretrain.exchange.options import reached, store_options
-    from pretrain.exchange.store import StoreExchange
+    from pretrain.exchange.archive import open_store
     from pretrain.federation.bundle import BundleVerifier, VerifiedBundle, is_bundle
     from pretrain.federation.verify import StoreVerifier, Verified
 
@@ -46,13 +44,9 @@ def verify(
         if is_bundle(directory):
             found = BundleVerifier(directory, Path(scratch), tell=_tell, key=key).verify()
         else:
-            url, exchange = reached(where)
-            store = StoreExchange(url, options=store_options(exchange, url), retry_seconds=exchange.retry_seconds)
+            store = open_store(where, archive)
             if not key and (kept := directory / "keys" / "aggregator.key").is_file():
                 key = kept
-            read_archive(
-                store, expand_home("--archive", archive) or archive_of(where), exchange, is_asked=bool(archive)
-            )
             found = StoreVerifier(store, Path(scratch), tell=_tell, key=key).verify()
     print(json.dumps(dataclasses.asdict(found), indent=1) if as_json else "\n".join(_lines(found)))
     raise typer.Exit(1 if found.findings else 0)

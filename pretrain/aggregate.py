@@ -73,7 +73,7 @@ class Aggregator:
         self._exchange = StoreExchange.of_run(config)
         self._exchange.speak_as(config, OPERATOR)
         self._scratch = Path(config.directory) / "aggregator"
-        self._archive = Archive.of_run(config, self._exchange, self._scratch)
+        self._archive = Archive.of_run(config, self._exchange, self._scratch, check_lease=self._check_lease)
         self._place = OnDisk(self._scratch / "state") if config.outer.state == "disk" else InMemory()
         self._merger = Merger(config, self._exchange, self._scratch, self._place, go_to=self._go_to)
         self._newest_file = self._scratch / "newest.json"
@@ -131,6 +131,8 @@ class Aggregator:
     def stop(self) -> None:
         """Write no more, and let another aggregator begin."""
         self.snapshots.stop()
+        if self._archive:
+            self._archive.stop()
         if self._lease:
             self._lease.release()
         self._exchange.objects.close_egress()
@@ -222,10 +224,10 @@ class Aggregator:
             return
         self._next_look = time.monotonic() + POLLS_PER_LOOK * self._config.exchange.poll_seconds
         self._check_held()
-        if (
-            self._exchange.hear_damaged(self._config.full_roster, self._newest.version)
-            and self._num_repairs < MOST_REPAIRS
-        ):
+        if not self._exchange.hear_damaged(self._config.full_roster, self._newest.version):
+            return
+        self._collector.put_back(check=self._check_lease)
+        if self._num_repairs < MOST_REPAIRS:
             self._num_repairs += 1
             self.snapshots.repair_all(self._newest)
 
@@ -237,9 +239,15 @@ class Aggregator:
         return commit_sha256
 
     def merge(self, state: OuterState, deliveries: list[Delivery]) -> Merged:
-        """Merge and take the outer step in place, as soon as the last version's snapshot is written."""
-        self.snapshots.finish()
+        """Merge and take the outer step in place, as soon as what is done beside training is done."""
+        self.finish()
         return self._merger.merge(state, deliveries)
+
+    def finish(self) -> None:
+        """Wait until the last version's snapshot is written, and what nobody needs any more archived and pruned."""
+        self.snapshots.finish()
+        if self._archive:
+            self._archive.finish()
 
     def commit(self, state: OuterState, deliveries: list[Delivery], merged: Merged) -> None:
         """Publish the next version, record it, prune what nobody can need again."""
@@ -259,12 +267,13 @@ class Aggregator:
             flush=True,
         )
         say_not_counted(commit)
+        self._collector.merged = [(delivery.manifest, delivery.manifest_bytes) for delivery in deliveries]
         self._journal.record("commit", **commit_record(self._config, commit))
         merged_again = self._config.trust.keep_deliveries + 1  # from the version before them
         keep = max(self._config.exchange.keep_versions, merged_again)
         late = self._config.membership.stale_weight > 0
-        prune = partial(self.snapshots.history.prune, self._collector.members(), state.version, keep, late=late)
-        self._archive.prune(prune) if self._archive else prune()
+        prune = self._archive.begin if self._archive else self.snapshots.history.prune
+        prune(self._collector.members(), state.version, keep, late=late)
         if self.snapshots.is_due(state.version):
             self.snapshots.begin(state, commit, self._merger.fragments[fragment])
 
@@ -356,7 +365,7 @@ def aggregate(config: RunConfig, journal: Journal) -> None:
             merged = aggregator.merge(state, deliveries)
             aggregator.commit(state, deliveries, merged)
             del deliveries, merged  # before the next ones come
-        aggregator.snapshots.finish()
+        aggregator.finish()
     finally:
         aggregator.stop()
 

@@ -438,7 +438,8 @@ class Reader:
 
     def _drawn_anew(self, version: int) -> frozenset[str]:
         round, rules = self._terms.round_of(version), self._rules
-        return frozenset(participants(self._terms.full_roster, round, sample=rules.sample, seed=rules.sample_seed))
+        roster = self._voices.members.roster_at(version, self._terms.agreed_roster)
+        return frozenset(participants(roster, round, sample=rules.sample, seed=rules.sample_seed))
 
     # ---- what is waited for
 

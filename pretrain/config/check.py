@@ -351,6 +351,9 @@ def _check_merge(config: RunConfig) -> None:
         "mean, importance with exchange.kind=collective",
     )
     _require(outer.num_malicious >= 1, "outer.num_malicious", outer.num_malicious, "1 or more")
+    # Of one silo both what came too late and what comes in time may be in a commit.
+    stale, allowed = rules.stale_weight, f"0 with outer.merge={outer.merge}, among which a silo must not count twice"
+    _require(stale == 0, "membership.stale_weight", stale, allowed)
     fewest = rules.quorum or rules.sample or len(config.full_roster)
     needed = 2 * outer.num_malicious + (3 if outer.merge == "krum" else 1)
     key = "membership.quorum" if rules.quorum else "membership.sample" if rules.sample else "silos"

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from pretrain.config.check import ConfigError, named
-from pretrain.config.keys import MembershipConfig, RunConfig
+from pretrain.config.keys import RunConfig
 from pretrain.exchange.amended import FOLDER, Proposal, acceptance_path, amendment_path, signature_path
 from pretrain.exchange.sealed import give_group_key
 from pretrain.exchange.store import REQUESTS_AT_ONCE, StoreExchange
@@ -192,20 +192,13 @@ def check_amended(config: RunConfig, proposal: Proposal) -> None:
     gone = amendment.new_key if amendment.new_key and not amendment.new_key[1] else None
     num_gone, rules = len(found.full_roster) - (len(keys) - 1), found.membership
     if new := sorted(keys.keys() - before.keys.keys()):
-        _check_may_enter(new[0], rules)
+        allowed = "in a run with a membership.quorum, as all others wait for nobody to come"
+        if rules.quorum is None:
+            raise ConfigError(f"{KEYS}{new[0]}: a new silo given; allowed: {allowed}")
     most = (rules.sample or len(found.full_roster)) - num_gone
     if num_gone and (rules.quorum is None or rules.quorum > most):
         given = f"trust.keys.{gone[0]}: '' given" if gone else f"membership.quorum: {rules.quorum} given"
         raise ConfigError(f"{given}; allowed: with a membership.quorum of {most} or less, as no version could be made")
-
-
-def _check_may_enter(silo: str, rules: MembershipConfig) -> None:
-    """Raise ConfigError unless a silo that the contract does not have can come while the run goes on."""
-    given = f"{KEYS}{silo}: a new silo given"
-    if rules.quorum is None:
-        raise ConfigError(f"{given}; allowed: in a run with a membership.quorum, as all others wait for nobody to come")
-    if rules.sample is not None:
-        raise ConfigError(f"{given} with membership.sample={rules.sample}; allowed: without, as all draw by the roster")
 
 
 def sign_amendment(exchange: StoreExchange, proposal: Proposal, member: str) -> None:

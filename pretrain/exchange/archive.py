@@ -11,9 +11,12 @@ else.
 import copy
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -21,8 +24,9 @@ from pretrain.config.check import ConfigError
 from pretrain.config.keys import ExchangeConfig, RunConfig
 from pretrain.config.load import CONFIG_FILE, load_run
 from pretrain.config.paths import expand_home
+from pretrain.exchange.history import History
 from pretrain.exchange.objects import Objects
-from pretrain.exchange.options import store_options
+from pretrain.exchange.options import reached, store_options
 from pretrain.exchange.signed import CONTRACT
 from pretrain.exchange.store import REFUSED, StoreExchange, delivery_path, snapshot_path, version_path
 from pretrain.trust.ledger import RECORD_BYTES, Commit, Manifest, Payload, RefusedError, Snapshot
@@ -49,13 +53,25 @@ def archive_objects(url: str, exchange: ExchangeConfig) -> Objects:
 
 
 class Archive:
-    """Of one store, whose aggregator prunes."""
+    """Of one store, whose aggregator prunes beside training, by a thread of its own."""
 
-    def __init__(self, exchange: StoreExchange, objects: Objects, scratch: Path, *, retry_seconds: float) -> None:
-        """`scratch` is a folder for what is copied; after trouble nothing is tried for `retry_seconds`."""
-        self._exchange, self._own = exchange, exchange.objects
-        self.objects, self._scratch, self._retry_seconds = objects, scratch, retry_seconds
+    def __init__(
+        self,
+        exchange: StoreExchange,
+        objects: Objects,
+        scratch: Path,
+        config: RunConfig,
+        check_lease: Callable[[], None],
+    ) -> None:
+        """`scratch` is a folder for what is copied; after trouble nothing is tried for `exchange.retry_seconds`."""
+        self._over = threading.Event()
+        self._exchange, self._own = exchange, exchange.objects.until(self._over)
+        self.objects, self._scratch, self._check_lease = objects.until(self._over), scratch, check_lease
+        self._retry_seconds, self._num_fragments = config.exchange.retry_seconds, config.outer.num_fragments
         self._is_ours, self._in_trouble, self._next_try = False, False, 0.0
+        self._history: History | None = None
+        self._thread = ThreadPoolExecutor(1, "archive")
+        self._under_way: Future[None] | None = None
 
     @property
     def _store(self) -> StoreExchange:
@@ -65,17 +81,25 @@ class Archive:
         return store
 
     @classmethod
-    def of_run(cls, config: RunConfig, exchange: StoreExchange, scratch: Path) -> "Archive | None":
+    def of_run(
+        cls,
+        config: RunConfig,
+        exchange: StoreExchange,
+        scratch: Path,
+        *,
+        check_lease: Callable[[], None] = lambda: None,
+    ) -> "Archive | None":
         """The one that a configuration names, if it does. What goes there has lines in the store's egress ledger.
 
-        From then on what the store has not is read there. Raises ConfigError.
+        From then on what the store has not is read there. `check_lease` is called before anything is deleted, and
+        raises if this process may not. Raises ConfigError.
         """
         if not config.trust.archive:
             return None
         objects = archive_objects(config.trust.archive, config.exchange)
         if exchange.egress:
             objects.told_to(exchange.egress, kind=KIND)
-        found = cls(exchange, objects, scratch, retry_seconds=config.exchange.retry_seconds)
+        found = cls(exchange, objects, scratch, config, check_lease)
         exchange.objects = Archived(exchange.objects, objects, lists=False)
         return found
 
@@ -83,6 +107,27 @@ class Archive:
         """Raise ConfigError if it is another run's, as far as it can be reached."""
         with suppress(ArchiveError), self._there():
             check_same_run(self._store, self.objects)
+
+    def begin(self, roster: Sequence[str], newest: int, keep_versions: int, *, late: bool) -> None:
+        """Begin to prune, as `History.prune` does, while silos train. `finish` comes before the next version is made.
+
+        A process that is killed or stopped in between has deleted nothing that is not in the archive.
+        """
+        self.finish()
+        self._history = self._history or History(self._exchange.until(self._over), self._num_fragments)
+        prune = partial(self._history.prune, roster, newest, keep_versions, late=late)
+        self._under_way = self._thread.submit(self.prune, prune)
+
+    def finish(self) -> None:
+        """Wait for what was begun; raises what went wrong with it."""
+        if self._under_way:
+            self._under_way.result()
+        self._under_way = None
+
+    def stop(self) -> None:
+        """Copy and delete no more."""
+        self._over.set()
+        self._thread.shutdown()
 
     def prune(self, prune: Prune) -> None:
         """Have what was copied deleted. An archive in trouble is one line, and what is not in it stays in the store."""
@@ -114,6 +159,7 @@ class Archive:
         stays = [name for name, payload in self._payloads(version, names) if not self._copy_payload(name, payload)]
         for name in self._records(version, names):
             self._copy_record(name)
+        self._check_lease()
         return [name for name in names if name not in stays]
 
     def _payloads(self, version: int, names: Sequence[str]) -> Iterator[tuple[str, Payload]]:
@@ -252,6 +298,36 @@ class Archived(Objects):
         pruned = {name for name in self._archive.names(prefix) if PRUNED.fullmatch(f"{prefix}/{name}")}
         return sorted({*found} | pruned)
 
+    def bring_back(self, name: str, file: Path, *, digest: str) -> None:
+        """Put a payload, as it was read, back into the store if it was pruned."""
+        if not super().exists(name):
+            self.upload(file, name, digest=digest)
+
+    def bring_back_record(self, name: str) -> None:
+        """The same of a record."""
+        if not super().exists(name):
+            self.write(name, self.read(name))
+
+    def forget(self, folders: Sequence[str], names: Sequence[str]) -> None:
+        """Delete from the archive all there is in some folders, and some names."""
+        listed = [f"{folder}/{name}" for folder in folders for name in self._archive.names(folder)]
+        for name in [*names, *listed]:
+            self._archive.delete(name)
+
+
+def open_store(where: str, archive: str) -> StoreExchange:
+    """The store of a user's URL or run directory; what was pruned of it is read from `archive`, or the run's own.
+
+    Raises ConfigError.
+    """
+    url, settings = reached(where)
+    store = StoreExchange(url, options=store_options(settings, url), retry_seconds=settings.retry_seconds)
+    folder = Path(expand_home("store", where))
+    own = load_run(folder) if (folder / CONFIG_FILE).is_file() else None
+    kept_at = expand_home("--archive", archive) or (own.trust.archive if own else "")
+    read_archive(store, kept_at, own.exchange if own else settings, is_asked=bool(archive))
+    return store
+
 
 def read_archive(exchange: StoreExchange, url: str, settings: ExchangeConfig, *, is_asked: bool = False) -> None:
     """Read from now on what a store has not from its archive at `url`, if there is one.
@@ -265,9 +341,3 @@ def read_archive(exchange: StoreExchange, url: str, settings: ExchangeConfig, *,
         exchange.objects = Archived(exchange.objects, objects)
     elif is_asked:
         raise ConfigError(f"--archive: {url!r} given; there is no archive in it (no {CONTRACT})")
-
-
-def archive_of(where: str) -> str:
-    """The archive that a run directory's configuration names; empty for what is none. Raises ConfigError."""
-    folder = Path(expand_home("store", where))
-    return load_run(folder).trust.archive if (folder / CONFIG_FILE).is_file() else ""

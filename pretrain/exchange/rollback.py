@@ -9,6 +9,7 @@ version that is committed has all it had; their tensors are deleted.
 """
 
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from typing import Any, Literal
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import OPERATOR, ExchangeConfig, RunConfig
 from pretrain.exchange import words
+from pretrain.exchange.archive import Archived
 from pretrain.exchange.history import History
 from pretrain.exchange.lease import Lease
 from pretrain.exchange.store import ROLLBACKS as FOLDER
@@ -43,17 +45,16 @@ class Rollback(Record):
     reason: str
 
 
-def consequences(url: str, *, to: int) -> list[str]:
+def consequences(exchange: StoreExchange, *, to: int) -> list[str]:
     """What a rollback to version `to` would mean, a line each; nothing to ask about if it only completes one.
 
     Reads the store and writes nothing. Raises ConfigError if it cannot be done.
     """
-    exchange = StoreExchange(url, retry_seconds=ExchangeConfig().retry_seconds)
     outer, has_quorum = _terms(exchange)
     try:
         pending = [record for record, done in read_rollbacks(exchange) if not done]
     except RefusedError as error:
-        raise ConfigError(f"store: {url!r} given; it cannot be rolled back: {error}") from None
+        raise ConfigError(f"store: {exchange.objects.url!r} given; it cannot be rolled back: {error}") from None
     newest = pending[-1].to_version if pending else exchange.newest_version()
     if pending and newest == to:
         return []
@@ -80,13 +81,11 @@ def _tokens_of(exchange: StoreExchange, version: int) -> int:
         return 0
 
 
-def roll_back_store(url: str, *, to: int, reason: str = "", key: Path | None = None) -> Rollback:
+def roll_back_store(exchange: StoreExchange, *, to: int, reason: str = "", key: Path | None = None) -> Rollback:
     """Take the stopped run in a store back to version `to`; raises ConfigError if that cannot be done.
 
     `key` is the file of the operator's private key, where the run is signed.
     """
-    defaults = ExchangeConfig()
-    exchange = StoreExchange(url, retry_seconds=defaults.retry_seconds)
     num_fragments = _terms(exchange)[0]["num_fragments"]
     if exchange.members.keys:
         agreed = exchange.members.keys_at(exchange.newest_version())[OPERATOR]
@@ -97,11 +96,11 @@ def roll_back_store(url: str, *, to: int, reason: str = "", key: Path | None = N
                 f"{agreed.fingerprint}, as this run is signed"
             )
         exchange.members.signer = signer
-    lease = Lease(exchange, seconds=defaults.lease_seconds)
+    lease = Lease(exchange, seconds=ExchangeConfig().lease_seconds)
     try:
         return roll_back(exchange, num_fragments, to=to, reason=reason)
     except RefusedError as error:
-        raise ConfigError(f"store: {url!r} given; it cannot be rolled back: {error}") from None
+        raise ConfigError(f"store: {exchange.objects.url!r} given; it cannot be rolled back: {error}") from None
     finally:
         lease.release()
 
@@ -117,9 +116,17 @@ def roll_back(exchange: StoreExchange, num_fragments: int, *, to: int, reason: s
         return finished[-1]
     newest, history = exchange.newest_version(), History(exchange, num_fragments)
     _check_kept(history, to, newest)
-    for folder, payload in history.made_of(to):
-        # Before anything newer is thrown away: whether this can still be read and is what its commit says.
-        exchange.fetch(folder, payload, Path(os.devnull))
+    with tempfile.TemporaryDirectory(prefix="atoll-") as scratch:
+        archived = exchange.objects if isinstance(exchange.objects, Archived) else None
+        file = Path(scratch) / "payload" if archived else Path(os.devnull)
+        for folder, payload in history.made_of(to):
+            # Before anything newer is thrown away: whether this can still be read and is what its commit says.
+            exchange.fetch(folder, payload, file)
+            if archived:
+                archived.bring_back(f"{folder}/{payload.file}", file, digest=payload.blake3)
+        for version in history.last_snapshots(to) if archived else ():
+            if archived and version:
+                archived.bring_back_record(snapshot_path(version))
     records = [record for record, _ in read_rollbacks(exchange)]
     record = Rollback(
         previous=sha256_bytes(records[-1].to_bytes()) if records else None,
@@ -192,10 +199,16 @@ def versions_above(exchange: StoreExchange, version: int) -> list[int]:
 
 
 def take_back(exchange: StoreExchange, version: int, folder: str) -> None:
-    """Remove all there is of a version, its commit first; what is no tensor is copied below `folder` before."""
+    """Remove all there is of a version, its commit first; what is no tensor is copied below `folder` before.
+
+    And what is in its archive, before: as long as anything of a version is here, this is done once more.
+    """
     objects = exchange.objects
     silos = objects.names("silos")
-    for place in (version_path(version), *(delivery_path(silo, version) for silo in silos)):
+    places = [version_path(version), *(delivery_path(silo, version) for silo in silos)]
+    if isinstance(objects, Archived):
+        objects.forget(places, [snapshot_path(version)])
+    for place in places:
         tensors = exchange.tensors(place)
         for name in (name for name in objects.names(place) if name not in tensors):
             try:

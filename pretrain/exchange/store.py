@@ -374,6 +374,11 @@ class StoreExchange(SignedStore):
         with suppress(FileExistsError):  # whoever writes refusals in our place has said no
             self.say(name, word, OPERATOR)
 
+    def put_manifest(self, silo: str, version: int, data: bytes) -> None:
+        """Put a silo's manifest in the place of whatever is there."""
+        with suppress(FileExistsError):  # a folder, or somebody who writes faster
+            self.write_over(f"{delivery_path(silo, version)}/manifest.json", data, lambda: False)
+
     def membership(self, silo: str) -> Membership | None:
         """Whether a silo has joined or left, by its last word that is one; None if it never said one."""
         folder = f"silos/{silo}/membership"

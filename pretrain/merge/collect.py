@@ -62,8 +62,10 @@ class Collector:
         self._arrivals: deque[float] = deque(maxlen=ARRIVALS)
         if self._rules.is_elastic and self._file.is_file():
             self._arrivals.extend(_read_arrivals(self._file))
-        self.past = Past(config)
+        self.past = Past(config, exchange.members)
         """What is known of the commits so far."""
+        self.merged: list[tuple[Manifest, bytes]] = []
+        """The manifests of the newest one's deliveries, and their bytes, if it was made since the start."""
         self._version = 0
         self._events: dict[str, Membership | None] = {}  # what each silo said last of taking part, when it was asked
         self._ask_again, self._was_enough = 0.0, False  # seconds into a version; whether enough were in at the last
@@ -207,6 +209,20 @@ class Collector:
     def _refuse(self, silo: str, version: int, manifest: bytes, reason: str, *, final: bool = False) -> None:
         print(f"version {version}: refused the delivery of silo {silo}: {shown(reason, limit=1000)}", flush=True)
         self._exchange.refuse(silo, version, manifest, reason, final=final)
+
+    def put_back(self, *, check: Callable[[], None]) -> None:
+        """What silos have put in the place of their merged manifests is refused, and these lie there again.
+
+        For silos that look at what others have signed. `check` is called before a write.
+        """
+        for manifest, data in self.merged:
+            silo, version = manifest.silo, manifest.version
+            if (there := self._exchange.delivered(silo, version)) == data:
+                continue
+            check()
+            if there:
+                self._refuse(silo, version, there, "it has signed another one for this version, which was merged")
+            self._exchange.put_manifest(silo, version, data)
 
     def _late(self, version: int, verify: Verify, seconds: float) -> list[Delivery]:
         """Deliveries for this fragment's version before that came after its commit, and are here in so many seconds."""

@@ -8,6 +8,7 @@ from collections import deque
 from pretrain.config.keys import RunConfig
 from pretrain.outer.rounds import participants
 from pretrain.trust.ledger import Commit, Manifest, check_cosigned, sha256_bytes
+from pretrain.trust.members import Members
 
 NORMS = 8  # how many of a silo's own pseudo-gradients of a fragment a new one is compared with
 
@@ -15,10 +16,8 @@ NORMS = 8  # how many of a silo's own pseudo-gradients of a fragment a new one i
 class Past:
     """The newest commits of one run, as far as they matter to the next."""
 
-    def __init__(self, config: RunConfig) -> None:
-        self._config, self._rules, self._schedule = config, config.membership, config.schedule
-        self.num_needed = _num_needed(config)
-        """Newest commits that are to be told of, whoever starts."""
+    def __init__(self, config: RunConfig, members: Members) -> None:
+        self._config, self._rules, self._schedule, self._members = config, config.membership, config.schedule, members
         self._missed: dict[str, deque[int]] = {}  # silo: versions in a row that it was waited for in vain, the newest
         self._norms: dict[tuple[str, int], deque[float]] = {}  # by silo and fragment
         self._in_time: deque[tuple[int, set[str]]] = deque(maxlen=config.outer.num_fragments)  # silos of a version
@@ -39,10 +38,21 @@ class Past:
             if (norm := commit.metrics.get(f"norm/{silo}")) is not None:
                 self._norms.setdefault((silo, fragment), deque(maxlen=NORMS)).append(norm)
 
+    @property
+    def num_needed(self) -> int:
+        """Newest commits that are to be told of, whoever starts."""
+        rules, num_fragments = self._rules, self._config.outer.num_fragments
+        versions = max(
+            NORMS * num_fragments if rules.max_norm_ratio else 0, rules.away_after_versions if rules.is_elastic else 0
+        )
+        if rules.sample:  # each is drawn so seldom, more or less
+            versions *= 2 * -(-len(self._config.full_roster) // rules.sample)
+        return max(versions, num_fragments * (2 if rules.stale_weight else 1))
+
     def drawn(self, version: int) -> list[str]:
         """Whose deliveries a version is made of, if all come."""
-        rules = self._rules
-        roster, round = self._config.full_roster, self._config.round_of(version)
+        rules, round = self._rules, self._config.round_of(version)
+        roster = self._members.roster_at(version, self._config.agreed_roster)
         return participants(roster, round, sample=rules.sample, seed=rules.sample_seed)
 
     def is_away(self, silo: str, *, since: int) -> bool:
@@ -61,13 +71,3 @@ class Past:
     def in_time(self, version: int) -> set[str]:
         """Whose deliveries for a version were in its commit, one of the last of each fragment."""
         return next(silos for made, silos in self._in_time if made == version)
-
-
-def _num_needed(config: RunConfig) -> int:
-    rules, num_fragments = config.membership, config.outer.num_fragments
-    versions = max(
-        NORMS * num_fragments if rules.max_norm_ratio else 0, rules.away_after_versions if rules.is_elastic else 0
-    )
-    if rules.sample:  # each is drawn so seldom, more or less
-        versions *= 2 * -(-len(config.full_roster) // rules.sample)
-    return max(versions, num_fragments * (2 if rules.stale_weight else 1))

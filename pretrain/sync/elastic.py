@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pretrain.outer.rounds import participants, steps_of_round
+from pretrain.outer.rounds import steps_of_round
 from pretrain.silo.checkpoint import Progress
 from pretrain.silo.engine import Engine
 from pretrain.silo.steplog import count_seconds
@@ -87,9 +87,11 @@ class ElasticSync(SiloSync):
         return True
 
     def _is_drawn(self, step: int) -> bool:
-        rules, round = self.config.membership, step // self.schedule.sync_interval_steps + 1
-        drawn = participants(self.config.full_roster, round, sample=rules.sample, seed=rules.sample_seed)
-        return self.silo in drawn or step % self.schedule.sync_interval_steps > 0
+        """Whether we train in a step's round, or are in the middle of it; all ranks must call this."""
+        interval = self.schedule.sync_interval_steps
+        if self.config.membership.sample is None or step % interval:
+            return True
+        return bool(self.ranks.from_leader(self._store.is_drawn(step // interval + 1) if self._store else None))
 
     def _jump(self, engine: Engine, progress: Progress, newest: int) -> None:
         began, missed = time.monotonic(), progress.version

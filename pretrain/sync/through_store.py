@@ -3,7 +3,7 @@
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,10 +32,11 @@ from pretrain.outer.digest import tensor_rows
 from pretrain.outer.moments import check_moments
 from pretrain.outer.pieces import Piece
 from pretrain.outer.quantize import Parts
+from pretrain.outer.rounds import participants
 from pretrain.sync.delivered import Delivered
 from pretrain.trust.contract import build_contract, check_same_contract, other_software
-from pretrain.trust.ledger import Commit, Manifest, Payload, RefusedError, check_cosigned, sha256_bytes
-from pretrain.trust.policy import read_policy
+from pretrain.trust.ledger import Commit, Contributor, Manifest, Payload, RefusedError, check_cosigned, sha256_bytes
+from pretrain.trust.policy import in_one_value, read_policy
 from pretrain.trust.quality import check_floor, check_metrics, check_told, floor_at
 
 MAX_REFUSALS = 3
@@ -213,7 +214,7 @@ class ThroughStore:
                 self._check_delivered(contributor.version, contributor.manifest_sha256)
                 if contributor.weight:
                     counted = {other.silo for other in commit.contributors if other.weight}
-                    self._policy.check_merged(version, len(counted))
+                    self._policy.check_merged(version, in_one_value(self._config.outer, len(counted)))
         with self._remembering:
             before, same, after = (self._held.get(version + step) for step in (-1, 0, 1))
             if (
@@ -260,10 +261,30 @@ class ThroughStore:
             looked_at += [c for c in commit.contributors if c.silo == self._silo and floor is not None]
             for other in looked_at:
                 # Behind a relay there are none but ours; one that somebody has deleted is named by atoll verify.
-                if other.version == version and (found := self._store.adopted_by(other)):
+                if other.version == version and (found := self._adopted_by(other, sha256s)):
                     check_cosigned(found, sha256s)
                     if sha256_bytes(found.to_bytes()) == other.manifest_sha256:
                         self._check_merged(commit, found, has_floor=floor is not None)
+
+    def _adopted_by(self, other: Contributor, sha256s: Collection[str]) -> Manifest | None:
+        """What another silo signed when it had its part in a commit; None if that is gone.
+
+        Where it has signed something else there, which names another history, either it has signed two, or the
+        operator has made up what was merged. Who has merged it can show it, and is asked to for a while.
+        """
+        found, polls = self._store.adopted_by(other), 0
+        while found and found.cosigned not in sha256s and sha256_bytes(found.to_bytes()) != other.manifest_sha256:
+            if polls == POLLS_FOR_REPAIR:
+                return found
+            if polls % (POLLS_PER_LOOK // 2) == 0:
+                what = f"silo {other.silo} has signed another delivery than the one that was merged"
+                self._store.say_damaged(self._silo, other.version, what)
+            polls += 1
+            self._pause()
+            found = self._store.adopted_by(other) or found
+        if polls:
+            print(f"version {other.version}: silo {other.silo} has signed two histories; this one goes on", flush=True)
+        return found
 
     def _check_merged(self, commit: Commit, manifest: Manifest, *, has_floor: bool) -> None:
         """Raise RefusedError unless a manifest in a commit says what it may, and the commit what it says."""
@@ -328,6 +349,11 @@ class ThroughStore:
         """Say that we take part from `version` on."""
         with self._noticing_the_end():
             self._store.announce(self._silo, left=False, version=version)
+
+    def is_drawn(self, round: int) -> bool:
+        """Whether we train in a round: of whom it is drawn is known once the commit was read that it begins with."""
+        roster = self._store.members.roster_at(round, self._config.agreed_roster)  # with a sample, rounds are versions
+        return self._silo in participants(roster, round, sample=self._rules.sample, seed=self._rules.sample_seed)
 
     def wait_for(self, version: int) -> None:
         """Wait for a commit in which we have no part."""

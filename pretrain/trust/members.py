@@ -104,6 +104,10 @@ class Members:
         """Those of the contract, and all that amendments have ever added; sorted."""
         return sorted({*roster, *self.first_keys} - {OPERATOR})
 
+    def roster_at(self, version: int, roster: Sequence[str]) -> list[str]:
+        """Of whom a version's sample is drawn: the silos of the contract, and who is added by then; sorted."""
+        return sorted({*roster, *self.keys_at(version)} - {OPERATOR})
+
     def enters_at(self, member: str) -> int | None:
         """The first version for which a member may sign; None if there is none yet."""
         if not self.keys or member in self.keys:

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from pretrain.config.check import CODECS, ConfigError
-from pretrain.config.keys import RunConfig
+from pretrain.config.keys import OuterConfig, RunConfig
 from pretrain.trust.ledger import Manifest
 
 POLICY_BYTES = 64 << 10
@@ -41,7 +41,7 @@ class Policy:
     max_norm: float | None = None
     """The longest pseudo-gradient of a version that may leave."""
     least_silos: int | None = None
-    """The fewest silos with which what we deliver may be merged, ours counted."""
+    """The fewest silos of which a value may be that what we deliver is merged into, ours counted."""
     bytes_a_day: int | None = None
     """Bytes of objects that may leave on one day (UTC)."""
     hosts: list[str] | None = None
@@ -107,15 +107,8 @@ class Policy:
             found.append(("codecs", "the contract's outer.codec", outer.codec))
         if self.bytes_a_day is not None and config.exchange.kind == "collective":
             found.append(("bytes_a_day", "exchange.kind", "collective, in which nobody can wait for a day"))
-        fewest, term = len(config.full_roster), "the contract's roster"
-        for name in ("sample", "quorum"):
-            if (given := getattr(rules, name)) is not None:
-                fewest, term = given, f"the contract's membership.{name}"
-        if self.least_silos is not None and fewest < self.least_silos:
-            found.append(("least_silos", term, f"{fewest} silos" if term.endswith("roster") else fewest))
-        elif self.least_silos is not None and outer.quality_floor is not None and (fewest + 1) // 2 < self.least_silos:
-            left = f"{outer.quality_floor:g}, with which {(fewest + 1) // 2} of {fewest} may be all that count"
-            found.append(("least_silos", "the contract's outer.quality_floor", left))
+        if self.least_silos is not None:
+            found += self._too_few(config, self.least_silos)
         if rules.steps == "speed" and not self.allows_metric("seconds_per_step"):
             found.append(("metrics", "the contract's membership.steps", "speed, which needs seconds_per_step"))
         if outer.quality_floor is not None and not self.allows_metric("loss"):
@@ -127,6 +120,23 @@ class Policy:
         if self.mean_gradients is False and outer.control_variates > 0:
             found.append(("mean_gradients", "the contract's outer.control_variates", outer.control_variates))
         return self._raise_for(found)
+
+    @staticmethod
+    def _too_few(config: RunConfig, least: int) -> list[tuple[str, str, object]]:
+        """What of a contract merges among fewer silos than so many, if anything does."""
+        outer, fewest, term = config.outer, len(config.full_roster), "the contract's roster"
+        for name in ("sample", "quorum"):
+            if (given := getattr(config.membership, name)) is not None:
+                fewest, term = given, f"the contract's membership.{name}"
+        if fewest < least:
+            return [("least_silos", term, f"{fewest} silos" if term.endswith("roster") else fewest)]
+        if outer.quality_floor is not None and (left := (fewest + 1) // 2) < least:
+            told = f"{outer.quality_floor:g}, with which {left} of {fewest} may be all that count"
+            return [("least_silos", "the contract's outer.quality_floor", told)]
+        if (left := in_one_value(outer, fewest)) < least:
+            told = f"{outer.merge}, with which each value is of {left} of {fewest}"
+            return [("least_silos", "the contract's outer.merge", told)]
+        return []
 
     def check_norm(self, silo: str, version: int, norm: float) -> None:
         """Raise ConfigError for a pseudo-gradient that is too long to leave."""
@@ -160,6 +170,13 @@ class Policy:
             f"its {ours} is {_said(getattr(self, ours))}, and {term} is {theirs}" for ours, term, theirs in found
         )
         return ConfigError(f"trust.policy: {self.file} given; {said}; change either, or take no part")
+
+
+def in_one_value(outer: OuterConfig, num_silos: int) -> int:
+    """Of how many silos' values each one is that a merge of so many silos makes, at least."""
+    if outer.merge in ("krum", "median"):
+        return 1
+    return num_silos - 2 * outer.num_malicious if outer.merge == "trimmed_mean" else num_silos
 
 
 def _wandb_level(mode: str) -> int:

@@ -11,6 +11,7 @@ from launch.show.report import write_report
 from launch.show.status_reader import store_status
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.exchange.rollback import roll_back_store
+from pretrain.exchange.store import StoreExchange
 from pretrain.silo.optim import learning_rate
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, assert_evaluated_last, federate
@@ -39,7 +40,7 @@ def test_after_a_rollback_without_checkpoints_as_old(tmp_path: Path, tiny_config
     first = federate(config)
     before = {round: first.held_out("alpha")[round] for round in (0, 1)}
     (Path(config.directory) / "report.html").unlink()
-    roll_back_store(config.store_url, to=1, reason="bad text", key=config.key_file(OPERATOR))
+    roll_back_store(StoreExchange(config.store_url), to=1, reason="bad text", key=config.key_file(OPERATOR))
     run = federate(config)
 
     for silo in config.silos:
@@ -92,7 +93,7 @@ def test_one_whose_checkpoint_is_older_than_its_part_and_one_that_has_none(
         membership={"quorum": 2},  # silos may miss versions, though no commit here does without one
     )
     federate(config)
-    roll_back_store(config.store_url, to=2, key=config.key_file(OPERATOR))
+    roll_back_store(StoreExchange(config.store_url), to=2, key=config.key_file(OPERATOR))
     drop_checkpoints(config, "alpha", above_step=4)
     drop_checkpoints(config, "beta", above_step=0)
     run = federate(config)

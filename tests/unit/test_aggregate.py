@@ -45,7 +45,7 @@ def one_version(aggregator: Aggregator, state: OuterState) -> None:
     deliveries = aggregator.collect(state)
     merged = aggregator.merge(state, deliveries)
     aggregator.commit(state, deliveries, merged)
-    aggregator.snapshots.finish()
+    aggregator.finish()
 
 
 def times(state: OuterState, factor: float) -> Tensors:

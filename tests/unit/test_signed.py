@@ -134,6 +134,44 @@ def test_a_silo_that_is_shown_another_history_tells_the_others(config: RunConfig
     assert findings[0].what.startswith(found)
 
 
+@pytest.mark.parametrize("is_shown", [True, False])
+def test_a_silo_that_signs_two_histories_is_refused_and_the_others_go_on(
+    is_shown: bool, config: RunConfig, said: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once the operator shows what beta signed for the one that was merged; it could have made that up."""
+    aggregator, state = begin(config)
+    alpha = ThroughStore(config, "alpha")
+    alpha._store.read_contract()
+    alpha._delivered.begin(4)
+    for version in (1, 2):
+        for silo in config.full_roster:
+            deliver(config, state, silo)
+        one_version(aggregator, state)
+        alpha.receive(version, None, state.parameters)
+    file = manifest_file(config, "beta", 2)
+    merged, cosigned = file.read_bytes(), "e" * 64
+    file.write_bytes(dataclasses.replace(Manifest.from_bytes(merged), cosigned=cosigned).to_bytes())
+    sign_delivery(config, "beta", 2, "beta")
+    if not is_shown:
+        monkeypatch.setattr("pretrain.sync.through_store.POLLS_FOR_REPAIR", 10)
+        line = one_line_error(alpha.receive, 3, None, state.parameters)
+        found = f"silo beta had adopted commit {cosigned[:12]} when it delivered for version 2, which is none of this"
+        assert line.startswith(f"silo alpha: version 2 in the store cannot be used: {found}")
+        return
+    with ThreadPoolExecutor(2) as pool:
+        receiving = pool.submit(alpha.receive, 3, None, state.parameters)
+        making = pool.submit(one_version, aggregator, state)
+        wait_for(lambda: file.exists() and file.read_bytes() == merged)
+        wait_for(lambda: "version 2: silo beta has signed two histories; this one goes on\n" in said())
+        for silo in config.full_roster:
+            deliver(config, state, silo)
+        making.result(PATIENCE_SECONDS)
+        assert receiving.result(PATIENCE_SECONDS).commit.version == 3
+    why = "it has signed another one for this version, which was merged"
+    assert [(one.reason, one.final) for one in as_member(config, "beta").refusals("beta", 2)] == [(why, False)]
+    assert f"version 2: refused the delivery of silo beta: {why}\n" in said()
+
+
 @pytest.mark.parametrize("what", ["gone", "somebody's", "too long", "another of its own", "no file"])
 def test_a_silo_without_the_others_manifests_goes_on(what: str, config: RunConfig, said: Callable[[], str]) -> None:
     """Behind a relay there are none but its own; and who can write to the store can replace what was merged."""
@@ -306,7 +344,7 @@ def test_a_rollback_that_the_aggregators_operator_has_not_signed_is_none(
     assert "rollbacks/000001.json is passed over: the rollback is not signed" in said()
     assert_same_state(start(config)[1], state)
     assert beta.newest_version() == 1
-    assert roll_back_store(config.store_url, to=0, key=config.key_file(OPERATOR)).to_version == 0
+    assert roll_back_store(StoreExchange(config.store_url), to=0, key=config.key_file(OPERATOR)).to_version == 0
     assert [record["to_version"] for record in rollback_records(beta, config)] == [0]
     assert start(config)[1].version == 0
 
@@ -379,10 +417,10 @@ def test_only_the_operator_can_roll_back(config: RunConfig) -> None:
     one_version(aggregator, state)
     allowed = f"allowed: the private key of the aggregator's operator, {aggregator_key(config).fingerprint}, as this"
     for key, given in ((None, "none"), (config.key_file("beta"), f"{config.key_file('beta')}, the key ")):
-        line = one_line_error(partial(roll_back_store, key=key, to=0), config.store_url)
+        line = one_line_error(partial(roll_back_store, key=key, to=0), StoreExchange(config.store_url))
         assert line.startswith(f"--key: {given}")
         assert allowed in line
-    assert roll_back_store(config.store_url, to=0, key=config.key_file(OPERATOR)).to_version == 0
+    assert roll_back_store(StoreExchange(config.store_url), to=0, key=config.key_file(OPERATOR)).to_version == 0
     assert start(config)[1].version == 0
 
 

@@ -213,7 +213,7 @@ def test_a_rollback_is_complete_when_the_operator_says_so(store: Path, config: R
             deliver(config, state, silo)
         one_version(aggregator, state)
     aggregator.snapshots.finish()
-    roll_back_store(config.store_url, to=1, key=config.key_file(OPERATOR))
+    roll_back_store(StoreExchange(config.store_url), to=1, key=config.key_file(OPERATOR))
     done = store / "rollbacks" / "000001.done"
     done.write_bytes(b"{}\n")
     operator = as_member(config, OPERATOR)

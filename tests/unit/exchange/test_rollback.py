@@ -378,7 +378,7 @@ def test_the_command_and_the_status_after_it(run: RunConfig, store: Path, monkey
 
 @pytest.mark.parametrize("to", [-1, NEWEST, NEWEST + 1, 99])
 def test_not_an_earlier_version(run: RunConfig, store: Path, to: int) -> None:
-    message = one_line_error(roll_back_store, str(store), to=to)
+    message = one_line_error(roll_back_store, StoreExchange(str(store)), to=to)
     assert message == f"--to: {to} given; allowed: 0 to 4, what is kept before the newest version (5)"
     assert opened(store).newest_version() == NEWEST
 
@@ -405,7 +405,7 @@ def test_what_is_damaged_is_found_before_anything_is_discarded(run: RunConfig, s
     before = files(store)
     tensors = next((store / "global/000002").glob("velocity-*.safetensors"))
     tensors.write_bytes(tensors.read_bytes()[:-1] + b"\x7f")
-    message = one_line_error(roll_back_store, str(store), to=2)
+    message = one_line_error(roll_back_store, StoreExchange(str(store)), to=2)
     assert message.startswith(f"store: '{store}' given; it cannot be rolled back: global/000002/velocity-00")
     assert message.endswith(": corrupted")
     after = {name: data for name, data in files(store).items() if not name.startswith("aggregator/")}
@@ -459,7 +459,7 @@ def test_an_aggregator_at_work_is_named(store: Path) -> None:
     ) as holder:
         assert holder.stdout
         assert holder.stdout.readline() == "holds\n"
-        message = one_line_error(roll_back_store, str(store), to=2)
+        message = one_line_error(roll_back_store, StoreExchange(str(store)), to=2)
         holder.communicate("\n")
     assert f", process {holder.pid} works on this store; stop it first" in message
     assert opened(store).newest_version() == NEWEST

@@ -1,5 +1,6 @@
 """What pruning takes out of a store is in its archive first, whatever ends the aggregator or the archive."""
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Callable
@@ -13,11 +14,14 @@ from launch import cli
 from pretrain.aggregate import Aggregator, OuterState
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.config.load import save_config
-from pretrain.exchange.archive import Archive
+from pretrain.exchange.archive import Archive, archive_objects, read_archive
 from pretrain.exchange.history import History
 from pretrain.exchange.objects import Objects
+from pretrain.exchange.rollback import consequences, is_rolling_back, read_rollbacks, roll_back
+from pretrain.exchange.store import StoreExchange
 from pretrain.federation.egress import check_ledgers, ledgers
 from pretrain.federation.exit import write_bundle
+from pretrain.trust.members import own_signer
 from tests.conftest import TinyConfig
 from tests.support import one_line_error
 from tests.unit.federation.test_verify import INT4, signed
@@ -47,7 +51,9 @@ def archived(tiny_config: TinyConfig, directory: Path, **trust: Any) -> tuple[Ru
 def advance(config: RunConfig, aggregator: Aggregator, state: OuterState, num_versions: int = NEWEST) -> None:
     while state.version < num_versions:
         for factor, silo in enumerate(config.full_roster, start=2):
-            as_member(config, silo).mark_resumable(silo, 9)
+            member = as_member(config, silo)
+            read_rollbacks(member)
+            member.mark_resumable(silo, 9)
             deliver(config, state, silo, factor=1 + 0.01 * factor)
         one_version(aggregator, state)
 
@@ -117,11 +123,95 @@ def test_revoke_and_exit_read_it(run: RunConfig, tmp_path: Path) -> None:
     assert "silos/beta/000001/000001.safetensors" in files(tmp_path / "bundle" / "store")
 
 
+def test_in_a_bucket_and_back_to_what_is_there_alone(tmp_path: Path, tiny_config: TinyConfig, s3_url: str) -> None:
+    """A rollback brings back what it goes back to, and the run comes to the same bits."""
+    config, _ = archived(tiny_config, tmp_path, archive=f"{s3_url}/archive")
+    aggregator, state = begin(config)
+    advance(config, aggregator, state)
+    aggregator.stop()
+    save_config(config, Path(config.directory) / "config.yaml")
+    archive = archive_objects(config.trust.archive, config.exchange)
+    there = {name: archive.read(name) for name in names_below(archive)}
+    assert len([name for name in there if name.endswith("safetensors")]) == 13
+    before = as_member(config, "alpha").read_commit(NEWEST)
+
+    alone = one_line_error(consequences, as_member(config, OPERATOR), to=1)
+    assert alone == "--to: 1 given; allowed: 4, what is kept before the newest version (5)"
+    said = CliRunner().invoke(cli.app, ["rollback", config.directory, "--to", "1", "--yes"])
+    assert said.stdout.endswith("rolled back from version 5 to 1\n"), (said.output, said.exception)
+    assert not [name for name in names_below(archive) if "000002" in name or "000003" in name]
+    aggregator, state = start(dataclasses.replace(config, trust=dataclasses.replace(config.trust, archive="")))
+    assert state.version == 1  # from what the store has alone
+    aggregator.stop()
+    aggregator, state = start(config)
+    advance(config, aggregator, state)
+    aggregator.stop()
+    assert as_member(config, "alpha").read_commit(NEWEST) == before
+    assert {name: archive.read(name) for name in names_below(archive)} == there
+    said = CliRunner().invoke(cli.app, ["verify", config.store_url, "--archive", config.trust.archive])
+    assert "5 merged again" in said.stdout, (said.output, said.exception)
+
+
+def names_below(archive: Objects, prefix: str = "") -> list[str]:
+    """Of all objects in an archive."""
+    found = []
+    for name in archive.names(prefix):
+        path = f"{prefix}/{name}" if prefix else name
+        found += [path] if "." in name else names_below(archive, path)
+    return found
+
+
 # ---- whatever happens
 
 
 class Killed(BaseException):
     """SIGKILL: nothing in between catches it."""
+
+
+def test_a_rollback_that_is_killed_comes_to_the_same(
+    run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before every 17th use of store or archive, and once more while it is completed."""
+    signer, real, left = own_signer(run, OPERATOR), Objects._try, 0
+
+    def dying(self: Objects, name: str, verb: str, attempt: Callable[[], Any]) -> Any:
+        nonlocal left
+        if (left := left - 1) < 0:
+            raise Killed
+        return real(self, name, verb, attempt)
+
+    def rolled_back(num_uses: int) -> bool:
+        """Whether it was done."""
+        nonlocal left
+        left = 1 << 30
+        exchange = StoreExchange(str(tmp_path / "store"))
+        read_archive(exchange, str(tmp_path / "archive"), run.exchange)
+        exchange.read_contract()
+        exchange.members.signer = signer
+        if exchange.newest_version() == 1 and not is_rolling_back(exchange):
+            return True
+        left = num_uses
+        try:
+            roll_back(exchange, 1, to=1)
+        except Killed:
+            return False
+        return True
+
+    monkeypatch.setattr(Objects, "_try", dying)
+    expected: tuple[Files, Files] | None = None
+    for num_uses in [1 << 30, *range(0, 1000, 17)]:
+        for what, source in (("store", run.store_url), ("archive", run.trust.archive)):
+            shutil.rmtree(tmp_path / what, ignore_errors=True)
+            shutil.copytree(source, tmp_path / what, copy_function=os.link)
+        is_done = rolled_back(num_uses)
+        rolled_back(num_uses * 3 % 41)
+        assert rolled_back(1 << 30)
+        found = files(tmp_path / "store"), files(tmp_path / "archive")
+        expected = expected or found
+        assert found == expected, num_uses
+        if is_done and num_uses < 1 << 30:
+            break
+    assert num_uses > 70
 
 
 def test_killed_before_every_use_of_either_nothing_is_lost(

@@ -83,7 +83,7 @@ def whole(tiny_config: TinyConfig, tmp_path_factory: pytest.TempPathFactory) -> 
     for _ in range(2):
         make_version()
     aggregator.stop()
-    roll_back_store(config.store_url, to=1, reason="a bad round", key=config.key_file(OPERATOR))
+    roll_back_store(StoreExchange(config.store_url), to=1, reason="a bad round", key=config.key_file(OPERATOR))
     aggregator, state = start(config)
     for _ in range(2):
         make_version()

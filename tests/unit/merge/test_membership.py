@@ -307,6 +307,11 @@ MISTAKES = {
         "membership.quorum: 2 given; allowed: 3 or more",
     ),
     "krum of three": ({}, {"merge": "krum"}, "silos: 3 given; allowed: 5 or more with outer.merge=krum and outer.num_"),
+    "median that counts one twice": (
+        {"quorum": 3, "stale_weight": 0.5},
+        {"merge": "median"},
+        "membership.stale_weight: 0.5 given; allowed: 0 with outer.merge=median, among which a silo must not count",
+    ),
     "unknown merge": (
         {},
         {"merge": "mode"},

@@ -18,6 +18,7 @@ from pretrain.exchange.history import History
 from pretrain.exchange.store import StoreExchange
 from pretrain.merge.collect import _medians_of_others
 from pretrain.merge.past import NORMS, Past
+from pretrain.trust.members import Members
 from tests.conftest import TinyConfig, TinyText
 from tests.support import tiny_silo
 from tests.unit.test_aggregate import GOOD, one_version, plus_noise, start
@@ -172,7 +173,7 @@ def test_few_commits_are_needed_however_many_silos(
     config = make()
     roster = [f"silo-{index:04d}" for index in range(num_silos)]
     rules = dataclasses.replace(config.membership, **membership)
-    assert Past(dataclasses.replace(config, roster=roster, membership=rules)).num_needed == num_needed
+    assert Past(dataclasses.replace(config, roster=roster, membership=rules), Members()).num_needed == num_needed
 
 
 @pytest.mark.parametrize(

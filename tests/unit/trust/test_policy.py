@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import yaml
 
-from pretrain.config.keys import RunConfig
+from pretrain.config.check import MERGES
+from pretrain.config.keys import OuterConfig, RunConfig
 from pretrain.exchange.options import destination
 from pretrain.federation.preflight import check_policy, check_silo
 from pretrain.federation.relay import Relay
 from pretrain.trust.contract import agreed_settings
-from pretrain.trust.policy import ALLOWED, Policy, read_policy
+from pretrain.trust.policy import ALLOWED, Policy, in_one_value, read_policy
 from tests.conftest import TinyConfig
 from tests.support import ROOT, one_line_error
 
@@ -86,6 +87,7 @@ def test_a_policy_that_is_not_there(tiny_config: TinyConfig, tmp_path: Path) -> 
     assert one_line_error(check_silo, config, "alpha") == said
 
 
+FIVE: dict[str, dict[str, str]] = {"gamma": {}, "delta": {}, "epsilon": {}}
 SHARED = {"second_moments": "shared", "merge": "importance"}
 
 
@@ -99,6 +101,21 @@ SHARED = {"second_moments": "shared", "merge": "importance"}
             "least_silos: 2",
             {"membership": {"quorum": 1}},
             "its least_silos is 2, and the contract's membership.quorum is 1",
+        ),
+        (
+            "least_silos: 2",
+            {"silos": FIVE, "outer": {"merge": "krum"}},
+            "its least_silos is 2, and the contract's outer.merge is krum, with which each value is of 1 of 5",
+        ),
+        (
+            "least_silos: 2",
+            {"silos": FIVE, "outer": {"merge": "median"}, "membership": {"quorum": 4}},
+            "its least_silos is 2, and the contract's outer.merge is median, with which each value is of 1 of 4",
+        ),
+        (
+            "least_silos: 3",
+            {"silos": FIVE, "outer": {"merge": "trimmed_mean"}, "membership": {"sample": 4}},
+            "its least_silos is 3, and the contract's outer.merge is trimmed_mean, with which each value is of 2 of 4",
         ),
         (
             "metrics: [loss]",
@@ -189,6 +206,11 @@ def test_a_commit_of_too_few() -> None:
     Policy().check_merged(7, 1)
     said = "trust.policy: p.yaml given; its least_silos is 3, and commit 7 has merged what we delivered among 2;"
     assert one_line_error(policy.check_merged, 7, 2).startswith(said)
+    of_five = [in_one_value(OuterConfig(merge=merge), 5) for merge in MERGES]
+    assert dict(zip(MERGES, of_five, strict=True)) == {
+        **{"mean": 5, "importance": 5, "clip": 5},
+        **{"trimmed_mean": 3, "median": 1, "krum": 1},
+    }
 
 
 def test_the_policy_of_the_documentation(tiny_config: TinyConfig, tmp_path: Path) -> None:
