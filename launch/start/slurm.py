@@ -19,8 +19,9 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from launch.show.display import AGGREGATOR
+from launch.start.gpus import check_gpus
 from launch.start.local import hold_directory, make_attempt, point_latest, process_directory
-from launch.start.site import JobConfig, SiteConfig, check_gpus
+from launch.start.site import JobConfig, SiteConfig
 from pretrain.config.check import ConfigError, accumulation_steps
 from pretrain.config.keys import RunConfig, SiloConfig
 from pretrain.config.load import load_config, save_config
