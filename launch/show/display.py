@@ -296,8 +296,8 @@ def make_display(config: RunConfig, console: Console) -> LiveDisplay | PlainDisp
 
 def describe_setup(silo: SiloConfig) -> str:
     """How a silo trains: ranks, ZeRO stage, precision."""
-    num_ranks = silo.num_nodes * silo.processes_per_node
-    ranks = f"{num_ranks} rank{'s' if num_ranks > 1 else ''}"
+    fewest, most = (num_nodes * silo.processes_per_node for num_nodes in (silo.fewest_nodes, silo.num_nodes))
+    ranks = f"{f'{fewest} to ' if fewest < most else ''}{most} rank{'s' if most > 1 else ''}"
     return f"{ranks}, ZeRO-{zero_stage(silo)}, {silo.precision}"
 
 

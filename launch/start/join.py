@@ -10,8 +10,9 @@ from launch.show.display import format_bytes
 from launch.show.plan import format_seconds
 from launch.show.report import format_count
 from launch.show.status_reader import StoreStatus, store_status
+from launch.start.gpus import check_gpus
 from launch.start.local import launch_silo, write_resolved
-from launch.start.site import SiteConfig, check_gpus, load_site
+from launch.start.site import SiteConfig, load_site
 from launch.start.slurm import launch_slurm
 from pretrain.config.check import ConfigError, named
 from pretrain.config.keys import RunConfig

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from launch.show.display import AGGREGATOR, LiveDisplay, PlainDisplay, make_display
 from launch.show.metrics import MetricsReader, ProcessStatus, read_status
+from launch.start.gpus import gpus_here, share_gpus
 from launch.start.processes import POLL_SECONDS, STOP_SIGNALS, Child, ChildCommand, Children
 from launch.start.workers import SAVE_SECONDS, silo_command
 from pretrain.config.check import ConfigError, named
@@ -48,21 +49,25 @@ def launch_local(
     A finished run gets its `summary.json` and `report.html`.
 
     `max_restarts` is how often each child is started again after a crash; a user's mistake is never tried again.
-    `build_commands` makes the commands from the configuration and the path of its resolved copy.
+    `build_commands` makes the commands from the configuration and the path of its resolved copy. Each silo's processes
+    see GPUs of their own, if there are any.
 
     Returns the exit status: 0 finished, 1 a child crashed, 2 a user's mistake or a stop with a name, 128 + n stopped by
-    signal n (130 for Ctrl-C). Raises ConfigError for what cannot run on one machine, and when the run directory is in
-    use. Call it from the main thread.
+    signal n (130 for Ctrl-C). Raises ConfigError for what cannot run on one machine, too few GPUs, and when the run
+    directory is in use. Call it from the main thread.
     """
     console = console or Console()
     for name, silo in config.silos.items():
         if silo.num_nodes != 1:
             raise ConfigError(f"silos.{name}.num_nodes: {silo.num_nodes} given; allowed: 1 with a local launch")
+    gpus = share_gpus(config, gpus_here())
     directory = Path(config.directory)
     with hold_directory(directory) as lock_file:
         config_path, config = directory / "config.yaml", with_keys(config, make=True)
         save_config(config, config_path)
         commands = (build_commands or local_commands)(config, config_path)
+        for command in commands:
+            command.environment |= gpus.get(command.name, {})
         log_directory = new_attempt(directory)
         attempt = Attempt(config=config, log_directory=log_directory, max_restarts=max_restarts, console=console)
         attempt.run(commands, inherited_files=(lock_file,))

@@ -15,10 +15,10 @@ import os
 import platform
 import select
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
+from launch.start.gpus import num_gpus
 from launch.start.processes import POLL_SECONDS, ChildCommand, Children
 from pretrain.config.check import ConfigError
 from pretrain.config.load import load_config
@@ -92,15 +92,6 @@ def versions() -> dict[str, str]:
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     python = ".".join(platform.python_version_tuple()[:2])
     return {"atoll's code": digest.hexdigest()[:12], "Python": python, **installed()}
-
-
-def num_gpus() -> int:
-    """GPUs as nvidia-smi counts them; 0 without it."""
-    try:
-        said = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
-    except OSError:
-        return 0
-    return sum(line.startswith("GPU ") for line in said.splitlines())
 
 
 def run(program: list[str], name: str, log: Path, *, grace_seconds: float) -> int:

@@ -104,11 +104,3 @@ def _check_lines(name: str, job: JobConfig) -> None:
     for variable in job.environment:
         if not VARIABLE.fullmatch(variable):
             raise ConfigError(f"{name}: environment: {variable!r} given; allowed: letters, digits, _")
-
-
-def check_gpus(silo: str, num_processes: int, num_gpus: int, where: str) -> None:
-    """Raise ConfigError if there are GPUs, but fewer than processes; where there are none, CPUs compute."""
-    if 0 < num_gpus < num_processes:
-        raise ConfigError(
-            f"silos.{silo}.processes_per_node: {num_processes} given; allowed: up to {num_gpus}, the GPUs {where}"
-        )

@@ -12,16 +12,18 @@ import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from launch.show.display import AGGREGATOR
+from launch.start.gpus import check_gpus
 from launch.start.local import hold_directory, make_attempt, point_latest, process_directory
-from launch.start.site import JobConfig, SiteConfig, check_gpus
-from pretrain.config.check import ConfigError
-from pretrain.config.keys import RunConfig
+from launch.start.site import JobConfig, SiteConfig
+from pretrain.config.check import ConfigError, accumulation_steps
+from pretrain.config.keys import RunConfig, SiloConfig
 from pretrain.config.load import load_config, save_config
 from pretrain.trust.members import with_keys
 
@@ -71,6 +73,7 @@ def render_jobs(config: RunConfig, site: SiteConfig, attempt: Path, *, aggregato
             config_path=directory / "config.yaml",
             own_directory=process_directory(config, name).absolute(),
             silo=config.silos.get(name),
+            node_counts=node_counts(name, config.silos[name]) if name in config.silos else [],
             job=job,
             options=OPTIONS,
             stop_file=attempt.absolute() / STOP_FILE,
@@ -81,6 +84,16 @@ def render_jobs(config: RunConfig, site: SiteConfig, attempt: Path, *, aggregato
         script.write_text(text)
         jobs.append(Job(name=name, script=script, settings=job))
     return jobs
+
+
+def node_counts(name: str, silo: SiloConfig) -> list[int]:
+    """With how many nodes its job can train, the fewest first: of its range, those that the batch divides among."""
+    found = []
+    for num_nodes in range(silo.fewest_nodes, silo.num_nodes + 1):
+        with suppress(ConfigError):
+            accumulation_steps(name, silo, num_nodes * silo.processes_per_node)
+            found.append(num_nodes)
+    return found
 
 
 class Bash(str):
@@ -164,7 +177,7 @@ def _probe(config: RunConfig, job: Job) -> str:
     files += [host_python(job.settings)]
     where = [f"--{key}={value}" for key in OPTIONS if (value := getattr(job.settings, key))]
     srun = ["srun", f"--immediate={PROBE_SECONDS}", "--quiet", "--time=1", *where, *job.settings.sbatch]
-    command = [*srun, f"--nodes={silo.num_nodes}", "--ntasks-per-node=1", "bash", "-c", PROBE, "probe"]
+    command = [*srun, f"--nodes={silo.fewest_nodes}-{silo.num_nodes}", "bash", "-c", PROBE, "probe"]  # a task on each
     done = subprocess.run([*command, *map(str, files)], capture_output=True, text=True, check=False, cwd="/")
     if done.returncode:
         reason = " ".join(done.stderr.split()).replace("srun: error: ", "")

@@ -50,6 +50,10 @@ def check_options(config: RunConfig, silo: str, hosts: list[str], port: int) -> 
     if silo not in config.silos:
         raise ConfigError(f"--silo: {silo!r} given; allowed: {named(sorted(config.silos))}")
     settings = config.silos[silo]
+    if settings.min_nodes:
+        raise ConfigError(
+            f"silos.{silo}.min_nodes: {settings.min_nodes} given; allowed: 0 with --host, as num_nodes says how many"
+        )
     if len(set(hosts)) != settings.num_nodes or len(hosts) != settings.num_nodes:
         raise ConfigError(
             f"--host: {', '.join(hosts) or 'none'} given; allowed: {settings.num_nodes} different ones, as "

@@ -370,7 +370,7 @@ def _check_collective(config: RunConfig) -> None:
     state = config.outer.state
     _require(state == "memory", "outer.state", state, "memory with exchange.kind=collective, which has no aggregator")
     for name, silo in config.silos.items():
-        num_ranks = silo.num_nodes * silo.processes_per_node
+        num_ranks = silo.fewest_nodes * silo.processes_per_node
         lanes = f"1 to the {num_ranks} ranks of silo {name}"
         _require(1 <= exchange.num_lanes <= num_ranks, "exchange.num_lanes", exchange.num_lanes, lanes)
     for name, field in type(config.membership).__dataclass_fields__.items():
@@ -428,6 +428,7 @@ def _check_silo(name: str, silo: SiloConfig, *, masked: bool) -> None:
     ):
         _require(getattr(silo, unit) >= 1, f"{key}.{unit}", getattr(silo, unit), "1 or more")
     for unit in (
+        "min_nodes",
         "loss_chunk_tokens",
         "accumulation_steps",
         "eval_interval_rounds",
@@ -459,7 +460,10 @@ def _check_silo(name: str, silo: SiloConfig, *, masked: bool) -> None:
     by_documents = silo.attention == "documents" and silo.compile
     _require(not by_documents, f"{key}.attention", "documents", "with silo.compile: sdpa, or none named")
     _require(not (silo.compile and stage == 3), f"{key}.compile", True, "false at ZeRO stage 3; true at 0, 1 and 2")
-    accumulation_steps(name, silo, silo.num_nodes * silo.processes_per_node)
+    allowed = f"up to num_nodes {silo.num_nodes}"
+    _require(silo.min_nodes <= silo.num_nodes, f"{key}.min_nodes", silo.min_nodes, allowed)
+    for num_nodes in (silo.fewest_nodes, silo.num_nodes):
+        accumulation_steps(name, silo, num_nodes * silo.processes_per_node)
 
 
 def _check_deepspeed(given: dict[str, Any], key: str, section: str) -> None:

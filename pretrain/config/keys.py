@@ -257,6 +257,8 @@ class SiloConfig:
     """Held-out text: corpus name to a directory of packed shards."""
     num_nodes: int = 1
     """Nodes of the silo; several are started by torchrun."""
+    min_nodes: int = 0
+    """With how few of them a SLURM job starts, at every start anew, where no more are free; 0: with all."""
     processes_per_node: int = 1
     """Processes on each node, one per GPU."""
     global_batch_sequences: int = 8
@@ -296,6 +298,11 @@ class SiloConfig:
     """Inner steps between two log lines, and at most between a stop signal and the stop."""
     num_threads: int = 1
     """CPU threads per process (OMP_NUM_THREADS)."""
+
+    @property
+    def fewest_nodes(self) -> int:
+        """With how few nodes it may start."""
+        return self.min_nodes or self.num_nodes
 
 
 @dataclass(kw_only=True)

@@ -90,7 +90,7 @@ def _zero(silo: SiloConfig) -> dict[str, Any]:
 
 
 def _num_ranks(silo: SiloConfig) -> int:
-    return silo.num_nodes * silo.processes_per_node
+    return silo.fewest_nodes * silo.processes_per_node  # with which each has most to keep
 
 
 def _width(silo: SiloConfig) -> int:

@@ -236,6 +236,8 @@ def test_mistakes_are_one_line(tmp_path: Path, tiny_config: TinyConfig) -> None:
     for host in ("-oProxyCommand=id", "b\nid", "b;id", ""):
         assert said("alpha", ["a", host]) == f"--host: {host!r} given; allowed: names or addresses"
     assert said("alpha", ["a", "b"], port=80) == "--port: 80 given; allowed: 1024 to 65535"
+    config.silos["alpha"].min_nodes = 1
+    assert said("alpha", ["a"]).startswith("silos.alpha.min_nodes: 1 given; allowed: 0 with --host")
     assert not Path(config.directory).exists()
 
 

@@ -72,6 +72,44 @@ def test_a_node_dies_and_its_job_goes_on_on_others(
         check_same(Outcome(config=config), federate(make_config(tiny_config, tmp_path / "local", num_nodes=1, **long)))
 
 
+def test_a_job_goes_on_with_fewer_nodes_and_with_more_again(
+    slurm: Cluster, tmp_path: Path, tiny_config: TinyConfig
+) -> None:
+    long: dict[str, Any] = {"inner": {"num_steps": 450}, "outer": {"sync_interval_steps": 50}}
+    local = federate(make_config(tiny_config, tmp_path / "local", num_nodes=1, **long))
+    config = make_config(tiny_config, tmp_path / "slurm", num_nodes=2, **long)
+    config.silos["alpha"].min_nodes = 1
+    jobs = submitted(slurm, written(slurm, config, tmp_path, silos={"alpha": {"cpus_per_task": 2}}))
+    wait_for(lambda: step_of(config, "alpha") > 120, seconds=180)
+    nodes = slurm.run("squeue", "--noheader", "--jobs", jobs["alpha"], "--format=%N").strip()
+    first, last = slurm.run("scontrol", "show", "hostnames", nodes).split()
+    idle = slurm.run("sinfo", "--noheader", "--Node", "--partition=main", "--states=idle", "--format=%N").split()
+    for node in idle:
+        slurm.run("scontrol", "update", f"NodeName={node}", "State=DRAIN", "Reason=elsewhere")
+    slurm.fail_node(last)
+    try:
+        wait_for(lambda: slurm.state(jobs["alpha"]) == "PENDING", seconds=90)
+        slurm.hurry(jobs["alpha"])
+        before = step_of(config, "alpha")
+        wait_for(lambda: step_of(config, "alpha") > before + 60, seconds=180)
+    finally:
+        for node in idle:
+            slurm.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
+        slurm.start_node(last)
+        wait_for(lambda: slurm.has_state(last, "idle"), seconds=60)
+    slurm.run("scontrol", "requeue", jobs["alpha"])
+    slurm.wait(list(jobs.values()), seconds=400)
+    log = (Path(config.directory) / "logs" / "latest" / "alpha.log").read_text()
+    assert log.count(", of 2 ranks, ZeRO 3, fp32, with 1 rank, ZeRO 3, fp32") == 1
+    assert log.count(", of 1 rank, ZeRO 3, fp32, with 2 ranks, ZeRO 3, fp32") == 1
+    assert f" on {first} ---" in log[log.index("--- start 2") :].splitlines()[0]
+    mine, theirs = (run.exchange.read_commit(9).contributors for run in (Outcome(config=config), local))
+    assert [one.tokens for one in mine] == [one.tokens for one in theirs]
+    losses = [Outcome(config=config).records, local.records]
+    last_losses = [[r["loss"] for r in of if r["kind"] == "step" and r["silo"] == "alpha"][-20:] for of in losses]
+    assert last_losses[0] == pytest.approx(last_losses[1], rel=1e-2)
+
+
 def contributors(config: RunConfig) -> list[list[str]]:
     """Of each commit so far."""
     outcome = Outcome(config=config)

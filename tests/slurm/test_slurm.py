@@ -4,6 +4,7 @@ import dataclasses
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ from pretrain.config.load import load_config, save_config
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, federate, left_behind
 from tests.faults.test_kills import check_same
-from tests.slurm.cluster import FAILED, Cluster, missing
+from tests.slurm.cluster import FAILED, NODES, NUM_NODES, Cluster, missing
 from tests.support import TWO_RANKS, free_port, one_line_error, zero
 from tests.waiting import wait_for
 
@@ -61,10 +62,42 @@ def make_config(tiny_config: TinyConfig, directory: Path, *, num_nodes: int, **c
 def test_two_silos_train_as_with_a_local_launch(slurm: Cluster, tmp_path: Path, tiny_config: TinyConfig) -> None:
     local = federate(make_config(tiny_config, tmp_path / "local", num_nodes=1))
     config = make_config(tiny_config, tmp_path / "slurm", num_nodes=2)
+    config.silos["alpha"].min_nodes = 1  # as two are free, it is to get both
     jobs = submitted(slurm, written(slurm, config, tmp_path))
     assert list(jobs) == ["aggregator", "alpha", "beta"]
     slurm.wait(list(jobs.values()), seconds=150)
     check_same(Outcome(config=config), local)
+
+
+@pytest.mark.parametrize(("num_free", "num_used"), [(3, 2), (1, 1)])
+def test_of_a_range_a_job_uses_as_many_nodes_as_are_free_and_divide_the_batch(
+    slurm: Cluster,
+    tmp_path: Path,
+    tiny_config: TinyConfig,
+    *,
+    num_free: int,
+    num_used: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", slurm.environment["SLURM_CONF"])
+    alpha = {"num_nodes": 4, "min_nodes": 1, "micro_batch_sequences": 1}  # of 4
+    config = tiny_config(tmp_path, exchange={"kind": "none"}, silos={"alpha": alpha, "beta": None})
+    elsewhere = NODES[num_free:NUM_NODES]
+    for node in elsewhere:
+        slurm.run("scontrol", "update", f"NodeName={node}", "State=DRAIN", "Reason=elsewhere")
+    try:
+        only_names = "srun() { command srun $1 $2 $3 $4 $5 $6 hostname; }"
+        _, _, _, site = written(slurm, config, tmp_path, max_crashes=0, setup=[only_names])
+        jobs, _ = launch_slurm(config, load_site([Path(site)], config))
+        (job,) = jobs.values()
+        wait_for(lambda: slurm.state(job) == "FAILED", seconds=60)
+    finally:
+        for node in elsewhere:
+            slurm.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
+    log = (Path(config.directory) / "logs" / "latest" / "alpha.log").read_text()
+    assert log.splitlines().count(socket.gethostname()) == num_used
+    said = f"alpha: {num_used} of {num_free} nodes are used: its batch divides among 1, 2, 4"
+    assert (said in log) == (num_used < num_free)
 
 
 @pytest.mark.soak

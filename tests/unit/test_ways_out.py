@@ -37,9 +37,10 @@ WAYS_OUT = {
     # A name of this machine, and whether a port of it is free.
     "pretrain.exchange.lease": {"socket"},
     "pretrain.federation.preflight": {"socket", "fsspec"},
-    "launch.start.remote": {"socket", "subprocess"},
-    # Programs that a user has named, and our own processes.
+    "launch.start.remote": {"socket"},
+    # Programs that a user has named, nvidia-smi, and our own processes.
     "pretrain.trust.keys": {"subprocess"},
+    "launch.start.gpus": {"subprocess"},
     **{f"launch.start.{name}": {"subprocess"} for name in ("node", "processes", "slurm", "ssh", "stop", "workers")},
 }
 

@@ -197,6 +197,26 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
         ["silo.compile=true", "silo.deepspeed.zero_optimization.stage=3"],
         ["silos.alpha.compile: True given; allowed: false at ZeRO stage 3; true at 0, 1 and 2"],
     ),
+    (["silo.min_nodes=2"], ["silos.alpha.min_nodes: 2 given; allowed: up to num_nodes 1"]),
+    (
+        ["silo.num_nodes=4", "silo.min_nodes=3", "silo.micro_batch_sequences=1"],
+        ["global_batch_sequences: 8 given with 3 ranks and ", "; allowed: a multiple of 3, ", ": 1, 2, 4, 8"],
+    ),
+    (
+        ["silo.num_nodes=6", "silo.min_nodes=2", "silo.micro_batch_sequences=1"],
+        ["global_batch_sequences: 8 given with 6 ranks and ", "; allowed: a multiple of 6, ", ": 1, 2, 4, 8"],
+    ),
+    (
+        ["silo.num_nodes=2", "silo.min_nodes=1", "silo.micro_batch_sequences=2", "silo.accumulation_steps=2"],
+        ["= 4; with accumulation_steps 0 it follows from the others"],
+    ),
+    (
+        [
+            *("exchange.kind=collective", "exchange.url=tcp://127.0.0.1:20017", "exchange.num_lanes=2"),
+            *("silo.num_nodes=2", "silo.min_nodes=1", "silo.micro_batch_sequences=1"),
+        ],
+        ["exchange.num_lanes: 2 given; allowed: 1 to the 1 ranks of silo alpha"],
+    ),
     (["model.checkpoint=/x"], ["model: ", "either model.config or model.checkpoint"]),
     (["roster=[alpha]"], ["silos: 'beta' given; allowed: names of the roster: alpha"]),
     (["roster=[alpha,alpha,beta]"], ["roster: ", "each name once"]),

@@ -13,8 +13,8 @@ import pytest
 import yaml
 from rich.console import Console
 
+from launch.start.gpus import check_gpus
 from launch.start.join import join
-from launch.start.site import check_gpus
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.config.load import load_config
 from pretrain.exchange.agreement import sign_contract

@@ -452,6 +452,7 @@ def test_formats() -> None:
     assert [format_seconds(s) for s in (45, 185, 7800)] == ["45 s", "3:05 min", "2:10:00 h"]
     assert [format_bytes(b) for b in (12, 1.5e6, 2.3e9)] == ["12 B", "1.5 MB", "2.3 GB"]
     assert describe_setup(SiloConfig()) == "1 rank, ZeRO-0, fp32"
+    assert describe_setup(SiloConfig(num_nodes=4, min_nodes=2)) == "2 to 4 ranks, ZeRO-0, fp32"
 
 
 def test_the_launcher_needs_no_torch() -> None:

@@ -93,7 +93,8 @@ def test_whatever_is_put_into_a_script_stays_a_value(tmp_path: Path, tiny_config
     job |= {"mounts": [odd], "modules": [odd], "environment": {"ODD": odd}, "sbatch": ["--comment=x"]}
     scripts = rendered(config, tmp_path / "attempt", **job)
     without = "module() { :; }\nsrun() { :; }\nscontrol() { :; }\n"
-    variables = dict.fromkeys(("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_CPUS_PER_TASK"), "1")
+    names = ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_JOB_NUM_NODES", "SLURM_CPUS_PER_TASK")
+    variables = dict.fromkeys(names, "1")
     assert scripts
     for script in scripts.values():
         assert f"#SBATCH --job-name={config.name}-" in script
