@@ -271,6 +271,9 @@ class SiloConfig:
     """fp32 or bf16 (fp32 master weights either way)."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass to save device memory."""
+    fused_adamw: bool = True
+    """AdamW's step in one pass over memory, by torch's fused kernel; false: one operation after another. Offloaded
+    states have DeepSpeed's own, in one pass either way."""
     compile: bool = False
     """Compile the model's layers (torch.compile), at ZeRO 0 to 2; the first step takes minutes, later starts less."""
     attention: str = ""

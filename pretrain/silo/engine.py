@@ -32,8 +32,9 @@ from pretrain.silo.model import (
     restore_buffers,
     token_losses,
 )
+from pretrain.silo.muon import MuonAdamW, Piece
 from pretrain.silo.named_state import PARAMETER, SavedState, save_pieces
-from pretrain.silo.optim import MEAN_STEPS, MuonAdamW, Piece, build_optimizer
+from pretrain.silo.optim import MEAN_STEPS, build_optimizer
 from pretrain.silo.ranks import Ranks
 
 STATE = "engine"  # the folder of a checkpoint
@@ -89,7 +90,13 @@ class Engine:
         if silo.compile:
             compile_layers(module)
         offloaded = zero.get("offload_optimizer", {}).get("device") == "cpu"
-        optimizer = build_optimizer(module.named_parameters(), inner, on_cpu=offloaded, sums_gradients=sums_gradients)
+        optimizer = build_optimizer(
+            module.named_parameters(),
+            inner,
+            on_cpu=offloaded,
+            fused=silo.fused_adamw,
+            sums_gradients=sums_gradients,
+        )
         self._deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self._deepspeed.module.train()
         if partitioned:
@@ -101,9 +108,11 @@ class Engine:
         self._mask_at, self._chunk_tokens, self._asked = mask_at, silo.loss_chunk_tokens, bool(silo.attention)
         self._optimizer = optimizer
         self._counts_in_numbers = offloaded  # DeepSpeed's AdamW; torch's has a tensor
+        self._count_device = ranks.device if silo.fused_adamw else torch.device("cpu")  # where the kernel wants it
         _forget_initial_step(optimizer)
-        if isinstance(optimizer, MuonAdamW) and self.stage:
-            optimizer.place(_pieces(self._deepspeed, optimizer, self.stage), ranks.device)
+        if isinstance(optimizer, MuonAdamW):
+            pieces = _pieces(self._deepspeed, optimizer, self.stage) if self.stage else {}
+            optimizer.place(pieces, ranks.device)
 
     @property
     def module(self) -> nn.Module:
@@ -382,7 +391,7 @@ class Engine:
 
     def _step_count(self, num_steps: int) -> Tensor | int:
         """As the inner optimizer counts."""
-        return num_steps if self._counts_in_numbers else torch.tensor(float(num_steps))
+        return num_steps if self._counts_in_numbers else torch.tensor(float(num_steps), device=self._count_device)
 
 
 def _fp32_masters(engine: Any) -> dict[str, Tensor]:

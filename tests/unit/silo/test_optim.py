@@ -202,3 +202,25 @@ def test_muon_serves_every_stage(tmp_path: Path, tiny_config: TinyConfig, zero: 
 def test_muon_lr_is_above_0(tmp_path: Path, tiny_config: TinyConfig) -> None:
     with pytest.raises(ConfigError, match=r"^inner\.muon_lr: 0\.0 given; allowed: above 0$"):
         tiny_config(tmp_path, inner={"muon_lr": 0})
+
+
+def test_fused_adamw_is_the_plain_one(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    config = tiny_config(tmp_path)
+    inner = InnerConfig(lr=0.004, weight_decay=0.5)
+    models = {fused: build_initial(config.model, 64) for fused in (True, False)}
+    initial = [parameter.detach().clone() for parameter in models[True].parameters()]
+    generator = torch.Generator().manual_seed(0)
+    optimizers = {
+        fused: build_optimizer(model.named_parameters(), inner, on_cpu=False, fused=fused)
+        for fused, model in models.items()
+    }
+    for _ in range(10):
+        for parameters in zip(*(model.parameters() for model in models.values()), strict=True):
+            gradient = torch.randn(parameters[0].shape, generator=generator)
+            for parameter in parameters:
+                parameter.grad = gradient.clone()
+        for optimizer in optimizers.values():
+            optimizer.step()
+    assert all(group["fused"] is fused for fused, optimizer in optimizers.items() for group in optimizer.param_groups)
+    for one, other, before in zip(models[True].parameters(), models[False].parameters(), initial, strict=True):
+        assert (one - other).norm() < 1e-5 * (other - before).norm()  # of the way made
