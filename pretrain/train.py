@@ -31,10 +31,12 @@ from pretrain.host.lock import lock_directory
 from pretrain.host.stopping import STOPPED, StopRequested, note_signals
 from pretrain.outer.blocks import slower
 from pretrain.outer.rounds import next_step
+from pretrain.silo.cards import check_precision
 from pretrain.silo.checkpoint import Checkpoints, Progress, save_parameters
 from pretrain.silo.data import BadTokenError, Batches, Mixture, PackedTokens, Prefetch
 from pretrain.silo.engine import Engine
 from pretrain.silo.evaluate import held_out_loss, sequences_evaluated
+from pretrain.silo.flops import peak_tokens_per_second
 from pretrain.silo.model import initial_parameters
 from pretrain.silo.optim import learning_rate
 from pretrain.silo.ranks import Ranks
@@ -171,7 +173,8 @@ def train(silo: Silo) -> None:
     """Train to the end of the run. Raises StopRequested on all ranks alike; ConfigError when the loss is not finite."""
     config, progress, engine, sync = silo.config, silo.progress, silo.engine, silo.sync
     schedule, interval_steps = config.schedule, config.silos[silo.name].checkpoint_interval_steps
-    log = StepLog(config, silo.name, silo.journal, progress)
+    peak = peak_tokens_per_second(engine.module, config.sequence_tokens, silo.ranks)
+    log = StepLog(config, silo.name, silo.journal, progress, peak)
     if sync:
         sync.catch_up(engine, progress)
         silo.read_from_position()
@@ -287,8 +290,9 @@ def prepare(
 
 
 def _check_model(config: RunConfig, name: str, ranks: Ranks) -> None:
-    """That there is one, and room for its checkpoints. Raises ConfigError."""
+    """That there is one, a card that computes in its precision, and room for checkpoints. Raises ConfigError."""
     check_model(config)
+    check_precision(name, config.silos[name].precision, ranks)
     if ranks.is_leader:
         check_silo_disk(config, name)
 
