@@ -122,6 +122,7 @@ def write_report(
         comparison=_comparison_rows(evaluated),
         corpora=sorted({corpus for found in evaluated.values() for one in found for corpus in one.val_loss}),
         silos=silos,
+        profiles=[found[-1] for silo in main.silos if (found := main.of_silo("profile", silo))],
         has_mfu=any(silo["mfu"] for silo in silos),
         has_device=any(silo["peak_device_memory_bytes"] for silo in silos),
         commits=_commit_rows(main),
