@@ -165,15 +165,18 @@ def aggregator(config: RunConfig) -> Iterator[None]:
         process.kill()
 
 
-def measure(config: RunConfig, ranks: Ranks) -> tuple[list[int], int]:
+def measure(
+    config: RunConfig, ranks: Ranks, watch: Callable[[ElasticSync], None] = lambda sync: None
+) -> tuple[list[int], int]:
     """Bytes of this rank beyond the peak of training alone, and between two steps beyond what was there before.
 
-    With the largest fragment's.
+    With the largest fragment's. `watch` is given what syncs, before anything else happens.
     """
     journal = Journal(config, "silos/bench", silo="bench") if ranks.is_leader else None
     with aggregator(config) if ranks.is_leader else nullcontext():
         exchange = ThroughStore(config, "bench")
         sync = ElasticSync(config, "bench", ranks, journal, exchange, asked_to_stop=lambda: False)
+        watch(sync)
         silo = prepare(config, "bench", ranks, journal, sync)
         meter = Meter(silo.engine, ranks.device)
         for _ in range(config.inner.num_steps):

@@ -13,6 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from deepspeed.accelerator import get_accelerator
+
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import load_config
 from pretrain.host.journal import Journal
@@ -59,13 +61,15 @@ def turn_of_ours(silo: Silo, num_steps: int) -> float:
 
 def turn_of_bare(silo: Silo, num_steps: int) -> float:
     """Steps per second of DeepSpeed alone."""
-    engine = silo.engine._deepspeed
-    batches = [next(silo.batches) for _ in range(num_steps)]
+    engine, num_batches = silo.engine._deepspeed, silo.config.silos[silo.name].accumulation_steps
+    batches = [next(silo.batches) for _ in range(num_steps * num_batches)]
+    get_accelerator().synchronize()
     began = time.perf_counter()
     for input_ids, targets in batches:
         loss = token_losses(engine, input_ids, targets).mean()
         engine.backward(loss)
         engine.step()
+    get_accelerator().synchronize()
     return num_steps / (time.perf_counter() - began)
 
 

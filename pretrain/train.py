@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from pretrain.config.check import ConfigError, accumulation_steps, named
 from pretrain.config.keys import RunConfig, SiloConfig
@@ -31,12 +32,15 @@ from pretrain.host.lock import lock_directory
 from pretrain.host.stopping import STOPPED, StopRequested, note_signals
 from pretrain.outer.blocks import slower
 from pretrain.outer.rounds import next_step
+from pretrain.silo.cards import check_precision
 from pretrain.silo.checkpoint import Checkpoints, Progress, save_parameters
 from pretrain.silo.data import BadTokenError, Batches, Mixture, PackedTokens, Prefetch
 from pretrain.silo.engine import Engine
 from pretrain.silo.evaluate import held_out_loss, sequences_evaluated
+from pretrain.silo.flops import peak_tokens_per_second
 from pretrain.silo.model import initial_parameters
 from pretrain.silo.optim import learning_rate
+from pretrain.silo.profile import RoundProfile
 from pretrain.silo.ranks import Ranks
 from pretrain.silo.shards import Manifest, tokenizer_sha256, verify_shards
 from pretrain.silo.steplog import StepLog, go_on_without_checkpoint
@@ -64,6 +68,7 @@ class Silo:
     sync: ElasticSync | None  # None: trains alone
     asked_to_stop: Callable[[], bool]
     progress: Progress
+    profile: RoundProfile
     reading: Future[str]  # what is wrong with the shards' bytes; the leader's
     data_checked: bool = False
 
@@ -171,7 +176,8 @@ def train(silo: Silo) -> None:
     """Train to the end of the run. Raises StopRequested on all ranks alike; ConfigError when the loss is not finite."""
     config, progress, engine, sync = silo.config, silo.progress, silo.engine, silo.sync
     schedule, interval_steps = config.schedule, config.silos[silo.name].checkpoint_interval_steps
-    log = StepLog(config, silo.name, silo.journal, progress)
+    profile, peak = silo.profile, peak_tokens_per_second(engine.module, config.sequence_tokens, silo.ranks)
+    log = StepLog(config, silo.name, silo.journal, progress, peak)
     if sync:
         sync.catch_up(engine, progress)
         silo.read_from_position()
@@ -184,14 +190,18 @@ def train(silo: Silo) -> None:
             for what, version in schedule.due(progress.step, sent=progress.sent, adopted=progress.version):
                 silo.check_data()
                 if what == "deliver":
-                    sync.deliver(engine, progress, version)  # global minus local parameters, coded, checksummed
+                    with profile.part("sync"):
+                        sync.deliver(engine, progress, version)  # global minus local parameters, coded, checksummed
                 else:
-                    sync.wait(progress, version)  # for the aggregator's commit
-                    sync.adopt(engine, progress, version)  # what was merged, checked against the commit's digest
+                    with profile.part("waiting"):
+                        sync.wait(progress, version)  # for the aggregator's commit
+                    with profile.part("sync"):
+                        sync.adopt(engine, progress, version)  # what was merged, checked against the commit's digest
             sync.catch_up(engine, progress)  # if others have gone on without us
             silo.read_from_position()
             log.resume_training()
         if progress.step // schedule.sync_interval_steps > progress.round:
+            profile.end_round()
             silo.end_round()
             log.resume_training()
         finished = progress.step == config.inner.num_steps
@@ -212,8 +222,15 @@ def inner_step(silo: Silo, log: StepLog) -> None:
     interval, before, stop = config.outer.sync_interval_steps, progress.step, 0.0
     lr = learning_rate(progress.step, config.inner) * silo.warmed_up()
     num_batches = config.silos[silo.name].accumulation_steps
-    loss, grad_norm = engine.step((next(silo.batches) for _ in range(num_batches)), lr)
-    progress.step = next_step(before, interval, progress.round_steps or interval)
+    after = next_step(before, interval, progress.round_steps or interval)
+
+    def batch() -> tuple[Tensor, Tensor]:
+        with silo.profile.part("data"):
+            return next(silo.batches)
+
+    with silo.profile.step(config.round_at(after), after, is_last=passes(before, after, interval)):
+        loss, grad_norm = engine.step((batch() for _ in range(num_batches)), lr, silo.profile.part)
+    progress.step = after
     progress.position = silo.batches.state()
     if silo.agreement_due(before):
         asked = sync.asked_to_stop() if sync else silo.asked_to_stop()
@@ -239,7 +256,6 @@ def prepare(
     settings.accumulation_steps = accumulation_steps(name, settings, ranks.num_ranks)
     mixture, held_out = _open_data(config, name)
     _check_model(config, name, ranks)
-    packed = mixture.corpora[0].manifests[0]
     reading = _read_in_background(config, name) if ranks.is_leader else Future[str]()
     contract_sha256 = sync.join() if sync else ""
     torch.manual_seed(zlib.crc32(f"{config.model.seed}/{name}/{ranks.rank}".encode()))  # dropout
@@ -248,7 +264,7 @@ def prepare(
         name=name,
         ranks=ranks,
         journal=journal,
-        engine=_engine(config, name, ranks, packed, is_federated=sync is not None),
+        engine=_engine(config, name, ranks, mixture.corpora[0].manifests[0], is_federated=sync is not None),
         batches=_batches(settings, mixture, ranks),
         mixture=mixture,
         held_out=held_out,
@@ -263,6 +279,7 @@ def prepare(
         sync=sync,
         asked_to_stop=asked_to_stop,
         progress=Progress(),
+        profile=RoundProfile(config.silo_directory(name), journal, settings.profile_rounds),
         reading=reading,
     )
     if sync and ranks.is_leader:
@@ -287,8 +304,9 @@ def prepare(
 
 
 def _check_model(config: RunConfig, name: str, ranks: Ranks) -> None:
-    """That there is one, and room for its checkpoints. Raises ConfigError."""
+    """That there is one, a card that computes in its precision, and room for checkpoints. Raises ConfigError."""
     check_model(config)
+    check_precision(name, config.silos[name].precision, ranks)
     if ranks.is_leader:
         check_silo_disk(config, name)
 
@@ -385,6 +403,7 @@ def run(config: RunConfig, name: str, journal: Journal | None) -> int:
         return STOPPED
     finally:
         if silo:
+            silo.profile.close()
             silo.batches.close()
         if sync:
             sync.close(ended)

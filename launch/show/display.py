@@ -43,6 +43,8 @@ class SiloProgress:
     """Training loss of the newest logged step."""
     tokens_per_second: float | None = None
     """Speed of the newest logged step."""
+    mfu: float | None = None
+    """Share of the cards' peak that this is, where that is known."""
     held_out_loss: float | None = None
     """Mean over corpora of the newest evaluation."""
     bytes_sent: int = 0
@@ -80,6 +82,7 @@ class Progress:
         elif record["kind"] == "step":
             silo.step = int(record["step"])
             silo.loss, silo.tokens_per_second = record.get("loss"), record.get("tokens_per_second")
+            silo.mfu = record.get("mfu")
         elif record["kind"] == "sync":
             if record["round"] != silo.synced_round:
                 silo.synced_round, silo.bytes_sent, silo.wait_seconds = int(record["round"]), 0, 0.0
@@ -170,7 +173,7 @@ class PlainDisplay:
         parts = [f"round {number:>{len(str(self.config.num_rounds))}}/{self.config.num_rounds}"]
         parts.append(f"step {done.step:>{len(str(self.config.inner.num_steps))}}/{self.config.inner.num_steps}")
         parts.append(f"loss {_number(done.loss)}  held-out {_number(done.held_out_loss)}")
-        parts.append(f"{_speed(done.tokens_per_second):>9} tokens/s")
+        parts.append(f"{_speed(done.tokens_per_second):>9} tokens/s{_mfu(done.mfu)}")
         if self.config.exchange.kind != "none":
             parts.append(f"sent {format_bytes(done.bytes_sent):>8}  waited {done.wait_seconds:6.1f} s")
         self._line(silo, "  ".join(parts))
@@ -251,7 +254,7 @@ class LiveDisplay:
                 f"{step:,}/{self.config.inner.num_steps:,}",
                 _number(silo.loss),
                 _number(silo.held_out_loss),
-                _speed(silo.tokens_per_second),
+                f"{_speed(silo.tokens_per_second)}{_mfu(silo.mfu) if is_wide else ''}",
                 *([_short(describe_setup(self.config.silos[name]), "dim"), _wait(status)] if is_wide else []),
             )
         if AGGREGATOR in self._statuses:
@@ -332,6 +335,10 @@ def _number(value: float | None) -> str:
 
 def _speed(tokens_per_second: float | None) -> str:
     return "-" if tokens_per_second is None else f"{tokens_per_second:,.0f}"
+
+
+def _mfu(mfu: float | None) -> str:
+    return "" if mfu is None else f", {mfu:.0%} MFU"
 
 
 def _wait(status: ProcessStatus) -> Text:

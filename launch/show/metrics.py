@@ -46,6 +46,7 @@ IDENTITY = {
     "eval": ("silo", "round"),
     "commit": ("version", "fragment"),
     "summary": ("silo",),
+    "profile": ("silo", "step"),
     "start": ("silo", "version"),
     "rollback": ("number",),
 }
@@ -80,7 +81,7 @@ def _takes_back(record: Record, earlier: Record) -> bool:
         return kind == "commit" and int(earlier["version"]) > int(record["to_version"])
     if earlier.get("silo") != record.get("silo"):
         return False
-    if kind in ("step", "eval"):
+    if kind in ("step", "eval", "profile"):
         return int(earlier["step"]) > int(record["step"])
     if kind in ("sync", "start"):
         return int(earlier["version"]) > int(record["version"])

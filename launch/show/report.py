@@ -122,6 +122,8 @@ def write_report(
         comparison=_comparison_rows(evaluated),
         corpora=sorted({corpus for found in evaluated.values() for one in found for corpus in one.val_loss}),
         silos=silos,
+        profiles=[found[-1] for silo in main.silos if (found := main.of_silo("profile", silo))],
+        has_mfu=any(silo["mfu"] for silo in silos),
         has_device=any(silo["peak_device_memory_bytes"] for silo in silos),
         commits=_commit_rows(main),
         settings=_settings(main.config),
@@ -186,6 +188,7 @@ def _silo_rows(run: Run) -> list[dict[str, Any]]:
         steps, ends = run.of_silo("step", silo), run.of_silo("summary", silo)
         end = ends[-1] if ends else {}
         speeds = [step["tokens_per_second"] for step in steps if step.get("tokens_per_second")]
+        shares = [step["mfu"] for step in steps if step.get("mfu")]
         rows.append(
             {
                 "name": silo,
@@ -194,6 +197,7 @@ def _silo_rows(run: Run) -> list[dict[str, Any]]:
                 "tokens": format_count(steps[-1]["tokens"]) if steps else "0",
                 "loss": steps[-1]["loss"] if steps else None,
                 "tokens_per_second": sorted(speeds)[len(speeds) // 2] if speeds else None,
+                "mfu": sorted(shares)[len(shares) // 2] if shares else None,
                 "bytes_sent": sum(sync.get("bytes_sent") or 0 for sync in run.of_silo("sync", silo)),
                 "peak_memory_bytes": end.get("peak_memory_bytes"),
                 "peak_device_memory_bytes": end.get("peak_device_memory_bytes"),

@@ -434,6 +434,7 @@ def _check_silo(name: str, silo: SiloConfig, *, masked: bool) -> None:
         "eval_interval_rounds",
         "eval_sequences",
         "prefetch_batches",
+        "profile_rounds",
     ):
         _require(getattr(silo, unit) >= 0, f"{key}.{unit}", getattr(silo, unit), "0 or more")
     weights = silo.data_weights

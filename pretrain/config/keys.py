@@ -301,6 +301,9 @@ class SiloConfig:
     """Inner steps between two log lines, and at most between a stop signal and the stop."""
     num_threads: int = 1
     """CPU threads per process (OMP_NUM_THREADS)."""
+    profile_rounds: int = 0
+    """Of every so many rounds metrics and report say where a step's time went, and torch's profiler records the last
+    step as a trace for Perfetto, in `traces` of the silo's directory, where the newest 16 stay; 0: never."""
 
     @property
     def fewest_nodes(self) -> int:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -138,21 +139,30 @@ class Engine:
         """Name to shape of every trained parameter, in model order."""
         return {name: getattr(p, "ds_shape", p.shape) for name, p in self._parameters.items()}
 
-    def step(self, micro_batches: Iterable[tuple[Tensor, Tensor]], lr: float) -> tuple[float, float]:
+    def step(
+        self,
+        micro_batches: Iterable[tuple[Tensor, Tensor]],
+        lr: float,
+        part: Callable[[str], AbstractContextManager[object]] = nullcontext,
+    ) -> tuple[float, float]:
         """One inner step over this rank's micro batches of (input_ids, targets), each (num_sequences, sequence_tokens).
 
-        `lr` is the schedule's; Muon's matrices take it times muon_lr / lr of the configuration.
+        `lr` is the schedule's; Muon's matrices take it times muon_lr / lr of the configuration. `part` is put around
+        each forward, backward and optimizer.
         Returns this rank's mean loss in nats and the gradient's L2 norm before clipping.
         """
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
         losses = []
         for input_ids, targets in micro_batches:
-            loss = self.token_losses(input_ids, targets).mean()
-            self._deepspeed.backward(loss)
+            with part("forward"):
+                loss = self.token_losses(input_ids, targets).mean()
+            with part("backward"):
+                self._deepspeed.backward(loss)
             losses.append(loss.detach())
-            own_norm = self._own_gradient_norm()
-            self._deepspeed.step()
+            with part("optimizer"):
+                own_norm = self._own_gradient_norm()
+                self._deepspeed.step()
         norm = self._deepspeed.get_global_grad_norm() if own_norm is None else own_norm
         return torch.stack(losses).mean().item(), float(norm)
 

@@ -38,8 +38,17 @@ def count_seconds(journal: Journal, progress: Progress) -> None:
 class StepLog:
     """Keeps the clock of training; only the leader, who has a journal, writes."""
 
-    def __init__(self, config: RunConfig, name: str, journal: Journal | None, progress: Progress) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        name: str,
+        journal: Journal | None,
+        progress: Progress,
+        peak_tokens_per_second: float | None = None,
+    ) -> None:
+        """`peak_tokens_per_second`: what a share of the cards' peak (MFU) is said of; None: none is."""
         self._config, self._name, self._journal, self._progress = config, name, journal, progress
+        self._peak = peak_tokens_per_second
         self._interval_steps = config.silos[name].log_interval_steps
         self._tokens_logged = progress.position * config.sequence_tokens
         self._since = self._logged = time.monotonic()
@@ -74,9 +83,11 @@ class StepLog:
         tokens, round = progress.position * self._config.sequence_tokens, self._config.round_at(progress.step)
         tokens_per_second = (tokens - self._tokens_logged) / max(now - self._logged, 1e-9)
         self._tokens_logged, self._logged = tokens, now
+        mfu = tokens_per_second / self._peak if self._peak else None
         print(
             f"step {progress.step:7d}/{self._config.inner.num_steps}  round {round:5d}  loss {progress.loss:8.4f}  "
-            f"lr {lr:.3e}  grad {grad_norm:8.3f}  {tokens_per_second:9.0f} tok/s  {tokens / 1e6:9.3f} Mtok",
+            f"lr {lr:.3e}  grad {grad_norm:8.3f}  {tokens_per_second:9.0f} tok/s  {tokens / 1e6:9.3f} Mtok"
+            + ("" if mfu is None else f"  {mfu:6.1%} MFU"),
             flush=True,
         )
         self._journal.record(
@@ -88,6 +99,7 @@ class StepLog:
             tokens=tokens,
             tokens_per_second=tokens_per_second,
             grad_norm=grad_norm,
+            **({} if mfu is None else {"mfu": mfu}),
         )
 
     def check_finite(self, num_skipped_steps: int, last_good: object) -> None:

@@ -27,8 +27,8 @@ WANDB = (False, "offline", "online")  # each allows what is before it, too
 TELLS = {
     "loss": ("*/loss", "*/loss/*"),
     "pseudo_gradient_norm": ("*/pseudo_gradient_norm", "*/norm/*"),
-    "seconds_per_step": ("*/seconds_per_step/*", "*/tokens_per_second", "*/seconds_training"),
-    "tokens": ("*/tokens", "*/tokens_per_second", "*/divisor"),
+    "seconds_per_step": ("*/seconds_per_step/*", "*/tokens_per_second", "*/mfu", "*/seconds_training"),
+    "tokens": ("*/tokens", "*/tokens_per_second", "*/mfu", "*/divisor"),
 }
 
 

@@ -108,7 +108,7 @@ def test_what_is_the_consortiums_is_not_in_weights_and_biases(monkeypatch: pytes
     config = RunConfig(directory=str(tmp_path), wandb=WandbConfig(mode="offline"))
     policy = Policy(tiers={**TrustConfig().metrics, **KEPT})
     journal = Journal(config, "silos/law", silo="law", allows=policy.shows, says=tracked(config, "law", policy))
-    journal.record("step", step=3, loss=1.5, lr=0.1, tokens=7, tokens_per_second=70.0)
+    journal.record("step", step=3, loss=1.5, lr=0.1, tokens=7, tokens_per_second=70.0, mfu=0.4)
     journal.record("sync", version=1, pseudo_gradient_norm=0.5, bytes_sent=9)
     told = {"norm/law": 0.5, "loss/law": 1.5, "loss/law/3": 1.6, "seconds_per_step/law": 0.1}
     journal.record("commit", version=1, divisor=100, update_norm=0.4, **told)
@@ -119,7 +119,7 @@ def test_what_is_the_consortiums_is_not_in_weights_and_biases(monkeypatch: pytes
         {"commit/version": 1, "commit/update_norm": 0.4, "commit/seconds_per_step/law": 0.1},
     ]
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [len(record) for record in records] == [3 + 5, 3 + 3, 3 + 3 + len(told)]
+    assert [len(record) for record in records] == [3 + 6, 3 + 3, 3 + 3 + len(told)]
 
 
 def test_a_report_says_that_it_is_not_for_publication(tmp_path: Path) -> None:

@@ -96,6 +96,16 @@ def append(config: RunConfig, *records: dict[str, Any]) -> None:
         file.write("".join(json.dumps({"time": 0.0, **record}) + "\n" for record in records))
 
 
+def test_the_share_of_the_cards_peak_is_shown_where_it_is_known(tmp_path: Path) -> None:
+    config = make_run(tmp_path / "run")
+    assert "MFU" not in write_report(config).read_text()
+    of_step = {"kind": "step", "silo": "law", "loss": 5.0, "tokens_per_second": 5.0}
+    append(config, *({**of_step, "step": step, "tokens": 10 * step, "mfu": step / 100} for step in (41, 42, 43)))
+    html = write_report(config).read_text()
+    assert html.count("(MFU)") == 1
+    assert '<td class="n">42.0%</td>' in html
+
+
 def rollback(number: int, *, from_version: int, to_version: int) -> dict[str, Any]:
     place = {"step": to_version * INTERVAL, "round": to_version, "reason": "bad <text>"}
     return {"kind": "rollback", "number": number, "from_version": from_version, "to_version": to_version, **place}

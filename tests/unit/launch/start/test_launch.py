@@ -384,13 +384,21 @@ def test_live_table(tmp_path: Path) -> None:
         processes_per_node=2, precision="bf16", deepspeed={"zero_optimization": {"stage": 3}}
     )
     display = LiveDisplay(config, Console(file=open(os.devnull, "w"), force_terminal=True, width=140))  # noqa: SIM115
-    step = {"kind": "step", "silo": "law", "step": 10, "loss": 5.25, "tokens_per_second": 12345.0}
+    step = {"kind": "step", "silo": "law", "step": 10, "loss": 5.25, "tokens_per_second": 12345.0, "mfu": 0.4125}
     waiting = ProcessStatus(phase="waiting", waiting_for="commit 1 from the aggregator", waited_seconds=25)
     display.update([step], {"law": waiting, "aggregator": ProcessStatus(phase="merging")})
     display.close()
     text = drawn(display)
     law = next(line for line in text.splitlines() if line.startswith("law"))
-    for part in ("waiting", "1/4", "10/40", "5.2500", "12,345", "2 ranks, ZeRO-3, bf16", "25 s  commit 1 from the"):
+    for part in (
+        "waiting",
+        "1/4",
+        "10/40",
+        "5.2500",
+        "12,345, 41% MFU",
+        "2 ranks, ZeRO-3, bf16",
+        "25 s  commit 1 from the",
+    ):
         assert part in law
     assert "12%" in text
 
@@ -402,7 +410,7 @@ def test_the_live_table_cuts_nothing_at_80_columns(tmp_path: Path) -> None:
     display = LiveDisplay(config, Console(file=open(os.devnull, "w"), force_terminal=True, width=80))  # noqa: SIM115
     words = f"delivery for version 1,234 from {long}, medicine: 2 are enough 600 s after the commit before"
     waiting = ProcessStatus(phase="waiting", waiting_for=words, waited_seconds=4000)
-    step = {"kind": "step", "silo": long, "step": 10, "loss": 5.25, "tokens_per_second": 1234567.0}
+    step = {"kind": "step", "silo": long, "step": 10, "loss": 5.25, "tokens_per_second": 1234567.0, "mfu": 0.4}
     display.update([step], {long: waiting, "aggregator": waiting})
     display.close()
     lines = drawn(display, 80).splitlines()
@@ -420,7 +428,7 @@ def test_plain_lines(tmp_path: Path) -> None:
     display = PlainDisplay(make_config(tmp_path), console)
     law = {"silo": "law", "round": 1}
     records = [
-        {"kind": "step", **law, "step": 10, "loss": 5.0, "tokens_per_second": 100.0},
+        {"kind": "step", **law, "step": 10, "loss": 5.0, "tokens_per_second": 100.0, "mfu": 0.4},
         {"kind": "sync", **law, "step": 10, "fragment": 0, "bytes_sent": 1000, "wait_seconds": 0.0},
         {"kind": "sync", **law, "step": 10, "fragment": 1, "bytes_sent": 500, "wait_seconds": 2.5},
         {"kind": "commit", "version": 1, "fragment": 0, "silos": ["law"], "update_norm": 0.5, "cosine_mean": -0.25},
@@ -435,7 +443,7 @@ def test_plain_lines(tmp_path: Path) -> None:
     assert "is training at step 10 of 40" in lines[0]
     assert lines[1].endswith("commit 1/4  1 of 2 silos  update norm 0.5  cosine between silos -0.25")
     assert lines[2].endswith("has waited 21 s for commit 2")
-    assert "round 1/4  step 10/40  loss 5.0000  held-out 5.0000" in lines[3]
+    assert "round 1/4  step 10/40  loss 5.0000  held-out 5.0000        100 tokens/s, 40% MFU  sent" in lines[3]
     assert lines[3].endswith("sent   1.5 kB  waited    2.5 s")
 
 
