@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from launch.show.plan import measured_run, print_plan, tokens_per_second
-from pretrain.config.check import CODECS
+from pretrain.config.allowed import CODECS
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import load_config, save_config
 from pretrain.exchange.payload import save_tensors
