@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from data_tools.cli import app as data_app
+from launch.config import app as config_app
 from launch.contract import app as contract_app
 from launch.egress import app as egress_app
 from launch.exit import leave_with_proof
@@ -28,6 +29,7 @@ app = typer.Typer(
 launch_app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", help="Start a run.")
 app.add_typer(launch_app, name="launch")
 app.add_typer(data_app, name="data")
+app.add_typer(config_app, name="config")
 app.add_typer(keys_app, name="keys")
 app.add_typer(contract_app, name="contract")
 app.add_typer(egress_app, name="egress")

@@ -20,6 +20,7 @@ FLOORS = (
         "launch.demo",
         "launch.egress",
         "launch.exit",
+        "launch.config",
         "launch.keys",
         "launch.contract",
         "launch.revoke",
