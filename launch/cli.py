@@ -12,6 +12,7 @@ from launch.contract import app as contract_app
 from launch.egress import app as egress_app
 from launch.exit import leave_with_proof
 from launch.keys import app as keys_app
+from launch.presets import presets
 from launch.revoke import revoke
 from launch.verify import verify
 from pretrain.config.check import ConfigError, check_url, named
@@ -33,6 +34,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(keys_app, name="keys")
 app.add_typer(contract_app, name="contract")
 app.add_typer(egress_app, name="egress")
+app.command()(presets)
 app.command()(verify)
 app.command("exit")(leave_with_proof)
 app.command()(revoke)

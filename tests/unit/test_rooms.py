@@ -23,6 +23,7 @@ FLOORS = (
         "launch.config",
         "launch.keys",
         "launch.contract",
+        "launch.presets",
         "launch.revoke",
         "launch.verify",
     ),
