@@ -12,6 +12,7 @@ from launch.contract import app as contract_app
 from launch.egress import app as egress_app
 from launch.exit import leave_with_proof
 from launch.given import Config, DryRun, Overrides, loaded, store_of
+from launch.init import init
 from launch.keys import app as keys_app
 from launch.launch import app as launch_app
 from launch.plan import plan
@@ -36,6 +37,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(keys_app, name="keys")
 app.add_typer(contract_app, name="contract")
 app.add_typer(egress_app, name="egress")
+app.command()(init)
 app.command()(plan)
 app.command()(presets)
 app.command()(verify)

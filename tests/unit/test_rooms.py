@@ -20,6 +20,7 @@ FLOORS = (
         "launch.demo",
         "launch.egress",
         "launch.exit",
+        "launch.init",
         "launch.launch",
         "launch.plan",
         "launch.config",
