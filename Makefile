@@ -5,7 +5,7 @@ BIN = .venv/bin
 CONSTRAINTS ?= constraints.txt
 PIP_FLAGS ?=
 
-.PHONY: demo test soak fuzz check lint clean
+.PHONY: demo test soak fuzz check lint config-docs clean
 
 demo: .venv/installed
 	$(BIN)/atoll demo $(ARGS)
@@ -31,6 +31,10 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 check: lint test
+
+config-docs: .venv/installed
+	$(BIN)/atoll config keys --markdown > configuration.md.new
+	mv configuration.md.new docs/configuration.md
 
 .venv/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv

@@ -3,8 +3,8 @@
     python -m benchmarks.loop --sizes 0.5M 20M 120M --precision fp32
     python -m benchmarks.loop --sizes 20M --precision bf16 --ways silo trainer --turns 9
 
-Each way is a process of its own, with all cores, that trains when it is told to; they take turns, so that a busy machine
-slows all alike, and ratios are of each turn. The ways: the silo's loop with its defaults (`silo`) and with
+Each way is a process of its own, with all cores, that trains when it is told to; they take turns, so that a busy
+machine slows all alike, and ratios are of each turn. The ways: the silo's loop with its defaults (`silo`) and with
 `silo.compile=true` (`compiled`); DeepSpeed around a plain `transformers` model (`deepspeed`); `transformers.Trainer`
 (`trainer`) and a loop of torch alone (`torch`), both compiled, with torch's fused AdamW. All see whole sequences of
 the same packed text from memory, but for the silo, which reads its shards, keeps documents apart, and logs.
@@ -160,7 +160,9 @@ def trainer(config: RunConfig, told: Connection) -> None:
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     settings, batches = config.silos["bench"], in_memory(config)
-    rows = [pair for input_ids, targets in itertools.islice(batches, 16) for pair in zip(input_ids, targets, strict=True)]
+    rows = [
+        pair for input_ids, targets in itertools.islice(batches, 16) for pair in zip(input_ids, targets, strict=True)
+    ]
     # `transformers` shifts labels by itself: a sequence is one token longer than what is predicted.
     sequences = [torch.cat([inputs, targets[-1:]]) for inputs, targets in rows]
     dataset = [{"input_ids": sequence, "labels": sequence} for sequence in sequences] * 1000
@@ -241,7 +243,9 @@ def measure(size: str, precision: str, ways: list[str], num_turns: int, text: Pa
                     seconds[way].append(took)
         for one, _ in running.values():
             one.terminate()
-    best = min((way for way in ways if way not in ("silo", "compiled")), key=lambda way: statistics.median(seconds[way]))
+    best = min(
+        (way for way in ways if way not in ("silo", "compiled")), key=lambda way: statistics.median(seconds[way])
+    )
     for way in ways:
         rate = tokens * sequences * num_steps / statistics.median(seconds[way])
         against = sorted(b / a for a, b in zip(seconds[way], seconds[best], strict=True))

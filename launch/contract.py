@@ -1,10 +1,10 @@
 """`atoll contract`: read what was agreed, compare it with one's own, propose, sign and amend it."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launch.given import Config, Overrides
 from pretrain.config.check import named
 
 if TYPE_CHECKING:
@@ -19,9 +19,7 @@ app = typer.Typer(
 )
 
 Store = Annotated[str, typer.Argument(metavar="STORE", help="URL of the store, or a run directory with one in it.")]
-Config = Annotated[list[Path], typer.Option("--config", "-c", help="YAML file; several are merged in order.")]
 Member = Annotated[str, typer.Option("--silo", help="The member who signs: a silo of the roster, or aggregator.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, merged last.")]
 
 
 @app.command()

@@ -25,10 +25,17 @@ LAYOUTS = (
 PROMPTS = {"library": "def read_lines(path", "tests": "    def test_empty", "prose": "This module provides"}
 
 
-def run_demo(directory: Path, *, corpora: Path | None, compare: bool, overrides: list[str]) -> int:
+def run_demo(
+    directory: Path, *, corpora: Path | None, compare: bool, overrides: list[str], dry_run: bool = False
+) -> int:
     """Prepare text, train the silos together, show what came of it; returns the exit code."""
     console = Console()
-    load_config([SETTINGS], ["silos.any={}", *overrides])  # a mistake in them must not cost the preparation
+    checked = load_config([SETTINGS], ["silos.any={}", *overrides])  # a mistake must not cost the preparation
+    if dry_run:
+        of = f"the folders of {corpora}" if corpora else "the installed Python"
+        print(f"text of {of}, tokenizer, shards, {checked.num_rounds} rounds, model and report in {directory}")
+        print("dry run: nothing was started")
+        return 0
     console.print(f"[bold]1/4[/bold]  text, shared tokenizer, packed shards ({directory})")
     packed, tokenizer = prepare_text(directory, corpora)
     config = federated_config(directory, packed, tokenizer, overrides)

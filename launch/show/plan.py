@@ -4,6 +4,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from launch.show import display
 from launch.show.display import format_bytes
 from launch.show.report import format_count
 from launch.show.run import Run
+from launch.show.text import epochs
 from pretrain.config.check import ConfigError, named
 from pretrain.config.keys import OuterConfig
 from pretrain.plan.plan import Plan
@@ -40,15 +42,12 @@ def measured_run(directory: Path) -> tuple[dict[str, float], float]:
     return {silo: statistics.harmonic_mean(of[1:]) for silo, of in speeds.items()}, factor
 
 
-def tokens_per_second(silos: list[str], given: float | None, measured: Mapping[str, float] | None) -> dict[str, float]:
+def tokens_per_second(silos: list[str], given: float | None, measured: Mapping[str, float]) -> dict[str, float]:
     """Of each silo; one that was not measured is as fast as those that were. Raises ConfigError."""
-    if (given is None) == (measured is None):
-        words = "neither it nor --measured given" if given is None else "it and --measured given"
-        raise ConfigError(f"--tokens-per-second: {words}; allowed: one of the two")
     if given is not None and not 0 < given < math.inf:
         raise ConfigError(f"--tokens-per-second: {given:g} given; allowed: above 0")
-    if measured is None:
-        return dict.fromkeys(silos, given or 0.0)
+    if given is not None:
+        return dict.fromkeys(silos, given)
     mean = statistics.mean(measured.values())
     return {silo: measured.get(silo, mean) for silo in silos}
 
@@ -61,7 +60,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     size = f"{format_count(plan.num_parameters)} parameters, {len(config.full_roster)} silos"
     console.print(Text(f"{config.name}: {size}, {config.exchange.kind}; {way}"), soft_wrap=True)
     requests = [_requests(plan)] if plan.requests else []
-    for part in (_facts(plan), _bytes(plan), *requests, _neighbours(plan), _memory(plan)):
+    for part in (_facts(plan), *_text(plan), _bytes(plan), *requests, _neighbours(plan), _memory(plan)):
         console.print(part)
 
 
@@ -112,6 +111,17 @@ def _facts(plan: Plan) -> Table:
     )
     table.add_row("the budget", f"{plan.budget_days:,.2f} days for {format_count(plan.budget_tokens)} tokens")
     return table
+
+
+def _text(plan: Plan) -> list[Table]:
+    """How often each silo's text is read, of those whose text is there already."""
+    table = _new_table("\nText", "tokens", "the run\nreads it", "the budget\nreads it")
+    for silo in plan.config.silos:
+        with suppress(ConfigError):
+            num_tokens, times = epochs(plan.config, silo)
+            budget = times * plan.budget_tokens / plan.tokens
+            table.add_row(Text(silo), format_count(num_tokens), f"{times:,.2f} times", f"{budget:,.2f} times")
+    return [table] if table.rows else []
 
 
 def _bytes(plan: Plan) -> Table:

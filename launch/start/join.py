@@ -10,6 +10,7 @@ from launch.show.display import format_bytes
 from launch.show.plan import format_seconds
 from launch.show.report import format_count
 from launch.show.status_reader import StoreStatus, store_status
+from launch.show.text import epochs
 from launch.start.gpus import check_gpus
 from launch.start.local import launch_silo, write_resolved
 from launch.start.site import SiteConfig, load_site
@@ -24,7 +25,7 @@ from pretrain.federation.preflight import check_silo
 from pretrain.federation.room import check_silo_room
 from pretrain.host.foreign import shown
 from pretrain.host.software import differences, installed
-from pretrain.silo.shards import count_sequences, read_manifest
+from pretrain.silo.shards import count_sequences
 from pretrain.trust.ledger import sha256_bytes
 
 
@@ -167,14 +168,12 @@ class Says:
             "name", f"{silo}, " + (f"which {config.directory} has taken" if is_back else "on the roster and free")
         )
         check_silo(config, silo)
-        settings = config.silos[silo]
-        num_tokens = sum(read_manifest(Path(directory)).num_tokens for directory in settings.data)
-        used = config.inner.num_steps * settings.global_batch_sequences * config.sequence_tokens
+        num_tokens, times = epochs(config, silo)
         self.line("tokenizer", "the contract's")
         self.line(
             "shards",
             f"{format_count(num_tokens)} tokens, {count_sequences(num_tokens, config.sequence_tokens):,} sequences; a "
-            f"whole run reads {format_count(used)}, {used / num_tokens:.2f} times the text",
+            f"whole run reads {format_count(round(times * num_tokens))}, {times:.2f} times the text",
         )
 
     def machine(self, config: RunConfig, silo: str, site: SiteConfig | None) -> None:

@@ -57,9 +57,7 @@ def launch_local(
     directory is in use. Call it from the main thread.
     """
     console = console or Console()
-    for name, silo in config.silos.items():
-        if silo.num_nodes != 1:
-            raise ConfigError(f"silos.{name}.num_nodes: {silo.num_nodes} given; allowed: 1 with a local launch")
+    check_one_machine(config)
     gpus = share_gpus(config, gpus_here())
     directory = Path(config.directory)
     with hold_directory(directory) as lock_file:
@@ -72,6 +70,13 @@ def launch_local(
         attempt = Attempt(config=config, log_directory=log_directory, max_restarts=max_restarts, console=console)
         attempt.run(commands, inherited_files=(lock_file,))
     return attempt.report()
+
+
+def check_one_machine(config: RunConfig) -> None:
+    """No silo needs several nodes. Raises ConfigError."""
+    for name, silo in config.silos.items():
+        if silo.num_nodes != 1:
+            raise ConfigError(f"silos.{name}.num_nodes: {silo.num_nodes} given; allowed: 1 with a local launch")
 
 
 def local_commands(config: RunConfig, config_path: Path) -> list[ChildCommand]:

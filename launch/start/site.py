@@ -8,6 +8,7 @@ from launch.show.display import AGGREGATOR
 from pretrain.config.check import ConfigError, named
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import Section, load_typed, spread
+from pretrain.config.presets import SITE, find_preset
 
 RUNTIMES = ("apptainer", "pyxis")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -83,7 +84,7 @@ def load_site(paths: list[Path], config: RunConfig) -> SiteConfig:
         given[AGGREGATOR] = sections.pop(AGGREGATOR)
         given["silos"] = spread(given.get("job"), dict.fromkeys(config.silos)) | sections
 
-    site = load_typed(SiteConfig, paths, prepare=prepare)
+    site = load_typed(SiteConfig, [_site_file(path) for path in paths], prepare=prepare)
     for name, job in {AGGREGATOR: site.aggregator, **site.silos}.items():
         for key, given, allowed in (("runtime", job.runtime, RUNTIMES), ("numa", job.numa, (None, *BINDINGS))):
             if given not in allowed:
@@ -91,6 +92,11 @@ def load_site(paths: list[Path], config: RunConfig) -> SiteConfig:
                 raise ConfigError(f"{name}: {key}: {given!r} given; allowed: {words}")
         _check_lines(name, job)
     return site
+
+
+def _site_file(path: Path) -> Path:
+    """A file as it is named, or the preset of that name. Raises ConfigError."""
+    return path if path.suffix or path.exists() else find_preset(SITE, str(path), key="--site").path
 
 
 def _check_lines(name: str, job: JobConfig) -> None:

@@ -43,19 +43,23 @@ def launch_by_ssh(
     interface: str | None,
     max_restarts: int,
     save_seconds: int,
+    dry_run: bool = False,
     console: Console | None = None,
 ) -> int:
     """Run a silo's torchrun on each of its nodes until all have finished, one has failed, or a signal came.
 
-    `ssh` is the program and its options; a stop waits `save_seconds` for the checkpoint. The rest is as for
-    `node_commands`. Returns the exit status, as `launch_local` does. Raises ConfigError before anything is started.
-    Call it from the main thread.
+    `ssh` is the program and its options; a stop waits `save_seconds` for the checkpoint. With `dry_run` the hosts are
+    asked whether they are ready, and that is all. The rest is as for `node_commands`. Returns the exit status, as
+    `launch_local` does. Raises ConfigError before anything is started. Call it from the main thread.
     """
     check_options(config, silo, hosts, port)
     directory, program = Path(config.directory).absolute(), ssh_program(ssh)
     with hold_directory(directory) as lock_file:
         save_config(config, config_path(config))
         check_hosts(config, silo, hosts, program, port=port, interface=interface)
+        if dry_run:
+            print(f"{len(hosts)} hosts are ready for {silo}\ndry run: nothing was started")
+            return 0
         logs, commands = new_attempt(directory), []
         for number in range(len(hosts)):
             node = node_command(

@@ -9,17 +9,11 @@ from typing import Any
 
 import fsspec
 
+from pretrain.config.allowed import ALLOWED, METRICS, TIERS, Numbers
 from pretrain.config.deepspeed_keys import KNOWN, OWNED
 from pretrain.config.keys import OPERATOR, ModelConfig, OuterConfig, RunConfig, SiloConfig
 
-SCHEDULES = ("cosine", "wsd", "constant")
-MOMENTS = ("local", "shared")
-STATES = ("memory", "disk")
-MERGES = ("mean", "importance", "clip", "trimmed_mean", "median", "krum")
-TIERS = ("public", "consortium", "member")
-METRICS = ("loss", "pseudo_gradient_norm", "seconds_per_step", "tokens")
 FEWEST_JUDGED = 3  # silos of which the others can say that one is worse than they are
-CODECS = ("fp32", "bf16", "int8", "int4", "e3m0", "topk")
 # What s3fs, gcsfs, adlfs and the libraries under them call a secret, or a name that goes with one.
 SECRET_NAME = re.compile(r"secret|token|passw|credential|connection_string|authorization|username|key$|key_id$", re.I)
 SECRET_VALUE = re.compile(r"://[^/\s]*:[^/\s]*@")
@@ -59,24 +53,8 @@ def _require(ok: bool, key: str, given: object, allowed: str) -> None:
 
 def check_config(config: RunConfig) -> None:
     """Check the values; raises ConfigError naming the key."""
-    one_of = {
-        "inner.optimizer": (config.inner.optimizer, ("adamw", "sgd", "muon")),
-        "inner.schedule": (config.inner.schedule, SCHEDULES),
-        "outer.optimizer": (config.outer.optimizer, ("nesterov", "sgd", "adam")),
-        "outer.schedule": (config.outer.schedule, SCHEDULES),
-        "outer.merge": (config.outer.merge, MERGES),
-        "membership.steps": (config.membership.steps, ("equal", "speed")),
-        "outer.codec": (config.outer.codec, CODECS),
-        "outer.second_moments": (config.outer.second_moments, MOMENTS),
-        "outer.downlink_codec": (config.outer.downlink_codec, CODECS),
-        "outer.state": (config.outer.state, STATES),
-        "exchange.kind": (config.exchange.kind, ("store", "collective", "none")),
-        "trust.software": (config.trust.software, ("recorded", "exact")),
-        "wandb.mode": (config.wandb.mode, ("offline", "online", "disabled")),
-    }
     _require(bool(RUN_ID.fullmatch(config.run_id)), "run_id", config.run_id, f"{RUN_ID.pattern}, or empty")
-    for key, (value, allowed) in one_of.items():
-        _require(value in allowed, key, value, ", ".join(allowed))
+    _check_each(config)
     _require(bool(RUN_NAME.fullmatch(config.name)), "name", config.name, "up to 100 letters, digits, and _ . -")
     _require(config.directory.isprintable(), "directory", config.directory, "a path without control characters")
     _check_numbers(config)
@@ -98,47 +76,23 @@ def check_config(config: RunConfig) -> None:
         check(config)
 
 
+def _check_each(config: RunConfig) -> None:
+    """Every key by itself."""
+    sections = {"": [("", config)], "silo": [(f"silos.{name}.", silo) for name, silo in config.silos.items()]}
+    for key, allowed in ALLOWED.items():
+        section, _, name = key.rpartition(".")
+        for prefix, settings in sections.get(section) or [(f"{section}.", getattr(config, section))]:
+            value = getattr(settings, name)
+            if value is None:  # only where the type allows it
+                continue
+            words = allowed.words if isinstance(allowed, Numbers) else ", ".join(allowed)
+            is_optional = type(settings).__dataclass_fields__[name].default is None
+            _require(value in allowed, f"{prefix}{name}", value, f"null, or {words}" if is_optional else words)
+
+
 def _check_numbers(config: RunConfig) -> None:
-    at_least = {
-        "sequence_tokens": (config.sequence_tokens, 2),
-        "inner.num_steps": (config.inner.num_steps, 1),
-        "inner.warmup_steps": (config.inner.warmup_steps, 0),
-        "inner.decay_steps": (config.inner.decay_steps, 0),
-        "inner.weight_decay": (config.inner.weight_decay, 0),
-        "inner.clip_norm": (config.inner.clip_norm, 0),
-        "outer.sync_interval_steps": (config.outer.sync_interval_steps, 1),
-        "outer.warmup_rounds": (config.outer.warmup_rounds, 0),
-        "outer.decay_rounds": (config.outer.decay_rounds, 0),
-        "outer.num_fragments": (config.outer.num_fragments, 1),
-        "outer.overlap_steps": (config.outer.overlap_steps, 0),
-        "exchange.retry_seconds": (config.exchange.retry_seconds, 0),
-        "exchange.keep_versions": (config.exchange.keep_versions, 1),
-        "trust.keep_deliveries": (config.trust.keep_deliveries, 0),
-    }
-    for key, (number, minimum) in at_least.items():
-        _require(minimum <= number < math.inf, key, number, f"{minimum} or more")
-    positive = {
-        "inner.lr": config.inner.lr,
-        "inner.muon_lr": config.inner.muon_lr,
-        "inner.eps": config.inner.eps,
-        "outer.lr": config.outer.lr,
-        "outer.eps": config.outer.eps,
-        "exchange.poll_seconds": config.exchange.poll_seconds,
-        "exchange.lease_seconds": config.exchange.lease_seconds,
-        "exchange.stall_seconds": config.exchange.stall_seconds,
-        "exchange.dead_seconds": config.exchange.dead_seconds,
-        "exchange.hung_seconds": config.exchange.hung_seconds,
-    }
-    for key, rate in positive.items():
-        _require(0 < rate < math.inf, key, rate, "above 0")
-    _require(0 <= config.inner.muon_momentum < 1, "inner.muon_momentum", config.inner.muon_momentum, "0 to below 1")
-    _require(0 <= config.outer.momentum < 1, "outer.momentum", config.outer.momentum, "0 to below 1")
-    _require(0 <= config.outer.weight_power <= 1, "outer.weight_power", config.outer.weight_power, "0 to 1")
-    _require(0 < config.outer.max_share <= 1, "outer.max_share", config.outer.max_share, "above 0, to 1")
     largest = max((silo.global_batch_sequences for silo in config.silos.values()), default=1)
     most = config.outer.max_batch_sequences
-    every = config.exchange.snapshot_versions
-    _require(every is None or every >= 1, "exchange.snapshot_versions", every, "null, or 1 or more")
     key, allowed = "outer.max_batch_sequences", f"null, or {largest} or more, as a silo's batch is"
     _require(most is None or most >= largest, key, most, allowed)
     _require(
@@ -152,8 +106,7 @@ def _check_numbers(config: RunConfig) -> None:
 def _check_rates(config: RunConfig) -> None:
     inner, outer = config.inner, config.outer
     for section, settings in (("inner", inner), ("outer", outer)):
-        ratio, betas = settings.min_lr_ratio, settings.betas
-        _require(0 <= ratio <= 1, f"{section}.min_lr_ratio", ratio, "0 to 1")
+        betas = settings.betas
         fits = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
         _require(fits, f"{section}.betas", betas, "two numbers from 0 to below 1")
     ramp_steps = inner.warmup_steps + (inner.decay_steps if inner.schedule == "wsd" else 0)
@@ -229,8 +182,6 @@ def _check_quality(config: RunConfig) -> None:
     floor, merge, key = config.outer.quality_floor, config.outer.merge, "outer.quality_floor"
     if floor is None:
         return
-    # Below 1 the best of all could be below it.
-    _require(1 <= floor < math.inf, key, floor, "null, or 1 or more")
     fits = merge in ("mean", "importance", "clip")
     _require(
         fits, key, floor, f"null with outer.merge={merge}, which counts all alike; it has its own way with the worst"
@@ -267,9 +218,7 @@ def _check_streaming(outer: OuterConfig) -> None:
         outer.overlap_steps,
         f"below {gap}, the steps between two syncs of a fragment",
     )
-    _require(0 <= outer.mixing <= 1, "outer.mixing", outer.mixing, "0 to 1")
     decay = outer.error_feedback
-    _require(decay is None or 0 <= decay <= 1, "outer.error_feedback", decay, "null, or 0 to 1")
     _require(
         not decay or outer.codec != "fp32", "outer.error_feedback", decay, "null or 0: codec fp32 leaves nothing out"
     )
@@ -301,18 +250,8 @@ def _check_roster(config: RunConfig) -> None:
 def _check_membership(config: RunConfig) -> None:
     """Raises ConfigError too for rules that mean nothing without a quorum."""
     rules, key = config.membership, "membership"
-    for name, (number, minimum) in {
-        "deadline_mads": (rules.deadline_mads, 0),
-        "deadline_floor_seconds": (rules.deadline_floor_seconds, 0),
-        "deadline_ceiling_seconds": (rules.deadline_ceiling_seconds, rules.deadline_floor_seconds),
-        "away_after_versions": (rules.away_after_versions, 1),
-        "rejoin_warmup_steps": (rules.rejoin_warmup_steps, 0),
-    }.items():
-        _require(minimum <= number < math.inf, f"{key}.{name}", number, f"{minimum} or more")
-    for name in ("max_norm_ratio", "max_loss_rise"):
-        limit = getattr(rules, name)
-        _require(limit is None or 0 < limit < math.inf, f"{key}.{name}", limit, "null, or above 0")
-    _require(0 <= rules.stale_weight <= 1, f"{key}.stale_weight", rules.stale_weight, "0 to 1")
+    floor, ceiling = rules.deadline_floor_seconds, rules.deadline_ceiling_seconds
+    _require(ceiling >= floor, f"{key}.deadline_ceiling_seconds", ceiling, f"{floor} or more")
     roster = len(config.full_roster)
     fits = rules.sample is None or 1 <= rules.sample <= roster
     _require(fits, f"{key}.sample", rules.sample, f"null, or 1 to the {roster} silos of the roster")
@@ -421,22 +360,6 @@ def _refuse_secrets(given: dict[str, Any], key: str) -> None:
 
 def _check_silo(name: str, silo: SiloConfig, *, masked: bool) -> None:
     key = f"silos.{name}"
-    for unit in (
-        *("num_nodes", "processes_per_node", "num_threads"),
-        *("global_batch_sequences", "micro_batch_sequences"),
-        *("checkpoint_interval_steps", "keep_checkpoints", "log_interval_steps"),
-    ):
-        _require(getattr(silo, unit) >= 1, f"{key}.{unit}", getattr(silo, unit), "1 or more")
-    for unit in (
-        "min_nodes",
-        "loss_chunk_tokens",
-        "accumulation_steps",
-        "eval_interval_rounds",
-        "eval_sequences",
-        "prefetch_batches",
-        "profile_rounds",
-    ):
-        _require(getattr(silo, unit) >= 0, f"{key}.{unit}", getattr(silo, unit), "0 or more")
     weights = silo.data_weights
     _require(
         len(weights) in (0, len(silo.data)),
@@ -445,7 +368,6 @@ def _check_silo(name: str, silo: SiloConfig, *, masked: bool) -> None:
         f"none, or one weight for each of the {len(silo.data)} entries of {key}.data",
     )
     _require(all(0 < weight < math.inf for weight in weights), f"{key}.data_weights", weights, "numbers above 0")
-    _require(silo.precision in ("fp32", "bf16"), f"{key}.precision", silo.precision, "fp32, bf16")
     for owned, ours in OWNED.items():
         if owned in silo.deepspeed:
             raise ConfigError(f"{key}.deepspeed.{owned}: {silo.deepspeed[owned]!r} given; set {ours} instead")

@@ -1,4 +1,4 @@
-"""Loading a configuration: defaults < YAML files in order < `key=value`, every key and type checked."""
+"""Loading a configuration: defaults < YAML files in order < `key=value` and presets, every key and type checked."""
 
 import dataclasses
 import difflib
@@ -13,6 +13,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pretrain.config.check import ConfigError, check_config
 from pretrain.config.keys import RunConfig
 from pretrain.config.paths import expand_homes, portable
+from pretrain.config.presets import Preset, chosen
+from pretrain.config.presets import spread as spread_presets
 
 CONFIG_FILE = "config.yaml"
 
@@ -62,21 +64,18 @@ def load_typed(
 
     Raises ConfigError.
 
-    `prepare` changes what was given, in place, before it is typed.
+    `prepare` changes what was given, in place, before it is typed. A run's configuration may name presets (presets.py).
     """
     files = [_read_yaml(Path(path)) for path in paths]
     _check_data_files(paths, files)
-    layers = [below or {}, *files]
-    for override in overrides:
-        if "=" not in override:
-            raise ConfigError(f"command line: {override!r} given; allowed: key=value")
-        try:
-            layers.append(OmegaConf.from_dotlist([override]))
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
-            raise ConfigError(f"command line: {override!r} given; {_first_line(error)}") from None
-    layers.append(above or {})
+    has_presets = kind is RunConfig
+    layers = [layer for file in files for layer in (spread_presets(file) if has_presets else [file])]
+    layers += [(has_presets and chosen(override)) or _parsed(override) for override in overrides]
     try:
-        given = OmegaConf.to_container(OmegaConf.merge({}, *layers), resolve=True)
+        merged: Any = OmegaConf.create(below or {})
+        for layer in [*layers, above or {}]:
+            merged = layer.put_over(merged) if isinstance(layer, Preset) else OmegaConf.merge(merged, layer)
+        given = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, TypeError, ValueError) as error:
         raise ConfigError(f"{getattr(error, 'full_key', None) or 'configuration'}: {_first_line(error)}") from None
     if not isinstance(given, dict):
@@ -100,6 +99,15 @@ def save_config(config: RunConfig, path: Path) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(portable(config))))
     temporary.replace(path)
+
+
+def _parsed(override: str) -> Any:
+    if "=" not in override:
+        raise ConfigError(f"command line: {override!r} given; allowed: key=value")
+    try:
+        return OmegaConf.from_dotlist([override])
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(f"command line: {override!r} given; {_first_line(error)}") from None
 
 
 def _read_yaml(path: Path) -> Any:

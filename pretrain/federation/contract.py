@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pretrain.config.check import TIERS, ConfigError, check_config, named
+from pretrain.config.allowed import TIERS
+from pretrain.config.check import ConfigError, check_config, named
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.config.load import load_unchecked
 from pretrain.exchange.agreement import (

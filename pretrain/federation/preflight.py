@@ -4,6 +4,7 @@ but for the model."""
 import errno
 import socket
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -25,17 +26,17 @@ from pretrain.trust.policy import Policy, read_policy
 PROBE = "probe-"
 
 
-def check_run(config: RunConfig) -> None:
+def check_run(config: RunConfig, silos: Sequence[str] | None = None, *, touch: bool = True) -> None:
     """Tokenizer, shards, model, and the store or the collective's port; prints how software differs.
 
-    Raises ConfigError.
+    Of all silos of the configuration, or some. Without `touch` nothing is written on trial. Raises ConfigError.
     """
-    for name in config.silos:
+    for name in config.silos if silos is None else silos:
         check_silo(config, name)
         check_collective(config, name)
     check_model(config)
     announce_store(config)
-    for difference in check_store(config):
+    for difference in check_store(config, touch=touch):
         print(f"warning: {difference}", flush=True)
 
 
@@ -100,17 +101,18 @@ def check_model(config: RunConfig) -> None:
     check_shapes(config.model, vocabulary_size(config.tokenizer_file), config.sequence_tokens)
 
 
-def check_store(config: RunConfig) -> list[str]:
-    """The store takes a write and a delete, and if there is a run in it, it is this one.
+def check_store(config: RunConfig, *, touch: bool = True) -> list[str]:
+    """The store takes a write and a delete, if we may `touch` it, and if there is a run in it, it is this one.
 
     Returns how the software here differs from that of the run. Raises ConfigError.
     """
     if config.exchange.kind != "store":
         return []
     store = StoreExchange(config.store_url, options=store_options(config.exchange, config.store_url))
-    probe = f"{PROBE}{uuid.uuid4().hex}"
-    store.objects.write(probe, b"")
-    store.objects.delete(probe)
+    if touch:
+        probe = f"{PROBE}{uuid.uuid4().hex}"
+        store.objects.write(probe, b"")
+        store.objects.delete(probe)
     if (stored := store.read_contract()) is None:
         return []
     check_same_contract(build_contract(config), stored, config.store_url)

@@ -45,14 +45,18 @@ from pretrain.trust.members import own_signer
 MANIFEST = "manifest.json"
 
 
-def relay(config: RunConfig, remote_url: str) -> int:
+def relay(config: RunConfig, remote_url: str, *, dry_run: bool = False) -> int:
     """Copy until the run is done and this site's silos have ended; returns the exit code, 75 if it was stopped.
 
-    Raises ConfigError.
+    With `dry_run` only the contract there is looked at. Raises ConfigError.
     """
     raise_at_signals()
     try:
         copier = Relay(config, remote_url)
+        if dry_run:
+            found = "its contract is ours" if copier.contract_there() else "there is no contract in it yet"
+            print(f"{remote_url} is reached; {found}\ndry run: nothing was started")
+            return 0
         lock_directory(Path(config.directory) / "relay", "a relay")
         copier.start()
         threading.Thread(target=copier.keep_copying_beats, name="beats", daemon=True).start()
@@ -99,15 +103,20 @@ class Relay:
         self._handed_on: set[tuple[str, str]] = set()  # words, by store and name
         self._looked_before: set[str] = set()
 
+    def contract_there(self) -> bytes | None:
+        """The federation's contract, which is ours; None if there is none yet. Raises ConfigError."""
+        if (contract := self._there.read_contract()) is not None:
+            check_same_contract(build_contract(self._config), contract, self._there.objects.url)
+        return contract
+
     def start(self) -> None:
         """Wait for the contract. Raises ConfigError."""
-        if (contract := self._there.read_contract()) is None:
+        if (contract := self.contract_there()) is None:
             print("waiting for the aggregator's contract", flush=True)
         while contract is None:
             time.sleep(self._config.exchange.poll_seconds)
-            contract = self._there.read_contract()
+            contract = self.contract_there()
         where = self._there.objects.url
-        check_same_contract(build_contract(self._config), contract, where)
         if (ours := self._here.read_contract()) is None:
             self._here.write_contract(contract)
         elif ours != contract:

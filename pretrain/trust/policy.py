@@ -16,7 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from pretrain.config.check import CODECS, ConfigError
+from pretrain.config.allowed import CODECS
+from pretrain.config.check import ConfigError
 from pretrain.config.keys import OuterConfig, RunConfig
 from pretrain.trust.ledger import Manifest
 

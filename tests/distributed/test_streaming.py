@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config.check import CODECS
+from pretrain.config.allowed import CODECS
 from pretrain.outer.fragments import cut_fragments
 from pretrain.silo.model import build_initial
 from tests.conftest import TinyConfig

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pretrain.aggregate import Aggregator, OuterState
-from pretrain.config.check import CODECS
+from pretrain.config.allowed import CODECS
 from pretrain.config.keys import RunConfig
 from pretrain.host.journal import Journal
 from pretrain.outer.codec import apply_change, decoded, encode

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save, save_file
 from torch import Tensor
 
-from pretrain.config import check as config_check
+from pretrain.config import allowed
 from pretrain.exchange.payload import Tensors, save_tensors
 from pretrain.exchange.store import file_payload
 from pretrain.outer.codec import CODECS, FEEDBACK_DECAY, apply_change, check, decoded, encode
@@ -40,7 +40,7 @@ def travelled(parts: Parts) -> Parts:
 
 
 def test_the_configuration_knows_the_same_codecs() -> None:
-    assert config_check.CODECS == CODECS  # written once more there, because it imports no torch
+    assert allowed.CODECS == CODECS  # written once more there, because it imports no torch
     assert {codec for codec, decay in FEEDBACK_DECAY.items() if decay} == {"topk"}
     assert FEEDBACK_DECAY.keys() == set(CODECS)
 

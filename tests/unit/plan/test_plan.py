@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from launch.show.plan import measured_run, print_plan, tokens_per_second
-from pretrain.config.check import CODECS
+from launch.start.measuring import measure_silos
+from pretrain.config.allowed import CODECS
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import load_config, save_config
 from pretrain.exchange.payload import save_tensors
@@ -28,6 +29,7 @@ from pretrain.plan.requests import Requests, aggregator_requests, reads_of, silo
 from pretrain.plan.seconds import Given, Pace, _waiting_seconds, parse_bandwidth, run_pace, work_factor
 from pretrain.silo.architecture import model_config
 from pretrain.silo.model import initial_parameters
+from pretrain.silo.shards import read_manifest
 from pretrain.sync.own_ledger import all_pieces
 from pretrain.sync.packing import pack
 from tests.conftest import TinyConfig
@@ -336,12 +338,9 @@ def test_every_message_is_one_line(tmp_path: Path, tiny_config: TinyConfig) -> N
     assert one_line_error(vocabulary, missing).startswith("tokenizer: 'nowhere.json' given; allowed: a tokenizer.json")
     many = dataclasses.replace(config, outer=dataclasses.replace(config.outer, num_fragments=999))
     assert one_line_error(make_plan, many, told(config)).startswith("outer.num_fragments: 999 given; allowed: 1 to ")
-    for number, measured, expected in (
-        (None, None, "neither it nor --measured given; allowed: one of the two"),
-        (1.0, {"a": 1.0}, "it and --measured given; allowed: one of the two"),
-        (0.0, None, "0 given; allowed: above 0"),
-    ):
-        assert one_line_error(tokens_per_second, ["a"], number, measured) == f"--tokens-per-second: {expected}"
+    message = "--tokens-per-second: 0 given; allowed: above 0"
+    assert one_line_error(tokens_per_second, ["a"], 0.0, {}) == message
+    assert tokens_per_second(["a", "b"], 5.0, {}) == {"a": 5.0, "b": 5.0}
     assert tokens_per_second(["a", "b"], None, {"b": 2.0, "c": 4.0}) == {"a": 3.0, "b": 2.0}
 
 
@@ -405,6 +404,36 @@ def test_the_command_prints_the_plan(
     assert 39_840 * 4 * (3 + 1 / 3) / 1000 < float(grows[1]) < 39_840 * 4 * (3 + 1 / 3) / 1000 * 1.05
 
 
+def test_without_a_speed_it_trains_some_steps_and_keeps_nothing(
+    tmp_path: Path, tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(tmp_path, roster=["alpha", "beta", "gamma"])
+    monkeypatch.setattr("sys.argv", ["atoll", *arguments(tmp_path, "--tokens", "1e6")])
+    from launch import cli
+
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert "utilisation" in printed
+    tokens = read_manifest(Path(config.silos["alpha"].data[0])).num_tokens
+    times, budget = 12 * 4 * 16 / tokens, 1e6 / 3 / tokens
+    shown = rf"alpha +[0-9,.]+ +{times:.2f} times +{budget:.2f} times"
+    assert re.search(shown, printed), printed
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
+
+
+@pytest.mark.soak
+def test_a_silo_that_does_not_train_here_says_why(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    config = tiny_config(tmp_path, silo={"attention": "none_such"})
+    message = one_line_error(measure_silos, config)
+    assert message.startswith(
+        "--tokens-per-second: neither it nor --measured given, and silo alpha did not train here: "
+    )
+    assert "none_such" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
+
+
 def test_a_mistake_is_one_line(
     tmp_path: Path, tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -414,7 +443,11 @@ def test_a_mistake_is_one_line(
         ("--tokens-per-second", "5", "--latency", "-1"): "--latency: -1 given; allowed: 0 or more",
         ("--tokens-per-second", "5", "--tokens", "0"): "--tokens: 0 given; allowed: 1 or more",
         ("--tokens-per-second", "5", "exchange.kind=none"): "exchange.kind: 'none' given; nothing is exchanged",
-        (): "--tokens-per-second: neither it nor --measured given",
+        ("--tokens-per-second", "5", "--measured", "x"): "it and --measured given; allowed: one of the two, or neither",
+        ("tokenizer=nowhere",): "nor --measured given, and silo alpha cannot be measured here: tokenizer: 'nowhere'",
+        (
+            *("silo.num_nodes=2", "silo.micro_batch_sequences=1"),
+        ): "--tokens-per-second: neither it nor --measured given, and silo alpha has 2 nodes; allowed: one of the two",
         ("--measured", str(tmp_path)): "it has no metrics.jsonl",
     }.items():
         code, error = run(arguments(tmp_path, *more), monkeypatch, capsys)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from launch.show.report import write_report
-from pretrain.config.check import METRICS
+from pretrain.config.allowed import METRICS
 from pretrain.config.keys import RunConfig, TrustConfig, WandbConfig
 from pretrain.exchange.store import StoreExchange
 from pretrain.federation.contract import Agreed, describe, propose

@@ -1,0 +1,55 @@
+"""`atoll plan`: what a run will take before it starts."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launch.given import Config, Overrides
+from pretrain.config.check import ConfigError
+
+
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    *,
+    bandwidth: Annotated[str, typer.Option(help="Of a silo's link, in each direction: 100mbit, 2.5gbit.")],
+    latency: Annotated[float, typer.Option(help="Seconds to the store (or another silo) and back.")] = 0.05,
+    tokens_per_second: Annotated[
+        float | None, typer.Option(help="That each silo trains on; default: measured here.")
+    ] = None,
+    measured: Annotated[
+        Path | None, typer.Option(help="Directory of an earlier run on these machines, instead of a number.")
+    ] = None,
+    tokens: Annotated[float | None, typer.Option(help="Budget of all silos; default: what the run trains on.")] = None,
+) -> None:
+    """Say what a run will take before it starts: bytes, seconds, memory; and which ways to sync would be better.
+
+    Without --tokens-per-second and --measured it trains 20 steps of each silo here, and keeps nothing of them.
+
+    [bold]Example:[/bold] atoll plan --config run.yaml --bandwidth 100mbit
+    """
+    from launch.show import plan as planning
+    from launch.start.measuring import measure_silos
+    from pretrain.config.load import load_config
+    from pretrain.plan.plan import make_plan
+    from pretrain.plan.seconds import Given, parse_bandwidth
+
+    checked, bits_per_second = load_config(config, overrides or []), parse_bandwidth(bandwidth)
+    for option, number, minimum in (("--latency", latency, 0.0), ("--tokens", tokens, 1.0)):
+        if number is not None and not minimum <= number < float("inf"):
+            raise ConfigError(f"{option}: {number:g} given; allowed: {minimum:g} or more")
+    if tokens_per_second is not None and measured:
+        raise ConfigError("--tokens-per-second: it and --measured given; allowed: one of the two, or neither")
+    factor, known = 1.0, dict[str, float]()
+    if measured:
+        known, factor = planning.measured_run(measured)
+    elif tokens_per_second is None:
+        known = measure_silos(checked)
+    given = Given(
+        link_bits_per_second=bits_per_second,
+        latency_seconds=latency,
+        tokens_per_second=planning.tokens_per_second(list(checked.silos), tokens_per_second, known),
+        work_factor=factor,
+    )
+    planning.print_plan(make_plan(checked, given, budget_tokens=round(tokens) if tokens else None))

@@ -1,0 +1,36 @@
+"""How much text a silo has, how often a run reads it, and what would start."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.show.report import format_count
+from pretrain.config.check import ConfigError, accumulation_steps
+from pretrain.config.keys import RunConfig
+from pretrain.silo.shards import read_manifest
+
+
+def epochs(config: RunConfig, silo: str) -> tuple[int, float]:
+    """Tokens of a silo's text, and how many times a whole run reads them. Raises ConfigError without any."""
+    settings = config.silos[silo]
+    if not settings.data:
+        raise ConfigError(f"silos.{silo}.data: [] given; allowed: at least one directory of packed shards")
+    num_tokens = sum(read_manifest(Path(place), key=f"silos.{silo}.data").num_tokens for place in settings.data)
+    return num_tokens, config.inner.num_steps * settings.global_batch_sequences * config.sequence_tokens / num_tokens
+
+
+def what_would_start(config: RunConfig, silos: Sequence[str], *, aggregator: bool) -> str:
+    """A line for each process or silo. Raises ConfigError for a silo without text."""
+    lines = []
+    if aggregator and config.exchange.kind == "store":
+        rounds = f"{config.num_rounds:,} rounds of H = {config.outer.sync_interval_steps:,}"
+        lines.append(f"aggregator: {rounds}, {len(config.full_roster)} silos, in {config.store_url}")
+    for name in silos:
+        settings = config.silos[name]
+        ranks = settings.num_nodes * settings.processes_per_node
+        batch = f"{settings.micro_batch_sequences} x {ranks} x {accumulation_steps(name, settings, ranks)}"
+        num_tokens, times = epochs(config, name)
+        lines.append(
+            f"{name}: {ranks} process{'es' if ranks > 1 else ''}, batch {batch} = {settings.global_batch_sequences:,} "
+            f"sequences of {config.sequence_tokens:,}; reads its {format_count(num_tokens)} tokens {times:.2f} times"
+        )
+    return "\n".join([*lines, "dry run: nothing was started"])

@@ -1,0 +1,193 @@
+"""`atoll init`: the first configuration of a federation, a silo or a site, and the commands that come next."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+
+from pretrain.config.check import SILO_NAME, ConfigError, check_url
+from pretrain.config.keys import OPERATOR
+from pretrain.config.presets import find_preset
+
+MACHINES = {
+    "laptop": "this computer's CPU",
+    "node": "one machine with GPUs",
+    "slurm": "a cluster with SLURM",
+    "torchrun": "machines without a scheduler",
+}
+ROLES = {
+    "federation": "several silos, all at one place",
+    "silo": "one that joins a federation elsewhere",
+    "site": "what SLURM is to know of this cluster",
+}
+SHARDED = ("llama-350m", "llama-1b")
+"""Presets of models whose state is better spread over the GPUs of a silo."""
+# Tokens of a vocabulary, and how many bytes of text a token should have been learned from at least.
+VOCABULARIES, BYTES_A_TOKEN = (32_768, 8_192, 2_048, 512), 300
+
+
+@dataclass(frozen=True)
+class Text:
+    """A silo's name, and where its text is."""
+
+    name: str
+    place: str
+
+    @classmethod
+    def parse(cls, given: str) -> "Text":
+        """NAME=PLACE, or a place that gives the name. Raises ConfigError."""
+        name, is_named, place = given.rpartition("=")
+        name = name if is_named else re.sub(r"[^a-z0-9_-]+", "-", Path(place).stem.lower()).strip("-_")
+        if not SILO_NAME.fullmatch(name) or name == OPERATOR:
+            raise ConfigError(f"--text: {given!r} given; allowed: NAME=FOLDER, with a name of a-z, 0-9, _ and -")
+        if not Path(place).expanduser().exists():
+            raise ConfigError(f"--text: {given!r} given; there is no {place!r}; allowed: a folder or file of text")
+        return cls(name, place)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beginning:
+    """What was asked."""
+
+    machine: str
+    role: str
+    texts: list[Text] = field(default_factory=list)
+    model: str = ""
+    gpus: int = 0
+    """Of a node."""
+    nodes: int = 1
+    """Of a silo."""
+    store: str = ""
+    """URL of the federation that a silo joins."""
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for what does not fit together."""
+        if self.role == "site" and self.machine != "slurm":
+            raise ConfigError(f"--role: site given with --machine {self.machine}; allowed: with --machine slurm")
+        names = [text.name for text in self.texts]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"--text: {', '.join(names)} given; allowed: each name once, as NAME=FOLDER")
+        if self.role == "silo" and len(names) != 1:
+            raise ConfigError(f"--text: {len(names)} given with --role silo; allowed: one")
+        if self.machine == "node" and not self.gpus:
+            raise ConfigError("--gpus: 0 given with --machine node; allowed: 1 or more, or --machine laptop")
+        if self.machine in ("laptop", "node") and self.nodes != 1:
+            raise ConfigError(f"--nodes: {self.nodes} given with --machine {self.machine}; allowed: 1")
+        if self.model:
+            find_preset("model", self.model, key="--model")
+        if self.store:
+            check_url(self.store, "--store")
+
+    @property
+    def default_file(self) -> str:
+        """Where it is written if nothing else is said."""
+        return {"federation": "run.yaml", "site": "site.yaml"}.get(
+            self.role, f"{self.texts[0].name if self.texts else ''}.yaml"
+        )
+
+    def configuration(self, file: str) -> str:
+        """The file."""
+        environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+        template = environment.from_string((files("launch.start") / "begin.yaml.j2").read_text())
+        processes, micro = max(1, self.gpus), 8 if self.gpus else 4
+        ranks, presets = processes * self.nodes, [f"model={self.model}", "outer=recommended"]
+        if self.gpus and self.model in SHARDED:
+            presets.append("silo=zero3-bf16")
+        together = self.machine in ("laptop", "node")
+        return _aligned(
+            template.render(
+                role=self.role,
+                machine=self.machine,
+                file=file,
+                silos=self.texts,
+                gpus=self.gpus,
+                nodes=self.nodes,
+                processes=processes,
+                micro=micro,
+                batch=micro * ranks * max(1, (64 if self.gpus else 16) // (micro * ranks)),
+                threads=max(1, (os.cpu_count() or 1) // (len(self.texts) if together else 1)) if self.texts else 1,
+                interval=10 if together else 50,
+                presets=presets,
+            )
+        )
+
+    def next_commands(self, file: str) -> list[str]:
+        """What to type next, in order."""
+        if self.role == "site":
+            return [f"atoll launch slurm --config run.yaml --site {shlex.quote(file)} --dry-run"]
+        quoted, config = [shlex.quote(text.place) for text in self.texts], f"--config {shlex.quote(file)}"
+        found = []
+        if self.role == "federation":
+            size = _vocabulary(self.texts)
+            found.append(f"atoll data tokenizer {' '.join(quoted)} --vocab-size {size} --output tokenizer")
+        found += [
+            f"atoll data prepare {place} --tokenizer tokenizer --output packed/{text.name}"
+            for place, text in zip(quoted, self.texts, strict=True)
+        ]
+        if self.machine == "slurm":
+            found.append("atoll init --machine slurm --role site" + (f" --gpus {self.gpus}" if self.gpus else ""))
+        return [*found, *(self._joining(config) if self.role == "silo" else self._starting(config))]
+
+    def _starting(self, config: str) -> list[str]:
+        plan = f"atoll plan {config} --bandwidth 1gbit"
+        if self.machine == "slurm":
+            launch = f"atoll launch slurm {config} --site site.yaml"
+        elif self.machine == "torchrun":
+            hosts = " ".join(f"--host HOST{number}" for number in range(1, self.nodes + 1))
+            silos = [f"atoll launch torchrun {config} --silo {text.name} {hosts} --ssh ssh" for text in self.texts]
+            return [f"atoll aggregate {config} --dry-run", f"atoll aggregate {config}", *silos]
+        else:
+            launch = f"atoll launch local {config}"
+        return [plan, f"{launch} --dry-run", launch]
+
+    def _joining(self, config: str) -> list[str]:
+        site = " --site site.yaml" if self.machine == "slurm" else ""
+        join = f"atoll launch join {shlex.quote(self.store or 's3://BUCKET/RUN')} {config}{site}"
+        if self.machine == "torchrun":
+            hosts = " ".join(f"--host HOST{number}" for number in range(1, self.nodes + 1))
+            name = self.texts[0].name
+            return [
+                f"{join} --dry-run",
+                f"atoll launch torchrun --config runs/{name}/config.yaml --silo {name} {hosts} --ssh ssh",
+            ]
+        return [f"{join} --dry-run", join]
+
+
+def _aligned(text: str) -> str:
+    """With comments one below the other."""
+    lines = [re.match(r"(\s*[^#\s][^#]*?)\s+(# .*)$", line) or line for line in text.splitlines()]
+    return "".join(f"{line if isinstance(line, str) else f'{line[1]:<30} {line[2]}'}\n" for line in lines)
+
+
+def write_new(file: Path, text: str) -> None:
+    """Write a file that is not there yet. Raises ConfigError."""
+    try:
+        with file.open("x") as new:
+            new.write(text)
+    except FileExistsError:
+        raise ConfigError(
+            f"--output: {str(file)!r} given; it is there already, and stays; allowed: a new file"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"--output: {str(file)!r} given; it cannot be written: {error.strerror}") from None
+
+
+def count_gpus() -> int:
+    """GPUs of this machine, as NVIDIA's driver lists them."""
+    program = shutil.which("nvidia-smi")
+    listed = subprocess.run([program, "--list-gpus"], capture_output=True, text=True, check=False) if program else None
+    return len(listed.stdout.splitlines()) if listed and not listed.returncode else 0
+
+
+def _vocabulary(texts: list[Text]) -> int:
+    """A size that the text is enough for."""
+    places = [Path(text.place).expanduser() for text in texts]
+    every = [file for place in places for file in ([place] if place.is_file() else place.rglob("*")) if file.is_file()]
+    num_bytes = sum(file.stat().st_size for file in every)
+    return next((size for size in VOCABULARIES if num_bytes >= size * BYTES_A_TOKEN), VOCABULARIES[-1])

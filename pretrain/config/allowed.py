@@ -1,0 +1,118 @@
+"""What a key may be whatever the others are: one of these names, or a number from here to there. Imports no torch.
+
+`check.py` refuses the rest, and knows what has to fit together; `atoll config keys` shows it.
+"""
+
+import math
+from dataclasses import dataclass
+
+SCHEDULES = ("cosine", "wsd", "constant")
+MERGES = ("mean", "importance", "clip", "trimmed_mean", "median", "krum")
+TIERS = ("public", "consortium", "member")
+METRICS = ("loss", "pseudo_gradient_norm", "seconds_per_step", "tokens")
+CODECS = ("fp32", "bf16", "int8", "int4", "e3m0", "topk")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numbers:
+    """Finite numbers between two."""
+
+    least: float = 0
+    most: float = math.inf
+    without_least: bool = False
+    without_most: bool = False
+
+    def __contains__(self, number: float) -> bool:
+        above = self.least < number if self.without_least else self.least <= number
+        below = number < self.most if self.without_most else number <= self.most
+        return above and below and math.isfinite(number)
+
+    @property
+    def words(self) -> str:
+        """As an error says it."""
+        if self.most == math.inf:
+            return f"above {self.least:g}" if self.without_least else f"{self.least:g} or more"
+        from_here = f"above {self.least:g}, to" if self.without_least else f"{self.least:g} to"
+        return f"{from_here}{' below' if self.without_most else ''} {self.most:g}"
+
+
+NONE_LESS, ONE, ABOVE = Numbers(), Numbers(least=1), Numbers(without_least=True)
+SHARE, BELOW_ONE = Numbers(most=1), Numbers(most=1, without_most=True)
+
+ALLOWED: dict[str, tuple[str, ...] | Numbers] = {
+    "sequence_tokens": Numbers(least=2),
+    "inner.num_steps": ONE,
+    "inner.optimizer": ("adamw", "sgd", "muon"),
+    "inner.lr": ABOVE,
+    "inner.muon_lr": ABOVE,
+    "inner.muon_momentum": BELOW_ONE,
+    "inner.eps": ABOVE,
+    "inner.weight_decay": NONE_LESS,
+    "inner.schedule": SCHEDULES,
+    "inner.warmup_steps": NONE_LESS,
+    "inner.decay_steps": NONE_LESS,
+    "inner.min_lr_ratio": SHARE,
+    "inner.clip_norm": NONE_LESS,
+    "outer.sync_interval_steps": ONE,
+    "outer.optimizer": ("nesterov", "sgd", "adam"),
+    "outer.lr": ABOVE,
+    "outer.momentum": BELOW_ONE,
+    "outer.eps": ABOVE,
+    "outer.schedule": SCHEDULES,
+    "outer.warmup_rounds": NONE_LESS,
+    "outer.decay_rounds": NONE_LESS,
+    "outer.min_lr_ratio": SHARE,
+    "outer.merge": MERGES,
+    "outer.weight_power": SHARE,
+    "outer.max_share": Numbers(most=1, without_least=True),
+    "outer.quality_floor": ONE,
+    "outer.max_batch_sequences": ONE,
+    "outer.codec": CODECS,
+    "outer.downlink_codec": CODECS,
+    "outer.error_feedback": SHARE,
+    "outer.num_fragments": ONE,
+    "outer.overlap_steps": NONE_LESS,
+    "outer.second_moments": ("local", "shared"),
+    "outer.control_variates": SHARE,
+    "outer.mixing": SHARE,
+    "outer.state": ("memory", "disk"),
+    "membership.quorum": ONE,
+    "membership.deadline_mads": NONE_LESS,
+    "membership.deadline_floor_seconds": NONE_LESS,
+    "membership.deadline_ceiling_seconds": NONE_LESS,
+    "membership.away_after_versions": ONE,
+    "membership.stale_weight": SHARE,
+    "membership.sample": ONE,
+    "membership.steps": ("equal", "speed"),
+    "membership.rejoin_warmup_steps": NONE_LESS,
+    "membership.max_norm_ratio": ABOVE,
+    "membership.max_loss_rise": ABOVE,
+    "exchange.kind": ("store", "collective", "none"),
+    "exchange.poll_seconds": ABOVE,
+    "exchange.retry_seconds": NONE_LESS,
+    "exchange.stall_seconds": ABOVE,
+    "exchange.lease_seconds": ABOVE,
+    "exchange.dead_seconds": ABOVE,
+    "exchange.hung_seconds": ABOVE,
+    "exchange.keep_versions": ONE,
+    "exchange.snapshot_versions": ONE,
+    "silo.num_nodes": ONE,
+    "silo.min_nodes": NONE_LESS,
+    "silo.processes_per_node": ONE,
+    "silo.global_batch_sequences": ONE,
+    "silo.micro_batch_sequences": ONE,
+    "silo.accumulation_steps": NONE_LESS,
+    "silo.precision": ("fp32", "bf16"),
+    "silo.loss_chunk_tokens": NONE_LESS,
+    "silo.prefetch_batches": NONE_LESS,
+    "silo.checkpoint_interval_steps": ONE,
+    "silo.keep_checkpoints": ONE,
+    "silo.eval_interval_rounds": NONE_LESS,
+    "silo.eval_sequences": NONE_LESS,
+    "silo.log_interval_steps": ONE,
+    "silo.profile_rounds": NONE_LESS,
+    "silo.num_threads": ONE,
+    "trust.keep_deliveries": NONE_LESS,
+    "trust.software": ("recorded", "exact"),
+    "wandb.mode": ("offline", "online", "disabled"),
+}
