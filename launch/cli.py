@@ -11,6 +11,7 @@ from launch.contract import app as contract_app
 from launch.egress import app as egress_app
 from launch.exit import leave_with_proof
 from launch.keys import app as keys_app
+from launch.report import report, serve, watch
 from launch.revoke import revoke
 from launch.verify import verify
 from pretrain.config.check import ConfigError, check_url, named
@@ -34,6 +35,9 @@ app.add_typer(egress_app, name="egress")
 app.command()(verify)
 app.command("exit")(leave_with_proof)
 app.command()(revoke)
+app.command()(report)
+app.command()(watch)
+app.command()(serve)
 
 Config = Annotated[list[Path], typer.Option("--config", "-c", help="YAML file; several are merged in order.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, merged last.")]
@@ -360,18 +364,6 @@ def relay(
     remote = expand_home("--remote", remote)
     check_url(remote, "--remote")
     raise typer.Exit(run_relay(_loaded(config, overrides), remote))
-
-
-@app.command()
-def report(directory: RunDirectory) -> None:
-    """Write summary.json and report.html of a run.
-
-    [bold]Example:[/bold] atoll report runs/demo
-    """
-    from launch.show.report import write_report
-
-    compared = sorted(path for path in (directory / "compare").glob("*") if (path / "metrics.jsonl").is_file())
-    print(write_report(directory, comparisons={path.name: path for path in compared}))
 
 
 @app.command()

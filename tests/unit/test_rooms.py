@@ -22,6 +22,7 @@ FLOORS = (
         "launch.exit",
         "launch.keys",
         "launch.contract",
+        "launch.report",
         "launch.revoke",
         "launch.verify",
     ),
