@@ -10,12 +10,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from data_tools.report import COLORS
+from launch.show.display import shortened
 from launch.show.figures import MAIN_COLOR, ROLLBACK_COLOR, STYLE, mark_rollbacks, short, svg, thin
 from launch.show.history import History, Version
 from pretrain.config.keys import OPERATOR
 
 SIZE_INCHES = (4.7, 2.9)
-MOST_ROWS, MOST_NAMED = 64, 8  # silos with a row of their own; with a name in a legend
+MOST_ROWS, MOST_NAMED = 64, 8  # silos with a row of their own; with a name in a legend, ...
+MOST_CHARACTERS = 16  # ... which is no longer
 PART_COLORS = {"in": "#56b4e9", "late": "#e69f00", "no weight": "#8a8a8a"}
 ABSENT_COLOR = "#eef1f4"
 MARKS = {"joined": (">", "#009e73"), "came back": ("D", "#0072b2"), "left": ("X", "#1f2933"), "lease": ("^", "#1f2933")}
@@ -58,7 +60,7 @@ def loss_in_time(history: History) -> Figure | None:
         return None if version.unix_seconds is None else (version.unix_seconds - began) / size
 
     means = [(at, one.loss) for one in timed if one.loss is not None and (at := place(one)) is not None]
-    figure = _by_silo(history, "loss", "training loss over time, nats per token", mean=means, place=place)
+    figure = _by_silo(history, "loss", "training loss over time, nats per token", mean=means, key="time", place=place)
     if figure:
         back = [event.unix_seconds for event in history.events if event.what == "rolled back"]
         mark_rollbacks(figure.axes[0], [(at - began) / size for at in back if at is not None])
@@ -68,7 +70,7 @@ def loss_in_time(history: History) -> Figure | None:
 
 def commits(history: History) -> Figure | None:
     """Who was in which commit: a row a silo, and one for what happened to all."""
-    if not history.silos or not history.versions:
+    if not any(one.parts for one in history.versions):
         return None
     rows = history.silos[:MOST_ROWS]
     height = max(SIZE_INCHES[1], 1.1 + 0.2 * (len(rows) + 1))
@@ -80,10 +82,10 @@ def commits(history: History) -> Figure | None:
         states: dict[str, list[int]] = {}
         for one in history.versions:
             if part := one.parts.get(silo):
-                state = "no weight" if not part.counts else "late" if part.is_late else "in"
-                states.setdefault(state, []).append(one.number)
+                states.setdefault(part.state, []).append(one.number)
         for state, numbers in states.items():
-            axes.broken_barh(_runs(numbers), (row - 0.32, 0.64), color=PART_COLORS[state], gid=f"commits-{silo}")
+            color, gid = PART_COLORS[state], f"commits-{silo}-{state.replace(' ', '-')}"
+            axes.broken_barh(_runs(numbers), (row - 0.32, 0.64), color=color, gid=gid)
     for source, to in history.taken_back:
         axes.broken_barh([(to + 0.5, source - to)], (len(rows) - 0.12, 0.24), color=ROLLBACK_COLOR, gid="taken-back")
     places = {name: row for row, name in enumerate([*rows, OPERATOR])}
@@ -93,11 +95,12 @@ def commits(history: History) -> Figure | None:
             style: dict[str, Any] = {"marker": mark, "color": color, "markersize": 7, "markeredgecolor": "white"}
             axes.plot([event.version + 0.5], [places[event.who]], **style, gid=f"event-{event.what.replace(' ', '-')}")
     mark_rollbacks(axes, [to + 0.5 for _, to in history.taken_back])
-    axes.set_yticks(range(len(rows) + 1), [*(_cut(name) for name in rows), "all"])
+    axes.set_yticks(range(len(rows) + 1), [*(shortened(name, MOST_CHARACTERS) for name in rows), "all"])
     axes.set_ylim(len(rows) + 0.6, -0.6)
     axes.set_xlim(0, last + 1)
     axes.grid(axis="y", visible=False)
-    axes.set_title("who is in which commit")
+    some = f", of the first {MOST_ROWS} silos" if len(history.silos) > MOST_ROWS else ""
+    axes.set_title(f"who is in which commit{some}")
     _version_axis(axes, history)
     return figure
 
@@ -115,7 +118,7 @@ def tokens(history: History) -> Figure | None:
 
 def waiting(history: History) -> Figure | None:
     """How long a delivery lay there until the commit."""
-    return _by_silo(history, "waited_seconds", "from delivery to commit, seconds", from_zero=True)
+    return _by_silo(history, "waited_seconds", "from delivery to commit, seconds", key="waiting", from_zero=True)
 
 
 def num_bytes(history: History) -> Figure | None:
@@ -132,8 +135,8 @@ def num_bytes(history: History) -> Figure | None:
 def norms(history: History) -> Figure | None:
     """Of each silo's pseudo-gradient, and of the outer step."""
     updates = [(one.number, one.update_norm) for one in history.versions if one.update_norm is not None]
-    title = "norm of pseudo-gradients and of the outer step"
-    return _by_silo(history, "norm", title, mean=updates, label="outer step", from_zero=True)
+    title = "norms: pseudo-gradients, outer step (update)"
+    return _by_silo(history, "norm", title, mean=updates, label="update", from_zero=True)
 
 
 def cosine(history: History) -> Figure | None:
@@ -153,6 +156,7 @@ def _by_silo(
     *,
     mean: Sequence[tuple[float, float]] = (),
     label: str = "mean",
+    key: str = "",
     place: Callable[[Version], float | None] | None = None,
     from_zero: bool = False,
 ) -> Figure | None:
@@ -161,8 +165,8 @@ def _by_silo(
     at_place = place or _number
     for silo, color in _colors(history).items():
         found = [(at, number) for one, number in history.of_silo(silo, what) if (at := at_place(one)) is not None]
-        _line(axes, found, silo, color, f"{what}-{silo}")
-    _line(axes, mean, label, MAIN_COLOR, f"{what}-{label.replace(' ', '-')}", linewidth=2.4)
+        _line(axes, found, silo, color, f"{key or what}-{silo}")
+    _line(axes, mean, label, MAIN_COLOR, f"{key or what}-{label}", linewidth=2.4)
     if from_zero:
         axes.set_ylim(bottom=0)
     return _finished(figure, axes, history, by_version=place is None)
@@ -197,7 +201,7 @@ def _finished(figure: Figure, axes: Axes, history: History, *, by_version: bool 
         handles, labels = [handle for handle, _ in named], [label for _, label in named]
     if labels:
         columns = min(3, len(labels))
-        cut = [_cut(label) if label in history.silos else label for label in labels]
+        cut = [shortened(label, MOST_CHARACTERS) if label in history.silos else label for label in labels]
         figure.legend(handles, cut, loc="outside lower center", ncols=columns, handlelength=1.4, columnspacing=1.2)
     if by_version:
         mark_rollbacks(axes, [float(to) for _, to in history.taken_back])
@@ -225,7 +229,3 @@ def _runs(numbers: Sequence[int]) -> list[tuple[float, float]]:
         else:
             found.append((number - 0.5, 1.0))
     return found
-
-
-def _cut(name: str) -> str:
-    return name if len(name) <= 16 else f"{name[:15]}…"

@@ -38,6 +38,11 @@ class Part:
     waited_seconds: float | None = None
     """From its delivery to the commit, by the store's clock."""
 
+    @property
+    def state(self) -> str:
+        """How it counts: in, late, no weight."""
+        return "no weight" if not self.counts else "late" if self.is_late else "in"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Version:

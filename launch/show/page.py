@@ -96,7 +96,7 @@ def _cards(status: StoreStatus, history: History) -> list[dict[str, str]]:
     """The headline: a few numbers, each with one line that says what it means."""
     version, silos = status.version or 0, status.silos.values()
     pace = "" if status.version_seconds is None else f"{format_seconds(status.version_seconds)} each, the median"
-    cards = [{"value": f"{version} of {status.num_versions}", "label": "versions", "note": pace}]
+    cards = [{"value": f"{version:,}", "label": f"of {status.num_versions:,} versions", "note": pace}]
     if status.version_seconds is not None and not status.is_finished:
         left = format_seconds(status.version_seconds * (status.num_versions - version))
         cards.append({"value": left, "label": "left", "note": "at the pace of the versions so far"})

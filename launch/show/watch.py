@@ -9,7 +9,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from launch.show.display import format_seconds
+from launch.show.display import format_seconds, shortened
 from launch.show.history import History, Version
 from launch.show.page import Federation
 from launch.show.status import show_status, waiting_words
@@ -20,7 +20,8 @@ POLL_SECONDS = 5.0
 MOST_BUSY = 4  # a look that takes long is followed by a pause of so many times that
 NARROW = 14  # of a name in the table of the newest versions, ...
 WIDEST = 4  # ... of which each has so many columns at most
-SIGNS = {"in": ("█", "#"), "late": ("▒", "+"), "no weight": ("░", "-"), "absent": ("·", ".")}
+SIGNS = {"in": ("▆", "#"), "late": ("▃", "+"), "no weight": ("_", "-"), "absent": ("·", ".")}
+STYLES = {"in": "cyan", "late": "yellow", "no weight": "red", "absent": "dim"}
 HEIGHTS = ("▁▂▃▄▅▆▇█", "_.-=+*#")
 
 
@@ -63,27 +64,22 @@ def _newest(history: History, console: Console) -> Table:
     newest = [one for one in history.versions if one.number][-room:]
     times = min(WIDEST, room // len(newest))
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold dim")
-    table.add_column("silo", no_wrap=True, overflow="ellipsis", max_width=NARROW)
+    table.add_column("silo", no_wrap=True)
     table.add_column(f"versions {newest[0].number} to {newest[-1].number}", no_wrap=True)
     table.add_column("loss", justify="right", no_wrap=True)
     for silo in history.silos:
-        line = "".join(SIGNS[_state(one, silo)][plain] * times for one in newest)
+        line = Text()
+        for state in (part.state if (part := one.parts.get(silo)) else "absent" for one in newest):
+            line.append(SIGNS[state][plain] * times, style=STYLES[state])
         losses = history.of_silo(silo, "loss")
-        table.add_row(Text(silo), line, f"{losses[-1][1]:.4f}" if losses else "-")
-    if losses := [one.loss for one in newest if one.loss is not None]:
-        table.add_row(Text("mean loss", style="bold"), _curve(newest, times, plain=plain), f"{losses[-1]:.4f}")
+        table.add_row(Text(shortened(silo, NARROW)), line, f"{losses[-1][1]:.4f}" if losses else "-")
+    if means := [one.loss for one in newest if one.loss is not None]:
+        table.add_row(Text("mean loss", style="bold"), _curve(newest, times, plain=plain), f"{means[-1]:.4f}")
     back = {to + 1 for _, to in history.taken_back}  # the first that was made again
     if back & {one.number for one in newest}:
-        line = "".join(("^" if one.number in back else " ").ljust(times) for one in newest)
-        table.add_row(Text("made again", style="red"), Text(f"{line}".rstrip(), style="red"), "")
+        marks = "".join(("^" if one.number in back else " ").ljust(times) for one in newest)
+        table.add_row(Text("made again", style="red"), Text(marks.rstrip(), style="red"), "")
     return table
-
-
-def _state(version: Version, silo: str) -> str:
-    part = version.parts.get(silo)
-    if part is None:
-        return "absent"
-    return "no weight" if not part.counts else "late" if part.is_late else "in"
 
 
 def _curve(versions: list[Version], times: int, *, plain: bool) -> str:
