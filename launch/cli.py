@@ -17,6 +17,7 @@ from launch.keys import app as keys_app
 from launch.launch import app as launch_app
 from launch.plan import plan
 from launch.presets import presets
+from launch.report import report, serve, watch
 from launch.revoke import revoke
 from launch.verify import verify
 from launch.version import with_version
@@ -43,6 +44,9 @@ app.command()(presets)
 app.command()(verify)
 app.command("exit")(leave_with_proof)
 app.command()(revoke)
+app.command()(report)
+app.command()(watch)
+app.command()(serve)
 
 RunDirectory = Annotated[Path, typer.Argument(help="Run directory.")]
 
@@ -243,18 +247,6 @@ def relay(
     remote = expand_home("--remote", remote)
     check_url(remote, "--remote")
     raise typer.Exit(run_relay(loaded(config, overrides), remote, dry_run=dry_run))
-
-
-@app.command()
-def report(directory: RunDirectory) -> None:
-    """Write summary.json and report.html of a run.
-
-    [bold]Example:[/bold] atoll report runs/demo
-    """
-    from launch.show.report import write_report
-
-    compared = sorted(path for path in (directory / "compare").glob("*") if (path / "metrics.jsonl").is_file())
-    print(write_report(directory, comparisons={path.name: path for path in compared}))
 
 
 @app.command()

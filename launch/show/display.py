@@ -329,6 +329,11 @@ def format_bytes(num_bytes: float) -> str:
     return f"{num_bytes:.1f} PB"
 
 
+def shortened(name: str, limit: int) -> str:
+    """A name with its beginning and its end, which tell those of many silos apart."""
+    return name if len(name) <= limit else f"{name[: (limit - 1) // 2]}…{name[-(limit // 2) :]}"
+
+
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 

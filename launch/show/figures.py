@@ -47,7 +47,15 @@ def draw_all(run: Run, evaluated: Mapping[str, list[Evaluation]]) -> dict[str, s
     }
     with matplotlib.rc_context(STYLE):
         figures = {name: make() for name, make in draw.items()}
-        return {name: _svg(figure) for name, figure in figures.items() if figure is not None}
+        return {name: svg(figure) for name, figure in figures.items() if figure is not None}
+
+
+def draw_held_out(evaluated: Mapping[str, list[Evaluation]]) -> str:
+    """The plot of `held_out` alone, as SVG; each run has evaluations."""
+    with matplotlib.rc_context(STYLE):
+        figure = held_out(evaluated)
+        assert figure
+        return svg(figure)
 
 
 def held_out(evaluated: Mapping[str, list[Evaluation]], rollbacks: Sequence[float] = ()) -> Figure | None:
@@ -73,9 +81,9 @@ def held_out(evaluated: Mapping[str, list[Evaluation]], rollbacks: Sequence[floa
             )
             marker = "o" if len(points) <= 30 else ""
             axes.plot(*_split(points), label=name, marker=marker, markersize=3.5, **style)  # type: ignore[arg-type]
-        _mark(axes, rollbacks)
+        mark_rollbacks(axes, rollbacks)
         axes.set_title("mean over corpora" if corpus is None else corpus)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: _short(tokens)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: short(tokens)))
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.tick_params(labelbottom=True)
         if number % columns == 0:
@@ -106,7 +114,7 @@ def training(run: Run) -> Figure | None:
     loss.legend(ncols=2)
     rate.set_title("learning rate")
     for axes in (loss, rate):
-        _mark(axes, run.rollbacks_at("step"))
+        mark_rollbacks(axes, run.rollbacks_at("step"))
         axes.set_xlabel("inner step")
         axes.margins(x=0.02)
     rate.set_ylim(bottom=0)
@@ -146,7 +154,7 @@ def sync(run: Run) -> Figure | None:
     wait.set_ylim(bottom=0, top=wait.get_ylim()[1] * 1.3)
     wait.legend(ncols=3, loc="upper left")
     for axes in (volume, wait):
-        _mark(axes, run.rollbacks_at("round"))
+        mark_rollbacks(axes, run.rollbacks_at("round"))
         _round_axis(axes)
     return figure
 
@@ -198,7 +206,7 @@ def pseudo_gradients(run: Run) -> Figure | None:
         panels[1].set_title("cosine between silos' pseudo-gradients, mean")
         panels[1].set_ylim(min(-0.3, panels[1].get_ylim()[0]), 1)
     for axes in panels:
-        _mark(axes, run.rollbacks_at("round"))
+        mark_rollbacks(axes, run.rollbacks_at("round"))
         _round_axis(axes)
     return figure
 
@@ -235,20 +243,22 @@ def _round_axis(axes: Axes) -> None:
     axes.grid(axis="x", visible=False)
 
 
-def _mark(axes: Axes, rollbacks: Sequence[float]) -> None:
+def mark_rollbacks(axes: Axes, rollbacks: Sequence[float]) -> None:
     """A line where the run was taken back to, and went on from."""
     for at in rollbacks:
         axes.axvline(at, color=ROLLBACK_COLOR, linestyle=":", linewidth=1.4, gid="rollback")
 
 
-def _short(number: float) -> str:
+def short(number: float) -> str:
+    """12.5 M: a count on an axis."""
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= size:
             return f"{number / size:g} {unit}"
     return f"{number:g}"
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
+    """The SVG element, to be put into a page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
@@ -277,9 +287,9 @@ def compared_losses(curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]
             axes.fill_between(tokens, low, high, color=line.get_color(), alpha=0.2, lw=0)
         axes.set_title("held-out loss, nats")
         axes.set_xlabel("tokens")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
         axes.legend(bbox_to_anchor=(1.01, 1), loc="upper left")
-        return _svg(figure)
+        return svg(figure)
 
 
 def compared_silos(own: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
@@ -298,4 +308,4 @@ def compared_silos(own: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
         axes.invert_yaxis()
         axes.set_title("held-out loss of each silo's own text, nats")
         axes.legend(bbox_to_anchor=(1.01, 1), loc="upper left")
-        return _svg(figure)
+        return svg(figure)

@@ -11,10 +11,13 @@ import fsspec
 
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import ExchangeConfig
-from pretrain.exchange.client import PAGES, Client, SlowError
-from pretrain.host.clock import DAY_SECONDS
+from pretrain.exchange.client import PAGES, Client
+from pretrain.exchange.options import distrust, is_of_another_time
+from pretrain.host.clock import DAY_SECONDS, by_this_machine
+from pretrain.host.foreign import shown
 
 LAST_NUMBER = re.compile(r"(.*?)([0-9]{1,15})([^0-9]*)")
+READ_AT_ONCE = 500  # objects, within one limit of time
 LIMIT_BYTES = 4 << 20  # of one object; the largest, a commit of MAX_SILOS, has 2 MB
 
 Numbered = dict[int, str]
@@ -67,14 +70,27 @@ class Listed:
         """Whether an object is none that any party of ours has written."""
         return self._sizes[path] > LIMIT_BYTES
 
+    def stamp(self, path: str) -> tuple[int, float | None]:
+        """What an object is known again by: its size, and when it was written."""
+        return self._sizes[path], self.times[path]
+
     def read(self, paths: Iterable[str]) -> dict[str, bytes]:
-        """Objects by path, without those that are too large or were deleted since the listing."""
+        """Objects by path, without those that are too large or were deleted since the listing. Raises ConfigError."""
         full = [self._prefix + path for path in paths if path in self.times and not self.is_too_large(path)]
+        found: dict[str, bytes] = {}
         try:
-            found = self._client.call("cat", full, on_error="omit") if full else {}
-        except SlowError as error:
-            raise ConfigError(f"store: {self.url!r} given; it cannot be read: {error}") from None
+            for start in range(0, len(full), READ_AT_ONCE):
+                found |= self._client.call("cat", full[start : start + READ_AT_ONCE], on_error="omit")
+        except Exception as error:
+            raise cannot_be_read(self.url, error) from None
         return {full_path.removeprefix(self._prefix): content for full_path, content in found.items()}
+
+
+def cannot_be_read(url: str, error: Exception) -> ConfigError:
+    """One line for whatever exception a kind of store raises."""
+    reason = distrust(error) or " ".join(str(error).split()) or type(error).__name__
+    reason += f"; {by_this_machine()}" if is_of_another_time(error) else ""
+    return ConfigError(f"store: {url!r} given; it cannot be read: {shown(reason)}")
 
 
 def _modified(entry: dict[str, Any]) -> float | None:

@@ -15,8 +15,10 @@ from launch.show.display import describe_setup, format_bytes, format_seconds
 from launch.show.metrics import Record
 from launch.show.run import Evaluation, Run, evaluations
 from pretrain.config.keys import RunConfig
+from pretrain.host.clock import utc
 
 BYTES_BF16 = 2
+MADE_BY = '<meta name="generator" content="atoll">'
 
 
 def data_parallel_bytes(*, num_silos: int, num_parameters: int, steps_by_silo: Mapping[str, int]) -> int:
@@ -107,34 +109,47 @@ def write_report(
     main = Run.read(run)
     others = {name: Run.read(directory) for name, directory in (comparisons or {}).items()}
     evaluated = {name: evaluations(one) for name, one in {label: main, **others}.items()}
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters.update(bytes=format_bytes, seconds=format_seconds, count=format_count)
-    template = environment.from_string((files("launch.show") / "report.html.j2").read_text())
     silos = _silo_rows(main)
-    html = template.render(
+    html = template("report.html.j2").render(
         name=main.config.name,
         is_alone=main.config.exchange.kind == "none",
         written=time.strftime("%Y-%m-%d %H:%M"),
         summary=summary,
         cards=_cards(summary, evaluated[label]),
-        comparison=_comparison_rows(evaluated),
+        comparison=comparison_rows(evaluated),
         corpora=sorted({corpus for found in evaluated.values() for one in found for corpus in one.val_loss}),
         silos=silos,
         profiles=[found[-1] for silo in main.silos if (found := main.of_silo("profile", silo))],
         has_mfu=any(silo["mfu"] for silo in silos),
         has_device=any(silo["peak_device_memory_bytes"] for silo in silos),
         commits=_commit_rows(main),
-        settings=_settings(main.config),
+        settings=describe_settings(main.config),
         kept=[name for name, tier in main.config.trust.metrics.items() if tier != "public"],
         figures=figures.draw_all(main, evaluated),
     )
     path = main.directory / "report.html"
+    write_page(path, html)
+    return path
+
+
+def template(name: str) -> jinja2.Template:
+    """A page of this folder; all that is put into it is text, unless it says otherwise."""
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(lambda name: (files("launch.show") / name).read_text()),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters.update(bytes=format_bytes, seconds=format_seconds, count=format_count, utc=utc)
+    return environment.get_template(name)
+
+
+def write_page(path: Path, html: str) -> None:
+    """Write a page, whole or not at all."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(html)
     temporary.replace(path)
-    return path
 
 
 def _cards(summary: dict[str, Any], evaluated: list[Evaluation]) -> list[dict[str, str]]:
@@ -161,7 +176,7 @@ def _cards(summary: dict[str, Any], evaluated: list[Evaluation]) -> list[dict[st
     return cards
 
 
-def _comparison_rows(evaluated: Mapping[str, list[Evaluation]]) -> list[dict[str, Any]]:
+def comparison_rows(evaluated: Mapping[str, list[Evaluation]]) -> list[dict[str, Any]]:
     """One row per run, the reported one first: tokens, held-out losses, and the mean against the first run's."""
     rows: list[dict[str, Any]] = []
     for name, found in evaluated.items():
@@ -227,7 +242,7 @@ def _weights(commit: Record) -> dict[str, float]:
     return dict(weights) if isinstance(weights, dict) else dict(zip(commit.get("silos") or [], weights, strict=False))
 
 
-def _settings(config: RunConfig) -> list[tuple[str, str]]:
+def describe_settings(config: RunConfig) -> list[tuple[str, str]]:
     """What a reader wants to know before believing the numbers."""
     inner, outer = config.inner, config.outer
     model = config.model.checkpoint or config.model.config.get("model_type", "")

@@ -39,25 +39,32 @@ def show_status(status: StoreStatus, console: Console) -> None:
         if silo.not_counted:
             more = f"; {len(silo.not_counted)} versions in all" if len(silo.not_counted) > 1 else ""
             console.print(Text(f"silo {name} did not count in {silo.not_counted[-1]}{more}", style="red"))
-    if status.unreadable:
-        words = f"passed over, as they are not what their names say: {_named(status.unreadable)}"
-        console.print(Text(words, style="red"))
-    if status.unsigned:
-        words = f"not said, as who should have said it has not signed it: {_named(status.unsigned)}"
-        console.print(Text(words, style="red"))
-    if status.ahead:
-        words = f"of a time to come, {by_this_machine()}, and so not counted from: {_named(status.ahead)}"
+    for words in remarks(status):
         console.print(Text(words, style="red"))
     silos = status.silos.values()
     num_alive, num_participating = sum(s.life.is_alive for s in silos), sum(s.part == "yes" for s in silos)
     num_tokens = sum(silo.tokens_contributed for silo in silos)
     summary = f"alive {num_alive}, participating {num_participating}, tokens contributed {format_count(num_tokens)}"
     console.print(Text(summary), soft_wrap=True)
-    if status.waiting_for is None:
-        console.print(Text("finished", style="bold green"))
-    else:
-        console.print(Text(f"waiting for {status.waiting_for}{_how_long(status)}{_until_when(status)}"), soft_wrap=True)
+    console.print(Text(waiting_words(status), style="bold green" if status.is_finished else ""), soft_wrap=True)
     console.print(_how_old(status), soft_wrap=True)
+
+
+def remarks(status: StoreStatus) -> list[str]:
+    """What lies in the store and is not counted, a line each."""
+    found = (
+        ("passed over, as they are not what their names say", status.unreadable),
+        ("not said, as who should have said it has not signed it", status.unsigned),
+        (f"of a time to come, {by_this_machine()}, and so not counted from", status.ahead),
+    )
+    return [f"{why}: {_named(paths)}" for why, paths in found if paths]
+
+
+def waiting_words(status: StoreStatus) -> str:
+    """What is waited for, since when and until when, in one line."""
+    if status.waiting_for is None:
+        return "finished"
+    return f"waiting for {status.waiting_for}{_how_long(status)}{_until_when(status)}"
 
 
 def _table(status: StoreStatus, *, is_wide: bool) -> Table:

@@ -8,53 +8,26 @@ while anybody leaves signs of life there.
 """
 
 import statistics
-import types
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import pairwise, takewhile
-from typing import Any, TypeVar, get_args, get_origin
+from itertools import pairwise
+from typing import Any
 
 from launch.show.display import format_seconds
-from launch.show.listed import LIMIT_BYTES, Listed
-from launch.show.voices import Voices
-from pretrain.config.check import ConfigError, check_config, named
-from pretrain.config.keys import (
-    ExchangeConfig,
-    InnerConfig,
-    MembershipConfig,
-    ModelConfig,
-    OuterConfig,
-    RunConfig,
-    SiloConfig,
-)
-from pretrain.exchange.options import distrust, is_of_another_time
-from pretrain.exchange.signed import SignedStore
-from pretrain.host.clock import by_this_machine
-from pretrain.host.foreign import loads, shown
+from launch.show.opened import CONTRACT, MANIFEST, ROLLBACK, TERM, WORD, Json, Opened, json_object, number_in
+from pretrain.config.check import named
+from pretrain.config.keys import ExchangeConfig
+from pretrain.host.foreign import shown
 from pretrain.outer.rounds import participants
 from pretrain.trust.amendment import Governed
-from pretrain.trust.ledger import Commit, Manifest, RefusedError
+from pretrain.trust.ledger import Commit, Manifest
 from pretrain.trust.quality import not_counted
 
-# The layout is in pretrain/exchange/store.py; # is the number that tells objects of a kind apart.
-TERM = "aggregator/#.json"
-ROLLBACK = "rollbacks/#.json"
 IDENTITY = "silos/{}/identity.json"
 BEAT = "silos/{}/beats/#"
-WORD = "silos/{}/membership/#.json"
-MANIFEST = "silos/{}/#/manifest.json"
-AMENDED = "amendments/#.accepted"
 REFUSAL = "silos/{}/{}/refused-#.json"
-COMMIT = "global/{:06d}/commit.json"
-CONTRACT = "contract.json"
-TRIES = 20  # how many numbers back from the last one something is looked for that its author has signed
-LIMIT_SECONDS = 1e9  # of a time that another party states: 30 years
-MAX_SILOS = 4096
-
-Json = dict[str, Any]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,156 +137,50 @@ def store_status(url: str, options: Mapping[str, Any] | None = None) -> StoreSta
 
     Raises ConfigError when there is no store, it cannot be reached, or its contract is unreadable.
     """
-    try:
-        store = Listed(url, options)
-        content = store.read([CONTRACT]).get(CONTRACT)
-    except ConfigError:
-        raise
-    except Exception as error:  # every fsspec backend raises exceptions of its own
-        reason = distrust(error) or " ".join(str(error).split()) or type(error).__name__
-        reason += f"; {by_this_machine()}" if is_of_another_time(error) else ""
-        raise ConfigError(f"store: {url!r} given; it cannot be read: {shown(reason)}") from None
-    if CONTRACT not in store.times:
-        raise ConfigError(f"store: {url!r} given; there is no run in it (no contract.json)")
-    terms = _terms(content, url)
-    voices = Voices(content or b"")
-    if store.numbered(AMENDED):
-        voices.follow_amendments(SignedStore(url, options=options))
-        terms.trust.keys = {name: key.text for name, key in voices.members.keys.items()}
-    return Reader(store, terms, voices).status()
-
-
-def _terms(stored: bytes | None, url: str) -> RunConfig:
-    """What the contract says of roster, membership and schedule, with silos as the defaults make them."""
-    try:
-        if stored is None:
-            raise ValueError(f"it has more than {LIMIT_BYTES:,} bytes")
-        contract = _object(stored)
-        inner, outer = _section(InnerConfig, contract, "inner"), _section(OuterConfig, contract, "outer")
-        membership = _section(MembershipConfig, contract, "membership")
-        roster: list[str] = contract.get("roster", [])
-        if not _fits(roster, list[str]) or len(roster) > MAX_SILOS:
-            raise ValueError(f"roster: {shown(str(roster)[:60])} given; allowed: up to {MAX_SILOS} names")
-        terms = RunConfig(
-            inner=inner,
-            outer=outer,
-            membership=membership,
-            model=ModelConfig(config={"model_type": "any"}),
-            silos={name: SiloConfig() for name in roster},
-            roster=roster,
-        )
-        check_config(terms)
-    except ValueError as error:
-        what = shown(error, limit=400)
-        raise ConfigError(f"store: {url!r} given; its contract.json is not of this version of atoll: {what}") from None
-    return terms
-
-
-def _section(kind: type[T], contract: Json, key: str) -> T:
-    """One section of a contract; raises ValueError for what is no key of it, or of another type."""
-    given, allowed = contract.get(key), {f.name: f.type for f in fields(kind)}  # type: ignore[arg-type]
-    if not isinstance(given, dict):
-        raise ValueError(f"it has no {key}")
-    for name, value in given.items():
-        if name not in allowed or not _fits(value, allowed[name]):
-            raise ValueError(f"{key}.{shown(name, limit=60)}: {shown(value, limit=60)} given")
-    return kind(**given)
-
-
-def _fits(value: Any, wanted: Any) -> bool:
-    """Whether a value of JSON is of the type of a configuration's key."""
-    origin = get_origin(wanted)
-    if origin is types.UnionType:
-        return any(_fits(value, one) for one in get_args(wanted))
-    if origin is list:
-        return isinstance(value, list) and all(_fits(one, get_args(wanted)[0]) for one in value)
-    return type(value) in (int, float) if wanted is float else type(value) is wanted
+    return Reader(Opened(url, options)).status()
 
 
 class Reader:
     """What the names of a store's objects, their times and the small ones among them tell."""
 
-    def __init__(self, store: Listed, terms: RunConfig, voices: Voices) -> None:
-        self._store, self._voices = store, voices
-        self._unreadable: list[str] = []
-        self._unsigned: list[str] = []
-        self._last_signed: dict[str, str] = {}  # pattern to path
-        # Commits stay for ever, so the newest is where they end; one beyond that end belongs to no chain.
-        names = (COMMIT.format(version) for version in range(terms.schedule.num_versions + 1))
-        commits = list(takewhile(store.times.__contains__, names))
-        committed = self._parsed(commits, Commit.from_bytes)
-        while voices.members.keys and commits and commits[-1] not in committed:
-            commits.pop()
-        self._version = len(commits) - 1 if commits else None
+    def __init__(self, opened: Opened) -> None:
+        self._opened, self._store, self._voices = opened, opened.store, opened.voices
+        self._version = len(opened.chain) - 1 if opened.chain else None
         self._next = (self._version or 0) + 1
-        governed = Governed(terms)
-        governed.go_to(voices.members.terms_at(self._next))
+        governed = Governed(opened.terms)
+        governed.go_to(opened.voices.members.terms_at(self._next))
         terms = self._terms = governed.config
-        self._rules = terms.membership
-        self._began = store.times[commits[-1] if commits else CONTRACT]
-        self._commits = commits
-        silos, is_signed = terms.full_roster, bool(voices.members.keys)
-        rollbacks = list(store.numbered(ROLLBACK).values())
-        wanted = [*rollbacks, *(name for name in (self._waiting,) if name in store.times)]
+        self._rules, self.roster = terms.membership, terms.full_roster
+        self._began = opened.store.times[opened.chain[-1] if opened.chain else CONTRACT]
+        silos, is_signed = self.roster, bool(opened.voices.members.keys)
+        rollbacks = list(opened.store.numbered(ROLLBACK).values())
+        wanted = [*rollbacks, *(name for name in (self._waiting,) if name in self._store.times)]
         wanted += [path for silo in silos for path in self._refused(silo)]
-        wanted += [name for silo in silos if is_signed and (name := IDENTITY.format(silo)) in store.times]
-        self._objects = self._parsed(wanted, _object)
-        self._objects |= self._last_of([TERM, *(kind.format(silo) for silo in silos for kind in (BEAT, WORD))], _object)
-        self._objects |= self._parsed([_done(path) for path in rollbacks if _done(path) in store.times], _object)
+        wanted += [name for silo in silos if is_signed and (name := IDENTITY.format(silo)) in self._store.times]
+        self._objects = self._opened.parsed(wanted, json_object)
+        self._objects |= self._opened.last_of(
+            [TERM, *(kind.format(silo) for silo in silos for kind in (BEAT, WORD))], json_object
+        )
+        self._objects |= self._opened.parsed(
+            [_done(path) for path in rollbacks if _done(path) in self._store.times], json_object
+        )
         self._objects |= self._signs_of_term()
         manifests = [MANIFEST.format(silo) for silo in silos]
-        self._manifests = self._last_of(manifests, Manifest.from_bytes)
-        coming = [path for name in manifests if is_signed and (path := store.numbered(name).get(self._next))]
-        self._manifests |= self._parsed([path for path in coming if path not in self._manifests], Manifest.from_bytes)
-        self._tokens = {v: _tokens(committed[path]) for v, path in enumerate(commits) if path in committed}
-        self._not_counted = {v: not_counted(committed[path]) for v, path in enumerate(commits) if path in committed}
+        self._manifests = self._opened.last_of(manifests, Manifest.from_bytes)
+        coming = [path for name in manifests if is_signed and (path := self._store.numbered(name).get(self._next))]
+        coming = [path for path in coming if path not in self._manifests]
+        self._manifests |= self._opened.parsed(coming, Manifest.from_bytes)
+        self._tokens = {v: _tokens(commit) for v, commit in opened.commits.items()}
+        self._not_counted = {v: not_counted(commit) for v, commit in opened.commits.items()}
         self._drawn = cache(self._drawn_anew)
-
-    def _parsed(self, paths: Iterable[str], parse: Callable[[bytes], T]) -> dict[str, T]:
-        """Objects by path, without those that are not what they should be: these are named."""
-        parsed: dict[str, T] = {}
-        paths = list(paths)
-        contents = self._store.read(paths)
-        for path in paths:
-            try:
-                found = parse(contents[path])
-            except KeyError:  # too large, or gone meanwhile as the newest sign of life often is
-                self._unreadable += [path] if self._store.is_too_large(path) else []
-            except (ValueError, RefusedError):
-                self._unreadable.append(path)
-            else:
-                if self._voices.is_by_author(path, contents[path]):
-                    parsed[path] = found
-                else:
-                    self._unsigned.append(path)
-        return parsed
-
-    def _last_of(self, patterns: list[str], parse: Callable[[bytes], T]) -> dict[str, T]:
-        """Of each pattern the object with the last number; where all is signed, the last that its author has signed."""
-        if not self._voices.members.keys:
-            return self._parsed([path for pattern in patterns for path in self._store.last(pattern)], parse)
-        found: dict[str, T] = {}
-        left = {pattern: list(self._store.numbered(pattern).values()) for pattern in patterns}
-        for _ in range(TRIES):
-            asked = {pattern: paths.pop() for pattern, paths in left.items() if paths}
-            found |= (new := self._parsed(asked.values(), parse))
-            self._last_signed |= {pattern: path for pattern, path in asked.items() if path in new}
-            left = {pattern: left[pattern] for pattern, path in asked.items() if path not in new}
-        return found
-
-    def _last_path(self, pattern: str) -> list[str]:
-        """The path of what `_last_of` has found, if there is one."""
-        if not self._voices.members.keys:
-            return self._store.last(pattern)
-        return [self._last_signed[pattern]] if pattern in self._last_signed else []
 
     def _signs_of_term(self) -> dict[str, Json]:
         """Where all is signed, what the newest holder of the lease has said of being alive, or of its end."""
         found: dict[str, Json] = {}
-        for path in self._last_path(TERM) if self._voices.members.keys else ():
+        for path in self._opened.last_path(TERM) if self._voices.members.keys else ():
             term, nonce = path.removesuffix(".json"), self._objects[path].get("nonce")
             ended = [name for name in (f"{term}.ended",) if name in self._store.times]
-            signs = self._parsed(ended, _object) | self._last_of([f"{term}.beat-#"], _object)
+            signs = self._opened.parsed(ended, json_object) | self._opened.last_of([f"{term}.beat-#"], json_object)
             found = {name: sign for name, sign in signs.items() if sign.get("nonce") == nonce}
         return found
 
@@ -332,7 +199,7 @@ class Reader:
         return [self._objects.get(path, {}) for path in self._refused(silo) if self._is_said(path)]
 
     def _last(self, pattern: str) -> Json:
-        return next((self._objects.get(path, {}) for path in self._last_path(pattern)), {})
+        return next((self._objects.get(path, {}) for path in self._opened.last_path(pattern)), {})
 
     def status(self) -> StoreStatus:
         """All of it."""
@@ -356,8 +223,8 @@ class Reader:
                 for path in store.numbered(ROLLBACK).values()
                 if path in self._objects
             ],
-            unreadable=self._unreadable,
-            unsigned=self._unsigned,
+            unreadable=list(dict.fromkeys(self._opened.unreadable)),
+            unsigned=list(dict.fromkeys(self._opened.unsigned)),
             ahead=store.ahead,
             version_seconds=self._version_seconds(),
         )
@@ -366,7 +233,7 @@ class Reader:
         return None if self._store.now is None or self._began is None else max(0.0, self._store.now - self._began)
 
     def _version_seconds(self) -> float | None:
-        times = [self._store.times[path] for path in self._commits]
+        times = [self._store.times[path] for path in self._opened.chain]
         known = [time for time in times if time is not None]
         return statistics.median(b - a for a, b in pairwise(known)) if len(known) > 1 else None
 
@@ -383,21 +250,23 @@ class Reader:
 
     def _life_of_silo(self, name: str) -> Life:
         if beats := self._signs(BEAT.format(name)):
-            return self._life(beats, _number(self._last(BEAT.format(name)), "lease_seconds"))
+            return self._life(beats, number_in(self._last(BEAT.format(name)), "lease_seconds"))
         return Life(is_alive=False, words="ended" if self._is_said(IDENTITY.format(name)) else "never seen")
 
     def _signs(self, pattern: str) -> list[str]:
         """Signs of life; where all is signed the newest alone, as anybody may have put a copy of an older one there."""
-        return self._last_path(pattern) if self._voices.members.keys else [*self._store.numbered(pattern).values()]
+        return (
+            self._opened.last_path(pattern) if self._voices.members.keys else [*self._store.numbered(pattern).values()]
+        )
 
     def _aggregator(self) -> Life:
-        for path in self._last_path(TERM):
+        for path in self._opened.last_path(TERM):
             term, record = path.removesuffix(".json"), self._objects.get(path, {})
             if self._is_said(f"{term}.ended"):
                 life = Life(is_alive=False, words="ended")
             else:
                 signs = [path, *filter(self._is_said, self._signs(f"{term}.beat-#"))]
-                life = self._life(signs, _number(record, "lease_seconds"))
+                life = self._life(signs, number_in(record, "lease_seconds"))
             return replace(life, words=f"{life.words} ({shown(record.get('holder', 'unknown'))})")
         return Life(is_alive=False, words="never seen")
 
@@ -406,7 +275,7 @@ class Reader:
     def _silo(self, name: str) -> SiloStatus:
         manifests = self._store.numbered(MANIFEST.format(name))
         tokens = {version: found[name] for version, found in self._tokens.items() if name in found}
-        newest = next((self._manifests.get(path) for path in self._last_path(MANIFEST.format(name))), None)
+        newest = next((self._manifests.get(path) for path in self._opened.last_path(MANIFEST.format(name))), None)
         has_delivered = self._next in manifests
         if self._voices.members.keys:
             has_delivered = manifests.get(self._next) in self._manifests
@@ -425,12 +294,12 @@ class Reader:
     def _part(self, name: str) -> str:
         """Whether the aggregator counts on a silo; `pretrain.merge.collect` has the rules."""
         if self._rules.is_elastic:
-            if not self._last_path(WORD.format(name)):
+            if not self._opened.last_path(WORD.format(name)):
                 return "not joined"
             word = self._last(WORD.format(name))
             if word.get("left") is True:
                 return "left"
-            since = max([_number(word, "version"), *(v for v, found in self._tokens.items() if name in found)])
+            since = max([number_in(word, "version"), *(v for v, found in self._tokens.items() if name in found)])
             num_missed = sum(v > since and name in self._drawn(v) for v in self._tokens)
             if num_missed >= self._rules.away_after_versions:
                 return "away"
@@ -458,29 +327,13 @@ class Reader:
     def _deadline(self) -> float | None:
         """The aggregator counts from the commit before, or from its own start if that was later."""
         record = self._objects.get(self._waiting, {})
-        seconds = None if record.get("deadline_seconds") is None else _number(record, "deadline_seconds")
-        began = [time for time in (self._began, self._store.newest(self._last_path(TERM))) if time is not None]
+        seconds = None if record.get("deadline_seconds") is None else number_in(record, "deadline_seconds")
+        began = [time for time in (self._began, self._store.newest(self._opened.last_path(TERM))) if time is not None]
         return max(began) + seconds if began and seconds is not None else None
 
 
 def _done(rollback: str) -> str:
     return rollback.replace(".json", ".done")
-
-
-def _object(data: bytes) -> Json:
-    """JSON of another party that is an object; raises ValueError."""
-    found = loads(data, limit_bytes=LIMIT_BYTES)
-    if not isinstance(found, dict):
-        raise ValueError("no JSON object")
-    return found
-
-
-def _number(record: Json, key: str) -> float:
-    """A number of versions or seconds in another party's record; 0 if there is none that can be meant."""
-    value = record.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return 0
-    return value if 0 <= value <= LIMIT_SECONDS else 0
 
 
 def _tokens(commit: Commit) -> dict[str, int]:

@@ -27,6 +27,7 @@ FLOORS = (
         "launch.keys",
         "launch.contract",
         "launch.presets",
+        "launch.report",
         "launch.revoke",
         "launch.verify",
         "launch.version",

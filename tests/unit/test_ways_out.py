@@ -38,6 +38,8 @@ WAYS_OUT = {
     "pretrain.exchange.lease": {"socket"},
     "pretrain.federation.preflight": {"socket", "fsspec"},
     "launch.start.remote": {"socket"},
+    # The report of a store, to whoever is on this machine and asks; it asks nobody.
+    "launch.show.serve": {"http"},
     # Programs that a user has named, nvidia-smi, and our own processes.
     "pretrain.trust.keys": {"subprocess"},
     "launch.start.gpus": {"subprocess"},
