@@ -22,14 +22,15 @@ from pretrain.exchange.options import store_options
 from pretrain.exchange.payload import read_parameters
 from pretrain.exchange.sealed import read_as_a_member
 from pretrain.exchange.store import StoreExchange
+from pretrain.host.foreign import loads
 from pretrain.outer.digest import digest_tensors
 from pretrain.silo.data import PackedTokens
 from pretrain.silo.evaluate import held_out_loss, sequences_evaluated
+from pretrain.silo.exported import export
 from pretrain.silo.model import (
     build_empty,
     check_causality,
     check_document_masking,
-    export,
     load_checkpoint,
     token_losses,
 )
@@ -135,6 +136,16 @@ def write_export(model: nn.Module, config: RunConfig, provenance: dict[str, Any]
     (directory / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n")
 
 
+def provenance_of(directory: Path) -> dict[str, Any]:
+    """Where an exported model comes from; empty for one that was made elsewhere. Raises ConfigError."""
+    file = directory / PROVENANCE
+    try:
+        found = loads(file.read_bytes()) if file.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model: {str(directory)!r} given; its {PROVENANCE} cannot be read: {error}") from None
+    return found if isinstance(found, dict) else {}
+
+
 @contextmanager
 def writing(directory: Path) -> Iterator[Path]:
     """A new directory under another name, which has its own when all is in it. Raises ConfigError if it cannot be."""
@@ -208,8 +219,7 @@ def evaluate_directory(
     """
     if not (directory / "config.json").is_file():
         raise ConfigError(f"model: {str(directory)!r} given; allowed: a transformers directory (see atoll export)")
-    file = directory / PROVENANCE
-    provenance = json.loads(file.read_text()) if file.is_file() else {}
+    provenance = provenance_of(directory)
     sequence_tokens = sequence_tokens or provenance.get("sequence_tokens")
     if sequence_tokens is None:
         raise ConfigError("--sequence-tokens: none given; this model was not exported by atoll, so say how many")
@@ -249,18 +259,3 @@ def _split_loss(loss: float, tokens: PackedTokens, sequences: list[int]) -> Spli
         of_sequences=of_sequences,
         bytes_per_token=num_bytes / tokens.num_tokens,
     )
-
-
-def continuations(directory: Path, prompts: dict[str, str], *, num_tokens: int = 48, seed: int = 0) -> dict[str, str]:
-    """Sampled continuations of prompts by a `transformers` directory."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    model = load_checkpoint(directory, key="model").eval()
-    torch.manual_seed(seed)
-    texts = {}
-    for name, prompt in prompts.items():
-        tokens = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-        made = model.generate(**tokens, max_new_tokens=num_tokens, do_sample=True, temperature=0.7, top_k=40)
-        texts[name] = tokenizer.decode(made[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
-    return texts

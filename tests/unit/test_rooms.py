@@ -22,6 +22,7 @@ FLOORS = (
         "launch.exit",
         "launch.keys",
         "launch.contract",
+        "launch.model",
         "launch.revoke",
         "launch.verify",
     ),

@@ -16,13 +16,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from pretrain.config.keys import ModelConfig, RunConfig
 from pretrain.federation.export import describe_export, evaluate_directory, export_global_model
 from pretrain.federation.preflight import check_run
+from pretrain.silo.exported import export
 from pretrain.silo.model import (
     build_empty,
     build_initial,
     check_causality,
     check_chunks,
     check_shapes,
-    export,
     initial_parameters,
     token_losses,
 )
