@@ -33,16 +33,23 @@ def export(
     directory: Annotated[Path, typer.Argument(help="Run directory.")],
     output: Annotated[Path, typer.Option(help="Directory to make; must not exist.")],
     version: Annotated[int | None, typer.Option(help="Version of the global parameters; default: the newest.")] = None,
+    license: Annotated[str, typer.Option(help="For the model card, as model hubs name it: apache-2.0.")] = "",
 ) -> None:
-    """Write the global model as a transformers directory with tokenizer.
+    """Write the global model as a transformers directory with tokenizer and model card.
 
-    [bold]Example:[/bold] atoll export runs/demo --output model
+    [bold]Example:[/bold] atoll export runs/demo --output model --license apache-2.0
     """
+    from launch.show.run import held_out_of
     from pretrain.federation.export import describe_export, export_global_model
 
     output = Path(expand_home("--output", str(output)))
     config = load_run(directory)
-    print(describe_export(config, output, export_global_model(config, output, version)))
+    provenance = export_global_model(
+        *(config, output, version),
+        license=license,
+        held_out=lambda found: held_out_of(config, found.get("version")),
+    )
+    print(describe_export(config, output, provenance))
 
 
 def evaluate(

@@ -22,6 +22,7 @@ from pretrain.exchange.options import store_options
 from pretrain.exchange.payload import read_parameters
 from pretrain.exchange.sealed import read_as_a_member
 from pretrain.exchange.store import StoreExchange
+from pretrain.federation.card import CARD, check_license, model_card
 from pretrain.host.foreign import loads
 from pretrain.outer.digest import digest_tensors
 from pretrain.silo.data import PackedTokens
@@ -37,6 +38,7 @@ from pretrain.silo.model import (
 from pretrain.silo.shards import atomic_path, tokenizer_sha256
 from pretrain.silo.vocabulary import vocabulary_size
 from pretrain.trust.ledger import RefusedError
+from pretrain.trust.policy import is_public
 
 PROVENANCE = "atoll.json"
 disable_progress_bar()  # transformers' bars for a single file are noise
@@ -97,11 +99,14 @@ def _fill_from_store(config: RunConfig, parameters: dict[str, Tensor], version: 
             raise RefusedError("its parameters do not have the digest of its commit")
     except RefusedError as error:
         raise ConfigError(f"version {version}: {error} (pruned versions keep only their commit)") from None
-    return {
+    found: dict[str, Any] = {
         "version": version,
         "parameters_digest": commit.parameters_digest,
         "contract_sha256": commit.contract_sha256,
     }
+    if is_public(config, "tokens"):
+        found["tokens"] = {silo: exchange.tokens_total(silo, version) for silo in config.full_roster}
+    return found
 
 
 def _fill_from_silo(config: RunConfig, parameters: dict[str, Tensor], version: int | None) -> dict[str, Any]:
@@ -116,24 +121,48 @@ def _fill_from_silo(config: RunConfig, parameters: dict[str, Tensor], version: i
     return {"silo": name, "parameters_digest": digest_tensors(parameters.items())}
 
 
-def export_global_model(config: RunConfig, directory: Path, version: int | None = None) -> dict[str, Any]:
-    """Write a version as a `transformers` directory with tokenizer; returns its provenance.
+def export_global_model(
+    config: RunConfig,
+    directory: Path,
+    version: int | None = None,
+    *,
+    license: str = "",
+    held_out: Callable[[dict[str, Any]], dict[str, str]] = lambda provenance: {},
+) -> dict[str, Any]:
+    """Write a version as a `transformers` directory with tokenizer and model card; returns its provenance.
 
-    Raises ConfigError if `directory` exists already.
+    `held_out` is asked what the card says of its loss: corpus to words. Raises ConfigError if `directory` is there.
     """
     if directory.exists():
         raise ConfigError(f"--output: {str(directory)!r} given; it exists already, and nothing is overwritten")
+    check_license(license)
     model, provenance = load_global_model(config, version)
-    temporary = directory.with_name(f".{directory.name}.tmp")
-    write_export(model, config, provenance, temporary)
-    temporary.rename(directory)
+    with writing(directory, key="--output") as temporary:
+        write_export(model, config, provenance, temporary)
+        write_card(model, config, provenance, temporary, license=license, held_out=held_out(provenance))
     return provenance
 
 
 def write_export(model: nn.Module, config: RunConfig, provenance: dict[str, Any], directory: Path) -> None:
     """Write a model with its tokenizer, and where it comes from, to a new directory."""
-    export(model, config.tokenizer_file, directory)
+    is_fresh = not config.model.checkpoint
+    export(model, config.tokenizer_file, directory, trained_tokens=config.sequence_tokens, is_fresh=is_fresh)
     (directory / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n")
+
+
+def write_card(
+    model: nn.Module,
+    config: RunConfig,
+    provenance: dict[str, Any],
+    directory: Path,
+    *,
+    license: str = "",
+    held_out: dict[str, str] | None = None,
+) -> None:
+    """Write the model card beside an export."""
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    card = model_card(config, provenance, num_parameters=num_parameters, license=license, held_out=held_out)
+    (directory / CARD).write_text(card)
 
 
 def provenance_of(directory: Path) -> dict[str, Any]:
@@ -147,13 +176,13 @@ def provenance_of(directory: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def writing(directory: Path) -> Iterator[Path]:
+def writing(directory: Path, *, key: str = "--to") -> Iterator[Path]:
     """A new directory under another name, which has its own when all is in it. Raises ConfigError if it cannot be."""
     try:
         with atomic_path(directory) as temporary:
             yield temporary
     except OSError as error:
-        raise ConfigError(f"--to: {str(directory)!r} given; it cannot be written: {error.strerror or error}") from None
+        raise ConfigError(f"{key}: {str(directory)!r} given; it cannot be written: {error.strerror or error}") from None
 
 
 def exported_digest(directory: Path) -> str:

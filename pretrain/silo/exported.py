@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.initialization import no_init_weights
 
 from pretrain.silo.model import parameters_on_meta
 from pretrain.silo.shards import END_OF_TEXT_NAMES
@@ -73,7 +74,7 @@ def _lower_positions(model: nn.Module, trained_tokens: int) -> None:
         return
     config = copy.deepcopy(ours)
     config.max_position_embeddings = trained_tokens
-    with parameters_on_meta():
+    with parameters_on_meta(), no_init_weights():
         other = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     shapes = [{name: one.shape for name, one in each.named_parameters()} for each in (model, other)]
     before, after = dict(model.named_buffers()), dict(other.named_buffers())

@@ -162,6 +162,11 @@ class Policy:
         return ConfigError(f"trust.policy: {self.file} given; {said}; change either, or take no part")
 
 
+def is_public(config: RunConfig, name: str) -> bool:
+    """Whether the contract lets what a silo tells of its training be shown to anybody."""
+    return config.trust.metrics.get(name, "public") == "public"
+
+
 def _wandb_level(mode: str) -> int:
     return WANDB.index("offline" if mode == "offline" else "online") if mode != "disabled" else 0
 
