@@ -53,9 +53,8 @@ def revoke(
 
     [bold]Example:[/bold] atoll revoke law runs/run --from 12 --to without-law --reason "consent withdrawn"
     """
+    from pretrain.exchange import revocation
     from pretrain.exchange.options import reached, store_options
-    from pretrain.exchange.revocation import sign as sign_record
-    from pretrain.exchange.revocation import signed_before
     from pretrain.exchange.store import StoreExchange
 
     url, options = reached(where)
@@ -76,11 +75,11 @@ def revoke(
     _open(exchange, own, key or Path(expand_home("store", where)) / "keys" / "aggregator.key", archive)
     if sign:
         exchange.members.signer = _signer(exchange, own, silo)
-        if before := signed_before(exchange, member, first, until):
+        if before := revocation.signed_before(exchange, member, first, until):
             until, reason = before.to_version, reason or before.reason
     found, compared = _found(exchange, own, (member, first, until, reason), data)
     if sign:
-        found.record = sign_record(exchange, found.record, silo)
+        found.record = revocation.sign(exchange, found.record, silo)
     if to:
         write_revoked(own, found, to)
     print(json.dumps(_facts(found, compared), indent=1) if as_json else "\n".join(_lines(found, compared, to)))
