@@ -2,9 +2,11 @@
 
 import copy
 import inspect
+import os
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +62,26 @@ def export(
         tokenizer.model_max_length = trained_tokens
     if trained_tokens and is_fresh:
         _lower_positions(model, trained_tokens)
-    model.save_pretrained(directory)  # type: ignore[operator]
+    with _deepspeed_says_nothing():
+        model.save_pretrained(directory)  # type: ignore[operator]
     tokenizer.save_pretrained(directory)
     shutil.copyfile(tokenizer_file, directory / "tokenizer.json")  # the very bytes that the contract's hash names
     for file in directory.iterdir():
         file.chmod((directory / "config.json").stat().st_mode)  # safetensors makes files that only their owner reads
+
+
+@contextmanager
+def _deepspeed_says_nothing() -> Iterator[None]:
+    """Where accelerate is installed, saving imports DeepSpeed, which without a GPU says so on stdout."""
+    name = "DS_ACCELERATOR"
+    if name in os.environ or torch.cuda.is_available():
+        yield
+        return
+    os.environ[name] = "cpu"
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def _lower_positions(model: nn.Module, trained_tokens: int) -> None:
