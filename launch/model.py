@@ -11,7 +11,7 @@ import typer
 from pretrain.config.check import ConfigError
 from pretrain.config.load import load_run
 from pretrain.config.paths import expand_home
-from pretrain.host.foreign import shown_lines
+from pretrain.host.foreign import shown, shown_lines
 
 if TYPE_CHECKING:
     from pretrain.federation.generate import Message, Sampling, Speaker
@@ -55,23 +55,34 @@ def export(
 def evaluate(
     model: Annotated[Path, typer.Argument(help="transformers directory (see atoll export).")],
     *,
-    data: Annotated[list[Path], typer.Option(help="Packed split; may be given several times.")],
+    data: Annotated[list[Path] | None, typer.Option(help="Packed split; may be given several times.")] = None,
+    tasks: Annotated[
+        list[Path] | None,
+        typer.Option(help="Task of lm-evaluation-harness: a YAML file whose data are local; several times, too."),
+    ] = None,
     sequence_tokens: Annotated[int | None, typer.Option(help="Tokens of a sequence; default: as trained.")] = None,
     num_sequences: Annotated[
         int | None,
         typer.Option(min=0, help="Sequences, evenly spread over each split; 0: all; default: as the run did."),
     ] = None,
+    num_examples: Annotated[int | None, typer.Option(min=1, help="First examples of each task; default: all.")] = None,
     batch_sequences: Annotated[int, typer.Option(min=1, help="Sequences of one forward pass.")] = 8,
     document_masking: Annotated[
         bool | None, typer.Option(help="Keep the documents of a sequence apart; default: as trained.")
     ] = None,
 ) -> None:
-    """Loss of a model on packed text in nats per token, its perplexity, and bits per byte of text.
+    """Loss of a model on packed text in nats per token, its perplexity, and bits per byte of text; scores of tasks.
 
     By default of the sequences that the run's own evaluations are of, so that the numbers are the same.
 
     [bold]Example:[/bold] atoll eval model --data runs/demo/packed/prose/valid
     """
+    if not data and not tasks:
+        raise ConfigError("--data, --tasks: none given; allowed: one at least")
+    if tasks:  # first, as it must be the first to import what could look into a network
+        _print_scores(model, tasks, batch_sequences, num_examples)
+    if not data:
+        return
     from launch.show.evaluating import Evaluating
     from pretrain.federation.export import evaluate_directory
 
@@ -90,6 +101,14 @@ def evaluate(
             f"{split.loss:.4f} nats  perplexity {split.perplexity:.2f}  {split.bits_per_byte:.4f} bits/byte  "
             f"{split.num_sequences} of {split.of_sequences} sequences  {path}"
         )
+
+
+def _print_scores(model: Path, tasks: list[Path], batch_sequences: int, num_examples: int | None) -> None:
+    from pretrain.federation.tasks import evaluate_tasks
+
+    for score in evaluate_tasks(model, tasks, batch_sequences=batch_sequences, num_examples=num_examples):
+        error = "" if score.stderr is None else f" ± {score.stderr:.4f}"
+        print(f"{score.value:.4f}{error}  {score.metric}  {score.num_examples} examples  {shown(score.task)}")
 
 
 def generate(

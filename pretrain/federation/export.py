@@ -32,6 +32,7 @@ from pretrain.silo.model import (
     build_empty,
     check_causality,
     check_document_masking,
+    go_by_documents,
     load_checkpoint,
     token_losses,
 )
@@ -267,6 +268,8 @@ def evaluate_directory(
     mask_at = None
     if document_masking:
         mask_at = corpora[str(data[0])].manifests[0].end_of_text_id
+        if device.type == "cpu":
+            go_by_documents(model, mask_at, device)  # where the type of model allows it; else there is a mask
         check_document_masking(model, mask_at, device)
     sequences = sequences_evaluated(corpora, num_sequences)
     losses = held_out_loss(
