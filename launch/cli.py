@@ -15,6 +15,7 @@ from launch.given import Config, DryRun, Overrides, loaded
 from launch.init import init
 from launch.keys import app as keys_app
 from launch.launch import app as launch_app
+from launch.model import chat, evaluate, export, generate
 from launch.plan import plan
 from launch.presets import presets
 from launch.report import report, serve, watch
@@ -22,7 +23,6 @@ from launch.revoke import revoke
 from launch.verify import verify
 from launch.version import with_version
 from pretrain.config.check import ConfigError, check_url, named
-from pretrain.config.load import load_run
 from pretrain.config.paths import expand_home
 
 app = typer.Typer(
@@ -47,6 +47,10 @@ app.command()(revoke)
 app.command()(report)
 app.command()(watch)
 app.command()(serve)
+app.command()(export)
+app.command("eval")(evaluate)
+app.command()(generate)
+app.command()(chat)
 
 RunDirectory = Annotated[Path, typer.Argument(help="Run directory.")]
 
@@ -277,64 +281,6 @@ def compare(
     for each in write_results(spec):
         each.show(Console())
     raise typer.Exit(code)
-
-
-@app.command()
-def export(
-    directory: RunDirectory,
-    output: Annotated[Path, typer.Option(help="Directory to make; must not exist.")],
-    version: Annotated[int | None, typer.Option(help="Version of the global parameters; default: the newest.")] = None,
-) -> None:
-    """Write the global model as a transformers directory with tokenizer.
-
-    [bold]Example:[/bold] atoll export runs/demo --output model
-    """
-    from pretrain.federation.export import describe_export, export_global_model
-
-    output = Path(expand_home("--output", str(output)))
-    config = load_run(directory)
-    print(describe_export(config, output, export_global_model(config, output, version)))
-
-
-@app.command("eval")
-def evaluate(
-    model: Annotated[Path, typer.Argument(help="transformers directory (see atoll export).")],
-    *,
-    data: Annotated[list[Path], typer.Option(help="Packed split; may be given several times.")],
-    sequence_tokens: Annotated[int | None, typer.Option(help="Tokens of a sequence; default: as trained.")] = None,
-    num_sequences: Annotated[
-        int | None,
-        typer.Option(min=0, help="Sequences, evenly spread over each split; 0: all; default: as the run did."),
-    ] = None,
-    batch_sequences: Annotated[int, typer.Option(min=1, help="Sequences of one forward pass.")] = 8,
-    document_masking: Annotated[
-        bool | None, typer.Option(help="Keep the documents of a sequence apart; default: as trained.")
-    ] = None,
-) -> None:
-    """Loss of a model on packed text in nats per token, its perplexity, and bits per byte of text.
-
-    By default of the sequences that the run's own evaluations are of, so that the numbers are the same.
-
-    [bold]Example:[/bold] atoll eval model --data runs/demo/packed/prose/valid
-    """
-    from launch.show.evaluating import Evaluating
-    from pretrain.federation.export import evaluate_directory
-
-    with Evaluating() as evaluating:
-        found = evaluate_directory(
-            model,
-            data,
-            sequence_tokens=sequence_tokens,
-            document_masking=document_masking,
-            num_sequences=num_sequences,
-            batch_sequences=batch_sequences,
-            tell=evaluating.tell,
-        )
-    for path, split in found.items():
-        print(
-            f"{split.loss:.4f} nats  perplexity {split.perplexity:.2f}  {split.bits_per_byte:.4f} bits/byte  "
-            f"{split.num_sequences} of {split.of_sequences} sequences  {path}"
-        )
 
 
 def main() -> None:

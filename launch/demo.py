@@ -143,11 +143,14 @@ def show_results(console: Console, summary: dict, others: dict[str, dict]) -> No
 
 def show_sample(console: Console, model: Path, packed: dict[str, Path], corpora: Path | None) -> None:
     """What the final model writes after a few words."""
-    from pretrain.federation.export import continuations
+    from pretrain.federation.generate import Sampling, open_speaker
 
     prompts = PROMPTS if corpora is None else dict.fromkeys(list(packed)[:1], "The")
+    speaker, sampling = open_speaker(str(model)), Sampling(num_tokens=48, temperature=0.7, top_k=40)
     console.print("\nsample continuations")
-    for name, text in continuations(model, prompts).items():
+    for name, prompt in prompts.items():
+        pieces: list[str] = []
+        speaker.go_on(prompt, sampling, pieces.append)
         console.print(f"  {name}: ", end="", style="bold")
-        console.print(repr(prompts[name])[1:-1], end="", markup=False, highlight=False, style="dim")
-        console.print(repr(text)[1:-1], markup=False, highlight=False)
+        console.print(repr(prompt)[1:-1], end="", markup=False, highlight=False, style="dim")
+        console.print(repr("".join(pieces))[1:-1], markup=False, highlight=False)

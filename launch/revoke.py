@@ -11,7 +11,6 @@ import typer
 
 from pretrain.config.check import ConfigError, named
 from pretrain.config.keys import RunConfig
-from pretrain.config.load import CONFIG_FILE, load_config, load_run
 from pretrain.config.paths import expand_home
 from pretrain.host.foreign import shown
 
@@ -54,9 +53,8 @@ def revoke(
 
     [bold]Example:[/bold] atoll revoke law runs/run --from 12 --to without-law --reason "consent withdrawn"
     """
+    from pretrain.exchange import revocation
     from pretrain.exchange.options import reached, store_options
-    from pretrain.exchange.revocation import sign as sign_record
-    from pretrain.exchange.revocation import signed_before
     from pretrain.exchange.store import StoreExchange
 
     url, options = reached(where)
@@ -66,21 +64,22 @@ def revoke(
         raise ConfigError(f"store: {where!r} given; there is no run in it (no contract.json)")
     if check:
         raise typer.Exit(_say_signed(exchange, member, as_json=as_json))
+    from pretrain.federation.reading import configuration
     from pretrain.federation.revoke import write_revoked
 
     if first is None:
         raise ConfigError("--from: none given; allowed: the first version that is to be without the member")
     if to and os.path.lexists(to := Path(expand_home("--to", str(to)))):
         raise ConfigError(f"--to: {str(to)!r} given; it exists already, and nothing is overwritten")
-    own, data = _configuration(where, config, tokenizer, contract), _splits(valid or [])
+    own, data = configuration(where, contract, paths=config or [], tokenizer=tokenizer), _splits(valid or [])
     _open(exchange, own, key or Path(expand_home("store", where)) / "keys" / "aggregator.key", archive)
     if sign:
         exchange.members.signer = _signer(exchange, own, silo)
-        if before := signed_before(exchange, member, first, until):
+        if before := revocation.signed_before(exchange, member, first, until):
             until, reason = before.to_version, reason or before.reason
     found, compared = _found(exchange, own, (member, first, until, reason), data)
     if sign:
-        found.record = sign_record(exchange, found.record, silo)
+        found.record = revocation.sign(exchange, found.record, silo)
     if to:
         write_revoked(own, found, to)
     print(json.dumps(_facts(found, compared), indent=1) if as_json else "\n".join(_lines(found, compared, to)))
@@ -101,33 +100,6 @@ def _found(
         except RefusedError as error:
             raise ConfigError(f"store: {exchange.objects.url!r} given; {error}") from None
         return found, losses(own, found, data, Path(scratch)) if data else {}
-
-
-def _configuration(where: str, paths: list[Path] | None, tokenizer: Path | None, contract: bytes) -> RunConfig:
-    """The run's, from the run directory, from files, or from the contract and a tokenizer. Raises ConfigError."""
-    from pretrain.federation.join import read_terms
-    from pretrain.silo.shards import tokenizer_sha256
-    from pretrain.trust.contract import build_contract, check_same_contract
-    from pretrain.trust.members import with_keys
-
-    terms, _, _, agreed = read_terms(contract, where)
-    run = Path(expand_home("store", where))
-    if paths or (run / CONFIG_FILE).is_file():
-        own = with_keys(load_config(paths) if paths else load_run(run), make=False)
-        check_same_contract(build_contract(own), contract, where)
-        return own
-    if tokenizer is None or "checkpoint" in terms["model"]:
-        what = "--tokenizer" if tokenizer is None else "--config"
-        needs = (
-            "the tokenizer, or --config" if tokenizer is None else "a configuration with this site's model.checkpoint"
-        )
-        raise ConfigError(f"{what}: none given, and {where!r} is no run directory; allowed: {needs}")
-    own = dataclasses.replace(agreed, tokenizer=expand_home("--tokenizer", str(tokenizer)))
-    if tokenizer_sha256(own.tokenizer_file, key="--tokenizer") != terms["tokenizer_sha256"]:
-        raise ConfigError(
-            f"--tokenizer: {str(tokenizer)!r} given; allowed: the one that the contract names by its sha256"
-        )
-    return own
 
 
 def _open(exchange: "StoreExchange", own: RunConfig, key: Path, archive: str) -> None:

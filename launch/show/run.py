@@ -8,6 +8,7 @@ from launch.show.metrics import MetricsReader, Record, last_of_each
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import load_run
+from pretrain.trust.policy import is_public, read_policy
 
 
 @dataclass(kw_only=True)
@@ -80,6 +81,28 @@ def evaluations(run: Run) -> list[Evaluation]:
     for record in run.records["eval"]:
         by_round[record["round"]].append(record)
     return [_evaluation(run, number, by_round[number]) for number in sorted(by_round)]
+
+
+def held_out_of(run: RunConfig, version: int | None) -> dict[str, str]:
+    """What this machine's silos have found a version's held-out loss to be (None: the last), in words for a model card.
+
+    Empty where nothing was evaluated, and without what contract and site do not make public.
+    """
+    policy = read_policy(run)
+    if not (Path(run.directory) / "metrics.jsonl").is_file() or not is_public(run, "loss"):
+        return {}
+    found = Run.read(run)
+    records = found.records["eval"]
+    version = max((record["version"] for record in records), default=0) if version is None else version
+    records = [record for record in records if record["version"] == version]
+    if not records:
+        return {}
+    told, shows = _evaluation(found, records[0]["round"], records), policy.shows or (lambda name: True)
+    return {
+        corpus: f"{loss:.4f} (of {told.sequences[corpus]} sequences)"
+        for corpus, loss in told.val_loss.items()
+        if shows(f"eval/{corpus}")
+    }
 
 
 def _evaluation(run: Run, number: int, records: list[Record]) -> Evaluation:

@@ -319,6 +319,8 @@ class WandbConfig:
     """offline, online or disabled."""
     project: str = "atoll"
     """Project name."""
+    entity: str = ""
+    """User or team whose project it is; empty: the login's own."""
 
 
 @dataclass(kw_only=True)
@@ -351,6 +353,8 @@ class RunConfig:
     """All silos of the federation, part of the contract; empty means those of `silos`."""
     trust: TrustConfig = field(default_factory=TrustConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: bool = False
+    """Also write TensorBoard's event files, into `tensorboard` of every process's folder (extra `tensorboard`)."""
 
     @property
     def num_rounds(self) -> int:

@@ -22,20 +22,24 @@ from pretrain.exchange.options import store_options
 from pretrain.exchange.payload import read_parameters
 from pretrain.exchange.sealed import read_as_a_member
 from pretrain.exchange.store import StoreExchange
+from pretrain.federation.card import CARD, check_license, model_card
+from pretrain.host.foreign import loads
 from pretrain.outer.digest import digest_tensors
 from pretrain.silo.data import PackedTokens
 from pretrain.silo.evaluate import held_out_loss, sequences_evaluated
+from pretrain.silo.exported import export
 from pretrain.silo.model import (
     build_empty,
     check_causality,
     check_document_masking,
-    export,
+    go_by_documents,
     load_checkpoint,
     token_losses,
 )
 from pretrain.silo.shards import atomic_path, tokenizer_sha256
 from pretrain.silo.vocabulary import vocabulary_size
 from pretrain.trust.ledger import RefusedError
+from pretrain.trust.policy import is_public
 
 PROVENANCE = "atoll.json"
 disable_progress_bar()  # transformers' bars for a single file are noise
@@ -96,11 +100,14 @@ def _fill_from_store(config: RunConfig, parameters: dict[str, Tensor], version: 
             raise RefusedError("its parameters do not have the digest of its commit")
     except RefusedError as error:
         raise ConfigError(f"version {version}: {error} (pruned versions keep only their commit)") from None
-    return {
+    found: dict[str, Any] = {
         "version": version,
         "parameters_digest": commit.parameters_digest,
         "contract_sha256": commit.contract_sha256,
     }
+    if is_public(config, "tokens"):
+        found["tokens"] = {silo: exchange.tokens_total(silo, version) for silo in config.full_roster}
+    return found
 
 
 def _fill_from_silo(config: RunConfig, parameters: dict[str, Tensor], version: int | None) -> dict[str, Any]:
@@ -115,34 +122,68 @@ def _fill_from_silo(config: RunConfig, parameters: dict[str, Tensor], version: i
     return {"silo": name, "parameters_digest": digest_tensors(parameters.items())}
 
 
-def export_global_model(config: RunConfig, directory: Path, version: int | None = None) -> dict[str, Any]:
-    """Write a version as a `transformers` directory with tokenizer; returns its provenance.
+def export_global_model(
+    config: RunConfig,
+    directory: Path,
+    version: int | None = None,
+    *,
+    license: str = "",
+    held_out: Callable[[dict[str, Any]], dict[str, str]] = lambda provenance: {},
+) -> dict[str, Any]:
+    """Write a version as a `transformers` directory with tokenizer and model card; returns its provenance.
 
-    Raises ConfigError if `directory` exists already.
+    `held_out` is asked what the card says of its loss: corpus to words. Raises ConfigError if `directory` is there.
     """
     if directory.exists():
         raise ConfigError(f"--output: {str(directory)!r} given; it exists already, and nothing is overwritten")
+    check_license(license)
     model, provenance = load_global_model(config, version)
-    temporary = directory.with_name(f".{directory.name}.tmp")
-    write_export(model, config, provenance, temporary)
-    temporary.rename(directory)
+    with writing(directory, key="--output") as temporary:
+        write_export(model, config, provenance, temporary)
+        write_card(model, config, provenance, temporary, license=license, held_out=held_out(provenance))
     return provenance
 
 
 def write_export(model: nn.Module, config: RunConfig, provenance: dict[str, Any], directory: Path) -> None:
     """Write a model with its tokenizer, and where it comes from, to a new directory."""
-    export(model, config.tokenizer_file, directory)
+    is_fresh = not config.model.checkpoint
+    export(model, config.tokenizer_file, directory, trained_tokens=config.sequence_tokens, is_fresh=is_fresh)
     (directory / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n")
 
 
+def write_card(
+    model: nn.Module,
+    config: RunConfig,
+    provenance: dict[str, Any],
+    directory: Path,
+    *,
+    license: str = "",
+    held_out: dict[str, str] | None = None,
+) -> None:
+    """Write the model card beside an export."""
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    card = model_card(config, provenance, num_parameters=num_parameters, license=license, held_out=held_out)
+    (directory / CARD).write_text(card)
+
+
+def provenance_of(directory: Path) -> dict[str, Any]:
+    """Where an exported model comes from; empty for one that was made elsewhere. Raises ConfigError."""
+    file = directory / PROVENANCE
+    try:
+        found = loads(file.read_bytes()) if file.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model: {str(directory)!r} given; its {PROVENANCE} cannot be read: {error}") from None
+    return found if isinstance(found, dict) else {}
+
+
 @contextmanager
-def writing(directory: Path) -> Iterator[Path]:
+def writing(directory: Path, *, key: str = "--to") -> Iterator[Path]:
     """A new directory under another name, which has its own when all is in it. Raises ConfigError if it cannot be."""
     try:
         with atomic_path(directory) as temporary:
             yield temporary
     except OSError as error:
-        raise ConfigError(f"--to: {str(directory)!r} given; it cannot be written: {error.strerror or error}") from None
+        raise ConfigError(f"{key}: {str(directory)!r} given; it cannot be written: {error.strerror or error}") from None
 
 
 def exported_digest(directory: Path) -> str:
@@ -208,8 +249,7 @@ def evaluate_directory(
     """
     if not (directory / "config.json").is_file():
         raise ConfigError(f"model: {str(directory)!r} given; allowed: a transformers directory (see atoll export)")
-    file = directory / PROVENANCE
-    provenance = json.loads(file.read_text()) if file.is_file() else {}
+    provenance = provenance_of(directory)
     sequence_tokens = sequence_tokens or provenance.get("sequence_tokens")
     if sequence_tokens is None:
         raise ConfigError("--sequence-tokens: none given; this model was not exported by atoll, so say how many")
@@ -228,6 +268,8 @@ def evaluate_directory(
     mask_at = None
     if document_masking:
         mask_at = corpora[str(data[0])].manifests[0].end_of_text_id
+        if device.type == "cpu":
+            go_by_documents(model, mask_at, device)  # where the type of model allows it; else there is a mask
         check_document_masking(model, mask_at, device)
     sequences = sequences_evaluated(corpora, num_sequences)
     losses = held_out_loss(
@@ -249,18 +291,3 @@ def _split_loss(loss: float, tokens: PackedTokens, sequences: list[int]) -> Spli
         of_sequences=of_sequences,
         bytes_per_token=num_bytes / tokens.num_tokens,
     )
-
-
-def continuations(directory: Path, prompts: dict[str, str], *, num_tokens: int = 48, seed: int = 0) -> dict[str, str]:
-    """Sampled continuations of prompts by a `transformers` directory."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    model = load_checkpoint(directory, key="model").eval()
-    torch.manual_seed(seed)
-    texts = {}
-    for name, prompt in prompts.items():
-        tokens = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-        made = model.generate(**tokens, max_new_tokens=num_tokens, do_sample=True, temperature=0.7, top_k=40)
-        texts[name] = tokenizer.decode(made[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
-    return texts

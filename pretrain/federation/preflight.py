@@ -16,6 +16,7 @@ from pretrain.config.keys import RunConfig
 from pretrain.exchange.options import destination, is_directory, store_options
 from pretrain.exchange.signed import CONTRACT
 from pretrain.exchange.store import StoreExchange
+from pretrain.host.tensorboard import check_tensorboard
 from pretrain.host.tracker import server_host
 from pretrain.silo.shards import check_a_sequence, check_enough, read_manifest, tokenizer_sha256
 from pretrain.silo.weights import checkpoint_files
@@ -74,6 +75,7 @@ def check_silo(config: RunConfig, name: str) -> None:
     if config.trust.keys:  # else a local launch makes them
         act_as(Members(), config, name)
     check_policy(config)
+    check_tensorboard(config)
     silo, tokenizer = config.silos[name], tokenizer_sha256(config.tokenizer_file)
     key = f"silos.{name}.data"
     if not silo.data:

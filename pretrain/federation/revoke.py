@@ -13,13 +13,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from pretrain.config.check import ConfigError, named
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.revocation import Revocation
 from pretrain.exchange.store import StoreExchange, delivery_path, version_path
-from pretrain.federation.export import SplitLoss, empty_model, evaluate_directory, origin, write_export, writing
+from pretrain.federation.export import (
+    SplitLoss,
+    empty_model,
+    evaluate_directory,
+    origin,
+    write_card,
+    write_export,
+    writing,
+)
 from pretrain.merge.collect import Delivery
 from pretrain.merge.merger import Merger
 from pretrain.merge.snapshots import Snapshots
@@ -243,14 +251,15 @@ class Revoker:
 def write_revoked(config: RunConfig, found: Revoked, directory: Path) -> None:
     """Write the model without the member as `atoll export` would, with the record of it, to a new directory."""
     record = found.record
-    told = {
+    told: dict[str, Any] = {
         "version": record.to_version,
         "without": {"member": record.member, "from_version": record.from_version},
         "parameters_digest": record.parameters_digest,
         "contract_sha256": record.contract_sha256,
     }
     with writing(directory) as temporary:
-        _export(config, found.parameters, told, temporary)
+        model = _export(config, found.parameters, told, temporary)
+        write_card(model, config, told, temporary)
         (temporary / REVOCATION).write_bytes(record.to_bytes())
 
 
@@ -265,11 +274,12 @@ def losses(
     return {corpus: (of_both[0][str(place)], of_both[1][str(place)]) for corpus, place in data.items()}
 
 
-def _export(config: RunConfig, values: Mapping[str, Tensor], told: dict[str, Any], directory: Path) -> None:
+def _export(config: RunConfig, values: Mapping[str, Tensor], told: dict[str, Any], directory: Path) -> nn.Module:
     model, parameters = empty_model(config)
     for name, value in values.items():
         parameters[name].copy_(value)
     write_export(model.eval(), config, origin(config) | told, directory)
+    return model
 
 
 def _norm(tensors: Iterator[Tensor]) -> float:

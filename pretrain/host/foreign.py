@@ -42,6 +42,11 @@ def shown(text: object, *, limit: int = SHOWN_CHARACTERS) -> str:
     return printable(words[:limit]) + ("..." if len(words) > limit else "")
 
 
+def shown_lines(text: str) -> str:
+    """The same of a text that keeps its lines and tabs, whatever its length: what a model writes may be anything."""
+    return "".join(c if c in "\n\t" else printable(c) for c in text)
+
+
 def _refuse(name: str) -> NoReturn:
     raise ValueError(f"{name} given; allowed: finite numbers")
 

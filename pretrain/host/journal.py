@@ -1,4 +1,4 @@
-"""What a process tells the outside: metrics records, its status, its last error, and Weights & Biases. No torch."""
+"""What a process tells the outside: metrics records, its status, its last error, and trackers. No torch."""
 
 import errno
 import json
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config.keys import RunConfig
+from pretrain.host.tensorboard import EventFiles
 from pretrain.host.tracker import Allows, Says, Tracker
 
 
@@ -25,6 +26,7 @@ class Journal:
         self.directory.mkdir(parents=True, exist_ok=True)
         (self.directory / "error.txt").unlink(missing_ok=True)
         self._end_broken_line()
+        self._event_files = EventFiles(config, part)
         self._tracker = Tracker(config, part, silo=silo, allows=allows, says=says)
 
     def record(self, kind: str, **values: Any) -> None:
@@ -36,6 +38,7 @@ class Journal:
         if self._silo:
             head["silo"] = self._silo
         self._append((json.dumps(head | values) + "\n").encode())
+        self._event_files.log(kind, values)
         self._tracker.log(kind, values)
 
     def newest(self, kind: str, version: int) -> dict[str, Any]:
@@ -76,5 +79,6 @@ class Journal:
         (self.directory / "error.txt").write_text(message + "\n")
 
     def close(self) -> None:
-        """Finish the Weights & Biases run, if there is one."""
+        """Finish what trackers were told, if there are any."""
+        self._event_files.close()
         self._tracker.close()

@@ -1,6 +1,8 @@
 """Weights & Biases beside a run, which never depends on it: what cannot be sent is kept on disk. No torch."""
 
+import dataclasses
 import os
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +17,13 @@ SILENT = {
     **{"x_disable_stats": True, "x_disable_meta": True, "x_disable_machine_info": True, "x_save_requirements": False},
     **{"disable_git": True, "disable_code": True, "save_code": False},
 }
+
+# By which of its own numbers each kind of record is drawn.
+AXES = {"step": "step/step", "sync": "sync/step", "eval": "eval/step", "commit": "commit/version"}
+# What of the configuration may hold a secret, or how one is come by.
+KEPT = {"exchange": ("options", "client_certificate", "client_key"), "trust": ("key_command", "directory")}
+AGREED = ("name", "run_id", "sequence_tokens", "document_masking", "model", "inner", "outer", "membership", "roster")
+RUN_FILE = "wandb.id"  # what makes all starts of a process in one run directory one run there
 
 Allows = Callable[[str], bool]
 """Whether a number of this name may leave."""
@@ -35,6 +44,28 @@ def server_host() -> str:
     return urlsplit(os.environ.get("WANDB_BASE_URL") or SERVER).hostname or ""
 
 
+def numbers(kind: str, values: dict[str, Any]) -> dict[str, int | float]:
+    """What of a record can be drawn, by its name in every tracker: step/loss, eval/CORPUS."""
+    found = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
+    return found | {f"{kind}/{corpus}": loss for corpus, loss in values.get("val_loss", {}).items()}
+
+
+def told_of(config: RunConfig, silo: str | None, *, only_agreed: bool) -> dict[str, Any]:
+    """The resolved configuration as a process has it, without what may be secret and other silos' sections.
+
+    With `only_agreed`, what all silos agreed to alone: where a site lets out some numbers, its places are no affair.
+    """
+    found = dataclasses.asdict(config)
+    if only_agreed:
+        found = {name: found[name] for name in AGREED}
+        del found["model"]["checkpoint"]
+    else:
+        for section, names in KEPT.items():
+            found[section] = {name: value for name, value in found[section].items() if name not in names}
+        found |= {"silo": found["silos"].get(silo, {}), "silos": sorted(config.silos)}
+    return found | {"member": silo or "aggregator"}
+
+
 class Tracker:
     """One process's run there; none if `wandb.mode` is disabled, or the library fails."""
 
@@ -49,25 +80,33 @@ class Tracker:
         self._allows, self._says, self._mode = allows, says, ""
         self._directory = Path(config.directory) / part
         if config.wandb.mode != "disabled":
-            self._begin(config, config.wandb.mode, silo or part, {"silo": silo})
+            self._begin(config, config.wandb.mode, silo)
 
-    def _begin(self, config: RunConfig, mode: str, who: str, about: dict[str, Any]) -> None:
+    def _begin(self, config: RunConfig, mode: str, silo: str | None) -> None:
         import wandb
 
+        axes = {kind: axis for kind, axis in AXES.items() if not self._allows or self._allows(axis)}
         silent: dict[str, Any] = SILENT if self._allows else {}
         try:
             # Asked on a terminal, a key would be waited for.
             if mode == "online" and not wandb.login(prompt=False):
                 raise RuntimeError("no login was found (wandb login, or WANDB_API_KEY)")
             self._mode = mode
-            self._say("init", {"project": config.wandb.project, "group": config.name, "name": who, "config": about})
+            told: dict[str, Any] = {
+                "project": config.wandb.project,
+                "entity": config.wandb.entity or None,
+                "group": "-".join(filter(None, (config.name, config.run_id))),
+                "job_type": "silo" if silo else "aggregator",
+                "name": f"{config.name}-{silo or 'aggregator'}",
+                "id": self._run_id(),
+                "config": told_of(config, silo, only_agreed=bool(self._allows)),
+            }
+            self._say("init", told | {"axes": axes})
             self._run = wandb.init(
-                project=config.wandb.project,
-                group=config.name,
-                name=f"{config.name}-{who}",
+                **told,
+                resume="allow",
                 mode=mode,  # type: ignore[arg-type]
                 dir=str(self._directory),
-                config=about,
                 settings=wandb.Settings(
                     silent=True,
                     console="off",
@@ -76,25 +115,33 @@ class Tracker:
                     **silent,
                 ),
             )
+            for kind, axis in axes.items():
+                self._run.define_metric(f"{kind}/*", step_metric=axis)
         except Exception as error:  # of a library and a service that training must not depend on
             why = str(error).strip().splitlines()[:1] or [type(error).__name__]
             if mode == "online":
                 then = f"recorded offline in {self._directory / 'wandb'}, which wandb sync sends"
                 print(f"wandb.mode: 'online' given; {why[0]}; {then}", flush=True)
-                self._begin(config, "offline", who, about)
+                self._begin(config, "offline", silo)
             else:
                 print(f"wandb: {why[0]}; nothing is recorded there", flush=True)
+
+    def _run_id(self) -> str:
+        """Drawn at the first start in this run directory: a later one goes on with the same run."""
+        file = self._directory / RUN_FILE
+        if not file.is_file():
+            file.write_text(uuid.uuid4().hex[:16] + "\n")
+        return file.read_text().strip()
 
     def log(self, kind: str, values: dict[str, Any]) -> None:
         """The numbers of one record."""
         if self._run:
-            numbers = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
-            numbers |= {f"{kind}/{corpus}": loss for corpus, loss in values.get("val_loss", {}).items()}
+            found = numbers(kind, values)
             if self._allows:
-                numbers = {name: number for name, number in numbers.items() if self._allows(name)}
-            if numbers:
-                self._say(kind, numbers)
-                self._try(lambda: self._run.log(numbers))
+                found = {name: number for name, number in found.items() if self._allows(name)}
+            if found:
+                self._say(kind, found)
+                self._try(lambda: self._run.log(found))
 
     def _say(self, what: str, values: dict[str, Any]) -> None:
         if self._says and self._mode == "online":

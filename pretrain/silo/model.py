@@ -1,10 +1,7 @@
 """A causal language model of `transformers`, from a configuration or from a local checkpoint directory."""
 
-import inspect
 import os
 import re
-import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -25,7 +22,6 @@ from pretrain.config.keys import ModelConfig, RunConfig
 from pretrain.host.foreign import shown
 from pretrain.silo.architecture import model_config, one_line
 from pretrain.silo.attention import DOCUMENTS, check_type, document_lengths
-from pretrain.silo.shards import END_OF_TEXT_NAMES
 from pretrain.silo.vocabulary import vocabulary_size
 from pretrain.silo.weights import checkpoint_files, tensors_of
 
@@ -113,7 +109,7 @@ def _check_buffers(model: nn.Module, settings: ModelConfig, vocab_size: int) -> 
 
     Only parameters travel: silos and export would have others.
     """
-    with _parameters_on_meta():
+    with parameters_on_meta():
         others = dict(build_empty(settings, vocab_size, dtype=torch.float32).named_buffers())
     lost = [name for name, value in model.named_buffers() if not torch.equal(value, others[name])]
     if lost:
@@ -242,7 +238,7 @@ def _parameters_as(made_of: Callable[[nn.Parameter], nn.Parameter]) -> Iterator[
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def _parameters_on_meta() -> AbstractContextManager[None]:
+def parameters_on_meta() -> AbstractContextManager[None]:
     """Modules built inside hold real buffers, but parameters without memory."""
     return _parameters_as(lambda parameter: nn.Parameter(parameter.to("meta")))
 
@@ -274,7 +270,7 @@ def _placed_by(place: Callable[[Tensor], Tensor]) -> Iterator[None]:
 def restore_buffers(model: nn.Module, settings: ModelConfig, vocab_size: int) -> None:
     """Give `model` the buffers of a plain model: ZeRO-3's context rounds them (rotary frequencies!) to bf16."""
     buffers = dict(model.named_buffers())
-    with _parameters_on_meta():
+    with parameters_on_meta():
         plain = build_empty(settings, vocab_size, dtype=torch.float32)
     for name, value in plain.named_buffers():
         buffers[name].data = value.to(buffers[name].device)
@@ -431,29 +427,3 @@ def check_document_masking(model: nn.Module, end_of_text_id: int, device: torch.
             "document_masking: true given; this type of model lets a document see the one before it even so; allowed: "
             "false, or a model whose attention follows position_ids (llama, mistral, qwen3, gpt2, gpt_neox, ...)"
         )
-
-
-def export(model: nn.Module, tokenizer_file: Path, directory: Path) -> None:
-    """Save a `transformers` directory that AutoModelForCausalLM and AutoTokenizer load.
-
-    Its end of text is the token that ended documents in training. It names no padding, as none was trained, and whoever
-    goes on from it would freeze the embedding of a token that is padding.
-    """
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file))
-    vocabulary = tokenizer.get_vocab()
-    name = next((name for name in END_OF_TEXT_NAMES if name in vocabulary), None)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file), eos_token=name, bos_token=name)
-    code = inspect.getsource(sys.modules[type(model).__module__])
-    for part in (model.config, model.generation_config):
-        settings: Any = part
-        settings.eos_token_id = settings.bos_token_id = None if name is None else vocabulary[name]
-        settings.use_cache = True  # switched off for training
-        if "create_position_ids_from_input_ids" not in code:  # roberta and its like count from there
-            settings.pad_token_id = None
-    model.save_pretrained(directory)  # type: ignore[operator]
-    tokenizer.save_pretrained(directory)
-    shutil.copyfile(tokenizer_file, directory / "tokenizer.json")  # the very bytes that the contract's hash names
-    for file in directory.iterdir():
-        file.chmod((directory / "config.json").stat().st_mode)  # safetensors makes files that only their owner reads

@@ -180,6 +180,11 @@ def in_one_value(outer: OuterConfig, num_silos: int) -> int:
     return num_silos - 2 * outer.num_malicious if outer.merge == "trimmed_mean" else num_silos
 
 
+def is_public(config: RunConfig, name: str) -> bool:
+    """Whether the contract lets what a silo tells of its training be shown to anybody."""
+    return config.trust.metrics.get(name, "public") == "public"
+
+
 def _wandb_level(mode: str) -> int:
     return WANDB.index("offline" if mode == "offline" else "online") if mode != "disabled" else 0
 

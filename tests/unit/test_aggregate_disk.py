@@ -14,7 +14,8 @@ from pretrain.config.keys import RunConfig
 from pretrain.config.load import save_config
 from pretrain.outer.digest import digest_tensors
 from pretrain.outer.placing import OnDisk
-from pretrain.silo.model import build_initial, export, initial_parameters
+from pretrain.silo.exported import export
+from pretrain.silo.model import build_initial, initial_parameters
 from pretrain.trust.contract import build_contract
 from tests.conftest import TinyConfig
 from tests.support import VOCAB_SIZE, TinyText, mounted

@@ -28,6 +28,7 @@ FLOORS = (
         "launch.contract",
         "launch.presets",
         "launch.report",
+        "launch.model",
         "launch.revoke",
         "launch.verify",
         "launch.version",

@@ -11,7 +11,7 @@ from tests.unit.test_rooms import PRODUCT, imports, is_below, module_name, parse
 SENDS = (
     *("socket", "socketserver", "http", "urllib", "ftplib", "smtplib", "telnetlib", "xmlrpc", "subprocess"),
     *("fsspec", "s3fs", "gcsfs", "adlfs", "boto3", "botocore", "aiohttp", "requests", "httpx", "urllib3", "paramiko"),
-    *("wandb", "huggingface_hub", "datasets", "torch.distributed", "torch.hub", "zmq", "grpc", "websockets"),
+    *("wandb", "lm_eval", "huggingface_hub", "datasets", "torch.distributed", "torch.hub", "zmq", "grpc", "websockets"),
 )
 HARMLESS = "urllib.parse"  # cuts texts
 WAYS_OUT = {
@@ -34,6 +34,8 @@ WAYS_OUT = {
     "pretrain.exchange.options": {"fsspec", "botocore"},
     "pretrain.federation.relay": {"fsspec"},
     "launch.show.listed": {"fsspec"},
+    # Scores a finished model on local files, with all that the library could look for in a network switched off.
+    "pretrain.federation.tasks": {"lm_eval"},
     # A name of this machine, and whether a port of it is free.
     "pretrain.exchange.lease": {"socket"},
     "pretrain.federation.preflight": {"socket", "fsspec"},

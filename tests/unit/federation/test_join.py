@@ -25,7 +25,8 @@ from pretrain.federation.preflight import check_run, check_store
 from pretrain.federation.room import check_silo_room, silo_disk_bytes
 from pretrain.host import software
 from pretrain.host.identity import own_identity
-from pretrain.silo.model import build_initial, export
+from pretrain.silo.exported import export
+from pretrain.silo.model import build_initial
 from pretrain.sync.through_store import ThroughStore
 from pretrain.trust import contract
 from pretrain.trust.contract import build_contract, contract_bytes, first_contract

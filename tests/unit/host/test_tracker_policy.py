@@ -21,6 +21,8 @@ class Library:
     def __init__(self) -> None:
         self.settings: dict[str, Any] = {}
         self.logged: list[dict[str, Any]] = []
+        self.told: dict[str, Any] = {}
+        self.axes: dict[str, str] = {}
 
     def login(self, *, prompt: bool) -> bool:
         return not prompt
@@ -29,8 +31,12 @@ class Library:
         self.settings = settings
         return settings
 
-    def init(self, **_: Any) -> Any:
-        return SimpleNamespace(log=self.logged.append, finish=lambda: None)
+    def init(self, **told: Any) -> Any:
+        self.told = told
+        return SimpleNamespace(log=self.logged.append, finish=lambda: None, define_metric=self.define_metric)
+
+    def define_metric(self, name: str, *, step_metric: str) -> None:
+        self.axes[name] = step_metric
 
 
 @pytest.fixture
@@ -53,6 +59,10 @@ def test_other_numbers_stay_here(library: Library, tmp_path: Path) -> None:
     kept.record("eval", val_loss={"law": 2.0})
     kept.close()
     assert library.logged == [{"step/loss": 1.5}, {"eval/law": 2.0}]
+    assert library.axes == {"eval/*": "eval/step"}  # the others' axes may not leave
+    agreed = {"inner", "membership", "member", "model", "name", "outer", "roster", "run_id"}
+    assert set(library.told["config"]) == agreed | {"sequence_tokens", "document_masking"}
+    assert str(tmp_path) not in json.dumps(library.told["config"])
     assert library.settings.items() >= SILENT.items()
     lines = [line for line, _ in read_lines(egress_file(tmp_path, "law")) if line]
     assert [(line.kind, line.where, line.name) for line in lines] == [
