@@ -179,13 +179,8 @@ class PlainDisplay:
         self._line(silo, "  ".join(parts))
 
     def _say_commit(self, record: Record) -> None:
-        last = self.config.schedule.num_versions
-        number = f"{record['version']:>{len(str(last))}}/{last}"
-        text = f"commit {number}  {len(record.get('silos') or [])} of {len(self.config.silos)} silos"
-        if (norm := record.get("update_norm")) is not None:
-            text += f"  update norm {norm:.4g}"
-        if (cosine := record.get("cosine_mean")) is not None:
-            text += f"  cosine between silos {cosine:+.2f}"
+        last, who = self.config.schedule.num_versions, (len(record.get("silos") or []), len(self.config.silos))
+        text = commit_words(record["version"], last, who, record.get("update_norm"), record.get("cosine_mean"))
         self._line(AGGREGATOR if self.config.exchange.kind == "store" else "all", text)
 
     def _say_long_wait(self, name: str, status: ProcessStatus) -> None:
@@ -327,6 +322,18 @@ def format_bytes(num_bytes: float) -> str:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:.1f} PB"
+
+
+def commit_words(
+    version: int, last: int, silos: tuple[int, int], update_norm: float | None, cosine: float | None
+) -> str:
+    """A commit in one line; `silos` are those in it, and all."""
+    text = f"commit {version:>{len(str(last))}}/{last}  {silos[0]} of {silos[1]} silos"
+    if update_norm is not None:
+        text += f"  update norm {update_norm:.4g}"
+    if cosine is not None:
+        text += f"  cosine between silos {cosine:+.2f}"
+    return text
 
 
 def shortened(name: str, limit: int) -> str:

@@ -15,6 +15,7 @@ from pretrain.host.foreign import shown
 from pretrain.trust.ledger import Commit, Contributor, Manifest, sha256_bytes
 
 TOLD = ("loss", "pseudo_gradient_norm", "seconds_per_step", "tokens")  # by silos, of which `trust.metrics` speaks
+BEYOND = 1e12  # what no loss and no norm is: an axis that reached so far would show nothing else
 MOST_EVENTS = 200  # of one party: whoever writes to a store may write any number
 N = TypeVar("N", int, float)
 
@@ -153,8 +154,8 @@ class _Reader:
             unix_seconds=when,
             parts={silo: self._part(found, commit.version, when) for silo, found in given.items()},
             num_bytes=sum(payload.num_bytes for payload in commit.payloads),
-            update_norm=commit.metrics.get("update_norm"),
-            cosine_mean=commit.metrics.get("cosine_mean"),
+            update_norm=_sane(commit.metrics.get("update_norm")),
+            cosine_mean=_sane(commit.metrics.get("cosine_mean")),
         )
 
     def _part(self, given: list[Contributor], version: int, when: float | None) -> Part:
@@ -170,13 +171,17 @@ class _Reader:
             counts=any(one.weight for one in given),
             num_bytes=sum(payload.num_bytes for one in manifests for payload in one.payloads) if manifests else None,
             tokens=self._published("tokens", sum(one.tokens for one in given)),
-            loss=self._published("loss", told.get("loss")),
-            norm=self._published("pseudo_gradient_norm", told.get("pseudo_gradient_norm")),
+            loss=self._published("loss", _sane(told.get("loss"))),
+            norm=self._published("pseudo_gradient_norm", _sane(told.get("pseudo_gradient_norm"))),
             waited_seconds=self._published("seconds_per_step", waited),  # when a silo delivers tells how fast it is
         )
 
     def _published(self, name: str, number: N | None) -> N | None:
         return None if name in self.kept else number
+
+
+def _sane(number: float | None) -> float | None:
+    return None if number is None or abs(number) > BEYOND else number
 
 
 def _path(contributor: Contributor) -> str:

@@ -53,11 +53,11 @@ class Federation:
         began = time.monotonic()
         opened = Opened(self._url, self._options, before=self._opened)
         reader = Reader(opened)
-        self.history = read_history(opened, reader.roster, for_members=self._for_members)
+        history = read_history(opened, reader.roster, for_members=self._for_members)
+        self._opened, self.history = opened, history
         """How the run came to where it is."""
         self.status = reader.status()
         """Where it stands."""
-        self._opened = opened
         self.look_seconds = time.monotonic() - began
         """How long that took."""
 

@@ -1,9 +1,11 @@
 """`atoll serve`: a federation's page on a port of this machine, made anew while somebody looks at it."""
 
+import sys
 import threading
 import time
 from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 from launch.show.page import Federation
 from pretrain.config.check import ConfigError
@@ -41,6 +43,11 @@ class PageServer(ThreadingHTTPServer):
         self.names = {name.lower() for name in (*own, *names)}
         self._federation, self._lock = federation, threading.Lock()
         self._page, self._made = b"", 0.0
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Who goes away before the page is there is no error."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:

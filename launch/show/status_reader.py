@@ -145,6 +145,7 @@ class Reader:
 
     def __init__(self, opened: Opened) -> None:
         self._opened, self._store, self._voices = opened, opened.store, opened.voices
+        self._parsed, self._last_of, self._last_path = opened.parsed, opened.last_of, opened.last_path
         self._version = len(opened.chain) - 1 if opened.chain else None
         self._next = (self._version or 0) + 1
         governed = Governed(opened.terms)
@@ -157,19 +158,16 @@ class Reader:
         wanted = [*rollbacks, *(name for name in (self._waiting,) if name in self._store.times)]
         wanted += [path for silo in silos for path in self._refused(silo)]
         wanted += [name for silo in silos if is_signed and (name := IDENTITY.format(silo)) in self._store.times]
-        self._objects = self._opened.parsed(wanted, json_object)
-        self._objects |= self._opened.last_of(
-            [TERM, *(kind.format(silo) for silo in silos for kind in (BEAT, WORD))], json_object
-        )
-        self._objects |= self._opened.parsed(
-            [_done(path) for path in rollbacks if _done(path) in self._store.times], json_object
-        )
+        self._objects = self._parsed(wanted, json_object)
+        said = [TERM, *(kind.format(silo) for silo in silos for kind in (BEAT, WORD))]
+        self._objects |= self._last_of(said, json_object)
+        done = [_done(path) for path in rollbacks if _done(path) in self._store.times]
+        self._objects |= self._parsed(done, json_object)
         self._objects |= self._signs_of_term()
         manifests = [MANIFEST.format(silo) for silo in silos]
-        self._manifests = self._opened.last_of(manifests, Manifest.from_bytes)
+        self._manifests = self._last_of(manifests, Manifest.from_bytes)
         coming = [path for name in manifests if is_signed and (path := self._store.numbered(name).get(self._next))]
-        coming = [path for path in coming if path not in self._manifests]
-        self._manifests |= self._opened.parsed(coming, Manifest.from_bytes)
+        self._manifests |= self._parsed([path for path in coming if path not in self._manifests], Manifest.from_bytes)
         self._tokens = {v: _tokens(commit) for v, commit in opened.commits.items()}
         self._not_counted = {v: not_counted(commit) for v, commit in opened.commits.items()}
         self._drawn = cache(self._drawn_anew)
@@ -177,10 +175,10 @@ class Reader:
     def _signs_of_term(self) -> dict[str, Json]:
         """Where all is signed, what the newest holder of the lease has said of being alive, or of its end."""
         found: dict[str, Json] = {}
-        for path in self._opened.last_path(TERM) if self._voices.members.keys else ():
+        for path in self._last_path(TERM) if self._voices.members.keys else ():
             term, nonce = path.removesuffix(".json"), self._objects[path].get("nonce")
             ended = [name for name in (f"{term}.ended",) if name in self._store.times]
-            signs = self._opened.parsed(ended, json_object) | self._opened.last_of([f"{term}.beat-#"], json_object)
+            signs = self._parsed(ended, json_object) | self._last_of([f"{term}.beat-#"], json_object)
             found = {name: sign for name, sign in signs.items() if sign.get("nonce") == nonce}
         return found
 
@@ -199,7 +197,7 @@ class Reader:
         return [self._objects.get(path, {}) for path in self._refused(silo) if self._is_said(path)]
 
     def _last(self, pattern: str) -> Json:
-        return next((self._objects.get(path, {}) for path in self._opened.last_path(pattern)), {})
+        return next((self._objects.get(path, {}) for path in self._last_path(pattern)), {})
 
     def status(self) -> StoreStatus:
         """All of it."""
@@ -255,12 +253,10 @@ class Reader:
 
     def _signs(self, pattern: str) -> list[str]:
         """Signs of life; where all is signed the newest alone, as anybody may have put a copy of an older one there."""
-        return (
-            self._opened.last_path(pattern) if self._voices.members.keys else [*self._store.numbered(pattern).values()]
-        )
+        return self._last_path(pattern) if self._voices.members.keys else [*self._store.numbered(pattern).values()]
 
     def _aggregator(self) -> Life:
-        for path in self._opened.last_path(TERM):
+        for path in self._last_path(TERM):
             term, record = path.removesuffix(".json"), self._objects.get(path, {})
             if self._is_said(f"{term}.ended"):
                 life = Life(is_alive=False, words="ended")
@@ -275,7 +271,7 @@ class Reader:
     def _silo(self, name: str) -> SiloStatus:
         manifests = self._store.numbered(MANIFEST.format(name))
         tokens = {version: found[name] for version, found in self._tokens.items() if name in found}
-        newest = next((self._manifests.get(path) for path in self._opened.last_path(MANIFEST.format(name))), None)
+        newest = next((self._manifests.get(path) for path in self._last_path(MANIFEST.format(name))), None)
         has_delivered = self._next in manifests
         if self._voices.members.keys:
             has_delivered = manifests.get(self._next) in self._manifests
@@ -294,7 +290,7 @@ class Reader:
     def _part(self, name: str) -> str:
         """Whether the aggregator counts on a silo; `pretrain.merge.collect` has the rules."""
         if self._rules.is_elastic:
-            if not self._opened.last_path(WORD.format(name)):
+            if not self._last_path(WORD.format(name)):
                 return "not joined"
             word = self._last(WORD.format(name))
             if word.get("left") is True:
@@ -328,7 +324,7 @@ class Reader:
         """The aggregator counts from the commit before, or from its own start if that was later."""
         record = self._objects.get(self._waiting, {})
         seconds = None if record.get("deadline_seconds") is None else number_in(record, "deadline_seconds")
-        began = [time for time in (self._began, self._store.newest(self._opened.last_path(TERM))) if time is not None]
+        began = [time for time in (self._began, self._store.newest(self._last_path(TERM))) if time is not None]
         return max(began) + seconds if began and seconds is not None else None
 
 

@@ -9,7 +9,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from launch.show.display import format_seconds, shortened
+from launch.show.display import commit_words, format_seconds, shortened
 from launch.show.history import History, Version
 from launch.show.page import Federation
 from launch.show.status import show_status, waiting_words
@@ -123,22 +123,12 @@ def _tell(federation: Federation, console: Console) -> None:
         for one in history.versions:
             if version is None or one.number > version:
                 version = one.number
-                _say(console, _commit_words(one, status, history))
+                who = len(one.parts), len(history.silos)
+                text = commit_words(one.number, status.num_versions, who, one.update_norm, one.cosine_mean)
+                _say(console, text if one.loss is None else f"{text}  loss {one.loss:.4f}")
         if (now := status.waiting_for or "finished") != waiting:
             waiting = now
             _say(console, waiting_words(status))
-
-
-def _commit_words(version: Version, status: StoreStatus, history: History) -> str:
-    last = status.num_versions
-    text = f"commit {version.number:>{len(str(last))}}/{last}  {len(version.parts)} of {len(history.silos)} silos"
-    if version.loss is not None:
-        text += f"  loss {version.loss:.4f}"
-    if version.update_norm is not None:
-        text += f"  update norm {version.update_norm:.4g}"
-    if version.cosine_mean is not None:
-        text += f"  cosine between silos {version.cosine_mean:+.2f}"
-    return text
 
 
 def _say(console: Console, words: str) -> None:

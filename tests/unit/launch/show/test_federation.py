@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import re
 import shutil
 import threading
 import time
@@ -25,12 +26,16 @@ from launch.show.report import MADE_BY, write_report
 from launch.show.serve import PageServer
 from launch.show.status import remarks
 from launch.show.watch import watch
+from pretrain.config.keys import RunConfig
 from pretrain.config.load import save_config
 from pretrain.exchange.store import StoreExchange
+from pretrain.trust.ledger import sha256_bytes
 from tests.support import TinyText, one_line_error
 from tests.unit.launch.show.chromium import Chromium, chromium
 from tests.unit.launch.show.federation import NEWEST, REASON, SILOS, TOKENS, loss, make_federation, present
 from tests.unit.launch.show.test_report import make_run
+from tests.unit.test_aggregate import one_version
+from tests.unit.test_signed import begin, deliver
 from tests.waiting import wait_for
 
 PHONE, DESK = 390, 1200
@@ -101,13 +106,18 @@ def test_who_was_in_which_commit_with_what(made: Path) -> None:
     assert [name for name, silo in federation.status.silos.items() if silo.is_awaited] == ["beta", "delta", "epsilon"]
 
 
-def test_a_manifest_that_no_commit_names_tells_nothing(store: Path) -> None:
+def test_a_manifest_that_no_commit_names_tells_nothing_nor_does_what_cannot_be(store: Path) -> None:
     change(store / "silos/alpha/000003/manifest.json", lambda said: said["metrics"].update(loss=99.0))
     (store / "silos/beta/000002/manifest.json").write_text('{"loss": 98}')
+    absurd = store / "silos/delta/000003/manifest.json"
+    change(absurd, lambda said: said["metrics"].update(loss=1.7e308, pseudo_gradient_norm=-1.7e308))
+    named = {"manifest_sha256": sha256_bytes(absurd.read_bytes())}
+    change(store / "global/000003/commit.json", lambda said: said["contributors"][2].update(named))
     federation = Federation(str(store))
     versions = federation.history.versions
     assert (versions[3].parts["alpha"].loss, versions[3].parts["alpha"].tokens) == (None, TOKENS["alpha"])
     assert versions[2].parts["beta"].loss is None
+    assert (versions[3].parts["delta"].loss, versions[3].parts["delta"].norm) == (None, None)
     assert remarks(federation.status) == [
         "passed over, as they are not what their names say: silos/beta/000002/manifest.json"
     ]
@@ -117,6 +127,8 @@ def test_a_manifest_that_no_commit_names_tells_nothing(store: Path) -> None:
 def test_what_members_keep_is_not_there(store: Path, for_members: bool) -> None:
     tiers = {"loss": "consortium", "tokens": "consortium", "seconds_per_step": "member"}
     change(store / "contract.json", lambda said: said["trust"].update(metrics=tiers))
+    hostile = {"name": "</title><script>1</script>", "model": {"config": {"model_type": "<b>\x1b[2J"}}}
+    change(store / "contract.json", lambda said: said.update(hostile))
     html = Federation(str(store), for_members=for_members).page()
     assert ('id="loss"' in html, 'id="tokens"' in html, 'id="loss_in_time"' in html) == (for_members,) * 3
     assert ("4.3750" in html, "46.0%" in html) == (for_members,) * 2
@@ -124,6 +136,7 @@ def test_what_members_keep_is_not_there(store: Path, for_members: bool) -> None:
     assert ("Not for publication: by the contract (trust.metrics) loss, tokens of silos" in html) == for_members
     kept = "seconds_per_step" if for_members else "loss, seconds_per_step, tokens"
     assert f"keeps it among the members: {kept} of silos" in html
+    assert not any(words in html for words in ("<script", "<b>\\", "\x1b"))
 
 
 def test_what_never_changes_is_read_once(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,6 +168,24 @@ def test_what_never_changes_is_read_once(made: Path, monkeypatch: pytest.MonkeyP
         assert federation.status.unreadable == ["global/000010/commit.json"]
     finally:
         memory.rm("/five", recursive=True)
+
+
+def test_what_nobody_has_signed_is_not_there(signed_config: RunConfig) -> None:
+    aggregator, state = begin(signed_config)
+    for silo in signed_config.full_roster:
+        deliver(signed_config, state, silo)
+    one_version(aggregator, state)
+    store = Path(signed_config.store_url)
+    told = {"left": True, "version": 1}, {"format": 2, "from_version": 1, "to_version": 0, "reason": "mine"}
+    names = ("silos/alpha/membership/000000.json", "rollbacks/000001.json")
+    for name, said in zip(names, told, strict=True):
+        more = {"previous": None, "commit_sha256": "", "discarded": [], "signature": None} if "reason" in said else {}
+        (store / name).parent.mkdir(parents=True)
+        (store / name).write_text(json.dumps(said | more))
+    federation = Federation(str(store))
+    assert (federation.history.events, federation.history.taken_back) == ([], [])
+    assert sorted(federation.status.unsigned) == sorted(names)
+    assert [one.loss for one in federation.history.versions] == [None, 1.0]
 
 
 # ---- the report
@@ -383,6 +414,6 @@ def test_followed_without_a_terminal(store: Path, monkeypatch: pytest.MonkeyPatc
     (store / "aside").rename(last)
     thread.join()
     text = console.export_text()
-    assert "commit 10/10  4 of 5 silos  loss 4.3750  update norm " in text
+    assert re.search(r"commit 10/10  4 of 5 silos  update norm \S+  cosine between silos \S+  loss 4\.3750\n", text)
     assert text.rstrip().endswith("finished")
     assert time.strftime("%H:") in text
