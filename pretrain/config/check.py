@@ -18,6 +18,7 @@ STATES = ("memory", "disk")
 MERGES = ("mean", "importance", "clip", "trimmed_mean", "median", "krum")
 TIERS = ("public", "consortium", "member")
 METRICS = ("loss", "pseudo_gradient_norm", "seconds_per_step", "tokens")
+MOST_TOGETHER = 380  # silos of a collective: each one's record of a version has a number for every two of them
 FEWEST_JUDGED = 3  # silos of which the others can say that one is worse than they are
 CODECS = ("fp32", "bf16", "int8", "int4", "e3m0", "topk")
 # What s3fs, gcsfs, adlfs and the libraries under them call a secret, or a name that goes with one.
@@ -367,8 +368,9 @@ def _check_collective(config: RunConfig) -> None:
         return
     fits = re.fullmatch(r"tcp://([^/:]+|\[[0-9a-fA-F:]+\]):[1-9]\d{0,4}", exchange.url)
     _require(bool(fits), "exchange.url", exchange.url, "tcp://HOST:PORT with exchange.kind=collective")
-    state = config.outer.state
+    state, num_silos = config.outer.state, len(config.full_roster)
     _require(state == "memory", "outer.state", state, "memory with exchange.kind=collective, which has no aggregator")
+    _require(num_silos <= MOST_TOGETHER, "silos", num_silos, f"up to {MOST_TOGETHER} with exchange.kind=collective")
     for name, silo in config.silos.items():
         num_ranks = silo.num_nodes * silo.processes_per_node
         lanes = f"1 to the {num_ranks} ranks of silo {name}"
