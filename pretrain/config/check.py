@@ -13,6 +13,7 @@ from pretrain.config.allowed import ALLOWED, METRICS, TIERS, Numbers
 from pretrain.config.deepspeed_keys import KNOWN, OWNED
 from pretrain.config.keys import OPERATOR, ModelConfig, OuterConfig, RunConfig, SiloConfig
 
+MOST_TOGETHER = 380  # silos of a collective: each one's record of a version has a number for every two of them
 FEWEST_JUDGED = 3  # silos of which the others can say that one is worse than they are
 # What s3fs, gcsfs, adlfs and the libraries under them call a secret, or a name that goes with one.
 SECRET_NAME = re.compile(r"secret|token|passw|credential|connection_string|authorization|username|key$|key_id$", re.I)
@@ -306,8 +307,9 @@ def _check_collective(config: RunConfig) -> None:
         return
     fits = re.fullmatch(r"tcp://([^/:]+|\[[0-9a-fA-F:]+\]):[1-9]\d{0,4}", exchange.url)
     _require(bool(fits), "exchange.url", exchange.url, "tcp://HOST:PORT with exchange.kind=collective")
-    state = config.outer.state
+    state, num_silos = config.outer.state, len(config.full_roster)
     _require(state == "memory", "outer.state", state, "memory with exchange.kind=collective, which has no aggregator")
+    _require(num_silos <= MOST_TOGETHER, "silos", num_silos, f"up to {MOST_TOGETHER} with exchange.kind=collective")
     for name, silo in config.silos.items():
         num_ranks = silo.fewest_nodes * silo.processes_per_node
         lanes = f"1 to the {num_ranks} ranks of silo {name}"

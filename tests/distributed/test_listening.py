@@ -1,10 +1,12 @@
 """What listens while a run trains: gloo, between the processes of one silo, and a collective's board; on loopback."""
 
 import fcntl
+import json
 import os
 import pty
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import termios
@@ -21,9 +23,14 @@ from launch.show.logs import read_logs
 from launch.show.metrics import read_status
 from launch.start.local import process_directory
 from launch.start.processes import MARK
+from pretrain.config.load import load_run
+from pretrain.exchange.board import FarBoard
+from pretrain.exchange.channel import BrokenError, Channel, Credentials
+from pretrain.trust.members import Members, public_keys
 from tests.conftest import TinyConfig
 from tests.distributed.federation import left_behind
 from tests.support import free_port
+from tests.unit.exchange.members import private_key
 from tests.waiting import PATIENCE_SECONDS, wait_for
 
 RANKS = ("alpha rank 0", "beta rank 0", "beta rank 1")
@@ -59,6 +66,34 @@ def rubbish(port: int) -> Iterator[socket.socket]:
         yield connection
 
 
+def spoken(port: int, directory: Path) -> list[str]:
+    """What a stranger is told who speaks the collective's own protocol over TLS, with keys of its own, for beta."""
+    members = Members(keys=public_keys(load_run(directory)), signer=private_key("stranger"))
+
+    def attempt(silo: str, run: str) -> str:
+        stranger = Credentials(members, run=run, silo=silo)
+        try:
+            FarBoard(stranger.dial(LOOPBACK, port, "alpha", purpose="words"), seconds=5).set(f"left/{silo}", "hacked")
+        except BrokenError as error:
+            return str(error)
+        return "welcome"
+
+    run = attempt("beta", "mine").removeprefix("a passport of run ").removesuffix(" was shown, and this is mine")
+    said = [attempt(silo, run) for silo in ("beta", "alpha", "delta")]
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with context.wrap_socket(socket.create_connection((LOOPBACK, port), 10)) as connection:
+        channel = Channel(connection)
+        try:
+            for words in (["set", "left/beta", "hacked"], ["claim", "member/beta", "mine"]):
+                channel.send_frame(json.dumps(words).encode(), 10)
+            while channel.receive_frame(1 << 20, 10) != b"welcome":
+                pass
+        except BrokenError as error:
+            said.append(str(error))
+    return said
+
+
 def test_a_collective_does_not_notice_strangers(tmp_path: Path, tiny_config: TinyConfig) -> None:
     port = free_port()
     exchange = {"kind": "collective", "url": f"tcp://{LOOPBACK}:{port}", "dead_seconds": 10.0}
@@ -78,6 +113,7 @@ def test_a_collective_does_not_notice_strangers(tmp_path: Path, tiny_config: Tin
         try:
             trained(8)
             found = listening(process.pid)
+            told = spoken(port, Path(config.directory))
             held = list(rubbish(port))
             trained(20)
         finally:
@@ -86,6 +122,10 @@ def test_a_collective_does_not_notice_strangers(tmp_path: Path, tiny_config: Tin
     for connection in held:
         connection.close()
     assert process.returncode == 128 + signal.SIGTERM, said
+    whose = "alpha says: refused: signature of the passport: not of these bytes"
+    no_member = "alpha says: refused: delta is no member: the contract has no key of it"
+    gone = "the connection was closed at the other end"
+    assert [line.partition(" by the key ")[0] for line in told] == [whose, whose, no_member, gone]
     silos = {f"{silo} rank 0": {LOOPBACK} for silo in config.silos}
     assert found == {"launcher": set(), **silos}  # beta has gloo of its own process alone
     lines = list(read_logs(Path(config.directory), ["alpha"], num_lines=1000, follow=False))

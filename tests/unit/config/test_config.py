@@ -104,6 +104,13 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
         ["exchange={kind: collective, url: 'tcp://a:1', num_lanes: 2}"],
         ["exchange.num_lanes: 2 given; allowed: 1 to the 1 ranks of silo alpha"],
     ),
+    (
+        [
+            "exchange={kind: collective, url: 'tcp://a:1'}",
+            f"roster=[alpha, beta, {str([*range(10, 389)])[1:]}",
+        ],
+        ["silos: 381 given; allowed: up to 380 with exchange.kind=collective"],
+    ),
     (["outer.schedule=linear"], ["outer.schedule: 'linear' given; allowed: cosine, wsd, constant"]),
     (["outer.betas=[0.9]"], ["outer.betas: [0.9] given; allowed: two numbers from 0 to below 1"]),
     (["outer.warmup_rounds=4"], ["outer.warmup_rounds: 4 given; allowed: warm-up and decay within the 3 rounds"]),
