@@ -178,6 +178,8 @@ def plan(
     measured: Annotated[
         Path | None, typer.Option(help="Directory of an earlier run on these machines, instead of a number.")
     ] = None,
+    card: Annotated[str, typer.Option(help="That each rank has, by torch's name, instead of a number.")] = "",
+    mfu: Annotated[float, typer.Option(help="With --card: the share of its peak that training makes use of.")] = 0.4,
     tokens: Annotated[float | None, typer.Option(help="Budget of all silos; default: what the run trains on.")] = None,
 ) -> None:
     """Say what a run will take before it starts: bytes, seconds, memory; and which ways to sync would be better.
@@ -192,7 +194,7 @@ def plan(
     for option, number, minimum in (("--latency", latency, 0.0), ("--tokens", tokens, 1.0)):
         if number is not None and not minimum <= number < float("inf"):
             raise ConfigError(f"{option}: {number:g} given; allowed: {minimum:g} or more")
-    known, factor = planning.measured_run(measured) if measured else (None, 1.0)
+    known, factor = planning.known_speeds(checked, measured, card, mfu)
     given = Given(
         link_bits_per_second=bits_per_second,
         latency_seconds=latency,

@@ -16,9 +16,9 @@ from launch.show.display import format_bytes
 from launch.show.report import format_count
 from launch.show.run import Run
 from pretrain.config.check import ConfigError, named
-from pretrain.config.keys import OuterConfig
+from pretrain.config.keys import OuterConfig, RunConfig
 from pretrain.plan.plan import Plan
-from pretrain.plan.seconds import work_factor
+from pretrain.plan.seconds import card_speeds, work_factor
 
 
 def measured_run(directory: Path) -> tuple[dict[str, float], float]:
@@ -40,11 +40,22 @@ def measured_run(directory: Path) -> tuple[dict[str, float], float]:
     return {silo: statistics.harmonic_mean(of[1:]) for silo, of in speeds.items()}, factor
 
 
+def known_speeds(
+    config: RunConfig, measured: Path | None, card: str, mfu: float
+) -> tuple[dict[str, float] | None, float]:
+    """As `measured_run`, of an earlier run or a card; (None, 1) of neither. Raises ConfigError."""
+    if card and measured:
+        raise ConfigError("--card: it and --measured given; allowed: one of the two")
+    if card:
+        return card_speeds(config, card, mfu), 1.0
+    return measured_run(measured) if measured else (None, 1.0)
+
+
 def tokens_per_second(silos: list[str], given: float | None, measured: Mapping[str, float] | None) -> dict[str, float]:
     """Of each silo; one that was not measured is as fast as those that were. Raises ConfigError."""
     if (given is None) == (measured is None):
-        words = "neither it nor --measured given" if given is None else "it and --measured given"
-        raise ConfigError(f"--tokens-per-second: {words}; allowed: one of the two")
+        words = "neither it nor --measured nor --card" if given is None else "it and --measured or --card"
+        raise ConfigError(f"--tokens-per-second: {words} given; allowed: one of them")
     if given is not None and not 0 < given < math.inf:
         raise ConfigError(f"--tokens-per-second: {given:g} given; allowed: above 0")
     if measured is None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from launch.show.plan import measured_run, print_plan, tokens_per_second
+from launch.show.plan import known_speeds, measured_run, print_plan, tokens_per_second
 from pretrain.config.check import CODECS
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import load_config, save_config
@@ -337,12 +337,33 @@ def test_every_message_is_one_line(tmp_path: Path, tiny_config: TinyConfig) -> N
     many = dataclasses.replace(config, outer=dataclasses.replace(config.outer, num_fragments=999))
     assert one_line_error(make_plan, many, told(config)).startswith("outer.num_fragments: 999 given; allowed: 1 to ")
     for number, measured, expected in (
-        (None, None, "neither it nor --measured given; allowed: one of the two"),
-        (1.0, {"a": 1.0}, "it and --measured given; allowed: one of the two"),
+        (None, None, "neither it nor --measured nor --card given; allowed: one of them"),
+        (1.0, {"a": 1.0}, "it and --measured or --card given; allowed: one of them"),
         (0.0, None, "0 given; allowed: above 0"),
     ):
         assert one_line_error(tokens_per_second, ["a"], number, measured) == f"--tokens-per-second: {expected}"
     assert tokens_per_second(["a", "b"], None, {"b": 2.0, "c": 4.0}) == {"a": 3.0, "b": 2.0}
+
+
+def test_a_card_tells_the_speed(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    config = tiny_config(
+        tmp_path, silos={"beta": {"num_nodes": 2, "processes_per_node": 2, "micro_batch_sequences": 1}}
+    )
+    # Two layers of 4 x 32 x 32 and 3 x 32 x 64, five norms of 32, 300 words; two heads of 16 over 16 tokens.
+    operations = 6 * (2 * (4 * 32 * 32 + 3 * 32 * 64) + 5 * 32 + 300 * 32) + 12 * 2 * 2 * 16 * 16
+    alone = 0.5 * 312e12 / operations
+    assert known_speeds(config, None, "NVIDIA A100-SXM4-40GB", 0.5) == (
+        {"alpha": pytest.approx(alone), "beta": pytest.approx(4 * alone)},
+        1.0,
+    )
+    assert known_speeds(config, None, "", 0.4) == (None, 1.0)
+    assert one_line_error(known_speeds, config, tmp_path, "NVIDIA A10", 0.4) == (
+        "--card: it and --measured given; allowed: one of the two"
+    )
+    assert one_line_error(known_speeds, config, None, "H100 80GB", 0.4).startswith(
+        "--card: 'H100 80GB' given; allowed: a name that torch has for one, such as NVIDIA H100 80GB HBM3, "
+    )
+    assert one_line_error(known_speeds, config, None, "NVIDIA A10", 40.0) == "--mfu: 40 given; allowed: above 0, to 1"
 
 
 def record_run(config: RunConfig, num_steps: int, wait_seconds: float = 1.0) -> Path:
@@ -414,7 +435,7 @@ def test_a_mistake_is_one_line(
         ("--tokens-per-second", "5", "--latency", "-1"): "--latency: -1 given; allowed: 0 or more",
         ("--tokens-per-second", "5", "--tokens", "0"): "--tokens: 0 given; allowed: 1 or more",
         ("--tokens-per-second", "5", "exchange.kind=none"): "exchange.kind: 'none' given; nothing is exchanged",
-        (): "--tokens-per-second: neither it nor --measured given",
+        (): "--tokens-per-second: neither it nor --measured nor --card given",
         ("--measured", str(tmp_path)): "it has no metrics.jsonl",
     }.items():
         code, error = run(arguments(tmp_path, *more), monkeypatch, capsys)
