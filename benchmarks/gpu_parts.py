@@ -341,7 +341,7 @@ def synced(part: Part, config: RunConfig, ranks: Ranks) -> Row:
 def test_part(part: Part, seconds: float) -> None:
     """All tests that are marked for a card."""
     files = [str(file) for file in (ROOT / "tests").rglob("test_*.py") if "pytest.mark.gpu" in file.read_text()]
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *files]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *files]
     try:
         found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:

@@ -81,9 +81,9 @@ def has_bf16(device: torch.device) -> bool:
 def check_precision(silo: str, precision: str, ranks: "Ranks") -> None:
     """Raise ConfigError, on all ranks alike, for bf16 on a card that has none. All ranks must call it."""
     lacks = precision == "bf16" and not has_bf16(ranks.device)
-    by_rank = ranks.sum([float(lacks and rank == ranks.rank) for rank in range(ranks.num_ranks)])
-    if any(by_rank):
-        which = f"{round(sum(by_rank))} of its {ranks.num_ranks} ranks"
+    (num_lacking,) = ranks.sum([float(lacks)])
+    if num_lacking:
+        which = f"{num_lacking:.0f} of its {ranks.num_ranks} ranks"
         card = f"a card ({card_name(ranks.device)})" if lacks else "a card"
         raise ConfigError(
             f"silos.{silo}.precision: 'bf16' given; {which} has {card} that does not compute in it; allowed: fp32, or "
