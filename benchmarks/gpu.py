@@ -17,7 +17,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -35,16 +34,15 @@ ENDING_SECONDS = 5.0  # between the end of a part's time and the end of its proc
 RESULTS_SECONDS = 2.0  # for what comes after the last part
 
 
-def run_part(name: str, seconds: float, scratch: Path, *, is_toy: bool) -> dict[str, Any]:
+def run_part(name: str, seconds: float, log: Path, *, is_toy: bool) -> dict[str, Any]:
     """One part in its own process, which is ended after `seconds`; what it had written by then counts."""
-    rows, log = scratch / f"{name}.json", scratch / f"{name}.log"
+    rows = log.with_suffix(".rows.json")
+    rows.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.gpu_parts", name, "--output", str(rows)]
     command += ["--seconds", f"{max(1.0, seconds - ENDING_SECONDS):.0f}", *(["--toy"] if is_toy else [])]
-    began, environment = time.monotonic(), os.environ | {"RANK": "0", "WORLD_SIZE": "1"}
+    began = time.monotonic()
     with log.open("w") as said:
-        process = subprocess.Popen(
-            command, stdout=said, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
+        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             code = process.wait(timeout=seconds)
             state = "done" if code == 0 else f"ended with exit code {code}"
@@ -54,13 +52,9 @@ def run_part(name: str, seconds: float, scratch: Path, *, is_toy: bool) -> dict[
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # and what it had started
             process.wait()
-    tail = log.read_text(errors="replace").splitlines()[-15:]
-    return {
-        "state": state,
-        "seconds": round(time.monotonic() - began, 1),
-        "rows": json.loads(rows.read_text()) if rows.exists() else [],
-        **({} if state == "done" else {"said": tail}),
-    }
+    found = json.loads(rows.read_text()) if rows.exists() else []
+    rows.unlink(missing_ok=True)
+    return {"state": state, "seconds": round(time.monotonic() - began, 1), "rows": found, "log": str(log)}
 
 
 def speed_table(name: str, rows: list[dict[str, Any]]) -> Table:
@@ -121,8 +115,8 @@ def print_results(found: dict[str, Any], console: Console) -> None:
         is_speed = name not in ("tests", "sync")
         console.print(speed_table(name, part["rows"]) if is_speed else other_table(name, part["rows"]))
         if part["state"] != "done":
-            said = part.get("said") or [""]
-            console.print(Text(f"{name} {part['state']} after {part['seconds']} s: {said[-1]}", style="red"))
+            words = f"{name} {part['state']} after {part['seconds']} s: see {part['log']}"
+            console.print(Text(words, style="red"), soft_wrap=True)
 
 
 def main() -> None:
@@ -138,13 +132,13 @@ def main() -> None:
     parts = [name for name in WEIGHTS if name in chosen]
     found: dict[str, Any] = {"toy": arguments.toy, "minutes": arguments.minutes, "parts": {}}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        for number, name in enumerate(parts):
-            share = WEIGHTS[name] / sum(WEIGHTS[other] for other in parts[number:])
-            seconds = share * (until - time.monotonic())
-            print(f"{name}: up to {seconds:.0f} s", flush=True)
-            found["parts"][name] = run_part(name, seconds, Path(scratch), is_toy=arguments.toy)
-            arguments.output.write_text(json.dumps(found, indent=1) + "\n")
+    for number, name in enumerate(parts):
+        share = WEIGHTS[name] / sum(WEIGHTS[other] for other in parts[number:])
+        seconds = share * (until - time.monotonic())
+        print(f"{name}: up to {seconds:.0f} s", flush=True)
+        log = arguments.output.with_name(f"{arguments.output.stem}-{name}.log")
+        found["parts"][name] = run_part(name, seconds, log, is_toy=arguments.toy)
+        arguments.output.write_text(json.dumps(found, indent=1) + "\n")
     print_results(found, Console(width=None if sys.stdout.isatty() else 140))
 
 

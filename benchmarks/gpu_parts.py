@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
@@ -99,13 +101,15 @@ class Part:
             row = measured()
         except torch.OutOfMemoryError:
             row = {"error": "out of memory"}
-        except ImportError as error:
-            row = {"error": str(error).split("\n")[0]}
+        except Exception as error:  # the other ways are still worth their time
+            traceback.print_exc()
+            row = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
         self.add(way=name, **row, seconds=round(time.monotonic() - began, 1))
 
 
 def reset_memory() -> None:
-    """Give back what nobody holds, and count the peak anew."""
+    """Give back what nobody holds, and count the peak anew; of a layer torch compiles but so many variants."""
+    torch._dynamo.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -281,7 +285,7 @@ def sync_part(part: Part, ranks: Ranks, scratch: Path, *, is_toy: bool) -> None:
         "silo.precision": "fp32" if is_toy else "bf16",
         "silo.num_threads": torch.get_num_threads(),
     }
-    part.way("sync", lambda: synced(configuration(scratch, section, layout), ranks))
+    part.way("sync", lambda: synced(part, configuration(scratch, section, layout), ranks))
 
 
 def copies(device: torch.device, num_bytes: int) -> Row:
@@ -300,20 +304,25 @@ def copies(device: torch.device, num_bytes: int) -> Row:
     return found
 
 
-def synced(config: RunConfig, ranks: Ranks) -> Row:
-    """Seconds for which training stands still, by what for; and device memory beyond training's, in parameters."""
+def synced(part: Part, config: RunConfig, ranks: Ranks) -> Row:
+    """Device memory beyond training's; a row before, as a last checkpoint follows, says for how long training stands
+    still in a sync, by what for.
+    """
     seconds: dict[str, list[float]] = {"deliver": [], "wait": [], "adopt": []}
 
     def watch(sync: ElasticSync) -> None:
-        for name, found in seconds.items():
-            setattr(sync, name, timed(getattr(sync, name), found))
+        for name in seconds:
+            setattr(sync, name, timed(name, getattr(sync, name)))
 
-    def timed(method: Callable[..., Any], found: list[float]) -> Callable[..., Any]:
+    def timed(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
             began = time.perf_counter()
             result = method(*arguments)
             get_accelerator().synchronize()
-            found.append(time.perf_counter() - began)
+            seconds[name].append(time.perf_counter() - began)
+            if len(seconds["adopt"]) == config.schedule.num_versions:
+                medians = {f"{name}_seconds": statistics.median(of[1:]) for name, of in seconds.items()}
+                part.add(way="standing still", **medians)  # without the first, which compiles
             return result
 
         return call
@@ -321,7 +330,6 @@ def synced(config: RunConfig, ranks: Ranks) -> Row:
     (beyond_peak, beyond_left), fragment_bytes = measure(config, ranks, watch)
     return {
         "parameters": fragment_bytes // 4,
-        **{f"{name}_seconds": statistics.median(found[1:]) for name, found in seconds.items()},  # the first compiles
         "beyond_training_bytes": beyond_peak,
         "beyond_between_steps_bytes": beyond_left,
     }
@@ -333,7 +341,7 @@ def synced(config: RunConfig, ranks: Ranks) -> Row:
 def test_part(part: Part, seconds: float) -> None:
     """All tests that are marked for a card."""
     files = [str(file) for file in (ROOT / "tests").rglob("test_*.py") if "pytest.mark.gpu" in file.read_text()]
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *files]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *files]
     try:
         found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:

@@ -21,11 +21,13 @@ def plan(
     measured: Annotated[
         Path | None, typer.Option(help="Directory of an earlier run on these machines, instead of a number.")
     ] = None,
+    card: Annotated[str, typer.Option(help="That each rank has, by torch's name, instead of a number.")] = "",
+    mfu: Annotated[float, typer.Option(help="With --card: the share of its peak that training makes use of.")] = 0.4,
     tokens: Annotated[float | None, typer.Option(help="Budget of all silos; default: what the run trains on.")] = None,
 ) -> None:
     """Say what a run will take before it starts: bytes, seconds, memory; and which ways to sync would be better.
 
-    Without --tokens-per-second and --measured it trains 20 steps of each silo here, and keeps nothing of them.
+    Without --tokens-per-second, --measured and --card it trains 20 steps of each silo here, and keeps nothing of them.
 
     [bold]Example:[/bold] atoll plan --config run.yaml --bandwidth 100mbit
     """
@@ -33,17 +35,20 @@ def plan(
     from launch.start.measuring import measure_silos
     from pretrain.config.load import load_config
     from pretrain.plan.plan import make_plan
-    from pretrain.plan.seconds import Given, parse_bandwidth
+    from pretrain.plan.seconds import Given, card_speeds, parse_bandwidth
 
     checked, bits_per_second = load_config(config, overrides or []), parse_bandwidth(bandwidth)
     for option, number, minimum in (("--latency", latency, 0.0), ("--tokens", tokens, 1.0)):
         if number is not None and not minimum <= number < float("inf"):
             raise ConfigError(f"{option}: {number:g} given; allowed: {minimum:g} or more")
-    if tokens_per_second is not None and measured:
-        raise ConfigError("--tokens-per-second: it and --measured given; allowed: one of the two, or neither")
+    ways = {"--tokens-per-second": tokens_per_second is not None, "--measured": measured, "--card": card}
+    if len(told := [option for option, value in ways.items() if value]) > 1:
+        raise ConfigError(f"{told[0]}: it and {told[1]} given; allowed: one of {', '.join(ways)}, or none")
     factor, known = 1.0, dict[str, float]()
     if measured:
         known, factor = planning.measured_run(measured)
+    elif card:
+        known = card_speeds(checked, card, mfu)
     elif tokens_per_second is None:
         known = measure_silos(checked)
     given = Given(

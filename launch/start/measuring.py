@@ -21,7 +21,7 @@ NUM_STEPS = 20
 ENOUGH_SECONDS, FEWEST_STEPS = 120.0, 3
 """Of a model whose steps are so long that fewer have to do."""
 FOR_EVER = 1_000_000_000  # steps: it is ended before
-OPTION = "--tokens-per-second: neither it nor --measured given"
+OPTION = "--tokens-per-second: neither it nor --measured nor --card given"
 
 
 def measure_silos(config: RunConfig, console: Console | None = None) -> dict[str, float]:
@@ -46,9 +46,7 @@ def _alike(config: RunConfig, one: str, other: str) -> bool:
 
 def _measure(config: RunConfig, name: str, console: Console) -> float:
     if config.silos[name].num_nodes != 1:
-        raise ConfigError(
-            f"{OPTION}, and silo {name} has {config.silos[name].num_nodes} nodes; allowed: one of the two"
-        )
+        raise ConfigError(f"{OPTION}, and silo {name} has {config.silos[name].num_nodes} nodes; allowed: one of them")
     try:
         check_silo(config, name)
         check_model(config)

@@ -303,7 +303,8 @@ class SiloConfig:
     """CPU threads per process (OMP_NUM_THREADS)."""
     profile_rounds: int = 0
     """Of every so many rounds metrics and report say where a step's time went, and torch's profiler records the last
-    step as a trace for Perfetto, in `traces` of the silo's directory, where the newest 16 stay; 0: never."""
+    step, which takes longer, as a trace for Perfetto; the newest 16 stay in `traces` of the silo's directory. 0: never.
+    """
 
     @property
     def fewest_nodes(self) -> int:

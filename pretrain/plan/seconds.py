@@ -9,12 +9,16 @@ import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.outer.schedule import Schedule
 from pretrain.outer.state import kept_kinds
 from pretrain.plan.bytes import Shapes, Traffic, model_shapes, traffic, vocabulary
+from pretrain.silo.cards import PEAK_TFLOPS
+from pretrain.silo.flops import flops_per_token
+from pretrain.silo.model import build_without_memory
 
 UNITS = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9, "tbit": 1e12}
 # Of a full Ethernet frame of 1,514 bytes, TCP with timestamps carries 1,448.
@@ -70,6 +74,26 @@ def parse_bandwidth(text: str) -> float:
     if not found or not float(found[1]):
         raise ConfigError(f"--bandwidth: {text!r} given; allowed: a number and its unit, {', '.join(UNITS)}: 100mbit")
     return float(found[1]) * UNITS[found[2]]
+
+
+def card_speeds(config: RunConfig, card: str, mfu: float) -> dict[str, float]:
+    """Tokens per second of each silo, if each of its ranks makes use of the share `mfu` of the peak of such a card.
+
+    Raises ConfigError for a card, or a model, of which nothing is known.
+    """
+    if card not in PEAK_TFLOPS:
+        names = get_close_matches(card, PEAK_TFLOPS, n=3, cutoff=0.3) or ["NVIDIA H100 80GB HBM3"]
+        raise ConfigError(f"--card: {card!r} given; allowed: a name that torch has for one, such as {', '.join(names)}")
+    if not 0 < mfu <= 1:
+        raise ConfigError(f"--mfu: {mfu:g} given; allowed: above 0, to 1")
+    operations = flops_per_token(build_without_memory(config.model, vocabulary(config)), config.sequence_tokens)
+    if operations is None:
+        raise ConfigError(
+            f"--card: {card!r} given; of this type of model it is not known what a token takes; allowed: "
+            "--tokens-per-second"
+        )
+    one = mfu * PEAK_TFLOPS[card] * 1e12 / operations
+    return {name: one * silo.num_nodes * silo.processes_per_node for name, silo in config.silos.items()}
 
 
 def run_pace(config: RunConfig, shapes: Shapes, given: Given) -> Pace:

@@ -1,10 +1,13 @@
 """What the makers of cards say of them: their peak, against which a silo's use of them (MFU) is told."""
 
+from typing import TYPE_CHECKING
+
 import torch
-from deepspeed.accelerator import get_accelerator
 
 from pretrain.config.check import ConfigError
-from pretrain.silo.ranks import Ranks
+
+if TYPE_CHECKING:
+    from pretrain.silo.ranks import Ranks
 
 # TFLOP/s of one device as torch names it: products of dense 16-bit matrices, sums in fp32. The sheets of NVIDIA tell
 # twice as much from Ampere on, with sparsity. bf16, but for V100 and T4, which have fp16 only. Exact names: a part of a
@@ -59,7 +62,7 @@ def peak_flops(device: torch.device) -> float | None:
     return None if tflops is None else tflops * 1e12
 
 
-def summed_peak_flops(ranks: Ranks) -> float | None:
+def summed_peak_flops(ranks: "Ranks") -> float | None:
     """Of all devices of a silo; None if one of them is not known. All ranks must call it."""
     own = peak_flops(ranks.device)
     total, num_unknown = ranks.sum([own or 0.0, float(own is None)])
@@ -70,15 +73,17 @@ def has_bf16(device: torch.device) -> bool:
     """Whether this process's device computes in bf16; NVIDIA's before Ampere only pretend to, slower than in fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    from deepspeed.accelerator import get_accelerator  # only who trains waits for it
+
     return get_accelerator().is_bf16_supported()
 
 
-def check_precision(silo: str, precision: str, ranks: Ranks) -> None:
+def check_precision(silo: str, precision: str, ranks: "Ranks") -> None:
     """Raise ConfigError, on all ranks alike, for bf16 on a card that has none. All ranks must call it."""
     lacks = precision == "bf16" and not has_bf16(ranks.device)
-    by_rank = ranks.sum([float(lacks and rank == ranks.rank) for rank in range(ranks.num_ranks)])
-    if any(by_rank):
-        which = f"{round(sum(by_rank))} of its {ranks.num_ranks} ranks"
+    (num_lacking,) = ranks.sum([float(lacks)])
+    if num_lacking:
+        which = f"{num_lacking:.0f} of its {ranks.num_ranks} ranks"
         card = f"a card ({card_name(ranks.device)})" if lacks else "a card"
         raise ConfigError(
             f"silos.{silo}.precision: 'bf16' given; {which} has {card} that does not compute in it; allowed: fp32, or "

@@ -1,12 +1,14 @@
 """Floating point operations that training takes, by the usual count, so that MFU can be compared with others'."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from pretrain.silo.cards import summed_peak_flops
-from pretrain.silo.ranks import Ranks
+
+if TYPE_CHECKING:
+    from pretrain.silo.ranks import Ranks
 
 # What configurations of `transformers` call the number of experts of a layer.
 NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -76,7 +78,7 @@ def _head_sizes(config: Any) -> int:
     return 2 * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def peak_tokens_per_second(model: nn.Module, sequence_tokens: int, ranks: Ranks) -> float | None:
+def peak_tokens_per_second(model: nn.Module, sequence_tokens: int, ranks: "Ranks") -> float | None:
     """What a silo would train on if its cards did nothing but these operations, at their peak.
 
     None where the cards or the operations are not known. All ranks must call it.

@@ -12,6 +12,7 @@ from benchmarks.device_memory import Created
 from pretrain.config.keys import InnerConfig, ModelConfig, SiloConfig
 from pretrain.silo.checkpoint import Checkpoints, Progress
 from pretrain.silo.engine import Engine
+from pretrain.silo.flops import flops_per_token
 from pretrain.silo.model import build_empty, build_initial, token_losses
 from pretrain.silo.optim import MEAN_STEPS, build_optimizer, is_muon_matrix
 from pretrain.silo.ranks import Ranks
@@ -247,6 +248,7 @@ def check(stage: int, precision: str, inner: InnerConfig, ranks: Ranks, director
         "stage": stage,
         "precision": precision,
         "written_back": written_back,
+        "flops": flops_per_token(engine.module, BATCHES.shape[-1]),
         "held_bytes": held_bytes,
         "largest_bytes": max(4 * shape.numel() for shape in engine.shapes.values()),
         "merged_back": merged_back,

@@ -66,6 +66,8 @@ def test_parameters_read_back_as_written(results: dict, optimizer: str, stage: i
     assert row["written_back"]
     assert row["merged_back"]
     assert row["ranks_agree"]
+    # Three layers of 4 x 33 x 24 and 3 x 33 x 51, seven norms of 33, 97 words; three heads of 8 over 13 tokens.
+    assert row["flops"] == 6 * (3 * (4 * 33 * 24 + 3 * 33 * 51) + 7 * 33 + 97 * 33) + 12 * 3 * 3 * 8 * 13
 
 
 @pytest.mark.parametrize(("optimizer", "stage", "precision"), CASES)

@@ -26,7 +26,7 @@ from pretrain.plan.bytes import model_shapes, payload_bytes, traffic, vocabulary
 from pretrain.plan.memory import activation_bytes, silo_memory
 from pretrain.plan.plan import make_plan
 from pretrain.plan.requests import Requests, aggregator_requests, reads_of, silo_requests, writes_of
-from pretrain.plan.seconds import Given, Pace, _waiting_seconds, parse_bandwidth, run_pace, work_factor
+from pretrain.plan.seconds import Given, Pace, _waiting_seconds, card_speeds, parse_bandwidth, run_pace, work_factor
 from pretrain.silo.architecture import model_config
 from pretrain.silo.model import initial_parameters
 from pretrain.silo.shards import read_manifest
@@ -344,6 +344,23 @@ def test_every_message_is_one_line(tmp_path: Path, tiny_config: TinyConfig) -> N
     assert tokens_per_second(["a", "b"], None, {"b": 2.0, "c": 4.0}) == {"a": 3.0, "b": 2.0}
 
 
+def test_a_card_tells_the_speed(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    config = tiny_config(
+        tmp_path, silos={"beta": {"num_nodes": 2, "processes_per_node": 2, "micro_batch_sequences": 1}}
+    )
+    # Two layers of 4 x 32 x 32 and 3 x 32 x 64, five norms of 32, 300 words; two heads of 16 over 16 tokens.
+    operations = 6 * (2 * (4 * 32 * 32 + 3 * 32 * 64) + 5 * 32 + 300 * 32) + 12 * 2 * 2 * 16 * 16
+    alone = 0.5 * 312e12 / operations
+    assert card_speeds(config, "NVIDIA A100-SXM4-40GB", 0.5) == {
+        "alpha": pytest.approx(alone),
+        "beta": pytest.approx(4 * alone),
+    }
+    assert one_line_error(card_speeds, config, "H100 80GB", 0.4).startswith(
+        "--card: 'H100 80GB' given; allowed: a name that torch has for one, such as NVIDIA H100 80GB HBM3, "
+    )
+    assert one_line_error(card_speeds, config, "NVIDIA A10", 40.0) == "--mfu: 40 given; allowed: above 0, to 1"
+
+
 def record_run(config: RunConfig, num_steps: int, wait_seconds: float = 1.0) -> Path:
     """Metrics as silos write them: the first step and the first sync are slow, and the last silo is waited for."""
     directory = Path(config.directory)
@@ -443,11 +460,17 @@ def test_a_mistake_is_one_line(
         ("--tokens-per-second", "5", "--latency", "-1"): "--latency: -1 given; allowed: 0 or more",
         ("--tokens-per-second", "5", "--tokens", "0"): "--tokens: 0 given; allowed: 1 or more",
         ("--tokens-per-second", "5", "exchange.kind=none"): "exchange.kind: 'none' given; nothing is exchanged",
-        ("--tokens-per-second", "5", "--measured", "x"): "it and --measured given; allowed: one of the two, or neither",
-        ("tokenizer=nowhere",): "nor --measured given, and silo alpha cannot be measured here: tokenizer: 'nowhere'",
+        (
+            "--tokens-per-second",
+            "5",
+            "--measured",
+            "x",
+        ): "it and --measured given; allowed: one of --tokens-per-second, ",
+        ("--measured", "x", "--card", "NVIDIA A10"): "--measured: it and --card given; allowed: one of ",
+        ("tokenizer=nowhere",): "nor --card given, and silo alpha cannot be measured here: tokenizer: 'nowhere'",
         (
             *("silo.num_nodes=2", "silo.micro_batch_sequences=1"),
-        ): "--tokens-per-second: neither it nor --measured given, and silo alpha has 2 nodes; allowed: one of the two",
+        ): "neither it nor --measured nor --card given, and silo alpha has 2 nodes; allowed: one of them",
         ("--measured", str(tmp_path)): "it has no metrics.jsonl",
     }.items():
         code, error = run(arguments(tmp_path, *more), monkeypatch, capsys)
