@@ -25,7 +25,7 @@ from pretrain.exchange.base import Exchange
 from pretrain.exchange.objects import StoreTroubleError
 from pretrain.federation.preflight import check_model, check_policy, check_silo
 from pretrain.federation.room import check_silo_disk
-from pretrain.host.caches import use_writable_caches
+from pretrain.host.caches import keep_compiled, use_writable_caches
 from pretrain.host.disk import full_disk
 from pretrain.host.journal import Journal
 from pretrain.host.lock import lock_directory
@@ -438,6 +438,7 @@ def main() -> int:
             raise ConfigError(f"--silo: {arguments.silo!r} given; allowed: {named(sorted(config.silos))}")
         policy = check_policy(config)
         caches = use_writable_caches(Path(config.directory))
+        keep_compiled()
         if is_leader:
             for line in filter(None, (caches, slower)):
                 print(line, flush=True)

@@ -25,7 +25,7 @@ from pretrain.config.load import load_config
 from pretrain.host.lock import lock_holder
 
 LOCK_SECONDS = 300
-CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+CACHES = ("TRITON_CACHE_DIR",)  # torch.compile's own stays: later jobs start faster with it
 
 
 def main() -> int:

@@ -103,6 +103,7 @@ ALLOWED: dict[str, tuple[str, ...] | Numbers] = {
     "silo.micro_batch_sequences": ONE,
     "silo.accumulation_steps": NONE_LESS,
     "silo.precision": ("fp32", "bf16"),
+    "silo.activation_checkpointing_every": ONE,
     "silo.loss_chunk_tokens": NONE_LESS,
     "silo.prefetch_batches": NONE_LESS,
     "silo.checkpoint_interval_steps": ONE,

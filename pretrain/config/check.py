@@ -385,6 +385,11 @@ def _check_silo(name: str, silo: SiloConfig, *, masked: bool) -> None:
     by_documents = silo.attention == "documents" and silo.compile
     _require(not by_documents, f"{key}.attention", "documents", "with silo.compile: sdpa, or none named")
     _require(not (silo.compile and stage == 3), f"{key}.compile", True, "false at ZeRO stage 3; true at 0, 1 and 2")
+    again, every = silo.activation_checkpointing, silo.activation_checkpointing_every
+    fits = again in ("none", "layers") or (again == "selective" and stage < 3)  # there gathers differ between passes
+    _require(fits, f"{key}.activation_checkpointing", again, "none, layers, and selective at ZeRO stages 0, 1 and 2")
+    fits = every == 1 or (every > 1 and again != "none")
+    _require(fits, f"{key}.activation_checkpointing_every", every, "1, or with layers or selective more")
     allowed = f"up to num_nodes {silo.num_nodes}"
     _require(silo.min_nodes <= silo.num_nodes, f"{key}.min_nodes", silo.min_nodes, allowed)
     for num_nodes in (silo.fewest_nodes, silo.num_nodes):

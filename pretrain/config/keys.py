@@ -269,13 +269,17 @@ class SiloConfig:
     """Forward and backward passes per inner step; 0: as many as the batch needs on the ranks that there are."""
     precision: str = "fp32"
     """fp32 or bf16 (fp32 master weights either way)."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass to save device memory."""
+    activation_checkpointing: str = "none"
+    """What the backward pass computes again to save device memory: none; layers: all of a layer; selective: all but
+    products with matrices and attention, which are most of the work and less than half of the memory."""
+    activation_checkpointing_every: int = 1
+    """One of so many layers is computed again, all others are kept."""
     fused_adamw: bool = True
     """AdamW's step in one pass over memory, by torch's fused kernel; false: one operation after another. Offloaded
     states have DeepSpeed's own, in one pass either way."""
     compile: bool = False
-    """Compile the model's layers (torch.compile), at ZeRO 0 to 2; the first step takes minutes, later starts less."""
+    """Compile the model's layers (torch.compile), at ZeRO 0 to 2; the first step takes minutes, that of a later start
+    less, by what is kept in TORCHINDUCTOR_CACHE_DIR (by itself ~/.cache/atoll/compiled-...)."""
     attention: str = ""
     """sdpa, or another implementation that `transformers` has here; documents: each of a packed sequence by itself;
     empty: that with `document_masking` on a CPU, where the type of model allows it, else what the model asks for."""

@@ -1,6 +1,8 @@
-"""Where libraries keep what they compile when the home directory cannot be written, as on some nodes. No torch."""
+"""Where libraries keep what they compile, so that later starts find it, and on a read-only home, too. No torch."""
 
 import os
+import platform
+import zlib
 from pathlib import Path
 
 HOME_CACHES = {"XDG_CACHE_HOME": "~/.cache", "TRITON_CACHE_DIR": "~/.triton", "MPLCONFIGDIR": "~/.config"}
@@ -19,6 +21,29 @@ def use_writable_caches(directory: Path) -> str:
             os.environ[variable] = str((directory / "caches").absolute())
             moved.append(str(place))
     return f"{', '.join(moved)} cannot be written: caches go to {directory / 'caches'}" if moved else ""
+
+
+def keep_compiled() -> Path:
+    """Have torch.compile keep what it makes where later starts of any run find it; returns where.
+
+    By itself it takes /tmp, which a machine or a batch job begins with anew. Each kind of processor has a folder of its
+    own, as homes are shared and what is compiled for one may not run on another. TORCHINDUCTOR_CACHE_DIR, if it is set,
+    stays as it is.
+    """
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser(HOME_CACHES["XDG_CACHE_HOME"]))
+    place = home / "atoll" / f"compiled-{platform.machine()}-{zlib.crc32(_processor().encode()):08x}"
+    return Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(place)))
+
+
+def _processor() -> str:
+    """What tells one kind from another."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(
+        sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
+    )
 
 
 def _can_be_written(place: Path) -> bool:

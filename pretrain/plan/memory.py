@@ -4,6 +4,7 @@ What is kept, and what is gone again after a backward pass or a step, in bytes a
 method of https://arxiv.org/abs/1910.02054, the numbers counted tensor by tensor: docs/plan.md).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,9 @@ SILO_BYTES, AGGREGATOR_BYTES = 558 << 20, 511 << 20
 CLIENT_BYTES, BLOCK_BYTES = 32 << 20, 50 << 20  # what a client of an object store adds, and the most it reads at once
 HEAP_SHARE = 0.8  # of the activations' bytes: what glibc's heap keeps beside what lives in it, where they are on a CPU
 REDUCE_BUCKET, LIVE_PARAMETERS = 500_000_000, 1_000_000_000  # DeepSpeed's defaults, in elements
-# What a step of the optimizer needs beside what is kept, bytes a parameter of this rank's share, by stage.
-STEP_BYTES = {"fp32": (8, 16, 16, 12), "bf16": (7, 14, 14, 12)}
+# What a step of the optimizer needs beside what is kept, gradients with it, bytes a parameter of this rank's share; and
+# AdamW besides, of a flat partition, where it is one operation after another.
+STEP_BYTES, NOT_FUSED_BYTES = {"fp32": 8, "bf16": 6}, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +67,9 @@ def _device_bytes(config: RunConfig, silo: SiloConfig, stage: int, shapes: Shape
     share = num_elements / (_num_ranks(silo) if stage else 1)
     states_offloaded, parameters_offloaded = _offloads(silo) if stage else (False, False)
     states = 0.0 if states_offloaded else states_bytes(config, silo, stage, shapes) * share / num_elements
-    step = 0.0 if states_offloaded else STEP_BYTES[silo.precision][stage] * share
+    step = 0.0 if states_offloaded else STEP_BYTES[silo.precision] * share
+    if step and stage and not silo.fused_adamw:
+        step += NOT_FUSED_BYTES * share
     if config.inner.optimizer == "sgd" and not stage and silo.precision == "fp32":
         step /= 2  # gradients alone
     backward = float(activation_bytes(hugging_face, shapes, silo, config.sequence_tokens))
@@ -140,9 +144,15 @@ def activation_bytes(hugging_face: Any, shapes: Shapes, silo: SiloConfig, sequen
         normed = 2 * hidden + (head * (heads + key_values) if any(".q_norm." in name for name in shapes) else 0)
         attention = width * (hidden + 2 * head * (heads + key_values)) + 4 * heads
         layer = norm * normed + 8 + attention + width * (hidden + 4 * of.intermediate_size)
+        results = attention + 2 * width * (hidden + of.intermediate_size)
     else:
         layer = 34 * hidden if width == 2 else 66 * hidden
-    kept = layers * width * hidden + layer if silo.activation_checkpointing else layers * layer
+        results = 11 * width * hidden
+    kept = layers * layer
+    if silo.activation_checkpointing != "none":  # its input, or the results of products, too; and one layer anew
+        left = results if silo.activation_checkpointing == "selective" else width * hidden
+        again = math.ceil(layers / silo.activation_checkpointing_every)
+        kept = (layers - again) * layer + again * left + layer
     loss = of.vocab_size * (4 + (4 if width == 4 else 6))  # log-probabilities; gradients of them, and in bf16
     tokens = silo.micro_batch_sequences * sequence_tokens
     whole = min(tokens, silo.loss_chunk_tokens or tokens)  # of which there are logits at once

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import InnerConfig, ModelConfig, SiloConfig
+from pretrain.silo.activations import checkpoint_activations
 from pretrain.silo.attention import DOCUMENTS
 from pretrain.silo.model import (
     build_empty,
@@ -86,8 +87,8 @@ class Engine:
         self._by_documents = silo.attention == DOCUMENTS or (mask_at is not None and not by_mask)
         attention = "" if self._by_documents else silo.attention
         module = build_empty(model, vocab_size, dtype=dtype, partitioned=partitioned, attention=attention)
-        if silo.activation_checkpointing:
-            module.gradient_checkpointing_enable()  # type: ignore[operator]
+        if silo.activation_checkpointing != "none":
+            checkpoint_activations(module, silo)
         if silo.compile:
             compile_layers(module)
         offloaded = zero.get("offload_optimizer", {}).get("device") == "cpu"

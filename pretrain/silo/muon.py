@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 # Newton-Schulz as in torch.optim.Muon, which takes one matrix at a time: https://kellerjordan.github.io/posts/muon/
 COEFFICIENTS, NUM_ITERATIONS, EPS = (3.4445, -4.7750, 2.0315), 5, 1e-7
-BATCH_ELEMENTS = 1 << 22  # of matrices of one shape that are orthogonalized at once; a larger one is by itself
-ROUND_ELEMENTS = 1 << 24  # of a rank's share that it has at a time: 2 bytes each, and what passes between the ranks
+BATCH_ELEMENTS = 1 << 22  # of matrices that a rank orthogonalizes at once; a larger one is by itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +96,8 @@ class MuonAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             if group["muon"]:
                 matrices = [matrix for p in group["params"] if p.grad is not None for matrix in self._matrices_of(p)]
-                for some in self._rounds(matrices):
-                    self._step_muon(some, group)
+                for by_owner in rounds([matrix.piece.shape for matrix in matrices], self._num_ranks):
+                    self._step_muon([[matrices[i] for i in owned] for owned in by_owner], group)
         # DeepSpeed steps group by group and, when it loads a checkpoint, replaces groups and state.
         self._adamw.param_groups = [group for group in self.param_groups if not group["muon"]]
         self._adamw.state = self.state
@@ -118,21 +117,11 @@ class MuonAdamW(torch.optim.Optimizer):
             for piece, wanted in zip(self._pieces.get(parameter, ()), self._wanted.get(parameter, ()), strict=True)
         ]
 
-    def _rounds(self, matrices: Sequence[_Matrix]) -> Iterator[list[_Matrix]]:
-        """Some after others, the same on all ranks, so that each rank has but a few at a time."""
-        room = self._num_ranks * max([ROUND_ELEMENTS, *(matrix.piece.shape.numel() for matrix in matrices)])
-        taken: list[_Matrix] = []
-        for matrix in matrices:
-            if sum(one.piece.shape.numel() for one in taken) + matrix.piece.shape.numel() > room:
-                yield taken
-                taken = []
-            taken.append(matrix)
-        if taken:
-            yield taken
-
-    def _step_muon(self, matrices: Sequence[_Matrix], group: Mapping[str, Any]) -> None:
-        directions = [self._direction(matrix, group["momentum"]) for matrix in matrices]
-        for matrix, change in zip(matrices, self._orthogonalized(matrices, directions), strict=True):
+    def _step_muon(self, by_owner: Sequence[Sequence[_Matrix]], group: Mapping[str, Any]) -> None:
+        """Of some matrices, by the rank that orthogonalizes them."""
+        directions = [[self._direction(matrix, group["momentum"]) for matrix in owned] for owned in by_owner]
+        changes = self._orthogonalized(by_owner, directions)
+        for matrix, change in zip(itertools.chain(*by_owner), itertools.chain(*changes), strict=True):
             rows, columns = matrix.piece.shape
             own = matrix.parameter.view(-1)[matrix.piece.in_partition]
             lr = group["lr"] * max(1.0, rows / columns) ** 0.5
@@ -151,23 +140,21 @@ class MuonAdamW(torch.optim.Optimizer):
         buffer = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
         return gradient.lerp(buffer, momentum).to(device=self._device, dtype=torch.bfloat16)  # Nesterov
 
-    def _orthogonalized(self, matrices: Sequence[_Matrix], directions: Sequence[Tensor]) -> list[Tensor]:
+    def _orthogonalized(
+        self, by_owner: Sequence[Sequence[_Matrix]], directions: Sequence[Sequence[Tensor]]
+    ) -> list[list[Tensor]]:
         """This rank's piece of every matrix's orthogonal factor, flat, bf16, from all ranks' pieces of directions."""
-        ranks, shapes = range(self._num_ranks), [matrix.piece.shape for matrix in matrices]
-        owners = balanced(shapes, self._num_ranks)
-        by_owner = [[i for i, owner in enumerate(owners) if owner == rank] for rank in ranks]
-        mine = by_owner[self._rank]
-        if matrices[0].parameter.ndim == 2:
-            wholes = [directions[i].view(shapes[i]) for i in mine]
+        ranks, mine = range(self._num_ranks), by_owner[self._rank]
+        if all(matrix.parameter.ndim == 2 for matrix in itertools.chain(*by_owner)):
+            wholes = [
+                found.view(matrix.piece.shape) for found, matrix in zip(directions[self._rank], mine, strict=True)
+            ]
         else:
-            wholes = [torch.empty(shapes[i], dtype=torch.bfloat16, device=self._device) for i in mine]
-            told = [[directions[i] for i in found] for found in by_owner]
-            named = list(zip(wholes, mine, strict=True))
-            self._exchange(told, [[whole.view(-1)[matrices[i].wanted[rank]] for whole, i in named] for rank in ranks])
-        factors = list(zip(orthogonalized(wholes), mine, strict=True))
-        changes = [torch.empty_like(direction) for direction in directions]
-        wanted = [[factor.reshape(-1)[matrices[i].wanted[rank]] for factor, i in factors] for rank in ranks]
-        self._exchange(wanted, [[changes[i] for i in found] for found in by_owner])
+            wholes = [torch.empty(matrix.piece.shape, dtype=torch.bfloat16, device=self._device) for matrix in mine]
+            self._exchange(directions, [_pieces_for(rank, mine, wholes) for rank in ranks])
+        factors = orthogonalized(wholes)
+        changes = [[torch.empty_like(direction) for direction in owned] for owned in directions]
+        self._exchange([_pieces_for(rank, mine, factors) for rank in ranks], changes)
         return changes
 
     def _exchange(self, sent: Sequence[Sequence[Tensor]], places: Sequence[Sequence[Tensor]]) -> None:
@@ -184,14 +171,36 @@ class MuonAdamW(torch.optim.Optimizer):
             place.copy_(part)
 
 
-def balanced(shapes: Sequence[torch.Size], num_ranks: int) -> list[int]:
-    """Which rank orthogonalizes which matrix: the costliest first, each by who has least to do."""
+def _pieces_for(rank: int, matrices: Sequence[_Matrix], wholes: Sequence[Tensor]) -> list[Tensor]:
+    """Flat, what a rank has or wants of each."""
+    return [whole.reshape(-1)[matrix.wanted[rank]] for matrix, whole in zip(matrices, wholes, strict=True)]
+
+
+def balanced(shapes: Sequence[torch.Size], num_ranks: int) -> list[list[int]]:
+    """Which matrices each rank orthogonalizes: the costliest goes first, each to who has least to do."""
     costs = [shape.numel() * min(shape) for shape in shapes]
-    loads, owners = [0] * num_ranks, [0] * len(shapes)
+    loads, found = [0] * num_ranks, [list[int]() for _ in range(num_ranks)]
     for i in sorted(range(len(shapes)), key=lambda i: -costs[i]):
-        owners[i] = loads.index(min(loads))
-        loads[owners[i]] += costs[i]
-    return owners
+        rank = loads.index(min(loads))
+        found[rank].append(i)
+        loads[rank] += costs[i]
+    return found
+
+
+def rounds(shapes: Sequence[torch.Size], num_ranks: int) -> Iterator[list[list[int]]]:
+    """The same in several rounds, so that no rank has more than a few at a time; those of one shape together."""
+    parts = list[list[list[int]]]()
+    for owned in balanced(shapes, num_ranks):
+        of_rank = list[list[int]]()
+        room = 0
+        for i in sorted(owned, key=lambda i: (sorted(shapes[i]), i)):
+            if (room := room - shapes[i].numel()) < 0:
+                of_rank.append([])
+                room = BATCH_ELEMENTS - shapes[i].numel()
+            of_rank[-1].append(i)
+        parts.append(of_rank)
+    for together in itertools.zip_longest(*parts, fillvalue=list[int]()):
+        yield list(together)
 
 
 def orthogonalized(matrices: Sequence[Tensor]) -> list[Tensor]:
@@ -200,12 +209,10 @@ def orthogonalized(matrices: Sequence[Tensor]) -> list[Tensor]:
     by_shape: dict[tuple[int, ...], list[int]] = {}
     for i, matrix in enumerate(matrices):
         by_shape.setdefault(tuple(sorted(matrix.shape)), []).append(i)
-    for (rows, columns), alike in by_shape.items():
-        at_once = max(1, BATCH_ELEMENTS // (rows * columns))
-        for some in (alike[first : first + at_once] for first in range(0, len(alike), at_once)):
-            wide = [matrices[i].mT if len(matrices[i]) > rows else matrices[i] for i in some]
-            for i, factor in zip(some, _newton_schulz(torch.stack(wide)), strict=True):
-                found[i] = factor.mT if len(matrices[i]) > rows else factor
+    for (rows, _), alike in by_shape.items():
+        wide = [matrices[i].mT if len(matrices[i]) > rows else matrices[i] for i in alike]
+        for i, factor in zip(alike, _newton_schulz(torch.stack(wide)), strict=True):
+            found[i] = factor.mT if len(matrices[i]) > rows else factor
     return [found[i] for i in range(len(matrices))]
 
 

@@ -269,7 +269,7 @@ def check_masking(ranks: Ranks) -> dict[str, object]:
     silo = SiloConfig(
         global_batch_sequences=4,
         micro_batch_sequences=4 // ranks.num_ranks // NUM_MICRO_BATCHES,
-        activation_checkpointing=True,
+        activation_checkpointing="layers",
         loss_chunk_tokens=7,
         deepspeed={"zero_optimization": {"stage": 3}},
     )

@@ -119,7 +119,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory, tiny_config: TinyConfig) -> 
     silos = {
         "alpha": TWO_RANKS | {"micro_batch_sequences": 1, "accumulation_steps": 2} | zero(2),
         "beta": {"precision": "bf16"} | zero(3),
-        "gamma": {"global_batch_sequences": 2, "micro_batch_sequences": 2, "activation_checkpointing": True},
+        "gamma": {"global_batch_sequences": 2, "micro_batch_sequences": 2, "activation_checkpointing": "layers"},
     }
     directory = tmp_path_factory.mktemp("mixed")
     text = tiny_config(directory).silos["alpha"].data[0].rsplit("/", 2)[0]

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.host.caches import use_writable_caches
+from pretrain.host import caches
+from pretrain.host.caches import keep_compiled, use_writable_caches
 
 
 @pytest.mark.parametrize("home", ["/proc/1/none", "/proc/1", "/dev/null"])
@@ -33,3 +34,18 @@ def test_where_home_can_be_written_nothing_changes(tmp_path: Path, monkeypatch: 
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     assert use_writable_caches(tmp_path / "run") == ""
     assert "XDG_CACHE_HOME" not in os.environ
+
+
+def test_what_is_compiled_is_kept_for_each_kind_of_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    place = keep_compiled()
+    assert place.parent == tmp_path / "atoll"
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(place)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
+    assert keep_compiled() == Path("elsewhere")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    assert keep_compiled() == place
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setattr(caches, "_processor", lambda: "another")
+    assert keep_compiled() != place

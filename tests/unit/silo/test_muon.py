@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from pretrain.silo import muon
-from pretrain.silo.muon import MuonAdamW, balanced, orthogonalized
+from pretrain.silo.muon import MuonAdamW, balanced, orthogonalized, rounds
 
 
-def matrices(*shapes: tuple[int, int], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+def matrices(*shapes: tuple[int, int]) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    return [torch.randn(shape, generator=generator) for shape in shapes]
 
 
 def one_by_one(matrix: torch.Tensor) -> torch.Tensor:
@@ -35,14 +35,10 @@ def test_factors_are_torch_s_and_orthogonal() -> None:
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (16, 48), (48, 16), (64, 64), (130, 70), (300, 300)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_bit_depends_on_how_many_there_are_at_once(
-    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], dtype: torch.dtype
-) -> None:
-    given = matrices(*[shape] * 5, dtype=dtype)
+def test_no_bit_depends_on_how_many_there_are_at_once(shape: tuple[int, int]) -> None:
+    given = matrices(*[shape] * 5)
     together, alone = orthogonalized(given), [orthogonalized([one])[0] for one in given]
-    monkeypatch.setattr(muon, "BATCH_ELEMENTS", 2 * shape[0] * shape[1])
-    for others in (alone, orthogonalized(given)):
+    for others in (alone, orthogonalized(given[:2]) + orthogonalized(given[2:])):
         assert all(torch.equal(one, other) for one, other in zip(together, others, strict=True))
 
 
@@ -50,15 +46,25 @@ def test_no_direction_is_no_change() -> None:
     assert not orthogonalized([torch.zeros(3, 4)])[0].any()
 
 
+# rows * columns * the less of both: 8, 64, 16, 8, 27, 16
+SHAPES = [torch.Size(shape) for shape in [(2, 2), (4, 4), (4, 2), (2, 2), (3, 3), (2, 4)]]
+
+
 def test_the_costliest_goes_first_to_who_has_least() -> None:
-    # rows * columns * the less of both: 8, 64, 16, 8, 27, 16
-    shapes = [(2, 2), (4, 4), (4, 2), (2, 2), (3, 3), (2, 4)]
-    assert balanced([torch.Size(shape) for shape in shapes], 2) == [1, 0, 1, 0, 1, 1]  # 64 + 8, 27 + 16 + 16 + 8
-    assert balanced([torch.Size(shape) for shape in shapes], 8) == [4, 0, 2, 5, 1, 3]
+    assert balanced(SHAPES, 2) == [[1, 3], [4, 2, 5, 0]]  # 64 + 8, 27 + 16 + 16 + 8
+    assert balanced(SHAPES, 8) == [[1], [4], [2], [5], [0], [3], [], []]
+
+
+def test_rounds_have_a_few_of_one_shape_for_each_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(rounds(SHAPES, 2)) == [[[3, 1], [0, 2, 5, 4]]]
+    monkeypatch.setattr(muon, "BATCH_ELEMENTS", 16)
+    # 4 and 16 elements are too many together, and so are 4 + 8 and 8.
+    assert list(rounds(SHAPES, 2)) == [[[3], [0, 2]], [[1], [5]], [[], [4]]]
+    assert list(rounds([], 2)) == []
 
 
 def test_in_rounds_it_takes_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    def stepped() -> tuple[list[torch.Tensor], int]:
+    def stepped() -> list[torch.Tensor]:
         parameters = [torch.nn.Parameter(matrix) for matrix in matrices((4, 4), (4, 6), (6, 4), (2, 2))]
         adamw = torch.optim.AdamW([{"params": [torch.nn.Parameter(torch.ones(1))], "muon": False}])
         group = {"params": parameters, "muon": True, "lr": 0.1, "momentum": 0.9, "weight_decay": 0.5}
@@ -66,11 +72,8 @@ def test_in_rounds_it_takes_the_same_step(monkeypatch: pytest.MonkeyPatch) -> No
         for parameter, gradient in zip(parameters, matrices((4, 4), (4, 6), (6, 4), (2, 2)), strict=True):
             parameter.grad = gradient + 1
         optimizer.step()
-        listed = [matrix for parameter in parameters for matrix in optimizer._matrices_of(parameter)]
-        return [parameter.detach() for parameter in parameters], len(list(optimizer._rounds(listed)))
+        return [parameter.detach() for parameter in parameters]
 
-    whole, rounds = stepped()
-    monkeypatch.setattr(muon, "ROUND_ELEMENTS", 30)
-    in_parts, more_rounds = stepped()
-    assert (rounds, more_rounds) == (1, 3)  # 16, 24, and 24 + 4 elements
-    assert all(torch.equal(one, other) for one, other in zip(whole, in_parts, strict=True))
+    whole = stepped()
+    monkeypatch.setattr(muon, "BATCH_ELEMENTS", 1)
+    assert all(torch.equal(one, other) for one, other in zip(whole, stepped(), strict=True))
