@@ -24,6 +24,7 @@ from pretrain.config.check import ConfigError
 from pretrain.config.keys import InnerConfig, ModelConfig, SiloConfig
 from pretrain.silo.activations import checkpoint_activations
 from pretrain.silo.attention import DOCUMENTS
+from pretrain.silo.copies import HostCopies
 from pretrain.silo.model import (
     build_empty,
     check_causality,
@@ -106,6 +107,7 @@ class Engine:
         self._parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         self._masters = _fp32_masters(self._deepspeed)
         self._ranks = ranks
+        self.copies = HostCopies(ranks.device, of_gathered=self.stage > 0)
         self._precision, self._optimizer_name = silo.precision, inner.optimizer
         self._mask_at, self._chunk_tokens, self._asked = mask_at, silo.loss_chunk_tokens, bool(silo.attention)
         self._optimizer = optimizer
@@ -163,6 +165,7 @@ class Engine:
             losses.append(loss.detach())
             with part("optimizer"):
                 own_norm = self._own_gradient_norm()
+                self.copies.hold()
                 self._deepspeed.step()
         norm = self._deepspeed.get_global_grad_norm() if own_norm is None else own_norm
         return torch.stack(losses).mean().item(), float(norm)
@@ -228,6 +231,7 @@ class Engine:
         Writes the fp32 masters and then the module that computes: DeepSpeed's own setter leaves the latter stale.
         """
         shapes = self.shapes
+        self.copies.hold()
         for name in shapes if names is None else names:
             shape = shapes[name]
             if values is not None:

@@ -10,7 +10,8 @@ from pretrain.outer.rounds import steps_of_round
 from pretrain.silo.checkpoint import Progress
 from pretrain.silo.engine import Engine
 from pretrain.silo.steplog import count_seconds
-from pretrain.sync.silo_sync import SiloSync, done
+from pretrain.sync.flight import done
+from pretrain.sync.silo_sync import SiloSync
 from pretrain.sync.through_store import ThroughStore
 
 LOSS_DECAY = 0.9  # of the running mean that a loss is compared with

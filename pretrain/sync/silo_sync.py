@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,21 +33,9 @@ from pretrain.outer.quantize import Parts
 from pretrain.silo.checkpoint import HostTensors, Progress
 from pretrain.silo.engine import Engine
 from pretrain.silo.ranks import Ranks
+from pretrain.sync.flight import Coded, Flight, done
 from pretrain.trust.ledger import Commit, Manifest, sha256_bytes
 from pretrain.trust.quality import say_not_counted
-
-Coded = Future[Outgoing | None]
-
-
-@dataclass(kw_only=True)
-class Flight:
-    """One version between its delivery and its adoption."""
-
-    wait_seconds: float
-    """Time that training stood still for it."""
-    coded: "Coded"
-    """Our part of it; None if we have none."""
-    received: Future[Received]
 
 
 class SiloSync:
@@ -197,6 +184,7 @@ class SiloSync:
             coded = done(None)
             if num_sequences:
                 now = dataclasses.replace(progress)
+                self._coder.submit(engine.copies.arrival())  # it has one thread, so what follows comes after
                 coded = self._coder.submit(self._code, version, local, moments, num_sequences, now)
                 progress.unsettled.append(version)
             self._take_off(version, names, coded, wait_seconds=seconds)
@@ -205,12 +193,12 @@ class SiloSync:
         progress.sent = version
 
     def _read(self, engine: Engine, names: Sequence[str]) -> dict[str, Tensor]:
-        """Parameters as they are in the engine, in the leader's host memory; empty on the other ranks."""
+        """Parameters as they are in the engine, in the leader's host memory when the copies are there; else empty."""
         found = {}
         for name in names:
             value = engine.read(name)
             if self.ranks.is_leader:
-                found[name] = value.to("cpu", copy=True)
+                found[name] = engine.copies.make(value)
             del value  # before the next one is gathered
         return found
 
@@ -345,6 +333,7 @@ class SiloSync:
         new = {name: self.global_parameters[name] for name in names} if self.ranks.is_leader else {}
         if mixing:
             local = self._read(engine, names)
+            engine.copies.wait()
             new = {name: local[name] * mixing + merged * (1 - mixing) for name, merged in new.items()}
         self._write(engine, names, new)
         self._adopt_moments(engine, names, self._flights[version] if self.ranks.is_leader else None)
@@ -397,7 +386,7 @@ class SiloSync:
         engine.write(iter([(name, values[name]) for name in names]) if self.ranks.is_leader else None, names)
         for name in names:
             found = engine.read(name)
-            if self.ranks.is_leader and not torch.equal(found.cpu(), values[name]):
+            if self.ranks.is_leader and not torch.equal(engine.copies.look(found), values[name]):
                 raise RuntimeError(f"{name} in the engine differs from what was just written")
             del found
 
@@ -409,6 +398,7 @@ class SiloSync:
             return
         names, file = list(engine.shapes), self._directory / "local.safetensors"
         local = self._read(engine, names)
+        engine.copies.wait()
         if self.ranks.is_leader:  # on the disk meanwhile: an evaluation needs the memory itself
             save_file(local, file)
             local.clear()
@@ -489,10 +479,3 @@ class SiloSync:
                 raise StopRequested
             if future:  # the other ranks wait for the leader's answer
                 wait([future], timeout=self.config.exchange.poll_seconds)
-
-
-def done(coded: Outgoing | None) -> Coded:
-    """What is coded already, or never will be."""
-    future: Coded = Future()
-    future.set_result(coded)
-    return future

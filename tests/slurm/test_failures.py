@@ -72,6 +72,7 @@ def test_a_node_dies_and_its_job_goes_on_on_others(
         check_same(Outcome(config=config), federate(make_config(tiny_config, tmp_path / "local", num_nodes=1, **long)))
 
 
+@pytest.mark.timeout(900)
 def test_a_job_goes_on_with_fewer_nodes_and_with_more_again(
     slurm: Cluster, tmp_path: Path, tiny_config: TinyConfig
 ) -> None:
