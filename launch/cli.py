@@ -11,6 +11,7 @@ from launch.contract import app as contract_app
 from launch.egress import app as egress_app
 from launch.exit import leave_with_proof
 from launch.keys import app as keys_app
+from launch.metrics import metrics
 from launch.model import chat, evaluate, export, generate
 from launch.revoke import revoke
 from launch.verify import verify
@@ -35,6 +36,7 @@ app.add_typer(egress_app, name="egress")
 app.command()(verify)
 app.command("exit")(leave_with_proof)
 app.command()(revoke)
+app.command()(metrics)
 app.command()(export)
 app.command("eval")(evaluate)
 app.command()(generate)

@@ -75,7 +75,7 @@ class Speaker:
         The text is the beginning of a document: it follows an end of text, as in training. Raises ConfigError for one
         that is longer than the model can read.
         """
-        found = self.tokenizer(text)["input_ids"]
+        found = self.tokenizer(text, verbose=False)["input_ids"]
         begin = self.tokenizer.bos_token_id
         if begin is not None and found[:1] != [begin]:
             found = [begin, *found]
@@ -90,7 +90,9 @@ class Speaker:
         """
         while True:
             try:
-                found = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+                found = self.tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, return_dict=False, tokenizer_kwargs={"verbose": False}
+                )
             except Exception as error:  # a template raises what it likes
                 raise ConfigError(f"chat template: it does not take this conversation: {error}") from None
             oldest = 1 if messages[0]["role"] == "system" else 0

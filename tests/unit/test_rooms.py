@@ -23,6 +23,8 @@ FLOORS = (
         "launch.keys",
         "launch.contract",
         "launch.model",
+        "launch.metrics",
+        "launch.api",
         "launch.revoke",
         "launch.verify",
     ),
