@@ -49,14 +49,14 @@ class Run:
         """
         agreed, commits = self._commits()
         return _table(
-            {
+            commit.metrics
+            | {
                 "version": commit.version,
                 "round": agreed.round_of(commit.version),
                 "silos": len(commit.contributors),
                 "tokens": sum(one.tokens for one in commit.contributors),
                 "divisor": commit.divisor,
                 "parameters_digest": commit.parameters_digest,
-                **commit.metrics,
             }
             for commit in commits
         )

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from pretrain.config.check import ConfigError
+from pretrain.config.paths import expand_home
 from pretrain.federation.export import load_global_model, provenance_of
 from pretrain.federation.reading import found_configuration
 from pretrain.silo.exported import with_tokenizer
@@ -142,7 +143,7 @@ def open_speaker(
 
     A store alone needs the tokenizer, or with `paths` a configuration. Raises ConfigError.
     """
-    directory = Path(where).expanduser()
+    directory = Path(expand_home("model", where))
     if (directory / "config.json").is_file():
         given = {"--version": version, "--config": paths, "--tokenizer": tokenizer}
         if wrong := [name for name, value in given.items() if value]:
