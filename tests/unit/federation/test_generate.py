@@ -97,8 +97,11 @@ def test_stdout_has_the_text_alone_and_chat_says_its_form(
     messages = [{"role": role, "content": "ba"} for role in ("system", "user", "assistant", "user")]
     speaker.answer(messages, Sampling(num_tokens=10), lambda piece: None)
     assert [one["role"] for one in messages] == ["system", "user"]  # the oldest two were too much for 16 tokens
-    talked = CliRunner().invoke(cli.app, ["chat", str(tmp_path / "talks"), "--num-tokens", "4"], input="")
+    arguments = ["chat", str(tmp_path / "talks"), "--num-tokens", "4"]
+    talked = CliRunner().invoke(cli.app, arguments, input="ba" * 40 + "\nba\n")
     assert "its chat template" in talked.stderr
+    assert talked.stderr.count("allowed: up to 15 with this model") == 1
+    assert talked.stdout.splitlines()[1:] == CliRunner().invoke(cli.app, arguments, input="ba\n").stdout.splitlines()
 
 
 def said_by(run: RunConfig, num_tokens: int) -> str:
