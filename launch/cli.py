@@ -15,6 +15,7 @@ from launch.given import Config, DryRun, Overrides, loaded
 from launch.init import init
 from launch.keys import app as keys_app
 from launch.launch import app as launch_app
+from launch.metrics import metrics
 from launch.model import chat, evaluate, export, generate
 from launch.plan import plan
 from launch.presets import presets
@@ -47,6 +48,7 @@ app.command()(revoke)
 app.command()(report)
 app.command()(watch)
 app.command()(serve)
+app.command()(metrics)
 app.command()(export)
 app.command("eval")(evaluate)
 app.command()(generate)

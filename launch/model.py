@@ -199,6 +199,7 @@ def _converse(speaker: "Speaker", sampling: "Sampling", messages: "list[Message]
                 _interruptible(lambda text=line: speaker.go_on(text, sampling, emit))  # type: ignore[misc]
         except ConfigError as error:
             print(f"atoll: {error}", file=sys.stderr)
+            del messages[-1:]  # what was not answered was not said
         print(flush=True)
 
 

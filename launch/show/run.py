@@ -92,12 +92,12 @@ def held_out_of(run: RunConfig, version: int | None) -> dict[str, str]:
     if not (Path(run.directory) / "metrics.jsonl").is_file() or not is_public(run, "loss"):
         return {}
     found = Run.read(run)
-    records = found.records["eval"]
-    version = max((record["version"] for record in records), default=0) if version is None else version
-    records = [record for record in records if record["version"] == version]
+    records = [one for one in found.records["eval"] if version is None or one.get("version") == version]
     if not records:
         return {}
-    told, shows = _evaluation(found, records[0]["round"], records), policy.shows or (lambda name: True)
+    last = max(one["round"] for one in records)
+    told = _evaluation(found, last, [one for one in records if one["round"] == last])
+    shows = policy.shows or (lambda name: True)
     return {
         corpus: f"{loss:.4f} (of {told.sequences[corpus]} sequences)"
         for corpus, loss in told.val_loss.items()

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from pretrain.config.check import ConfigError
+from pretrain.config.paths import expand_home
 from pretrain.federation.export import load_global_model, provenance_of
 from pretrain.federation.reading import found_configuration
 from pretrain.silo.exported import with_tokenizer
@@ -75,7 +76,7 @@ class Speaker:
         The text is the beginning of a document: it follows an end of text, as in training. Raises ConfigError for one
         that is longer than the model can read.
         """
-        found = self.tokenizer(text)["input_ids"]
+        found = self.tokenizer(text, verbose=False)["input_ids"]
         begin = self.tokenizer.bos_token_id
         if begin is not None and found[:1] != [begin]:
             found = [begin, *found]
@@ -90,7 +91,9 @@ class Speaker:
         """
         while True:
             try:
-                found = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+                found = self.tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, return_dict=False, tokenizer_kwargs={"verbose": False}
+                )
             except Exception as error:  # a template raises what it likes
                 raise ConfigError(f"chat template: it does not take this conversation: {error}") from None
             oldest = 1 if messages[0]["role"] == "system" else 0
@@ -140,7 +143,7 @@ def open_speaker(
 
     A store alone needs the tokenizer, or with `paths` a configuration. Raises ConfigError.
     """
-    directory = Path(where).expanduser()
+    directory = Path(expand_home("model", where))
     if (directory / "config.json").is_file():
         given = {"--version": version, "--config": paths, "--tokenizer": tokenizer}
         if wrong := [name for name, value in given.items() if value]:

@@ -29,6 +29,8 @@ FLOORS = (
         "launch.presets",
         "launch.report",
         "launch.model",
+        "launch.metrics",
+        "launch.api",
         "launch.revoke",
         "launch.verify",
         "launch.version",

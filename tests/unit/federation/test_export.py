@@ -55,7 +55,9 @@ def test_a_card_says_what_the_contract_makes_public(tmp_path: Path, tiny_config:
     save_config(config, Path(config.directory) / "config.yaml")
     journal = Journal(config, "silos/alpha", silo="alpha")
     journal.record("eval", step=0, round=0, version=0, val_loss={"a|b": 5.5}, sequences={"a|b": [8, 406]})
+    journal.record("eval", step=4, round=1, version=1, val_loss={"a|b": 4.5}, sequences={"a|b": [8, 406]})
     journal.close()
+    assert held_out_of(config, None) == {"a|b": "4.5000 (of 8 of 406 sequences)"}
     export_command(Path(config.directory), output=tmp_path / "out", license="apache-2.0")
     card = (tmp_path / "out" / CARD).read_text()
     _, head, body = card.split("---\n", 2)

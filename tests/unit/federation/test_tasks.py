@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.model import evaluate
 from pretrain.config.keys import ModelConfig
 from pretrain.federation.tasks import evaluate_tasks
 from pretrain.silo.exported import export
@@ -83,6 +84,10 @@ def test_a_task_that_is_not_of_this_machine_is_one_line(model: Path, tmp_path: P
     ):
         task.write_text(text)
         assert one_line_error(evaluate_tasks, model, [task]).startswith(f"--tasks: '{task}' given; {said}")
+
+
+def test_something_must_be_given(model: Path) -> None:
+    assert one_line_error(evaluate, model) == "--data, --tasks: none given; allowed: one at least"
 
 
 def test_without_the_library_it_says_how_to_install_it(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
