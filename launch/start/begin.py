@@ -30,6 +30,8 @@ SHARDED = ("llama-350m", "llama-1b")
 """Presets of models whose state is better spread over the GPUs of a silo."""
 # Tokens of a vocabulary, and how many bytes of text a token should have been learned from at least.
 VOCABULARIES, BYTES_A_TOKEN = (32_768, 8_192, 2_048, 512), 300
+# Some 50,000 tokens, below which atoll data prepare warns.
+HELD_OUT, HELD_OUT_BYTES = (0.01, 0.02, 0.05, 0.1, 0.2), 200_000
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ class Beginning:
                 micro=micro,
                 batch=micro * ranks * max(1, (64 if self.gpus else 16) // (micro * ranks)),
                 threads=max(1, (os.cpu_count() or 1) // (len(self.texts) if together else 1)) if self.texts else 1,
+                steps=200 if self.machine == "laptop" else 1000,
                 interval=10 if together else 50,
                 presets=presets,
             )
@@ -127,7 +130,7 @@ class Beginning:
             size = _vocabulary(self.texts)
             found.append(f"atoll data tokenizer {' '.join(quoted)} --vocab-size {size} --output tokenizer")
         found += [
-            f"atoll data prepare {place} --tokenizer tokenizer --output packed/{text.name}"
+            f"atoll data prepare {place} --tokenizer tokenizer --held-out {_held_out(text)} --output packed/{text.name}"
             for place, text in zip(quoted, self.texts, strict=True)
         ]
         if self.machine == "slurm":
@@ -187,7 +190,16 @@ def count_gpus() -> int:
 
 def _vocabulary(texts: list[Text]) -> int:
     """A size that the text is enough for."""
-    places = [Path(text.place).expanduser() for text in texts]
-    every = [file for place in places for file in ([place] if place.is_file() else place.rglob("*")) if file.is_file()]
-    num_bytes = sum(file.stat().st_size for file in every)
+    num_bytes = sum(_num_bytes(text) for text in texts)
     return next((size for size in VOCABULARIES if num_bytes >= size * BYTES_A_TOKEN), VOCABULARIES[-1])
+
+
+def _held_out(text: Text) -> float:
+    """A share of which there is enough for a loss that says something."""
+    num_bytes = _num_bytes(text)
+    return next((share for share in HELD_OUT if num_bytes * share >= HELD_OUT_BYTES), HELD_OUT[-1])
+
+
+def _num_bytes(text: Text) -> int:
+    place = Path(text.place).expanduser()
+    return sum(file.stat().st_size for file in ([place] if place.is_file() else place.rglob("*")) if file.is_file())
