@@ -439,6 +439,17 @@ def test_text_of_which_nothing_was_held_out_is_named(tmp_path: Path, tiny_config
     config.silos["alpha"].data, config.silos["alpha"].valid = [str(train)], {"law": str(train.with_name("valid"))}
     assert one_line_error(check_silo, config, "alpha") == (
         f"silos.alpha.valid.law: {str(train.with_name('valid'))!r} given; atoll data prepare has held out no document "
-        "of that text; allowed: a packed split, or no silos.alpha.valid: split the text into more documents, or leave the "
-        "key out"
+        "of that text; allowed: a packed split, or no silos.alpha.valid: split the text into more documents, or leave "
+        "the key out"
+    )
+
+
+def test_a_folder_of_splits_is_no_split_and_the_line_says_which_to_name(
+    tmp_path: Path, tiny_config: TinyConfig
+) -> None:
+    config = tiny_config(tmp_path)
+    folder = Path(config.silos["alpha"].data[0]).parent
+    config.silos["alpha"].data = [str(folder)]
+    assert one_line_error(check_silo, config, "alpha") == (
+        f"silos.alpha.data: {str(folder)!r} given; it has no manifest.json: name {folder / 'train'}"
     )
