@@ -13,7 +13,6 @@ from jinja2 import Environment, StrictUndefined
 
 from pretrain.config.check import SILO_NAME, ConfigError, check_url
 from pretrain.config.keys import OPERATOR
-from pretrain.config.presets import find_preset
 
 MACHINES = {
     "laptop": "this computer's CPU",
@@ -44,7 +43,8 @@ class Text:
     @classmethod
     def parse(cls, given: str) -> "Text":
         """NAME=PLACE, or a place that gives the name. Raises ConfigError."""
-        name, is_named, place = given.rpartition("=")
+        name, is_named, place = given.partition("=")
+        place = place if is_named else given
         name = name if is_named else re.sub(r"[^a-z0-9_-]+", "-", Path(place).stem.lower()).strip("-_")
         if not SILO_NAME.fullmatch(name) or name == OPERATOR:
             raise ConfigError(f"--text: {given!r} given; allowed: NAME=FOLDER, with a name of a-z, 0-9, _ and -")
@@ -70,8 +70,6 @@ class Beginning:
 
     def __post_init__(self) -> None:
         """Raises ConfigError for what does not fit together."""
-        if self.role == "site" and self.machine != "slurm":
-            raise ConfigError(f"--role: site given with --machine {self.machine}; allowed: with --machine slurm")
         names = [text.name for text in self.texts]
         if len(set(names)) < len(names):
             raise ConfigError(f"--text: {', '.join(names)} given; allowed: each name once, as NAME=FOLDER")
@@ -81,8 +79,6 @@ class Beginning:
             raise ConfigError("--gpus: 0 given with --machine node; allowed: 1 or more, or --machine laptop")
         if self.machine in ("laptop", "node") and self.nodes != 1:
             raise ConfigError(f"--nodes: {self.nodes} given with --machine {self.machine}; allowed: 1")
-        if self.model:
-            find_preset("model", self.model, key="--model")
         if self.store:
             check_url(self.store, "--store")
 
