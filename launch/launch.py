@@ -39,7 +39,9 @@ def launch_local_command(
 @app.command("slurm")
 def launch_slurm_command(
     config: Config,
-    site: Annotated[list[Path], typer.Option(help="YAML file that describes the cluster; several are merged.")],
+    site: Annotated[
+        list[Path], typer.Option(help="YAML file of the cluster, or a preset, as cpu; several are merged.")
+    ],
     overrides: Overrides = None,
     aggregator: Annotated[bool, typer.Option(help="Also submit the aggregator, unless it runs elsewhere.")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Write and check the jobs; submit nothing.")] = False,
@@ -48,7 +50,7 @@ def launch_slurm_command(
 
     They save before their time limit and go back into the queue until the run is done.
 
-    [bold]Example:[/bold] atoll launch slurm --config run.yaml --site configs/site/cpu.yaml --dry-run
+    [bold]Example:[/bold] atoll launch slurm --config run.yaml --site cpu --dry-run
     """
     from launch.start.site import load_site
     from launch.start.slurm import launch_slurm

@@ -7,7 +7,7 @@ import typer
 
 def presets(
     choice: Annotated[
-        str, typer.Argument(metavar="[SECTION=NAME]", help="Show what this one says; default: all, a line each.")
+        str, typer.Argument(metavar="[SECTION=NAME]", help="Show this one, of a site by site=NAME; default: list all.")
     ] = "",
 ) -> None:
     """List the presets, each as it is typed behind any command that takes key=value, or show one.
@@ -20,7 +20,7 @@ def presets(
     from pretrain.config.presets import SECTIONS, SITE, find_preset, presets_of
 
     if choice:
-        section, _, name = choice.removeprefix("--").replace(" ", "=").partition("=")
+        section, _, name = choice.partition("=")
         if section not in (*SECTIONS, SITE):
             raise ConfigError(f"presets: {choice!r} given; allowed: SECTION=NAME, as atoll presets lists them")
         print(find_preset(section, name).path.read_text(), end="")

@@ -98,13 +98,13 @@ def _paragraph(key: Key, width: int) -> str:
     facts = [f"{key.kind}, default {key.default}{f' {key.unit}' if key.unit else ''}"]
     facts += [f"allowed: {key.allowed}"] if key.allowed else []
     facts += ["agreed: part of the contract"] if key.is_agreed else []
-    options = {"width": width, "break_long_words": False, "break_on_hyphens": False}
+    options: dict[str, Any] = {"width": width, "break_long_words": False, "break_on_hyphens": False}
     head = textwrap.fill(f"{key.name}  {'; '.join(facts)}", subsequent_indent="  ", **options)
     return f"{head}\n{textwrap.fill(key.text, initial_indent='  ', subsequent_indent='  ', **options)}"
 
 
 def _keys(kind: type, prefix: str) -> Iterator[Key]:
-    texts = _field_texts(kind)
+    texts, defaults = _field_texts(kind), kind()
     agreed = ALSO_AGREED | set(_flat(agreed_settings(RunConfig()), ""))
     for field in dataclasses.fields(kind):
         name = f"{prefix}{field.name}"
@@ -112,13 +112,12 @@ def _keys(kind: type, prefix: str) -> Iterator[Key]:
         if dataclasses.is_dataclass(field.type):
             yield from _keys(field.type, f"{name}.")  # type: ignore[arg-type]
         else:
-            default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
             allowed = ALLOWED.get(name, "")
             unit = field.name.rpartition("_")[2]
             yield Key(
                 name=name,
                 kind=_type_words(field.type),
-                default=json.dumps(default),
+                default=json.dumps(getattr(defaults, field.name)),
                 unit=unit if unit in UNITS else "",
                 allowed=allowed.words if isinstance(allowed, Numbers) else ", ".join(allowed),
                 is_agreed=name in agreed,

@@ -282,8 +282,8 @@ class LiveDisplay:
         text = f"{done / total:4.0%}   {passed} passed   "
         if not all(status.phase in ENDED_PHASES for status in self._statuses.values()):
             text += f"about {format_seconds(left)} left" if left is not None else "measuring the time left"
-        grid = Table.grid(padding=(0, 2))
-        grid.add_row(ProgressBar(total=total, completed=done, width=36), text)
+        grid, room = Table.grid(padding=(0, 2)), self._live.console.width - len(text) - 4
+        grid.add_row(ProgressBar(total=total, completed=done, width=max(4, min(36, room))), text)
         return grid
 
 

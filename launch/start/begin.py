@@ -13,7 +13,6 @@ from jinja2 import Environment, StrictUndefined
 
 from pretrain.config.check import SILO_NAME, ConfigError, check_url
 from pretrain.config.keys import OPERATOR
-from pretrain.config.presets import find_preset
 
 MACHINES = {
     "laptop": "this computer's CPU",
@@ -30,6 +29,8 @@ SHARDED = ("llama-350m", "llama-1b")
 """Presets of models whose state is better spread over the GPUs of a silo."""
 # Tokens of a vocabulary, and how many bytes of text a token should have been learned from at least.
 VOCABULARIES, BYTES_A_TOKEN = (32_768, 8_192, 2_048, 512), 300
+# Some 50,000 tokens, below which atoll data prepare warns.
+HELD_OUT, HELD_OUT_BYTES = (0.01, 0.02, 0.05, 0.1, 0.2), 200_000
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Text:
     @classmethod
     def parse(cls, given: str) -> "Text":
         """NAME=PLACE, or a place that gives the name. Raises ConfigError."""
-        name, is_named, place = given.rpartition("=")
+        name, is_named, place = given.partition("=")
+        place = place if is_named else given
         name = name if is_named else re.sub(r"[^a-z0-9_-]+", "-", Path(place).stem.lower()).strip("-_")
         if not SILO_NAME.fullmatch(name) or name == OPERATOR:
             raise ConfigError(f"--text: {given!r} given; allowed: NAME=FOLDER, with a name of a-z, 0-9, _ and -")
@@ -68,8 +70,6 @@ class Beginning:
 
     def __post_init__(self) -> None:
         """Raises ConfigError for what does not fit together."""
-        if self.role == "site" and self.machine != "slurm":
-            raise ConfigError(f"--role: site given with --machine {self.machine}; allowed: with --machine slurm")
         names = [text.name for text in self.texts]
         if len(set(names)) < len(names):
             raise ConfigError(f"--text: {', '.join(names)} given; allowed: each name once, as NAME=FOLDER")
@@ -79,8 +79,6 @@ class Beginning:
             raise ConfigError("--gpus: 0 given with --machine node; allowed: 1 or more, or --machine laptop")
         if self.machine in ("laptop", "node") and self.nodes != 1:
             raise ConfigError(f"--nodes: {self.nodes} given with --machine {self.machine}; allowed: 1")
-        if self.model:
-            find_preset("model", self.model, key="--model")
         if self.store:
             check_url(self.store, "--store")
 
@@ -112,6 +110,7 @@ class Beginning:
                 micro=micro,
                 batch=micro * ranks * max(1, (64 if self.gpus else 16) // (micro * ranks)),
                 threads=max(1, (os.cpu_count() or 1) // (len(self.texts) if together else 1)) if self.texts else 1,
+                steps=200 if self.machine == "laptop" else 1000,
                 interval=10 if together else 50,
                 presets=presets,
             )
@@ -127,7 +126,7 @@ class Beginning:
             size = _vocabulary(self.texts)
             found.append(f"atoll data tokenizer {' '.join(quoted)} --vocab-size {size} --output tokenizer")
         found += [
-            f"atoll data prepare {place} --tokenizer tokenizer --output packed/{text.name}"
+            f"atoll data prepare {place} --tokenizer tokenizer --held-out {_held_out(text)} --output packed/{text.name}"
             for place, text in zip(quoted, self.texts, strict=True)
         ]
         if self.machine == "slurm":
@@ -187,7 +186,16 @@ def count_gpus() -> int:
 
 def _vocabulary(texts: list[Text]) -> int:
     """A size that the text is enough for."""
-    places = [Path(text.place).expanduser() for text in texts]
-    every = [file for place in places for file in ([place] if place.is_file() else place.rglob("*")) if file.is_file()]
-    num_bytes = sum(file.stat().st_size for file in every)
+    num_bytes = sum(_num_bytes(text) for text in texts)
     return next((size for size in VOCABULARIES if num_bytes >= size * BYTES_A_TOKEN), VOCABULARIES[-1])
+
+
+def _held_out(text: Text) -> float:
+    """A share of which there is enough for a loss that says something."""
+    num_bytes = _num_bytes(text)
+    return next((share for share in HELD_OUT if num_bytes * share >= HELD_OUT_BYTES), HELD_OUT[-1])
+
+
+def _num_bytes(text: Text) -> int:
+    place = Path(text.place).expanduser()
+    return sum(file.stat().st_size for file in ([place] if place.is_file() else place.rglob("*")) if file.is_file())

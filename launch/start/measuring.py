@@ -48,7 +48,7 @@ def _measure(config: RunConfig, name: str, console: Console) -> float:
     if config.silos[name].num_nodes != 1:
         raise ConfigError(f"{OPTION}, and silo {name} has {config.silos[name].num_nodes} nodes; allowed: one of them")
     try:
-        check_silo(config, name)
+        check_silo(_alone(config, name, config.directory), name)
         check_model(config)
     except ConfigError as error:
         raise ConfigError(f"{OPTION}, and silo {name} cannot be measured here: {error}") from None

@@ -79,7 +79,8 @@ def check_config(config: RunConfig) -> None:
 
 def _check_each(config: RunConfig) -> None:
     """Every key by itself."""
-    sections = {"": [("", config)], "silo": [(f"silos.{name}.", silo) for name, silo in config.silos.items()]}
+    silos: list[tuple[str, Any]] = [(f"silos.{name}.", silo) for name, silo in config.silos.items()]
+    sections: dict[str, list[tuple[str, Any]]] = {"": [("", config)], "silo": silos}
     for key, allowed in ALLOWED.items():
         section, _, name = key.rpartition(".")
         for prefix, settings in sections.get(section) or [(f"{section}.", getattr(config, section))]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.config.check import RUN_NAME, ConfigError, check_config
+from pretrain.config.check import RUN_NAME, ConfigError, check_config, named
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import Section, load_unchecked
 from pretrain.exchange.agreement import adding
@@ -227,6 +227,11 @@ def joined_config(federation: Federation, paths: Sequence[Path], overrides: Sequ
         raise ConfigError(
             f"model.checkpoint: null given; this federation goes on from {len(terms['model']['checkpoint'])} files; "
             "allowed: a directory that has them"
+        )
+    if strangers := sorted(config.silos.keys() - {*config.full_roster}):
+        raise ConfigError(
+            f"silos: {strangers[0]!r} given; allowed: names of the roster: {named(config.full_roster)}; a member adds "
+            f"another by atoll contract amend {url} ... trust.keys.{strangers[0]}=... (docs/clusters.md)"
         )
     check_config(config)
     given = _absolute(config.exchange.url)

@@ -87,7 +87,13 @@ def check_silo(config: RunConfig, name: str) -> None:
     num_tokens = sum(manifest.num_tokens for manifest in manifests)
     check_enough(num_tokens, config.sequence_tokens, silo.global_batch_sequences, key=key)
     for corpus, directory in silo.valid.items():
-        read_manifest(Path(directory), key=f"silos.{name}.valid.{corpus}", tokenizer_sha256=tokenizer)
+        key, place = f"silos.{name}.valid.{corpus}", Path(directory)
+        if not place.exists() and str(place.parent / "train") in silo.data:
+            raise ConfigError(
+                f"{key}: {directory!r} given; atoll data prepare has held out no document of that text; allowed: a "
+                f"packed split, or no silos.{name}.valid: split the text into more documents, or leave the key out"
+            )
+        read_manifest(place, key=key, tokenizer_sha256=tokenizer)
 
 
 def check_model(config: RunConfig) -> None:

@@ -166,7 +166,9 @@ def read_manifest(directory: Path, *, key: str = "silo.data", tokenizer_sha256: 
     the tokens too. Raises ConfigError.
     """
     file = directory / MANIFEST_FILE
-    missing = f"{key}: {str(directory)!r} given; it has no {MANIFEST_FILE}: name a packed split (atoll data prepare)"
+    split = directory / ("valid" if ".valid" in key else "train")
+    advice = f"name {split}" if (split / MANIFEST_FILE).exists() else "name a packed split (atoll data prepare)"
+    missing = f"{key}: {str(directory)!r} given; it has no {MANIFEST_FILE}: {advice}"
     manifest = _parse_manifest(_read_json(file, missing=missing), file)
     if tokenizer_sha256 is not None and manifest.tokenizer_sha256 != tokenizer_sha256:
         raise ConfigError(

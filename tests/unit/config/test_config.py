@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -456,3 +457,26 @@ def test_the_outer_learning_rate_follows_rounds(minimal: Path) -> None:
     lrs = [config.outer_lr(version) for version in range(1, config.schedule.num_versions + 1)]
     assert lrs == [0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25]
     assert load_config([minimal]).outer_lr(1) == load_config([minimal]).outer.lr
+
+
+def test_text_of_which_nothing_was_held_out_is_named(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    train = tmp_path / "packed" / "train"
+    config = tiny_config(tmp_path)
+    shutil.copytree(config.silos["alpha"].data[0], train)
+    config.silos["alpha"].data, config.silos["alpha"].valid = [str(train)], {"law": str(train.with_name("valid"))}
+    assert one_line_error(check_silo, config, "alpha") == (
+        f"silos.alpha.valid.law: {str(train.with_name('valid'))!r} given; atoll data prepare has held out no document "
+        "of that text; allowed: a packed split, or no silos.alpha.valid: split the text into more documents, or leave "
+        "the key out"
+    )
+
+
+def test_a_folder_of_splits_is_no_split_and_the_line_says_which_to_name(
+    tmp_path: Path, tiny_config: TinyConfig
+) -> None:
+    config = tiny_config(tmp_path)
+    folder = Path(config.silos["alpha"].data[0]).parent
+    config.silos["alpha"].data = [str(folder)]
+    assert one_line_error(check_silo, config, "alpha") == (
+        f"silos.alpha.data: {str(folder)!r} given; it has no manifest.json: name {folder / 'train'}"
+    )

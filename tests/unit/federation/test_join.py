@@ -206,7 +206,8 @@ def test_mistakes_are_one_line_and_write_nothing(begin: Begin, tmp_path: Path) -
         f"exchange.url: 's3://other' given; allowed: '{url}', or a relay's directory for nodes that do not reach it"
     )
     assert refusal(silos={"gamma": tiny_silo(site.text, "gamma"), "beta": None}) == (
-        "silos: 'gamma' given; allowed: names of the roster: alpha, beta"
+        "silos: 'gamma' given; allowed: names of the roster: alpha, beta; a member adds another by atoll contract "
+        f"amend {url} ... trust.keys.gamma=... (docs/clusters.md)"
     )
     assert refusal(silos={"alpha": {}}) == "silos: alpha, beta given; allowed: one, this institution's"
     assert refusal(tokenizer=None).startswith("tokenizer: 'tokenizer.json' given; there is no such file")

@@ -412,8 +412,11 @@ def test_the_live_table_cuts_nothing_at_80_columns(tmp_path: Path) -> None:
     waiting = ProcessStatus(phase="waiting", waiting_for=words, waited_seconds=4000)
     step = {"kind": "step", "silo": long, "step": 10, "loss": 5.25, "tokens_per_second": 1234567.0, "mfu": 0.4}
     display.update([step], {long: waiting, "aggregator": waiting})
+    display.progress.start_seconds -= 36_000
     display.close()
     lines = drawn(display, 80).splitlines()
+    assert lines[-1].strip().endswith("left")
+    assert "passed" in lines[-1]
     assert max(map(len, lines)) <= 80
     assert not any("…" in line for line in lines)
     text = " ".join(line.strip() for line in lines)
