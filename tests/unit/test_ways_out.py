@@ -28,7 +28,7 @@ WAYS_OUT = {
     # Between the ranks of one silo.
     "pretrain.silo.ranks": {"torch.distributed"},
     "pretrain.silo.engine": {"torch.distributed"},
-    "pretrain.silo.optim": {"torch.distributed"},
+    "pretrain.silo.muon": {"torch.distributed"},
     # Names of protocols and paths; of S3, which endpoint the library would take.
     "pretrain.config.check": {"fsspec"},
     "pretrain.exchange.options": {"fsspec", "botocore"},
