@@ -31,7 +31,8 @@ def init(
 
     [bold]Example:[/bold] atoll init --machine laptop --role federation --model llama-5m --text raw/law --text raw/press
     """
-    from launch.start.begin import MACHINES, ROLES, Beginning, Text, count_gpus, write_new
+    from launch.start.begin import MACHINES, ROLES, Beginning, Text, write_new
+    from launch.start.gpus import num_gpus
     from pretrain.config.presets import presets_of
 
     machine = _one_of("machine", machine, MACHINES)
@@ -40,7 +41,7 @@ def init(
     model = _one_of("model", model, models) if role == "federation" else ""
     texts = [] if role == "site" else text or _asked("text", "folder of text, several with spaces between", str.split)
     if gpus is None and machine != "laptop":
-        gpus = count_gpus() or _asked("gpus", "GPUs of a node", int)
+        gpus = num_gpus() or _asked("gpus", "GPUs of a node", int)
     begun = Beginning(
         machine=machine,
         role=role,

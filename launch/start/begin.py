@@ -3,8 +3,6 @@
 import os
 import re
 import shlex
-import shutil
-import subprocess
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -175,13 +173,6 @@ def write_new(file: Path, text: str) -> None:
         ) from None
     except OSError as error:
         raise ConfigError(f"--output: {str(file)!r} given; it cannot be written: {error.strerror}") from None
-
-
-def count_gpus() -> int:
-    """GPUs of this machine, as NVIDIA's driver lists them."""
-    program = shutil.which("nvidia-smi")
-    listed = subprocess.run([program, "--list-gpus"], capture_output=True, text=True, check=False) if program else None
-    return len(listed.stdout.splitlines()) if listed and not listed.returncode else 0
 
 
 def _vocabulary(texts: list[Text]) -> int:
