@@ -124,8 +124,8 @@ def roll_back(exchange: StoreExchange, num_fragments: int, *, to: int, reason: s
             exchange.fetch(folder, payload, file)
             if archived:
                 archived.bring_back(f"{folder}/{payload.file}", file, digest=payload.blake3)
-        for version in history.last_snapshots(to) if archived else ():
-            if archived and version:
+        if archived:
+            for version in filter(None, history.last_snapshots(to)):
                 archived.bring_back_record(snapshot_path(version))
     records = [record for record, _ in read_rollbacks(exchange)]
     record = Rollback(
