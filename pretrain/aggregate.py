@@ -232,10 +232,18 @@ class Aggregator:
             self.snapshots.repair_all(self._newest)
 
     def _check_held(self) -> str:
-        """sha256 of our newest commit; raises ConfigError if the store has another one, or none, in its place."""
+        """sha256 of our newest commit; raises ConfigError if the store has another one, or none, in its place.
+
+        What we have not signed gives way to it.
+        """
         assert self._newest
-        commit_sha256 = sha256_bytes(self._newest.to_bytes())
-        check_held("this aggregator", self._newest.version, commit_sha256, self._exchange)
+        version, commit_sha256 = self._newest.version, sha256_bytes(self._newest.to_bytes())
+        if not check_held("this aggregator", version, commit_sha256, self._exchange):
+            self._check_lease()
+            with suppress(FileExistsError):  # whoever writes faster is met again
+                name = f"{version_path(version)}/commit.json"
+                self._exchange.write_over(name, self._newest.to_bytes(), lambda: self._exchange.has_commit(version))
+                print(f"version {version}: somebody has replaced its commit; it was written again", flush=True)
         return commit_sha256
 
     def merge(self, state: OuterState, deliveries: list[Delivery]) -> Merged:

@@ -124,8 +124,8 @@ def roll_back(exchange: StoreExchange, num_fragments: int, *, to: int, reason: s
             exchange.fetch(folder, payload, file)
             if archived:
                 archived.bring_back(f"{folder}/{payload.file}", file, digest=payload.blake3)
-        for version in history.last_snapshots(to) if archived else ():
-            if archived and version:
+        if archived:
+            for version in filter(None, history.last_snapshots(to)):
                 archived.bring_back_record(snapshot_path(version))
     records = [record for record, _ in read_rollbacks(exchange)]
     record = Rollback(
@@ -279,13 +279,19 @@ def foreign(who: str, version: int, commit_sha256: str, exchange: StoreExchange)
     )
 
 
-def check_held(who: str, version: int, commit_sha256: str, exchange: StoreExchange) -> None:
-    """Raise ConfigError, one line, unless the store still has a commit that somebody who is running holds."""
+def check_held(who: str, version: int, commit_sha256: str, exchange: StoreExchange) -> bool:
+    """Whether the store still has a commit that somebody who is running holds. Raises ConfigError, one line, if not.
+
+    False where its operator has not signed what lies there: that counts as not there, and the true one comes again.
+    """
     url, found, held = exchange.objects.url, None, commit_sha256[:12]
     try:
-        found = _commit_sha256(exchange, version)
+        data = exchange.found(f"{version_path(version)}/commit.json")
+        found = sha256_bytes(data) if data is not None else None
         if found == commit_sha256:
-            return
+            return True
+        if exchange.is_nobodys(version):
+            return False
         was_rolled_back = explain(exchange, version, commit_sha256) == "rolled back"
     except RefusedError as error:
         raise ConfigError(f"exchange.url: {url} given; {error}") from None

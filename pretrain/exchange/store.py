@@ -108,6 +108,11 @@ class StoreExchange(SignedStore):
             return False
         return True
 
+    def is_nobodys(self, version: int) -> bool:
+        """Whether something lies in the place of a commit that the aggregator has not signed, where all is signed."""
+        there = self.members.keys and self.objects.exists(f"{version_path(version)}/commit.json")
+        return bool(there) and not self.has_commit(version)
+
     def _check_place(self, record: Commit | Manifest, version: int, silo: str | None = None) -> None:
         """Raise RefusedError for a record that was signed for another place than this."""
         author = record.silo if isinstance(record, Manifest) else None

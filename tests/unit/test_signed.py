@@ -197,6 +197,41 @@ def test_a_silo_without_the_others_manifests_goes_on(what: str, config: RunConfi
     assert ("silos/beta/000002/manifest.json is passed over: " in said()) == (what not in ("gone", "no file"))
 
 
+@pytest.mark.parametrize("what", ["other terms", "no JSON", "too long"])
+def test_whoever_replaces_the_newest_commit_stops_nobody(what: str, config: RunConfig, said: Callable[[], str]) -> None:
+    """While all run, and just before the next one is made: the operator's own takes its place again."""
+    aggregator, state = begin(config)
+    alpha = ThroughStore(config, "alpha")
+    alpha._store.read_contract()
+    alpha._delivered.begin(4)
+    for silo in config.full_roster:
+        deliver(config, state, silo)
+    one_version(aggregator, state)
+    alpha.receive(1, None, state.parameters)
+    file = Path(config.store_url) / "global" / "000001" / "commit.json"
+    true = file.read_bytes()
+    other = {
+        "other terms": true.replace(b'"divisor": 2', b'"divisor": 3'),
+        "no JSON": b"{",
+        "too long": b" " * (5 << 20),
+    }
+    assert other[what] != true
+    file.write_bytes(other[what])
+    with ThreadPoolExecutor(2) as pool:
+        receiving = pool.submit(alpha.receive, 2, None, state.parameters)
+        alpha._next_look = 0
+        collecting = pool.submit(aggregator.collect, state)
+        wait_for(lambda: file.exists() and file.read_bytes() == true)
+        for silo in config.full_roster:
+            deliver(config, state, silo)
+        deliveries = collecting.result(PATIENCE_SECONDS)
+        file.write_bytes(other[what])
+        aggregator.commit(state, deliveries, aggregator.merge(state, deliveries))
+        assert receiving.result(PATIENCE_SECONDS).commit.version == 2
+    assert file.read_bytes() == true
+    assert said().count("version 1: somebody has replaced its commit; it was written again\n") == 2
+
+
 def test_a_silo_stops_at_a_delivery_that_was_merged_unsigned(config: RunConfig) -> None:
     """The operator invents what beta has sent."""
     aggregator, state = begin(config)
