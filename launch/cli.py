@@ -21,7 +21,6 @@ from launch.revoke import revoke
 from launch.verify import verify
 from launch.version import with_version
 from pretrain.config.check import ConfigError, check_url, named
-from pretrain.config.load import load_run
 from pretrain.config.paths import expand_home
 
 app = typer.Typer(
@@ -293,6 +292,7 @@ def export(
 
     [bold]Example:[/bold] atoll export runs/demo --output model
     """
+    from pretrain.config.load import load_run
     from pretrain.federation.export import describe_export, export_global_model
 
     output = Path(expand_home("--output", str(output)))

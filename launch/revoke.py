@@ -11,7 +11,6 @@ import typer
 
 from pretrain.config.check import ConfigError, named
 from pretrain.config.keys import RunConfig
-from pretrain.config.load import CONFIG_FILE, load_config, load_run
 from pretrain.config.paths import expand_home
 from pretrain.host.foreign import shown
 
@@ -105,6 +104,7 @@ def _found(
 
 def _configuration(where: str, paths: list[Path] | None, tokenizer: Path | None, contract: bytes) -> RunConfig:
     """The run's, from the run directory, from files, or from the contract and a tokenizer. Raises ConfigError."""
+    from pretrain.config.load import CONFIG_FILE, load_config, load_run
     from pretrain.federation.join import read_terms
     from pretrain.silo.shards import tokenizer_sha256
     from pretrain.trust.contract import build_contract, check_same_contract
