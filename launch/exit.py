@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from pretrain.config.check import ConfigError
-from pretrain.config.load import load_config, load_run
 from pretrain.config.paths import expand_home
 
 
@@ -29,6 +28,7 @@ def leave_with_proof(
 
     [bold]Example:[/bold] atoll exit runs/run --silo law --to law-bundle
     """
+    from pretrain.config.load import load_config, load_run
     from pretrain.federation.exit import write_bundle
     from pretrain.trust.members import with_keys
 

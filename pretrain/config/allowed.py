@@ -65,7 +65,7 @@ ALLOWED: dict[str, tuple[str, ...] | Numbers] = {
     "outer.merge": MERGES,
     "outer.weight_power": SHARE,
     "outer.max_share": Numbers(most=1, without_least=True),
-    "outer.quality_floor": ONE,
+    "outer.quality_floor": ONE,  # with less, the best of all could count nothing
     "outer.max_batch_sequences": ONE,
     "outer.codec": CODECS,
     "outer.downlink_codec": CODECS,

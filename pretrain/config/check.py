@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
 
-import fsspec
-
 from pretrain.config.allowed import ALLOWED, METRICS, TIERS, Numbers
 from pretrain.config.deepspeed_keys import KNOWN, OWNED
 from pretrain.config.keys import OPERATOR, ModelConfig, OuterConfig, RunConfig, SiloConfig
@@ -322,6 +320,8 @@ def _check_collective(config: RunConfig) -> None:
 
 def check_url(url: str, key: str) -> None:
     """Refuse a store's URL that is a slip of the pen, or that no other process would find. Raises ConfigError."""
+    import fsspec  # takes a sixth of the time in which atoll --help is there
+
     for link in url.split("::"):
         found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):(/*)(.?)", link)
         if not found:

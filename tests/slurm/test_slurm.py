@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from launch.show.metrics import read_status
+from launch.start.begin import Beginning, Text
 from launch.start.local import process_directory
 from launch.start.site import load_site
 from launch.start.slurm import job_state, launch_slurm
@@ -24,7 +25,7 @@ from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, federate, left_behind
 from tests.faults.test_kills import check_same
 from tests.slurm.cluster import FAILED, NODES, NUM_NODES, Cluster, missing
-from tests.support import TWO_RANKS, free_port, one_line_error, zero
+from tests.support import TWO_RANKS, TinyText, free_port, one_line_error, zero
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
@@ -257,6 +258,24 @@ def test_every_shipped_configuration_makes_jobs_that_sbatch_takes(
     assert sorted(said) == sorted([*config.silos, *(["aggregator"] if config.exchange.kind == "store" else [])])
     if shutil.which("shellcheck"):
         subprocess.run(["shellcheck", *(tmp_path / "run" / "logs" / "attempt-001").glob("*.sbatch")], check=True)
+
+
+def test_what_init_writes_is_what_sbatch_takes(
+    slurm: Cluster, tmp_path: Path, tiny_text: TinyText, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", slurm.environment["SLURM_CONF"])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "alpha").symlink_to(tiny_text.packed["alpha"])
+    (tmp_path / "tokenizer").symlink_to(tiny_text.tokenizer.parent)
+    text = [Text("alpha", str(tiny_text.packed["alpha"]))]
+    run = Beginning(machine="slurm", role="federation", texts=text, model="llama-5m", nodes=2)
+    for begun in (run, Beginning(machine="slurm", role="site")):
+        Path(begun.default_file).write_text(begun.configuration(begun.default_file))
+    config = load_config(["run.yaml"])
+    said, _ = launch_slurm(config, load_site([Path("site.yaml")], config), dry_run=True)
+    assert sorted(said) == ["aggregator", "alpha"]
+    assert all(words.endswith("in partition main") for words in said.values())
 
 
 def test_all_options_of_a_site_render(slurm: Cluster, tmp_path: Path, tiny_config: TinyConfig) -> None:
