@@ -285,7 +285,7 @@ def compare(
     raise typer.Exit(code)
 
 
-odef main() -> None:
+def main() -> None:
     """Console entry point."""
     try:
         with_version(typer.main.get_command(app))()

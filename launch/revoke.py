@@ -102,7 +102,7 @@ def _found(
         return found, losses(own, found, data, Path(scratch)) if data else {}
 
 
-odef _open(exchange: "StoreExchange", own: RunConfig, key: Path, archive: str) -> None:
+def _open(exchange: "StoreExchange", own: RunConfig, key: Path, archive: str) -> None:
     """Open sealed deliveries, and read what was pruned, from now on. Raises ConfigError without the key."""
     from pretrain.exchange.archive import read_archive
     from pretrain.trust.members import operator_sealer

@@ -21,9 +21,9 @@ SILO_BYTES, AGGREGATOR_BYTES = 558 << 20, 511 << 20
 CLIENT_BYTES, BLOCK_BYTES = 32 << 20, 50 << 20  # what a client of an object store adds, and the most it reads at once
 HEAP_SHARE = 0.8  # of the activations' bytes: what glibc's heap keeps beside what lives in it, where they are on a CPU
 REDUCE_BUCKET, LIVE_PARAMETERS = 500_000_000, 1_000_000_000  # DeepSpeed's defaults, in elements
-# What a step of the optimizer needs beside what is kept, gradients with it, bytes a parameter of this rank's share; and
-# AdamW besides, of a flat partition, where it is one operation after another.
-STEP_BYTES, NOT_FUSED_BYTES = {"fp32": 8, "bf16": 6}, 8
+# What a step of the optimizer needs beside what is kept, gradients with it, bytes a parameter of this rank's share, by
+# stage; and AdamW besides, of a flat partition, where it is one operation after another.
+STEP_BYTES, NOT_FUSED_BYTES = {"fp32": (8, 13, 13, 8), "bf16": (6, 8, 8, 7)}, 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ def _device_bytes(config: RunConfig, silo: SiloConfig, stage: int, shapes: Shape
     share = num_elements / (_num_ranks(silo) if stage else 1)
     states_offloaded, parameters_offloaded = _offloads(silo) if stage else (False, False)
     states = 0.0 if states_offloaded else states_bytes(config, silo, stage, shapes) * share / num_elements
-    step = 0.0 if states_offloaded else STEP_BYTES[silo.precision] * share
+    step = 0.0 if states_offloaded else STEP_BYTES[silo.precision][stage] * share
     if step and stage and not silo.fused_adamw:
         step += NOT_FUSED_BYTES * share
     if config.inner.optimizer == "sgd" and not stage and silo.precision == "fp32":

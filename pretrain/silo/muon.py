@@ -12,6 +12,7 @@ from torch import Tensor, nn
 # Newton-Schulz as in torch.optim.Muon, which takes one matrix at a time: https://kellerjordan.github.io/posts/muon/
 COEFFICIENTS, NUM_ITERATIONS, EPS = (3.4445, -4.7750, 2.0315), 5, 1e-7
 BATCH_ELEMENTS = 1 << 22  # of matrices that a rank orthogonalizes at once; a larger one is by itself
+CACHED_ELEMENTS = 1 << 17  # the same on a CPU, where products of small matrices alone gain by it (docs/log.md)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,19 +210,23 @@ def orthogonalized(matrices: Sequence[Tensor]) -> list[Tensor]:
     by_shape: dict[tuple[int, ...], list[int]] = {}
     for i, matrix in enumerate(matrices):
         by_shape.setdefault(tuple(sorted(matrix.shape)), []).append(i)
-    for (rows, _), alike in by_shape.items():
-        wide = [matrices[i].mT if len(matrices[i]) > rows else matrices[i] for i in alike]
-        for i, factor in zip(alike, _newton_schulz(torch.stack(wide)), strict=True):
-            found[i] = factor.mT if len(matrices[i]) > rows else factor
+    for (rows, columns), alike in by_shape.items():
+        most = CACHED_ELEMENTS if matrices[0].device.type == "cpu" else BATCH_ELEMENTS
+        at_once = max(1, most // (rows * columns))
+        for some in (alike[first : first + at_once] for first in range(0, len(alike), at_once)):
+            wide = [matrices[i].mT if len(matrices[i]) > rows else matrices[i] for i in some]
+            factors = _newton_schulz(torch.stack(wide)) if len(wide) > 1 else [_newton_schulz(wide[0].contiguous())]
+            for i, factor in zip(some, factors, strict=True):
+                found[i] = factor.mT if len(matrices[i]) > rows else factor
     return [found[i] for i in range(len(matrices))]
 
 
 def _newton_schulz(matrices: Tensor) -> Tensor:
-    """(number, rows, columns), no more rows than columns; what torch.optim.Muon makes of each, computed in bf16."""
-    a, b, c = COEFFICIENTS
+    """(number, rows, columns) or one; no more rows than columns. What torch.optim.Muon makes of each, in bf16."""
+    (a, b, c), added = COEFFICIENTS, torch.addmm if matrices.ndim == 2 else torch.baddbmm
     found = matrices.bfloat16()
     found = found / torch.linalg.matrix_norm(found, keepdim=True).clamp(min=EPS)
     for _ in range(NUM_ITERATIONS):
         gram = found @ found.mT
-        found = torch.baddbmm(found, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), found, beta=a)
+        found = added(found, added(gram, gram, gram, beta=b, alpha=c), found, beta=a)
     return found
