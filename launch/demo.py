@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 from rich.console import Console
@@ -16,6 +17,8 @@ from pretrain.config.load import load_config
 
 SETTINGS = Path(__file__).parent.parent / "configs" / "run" / "demo.yaml"
 VOCAB_SIZE = 2048
+# It trains what a laptop can: GPUs, of which there may be fewer than processes, would make it no faster.
+ON_CPUS = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 # How the silos differ on purpose; more silos than rows start again from the first.
 LAYOUTS = (
     {"processes_per_node": 2, "micro_batch_sequences": 8, "deepspeed": {"zero_optimization": {"stage": 2}}},
@@ -30,6 +33,7 @@ def run_demo(
 ) -> int:
     """Prepare text, train the silos together, show what came of it; returns the exit code."""
     console = Console()
+    os.environ |= ON_CPUS
     checked = load_config([SETTINGS], ["silos.any={}", *overrides])  # a mistake must not cost the preparation
     if dry_run:
         of = f"the folders of {corpora}" if corpora else "the installed Python"

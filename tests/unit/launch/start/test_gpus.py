@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from launch.demo import run_demo
 from launch.start.gpus import gpus_here, share_gpus
 from launch.start.local import launch_local
 from launch.start.processes import ChildCommand
@@ -73,6 +74,13 @@ def test_what_a_silo_sees_of_a_local_launch(
         assert launch_local(config, build_commands=lambda *_: commands, console=Console(file=console)) == 0
     logs = [(tmp_path / "run" / "logs" / "latest" / f"{name}.log").read_text() for name in names]
     assert logs == [f"GPUs {seen}\n" for seen in expected]
+
+
+def test_the_demo_needs_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, tmp_path, num_gpus=1, stated="0")
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")  # both are put back after the test
+    assert run_demo(tmp_path / "demo", corpora=None, compare=False, overrides=[], dry_run=True) == 0
+    assert gpus_here() == []
 
 
 def test_too_few_gpus_are_one_line(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
