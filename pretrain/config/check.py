@@ -383,8 +383,6 @@ def _check_silo(name: str, silo: SiloConfig, *, masked: bool) -> None:
     allowed = "false, at ZeRO stages 1 and 2"
     _require(not turns or stage in (0, 3), f"{key}.deepspeed.zero_optimization.round_robin_gradients", turns, allowed)
     _require(silo.attention != "documents" or masked, f"{key}.attention", "documents", "with document_masking=true")
-    by_documents = silo.attention == "documents" and silo.compile
-    _require(not by_documents, f"{key}.attention", "documents", "with silo.compile: sdpa, or none named")
     _require(not (silo.compile and stage == 3), f"{key}.compile", True, "false at ZeRO stage 3; true at 0, 1 and 2")
     again, every = silo.activation_checkpointing, silo.activation_checkpointing_every
     fits = again in ("none", "layers") or (again == "selective" and stage < 3)  # there gathers differ between passes

@@ -278,8 +278,8 @@ class SiloConfig:
     """AdamW's step in one pass over memory, by torch's fused kernel; false: one operation after another. Offloaded
     states have DeepSpeed's own, in one pass either way."""
     compile: bool = False
-    """Compile the model's layers (torch.compile), at ZeRO 0 to 2; the first step takes minutes, that of a later start
-    less, by what is kept in TORCHINDUCTOR_CACHE_DIR (by itself ~/.cache/atoll/compiled-...)."""
+    """Compile the model's layers and the loss (torch.compile), at ZeRO 0 to 2; the first step takes minutes, that of a
+    later start less, by what is kept in TORCHINDUCTOR_CACHE_DIR (by itself ~/.cache/atoll/compiled-...)."""
     attention: str = ""
     """sdpa, or another implementation that `transformers` has here; documents: each of a packed sequence by itself;
     empty: that with `document_masking` on a CPU, where the type of model allows it, else what the model asks for."""

@@ -24,11 +24,18 @@ class NotByDocumentsError(ValueError):
     """A model asks attention for more than this one does."""
 
 
-def document_lengths(input_ids: Tensor, end_of_text_id: int) -> list[list[int]]:
+class Documents:
+    """Lengths of the documents of each sequence, as an object: what is compiled does not look into it."""
+
+    def __init__(self, lengths: list[list[int]]) -> None:
+        self.lengths = lengths
+
+
+def document_lengths(input_ids: Tensor, end_of_text_id: int) -> Documents:
     """Of each sequence, lengths of the documents in it, each of which begins at an end-of-text token, or with it."""
     ends = torch.full((1,), input_ids.shape[1])
     starts = [row.nonzero().flatten() for row in (input_ids.cpu() == end_of_text_id)[:, 1:]]
-    return [torch.cat([torch.zeros(1).long(), found + 1, ends]).diff().tolist() for found in starts]
+    return Documents([torch.cat([torch.zeros(1).long(), found + 1, ends]).diff().tolist() for found in starts])
 
 
 def check_type(config: PreTrainedConfig) -> None:
@@ -39,6 +46,7 @@ def check_type(config: PreTrainedConfig) -> None:
         raise NotByDocumentsError("its attention reaches back a window of tokens")
 
 
+@torch.compiler.disable  # other lengths would be compiled anew; a compiled layer calls it between two parts
 def attend(
     module: nn.Module,
     query: Tensor,
@@ -48,7 +56,7 @@ def attend(
     *,
     dropout: float = 0.0,
     scaling: float | None = None,
-    documents: list[list[int]] | None = None,
+    documents: Documents | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention of each document, (num_sequences, heads, tokens, head_dim), as `transformers` asks for it.
@@ -61,7 +69,7 @@ def attend(
     if (groups := getattr(module, "num_key_value_groups", 1)) > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     rows = []
-    for row, lengths in enumerate(documents or [[query.shape[2]]] * len(query)):
+    for row, lengths in enumerate(documents.lengths if documents else [[query.shape[2]]] * len(query)):
         parts = (whole[row : row + 1].split(lengths, 2) for whole in (query, key, value))
         alone = [
             F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=scaling)

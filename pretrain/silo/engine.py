@@ -33,6 +33,7 @@ from pretrain.silo.model import (
     compile_layers,
     go_by_documents,
     restore_buffers,
+    target_losses,
     token_losses,
 )
 from pretrain.silo.muon import MuonAdamW, Piece
@@ -84,14 +85,16 @@ class Engine:
         partitioned = deepspeed.zero.Init(config_dict_or_path=settings) if self.stage == 3 else None
         dtype = torch.bfloat16 if silo.precision == "bf16" else torch.float32
         stated = silo.attention or (model.config or {}).get("attn_implementation")
-        by_mask = stated or silo.compile or ranks.device.type != "cpu"  # other lengths would be compiled anew
+        by_mask = stated or ranks.device.type != "cpu"
         self._by_documents = silo.attention == DOCUMENTS or (mask_at is not None and not by_mask)
         attention = "" if self._by_documents else silo.attention
         module = build_empty(model, vocab_size, dtype=dtype, partitioned=partitioned, attention=attention)
         if silo.activation_checkpointing != "none":
             checkpoint_activations(module, silo)
+        self._cross_entropy = target_losses
         if silo.compile:
             compile_layers(module)
+            self._cross_entropy = torch.compile(target_losses, dynamic=False)
         offloaded = zero.get("offload_optimizer", {}).get("device") == "cpu"
         optimizer = build_optimizer(
             module.named_parameters(),
@@ -191,9 +194,15 @@ class Engine:
 
     def token_losses(self, input_ids: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy in nats of every target, (num_sequences, sequence_tokens)."""
-        device, chunk = self._ranks.device, self._chunk_tokens
-        inputs, targets = input_ids.to(device), targets.to(device)
-        return token_losses(self._deepspeed, inputs, targets, self._mask_at, chunk_tokens=chunk)
+        device = self._ranks.device
+        return token_losses(
+            self._deepspeed,
+            input_ids.to(device),
+            targets.to(device),
+            self._mask_at,
+            chunk_tokens=self._chunk_tokens,
+            cross_entropy=self._cross_entropy,
+        )
 
     def check_sight(self) -> None:
         """Raise ConfigError, on all ranks alike, when a token of this model sees what it must not.
@@ -202,13 +211,14 @@ class Engine:
         chunks that are asked for.
         """
         self.evaluating(True)
-        check_causality(self._deepspeed, self._ranks.device)
-        if self._mask_at is not None:
-            if self._by_documents and (why := go_by_documents(self._deepspeed, self._mask_at, self._ranks.device)):
-                self._use_a_mask(why)
-            check_document_masking(self._deepspeed, self._mask_at, self._ranks.device)
-        if self._chunk_tokens:
-            check_chunks(self._deepspeed, self._chunk_tokens, self._ranks.device)
+        with torch.compiler.set_stance("force_eager"):  # compiling for these few short rows would take minutes
+            check_causality(self._deepspeed, self._ranks.device)
+            if self._mask_at is not None:
+                if self._by_documents and (why := go_by_documents(self._deepspeed, self._mask_at, self._ranks.device)):
+                    self._use_a_mask(why)
+                check_document_masking(self._deepspeed, self._mask_at, self._ranks.device)
+            if self._chunk_tokens:
+                check_chunks(self._deepspeed, self._chunk_tokens, self._ranks.device)
         self.evaluating(False)
 
     def _use_a_mask(self, why: str) -> None:

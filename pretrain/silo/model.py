@@ -287,17 +287,24 @@ def document_positions(input_ids: Tensor, end_of_text_id: int) -> Tensor:
 
 
 def token_losses(
-    model: nn.Module, input_ids: Tensor, targets: Tensor, mask_at: int | None = None, *, chunk_tokens: int = 0
+    model: nn.Module,
+    input_ids: Tensor,
+    targets: Tensor,
+    mask_at: int | None = None,
+    *,
+    chunk_tokens: int = 0,
+    cross_entropy: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Cross-entropy in nats of every target. input_ids, targets and result: (num_sequences, sequence_tokens).
 
     `mask_at` is the end-of-text token at which another document begins that sees nothing of those before it (None:
     all is one text). So a document's loss in a packed sequence is its loss alone after an end-of-text token.
     With `chunk_tokens` there are never logits of more tokens at once: those of one chunk after another are made for the
-    forward pass, and once more for the backward pass.
+    forward pass, and once more for the backward pass. `cross_entropy`: `target_losses`, or what it was compiled to.
     """
+    losses_of = cross_entropy or target_losses
     if not chunk_tokens:
-        return _losses(_logits(model, input_ids, mask_at).flatten(0, 1), targets.flatten()).view_as(targets)
+        return losses_of(_logits(model, input_ids, mask_at).flatten(0, 1), targets.flatten()).view_as(targets)
     module: Any = getattr(model, "module", model)
     head, found = module.get_output_embeddings(), list[Tensor]()
     hook = module.base_model.register_forward_hook(lambda _module, _inputs, output: found.append(output[0]))
@@ -307,13 +314,14 @@ def token_losses(
         hook.remove()
     chunks = zip(found[0].flatten(0, 1).split(chunk_tokens), targets.flatten().split(chunk_tokens), strict=True)
     losses = [
-        checkpoint(lambda hidden, target: _losses(head(hidden), target), *chunk, use_reentrant=False)
+        checkpoint(lambda hidden, target: losses_of(head(hidden), target), *chunk, use_reentrant=False)
         for chunk in chunks
     ]
     return torch.cat(losses).view_as(targets)
 
 
-def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+def target_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy in nats of every target. logits: (num_tokens, vocab_size); targets and result: (num_tokens,)."""
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 

@@ -198,10 +198,6 @@ MISTAKES: list[tuple[list[str], list[str]]] = [
     ),
     (["silo.attention=documents"], ["silos.alpha.attention: 'documents' given; allowed: with document_masking=true"]),
     (
-        ["silo.attention=documents", "document_masking=true", "silo.compile=true"],
-        ["silos.alpha.attention: 'documents' given; allowed: with silo.compile: sdpa, or none named"],
-    ),
-    (
         ["silo.compile=true", "silo.deepspeed.zero_optimization.stage=3"],
         ["silos.alpha.compile: True given; allowed: false at ZeRO stage 3; true at 0, 1 and 2"],
     ),

@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from pretrain.config.keys import ModelConfig
-from pretrain.silo.model import build_initial, compile_layers, token_losses
+from pretrain.silo.model import build_initial, compile_layers, go_by_documents, target_losses, token_losses
 
 END = 0
 LLAMA = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -23,16 +23,23 @@ def packed(seed: int) -> torch.Tensor:
 
 @pytest.mark.soak
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("mask_at", [None, END])
-def test_compiled_layers_have_the_same_losses_and_gradients(mask_at: int | None) -> None:
+@pytest.mark.parametrize(
+    ("mask_at", "by_documents"),
+    [(None, False), (END, False), (END, True)],
+    ids=["one text", "masked", "each by itself"],
+)
+def test_compiled_layers_have_the_same_losses_and_gradients(mask_at: int | None, by_documents: bool) -> None:
     torch._dynamo.reset()
     counters.clear()
     plain, compiled = (build_initial(ModelConfig(config=LLAMA | SIZES), vocab_size=90) for _ in range(2))
+    if by_documents:
+        assert not any(go_by_documents(model, END, torch.device("cpu")) for model in (plain, compiled))
     compile_layers(compiled)
+    cross_entropy = {plain: target_losses, compiled: torch.compile(target_losses, dynamic=False)}
 
     def passed(model: Any, rows: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         model.zero_grad()
-        losses = token_losses(model, rows, rows.roll(-1, 1), mask_at)
+        losses = token_losses(model, rows, rows.roll(-1, 1), mask_at, cross_entropy=cross_entropy[model])
         losses.mean().backward()
         return losses.detach(), [p.grad.clone() for p in model.parameters()]
 
