@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pretrain.config.check import ConfigError
-from pretrain.config.load import load_run
 from pretrain.config.paths import expand_home
 from pretrain.host.foreign import shown, shown_lines
 
@@ -40,6 +39,7 @@ def export(
     [bold]Example:[/bold] atoll export runs/demo --output model --license apache-2.0
     """
     from launch.show.run import held_out_of
+    from pretrain.config.load import load_run
     from pretrain.federation.export import describe_export, export_global_model
 
     output = Path(expand_home("--output", str(output)))

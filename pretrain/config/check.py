@@ -83,11 +83,12 @@ def _check_each(config: RunConfig) -> None:
         section, _, name = key.rpartition(".")
         for prefix, settings in sections.get(section) or [(f"{section}.", getattr(config, section))]:
             value = getattr(settings, name)
-            if value is None:  # only where the type allows it
-                continue
             words = allowed.words if isinstance(allowed, Numbers) else ", ".join(allowed)
             is_optional = type(settings).__dataclass_fields__[name].default is None
-            _require(value in allowed, f"{prefix}{name}", value, f"null, or {words}" if is_optional else words)
+            fits = is_optional if value is None else value in allowed
+            given = "null" if value is None else repr(value)
+            if not fits:
+                raise ConfigError(f"{prefix}{name}: {given} given; allowed: {'null, or ' * is_optional}{words}")
 
 
 def _check_numbers(config: RunConfig) -> None:

@@ -142,10 +142,7 @@ def amended(config: RunConfig, settings: Mapping[str, float | None], keys: Mappi
     ):
         if had != has:
             raise ConfigError(f"{key}: {settings.get(key)!r} given; allowed: another one where there is one already")
-    try:
-        check_config(found)
-    except TypeError:  # null where a number has to be
-        raise ConfigError(f"{named(sorted(settings))}: null given; allowed: a number") from None
+    check_config(found)
     return found
 
 

@@ -41,7 +41,17 @@ class Caller(socketserver.BaseRequestHandler):
 
     def handle(self) -> None:
         assert isinstance(self.server, Door)
-        with suppress(OSError), self.server.tls.wrap_socket(self.request, server_side=True) as near:
+        near = self.server.tls.wrap_socket(self.request, server_side=True, do_handshake_on_connect=False)
+        try:
+            near.do_handshake()
+        except OSError:  # what it has not read would have it reset, which may come before what it says
+            with suppress(OSError), socket.socket(fileno=near.detach()) as ended:
+                ended.settimeout(5)
+                ended.shutdown(socket.SHUT_WR)
+                while ended.recv(65536):
+                    pass
+            return
+        with suppress(OSError), near:
             self.server.seen.append(near.getpeercert())
             with socket.create_connection(self.server.far_end) as far:
                 while True:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pretrain.config.check import MERGES
+from pretrain.config.allowed import MERGES
 from pretrain.config.keys import OuterConfig, RunConfig
 from pretrain.exchange.options import destination
 from pretrain.federation.preflight import check_policy, check_silo
