@@ -62,7 +62,7 @@ def model_settings(size: str) -> dict[str, Any]:
 
 def run_config(size: str, precision: str, directory: Path, text: Path, overrides: list[str]) -> RunConfig:
     """The silo's run: AdamW, no warm-up to speak of, nothing but training."""
-    tokens, sequences = SIZES[size][5:7]
+    tokens, sequences, num_steps = SIZES[size][5:]
     return configuration(
         directory,
         text,
@@ -78,6 +78,7 @@ def run_config(size: str, precision: str, directory: Path, text: Path, overrides
             f"silo.micro_batch_sequences={sequences}",
             f"silo.precision={precision}",
             f"silo.num_threads={os.cpu_count()}",
+            f"silo.log_interval_steps={num_steps}",  # at which a turn can end
             *overrides,
         ],
     )

@@ -45,7 +45,11 @@ STATE = "engine"  # the folder of a checkpoint
 
 
 def deepspeed_config(silo: SiloConfig, inner: InnerConfig) -> dict[str, Any]:
-    """The user's DeepSpeed section, completed by what our own keys decide; accumulation follows, on all ranks."""
+    """The user's DeepSpeed section, completed by what our own keys decide; accumulation follows, on all ranks.
+
+    Without ZeRO and in fp32 DeepSpeed keeps no norm of the gradient: we take it, and clip by it.
+    """
+    is_plain = silo.precision == "fp32" and not silo.deepspeed.get("zero_optimization", {}).get("stage", 0)
     return {
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
@@ -53,7 +57,7 @@ def deepspeed_config(silo: SiloConfig, inner: InnerConfig) -> dict[str, Any]:
         **silo.deepspeed,
         "train_batch_size": silo.global_batch_sequences,
         "train_micro_batch_size_per_gpu": silo.micro_batch_sequences,
-        "gradient_clipping": inner.clip_norm,
+        "gradient_clipping": 0.0 if is_plain else inner.clip_norm,
         "bf16": {"enabled": silo.precision == "bf16"},
     }
 
@@ -111,7 +115,7 @@ class Engine:
         self._masters = _fp32_masters(self._deepspeed)
         self._ranks = ranks
         self.copies = HostCopies(ranks.device, of_gathered=self.stage > 0)
-        self._precision, self._optimizer_name = silo.precision, inner.optimizer
+        self._precision, self._optimizer_name, self._clip_norm = silo.precision, inner.optimizer, inner.clip_norm
         self._mask_at, self._chunk_tokens, self._asked = mask_at, silo.loss_chunk_tokens, bool(silo.attention)
         self._optimizer = optimizer
         self._counts_in_numbers = offloaded  # DeepSpeed's AdamW; torch's has a tensor
@@ -167,17 +171,22 @@ class Engine:
                 self._deepspeed.backward(loss)
             losses.append(loss.detach())
             with part("optimizer"):
-                own_norm = self._own_gradient_norm()
+                own_norm = self._clip_own_gradient()
                 self.copies.hold()
                 self._deepspeed.step()
         norm = self._deepspeed.get_global_grad_norm() if own_norm is None else own_norm
         return torch.stack(losses).mean().item(), float(norm)
 
-    def _own_gradient_norm(self) -> float | None:
-        """The gradient's norm where DeepSpeed keeps none: plain fp32, at the last micro batch of a step."""
+    def _clip_own_gradient(self) -> float | None:
+        """In plain fp32, at the last micro batch of a step: clip the gradient, and say what its norm was."""
         if self.stage or self._masters or not self._deepspeed.is_gradient_accumulation_boundary():
             return None
-        return torch.nn.utils.get_total_norm([p.grad for p in self._parameters.values() if p.grad is not None]).item()
+        trained = [p for p in self._parameters.values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        found = norm.item()
+        if 0 < self._clip_norm < found:
+            torch.nn.utils.clip_grads_with_norm_(trained, self._clip_norm, norm)
+        return found
 
     def forget_optimizer(self) -> None:
         """Start the inner optimizer anew: what it remembers of gradients is zero."""
