@@ -24,6 +24,13 @@ app = typer.Typer(
     name="data", no_args_is_help=True, rich_markup_mode="rich", help="Text to packed shards, inside one institution."
 )
 
+AsText = Annotated[
+    list[str] | None, typer.Option(help="Files to read as text whatever their ending: a glob, '*.py'; repeatable.")
+]
+DataSets = Annotated[
+    list[str] | None, typer.Option(help="A data set that `datasets` loads, by hub name or directory; streamed.")
+]
+
 
 @app.command()
 def corpora(
@@ -49,6 +56,7 @@ def counts(
     *,
     output: Annotated[Path, typer.Option(help="File to write, counts.tsv; read it before you send it.")],
     text_field: Annotated[str, typer.Option(help="JSON key or column that holds the text.")] = "text",
+    as_text: AsText = None,
     min_count: Annotated[int, typer.Option(help="Leave out what occurs less often.")] = 5,
     min_documents: Annotated[int, typer.Option(help="Leave out what occurs in fewer documents.")] = 3,
     epsilon: Annotated[
@@ -63,7 +71,7 @@ def counts(
     """
     from data_tools.counts import export_counts
 
-    texts = _texts(corpora, text_field)
+    texts = _texts(corpora, text_field, as_text)
     with _waiting("counting"):
         done = export_counts(
             texts,
@@ -89,6 +97,7 @@ def tokenizer(
         list[Path] | None, typer.Option(help="Instead of text: one silo's counts.tsv; give one for each silo.")
     ] = None,
     text_field: Annotated[str, typer.Option(help="JSON key or column that holds the text.")] = "text",
+    as_text: AsText = None,
     vocab_size: Annotated[int, typer.Option(help="Tokens of the vocabulary, bytes and end of text included.")] = 32_768,
 ) -> None:
     """Train the byte-level BPE tokenizer that all silos share, from counts that each silo exported or from text.
@@ -107,7 +116,7 @@ def tokenizer(
         raise ConfigError(f"--counts: text or files beside it given; allowed: one file each: type {typed}")
     if bool(corpora) == bool(counts):
         raise ConfigError("tokenizer: text and counts, or neither, given; allowed: text, or --counts of every silo")
-    divisor, texts = 1, _texts(corpora or [], text_field)
+    divisor, texts = 1, _texts(corpora or [], text_field, as_text)
     with _waiting("training the tokenizer"):
         if counts:
             file, divisor = train_from_counts(merge_counts(counts, warn=_warn), vocab_size=vocab_size, output=output)
@@ -128,9 +137,8 @@ def prepare(
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder to make train/ and valid/ in, NAME/train/ for several sources.")],
     text_field: Annotated[str, typer.Option(help="JSON key or column that holds the text.")] = "text",
-    dataset: Annotated[
-        list[str] | None, typer.Option(help="A data set that `datasets` loads, by hub name or directory; streamed.")
-    ] = None,
+    as_text: AsText = None,
+    dataset: DataSets = None,
     sources: Annotated[
         Path | None, typer.Option(help="YAML file of sources, each with path or dataset, text, name and weight.")
     ] = None,
@@ -163,7 +171,7 @@ def prepare(
     from data_tools.clean import Cleaning
     from data_tools.pack import Recipe
 
-    listed = _sources(corpora or [], dataset or [], sources, text_field)
+    listed = _sources(corpora or [], dataset or [], sources, text_field, as_text or [])
     cleaning = Cleaning(
         normalize=normalize,
         min_characters=min_characters,
@@ -190,10 +198,12 @@ def _given(tokenizer: Path | None) -> Path:
     return tokenizer
 
 
-def _sources(paths: list[str], datasets: list[str], file: Path | None, text_field: str) -> "tuple[Source, ...]":
+def _sources(
+    paths: list[str], datasets: list[str], file: Path | None, text_field: str, as_text: list[str]
+) -> "tuple[Source, ...]":
     from data_tools.sources import Source, load_sources
 
-    chosen = [Source(path=path, text=text_field) for path in paths]
+    chosen = [Source(path=path, text=text_field, as_text=tuple(as_text)) for path in paths]
     chosen += [Source(dataset=name, text=text_field) for name in datasets]
     return (*chosen, *(load_sources(file) if file else ()))
 
@@ -253,12 +263,13 @@ def inspect(
     print_inspections(found, Console())
 
 
-def _texts(corpora: list[str], text_field: str) -> Iterator[str]:
+def _texts(corpora: list[str], text_field: str, as_text: list[str] | None) -> Iterator[str]:
     """The training text of files, folders and globs; what is read and what is not is said before."""
     from data_tools.listing import check_listed
     from data_tools.sources import Source, find_text, read_parts, source_name
 
-    listings = {source: find_text(source) for source in (Source(path=path, text=text_field) for path in corpora)}
+    chosen = [Source(path=path, text=text_field, as_text=tuple(as_text or ())) for path in corpora]
+    listings = {source: find_text(source) for source in chosen}
     for source, listing in listings.items():
         for line in listing.lines(source_name(source)):
             print(line, file=sys.stderr)

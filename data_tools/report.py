@@ -112,6 +112,10 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
         f"{report['tokens_per_second']:,.0f} tokens/s",
         highlight=False,
     )
+    for name, left_out in report.get("left_out", {}).items():
+        if left_out:
+            listed = "; ".join(f"{number:,} {why}" for why, number in left_out.items())
+            console.print(Text(f"left out of {name}: {listed}"), soft_wrap=True)
     _print_bad_examples(report["sources"], console)
 
 

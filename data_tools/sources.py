@@ -63,6 +63,8 @@ class Source:
     """The data set's split to read."""
     text: str = "text"
     """The JSON key or column that holds the text."""
+    as_text: tuple[str, ...] = ()
+    """Globs of files, by name or by the end of their path, that are read as text files whatever their ending is."""
     name: str = ""
     """The folder of its shards; empty: see `source_name`."""
     weight: float | None = None
@@ -128,13 +130,18 @@ def _checked_source(given: Any, key: str) -> Source:
         if name == "weight":
             if type(value) not in (int, float) or not 0 < value < math.inf:
                 raise ConfigError(f"{key}.weight: {one_line(repr(value))} given; allowed: a number above 0")
+        elif name == "as_text":
+            if "dataset" in given or not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+                raise ConfigError(
+                    f"{key}.as_text: {one_line(repr(value))} given; allowed: beside path, a list of globs: ['*.md']"
+                )
         elif not isinstance(value, str) or not value:
             raise ConfigError(f"{key}.{name}: {one_line(repr(value))} given; allowed: text, in quotes")
     if ("path" in given) == ("dataset" in given):
         raise ConfigError(f"{key}: {', '.join(given)} given; allowed: one of path and dataset")
     if not NAME.fullmatch(given.get("name", "text")):
         raise ConfigError(f"{key}.name: {given['name']!r} given; allowed: names of a-z, 0-9, _ and -")
-    return Source(**given)
+    return Source(**given | {"as_text": tuple(given.get("as_text", ()))})
 
 
 def source_name(source: Source) -> str:
@@ -171,7 +178,7 @@ def find_text(source: Source, check: Callable[[], None] = lambda: None) -> Listi
         raise ConfigError(f"corpus: path {source.path!r} and dataset {source.dataset!r} given; allowed: one of them")
     if source.dataset or _is_saved(Path(source.path)):
         return _list_dataset(source)
-    return list_files(source.path, source.text, check)
+    return list_files(source.path, source.text, source.as_text, check)
 
 
 def _is_saved(path: Path) -> bool:
