@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.status import Status
 
 if TYPE_CHECKING:
+    from data_tools.formats import Part
     from data_tools.pack import Recipe
     from data_tools.sources import Source
     from pretrain.silo.shards import Manifest
@@ -67,15 +68,19 @@ def counts(
 ) -> None:
     """Count words (pre-tokens) and export the frequent ones, for a shared tokenizer without sharing text.
 
+    Stop it or kill it whenever you like: the same command goes on, and writes the same file.
+
     [bold]Example:[/bold] atoll data counts raw/law --output law.counts.tsv --min-count 5 --min-documents 3
     """
-    from data_tools.counts import export_counts
+    from data_tools.counts import export_parts
 
-    texts = _texts(corpora, text_field, as_text)
-    with _waiting("counting"):
-        done = export_counts(
-            texts,
+    parts = _parts(corpora, text_field, as_text)
+    with _going_on(output) as asked_to_stop:
+        done = export_parts(
+            parts,
             output=output,
+            console=Console(stderr=True),
+            asked_to_stop=asked_to_stop,
             min_count=min_count,
             min_documents=min_documents,
             epsilon=epsilon,
@@ -107,6 +112,7 @@ def tokenizer(
     [bold]Example:[/bold] atoll data tokenizer --counts law.counts.tsv --counts press.counts.tsv --output tokenizer
     """
     from data_tools.counts import merge_counts
+    from data_tools.sources import read_parts
     from data_tools.tokenizer import train_from_counts, train_tokenizer
     from pretrain.config.check import ConfigError
     from pretrain.silo.shards import tokenizer_sha256
@@ -116,7 +122,7 @@ def tokenizer(
         raise ConfigError(f"--counts: text or files beside it given; allowed: one file each: type {typed}")
     if bool(corpora) == bool(counts):
         raise ConfigError("tokenizer: text and counts, or neither, given; allowed: text, or --counts of every silo")
-    divisor, texts = 1, _texts(corpora or [], text_field, as_text)
+    divisor, texts = 1, read_parts(_parts(corpora or [], text_field, as_text))
     with _waiting("training the tokenizer"):
         if counts:
             file, divisor = train_from_counts(merge_counts(counts, warn=_warn), vocab_size=vocab_size, output=output)
@@ -209,17 +215,11 @@ def _sources(
 
 
 def _prepare(recipe: "Recipe", output: Path, on_bad: str, num_workers: int | None) -> None:
-    from data_tools.pack import StoppedError, prepare
+    from data_tools.pack import prepare
     from data_tools.report import REPORT_FILE, print_report
 
-    try:
-        with _stop_signals() as asked_to_stop:
-            manifests = prepare(recipe, output, on_bad=on_bad, num_workers=num_workers, asked_to_stop=asked_to_stop)
-    except StoppedError:
-        begun = Path(f"{output}.partial").exists()
-        saved = f"all is saved in {output}.partial, the same command goes on" if begun else "nothing was read yet"
-        print(f"stopped on request; {saved}", file=sys.stderr)
-        raise typer.Exit(STOPPED) from None
+    with _going_on(output) as asked_to_stop:
+        manifests = prepare(recipe, output, on_bad=on_bad, num_workers=num_workers, asked_to_stop=asked_to_stop)
     print_report(json.loads((output / REPORT_FILE).read_text()), Console())
     for split, manifest in manifests.items():
         _say(f"{output / split}  {_summary(manifest)}")
@@ -263,10 +263,10 @@ def inspect(
     print_inspections(found, Console())
 
 
-def _texts(corpora: list[str], text_field: str, as_text: list[str] | None) -> Iterator[str]:
-    """The training text of files, folders and globs; what is read and what is not is said before."""
+def _parts(corpora: list[str], text_field: str, as_text: list[str] | None) -> "list[Part]":
+    """All parts of files, folders and globs; what is read and what is not is said before."""
     from data_tools.listing import check_listed
-    from data_tools.sources import Source, find_text, read_parts, source_name
+    from data_tools.sources import Source, find_text, source_name
 
     chosen = [Source(path=path, text=text_field, as_text=tuple(as_text or ())) for path in corpora]
     listings = {source: find_text(source) for source in chosen}
@@ -274,7 +274,7 @@ def _texts(corpora: list[str], text_field: str, as_text: list[str] | None) -> It
         for line in listing.lines(source_name(source)):
             print(line, file=sys.stderr)
     check_listed(listings.values(), advice=", or name what is to be read, file by file or by a glob")
-    return read_parts(part for listing in listings.values() for part in listing.parts)
+    return [part for listing in listings.values() for part in listing.parts]
 
 
 def _summary(manifest: "Manifest") -> str:
@@ -282,6 +282,21 @@ def _summary(manifest: "Manifest") -> str:
         f"{manifest.num_documents:,} documents  {manifest.num_tokens:,} tokens  "
         f"{manifest.num_bytes / manifest.num_tokens:.2f} bytes/token  {len(manifest.shards)} shards"
     )
+
+
+@contextlib.contextmanager
+def _going_on(output: Path) -> Iterator[Callable[[], bool]]:
+    """Work that a signal stops and the same command goes on with; where it stopped is said."""
+    from data_tools.workers import StoppedError
+
+    try:
+        with _stop_signals() as asked_to_stop:
+            yield asked_to_stop
+    except StoppedError:
+        begun = Path(f"{output}.partial").exists()
+        saved = f"all is saved in {output}.partial, the same command goes on" if begun else "nothing was read yet"
+        print(f"stopped on request; {saved}", file=sys.stderr)
+        raise typer.Exit(STOPPED) from None
 
 
 @contextlib.contextmanager

@@ -11,9 +11,10 @@ from typer.testing import CliRunner
 from data_tools.cli import app
 from data_tools.counts import read_counts
 from data_tools.listing import Listing, split_of
-from data_tools.pack import Recipe, StoppedError, prepare
+from data_tools.pack import Recipe, prepare
 from data_tools.sources import Source, find_text, load_sources, read_parts, source_name
 from data_tools.tokenizer import train_tokenizer
+from data_tools.workers import StoppedError
 from tests.support import one_line_error
 from tests.text_files import TEXTS, save_dataset, write, write_jsonl
 
