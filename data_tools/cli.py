@@ -135,7 +135,8 @@ def tokenizer(
 @app.command()
 def prepare(
     corpora: Annotated[
-        list[str] | None, typer.Argument(help="Files, folders or globs: .jsonl .txt .csv .tsv (also packed), .parquet.")
+        list[str] | None,
+        typer.Argument(help="Files, folders or globs: .jsonl .txt .csv (packed, too) .parquet .pdf"),
     ] = None,
     *,
     tokenizer: Annotated[

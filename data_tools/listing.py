@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
+from data_tools import documents
 from data_tools.files import CHECK_ENTRIES, find_files
-from data_tools.formats import Part, is_json_lines
-from data_tools.pieces import FORMATS, KINDS, PACKED, PartEnds, Pieces, suffix_of
+from data_tools.formats import Kind, Part, is_json_lines
+from data_tools.pieces import DOCUMENTS, FORMATS, KINDS, PACKED, PartEnds, Pieces, suffix_of
 from pretrain.config.check import ConfigError
 from pretrain.host.foreign import shown
 
@@ -134,16 +135,18 @@ def list_files(path: str, text: str, as_text: tuple[str, ...], check: Callable[[
     read = {name: split for name, split in splits.items() if split not in (TEST, NO_SPLIT)}
     _check_once(found.root, read)
     parts = [file_part(found.root / name, text, split, as_text=name in plain) for name, split in read.items()]
-    advice = _advice(found.root, left_out)
+    advice, unread = _advice(found.root, left_out), [ending for ending in DOCUMENTS if ending in left_out]
     if not parts:
         there = f"; there are {named(left_out)}" if left_out else ""
         why = f", {len(found.unlisted)} cannot be listed: {_some(found.unlisted)}" if found.unlisted else ""
         raise ConfigError(
             f"corpus: {path!r} given, which has no file to read{why}; allowed: {FORMATS}{there}"
             + (f": type {advice} to read such files as text" if advice else "")
+            + (f": type {documents.EXTRA} to read {', '.join(unread)}" if unread else "")
         )
     outside = found.outside
     remarks = [f"to read such files as text, too, type {advice}"] if advice else []
+    remarks += [f"to read {', '.join(unread)}, too, type {documents.EXTRA}"] if unread else []
     remarks += [f"{len(outside):,} of its links lead out of {path}: {_some(outside)}"] if outside else []
     unused = [one for one in as_text if one not in set().union(*plain.values())]
     remarks += [f"warning: --as-text {shlex.quote(one)} is the name of none of its files" for one in unused]
@@ -172,7 +175,8 @@ def _globs_of(name: str, as_text: tuple[str, ...]) -> set[str]:
 
 def _advice(root: Path, left_out: dict[str, list[str]]) -> str:
     """Options for the endings, the most frequent first, whose first file begins as text does: UTF-8, and no NUL."""
-    endings = {why: names[0] for why, names in left_out.items() if why.startswith(".") and why != NO_JSON_LINES}
+    no_endings = (NO_JSON_LINES, *DOCUMENTS)
+    endings = {why: names[0] for why, names in left_out.items() if why.startswith(".") and why not in no_endings}
     most_first = sorted(endings, key=lambda ending: -len(left_out[ending]))
     readable = (one for one in most_first if _looks_like_text(root / endings[one]))
     return " ".join(f"--as-text {shlex.quote(f'*{one}')}" for one in itertools.islice(readable, MAX_NAMES))
@@ -192,7 +196,7 @@ def _no_text(file: Path, text: str) -> str:
     suffix = suffix_of(file.name)
     if suffix.startswith(".json") and not suffix.startswith(".jsonl") and not is_json_lines(str(file), text):
         return NO_JSON_LINES
-    if suffix:
+    if suffix and (suffix not in DOCUMENTS or documents.is_installed()):
         return ""
     *stems, ending = file.name.lower().split(".")
     if not stems:
@@ -234,9 +238,14 @@ def file_part(path: Path, text: str, split: str = "", *, as_text: bool = False) 
             f"corpus: {str(path)!r} given; allowed: a folder or a file of {FORMATS}; any other is read as text with "
             f"--as-text {shlex.quote(path.name)}"
         )
+    if suffix in DOCUMENTS and not documents.is_installed():
+        raise ConfigError(
+            f"corpus: {str(path)!r} given; {suffix} needs packages that are not installed: type {documents.EXTRA}"
+        )
     try:
         stat = path.stat()
     except OSError as error:
         raise ConfigError(f"corpus: {str(path)!r} given; {error.strerror}") from None
-    kind = "parquet" if suffix == ".parquet" else KINDS[suffix.split(".")[1]]
+    others: dict[str, Kind] = {".parquet": "parquet", **dict.fromkeys(DOCUMENTS, "document")}
+    kind = others.get(suffix) or KINDS[suffix.split(".")[1]]
     return Part(path=str(path), kind=kind, text=text, split=split, num_bytes=stat.st_size, mtime_ns=stat.st_mtime_ns)

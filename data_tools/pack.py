@@ -24,6 +24,7 @@ from rich.text import Text
 
 from data_tools import encode
 from data_tools.clean import Cleaning, write_grams
+from data_tools.documents import versions
 from data_tools.encode import Job
 from data_tools.listing import Listing, check_listed
 from data_tools.progress import Speed
@@ -183,7 +184,8 @@ def _pieces(listings: dict[str, Listing]) -> list[_Piece]:
 
 def _terms(recipe: Recipe, pieces: list[_Piece]) -> dict[str, Any]:
     """All that decides about the bytes of the shards, as JSON holds it. A file is known by name, size and time."""
-    return {
+    documents = {"documents": versions()} if any(p.part.kind == "document" for p in pieces) else {}
+    return documents | {
         "text": [[p.source, Path(p.part.path).name, *part_identity(p.part)[1:]] for p in pieces],
         "tokenizer_sha256": tokenizer_sha256(tokenizer_file(recipe.tokenizer), key="--tokenizer"),
         "cleaning": dataclasses.asdict(recipe.cleaning),

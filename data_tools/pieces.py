@@ -22,9 +22,11 @@ KINDS: dict[str, Literal["jsonl", "txt", "csv", "parquet"]] = {
     "tsv": "csv",
 }
 PACKED = (".gz", ".zst", ".bz2", ".xz")
-SUFFIXES = (*(f".{kind}{packed}" for kind in KINDS for packed in (*PACKED, "")), ".parquet")
+# A file is a document; data_tools.documents reads them.
+DOCUMENTS = (".pdf", ".docx", ".html", ".htm")
+SUFFIXES = (*(f".{kind}{packed}" for kind in KINDS for packed in (*PACKED, "")), ".parquet", *DOCUMENTS)
 # As a user is told of them.
-FORMATS = f"{' '.join(f'.{kind}' for kind in KINDS)} [{' '.join(PACKED)}], .parquet"
+FORMATS = f"{' '.join(f'.{kind}' for kind in KINDS)} [{' '.join(PACKED)}], .parquet, {' '.join(DOCUMENTS)}"
 # What a plain file is read by.
 READ_BYTES = 1 << 20
 # What is unpacked at a time; so much text before the damage in an archive can be lost.

@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from data_tools.documents import document_text
 from data_tools.formats import (
     Bad,
     Part,
@@ -238,7 +239,10 @@ def read_blocks(part: Part, place: Place = (0, 0)) -> Iterator[Block]:
     When a part cannot be read, or not to its end, its last record is a Bad that says why. Raises ConfigError when a
     data set cannot be loaded.
     """
-    if place[0] != END:
+    if part.kind == "document":
+        if not any(place):  # the worker reads it, as that takes long
+            yield Block(part=part, first=1, next=(END, 1), bytes_read=part.num_bytes)
+    elif place[0] != END:
         yield from (_raw_blocks if part.kind in ("jsonl", "txt") else _row_blocks)(part, place)
 
 
@@ -307,6 +311,8 @@ def parse_block(block: Block) -> Iterator[tuple[int, str | Bad]]:
     """Line or row number and text, blank ones too, of every record of a block."""
     if block.part.kind == "jsonl":
         yield from parse_json_lines(block.part, block.raw, block.first)
+    elif block.part.kind == "document":
+        yield 1, document_text(block.part)
     elif block.part.kind == "txt":
         yield from parse_documents(block.part, block.raw, block.first)
     for number, value in zip(block.numbers, block.texts, strict=True):

@@ -108,7 +108,7 @@ def test_every_split_is_used_for_what_it_is(
 def test_test_text_is_never_packed_and_all_is_said_before_reading(
     tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names = ["train.jsonl", "validation.jsonl", "test.jsonl", "notes.docx", "more.docx", "README"]
+    names = ["train.jsonl", "validation.jsonl", "test.jsonl", "notes.odt", "more.odt", "README"]
     listed(tmp_path / "law", *names, "b.json", ".git")
     write(tmp_path / "law" / "train.jsonl", b"broken\n")
     sources = (Source(path=str(tmp_path / "law")),)
@@ -118,7 +118,7 @@ def test_test_text_is_never_packed_and_all_is_said_before_reading(
     said = capsys.readouterr().err.splitlines()
     assert said[:2] == [
         "law: 1 file of 0.0 MB to train on; 1 file of 0.0 MB held out",
-        "law: left out: 1 hidden (.git); 1 without an ending (README); 2 .docx (more.docx, notes.docx); "
+        "law: left out: 1 hidden (.git); 1 without an ending (README); 2 .odt (more.odt, notes.odt); "
         "1 beside the splits, by no split's name (b.json); 1 of test text (test.jsonl)",
     ]
     write(tmp_path / "law" / "train.jsonl", b'{"text": "train"}\n')
