@@ -32,6 +32,13 @@ DataSets = Annotated[
     list[str] | None, typer.Option(help="A data set that `datasets` loads, by hub name or directory; streamed.")
 ]
 
+DropOverlap = Annotated[
+    bool, typer.Option("--drop-overlap", help="Drop training documents that share 13 words in a row with valid/.")
+]
+PersonalData = Annotated[
+    str, typer.Option(help="count, mask or drop: e-mail addresses, numbers of accounts, cards, telephones; not names.")
+]
+
 
 @app.command()
 def corpora(
@@ -153,15 +160,14 @@ def prepare(
         float, typer.Option(help="Share of documents for valid/, chosen by hash; text that is split already stays so.")
     ] = 0.01,
     normalize: Annotated[str, typer.Option(help="Unicode normalisation: NFC, NFD, NFKC or NFKD.")] = "",
+    personal_data: PersonalData = "",
     min_characters: Annotated[int, typer.Option(help="Drop shorter documents.")] = 0,
     max_characters: Annotated[int, typer.Option(help="Drop longer documents; 0: no bound.")] = 0,
     drop_duplicates: Annotated[bool, typer.Option("--drop-duplicates", help="Drop exact repetitions.")] = False,
     near_duplicates: Annotated[
         float, typer.Option(help="Drop documents as similar as this to an earlier one (MinHash, 0 to 1); 0: off.")
     ] = 0.0,
-    drop_overlap: Annotated[
-        bool, typer.Option("--drop-overlap", help="Drop training documents that share 13 words in a row with valid/.")
-    ] = False,
+    drop_overlap: DropOverlap = False,
     filter: Annotated[str, typer.Option(help="Your own, package.module:function, str -> bool or new str.")] = "",
     on_bad: Annotated[str, typer.Option(help="stop or skip what cannot be used or listed.")] = "stop",
     shard_tokens: Annotated[int, typer.Option(help="Most tokens in one shard file.")] = 100_000_000,
@@ -181,6 +187,7 @@ def prepare(
     listed = _sources(corpora or [], dataset or [], sources, text_field, as_text or [])
     cleaning = Cleaning(
         normalize=normalize,
+        personal_data=personal_data,
         min_characters=min_characters,
         max_characters=max_characters,
         drop_duplicates=drop_duplicates,
