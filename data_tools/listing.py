@@ -135,6 +135,9 @@ def list_files(path: str, text: str, as_text: tuple[str, ...], check: Callable[[
     read = {name: split for name, split in splits.items() if split not in (TEST, NO_SPLIT)}
     _check_once(found.root, read)
     parts = [file_part(found.root / name, text, split, as_text=name in plain) for name, split in read.items()]
+    if empty := [name for name, part in zip(read, parts, strict=True) if name in plain and not part.num_bytes]:
+        left_out["empty"] = empty  # as a package's __init__.py; an empty file of text in its own right is a mistake
+        parts = [part for name, part in zip(read, parts, strict=True) if name not in empty]
     advice, unread = _advice(found.root, left_out), [ending for ending in DOCUMENTS if ending in left_out]
     if not parts:
         there = f"; there are {named(left_out)}" if left_out else ""

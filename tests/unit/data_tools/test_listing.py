@@ -316,16 +316,18 @@ def test_commands_read_other_endings_as_text(tmp_path: Path) -> None:
     for number in range(60):
         write(tmp_path / "code" / f"{number}.py", f"number = {number}\n".encode())
     write(tmp_path / "code" / "b.json", b'{"a": [1,\n2]}\n')
+    write(tmp_path / "code" / "__init__.py", b"")
     output = ["--as-text", "*.py", "--as-text", "*.json", "--output", str(tmp_path / "counts.tsv")]
     done = CliRunner().invoke(app, ["counts", str(tmp_path / "code"), *output], catch_exceptions=False)
     assert "code: 61 files of 0.0 MB to train on" in done.stderr
+    assert "code: left out: 1 empty (__init__.py)" in done.stderr
     assert read_counts(tmp_path / "counts.tsv")[1]["number"] == 60
     train_tokenizer(TEXTS, vocab_size=270, output=tmp_path)
     (tmp_path / "sources.yaml").write_text(f"sources: [{{path: '{tmp_path}/code', as_text: ['*.py']}}]")
     output = ["--tokenizer", str(tmp_path), "--output", str(tmp_path / "packed"), "--held-out", "0"]
     done = CliRunner().invoke(app, ["prepare", "--sources", str(tmp_path / "sources.yaml"), *output])
     assert done.exit_code == 0, done.output
-    assert "code: left out: 1 .json that is no JSON lines (b.json)" in done.stderr
+    assert "code: left out: 1 .json that is no JSON lines (b.json); 1 empty (__init__.py)" in done.stderr
     assert "60 documents" in done.stdout
     assert "1 .json that is no JSON lines" in done.stdout  # at the end once more, after what may have been hours
 
