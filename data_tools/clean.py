@@ -12,6 +12,7 @@ import re
 import sys
 import textwrap
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +21,15 @@ from typing import Literal, cast, get_args
 import numpy as np
 import numpy.typing as npt
 
+from data_tools import personal
 from pretrain.config.check import ConfigError
 
 Hashes = npt.NDArray[np.uint64]
 
 NormalForm = Literal["NFC", "NFD", "NFKC", "NFKD"]
 NORMAL_FORMS: tuple[str, ...] = get_args(NormalForm)
-DROP_REASONS = ("blank", "filter", "short", "long", "duplicate", "near duplicate", "overlap")
+DROP_REASONS = ("blank", "filter", "personal data", "short", "long", "duplicate", "near duplicate", "overlap")
+PERSONAL_DATA = ("count", "mask", "drop")
 # Length of the overlaps that GPT-3 removed: https://arxiv.org/abs/2005.14165, appendix C
 OVERLAP_WORDS = 13
 # At most 64 MB in each worker.
@@ -52,6 +55,8 @@ class Cleaning:
 
     normalize: str = ""
     """Unicode normal form of all text: NFC, NFD, NFKC or NFKD; empty: the text stays as it is."""
+    personal_data: str = ""
+    """What is done about what data_tools.personal finds: count or mask it, or drop the document; empty: nothing."""
     min_characters: int = 0
     """Shorter documents are dropped."""
     max_characters: int = 0
@@ -70,6 +75,11 @@ class Cleaning:
         """Raise ConfigError, naming the option, for a value that is not allowed or a filter that cannot be imported."""
         if self.normalize not in ("", *NORMAL_FORMS):
             raise ConfigError(f"--normalize: {self.normalize!r} given; allowed: {' '.join(NORMAL_FORMS)}")
+        if self.personal_data not in ("", *PERSONAL_DATA):
+            raise ConfigError(f"--personal-data: {self.personal_data!r} given; allowed: {', '.join(PERSONAL_DATA)}")
+        if self.personal_data and not personal.is_installed():
+            needs = f"it needs packages that are not installed: type {personal.EXTRA}"
+            raise ConfigError(f"--personal-data: {self.personal_data!r} given; {needs}")
         if self.min_characters < 0:
             raise ConfigError(f"--min-characters: {self.min_characters} given; allowed: 0 or more")
         if self.max_characters < 0 or 0 < self.max_characters < self.min_characters:
@@ -93,6 +103,8 @@ class Cleaner:
         """`held_out_grams` is what `write_grams` wrote, mapped into memory that all workers share; None: nothing is
         held out. Raises ConfigError when the filter cannot be imported."""
         self._cleaning = cleaning
+        self.personal: Counter[tuple[str, str]] = Counter()
+        """Kind of personal data, and `found` or `documents`, to the number since it was last cleared."""
         self._filter = load_filter(cleaning.filter) if cleaning.filter else None
         self._held_out = np.load(held_out_grams, mmap_mode="r") if held_out_grams else np.empty(0, dtype=np.uint64)
         prefix_bits = min(len(self._held_out).bit_length() + 2, MAX_PREFIX_BITS)
@@ -121,11 +133,20 @@ class Cleaner:
             text = text if verdict is True else verdict
             if _is_blank(text):
                 return text, "blank"
-        if len(text) < self._cleaning.min_characters:
-            return text, "short"
-        if 0 < self._cleaning.max_characters < len(text):
-            return text, "long"
-        return text, None
+        if self._cleaning.personal_data:
+            hidden = self._look_for_personal_data(text)
+            if hidden != text and self._cleaning.personal_data == "drop":
+                return text, "personal data"
+            text = hidden if self._cleaning.personal_data == "mask" else text
+        too_long = 0 < self._cleaning.max_characters < len(text)
+        return text, "short" if len(text) < self._cleaning.min_characters else "long" if too_long else None
+
+    def _look_for_personal_data(self, text: str) -> str:
+        """Count it; returns the text without it."""
+        hidden, found = personal.masked(text)
+        self.personal.update({(kind, "found"): number for kind, number in found.items()})
+        self.personal.update((kind, "documents") for kind in found)
+        return hidden
 
     def _ask_filter(self, text: str, where: str) -> bool | str:
         assert self._filter is not None

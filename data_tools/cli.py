@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.status import Status
 
 if TYPE_CHECKING:
+    from data_tools.formats import Part
     from data_tools.pack import Recipe
     from data_tools.sources import Source
     from pretrain.silo.shards import Manifest
@@ -23,6 +24,20 @@ STOPPED = 75  # EX_TEMPFAIL, as in pretrain.train: all is saved, the same comman
 app = typer.Typer(
     name="data", no_args_is_help=True, rich_markup_mode="rich", help="Text to packed shards, inside one institution."
 )
+
+AsText = Annotated[
+    list[str] | None, typer.Option(help="Files to read as text whatever their ending: a glob, '*.py'; repeatable.")
+]
+DataSets = Annotated[
+    list[str] | None, typer.Option(help="A data set that `datasets` loads, by hub name or directory; streamed.")
+]
+
+DropOverlap = Annotated[
+    bool, typer.Option("--drop-overlap", help="Drop training documents that share 13 words in a row with valid/.")
+]
+PersonalData = Annotated[
+    str, typer.Option(help="count, mask or drop: e-mail addresses, numbers of accounts, cards, telephones; not names.")
+]
 
 
 @app.command()
@@ -49,6 +64,7 @@ def counts(
     *,
     output: Annotated[Path, typer.Option(help="File to write, counts.tsv; read it before you send it.")],
     text_field: Annotated[str, typer.Option(help="JSON key or column that holds the text.")] = "text",
+    as_text: AsText = None,
     min_count: Annotated[int, typer.Option(help="Leave out what occurs less often.")] = 5,
     min_documents: Annotated[int, typer.Option(help="Leave out what occurs in fewer documents.")] = 3,
     epsilon: Annotated[
@@ -59,15 +75,19 @@ def counts(
 ) -> None:
     """Count words (pre-tokens) and export the frequent ones, for a shared tokenizer without sharing text.
 
+    Stop it or kill it whenever you like: the same command goes on, and writes the same file.
+
     [bold]Example:[/bold] atoll data counts raw/law --output law.counts.tsv --min-count 5 --min-documents 3
     """
-    from data_tools.counts import export_counts
+    from data_tools.counts import export_parts
 
-    texts = _texts(corpora, text_field)
-    with _waiting("counting"):
-        done = export_counts(
-            texts,
+    parts = _parts(corpora, text_field, as_text)
+    with _going_on(output) as asked_to_stop:
+        done = export_parts(
+            parts,
             output=output,
+            console=Console(stderr=True),
+            asked_to_stop=asked_to_stop,
             min_count=min_count,
             min_documents=min_documents,
             epsilon=epsilon,
@@ -89,6 +109,7 @@ def tokenizer(
         list[Path] | None, typer.Option(help="Instead of text: one silo's counts.tsv; give one for each silo.")
     ] = None,
     text_field: Annotated[str, typer.Option(help="JSON key or column that holds the text.")] = "text",
+    as_text: AsText = None,
     vocab_size: Annotated[int, typer.Option(help="Tokens of the vocabulary, bytes and end of text included.")] = 32_768,
 ) -> None:
     """Train the byte-level BPE tokenizer that all silos share, from counts that each silo exported or from text.
@@ -98,6 +119,7 @@ def tokenizer(
     [bold]Example:[/bold] atoll data tokenizer --counts law.counts.tsv --counts press.counts.tsv --output tokenizer
     """
     from data_tools.counts import merge_counts
+    from data_tools.sources import read_parts
     from data_tools.tokenizer import train_from_counts, train_tokenizer
     from pretrain.config.check import ConfigError
     from pretrain.silo.shards import tokenizer_sha256
@@ -107,7 +129,7 @@ def tokenizer(
         raise ConfigError(f"--counts: text or files beside it given; allowed: one file each: type {typed}")
     if bool(corpora) == bool(counts):
         raise ConfigError("tokenizer: text and counts, or neither, given; allowed: text, or --counts of every silo")
-    divisor, texts = 1, _texts(corpora or [], text_field)
+    divisor, texts = 1, read_parts(_parts(corpora or [], text_field, as_text))
     with _waiting("training the tokenizer"):
         if counts:
             file, divisor = train_from_counts(merge_counts(counts, warn=_warn), vocab_size=vocab_size, output=output)
@@ -120,7 +142,8 @@ def tokenizer(
 @app.command()
 def prepare(
     corpora: Annotated[
-        list[str] | None, typer.Argument(help="Files, folders or globs: .jsonl .txt .csv .tsv (also packed), .parquet.")
+        list[str] | None,
+        typer.Argument(help="Files, folders or globs: .jsonl .txt .csv (packed, too) .parquet .pdf"),
     ] = None,
     *,
     tokenizer: Annotated[
@@ -128,9 +151,8 @@ def prepare(
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder to make train/ and valid/ in, NAME/train/ for several sources.")],
     text_field: Annotated[str, typer.Option(help="JSON key or column that holds the text.")] = "text",
-    dataset: Annotated[
-        list[str] | None, typer.Option(help="A data set that `datasets` loads, by hub name or directory; streamed.")
-    ] = None,
+    as_text: AsText = None,
+    dataset: DataSets = None,
     sources: Annotated[
         Path | None, typer.Option(help="YAML file of sources, each with path or dataset, text, name and weight.")
     ] = None,
@@ -138,15 +160,14 @@ def prepare(
         float, typer.Option(help="Share of documents for valid/, chosen by hash; text that is split already stays so.")
     ] = 0.01,
     normalize: Annotated[str, typer.Option(help="Unicode normalisation: NFC, NFD, NFKC or NFKD.")] = "",
+    personal_data: PersonalData = "",
     min_characters: Annotated[int, typer.Option(help="Drop shorter documents.")] = 0,
     max_characters: Annotated[int, typer.Option(help="Drop longer documents; 0: no bound.")] = 0,
     drop_duplicates: Annotated[bool, typer.Option("--drop-duplicates", help="Drop exact repetitions.")] = False,
     near_duplicates: Annotated[
         float, typer.Option(help="Drop documents as similar as this to an earlier one (MinHash, 0 to 1); 0: off.")
     ] = 0.0,
-    drop_overlap: Annotated[
-        bool, typer.Option("--drop-overlap", help="Drop training documents that share 13 words in a row with valid/.")
-    ] = False,
+    drop_overlap: DropOverlap = False,
     filter: Annotated[str, typer.Option(help="Your own, package.module:function, str -> bool or new str.")] = "",
     on_bad: Annotated[str, typer.Option(help="stop or skip what cannot be used or listed.")] = "stop",
     shard_tokens: Annotated[int, typer.Option(help="Most tokens in one shard file.")] = 100_000_000,
@@ -163,9 +184,10 @@ def prepare(
     from data_tools.clean import Cleaning
     from data_tools.pack import Recipe
 
-    listed = _sources(corpora or [], dataset or [], sources, text_field)
+    listed = _sources(corpora or [], dataset or [], sources, text_field, as_text or [])
     cleaning = Cleaning(
         normalize=normalize,
+        personal_data=personal_data,
         min_characters=min_characters,
         max_characters=max_characters,
         drop_duplicates=drop_duplicates,
@@ -190,26 +212,22 @@ def _given(tokenizer: Path | None) -> Path:
     return tokenizer
 
 
-def _sources(paths: list[str], datasets: list[str], file: Path | None, text_field: str) -> "tuple[Source, ...]":
+def _sources(
+    paths: list[str], datasets: list[str], file: Path | None, text_field: str, as_text: list[str]
+) -> "tuple[Source, ...]":
     from data_tools.sources import Source, load_sources
 
-    chosen = [Source(path=path, text=text_field) for path in paths]
+    chosen = [Source(path=path, text=text_field, as_text=tuple(as_text)) for path in paths]
     chosen += [Source(dataset=name, text=text_field) for name in datasets]
     return (*chosen, *(load_sources(file) if file else ()))
 
 
 def _prepare(recipe: "Recipe", output: Path, on_bad: str, num_workers: int | None) -> None:
-    from data_tools.pack import StoppedError, prepare
+    from data_tools.pack import prepare
     from data_tools.report import REPORT_FILE, print_report
 
-    try:
-        with _stop_signals() as asked_to_stop:
-            manifests = prepare(recipe, output, on_bad=on_bad, num_workers=num_workers, asked_to_stop=asked_to_stop)
-    except StoppedError:
-        begun = Path(f"{output}.partial").exists()
-        saved = f"all is saved in {output}.partial, the same command goes on" if begun else "nothing was read yet"
-        print(f"stopped on request; {saved}", file=sys.stderr)
-        raise typer.Exit(STOPPED) from None
+    with _going_on(output) as asked_to_stop:
+        manifests = prepare(recipe, output, on_bad=on_bad, num_workers=num_workers, asked_to_stop=asked_to_stop)
     print_report(json.loads((output / REPORT_FILE).read_text()), Console())
     for split, manifest in manifests.items():
         _say(f"{output / split}  {_summary(manifest)}")
@@ -253,17 +271,18 @@ def inspect(
     print_inspections(found, Console())
 
 
-def _texts(corpora: list[str], text_field: str) -> Iterator[str]:
-    """The training text of files, folders and globs; what is read and what is not is said before."""
+def _parts(corpora: list[str], text_field: str, as_text: list[str] | None) -> "list[Part]":
+    """All parts of files, folders and globs; what is read and what is not is said before."""
     from data_tools.listing import check_listed
-    from data_tools.sources import Source, find_text, read_parts, source_name
+    from data_tools.sources import Source, find_text, source_name
 
-    listings = {source: find_text(source) for source in (Source(path=path, text=text_field) for path in corpora)}
+    chosen = [Source(path=path, text=text_field, as_text=tuple(as_text or ())) for path in corpora]
+    listings = {source: find_text(source) for source in chosen}
     for source, listing in listings.items():
         for line in listing.lines(source_name(source)):
             print(line, file=sys.stderr)
     check_listed(listings.values(), advice=", or name what is to be read, file by file or by a glob")
-    return read_parts(part for listing in listings.values() for part in listing.parts)
+    return [part for listing in listings.values() for part in listing.parts]
 
 
 def _summary(manifest: "Manifest") -> str:
@@ -271,6 +290,21 @@ def _summary(manifest: "Manifest") -> str:
         f"{manifest.num_documents:,} documents  {manifest.num_tokens:,} tokens  "
         f"{manifest.num_bytes / manifest.num_tokens:.2f} bytes/token  {len(manifest.shards)} shards"
     )
+
+
+@contextlib.contextmanager
+def _going_on(output: Path) -> Iterator[Callable[[], bool]]:
+    """Work that a signal stops and the same command goes on with; where it stopped is said."""
+    from data_tools.workers import StoppedError
+
+    try:
+        with _stop_signals() as asked_to_stop:
+            yield asked_to_stop
+    except StoppedError:
+        begun = Path(f"{output}.partial").exists()
+        saved = f"all is saved in {output}.partial, the same command goes on" if begun else "nothing was read yet"
+        print(f"stopped on request; {saved}", file=sys.stderr)
+        raise typer.Exit(STOPPED) from None
 
 
 @contextlib.contextmanager

@@ -9,41 +9,41 @@ An export is a file that a person can read before it is sent (docs/tokenizer.md 
 The exports of all silos are merged into one table, from which data_tools/tokenizer.py trains.
 """
 
-import contextlib
-import hashlib
-import heapq
 import itertools
 import json
 import math
+import os
 import random
 import re
-import tempfile
-from collections import Counter
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from statistics import NormalDist, median
-from typing import IO, NamedTuple
+from typing import IO, Any
 
-from tokenizers import pre_tokenizers
+from rich.console import Console
 
-from data_tools.workers import in_order, num_cores
+from data_tools.formats import Part
+from data_tools.pretokens import (
+    COMMIT_SECONDS,
+    FULL_DISTINCT,
+    MAX_DISTINCT,
+    MAX_PRETOKEN_BYTES,
+    SHARE_UNITS,
+    STATE_FILE,
+    PretokenCount,
+    count_parts,
+    count_pretokens,
+)
 from pretrain.config.check import ConfigError
+from pretrain.host.lock import lock_directory
 from pretrain.silo.shards import atomic_path
 
 FORMAT = 1
 PRE_TOKENIZER = "gpt2-byte-level"
 KINDS = ("occurrences", "documents")
-MAX_PRETOKEN_BYTES = 64
-# Some 300 bytes an entry: about 1 GB.
-MAX_TABLE_ENTRIES = 4_000_000
-# Sorted runs that are open together; more are first merged into one.
-MAX_RUNS = 64
-BATCH_CHARACTERS = 1_000_000
-# Below so many batches, starting processes costs more than they save.
-MIN_PARALLEL_BATCHES = 8
 MAX_LINE_BYTES = 1024
 # What one export adds up to, relative to the median of the others, at most: see merge_counts.
 MAX_OTHERS = 2
@@ -52,25 +52,9 @@ SENTENCE = (
     "to train a shared tokenizer from; this file holds nothing else of that text."
 )
 
-# With noise, a document adds 1 to each of its distinct pre-tokens if they are at most FULL_DISTINCT, otherwise a share
-# of 1 that makes the L2 norm of all it adds sqrt(FULL_DISTINCT): that is the sensitivity of the sums. A document with
-# more than MAX_DISTINCT adds to so many of them. The shares are whole multiples of 1 / SHARE_UNITS, so that a sum is
-# exact in whatever order it is made.
-FULL_DISTINCT = 64
-MAX_DISTINCT = 1024
-SHARE_UNITS = 1 << 20
 MAX_EPSILON = 100.0
 
-_splitter = pre_tokenizers.ByteLevel(add_prefix_space=False)
 _COUNT = re.compile(rb"[1-9][0-9]{0,17}")
-
-
-class PretokenCount(NamedTuple):
-    """A pre-token, what the documents add up to for it, and how many of them added something."""
-
-    pretoken: str
-    value: int
-    num_documents: int
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -113,131 +97,6 @@ class ExportSummary:
     """Those that are in the file."""
     noise: Noise | None
     """None without noise."""
-
-
-# --- counting ---------------------------------------------------------------------------------------------------------
-
-
-def count_pretokens(
-    texts: Iterable[str], *, shares: bool = False, num_workers: int | None = None
-) -> Iterator[PretokenCount]:
-    """Yield every pre-token of at most MAX_PRETOKEN_BYTES in `texts` once, sorted.
-
-    The value is the number of occurrences; with `shares` what documents add under differential privacy (see
-    FULL_DISTINCT), times SHARE_UNITS. `num_workers` processes count (0: this one; None: one a core when there is enough
-    text). Memory does not grow with the text: a full table goes to an unnamed temporary file as a sorted run. Raises
-    ConfigError when a worker was killed.
-    """
-    runs: list[IO[bytes]] = []
-    values: Counter[str] = Counter()
-    documents: Counter[str] = Counter()
-    with contextlib.ExitStack() as stack:
-
-        def spill(counts: Iterable[PretokenCount]) -> IO[bytes]:
-            # Without a name: rare words of the text do not stay on the disk, however this process ends.
-            file = stack.enter_context(tempfile.TemporaryFile())
-            _write_run(file, counts)
-            return file
-
-        for batch_values, batch_documents in _counted(_batches(texts), shares, num_workers):
-            values.update(batch_values)
-            documents.update(batch_documents)
-            if len(values) > MAX_TABLE_ENTRIES:
-                if len(runs) == MAX_RUNS:
-                    fewer = [spill(_merged([_read_run(run) for run in runs]))]
-                    for run in runs:
-                        run.close()
-                    runs = fewer
-                runs.append(spill(_table(values, documents)))
-                values.clear()
-                documents.clear()
-        yield from _merged([*(_read_run(run) for run in runs), _table(values, documents)])
-
-
-def _table(values: Counter[str], documents: Counter[str]) -> Iterator[PretokenCount]:
-    return (PretokenCount(pretoken, values[pretoken], documents[pretoken]) for pretoken in sorted(values))
-
-
-def _merged(sorted_runs: Sequence[Iterator[PretokenCount]]) -> Iterator[PretokenCount]:
-    for pretoken, same in itertools.groupby(heapq.merge(*sorted_runs), key=itemgetter(0)):
-        counts = list(same)
-        yield PretokenCount(pretoken, sum(c.value for c in counts), sum(c.num_documents for c in counts))
-
-
-def _write_run(file: IO[bytes], counts: Iterable[PretokenCount]) -> None:
-    try:
-        for count in counts:
-            file.write(json.dumps(count).encode() + b"\n")
-        file.seek(0)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            file.close()  # would try to write the rest of its buffer later
-        raise ConfigError(
-            f"TMPDIR: {tempfile.gettempdir()} given; {error.strerror}: free space there or set TMPDIR"
-        ) from None
-
-
-def _read_run(file: IO[bytes]) -> Iterator[PretokenCount]:
-    return (PretokenCount(*json.loads(line)) for line in file)
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    num_characters = 0
-    for text in texts:
-        batch.append(text)
-        num_characters += len(text)
-        if num_characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, num_characters = [], 0
-    if batch:
-        yield batch
-
-
-def _counted(
-    batches: Iterator[list[str]], shares: bool, num_workers: int | None
-) -> Iterator[tuple[Counter[str], Counter[str]]]:
-    """Values and documents of each batch, in order."""
-    first = list(itertools.islice(batches, MIN_PARALLEL_BATCHES))
-    if num_workers is None:
-        num_workers = num_cores() if len(first) == MIN_PARALLEL_BATCHES else 0
-    count, all_batches = partial(_count_batch, shares=shares), itertools.chain(first, batches)
-    return (counted for _, counted in in_order(count, all_batches, num_workers=num_workers, start=_no_preparation))
-
-
-def _no_preparation() -> None:
-    """A worker counts as it is."""
-
-
-def _count_batch(texts: list[str], *, shares: bool) -> tuple[Counter[str], Counter[str]]:
-    values: Counter[str] = Counter()
-    documents: Counter[str] = Counter()
-    for text in texts:
-        pretokens = [text[begin:end] for _, (begin, end) in _splitter.pre_tokenize_str(text)]
-        if shares:
-            distinct = _contributing(text, set(pretokens))
-            share = math.floor(SHARE_UNITS * math.sqrt(min(1, FULL_DISTINCT / max(1, len(distinct)))))
-            for pretoken in distinct:
-                values[pretoken] += share
-            documents.update(distinct)
-        else:
-            values.update(pretokens)
-            documents.update(set(pretokens))
-    for pretoken in [pretoken for pretoken in values if _num_bytes(pretoken) > MAX_PRETOKEN_BYTES]:
-        del values[pretoken], documents[pretoken]
-    return values, documents
-
-
-def _contributing(text: str, distinct: set[str]) -> list[str]:
-    """The pre-tokens that a document adds to: all, or a choice of MAX_DISTINCT that depends on this document only."""
-    allowed = sorted(pretoken for pretoken in distinct if _num_bytes(pretoken) <= MAX_PRETOKEN_BYTES)
-    if len(allowed) <= MAX_DISTINCT:
-        return allowed
-    return random.Random(hashlib.sha256(text.encode()).digest()).sample(allowed, MAX_DISTINCT)
-
-
-def _num_bytes(pretoken: str) -> int:
-    return len(pretoken) if pretoken.isascii() else len(pretoken.encode())
 
 
 # --- noise ------------------------------------------------------------------------------------------------------------
@@ -290,8 +149,49 @@ def _normal_cdf(x: float) -> float:
 # --- exporting --------------------------------------------------------------------------------------------------------
 
 
+def export_parts(
+    parts: Sequence[Part],
+    *,
+    output: Path,
+    console: Console,
+    asked_to_stop: Callable[[], bool] = lambda: False,
+    commit_seconds: float = COMMIT_SECONDS,
+    **options: Any,
+) -> ExportSummary:
+    """`export_counts` of an institution's files, with its options; how far it is lies in `output`.partial.
+
+    The same call goes on after a kill, and writes the same bytes. The folder is for its owner alone, since it has the
+    rare words, too. Raises ConfigError as `export_counts` does and for a full disk, and StoppedError when
+    `asked_to_stop`.
+    """
+    directory = output.with_name(output.name + ".partial")
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock = lock_directory(directory, f"counting for {output}")
+    is_done = output.exists()  # by a process that was killed after its last rename
+    counting = partial(
+        count_parts,
+        directory=directory,
+        console=console,
+        asked_to_stop=asked_to_stop,
+        commit_seconds=commit_seconds,
+    )
+    try:
+        summary = export_counts(parts, output=output, count=counting, **options)
+        is_done = True
+    except OSError as error:
+        raise ConfigError(
+            f"--output: {output}: {error.strerror or error}: make room, then run the same command again; it goes on "
+            f"from {directory}"
+        ) from None
+    finally:
+        if is_done or not (directory / STATE_FILE).exists():
+            shutil.rmtree(directory)
+        os.close(lock)
+    return summary
+
+
 def export_counts(
-    texts: Iterable[str],
+    texts: Iterable[Any],
     *,
     output: Path,
     min_count: int = 5,
@@ -300,8 +200,9 @@ def export_counts(
     delta: float = 1e-6,
     num_workers: int | None = None,
     random_source: random.Random | None = None,
+    count: Callable[..., Iterator[PretokenCount]] = count_pretokens,
 ) -> ExportSummary:
-    """Count the pre-tokens of `texts` and write those that may leave to the file `output`, whole or not at all.
+    """Let `count` count the pre-tokens of `texts`; write those that may leave to a file `output`, whole or not at all.
 
     Without `epsilon` these are the exact occurrences of pre-tokens that occur `min_count` times in `min_documents`
     documents. With it, documents are counted and Gaussian noise makes the file (epsilon, delta)-private for one
@@ -327,11 +228,11 @@ def export_counts(
     gauss = (random_source or random.SystemRandom()).gauss
     exported: list[tuple[int, str]] = []
     num_pretokens = 0
-    for count in count_pretokens(texts, shares=noise is not None, num_workers=num_workers):
+    for one in count(texts, shares=noise is not None, num_workers=num_workers):
         num_pretokens += 1
-        value = _released(count, header, noise, gauss)
+        value = _released(one, header, noise, gauss)
         if value is not None:
-            exported.append((value, count.pretoken))
+            exported.append((value, one.pretoken))
     if not exported:
         raise ConfigError(
             f"--min-count, --min-documents, --epsilon: none of {num_pretokens} pre-tokens may leave: "

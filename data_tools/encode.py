@@ -1,5 +1,6 @@
 """What a worker process does with a block of text: parse, clean, tokenize."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +52,8 @@ class Encoded:
     """Reason and bytes of each document that was dropped."""
     bad: list[Bad] = field(default_factory=list)
     """Records that could not be used."""
+    personal: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """What there was of personal data, as `Cleaner` counts it."""
 
 
 class Encoder:
@@ -67,6 +70,7 @@ class Encoder:
         texts, hashes, held_out, signatures = [], [], [], []
         dropped: list[tuple[str, int]] = []
         bad: list[Bad] = []
+        self._cleaner.personal.clear()
         for text, reason in self._cleaned(block, bad):
             digest = document_hash(text)
             is_valid = self._is_held_out(block, digest)
@@ -90,6 +94,7 @@ class Encoder:
             signatures=signatures,
             dropped=dropped,
             bad=bad,
+            personal=self._cleaner.personal.copy(),
         )
 
     def held_out_grams(self, block: Block) -> npt.NDArray[np.uint64]:

@@ -5,9 +5,10 @@
     NAME.txt, .text      documents separated by lines that hold <|endoftext|> and nothing else
     NAME.csv, NAME.tsv   a header row, then rows; the text in the part's column
     NAME.parquet         the text in the part's column, which holds strings
+    NAME.pdf, .docx, .html  one document: see data_tools.documents
     a data set           saved by `datasets`, or what its `load_dataset` takes, streamed
 
-All but Parquet also as .gz, .zst, .bz2 and .xz; text is UTF-8, and a byte order mark before it is dropped.
+All above Parquet also as .gz, .zst, .bz2 and .xz; text is UTF-8, and a byte order mark before it is dropped.
 """
 
 import codecs
@@ -39,6 +40,8 @@ COLUMN_ROWS = 2_000
 MAX_FIRST_LINE_BYTES = 1 << 26
 _SEPARATOR_LINE = re.compile(rb"(?m)^(?:\xef\xbb\xbf)?[ \t\r\f\v]*<\|endoftext\|>[ \t\r\f\v]*(?:\n|\Z)")
 
+Kind = Literal["jsonl", "txt", "csv", "parquet", "document", "saved", "dataset"]
+
 Row = tuple[int, Any, int]
 """Number of its line or row, value of the text column or Bad, and what is read so far: see Block.bytes_read."""
 
@@ -49,7 +52,7 @@ class Part:
 
     path: str
     """The file, the saved directory, or the data set's name."""
-    kind: Literal["jsonl", "txt", "csv", "parquet", "saved", "dataset"]
+    kind: Kind
     """How it is read."""
     text: str = "text"
     """The JSON key or column that holds the text."""
@@ -66,8 +69,8 @@ class Part:
 
     @property
     def unit(self) -> str:
-        """What its numbers count: line or row."""
-        return "line" if self.kind in ("jsonl", "txt", "csv") else "row"
+        """What its numbers count: line, row or document."""
+        return "line" if self.kind in ("jsonl", "txt", "csv") else "document" if self.kind == "document" else "row"
 
 
 @dataclass(frozen=True)

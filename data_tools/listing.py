@@ -5,17 +5,21 @@ as a file (`test.jsonl`) or as a file's beginning with a number (`test-00000-of-
 text is never trained on, and never held out for choosing by.
 """
 
+import codecs
 import glob
+import itertools
 import json
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 
+from data_tools import documents
 from data_tools.files import CHECK_ENTRIES, find_files
-from data_tools.formats import Part, is_json_lines
-from data_tools.pieces import FORMATS, KINDS, PACKED, suffix_of
+from data_tools.formats import Kind, Part, is_json_lines
+from data_tools.pieces import DOCUMENTS, FORMATS, KINDS, PACKED, PartEnds, Pieces, suffix_of
 from pretrain.config.check import ConfigError
 from pretrain.host.foreign import shown
 
@@ -28,6 +32,8 @@ TEST, NO_SPLIT, NO_JSON_LINES = "of test text", "beside the splits, by no split'
 _NUMBERED = re.compile(r"([a-z]+)[-_.]\d+(?:-of-\d+)?")
 # So many names are said of each kind.
 MAX_NAMES = 3
+# Of a file that is not read, so much is looked at to see whether it could be.
+LOOKED_AT_BYTES = 1 << 14
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -96,29 +102,29 @@ def split_of(name: str) -> str:
     return next((split for split in ("test", "valid", "train") if split in found), "")
 
 
-def list_files(path: str, text: str, check: Callable[[], None]) -> Listing:
+def list_files(path: str, text: str, as_text: tuple[str, ...], check: Callable[[], None]) -> Listing:
     """The listing of a file, a folder or a glob, the text of whose records has the key or column `text`.
 
-    `check` is called again and again, to raise when it is time to stop. Raises ConfigError when there is nothing to
-    read.
+    Files that a glob of `as_text` names are text files, whatever their ending is. `check` is called again and again,
+    to raise when it is time to stop. Raises ConfigError when there is nothing to read.
     """
+    if empty := [one for one in as_text if not PurePath(one).parts]:
+        raise ConfigError(f"--as-text: {empty[0]!r} given; allowed: a glob, in quotes: '*.md'")
     if os.path.isfile(path):
-        part = file_part(Path(path), text)
-        if _no_text(Path(path), text):
-            line = f'{{{json.dumps(text, ensure_ascii=False)}: "..."}}'
-            raise ConfigError(f"corpus: {path!r} given, which is no JSON lines; allowed in a .json: lines of {line}")
-        split = split_of(Path(path).name)
-        remark = f"warning: {Path(path).name} is by its name {split} text, and is trained on as it was named alone"
-        return Listing(parts=[part], remarks=[remark] if split in ("valid", "test") else [])
+        return _list_file(Path(path), text, as_text)
     if not os.path.isdir(path) and not glob.has_magic(path):
         raise ConfigError(f"corpus: {path!r} given; there is no such file or folder")
     found = find_files(path, check)
     left_out = dict(found.left_out)
     names = []
+    plain: dict[str, set[str]] = {}
     for number, name in enumerate(found.files):
         if number % CHECK_ENTRIES == CHECK_ENTRIES - 1:
             check()
-        if why := _no_text(found.root / name, text):
+        if globs := _globs_of(name, as_text):
+            plain[name] = globs
+            names.append(name)
+        elif why := _no_text(found.root / name, text):
             left_out.setdefault(why, []).append(name)
         else:
             names.append(name)
@@ -128,14 +134,64 @@ def list_files(path: str, text: str, check: Callable[[], None]) -> Listing:
             left_out.setdefault(why, []).append(name)
     read = {name: split for name, split in splits.items() if split not in (TEST, NO_SPLIT)}
     _check_once(found.root, read)
-    parts = [file_part(found.root / name, text, split) for name, split in read.items()]
+    parts = [file_part(found.root / name, text, split, as_text=name in plain) for name, split in read.items()]
+    if empty := [name for name, part in zip(read, parts, strict=True) if name in plain and not part.num_bytes]:
+        left_out["empty"] = empty  # as a package's __init__.py; an empty file of text in its own right is a mistake
+        parts = [part for name, part in zip(read, parts, strict=True) if name not in empty]
+    advice, unread = _advice(found.root, left_out), [ending for ending in DOCUMENTS if ending in left_out]
     if not parts:
         there = f"; there are {named(left_out)}" if left_out else ""
         why = f", {len(found.unlisted)} cannot be listed: {_some(found.unlisted)}" if found.unlisted else ""
-        raise ConfigError(f"corpus: {path!r} given, which has no file to read{why}; allowed: {FORMATS}{there}")
+        raise ConfigError(
+            f"corpus: {path!r} given, which has no file to read{why}; allowed: {FORMATS}{there}"
+            + (f": type {advice} to read such files as text" if advice else "")
+            + (f": type {documents.EXTRA} to read {', '.join(unread)}" if unread else "")
+        )
     outside = found.outside
-    remarks = [f"{len(outside):,} of its links lead out of {path}: {_some(outside)}"] if outside else []
+    remarks = [f"to read such files as text, too, type {advice}"] if advice else []
+    remarks += [f"to read {', '.join(unread)}, too, type {documents.EXTRA}"] if unread else []
+    remarks += [f"{len(outside):,} of its links lead out of {path}: {_some(outside)}"] if outside else []
+    unused = [one for one in as_text if one not in set().union(*plain.values())]
+    remarks += [f"warning: --as-text {shlex.quote(one)} is the name of none of its files" for one in unused]
     return Listing(parts=parts, left_out=left_out, unlisted=found.unlisted, remarks=remarks)
+
+
+def _list_file(path: Path, text: str, as_text: tuple[str, ...]) -> Listing:
+    if _globs_of(str(path), as_text):
+        return Listing(parts=[file_part(path, text, as_text=True)])
+    part = file_part(path, text)
+    if _no_text(path, text):
+        line = f'{{{json.dumps(text, ensure_ascii=False)}: "..."}}'
+        raise ConfigError(
+            f"corpus: {str(path)!r} given, which is no JSON lines; allowed in a .json: lines of {line}, or any "
+            "text with --as-text '*.json'"
+        )
+    split = split_of(path.name)
+    remark = f"warning: {path.name} is by its name {split} text, and is trained on as it was named alone"
+    return Listing(parts=[part], remarks=[remark] if split in ("valid", "test") else [])
+
+
+def _globs_of(name: str, as_text: tuple[str, ...]) -> set[str]:
+    """The globs that match a file's name, or with a / in them the end of its path; in letters of any case."""
+    return {one for one in as_text if PurePath(name.lower()).match(one.lower())}
+
+
+def _advice(root: Path, left_out: dict[str, list[str]]) -> str:
+    """Options for the endings, the most frequent first, whose first file begins as text does: UTF-8, and no NUL."""
+    no_endings = (NO_JSON_LINES, *DOCUMENTS)
+    endings = {why: names[0] for why, names in left_out.items() if why.startswith(".") and why not in no_endings}
+    most_first = sorted(endings, key=lambda ending: -len(left_out[ending]))
+    readable = (one for one in most_first if _looks_like_text(root / endings[one]))
+    return " ".join(f"--as-text {shlex.quote(f'*{one}')}" for one in itertools.islice(readable, MAX_NAMES))
+
+
+def _looks_like_text(file: Path) -> bool:
+    try:
+        start = next(iter(Pieces(str(file), 0)), b"")[:LOOKED_AT_BYTES]
+        text = codecs.getincrementaldecoder("utf-8")().decode(start)
+    except (PartEnds, UnicodeDecodeError):
+        return False
+    return bool(text) and "\0" not in text
 
 
 def _no_text(file: Path, text: str) -> str:
@@ -143,7 +199,7 @@ def _no_text(file: Path, text: str) -> str:
     suffix = suffix_of(file.name)
     if suffix.startswith(".json") and not suffix.startswith(".jsonl") and not is_json_lines(str(file), text):
         return NO_JSON_LINES
-    if suffix:
+    if suffix and (suffix not in DOCUMENTS or documents.is_installed()):
         return ""
     *stems, ending = file.name.lower().split(".")
     if not stems:
@@ -177,14 +233,22 @@ def _check_once(root: Path, names: Iterable[str]) -> None:
             raise ConfigError(f"corpus: {root} has {stems[stem]}, {name}; allowed: one of them: move the other away")
 
 
-def file_part(path: Path, text: str, split: str = "") -> Part:
+def file_part(path: Path, text: str, split: str = "", *, as_text: bool = False) -> Part:
     """A file as part of a source. Raises ConfigError when it is of no known format, or cannot be looked at."""
-    suffix = suffix_of(path.name)
+    suffix = ".txt" if as_text else suffix_of(path.name)
     if not suffix:
-        raise ConfigError(f"corpus: {str(path)!r} given; allowed: a folder or a file of {FORMATS}")
+        raise ConfigError(
+            f"corpus: {str(path)!r} given; allowed: a folder or a file of {FORMATS}; any other is read as text with "
+            f"--as-text {shlex.quote(path.name)}"
+        )
+    if suffix in DOCUMENTS and not documents.is_installed():
+        raise ConfigError(
+            f"corpus: {str(path)!r} given; {suffix} needs packages that are not installed: type {documents.EXTRA}"
+        )
     try:
         stat = path.stat()
     except OSError as error:
         raise ConfigError(f"corpus: {str(path)!r} given; {error.strerror}") from None
-    kind = "parquet" if suffix == ".parquet" else KINDS[suffix.split(".")[1]]
+    others: dict[str, Kind] = {".parquet": "parquet", **dict.fromkeys(DOCUMENTS, "document")}
+    kind = others.get(suffix) or KINDS[suffix.split(".")[1]]
     return Part(path=str(path), kind=kind, text=text, split=split, num_bytes=stat.st_size, mtime_ns=stat.st_mtime_ns)

@@ -24,6 +24,7 @@ from rich.text import Text
 
 from data_tools import encode
 from data_tools.clean import Cleaning, write_grams
+from data_tools.documents import versions
 from data_tools.encode import Job
 from data_tools.listing import Listing, check_listed
 from data_tools.progress import Speed
@@ -31,7 +32,7 @@ from data_tools.report import REPORT_FILE, write_report
 from data_tools.sources import Block, Part, Source, find_text, part_identity, read_blocks, source_name
 from data_tools.tokenizer import PlainText, tokenizer_file
 from data_tools.work import Work
-from data_tools.workers import in_order, num_cores
+from data_tools.workers import StoppedError, in_order, workers_for
 from pretrain.config.check import ConfigError
 from pretrain.host.lock import lock_directory
 from pretrain.silo.shards import UNFINISHED, Manifest, atomic_path, read_manifest, tokenizer_sha256
@@ -39,17 +40,11 @@ from pretrain.silo.shards import UNFINISHED, Manifest, atomic_path, read_manifes
 SHARD_TOKENS = 100_000_000
 # Time between two commits, and so the work that a kill can cost.
 COMMIT_SECONDS = 2.0
-# Less text than this is done before worker processes have started.
-SMALL_BYTES = 8_000_000
 OVERLAY_FILE = "silo.yaml"
 # With less held-out text than this, some 50 sequences of 1,024 tokens, its loss says little.
 ENOUGH_DOCUMENTS, ENOUGH_TOKENS = 100, 50 * 1024
 MOST_HELD_OUT = 0.2
 _NOTHING_KEPT = {"documents": 0, "tokens": 0}
-
-
-class StoppedError(Exception):
-    """Asked to stop; all is saved, and the same command goes on."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -117,7 +112,7 @@ def prepare(
         manifests = _already_there(output, terms)
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed after its last rename
         return manifests
-    num_workers = _num_workers(pieces) if num_workers is None else num_workers
+    num_workers = workers_for([piece.part.num_bytes for piece in pieces]) if num_workers is None else num_workers
     lock = lock_directory(partial, f"preparing {output}")
     _remove_unfinished(partial)
     try:
@@ -150,11 +145,6 @@ def _remove_unfinished(partial: Path) -> None:
     """What an attempt left that was killed while it wrote a file."""
     for unfinished in partial.glob(f"output/**/{UNFINISHED}"):
         shutil.rmtree(unfinished)
-
-
-def _num_workers(pieces: list[_Piece]) -> int:
-    num_bytes = [piece.part.num_bytes for piece in pieces]
-    return 0 if all(num_bytes) and sum(num_bytes) < SMALL_BYTES else num_cores()
 
 
 def _listings(recipe: Recipe, on_bad: str, console: Console, asked_to_stop: Callable[[], bool]) -> dict[str, Listing]:
@@ -194,7 +184,8 @@ def _pieces(listings: dict[str, Listing]) -> list[_Piece]:
 
 def _terms(recipe: Recipe, pieces: list[_Piece]) -> dict[str, Any]:
     """All that decides about the bytes of the shards, as JSON holds it. A file is known by name, size and time."""
-    return {
+    documents = {"documents": versions()} if any(p.part.kind == "document" for p in pieces) else {}
+    return documents | {
         "text": [[p.source, Path(p.part.path).name, *part_identity(p.part)[1:]] for p in pieces],
         "tokenizer_sha256": tokenizer_sha256(tokenizer_file(recipe.tokenizer), key="--tokenizer"),
         "cleaning": dataclasses.asdict(recipe.cleaning),

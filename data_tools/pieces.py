@@ -22,9 +22,11 @@ KINDS: dict[str, Literal["jsonl", "txt", "csv", "parquet"]] = {
     "tsv": "csv",
 }
 PACKED = (".gz", ".zst", ".bz2", ".xz")
-SUFFIXES = (*(f".{kind}{packed}" for kind in KINDS for packed in (*PACKED, "")), ".parquet")
+# A file is a document; data_tools.documents reads them.
+DOCUMENTS = (".pdf", ".docx", ".html", ".htm")
+SUFFIXES = (*(f".{kind}{packed}" for kind in KINDS for packed in (*PACKED, "")), ".parquet", *DOCUMENTS)
 # As a user is told of them.
-FORMATS = f"{' '.join(f'.{kind}' for kind in KINDS)} [{' '.join(PACKED)}], .parquet"
+FORMATS = f"{' '.join(f'.{kind}' for kind in KINDS)} [{' '.join(PACKED)}], .parquet, {' '.join(DOCUMENTS)}"
 # What a plain file is read by.
 READ_BYTES = 1 << 20
 # What is unpacked at a time; so much text before the damage in an archive can be lost.
@@ -45,6 +47,11 @@ def suffix_of(name: str) -> str:
     return next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
 
 
+def packing_of(name: str) -> str:
+    """The one of PACKED that a file's name ends with, in letters of any case, or nothing."""
+    return next((packed for packed in PACKED if name.lower().endswith(packed)), "")
+
+
 def one_line(value: object) -> str:
     """Another's words, fit to be quoted in a line of ours."""
     return shown(" ".join(str(value).split()), limit=MAX_QUOTED_CHARACTERS)
@@ -58,16 +65,16 @@ class Pieces:
         self.bytes_read = 0
 
     def __iter__(self) -> Iterator[bytes]:
-        suffix, skip_bytes = suffix_of(self._path), self._offset
+        packing, skip_bytes = packing_of(self._path), self._offset
         try:
             with open(self._path, "rb") as raw:
-                if suffix.endswith(".gz"):
+                if packing == ".gz":
                     pieces = _gzip_pieces(raw)
-                elif suffix.endswith(".zst"):
+                elif packing == ".zst":
                     pieces = _zstandard_pieces(raw)
-                elif suffix.endswith(".bz2"):
+                elif packing == ".bz2":
                     pieces = _stream_pieces(raw, bz2.BZ2Decompressor)
-                elif suffix.endswith(".xz"):
+                elif packing == ".xz":
                     pieces = _stream_pieces(raw, lzma.LZMADecompressor)
                 else:
                     raw.seek(skip_bytes)

@@ -34,15 +34,17 @@ class Speed:
     def __exit__(self, *exception: object) -> None:
         self._progress.stop()
 
-    def update(self, part: int, part_bytes_read: int, num_tokens: int) -> None:
-        """So many bytes of this part are read, and those before it whole; so many tokens are written in all."""
+    def update(self, part: int, part_bytes_read: int, num_tokens: int | None = None) -> None:
+        """So many bytes of this part are read, and those before it whole; so many tokens are written in all, if any are
+        to be."""
         now, done = time.monotonic(), sum(self._part_bytes[:part]) + part_bytes_read
         if self._first is None:  # what an earlier attempt did says nothing of the speed of this one
-            self._first = (now, done, num_tokens)
+            self._first = (now, done, num_tokens or 0)
         seconds = max(now - self._first[0], 1e-9)
         bytes_per_second = (done - self._first[1]) / seconds
-        tokens_per_second = (num_tokens - self._first[2]) / seconds
-        speed = f"{bytes_per_second / 1e6:.1f} MB/s  {tokens_per_second / 1e6:.2f} Mtok/s"
+        speed = f"{bytes_per_second / 1e6:.1f} MB/s"
+        if num_tokens is not None:
+            speed += f"  {(num_tokens - self._first[2]) / seconds / 1e6:.2f} Mtok/s"
         self._progress.update(self._task, completed=done, speed=speed)
         if self._progress.disable and now - self._said >= SECONDS_BETWEEN_LINES:
             self._said = now

@@ -6,6 +6,7 @@ A report is what JSON holds, so that it is the same before and after it was writ
     sources: name -> documents, bytes     all that was read, before cleaning; bytes of UTF-8 text
                      kept                 split -> documents, bytes, tokens
                      dropped              reason -> documents, bytes
+                     personal             kind of personal data -> found, documents; of all that came to this step
                      bad, bad_examples    reason -> records that could not be used, and the first of them
                      lengths_kept         documents by floor(log2(bytes of text)), 32 of them
                      lengths_dropped      the same of what was dropped
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 REPORT_FILE = "report.json"
 PICTURE_FILE = "report.png"
 # In the order in which a document meets them; a report may hold others.
-REASONS = ("blank", "filter", "short", "long", "duplicate", "near duplicate", "overlap")
+REASONS = ("blank", "filter", "personal data", "short", "long", "duplicate", "near duplicate", "overlap")
 ALL_SOURCES = "all"
 # What a terminal shows of each source; report.json has more.
 SHOWN_BAD_EXAMPLES = 5
@@ -44,7 +45,7 @@ SHOWN_BAD_EXAMPLES = 5
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c6d31")
 KEPT_COLORS = {"train": "#0b3c5d", "valid": "#56b4e9"}
 DROPPED_COLORS = dict(
-    zip(REASONS, ("#8a8a8a", "#cc79a7", "#e69f00", "#8c6d31", "#d55e00", "#f3b391", "#009e73"), strict=True)
+    zip(REASONS, ("#8a8a8a", "#cc79a7", "#5b3a8c", "#e69f00", "#8c6d31", "#d55e00", "#f3b391", "#009e73"), strict=True)
 )
 DARK, LIGHT = "#1f2933", "#ffffff"
 WIDTH_INCHES = 10.5
@@ -103,6 +104,11 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
         kept = [source["kept"].get(split, {"bytes": 0, "tokens": 0}) for source in columns]
         rows.append((f"tokens, {split}", [format_count(one["tokens"]) for one in kept]))
         rows.append(("  bytes per token", [format_ratio(one["bytes"], one["tokens"]) for one in kept]))
+    personal = [source.get("personal", {}) for source in columns]
+    for kind in _names(personal):
+        numbers = [one.get(kind, {"found": 0, "documents": 0}) for one in personal]
+        rows.append((f"{kind} found", [format_count(one["found"]) for one in numbers]))
+        rows.append(("  in documents", [format_count(one["documents"]) for one in numbers]))
     rows.append(("bad records", [format_count(sum(source["bad"].values())) for source in columns]))
     for reason in _names([source["bad"] for source in columns]):
         rows.append((f"  {reason}", [format_count(source["bad"].get(reason, 0)) for source in columns]))
@@ -112,6 +118,10 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
         f"{report['tokens_per_second']:,.0f} tokens/s",
         highlight=False,
     )
+    for name, left_out in report.get("left_out", {}).items():
+        if left_out:
+            listed = "; ".join(f"{number:,} {why}" for why, number in left_out.items())
+            console.print(Text(f"left out of {name}: {listed}"), soft_wrap=True)
     _print_bad_examples(report["sources"], console)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from data_tools.documents import document_text
 from data_tools.formats import (
     Bad,
     Part,
@@ -63,6 +64,8 @@ class Source:
     """The data set's split to read."""
     text: str = "text"
     """The JSON key or column that holds the text."""
+    as_text: tuple[str, ...] = ()
+    """Globs of files, by name or by the end of their path, that are read as text files whatever their ending is."""
     name: str = ""
     """The folder of its shards; empty: see `source_name`."""
     weight: float | None = None
@@ -128,13 +131,18 @@ def _checked_source(given: Any, key: str) -> Source:
         if name == "weight":
             if type(value) not in (int, float) or not 0 < value < math.inf:
                 raise ConfigError(f"{key}.weight: {one_line(repr(value))} given; allowed: a number above 0")
+        elif name == "as_text":
+            if "dataset" in given or not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+                raise ConfigError(
+                    f"{key}.as_text: {one_line(repr(value))} given; allowed: beside path, a list of globs: ['*.md']"
+                )
         elif not isinstance(value, str) or not value:
             raise ConfigError(f"{key}.{name}: {one_line(repr(value))} given; allowed: text, in quotes")
     if ("path" in given) == ("dataset" in given):
         raise ConfigError(f"{key}: {', '.join(given)} given; allowed: one of path and dataset")
     if not NAME.fullmatch(given.get("name", "text")):
         raise ConfigError(f"{key}.name: {given['name']!r} given; allowed: names of a-z, 0-9, _ and -")
-    return Source(**given)
+    return Source(**given | {"as_text": tuple(given.get("as_text", ()))})
 
 
 def source_name(source: Source) -> str:
@@ -171,7 +179,7 @@ def find_text(source: Source, check: Callable[[], None] = lambda: None) -> Listi
         raise ConfigError(f"corpus: path {source.path!r} and dataset {source.dataset!r} given; allowed: one of them")
     if source.dataset or _is_saved(Path(source.path)):
         return _list_dataset(source)
-    return list_files(source.path, source.text, check)
+    return list_files(source.path, source.text, source.as_text, check)
 
 
 def _is_saved(path: Path) -> bool:
@@ -231,7 +239,10 @@ def read_blocks(part: Part, place: Place = (0, 0)) -> Iterator[Block]:
     When a part cannot be read, or not to its end, its last record is a Bad that says why. Raises ConfigError when a
     data set cannot be loaded.
     """
-    if place[0] != END:
+    if part.kind == "document":
+        if not any(place):  # the worker reads it, as that takes long
+            yield Block(part=part, first=1, next=(END, 1), bytes_read=part.num_bytes)
+    elif place[0] != END:
         yield from (_raw_blocks if part.kind in ("jsonl", "txt") else _row_blocks)(part, place)
 
 
@@ -300,6 +311,8 @@ def parse_block(block: Block) -> Iterator[tuple[int, str | Bad]]:
     """Line or row number and text, blank ones too, of every record of a block."""
     if block.part.kind == "jsonl":
         yield from parse_json_lines(block.part, block.raw, block.first)
+    elif block.part.kind == "document":
+        yield 1, document_text(block.part)
     elif block.part.kind == "txt":
         yield from parse_documents(block.part, block.raw, block.first)
     for number, value in zip(block.numbers, block.texts, strict=True):

@@ -92,6 +92,8 @@ class Work:
             counts["bad"][bad.reason] = counts["bad"].get(bad.reason, 0) + 1
             if len(counts["bad_examples"]) < MAX_BAD_EXAMPLES:
                 counts["bad_examples"].append(bad.message)
+        for (kind, what), number in encoded.personal.items():
+            counts["personal"].setdefault(kind, {"found": 0, "documents": 0})[what] += number
         self.place = place
 
     def _write(self, encoded: Encoded, chosen: npt.NDArray[np.bool_], counts: dict[str, int], split: str) -> None:
@@ -138,6 +140,7 @@ def _nothing_counted() -> dict[str, Any]:
         "bytes": 0,
         "kept": {},
         "dropped": {},
+        "personal": {},
         "bad": {},
         "bad_examples": [],
         "lengths_kept": [0] * NUM_LENGTH_BINS,

@@ -16,13 +16,24 @@ from pretrain.config.check import ConfigError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+# Less text than this is done before worker processes have started.
+SMALL_BYTES = 8_000_000
 # Items in flight for each worker: one at work, one waiting, so that no worker waits for the parent.
 ITEMS_PER_WORKER = 2
+
+
+class StoppedError(Exception):
+    """Asked to stop; all is saved, and the same command goes on."""
 
 
 def num_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def workers_for(part_bytes: list[int]) -> int:
+    """How many processes text in parts of so many bytes is worth, 0 being unknown: none, or one a core."""
+    return 0 if all(part_bytes) and sum(part_bytes) < SMALL_BYTES else num_cores()
 
 
 def in_order(

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, pre_tokenizers
 
-from data_tools import counts as counts_module
+from data_tools import pretokens
 from data_tools import tokenizer as tokenizer_module
 from data_tools.counts import (
     FULL_DISTINCT,
@@ -92,9 +92,9 @@ def test_tables_that_spill_count_the_same(shares: bool, monkeypatch: pytest.Monk
     spilled = []
     original = tempfile.TemporaryFile
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda: spilled.append(original()) or spilled[-1])
-    monkeypatch.setattr(counts_module, "BATCH_CHARACTERS", 2_000)
-    monkeypatch.setattr(counts_module, "MAX_TABLE_ENTRIES", 100)
-    monkeypatch.setattr(counts_module, "MAX_RUNS", 3)
+    monkeypatch.setattr(pretokens, "BATCH_CHARACTERS", 2_000)
+    monkeypatch.setattr(pretokens, "MAX_TABLE_ENTRIES", 100)
+    monkeypatch.setattr(pretokens, "MAX_RUNS", 3)
     assert list(count_pretokens(texts, shares=shares)) == expected
     assert len(spilled) > 10
     assert all(file.closed for file in spilled)
@@ -103,19 +103,19 @@ def test_tables_that_spill_count_the_same(shares: bool, monkeypatch: pytest.Monk
 def test_processes_count_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = made_texts(300)
     expected = list(count_pretokens(texts, num_workers=0))
-    monkeypatch.setattr(counts_module, "BATCH_CHARACTERS", 4_000)
+    monkeypatch.setattr(pretokens, "BATCH_CHARACTERS", 4_000)
     assert list(count_pretokens(texts, num_workers=2)) == expected
 
 
 def test_a_full_temporary_disk_is_one_line(tmp_path: Path) -> None:
     code = (
         "import resource\n"
-        "from data_tools import counts\n"
+        "from data_tools import pretokens\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
-        "counts.MAX_TABLE_ENTRIES = counts.BATCH_CHARACTERS = 1\n"
+        "pretokens.MAX_TABLE_ENTRIES = pretokens.BATCH_CHARACTERS = 1\n"
         "try:\n"
-        "    list(counts.count_pretokens([' '.join(f'w{i}x' for i in range(9_000)), 'b']))\n"
-        "except counts.ConfigError as error:\n"
+        "    list(pretokens.count_pretokens([' '.join(f'w{i}x' for i in range(9_000)), 'b']))\n"
+        "except pretokens.ConfigError as error:\n"
         "    print(error)\n"
     )
     environment = {"TMPDIR": str(tmp_path), "PATH": "", "PYTHONPATH": ":".join(sys.path)}

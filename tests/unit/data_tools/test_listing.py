@@ -9,10 +9,12 @@ import pytest
 from typer.testing import CliRunner
 
 from data_tools.cli import app
+from data_tools.counts import read_counts
 from data_tools.listing import Listing, split_of
-from data_tools.pack import Recipe, StoppedError, prepare
-from data_tools.sources import Source, find_text, source_name
+from data_tools.pack import Recipe, prepare
+from data_tools.sources import Source, find_text, load_sources, read_parts, source_name
 from data_tools.tokenizer import train_tokenizer
+from data_tools.workers import StoppedError
 from tests.support import one_line_error
 from tests.text_files import TEXTS, save_dataset, write, write_jsonl
 
@@ -106,7 +108,7 @@ def test_every_split_is_used_for_what_it_is(
 def test_test_text_is_never_packed_and_all_is_said_before_reading(
     tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    names = ["train.jsonl", "validation.jsonl", "test.jsonl", "notes.docx", "more.docx", "README"]
+    names = ["train.jsonl", "validation.jsonl", "test.jsonl", "notes.odt", "more.odt", "README"]
     listed(tmp_path / "law", *names, "b.json", ".git")
     write(tmp_path / "law" / "train.jsonl", b"broken\n")
     sources = (Source(path=str(tmp_path / "law")),)
@@ -116,7 +118,7 @@ def test_test_text_is_never_packed_and_all_is_said_before_reading(
     said = capsys.readouterr().err.splitlines()
     assert said[:2] == [
         "law: 1 file of 0.0 MB to train on; 1 file of 0.0 MB held out",
-        "law: left out: 1 hidden (.git); 1 without an ending (README); 2 .docx (more.docx, notes.docx); "
+        "law: left out: 1 hidden (.git); 1 without an ending (README); 2 .odt (more.odt, notes.odt); "
         "1 beside the splits, by no split's name (b.json); 1 of test text (test.jsonl)",
     ]
     write(tmp_path / "law" / "train.jsonl", b'{"text": "train"}\n')
@@ -280,5 +282,64 @@ def test_json_is_read_where_it_is_json_lines(tmp_path: Path) -> None:
         ".md": ["i.md"],
     }
     assert one_line_error(find_text, Source(path=str(tmp_path / "c.json"))) == (
-        f'corpus: \'{tmp_path}/c.json\' given, which is no JSON lines; allowed in a .json: lines of {{"text": "..."}}'
+        f'corpus: \'{tmp_path}/c.json\' given, which is no JSON lines; allowed in a .json: lines of {{"text": "..."}}, '
+        "or any text with --as-text '*.json'"
+    )
+
+
+# --- text files of other endings ---
+
+
+def test_other_endings_are_read_as_text_where_the_user_says_so(tmp_path: Path) -> None:
+    code = [f"src/{name}" for name in ("a.py", "B.PY", "train.py", "valid.py", "pi.py.gz")]
+    for name in [*code, "docs/a.md", "old/a.md", "README"]:
+        write(tmp_path / name, f"text of {name}\n".encode())
+    write(tmp_path / "a.png", b"\x89PNG\r\n\x1a\n\0")
+    assert one_line_error(find_text, Source(path=str(tmp_path))).endswith(
+        "there are 1 without an ending (README); 1 .png (a.png); 2 .md (docs/a.md, old/a.md); "
+        "4 .py (src/B.PY, src/a.py, src/train.py, ...); 1 .py.gz (src/pi.py.gz)"
+        ": type --as-text '*.py' --as-text '*.md' --as-text '*.py.gz' to read such files as text"
+    )
+    source = Source(path=str(tmp_path), as_text=("*.py", "*.py.gz", "docs/*.md", "*.rst"))
+    found = find_text(source)
+    # A program's train.py and valid.py are no splits.
+    assert uses(found, tmp_path) == dict.fromkeys(sorted([*code, "docs/a.md"]), "")
+    assert found.left_out == {"without an ending": ["README"], ".png": ["a.png"], ".md": ["old/a.md"]}
+    assert found.remarks == [
+        "to read such files as text, too, type --as-text '*.md'",
+        "warning: --as-text '*.rst' is the name of none of its files",
+    ]
+    assert list(read_parts(found.parts)) == [f"text of {name}\n" for name in sorted([*code, "docs/a.md"])]
+
+
+def test_commands_read_other_endings_as_text(tmp_path: Path) -> None:
+    for number in range(60):
+        write(tmp_path / "code" / f"{number}.py", f"number = {number}\n".encode())
+    write(tmp_path / "code" / "b.json", b'{"a": [1,\n2]}\n')
+    write(tmp_path / "code" / "__init__.py", b"")
+    output = ["--as-text", "*.py", "--as-text", "*.json", "--output", str(tmp_path / "counts.tsv")]
+    done = CliRunner().invoke(app, ["counts", str(tmp_path / "code"), *output], catch_exceptions=False)
+    assert "code: 61 files of 0.0 MB to train on" in done.stderr
+    assert "code: left out: 1 empty (__init__.py)" in done.stderr
+    assert read_counts(tmp_path / "counts.tsv")[1]["number"] == 60
+    train_tokenizer(TEXTS, vocab_size=270, output=tmp_path)
+    (tmp_path / "sources.yaml").write_text(f"sources: [{{path: '{tmp_path}/code', as_text: ['*.py']}}]")
+    output = ["--tokenizer", str(tmp_path), "--output", str(tmp_path / "packed"), "--held-out", "0"]
+    done = CliRunner().invoke(app, ["prepare", "--sources", str(tmp_path / "sources.yaml"), *output])
+    assert done.exit_code == 0, done.output
+    assert "code: left out: 1 .json that is no JSON lines (b.json); 1 empty (__init__.py)" in done.stderr
+    assert "60 documents" in done.stdout
+    assert "1 .json that is no JSON lines" in done.stdout  # at the end once more, after what may have been hours
+
+
+def test_mistakes_about_text_of_other_endings_are_one_line(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.rst", b"text")
+    assert one_line_error(find_text, Source(path=str(file))).endswith("is read as text with --as-text a.rst")
+    assert find_text(Source(path=str(file), as_text=("*.rst",))).parts[0].kind == "txt"
+    assert one_line_error(find_text, Source(path=str(file), as_text=("",))) == (
+        "--as-text: '' given; allowed: a glob, in quotes: '*.md'"
+    )
+    (tmp_path / "sources.yaml").write_text("sources: [{path: a, as_text: '*.md'}]")
+    assert one_line_error(load_sources, tmp_path / "sources.yaml").endswith(
+        "sources[0].as_text: '*.md' given; allowed: beside path, a list of globs: ['*.md']"
     )

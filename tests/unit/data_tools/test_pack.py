@@ -15,9 +15,10 @@ import yaml
 from tokenizers import Tokenizer
 
 from data_tools.clean import Cleaning
-from data_tools.pack import Recipe, StoppedError, prepare
+from data_tools.pack import Recipe, prepare
 from data_tools.sources import Source, load_sources
 from data_tools.tokenizer import train_tokenizer
+from data_tools.workers import StoppedError
 from pretrain.config.load import load_config
 from pretrain.silo.data import PackedTokens
 from pretrain.silo.shards import Manifest, tokenizer_sha256, verify_shards, verify_tokens

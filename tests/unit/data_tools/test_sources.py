@@ -279,7 +279,7 @@ def test_nothing_to_read_is_named(tmp_path: Path) -> None:
         assert one_line_error(find_text, Source(path=path)) == (
             f"corpus: {path!r} given, which has no file to read; allowed: {FORMATS}"
         )
-    other = write(tmp_path / "a.docx", b"")
+    other = write(tmp_path / "a.odt", b"")
     assert "allowed: a folder or a file of" in one_line_error(find_text, Source(path=str(other)))
     assert one_line_error(find_text, Source()) == "corpus: path '' and dataset '' given; allowed: one of them"
 
