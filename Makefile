@@ -5,7 +5,7 @@ BIN = .venv/bin
 CONSTRAINTS ?= constraints.txt
 PIP_FLAGS ?=
 
-.PHONY: demo test soak fuzz check lint config-docs clean
+.PHONY: demo test soak fuzz check lint docs config-docs clean
 
 demo: .venv/installed
 	$(BIN)/atoll demo $(ARGS)
@@ -31,6 +31,14 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 check: lint test
+
+# The pages as a site in build/site, every link of theirs checked; it asks no other host for anything.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+.venv/docs: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) $(PIP_FLAGS) --editable ".[docs]"
+	touch $@
 
 config-docs: .venv/installed
 	$(BIN)/atoll config keys --markdown > configuration.md.new

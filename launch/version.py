@@ -6,9 +6,10 @@ import typer
 
 
 def with_version(command: Any, option: Any = None) -> Any:
-    """A command, or a group with all that is in it, that takes `--version`."""
+    """A command, or a group with all that is in it, that takes `--version`; it keeps one of its own, of a model."""
     option = option or _option()
-    command.params.append(option)
+    if not any("--version" in known.opts for known in command.params):
+        command.params.append(option)
     for inner in getattr(command, "commands", {}).values():
         with_version(inner, option)
     return command

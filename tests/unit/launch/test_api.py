@@ -1,5 +1,6 @@
-"""The example of docs/python.md, run as it stands; and what the tables hold."""
+"""The example of docs/python.md and the notebook, run as they stand; and what the tables hold."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,19 @@ def test_the_example_of_the_docs(run: RunConfig) -> None:
     assert found["last"].to_dict() == {"alpha": 2.5}
     assert found["held_out"]["val_loss/alpha"].to_list() == [5.5]
     assert found["text"].startswith("The court")
+
+
+def test_the_notebook(run: RunConfig) -> None:
+    notebook = json.loads((ROOT / "docs/notebook.ipynb").read_text())
+    found: dict[str, Any] = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert (cell["outputs"], cell["execution_count"]) == ([], None), "strip its outputs"
+            exec("".join(cell["source"]).replace('"runs/run"', repr(run.directory)), found)
+    assert found["shares"].loc[2].to_dict() == {"alpha": 0.75, "beta": 0.25}
+    assert found["steps"]["alpha"].to_list() == [4.0, 2.5]
+    assert found["held_out"].loc[0].to_dict() == {"val_loss/alpha": 5.5}
+    assert [line.get_ydata().tolist() for line in found["axes"].get_lines()] == [[4.0, 2.5]]
 
 
 def test_a_store_alone(run: RunConfig) -> None:

@@ -66,10 +66,22 @@ def test_the_demo_too(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     assert (code, one_line(error)[:17]) == (2, "atoll: inner.lr: ")
 
 
-@pytest.mark.parametrize("command", [(), ("launch",), *COMMANDS], ids=" ".join)
+OF_A_MODEL = [("export",), ("generate",), ("chat",)]
+"""Their --version is one of the global parameters."""
+
+
+@pytest.mark.parametrize("command", [(), ("launch",), *sorted({*COMMANDS}.difference(OF_A_MODEL))], ids=" ".join)
 def test_every_command_has_a_version(command: tuple[str, ...], monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setattr(sys, "argv", ["atoll", *command, "--version"])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 0
     assert capsys.readouterr().out.splitlines()[0] == f"atoll {VERSION}"
+
+
+@pytest.mark.parametrize("command", [("export", "--output", "model"), ("generate", "--prompt", "ba"), ("chat",)])
+def test_a_version_of_a_model_is_no_question_for_ours(
+    command: tuple[str, ...], tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    code, error = run([*command, str(tmp_path / "none"), "--version", "12"], monkeypatch, capsys)
+    assert (code, str(tmp_path / "none") in one_line(error)) == (2, True)

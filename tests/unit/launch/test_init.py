@@ -3,14 +3,12 @@
 import itertools
 import os
 import pty
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 import yaml
 
 from launch import cli
@@ -24,6 +22,7 @@ from pretrain.exchange.store import StoreExchange
 from pretrain.federation.join import find_federation, joined_config
 from pretrain.federation.preflight import check_run, check_silo
 from pretrain.trust.contract import build_contract, first_contract
+from tests import typed
 from tests.support import ROOT, TinyText, one_line_error
 from tests.unit.launch.test_cli import one_line, run
 
@@ -57,18 +56,6 @@ def begin(monkeypatch: Any, capsys: Any, *arguments: str) -> list[str]:
     return [line.strip() for line in next_commands]
 
 
-def check_typed(line: str) -> None:
-    """Every command that is printed exists, with these options."""
-    words = shlex.split(line)
-    assert words.pop(0) == "atoll"
-    command: Any = typer.main.get_command(cli.app)
-    while hasattr(command, "commands"):
-        command = command.commands[words.pop(0)]
-    command.make_context(line, words, resilient_parsing=True)
-    known = {option for parameter in command.params for option in parameter.opts}
-    assert {word for word in words if word.startswith("--")} <= known, line
-
-
 @pytest.mark.parametrize(("machine", "role"), COMBINATIONS, ids=str)
 def test_what_is_written_passes_the_preflight(
     machine: str, role: str, place: Path, monkeypatch: Any, capsys: Any
@@ -79,7 +66,7 @@ def test_what_is_written_passes_the_preflight(
     given += ["--model", "llama-5m"] if role == "federation" else []
     next_commands = begin(monkeypatch, capsys, *given, *(["--store", "shared"] if role == "silo" else []))
     for line in next_commands:
-        check_typed(line)
+        typed.check_whole(line)
     if role == "site":
         (place / "run.yaml").write_text("model: {config: {model_type: llama}}\nsilos: {alpha: {}}\n")
         site = load_site([Path("site.yaml")], load_config(["run.yaml"]))
