@@ -14,7 +14,6 @@ import re
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -29,6 +28,7 @@ from pretrain.exchange.objects import Objects
 from pretrain.exchange.options import reached, store_options
 from pretrain.exchange.signed import CONTRACT
 from pretrain.exchange.store import REFUSED, StoreExchange, delivery_path, snapshot_path, version_path
+from pretrain.host.beside import Beside
 from pretrain.trust.ledger import RECORD_BYTES, Commit, Manifest, Payload, RefusedError, Snapshot
 
 KIND = "archive"  # of its lines in the egress ledger
@@ -70,8 +70,7 @@ class Archive:
         self._retry_seconds, self._num_fragments = config.exchange.retry_seconds, config.outer.num_fragments
         self._is_ours, self._in_trouble, self._next_try = False, False, 0.0
         self._history: History | None = None
-        self._thread = ThreadPoolExecutor(1, "archive")
-        self._under_way: Future[None] | None = None
+        self._beside = Beside("archive")
 
     @property
     def _store(self) -> StoreExchange:
@@ -116,18 +115,16 @@ class Archive:
         self.finish()
         self._history = self._history or History(self._exchange.until(self._over), self._num_fragments)
         prune = partial(self._history.prune, roster, newest, keep_versions, late=late)
-        self._under_way = self._thread.submit(self.prune, prune)
+        self._beside.begin(self.prune, prune)
 
     def finish(self) -> None:
         """Wait for what was begun; raises what went wrong with it."""
-        if self._under_way:
-            self._under_way.result()
-        self._under_way = None
+        self._beside.finish()
 
     def stop(self) -> None:
         """Copy and delete no more."""
         self._over.set()
-        self._thread.shutdown()
+        self._beside.stop()
 
     def prune(self, prune: Prune) -> None:
         """Have what was copied deleted. An archive in trouble is one line, and what is not in it stays in the store."""

@@ -3,7 +3,6 @@
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from torch import Tensor
@@ -13,6 +12,7 @@ from pretrain.exchange.history import History
 from pretrain.exchange.payload import Tensors, save_tensors
 from pretrain.exchange.sealed import fetch_version, seal_payload
 from pretrain.exchange.store import StoreExchange, file_payload, version_path
+from pretrain.host.beside import Beside
 from pretrain.merge.terms import snapshot_kinds, snapshot_versions
 from pretrain.outer.state import OuterState
 from pretrain.trust.ledger import Commit, Payload, RefusedError, Snapshot, sha256_bytes
@@ -38,8 +38,7 @@ class Snapshots:
         self._config, self._scratch, self._check_lease, self._let_go = config, scratch, check_lease, let_go
         self._exchange, self._over = exchange, threading.Event()
         self.history = History(exchange, config.outer.num_fragments)
-        self._thread = ThreadPoolExecutor(1, "snapshot")
-        self._under_way: Future[None] | None = None
+        self._beside = Beside("snapshot")
 
     def is_due(self, version: int) -> bool:
         """Whether a version's outer state is to be written."""
@@ -47,18 +46,16 @@ class Snapshots:
 
     def begin(self, state: OuterState, commit: Commit, names: Sequence[str]) -> None:
         """Begin to write what a version made of these tensors, all of a fragment. `finish` comes before any change."""
-        self._under_way = self._thread.submit(self._write, state, commit, names)
+        self._beside.begin(self._write, state, commit, names)
 
     def finish(self) -> None:
         """Wait for the snapshot that is being written; raises what went wrong with it."""
-        if self._under_way:
-            self._under_way.result()
-        self._under_way = None
+        self._beside.finish()
 
     def stop(self) -> None:
         """Write no more."""
         self._over.set()
-        self._thread.shutdown()
+        self._beside.stop()
 
     def _write(self, state: OuterState, commit: Commit, names: Sequence[str]) -> None:
         fragment = self._config.schedule.fragment(commit.version)
