@@ -13,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
 from deepspeed.accelerator import get_accelerator
 
 from pretrain.config.keys import RunConfig
@@ -63,11 +64,14 @@ def turn_of_bare(silo: Silo, num_steps: int) -> float:
     """Steps per second of DeepSpeed alone."""
     engine, num_batches = silo.engine._deepspeed, silo.config.silos[silo.name].accumulation_steps
     batches = [next(silo.batches) for _ in range(num_steps * num_batches)]
+    clip_norm = 0.0 if engine.gradient_clipping() else silo.config.inner.clip_norm
     get_accelerator().synchronize()
     began = time.perf_counter()
     for input_ids, targets in batches:
         loss = token_losses(engine, input_ids, targets).mean()
         engine.backward(loss)
+        if clip_norm and engine.is_gradient_accumulation_boundary():  # plain fp32: a silo clips in DeepSpeed's stead
+            torch.nn.utils.clip_grad_norm_(engine.module.parameters(), clip_norm)
         engine.step()
     get_accelerator().synchronize()
     return num_steps / (time.perf_counter() - began)
