@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -296,13 +295,7 @@ def describe_setup(silo: SiloConfig) -> str:
     """How a silo trains: ranks, ZeRO stage, precision."""
     fewest, most = (num_nodes * silo.processes_per_node for num_nodes in (silo.fewest_nodes, silo.num_nodes))
     ranks = f"{f'{fewest} to ' if fewest < most else ''}{most} rank{'s' if most > 1 else ''}"
-    return f"{ranks}, ZeRO-{zero_stage(silo)}, {silo.precision}"
-
-
-def zero_stage(silo: SiloConfig) -> int:
-    """The ZeRO stage in a silo's DeepSpeed section; DeepSpeed's default is 0."""
-    section: dict[str, Any] = silo.deepspeed.get("zero_optimization") or {}
-    return int(section.get("stage", 0))
+    return f"{ranks}, ZeRO-{silo.zero_stage}, {silo.precision}"
 
 
 def format_seconds(seconds: float) -> str:

@@ -315,6 +315,12 @@ class SiloConfig:
         """With how few nodes it may start."""
         return self.min_nodes or self.num_nodes
 
+    @property
+    def zero_stage(self) -> int:
+        """The ZeRO stage in its DeepSpeed section; DeepSpeed's default is 0."""
+        section: dict[str, Any] = self.deepspeed.get("zero_optimization") or {}
+        return int(section.get("stage", 0))
+
 
 @dataclass(kw_only=True)
 class WandbConfig:

@@ -44,7 +44,7 @@ class SiloMemory:
 
 def silo_memory(config: RunConfig, name: str, shapes: Shapes, hugging_face: Any) -> SiloMemory:
     """Memory of a silo; `hugging_face` is the model's `transformers` configuration."""
-    silo, stage = config.silos[name], _zero(config.silos[name]).get("stage", 0)
+    silo, stage = config.silos[name], config.silos[name].zero_stage
     device = [_device_bytes(config, silo, stage, shapes, hugging_face) for stage in range(4)]
     leader, others = SILO_BYTES + _sync_bytes(config, shapes), silo.processes_per_node - 1
     offloaded = _offloaded_bytes(config, silo, shapes)
@@ -190,7 +190,7 @@ def _client_bytes(config: RunConfig, shapes: Shapes) -> int:
 
 def _offloaded_bytes(config: RunConfig, silo: SiloConfig, shapes: Shapes) -> int:
     """Of one rank: masters, moments and their gradients; at stage 3 parameters, if asked for."""
-    stage, (optimizer, parameters) = _zero(silo).get("stage", 0), _offloads(silo)
+    stage, (optimizer, parameters) = silo.zero_stage, _offloads(silo)
     if not stage:
         return 0
     found = states_bytes(config, silo, stage, shapes) + 4 * _num_elements(shapes) if optimizer else 0

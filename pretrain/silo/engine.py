@@ -49,7 +49,7 @@ def deepspeed_config(silo: SiloConfig, inner: InnerConfig) -> dict[str, Any]:
 
     Without ZeRO and in fp32 DeepSpeed keeps no norm of the gradient: we take it, and clip by it.
     """
-    is_plain = silo.precision == "fp32" and not silo.deepspeed.get("zero_optimization", {}).get("stage", 0)
+    is_plain = silo.precision == "fp32" and not silo.zero_stage
     return {
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
@@ -83,7 +83,7 @@ class Engine:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         settings = deepspeed_config(silo, inner)
         zero = settings.get("zero_optimization", {})
-        self.stage: int = zero.get("stage", 0)
+        self.stage = silo.zero_stage
         if any(zero.get(part, {}).get("device") == "nvme" for part in ("offload_optimizer", "offload_param")):
             raise ConfigError("deepspeed.zero_optimization: offload to nvme given; allowed: none, cpu")
         partitioned = deepspeed.zero.Init(config_dict_or_path=settings) if self.stage == 3 else None
