@@ -320,8 +320,10 @@ class Objects:
                     put(self._path(name))
             except FileExistsError:
                 may_be_ours = self._retry_seconds and (num_tries > 1 or not self._directory)
-                if not may_be_ours or not is_same():
-                    raise
+                with suppress(FileNotFoundError):  # it was there, and whoever reads it has just deleted it
+                    if may_be_ours and is_same():
+                        return
+                raise
 
         self._try(name, "written", create)
 
@@ -401,10 +403,10 @@ class Objects:
             if verb != "written":
                 raise error
             raise ConfigError(self._line(name, verb, error)) from None
-        # A parent that is a file, not a directory, reads as "exists" too; only the object itself is a clash.
-        if not self._directory or os.path.lexists(self._path(name)):
-            raise FileExistsError(f"{self.url}/{name} exists already; nothing is ever overwritten") from None
-        raise ConfigError(self._line(name, verb, error)) from None
+        # A store's directory that is a file reads as "exists", too; of an object, which may be gone again, it is true.
+        if self._directory and not os.path.isdir(self._root):
+            raise ConfigError(self._line(name, verb, error)) from None
+        raise FileExistsError(f"{self.url}/{name} exists already; nothing is ever overwritten") from None
 
     def _line(self, name: str, verb: str, error: Exception) -> str:
         # Of a write, `name` says all; the path of a temporary file would only mislead.

@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import shutil
+import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -92,6 +93,37 @@ def test_nothing_is_ever_overwritten(objects: Objects, tmp_path: Path) -> None:
             attempt()
     assert objects.read("one") == b"first"
     assert objects.names("") == ["one"]
+
+
+@pytest.mark.parametrize("retry_seconds", [0, 60])
+@pytest.mark.parametrize("url", ["directory", "s3"], indirect=True)
+def test_a_name_that_is_given_up_meanwhile_was_taken(url: str, retry_seconds: float) -> None:
+    """Who reads a word deletes it: whoever writes it again at that moment hears that it was there, or writes it."""
+    objects = Objects(url, retry_seconds=retry_seconds)
+    writers, tries = 2, 10 if url.startswith("s3:") else 500
+    over = threading.Event()
+
+    def write(writer: int) -> int:
+        taken = 0
+        for number in range(tries):
+            try:
+                objects.write("words/one", b"%d of %d" % (number, writer))
+            except FileExistsError:
+                taken += 1
+        return taken
+
+    def delete() -> None:
+        while not over.is_set():
+            objects.delete("words/one")
+
+    with ThreadPoolExecutor(writers + 1) as pool:
+        deleting = pool.submit(delete)
+        taken = [pool.submit(write, writer) for writer in range(writers)]
+        try:
+            assert 0 < sum(future.result() for future in taken) < writers * tries
+        finally:
+            over.set()
+        deleting.result()
 
 
 @pytest.mark.parametrize("url", ["directory", "s3"], indirect=True)
