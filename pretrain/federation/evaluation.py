@@ -122,11 +122,16 @@ class Publisher:
         if self._label:
             return
         version, newest = subject.provenance.get("version"), self._exchange.newest_version()
-        is_ours = type(version) is int and 0 <= version <= newest
-        if not is_ours or self._exchange.read_commit(version).parameters_digest != self._digest:
+        self._version = version if type(version) is int and 0 <= version <= newest else None
+        if self._version is None or self._digest_of(self._version) != self._digest:
             what = f"this model is none of the versions 0 to {newest} of {self._config.name}"
             raise ConfigError(f"--label: none given; {what}; allowed: a label, as of a model beside the run")
-        self._version = version
+
+    def _digest_of(self, version: int) -> str:
+        try:
+            return self._exchange.read_commit(version).parameters_digest
+        except RefusedError as error:
+            raise ConfigError(f"--publish: given with {self._config.store_url!r}; {error}") from None
 
     def publish(self, found: Mapping[str, SplitLoss]) -> str:
         """Leave word of the losses by corpus; returns its name in the store. Raises ConfigError."""

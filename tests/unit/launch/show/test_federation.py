@@ -292,12 +292,11 @@ def test_no_request_leaves_and_the_words_of_others_are_words(browser: Chromium, 
     assert browser.evaluate("document.title").startswith("five-silos")
     shown = " ".join(REASON.replace("\x1b", "\\x1b").split())
     assert shown in " ".join(browser.evaluate("document.querySelector('#events').textContent").split())
-    rows = browser.evaluate("[...document.querySelectorAll('#beside tr')].map(one => one.textContent)")
-    assert HOSTILE in rows[0], "a corpus"
-    cells = [" ".join(row.split()) for row in rows[1:]]
-    assert cells == [
-        "version 10 21.7 M 6.5000 3.5000 6.5000 7.0000 7.5000 8.0000",
-        "central, by alpha, beta 9.0 M 6.5000 6.0000 7.0000",
+    cells = "[...document.querySelectorAll('#beside tr')].map(row => [...row.cells].map(cell => cell.textContent))"
+    assert browser.evaluate(cells) == [
+        ["model", "tokens", "mean", HOSTILE, "alpha", "beta", "delta", "epsilon"],
+        ["version 10", "21.7 M", "6.5000", "3.5000", "6.5000", "7.0000", "7.5000", "8.0000"],
+        ["central, by alpha, beta", "9.00 M", "6.5000", "", "6.0000", "7.0000", "", ""],
     ]
     assert browser.evaluate("document.querySelectorAll('script, img, iframe, object, embed').length") == 0
 
@@ -407,16 +406,16 @@ def test_one_picture_at_80_columns(made: Path) -> None:
     start = next(index for index, line in enumerate(lines) if line.startswith("silo       versions"))
     plain = str.maketrans("▆·", "#.")
     assert [line.translate(plain) for line in lines[start : start + 6]] == [
-        "silo       versions 1 to 10                           loss",
-        "alpha      ######################################## 4.0000",
-        "beta       ################....#################### 4.2500",
-        "delta      ######################################## 4.5000",
-        "epsilon    ............############################ 4.7500",
-        "gamma      ################################........ 5.8000",
+        "silo       versions 1 to 10                 loss held-out epochs",
+        "alpha      ############################## 4.0000   5.0000   2.50",
+        "beta       ############...############### 4.2500   7.0000   2.50",
+        "delta      ############################## 4.5000   7.5000   2.50",
+        "epsilon    .........##################### 4.7500   8.0000   2.50",
+        "gamma      ########################...... 5.8000   9.0000   2.00",
     ]
     assert lines[start + 6].startswith("mean loss  █")
-    assert lines[start + 6].endswith("▁ 4.3750")
-    assert lines[start + 7] == "made again                     ^"
+    assert lines[start + 6].endswith("▁ 4.3750   6.5000")
+    assert lines[start + 7] == "made again                ^"
     assert lines[-1].endswith(" 50%   about 1:40:00 h left")
 
 
