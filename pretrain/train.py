@@ -110,6 +110,8 @@ class Silo:
         progress.seconds_evaluating += time.monotonic() - began
         if self.journal:
             sequences = sequences_evaluated(self.held_out, settings.eval_sequences)
+            if self.sync:
+                self.sync.evaluated(progress.version, losses, sequences, self.reading.result)
             self.journal.record(
                 "eval",
                 step=progress.step,
@@ -258,6 +260,8 @@ def prepare(
     _check_model(config, name, ranks)
     reading = _read_in_background(config, name) if ranks.is_leader else Future[str]()
     contract_sha256 = sync.join() if sync else ""
+    if sync:
+        sync.text_tokens = mixture.num_tokens
     torch.manual_seed(zlib.crc32(f"{config.model.seed}/{name}/{ranks.rank}".encode()))  # dropout
     silo = Silo(
         config=config,

@@ -1,7 +1,7 @@
 """The charts of a federation's page: small SVG elements, so that two stand side by side and one fits a phone."""
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate
+from itertools import accumulate, cycle
 from typing import Any
 
 import matplotlib
@@ -21,6 +21,7 @@ MOST_CHARACTERS = 16  # ... which is no longer
 PART_COLORS = {"in": "#56b4e9", "late": "#e69f00", "no weight": "#8a8a8a"}
 ABSENT_COLOR = "#eef1f4"
 MARKS = {"joined": (">", "#009e73"), "came back": ("D", "#0072b2"), "left": ("X", "#1f2933"), "lease": ("^", "#1f2933")}
+BESIDE: Any = [{"color": "#616e7c", "linestyle": dashes} for dashes in ("--", ":", "-.")]
 UNITS = ((86_400.0, "days"), (3_600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
 
 
@@ -29,6 +30,7 @@ def draw_charts(history: History) -> dict[str, str]:
     draw: dict[str, Callable[[History], Figure | None]] = {
         "loss": loss,
         "loss_in_time": loss_in_time,
+        "held_out": held_out,
         "commits": commits,
         "tokens": tokens,
         "waiting": waiting,
@@ -66,6 +68,18 @@ def loss_in_time(history: History) -> Figure | None:
         mark_rollbacks(figure.axes[0], [(at - began) / size for at in back if at is not None])
         figure.axes[0].set_xlabel(f"{unit} since version 0, by the store's clock")
     return figure
+
+
+def held_out(history: History) -> Figure | None:
+    """What silos have found versions to be worth on their held-out text; and models beside the run, across."""
+    found = history.held_out
+    figure, axes = _panel("held-out loss, nats per token")
+    for silo, color in _colors(history).items():
+        _line(axes, found.curve(silo), silo, color, f"held-out-{silo}")
+    _line(axes, found.means, "mean", MAIN_COLOR, "held-out-mean", linewidth=2.4)
+    for (label, loss), style in zip(list(found.beside_means.items())[:MOST_NAMED], cycle(BESIDE), strict=False):
+        axes.axhline(loss, label=shortened(label, MOST_CHARACTERS), gid=f"held-out-beside-{label}", **style)
+    return _finished(figure, axes, history)
 
 
 def commits(history: History) -> Figure | None:

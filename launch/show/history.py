@@ -3,10 +3,13 @@
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from statistics import fmean
 from typing import Any, TypeVar
 
+from launch.show.held_out import BEYOND, HeldOut, read_held_out
 from launch.show.opened import ROLLBACK, TERM, WORD, Json, Opened
+from pretrain.config.allowed import METRICS
 from pretrain.config.keys import OPERATOR
 from pretrain.exchange.rollback import Rollback
 from pretrain.exchange.store import delivery_path
@@ -14,8 +17,6 @@ from pretrain.exchange.words import Holder, Membership
 from pretrain.host.foreign import shown
 from pretrain.trust.ledger import Commit, Contributor, Manifest, sha256_bytes
 
-TOLD = ("loss", "pseudo_gradient_norm", "seconds_per_step", "tokens")  # by silos, of which `trust.metrics` speaks
-BEYOND = 1e12  # what no loss and no norm is: an axis that reached so far would show nothing else
 MOST_EVENTS = 200  # of one party: whoever writes to a store may write any number
 N = TypeVar("N", int, float)
 
@@ -32,6 +33,8 @@ class Part:
     """Of its payload."""
     tokens: int | None = None
     """Behind it."""
+    epochs: float | None = None
+    """How often the silo had read its own text by then."""
     loss: float | None = None
     """Of the silo's last inner step, on its own text, in nats."""
     norm: float | None = None
@@ -94,11 +97,21 @@ class History:
     """Of each rollback from which version to which."""
     kept: list[str]
     """Numbers of silos that are left out, as the contract keeps them among the members."""
+    held_out: HeldOut
+    """What silos have published of held-out losses."""
 
     @property
     def losses(self) -> list[tuple[int, float]]:
         """Mean loss by version."""
         return [(version.number, version.loss) for version in self.versions if version.loss is not None]
+
+    @property
+    def tokens(self) -> dict[int, int]:
+        """Behind all commits up to each version, of all silos; empty where it is not told."""
+        if "tokens" in self.kept:
+            return {}
+        each = [sum(part.tokens or 0 for part in one.parts.values()) for one in self.versions]
+        return dict(zip([one.number for one in self.versions], accumulate(each), strict=True))
 
     def of_silo(self, silo: str, what: str) -> list[tuple[Version, Any]]:
         """A number of a silo's parts, with their versions; without those that are not known."""
@@ -113,7 +126,7 @@ def kept_back(contract: Json, *, for_members: bool) -> list[str]:
     trust = contract.get("trust")
     tiers = trust.get("metrics") if isinstance(trust, dict) else None
     allowed = ("public", "consortium") if for_members else ("public",)
-    return [name for name in TOLD if isinstance(tiers, dict) and tiers.get(name, "public") not in allowed]
+    return [name for name in METRICS if isinstance(tiers, dict) and tiers.get(name, "public") not in allowed]
 
 
 def read_history(opened: Opened, silos: Iterable[str], *, for_members: bool) -> History:
@@ -130,6 +143,7 @@ def read_history(opened: Opened, silos: Iterable[str], *, for_members: bool) -> 
         events=sorted(events, key=lambda event: (event.unix_seconds or 0.0, event.version)),
         taken_back=taken_back,
         kept=reader.kept,
+        held_out=HeldOut() if "held_out" in reader.kept else read_held_out(opened, silos),
     )
 
 
@@ -171,6 +185,7 @@ class _Reader:
             counts=any(one.weight for one in given),
             num_bytes=sum(payload.num_bytes for one in manifests for payload in one.payloads) if manifests else None,
             tokens=self._published("tokens", sum(one.tokens for one in given)),
+            epochs=self._published("epochs", _sane(told.get("epochs"))),
             loss=self._published("loss", _sane(told.get("loss"))),
             norm=self._published("pseudo_gradient_norm", _sane(told.get("pseudo_gradient_norm"))),
             waited_seconds=self._published("seconds_per_step", waited),  # when a silo delivers tells how fast it is

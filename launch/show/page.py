@@ -11,7 +11,7 @@ from launch.show.display import format_bytes, format_seconds
 from launch.show.history import History, kept_back, read_history
 from launch.show.opened import Opened
 from launch.show.report import comparison_rows, describe_settings, format_count, template
-from launch.show.run import Run, evaluations
+from launch.show.run import Evaluation, Run, evaluations
 from launch.show.status import remarks, waiting_words
 from launch.show.status_reader import Reader, SiloStatus, StoreStatus
 from pretrain.config.check import ConfigError
@@ -44,7 +44,7 @@ class Federation:
         for name, found in self._beside.items():
             if not found:
                 raise ConfigError(f"--beside: {name}={beside[name]} given; nothing was evaluated there")  # type: ignore[index]
-        self._charts: tuple[History, dict[str, str]] | None = None
+        self._charts: tuple[History, dict[str, Any]] | None = None
         self._opened: Opened | None = None
         self.look()
 
@@ -64,11 +64,12 @@ class Federation:
     def page(self, trouble: str = "") -> str:
         """The page of what was read last, as HTML; `trouble` says why that is not new."""
         # matplotlib takes a second to import; those who only watch should not wait for it.
-        from launch.show import charts, figures
+        from launch.show import charts
 
         assert self._opened
         if not self._charts or self._charts[0] != self.history:
-            self._charts = self.history, charts.draw_charts(self.history)
+            drawn = {"charts": charts.draw_charts(self.history), **_held_out(self.history, self._beside)}
+            self._charts = self.history, drawn
         consortium = set(kept_back(self._opened.contract, for_members=False)) - set(self.history.kept)
         return template("federation.html.j2").render(
             name=self.history.name,
@@ -76,10 +77,7 @@ class Federation:
             written=utc(time.time()),
             kept=self.history.kept,
             confidential=sorted(consortium),
-            charts=self._charts[1],
-            beside=figures.draw_held_out(self._beside) if self._beside else "",
-            comparison=comparison_rows(self._beside),
-            corpora=sorted({corpus for found in self._beside.values() for one in found for corpus in one.val_loss}),
+            **self._charts[1],
             settings=_settings(self._opened),
             cards=_cards(self.status, self.history),
             silos=[_silo_row(name, self.status, self.history) for name in self.history.silos],
@@ -90,6 +88,25 @@ class Federation:
             events=self.history.events,
             commits=self.history.versions[::-1][:NEWEST_COMMITS],
         )
+
+
+def _held_out(history: History, runs: Mapping[str, list[Evaluation]]) -> dict[str, Any]:
+    """A table of the run's model, of models beside it, and of runs on this machine; and their curves by tokens."""
+    from launch.show import figures
+
+    found, versions = history.held_out, history.held_out.evaluations(history.tokens)
+    beside = {name: [one] for name, one in found.evaluations_beside(with_tokens="tokens" not in history.kept).items()}
+    # The newest of those that are of the most corpora.
+    best = [max(versions, key=lambda one: (len(one.val_loss), one.round))] if versions else []
+    rows = {**({f"version {best[0].round}": best} if best else {}), **beside, **runs}
+    curves = {**({"federated": versions} if best else {}), **beside, **runs}
+    known = {name: told for name, all in curves.items() if (told := [one for one in all if one.tokens >= 0])}
+    return {
+        "comparison": comparison_rows(rows),
+        "corpora": sorted({corpus for found in rows.values() for corpus in found[-1].val_loss}),
+        "sequences": best[0].sequences if best else {},
+        "beside": figures.draw_held_out(known) if known.keys() - {"federated"} else "",
+    }
 
 
 def _cards(status: StoreStatus, history: History) -> list[dict[str, str]]:
@@ -104,6 +121,10 @@ def _cards(status: StoreStatus, history: History) -> list[dict[str, str]]:
         (first, before), (_, last) = history.losses[0], history.losses[-1]
         note = f"mean of the newest commit's silos; {before:.3f} in version {first}"
         cards.append({"value": f"{last:.3f}", "label": "training loss, nats per token", "note": note})
+    if means := history.held_out.means:
+        (first, before), (newest, last) = means[0], means[-1]
+        note = f"version {newest}, mean over corpora; {before:.3f} in version {first}"
+        cards.append({"value": f"{last:.3f}", "label": "held-out loss, nats per token", "note": note})
     alive = sum(silo.life.is_alive for silo in silos)
     note = f"{sum(silo.part == 'yes' for silo in silos)} take part, {alive} alive; aggregator {_life(status)}"
     cards.append({"value": str(len(silos)), "label": "silos", "note": note})
@@ -125,6 +146,7 @@ def _silo_row(name: str, status: StoreStatus, history: History) -> dict[str, Any
     silo: SiloStatus = status.silos[name]
     tokens = sum(count for _, count in history.of_silo(name, "tokens"))
     total = sum(part.tokens or 0 for one in history.versions for part in one.parts.values())
+    held_out, epochs = history.held_out.curve(name), history.of_silo(name, "epochs")
     losses, waits = history.of_silo(name, "loss"), [seconds for _, seconds in history.of_silo(name, "waited_seconds")]
     now, mood = "", ""
     if silo.has_delivered:
@@ -143,7 +165,9 @@ def _silo_row(name: str, status: StoreStatus, history: History) -> dict[str, Any
         "newest": "" if silo.newest_commit is None else silo.newest_commit,
         "tokens": "" if "tokens" in history.kept else format_count(tokens),
         "share": f"{tokens / total:.1%}" if total else "",
+        "epochs": f"{epochs[-1][1]:.2f}" if epochs else "",
         "loss": f"{losses[-1][1]:.4f}" if losses else "",
+        "held_out": f"{held_out[-1][1]:.4f}" if held_out else "",
         "sent": format_bytes(sum(number for _, number in history.of_silo(name, "num_bytes"))),
         "waits": format_seconds(median(waits)) if waits else "",
     }

@@ -188,7 +188,7 @@ def comparison_rows(evaluated: Mapping[str, list[Evaluation]]) -> list[dict[str,
         rows.append(
             {
                 "name": name,
-                "tokens": format_count(round(last.tokens)),
+                "tokens": "" if math.isnan(last.tokens) else format_count(round(last.tokens)),
                 "mean": last.mean,
                 "relative": relative,
                 "val_loss": last.val_loss,

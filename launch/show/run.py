@@ -63,7 +63,7 @@ class Evaluation:
     round: int
     """0 is before training."""
     tokens: float
-    """Trained on by then, all silos together."""
+    """Trained on by then, all silos together; NaN: not known, or not told."""
     val_loss: dict[str, float]
     """Corpus to loss in nats, the mean over the silos that evaluated it."""
     sequences: dict[str, str]
@@ -89,7 +89,7 @@ def held_out_of(run: RunConfig, version: int | None) -> dict[str, str]:
     Empty where nothing was evaluated, and without what contract and site do not make public.
     """
     policy = read_policy(run)
-    if not (Path(run.directory) / "metrics.jsonl").is_file() or not is_public(run, "loss"):
+    if not (Path(run.directory) / "metrics.jsonl").is_file() or not is_public(run, "held_out"):
         return {}
     found = Run.read(run)
     records = [one for one in found.records["eval"] if version is None or one.get("version") == version]

@@ -5,7 +5,18 @@ import re
 from pretrain.config.keys import OPERATOR
 from pretrain.exchange.rollback import Rollback
 from pretrain.exchange.signed import SignedStore
-from pretrain.exchange.words import Beat, Done, Holder, Identity, Membership, Refusal, TermSign, Waiting, Word
+from pretrain.exchange.words import (
+    Beat,
+    Done,
+    Evaluation,
+    Holder,
+    Identity,
+    Membership,
+    Refusal,
+    TermSign,
+    Waiting,
+    Word,
+)
 from pretrain.trust.contract import contract_keys
 from pretrain.trust.ledger import Commit, Manifest, Record, RefusedError, sha256_bytes
 from pretrain.trust.members import Members
@@ -18,6 +29,7 @@ KINDS: tuple[tuple[str, type[Word] | type[Record]], ...] = (
     (r"rollbacks/[0-9]+\.json", Rollback),
     (r"rollbacks/[0-9]+\.done", Done),
     (r"silos/([^/]+)/beats/[0-9]+", Beat),
+    (r"silos/([^/]+)/evaluations/[0-9]+\.json", Evaluation),
     (r"silos/([^/]+)/identity\.json", Identity),
     (r"silos/([^/]+)/membership/[0-9]+\.json", Membership),
     (r"silos/([^/]+)/[0-9]+/manifest\.json", Manifest),

@@ -20,6 +20,7 @@ POLL_SECONDS = 5.0
 MOST_BUSY = 4  # a look that takes long is followed by a pause of so many times that
 NARROW = 14  # of a name in the table of the newest versions, ...
 WIDEST = 4  # ... of which each has so many columns at most
+MORE = {"held-out": 4, "epochs": 2}  # columns that are there if anybody tells them, and their decimals
 SIGNS = {"in": ("▆", "#"), "late": ("▃", "+"), "no weight": ("_", "-"), "absent": ("·", ".")}
 STYLES = {"in": "cyan", "late": "yellow", "no weight": "red", "absent": "dim"}
 HEIGHTS = ("▁▂▃▄▅▆▇█", "_.-=+*#")
@@ -60,26 +61,35 @@ def _said(status: StoreStatus, console: Console) -> Text:
 def _newest(history: History, console: Console) -> Table:
     """Who was in the newest commits, and what their losses were."""
     plain = console.options.ascii_only
-    room = max(10, console.width - NARROW - 12)
+    more = [name for name in MORE if any(_newest_of(history, silo, name) for silo in history.silos)]
+    room = max(10, console.width - NARROW - 12 - sum(len(name) + 1 for name in more))
     newest = [one for one in history.versions if one.number][-room:]
     times = min(WIDEST, room // len(newest))
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold dim")
     table.add_column("silo", no_wrap=True)
     table.add_column(f"versions {newest[0].number} to {newest[-1].number}", no_wrap=True)
-    table.add_column("loss", justify="right", no_wrap=True)
+    for name in ("loss", *more):
+        table.add_column(name, justify="right", no_wrap=True)
     for silo in history.silos:
         line = Text()
         for state in (part.state if (part := one.parts.get(silo)) else "absent" for one in newest):
             line.append(SIGNS[state][plain] * times, style=STYLES[state])
-        losses = history.of_silo(silo, "loss")
-        table.add_row(Text(shortened(silo, NARROW)), line, f"{losses[-1][1]:.4f}" if losses else "-")
+        told = (_newest_of(history, silo, name) or "-" for name in ("loss", *more))
+        table.add_row(Text(shortened(silo, NARROW)), line, *told)
     if means := [one.loss for one in newest if one.loss is not None]:
-        table.add_row(Text("mean loss", style="bold"), _curve(newest, times, plain=plain), f"{means[-1]:.4f}")
+        last = [f"{means[-1]:.4f}", *(f"{mean:.4f}" for _, mean in history.held_out.means[-1:])]
+        table.add_row(Text("mean loss", style="bold"), _curve(newest, times, plain=plain), *last)
     back = {to + 1 for _, to in history.taken_back}  # the first that was made again
     if back & {one.number for one in newest}:
         marks = "".join(("^" if one.number in back else " ").ljust(times) for one in newest)
         table.add_row(Text("made again", style="red"), Text(marks.rstrip(), style="red"), "")
     return table
+
+
+def _newest_of(history: History, silo: str, name: str) -> str:
+    """A silo's last number of a kind; empty if there is none."""
+    curve = history.held_out.curve(silo) if name == "held-out" else history.of_silo(silo, name)
+    return f"{curve[-1][1]:.{MORE.get(name, 4)}f}" if curve else ""
 
 
 def _curve(versions: list[Version], times: int, *, plain: bool) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 SCHEDULES = ("cosine", "wsd", "constant")
 MERGES = ("mean", "importance", "clip", "trimmed_mean", "median", "krum")
 TIERS = ("public", "consortium", "member")
-METRICS = ("loss", "pseudo_gradient_norm", "seconds_per_step", "tokens")
+METRICS = ("loss", "held_out", "pseudo_gradient_norm", "seconds_per_step", "tokens", "epochs")
 CODECS = ("fp32", "bf16", "int8", "int4", "e3m0", "topk")
 
 

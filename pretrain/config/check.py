@@ -205,8 +205,9 @@ def _check_tiers(config: RunConfig) -> None:
     }
     for name, tier in tiers.items():
         _require(tier in TIERS, f"{key}.{name}", tier, ", ".join(TIERS))
-        allowed = f"{', '.join(TIERS[:2])} with {needed[name]}, for which others have to know it"
-        _require(tier != "member" or not needed[name], f"{key}.{name}", tier, allowed)
+        rule = needed.get(name)
+        allowed = f"{', '.join(TIERS[:2])} with {rule}, for which others have to know it"
+        _require(tier != "member" or not rule, f"{key}.{name}", tier, allowed)
 
 
 def _check_streaming(outer: OuterConfig) -> None:

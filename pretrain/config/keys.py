@@ -230,13 +230,15 @@ class TrustConfig:
     metrics: dict[str, str] = field(
         default_factory=lambda: {
             "loss": "public",
+            "held_out": "public",
             "pseudo_gradient_norm": "public",
             "seconds_per_step": "public",
             "tokens": "public",
+            "epochs": "public",
         }
     )
-    """Who may see what a silo tells of its training: member (nobody else: it is in no manifest), consortium (in
-    manifests, and not in Weights & Biases) or public (wherever it is shown); part of the contract."""
+    """Who may see what a silo tells of its training: member (nobody else: it is not in the store), consortium (in the
+    store, and not in Weights & Biases) or public (wherever it is shown); part of the contract."""
     software: str = "recorded"
     """recorded: who has other versions than the contract names is told so; exact: it does not take part. Part of the
     contract."""

@@ -1,6 +1,6 @@
 """What a silo asks of an exchange, whichever it is: a few verbs, called on the silo's leader, beside training."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from pretrain.exchange.payload import Held, Tensors
+from pretrain.exchange.words import Evaluation
 from pretrain.outer.digest import Row
 from pretrain.outer.pieces import Piece
 from pretrain.outer.quantize import Parts
@@ -117,6 +118,12 @@ class Exchange(Protocol):
 
     def checkpointed(self, version: int) -> None:
         """A checkpoint holds `version`: what is older is not needed any more."""
+
+    def evaluated(self, evaluation: Evaluation, wrong: Callable[[], str]) -> None:
+        """What we have found the held-out loss of a version to be, for others to read where they may.
+
+        It leaves once `wrong` has returned nothing.
+        """
 
     def moved(self) -> None:
         """The main loop goes on."""

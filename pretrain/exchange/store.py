@@ -11,6 +11,7 @@
     silos/NAME/000017/000017.safetensors     the coded fragment of the pseudo-gradient for version 17
     silos/NAME/000017/manifest.json          written last: the delivery is there when this is
     silos/NAME/000017/refused-0.json         why the aggregator did not take it; the silo delivers again, unless final
+    silos/NAME/evaluations/000003.json       what the silo has found a model's held-out loss to be
     silos/NAME/membership/000003.json        the silo has joined or left, and which version was the newest then
     waiting/000017.json                      whom the aggregator waits for, and how long at most; gone when it commits
     silos/NAME/beats/000017                  the silo's newest sign of life; gone when it ends (beats.py)
@@ -39,7 +40,7 @@ from blake3 import blake3
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import OPERATOR
 from pretrain.exchange.signed import SignedStore
-from pretrain.exchange.words import Damaged, Identity, Membership, Refusal, Resumable, Waiting, number
+from pretrain.exchange.words import Damaged, Evaluation, Identity, Membership, Refusal, Resumable, Waiting, number
 from pretrain.host.foreign import shown
 from pretrain.outer.threads import in_threads
 from pretrain.trust.ledger import Commit, Contributor, Manifest, Payload, RefusedError, sha256_bytes
@@ -67,6 +68,15 @@ def snapshot_path(version: int) -> str:
 def identity_path(silo: str) -> str:
     """Which run directory holds a silo's name."""
     return f"silos/{silo}/identity.json"
+
+
+def evaluations_path(silo: str) -> str:
+    """The folder of what a silo has found held-out losses to be."""
+    return f"silos/{silo}/evaluations"
+
+
+def _version_of(evaluation: Evaluation) -> dict[str, float]:
+    return {} if evaluation.version is None else {"version": evaluation.version}
 
 
 def _damaged_path(version: int) -> str:
@@ -302,6 +312,22 @@ class StoreExchange(SignedStore):
         for name in old:
             if (marked := number(name)) is not None and marked < version:
                 self.objects.delete(f"{folder}/{name}")
+
+    def tell_evaluation(self, silo: str, evaluation: Evaluation) -> str:
+        """Leave word of a held-out loss, under the first number that is free; returns the name.
+
+        Raises RefusedError for what no reader would take.
+        """
+        Evaluation.from_bytes(evaluation.to_bytes())
+        folder = evaluations_path(silo)
+        taken = set(self.objects.names(folder))
+        for name in (f"{n:06d}.json" for n in count()):
+            if name not in taken:
+                path = f"{folder}/{name}"
+                with suppress(FileExistsError):  # by another process of ours, just now
+                    self.objects.write(path, self.signed(path, evaluation), of=_version_of(evaluation))
+                    return path
+        raise AssertionError("numbers do not end")
 
     def say_damaged(self, silo: str, version: int, reason: str) -> None:
         """Leave word that the newest version cannot be used as it lies here."""

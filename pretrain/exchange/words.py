@@ -10,9 +10,14 @@ import re
 from dataclasses import dataclass, field
 from typing import Self
 
-from pretrain.trust.ledger import check_types, typed_keys
+from pretrain.host.foreign import shown
+from pretrain.trust.ledger import RefusedError, check_types, typed_keys
 
 WORD_BYTES = 64 << 10
+MOST_CORPORA = 64  # of an evaluation, ...
+NAME_CHARACTERS = 64  # ... and of a corpus's name
+LABEL = re.compile(r"[a-z][a-z0-9_-]{0,31}")
+DIGEST = re.compile(r"[0-9a-f]{64}")
 NUMBER = re.compile(r"[0-9]{6}|[1-9][0-9]{6,8}")
 
 
@@ -120,6 +125,40 @@ class Damaged(Word):
     reason: str
     nonce: str
     """What is said twice counts twice, a copy of it does not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Word):
+    """What a silo has found the loss of a model to be on held-out text."""
+
+    version: int | None
+    """Of the run's model; None: of one beside the run, ..."""
+    label: str = ""
+    """... which is called this (central, alone); else empty."""
+    parameters_digest: str
+    """Of the model that was evaluated, as a commit has it."""
+    losses: dict[str, float]
+    """Corpus to nats per token, ..."""
+    sequences: dict[str, float]
+    """... and to how many sequences that is the mean of."""
+    tokens: int | None = None
+    """That a model beside the run was trained on; None: not known, or not told."""
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """The same; it stays in the store for ever, and a page shows its names and numbers."""
+        found = super().from_bytes(data)
+        label, digest, corpora = found.label, found.parameters_digest, found.losses.keys()
+        if bool(label) != (found.version is None) or not (DIGEST.fullmatch(digest) and LABEL.fullmatch(label or "a")):
+            raise RefusedError("it does not say of which model it is; allowed: a version or a label, and a digest")
+        if not 1 <= len(corpora) <= MOST_CORPORA or corpora != found.sequences.keys():
+            raise RefusedError(f"{len(corpora)} corpora given; allowed: 1 to {MOST_CORPORA}, with their sequences")
+        for corpus in corpora:
+            if not (corpus.isprintable() and 1 <= len(corpus) <= NAME_CHARACTERS):
+                raise RefusedError(f"corpus {shown(repr(corpus))} given; allowed: up to {NAME_CHARACTERS} characters")
+            if found.losses[corpus] < 0 or found.sequences[corpus] < 1:
+                raise RefusedError(f"corpus {shown(corpus)}: allowed: a loss of 0 or more, of sequences")
+        return found
 
 
 def number(name: str, *, before: str = "", after: str = "") -> int | None:

@@ -25,6 +25,7 @@ from pretrain.exchange.store import (
     SNAPSHOTS,
     StoreExchange,
     delivery_path,
+    evaluations_path,
     snapshot_path,
     version_path,
 )
@@ -208,9 +209,10 @@ class _BundleWriter:
         self._copy_tree(f"silos/{silo}/membership")
 
     def _copy_words(self) -> None:
-        """Who said that it joins or leaves, and whose deliveries were refused."""
+        """Who said that it joins or leaves, what models were found to be worth, and whose deliveries were refused."""
         for silo in self._exchange.members.all_silos(self._config.full_roster):
             self.copy_membership(silo)
+            self._copy_tree(evaluations_path(silo))
             folders = [delivery_path(silo, version) for version in self._exchange.numbers(f"silos/{silo}")]
             for folder, found in zip(folders, in_threads(self._names, folders, REQUESTS_AT_ONCE), strict=True):
                 for name in found:

@@ -4,7 +4,7 @@ import json
 import math
 import shlex
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,7 +119,11 @@ def _fill_from_silo(config: RunConfig, parameters: dict[str, Tensor], version: i
     with safe_open(config.final_parameters(name), framework="pt") as tensors:
         for one in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
             parameters[one].copy_(tensors.get_tensor(one))
-    return {"silo": name, "parameters_digest": digest_tensors(parameters.items())}
+    found: dict[str, Any] = {"silo": name, "parameters_digest": digest_tensors(parameters.items())}
+    if is_public(config, "tokens"):
+        batch_tokens = config.silos[name].global_batch_sequences * config.sequence_tokens
+        found["tokens"] = {name: config.inner.num_steps * batch_tokens}
+    return found
 
 
 def export_global_model(
@@ -231,9 +235,26 @@ def describe_export(config: RunConfig, directory: Path, provenance: dict[str, An
     )
 
 
-def evaluate_directory(
-    directory: Path,
-    data: list[Path],
+def evaluate_directory(directory: Path, data: Sequence[Path], **options: Any) -> dict[str, SplitLoss]:
+    """Loss of a `transformers` directory on packed splits, each named by its path.
+
+    See `evaluate_model` for `options`. Raises ConfigError if there is no model, too.
+    """
+    if not (directory / "config.json").is_file():
+        raise ConfigError(f"model: {str(directory)!r} given; allowed: a transformers directory (see atoll export)")
+    tokenizer, splits = tokenizer_sha256(directory / "tokenizer.json"), {str(path): path for path in data}
+
+    def load() -> nn.Module:
+        return load_checkpoint(directory, key="model")
+
+    return evaluate_model(load, splits, provenance_of(directory), tokenizer, **options)
+
+
+def evaluate_model(
+    load: Callable[[], nn.Module],
+    data: Mapping[str, Path],
+    provenance: Mapping[str, Any],
+    tokenizer: str,
     *,
     sequence_tokens: int | None = None,
     document_masking: bool | None = None,
@@ -241,15 +262,13 @@ def evaluate_directory(
     batch_sequences: int = 8,
     tell: Callable[[str, int, int], None] = lambda split, num_done, num_sequences: None,
 ) -> dict[str, SplitLoss]:
-    """Loss of a `transformers` directory on packed splits, each named by its path; on a GPU where there is one.
+    """Loss of a model on packed splits by name, which are of the tokenizer with this sha256; on a GPU where there is
+    one.
 
-    `sequence_tokens`, `document_masking` and `num_sequences` (0: all) are those of the run that it was exported from,
-    unless they are given. `tell` is called after each batch: split, sequences done, and of how many.
-    Raises ConfigError if there is no model, or the text was packed with another tokenizer.
+    `sequence_tokens`, `document_masking` and `num_sequences` (0: all) are those of the run that it is from, as
+    `provenance` has them, unless they are given. `tell` is called after each batch: split, sequences done, and of how
+    many. Raises ConfigError if the text was packed with another tokenizer.
     """
-    if not (directory / "config.json").is_file():
-        raise ConfigError(f"model: {str(directory)!r} given; allowed: a transformers directory (see atoll export)")
-    provenance = provenance_of(directory)
     sequence_tokens = sequence_tokens or provenance.get("sequence_tokens")
     if sequence_tokens is None:
         raise ConfigError("--sequence-tokens: none given; this model was not exported by atoll, so say how many")
@@ -257,17 +276,16 @@ def evaluate_directory(
         document_masking = provenance.get("document_masking", False)
     if num_sequences is None:
         num_sequences = int(provenance.get("eval_sequences", SiloConfig().eval_sequences))
-    tokenizer = tokenizer_sha256(directory / "tokenizer.json")
     corpora = {
-        str(path): PackedTokens([path], sequence_tokens=sequence_tokens, tokenizer_sha256=tokenizer, key="--data")
-        for path in data
+        name: PackedTokens([path], sequence_tokens=sequence_tokens, tokenizer_sha256=tokenizer, key="--data")
+        for name, path in data.items()
     }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_checkpoint(directory, key="model").eval().to(device)
+    model = load().eval().to(device)
     check_causality(model, device)
     mask_at = None
     if document_masking:
-        mask_at = corpora[str(data[0])].manifests[0].end_of_text_id
+        mask_at = next(iter(corpora.values())).manifests[0].end_of_text_id
         if device.type == "cpu":
             go_by_documents(model, mask_at, device)  # where the type of model allows it; else there is a mask
         check_document_masking(model, mask_at, device)

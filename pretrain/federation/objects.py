@@ -31,6 +31,7 @@ WORDS: tuple[tuple[str, type[Word]], ...] = (
     (rf"{SILO}/identity\.json", words.Identity),
     (rf"{SILO}/membership/{N}\.json", words.Membership),
     (rf"{SILO}/beats/{N}", words.Beat),
+    (rf"{SILO}/evaluations/{N}\.json", words.Evaluation),
     (rf"{SILO}/resumable/{N}", words.Resumable),
     (rf"{SILO}/{N}/{REFUSED}", words.Refusal),
     (rf"damaged/{N}/(?P<silo>[^/]+)", words.Damaged),
@@ -55,13 +56,15 @@ class ObjectsVerifier:
         contract: bytes,
         *,
         commits: Mapping[int, str | None],
+        digests: Mapping[int, str],
         merged: Collection[tuple[str, int]],
     ) -> None:
-        """`commits` has the sha256 of each version's, None where it is not as it should be; `merged` the deliveries
-        that they name, which were checked.
+        """`commits` has the sha256 of each version's, None where it is not as it should be; `digests` those of the
+        parameters of all others; `merged` the deliveries that they name, which were checked.
         """
         self._exchange, self._objects, self._members = exchange, exchange.objects, exchange.members
-        self._commits, self._merged = commits, merged
+        self._commits, self._digests, self._merged = commits, digests, merged
+        self._tier = config.trust.metrics["held_out"]
         of_terms = [terms.keys for terms in self._members.later]
         self._all_keys = [self._members.keys, *of_terms]
         self._silos = {*config.full_roster, *(name for keys in self._all_keys for name in keys)} - {OPERATOR}
@@ -148,8 +151,19 @@ class ObjectsVerifier:
                 holder = words.Holder.from_bytes(self._objects.read(term, limit_bytes=WORD_BYTES))
                 if word.nonce != holder.nonce:
                     raise RefusedError(f"it is not of the term of {term}")
+            if isinstance(word, words.Evaluation):
+                self._check_evaluation(word)
 
         return check
+
+    def _check_evaluation(self, word: words.Evaluation) -> None:
+        """Of a version that was taken back nobody knows the digest any more."""
+        if self._tier == "member":
+            raise RefusedError("trust.metrics in the contract keeps held_out with its silo")
+        was_taken_back = any(r.to_version < (word.version or 0) <= r.from_version for r in self._rollbacks.values())
+        is_of_it = word.version is None or word.parameters_digest == self._digests.get(word.version)
+        if not (is_of_it or was_taken_back):
+            raise RefusedError(f"it is of other parameters than those of version {word.version}")
 
     def _word(self, kind: type[Word], name: str, said_under: str, author: str) -> Word:
         data = self._objects.read(name, limit_bytes=WORD_BYTES)

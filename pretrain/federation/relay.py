@@ -1,6 +1,7 @@
 """A relay between a directory that compute nodes share and the federation's store, which they cannot reach. No torch.
 
-    here to there   of this site's silos: identity, words of membership, resumable, beats, deliveries
+    here to there   of this site's silos: identity, words of membership, evaluations, resumable, beats,
+                    deliveries
     there to here   the contract, the group's keys, rollbacks, refusals, and of each version the commit and the tensors
                     that silos read
 
@@ -32,7 +33,7 @@ from pretrain.exchange.rollback import FOLDER as ROLLBACKS
 from pretrain.exchange.rollback import explain, foreign, read_rollbacks, take_back, versions_above
 from pretrain.exchange.sealed import given_group_key, group_key_path
 from pretrain.exchange.store import StoreExchange, delivery_path, identity_path, version_path
-from pretrain.exchange.words import WORD_BYTES, Beat, Identity, Membership, Refusal, Resumable, Word, number
+from pretrain.exchange.words import WORD_BYTES, Beat, Evaluation, Identity, Membership, Refusal, Resumable, Word, number
 from pretrain.federation.preflight import check_policy
 from pretrain.host.lock import lock_directory
 from pretrain.host.stopping import STOPPED, StopRequested, raise_at_signals
@@ -154,6 +155,7 @@ class Relay:
         for silo in filter(self._is_named, self._silos):
             if self._rules.is_elastic or self._rules.sample is not None:
                 self._copy_words(silo)
+            self._copy_new(Evaluation, silo, "evaluations", self._here, self._there)
             self._mirror(Resumable, silo, "resumable")
             self._copy_deliveries(silo)
 

@@ -258,7 +258,10 @@ class StoreVerifier:
         """All objects that the chain does not name; what was found already is not said again."""
         merged = {(one.silo, one.version) for commit in self._commits.values() for one in commit.contributors}
         commits = {version: sha256 if version in self._commits else None for version, sha256 in self._sha256.items()}
-        others = ObjectsVerifier(self._exchange, self._config, self._contract, commits=commits, merged=merged)
+        digests = {version: commit.parameters_digest for version, commit in self._commits.items()}
+        others = ObjectsVerifier(
+            self._exchange, self._config, self._contract, commits=commits, digests=digests, merged=merged
+        )
         known = {finding.name for finding in self._found.findings}
         for name, what in others.verify():
             if name not in known:

@@ -23,7 +23,7 @@ The commit of v, whose payload is hashed as it is written, is compared as what v
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -41,6 +41,7 @@ from pretrain.exchange.lane import Lane, PeerLostError
 from pretrain.exchange.lanes import Lanes, carry
 from pretrain.exchange.objects import StopWaitingError
 from pretrain.exchange.payload import Held, Tensors
+from pretrain.exchange.words import Evaluation
 from pretrain.host.identity import own_identity
 from pretrain.host.memory import give_back_memory
 from pretrain.merge.outcome import Outcome, moments_digest
@@ -196,6 +197,9 @@ class AmongSilos:
     def checkpointed(self, version: int) -> None:
         """For our ledger's pruning."""
         self._ledger.mark_resumable(version)
+
+    def evaluated(self, evaluation: Evaluation, wrong: Callable[[], str]) -> None:
+        """Nobody but us reads our ledger."""
 
     def close(self, reason: str) -> None:
         """Tell the others, and let go of the lanes."""

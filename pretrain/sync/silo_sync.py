@@ -20,6 +20,7 @@ from pretrain.config.check import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.base import Exchange, Outgoing, Received
 from pretrain.exchange.payload import Held, Tensors, save_tensors
+from pretrain.exchange.words import Evaluation
 from pretrain.host.journal import Journal
 from pretrain.host.stopping import StopRequested
 from pretrain.merge.terms import commit_record, shared_moments
@@ -71,6 +72,7 @@ class SiloSync:
         self._rows: dict[str, Row] = {}  # of the digest, one a parameter
         self.global_parameters: dict[str, Tensor] = {}  # the leader's fp32 copy, host memory
         self.residuals: dict[str, Tensor] = {}  # error feedback: what was not sent yet
+        self.text_tokens = 0  # of the silo's text, once that is open: what epochs are counted in
 
     @property
     def host_tensors(self) -> HostTensors:
@@ -270,6 +272,8 @@ class SiloSync:
             held = Held(coded, moments)
             payload = held.describe(file, fragment)
         speed = {"seconds_per_step": progress.seconds_per_step} if self.config.membership.steps == "speed" else {}
+        tokens_total = progress.position * self.config.sequence_tokens
+        epochs = {"epochs": tokens_total / self.text_tokens} if self.text_tokens else {}
         manifest = Manifest(
             contract_sha256=self._exchange.terms_sha256(version),
             silo=self.silo,
@@ -281,8 +285,8 @@ class SiloSync:
             payloads=[payload],
             tokens=num_sequences * self.config.sequence_tokens,
             steps=num_sequences // self.config.silos[self.silo].global_batch_sequences,
-            tokens_total=progress.position * self.config.sequence_tokens,
-            metrics={"loss": progress.loss, "pseudo_gradient_norm": math.sqrt(norm_squared)} | speed,
+            tokens_total=tokens_total,
+            metrics={"loss": progress.loss, "pseudo_gradient_norm": math.sqrt(norm_squared)} | speed | epochs,
         )
         outgoing = Outgoing(manifest, file, held)
         if not held:
@@ -435,6 +439,17 @@ class SiloSync:
                 version = int(file.name.split(".")[0])
                 if version <= progress.version and version not in progress.unsettled:
                     file.unlink()
+
+    def evaluated(
+        self, version: int, losses: dict[str, float], sequences: dict[str, list[int]], wrong: Callable[[], str]
+    ) -> None:
+        """As the leader, tell the others what the held-out loss of the global parameters is, and of how many sequences.
+
+        Nothing is told before `wrong` says that nothing is wrong with the text; it may take its time.
+        """
+        digest, counts = digest_rows(self._rows.values()), {name: float(found[0]) for name, found in sequences.items()}
+        found = Evaluation(version=version, parameters_digest=digest, losses=losses, sequences=counts)
+        self._exchange.evaluated(found, wrong)
 
     def _go_on_from(self, progress: Progress, newest: int) -> None:
         """Set the place in the schedule at which all silos adopt version `newest`."""

@@ -3,7 +3,7 @@
 import dataclasses
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +24,7 @@ from pretrain.exchange.payload import Tensors, changed_tensors, check_header, re
 from pretrain.exchange.rollback import check_held, explain, foreign, is_rolling_back, rollback_records
 from pretrain.exchange.sealed import fetch_version, seal_payload, sealed_copy, take_group_key
 from pretrain.exchange.store import StoreExchange
-from pretrain.exchange.words import Beat
+from pretrain.exchange.words import Beat, Evaluation
 from pretrain.host.foreign import shown
 from pretrain.host.identity import known_identity, own_identity
 from pretrain.merge.terms import check_payload_size, shared_moments
@@ -438,6 +438,19 @@ class ThroughStore:
     def checkpointed(self, version: int) -> None:
         """Say so in the store, for its pruning; training goes on meanwhile."""
         self._marking.submit(self._store.mark_resumable, self._silo, version)
+
+    def evaluated(self, evaluation: Evaluation, wrong: Callable[[], str]) -> None:
+        """Say so in the store, unless contract or policy keeps it here; training goes on meanwhile."""
+        if evaluation.losses and self._policy.allows_metric("held_out"):
+            self._marking.submit(self._tell, evaluation, wrong)
+
+    def _tell(self, evaluation: Evaluation, wrong: Callable[[], str]) -> None:
+        if wrong():
+            return  # the loop says what
+        try:
+            self._store.tell_evaluation(self._silo, evaluation)
+        except (RefusedError, ConfigError) as error:
+            print(f"version {evaluation.version}: its held-out loss is not published: {error}", flush=True)
 
     def moved(self) -> None:
         """Nobody waits for us without end: the aggregator does not ask."""

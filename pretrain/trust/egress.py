@@ -47,6 +47,7 @@ KINDS = (
     (r"silos/[^/]+/beats/.+|aggregator/.+\.beat-.+", "beat"),
     (r"silos/[^/]+/resumable/.+", "mark"),
     (r"silos/[^/]+/identity\.json", "claim"),
+    (r"silos/[^/]+/evaluations/.+", "evaluation"),
     (r"silos/[^/]+/.+\.json|waiting/.+|damaged/.+", "word"),
     (r"snapshots/.+", "snapshot"),
     (r"signatures/.+", "agreement"),
@@ -62,7 +63,7 @@ KIND_OF = [(re.compile(pattern), kind) for pattern, kind in KINDS]
 VERSION = re.compile(r"(?:^|/)(?:global|silos/[^/]+|snapshots|resumable|waiting|damaged)/(\d{6,9})(?:[/.]|$)")
 # Which keys of a policy speak of a kind; `hosts` and `bytes_a_day` of all.
 RULES = {PAYLOAD: ("codecs", "max_norm", "least_silos", "second_moments", "mean_gradients"), "manifest": ("metrics",)}
-RULES["wandb"] = ("wandb", "metrics")
+RULES |= {"evaluation": ("metrics",), "wandb": ("wandb", "metrics")}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,9 +27,11 @@ WANDB = (False, "offline", "online")  # each allows what is before it, too
 # What the numbers of records are called that tell a number of a manifest, or from which it follows.
 TELLS = {
     "loss": ("*/loss", "*/loss/*"),
+    "held_out": ("eval/*",),
     "pseudo_gradient_norm": ("*/pseudo_gradient_norm", "*/norm/*"),
     "seconds_per_step": ("*/seconds_per_step/*", "*/tokens_per_second", "*/mfu", "*/seconds_training"),
     "tokens": ("*/tokens", "*/tokens_per_second", "*/mfu", "*/divisor"),
+    "epochs": (),
 }
 
 
@@ -48,7 +50,7 @@ class Policy:
     hosts: list[str] | None = None
     """Where bytes may go: hosts, with * for any part of a name, and folders of this machine, from / on."""
     metrics: list[str] | None = None
-    """Numbers that a manifest or Weights & Biases may have, by name, with * for any part of it."""
+    """Numbers that a manifest, an evaluation or Weights & Biases may have, by name, with * for any part of it."""
     wandb: bool | str | None = None
     """false, offline or online."""
     second_moments: bool | None = None

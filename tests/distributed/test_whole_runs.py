@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from launch import cli
+from launch.show.page import Federation
 from launch.show.status_reader import store_status
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import load_run, save_config
@@ -149,6 +150,12 @@ def test_the_exported_model_loads_generates_and_has_the_loss_of_eval(
     plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).item()
     assert found.loss == pytest.approx(plain, rel=1e-6)
     assert found.loss == pytest.approx(finished.held_out("alpha")[3]["alpha"], rel=1e-6)
+    told = Federation(finished.config.store_url).history
+    for silo in ("alpha", "beta"):
+        assert {v: word.losses for v, word in told.held_out.of_silos[silo].items()} == finished.held_out(silo)
+        text = json.loads((Path(finished.config.silos[silo].data[0]) / "manifest.json").read_text())["num_tokens"]
+        tokens = [commit.contributors[silo == "beta"].tokens_total for commit in map(finished.commit, (1, 2, 3))]
+        assert [epochs for _, epochs in told.of_silo(silo, "epochs")] == [count / text for count in tokens]
     assert found.perplexity == pytest.approx(math.exp(plain), rel=1e-5)
     manifest = json.loads((split / "manifest.json").read_text())
     bits = plain / math.log(2) * manifest["num_tokens"] / manifest["num_bytes"]

@@ -127,6 +127,9 @@ WORDS = {
     "damaged": words.Damaged(reason="truncated", nonce="n"),
     "resumable": words.Resumable(num_rollbacks=0),
     "beat": words.Beat(lease_seconds=30.0),
+    "evaluation": words.Evaluation(
+        version=None, label="central", parameters_digest="a" * 64, losses={"law": 2.5}, sequences={"law": 64}, tokens=9
+    ),
     "sign of a term": words.TermSign(nonce="n"),
 }
 REVOCATION = Revocation(

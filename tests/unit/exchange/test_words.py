@@ -1,9 +1,11 @@
 """Small objects that whoever may write to the store has spoiled: one line that names them, and nobody ends by them."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +13,7 @@ from pretrain.exchange.history import History
 from pretrain.exchange.lease import Lease
 from pretrain.exchange.rollback import finish_rollbacks, versions_above
 from pretrain.exchange.store import StoreExchange
-from pretrain.exchange.words import Holder, Identity, Membership, Refusal, Word, number
+from pretrain.exchange.words import Evaluation, Holder, Identity, Membership, Refusal, Word, number
 from pretrain.trust.ledger import RefusedError, sha256_bytes
 from tests.support import one_line_error
 from tests.unit.exchange.test_store import publish
@@ -20,6 +22,7 @@ WORDS: list[Word] = [
     Identity(identity="ab"),
     Membership(left=False, version=3),
     Refusal(reason="it was corrupted", final=True),
+    Evaluation(version=3, parameters_digest="0" * 64, losses={"law": 2.5}, sequences={"law": 64}),
     Holder(holder="here", machine="this", pid=3, lease_seconds=30, nonce="ab"),
 ]
 GARBAGE = [
@@ -46,6 +49,29 @@ def test_what_is_no_word_is_refused_in_one_line(word: Word, data: bytes) -> None
         type(word).from_bytes(data)
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "spoiled",
+    [
+        *({"version": None}, {"label": "central"}, {"version": None, "label": "Central"}, {"parameters_digest": "0"}),
+        *({"losses": {}, "sequences": {}}, {"losses": {"law": -0.1}}, {"sequences": {"law": 0}}, {"tokens": 0.5}),
+        *({"losses": {"law": float("nan")}}, {"losses": {"law": "2"}}, {"losses": {"law": 1.0, "prose": 1.0}}),
+        *({"losses": {corpus: 1.0}, "sequences": {corpus: 8}} for corpus in ("", "a" * 65, "a\x1b[2J", "a\u202e")),
+        {"losses": dict.fromkeys(map(str, range(65)), 1.0), "sequences": dict.fromkeys(map(str, range(65)), 8)},
+    ],
+    ids=repr,
+)
+def test_an_evaluation_that_says_nothing_is_refused_before_it_is_written(
+    spoiled: dict[str, Any], exchange: StoreExchange
+) -> None:
+    word = Evaluation(version=3, parameters_digest="0" * 64, losses={"law": 2.5}, sequences={"law": 64})
+    with pytest.raises(RefusedError) as caught:
+        exchange.tell_evaluation("law", dataclasses.replace(word, **spoiled))
+    assert str(caught.value).isprintable()
+    assert exchange.objects.names("silos") == []
+    assert exchange.tell_evaluation("law", word) == "silos/law/evaluations/000000.json"
+    assert exchange.tell_evaluation("law", word) == "silos/law/evaluations/000001.json"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """`atoll verify` on what lies beside the chain: words, amendments, rollbacks, revocations, and what no run writes."""
 
+import dataclasses
 import json
 import random
 import re
@@ -16,7 +17,7 @@ from pretrain.exchange.lease import Lease
 from pretrain.exchange.revocation import Revocation, sign
 from pretrain.exchange.rollback import roll_back_store
 from pretrain.exchange.store import StoreExchange
-from pretrain.exchange.words import Beat, TermSign
+from pretrain.exchange.words import Beat, Evaluation, TermSign
 from pretrain.federation.verify import Finding, StoreVerifier
 from pretrain.trust.ledger import sha256_bytes
 from pretrain.trust.members import with_keys
@@ -32,6 +33,10 @@ KINDS = (
 )
 
 
+def evaluation(version: int, digest: str) -> Evaluation:
+    return Evaluation(version=version, parameters_digest=digest, losses={"law": 2.5}, sequences={"law": 8})
+
+
 def say_all(config: RunConfig) -> None:
     """As its members: every word of a run; the lease is the second, after a rollback's."""
     for silo in config.full_roster:
@@ -41,6 +46,8 @@ def say_all(config: RunConfig) -> None:
         member.mark_resumable(silo, 1)
         member.say(f"silos/{silo}/beats/000003", Beat(lease_seconds=30.0), silo)
         member.say_damaged(silo, 2, "the disk is full")
+        member.tell_evaluation(silo, evaluation(1, member.read_commit(1).parameters_digest))
+    member.tell_evaluation(silo, evaluation(2, "0" * 64))  # of what was taken back
     operator = as_member(config, OPERATOR)
     operator.say_waiting(3, ["alpha"], deadline_seconds=None)
     lease = Lease(operator, seconds=30)
@@ -113,7 +120,7 @@ def test_a_store_with_everything_is_as_it_should_be(store: Path) -> None:
     assert {str(file.relative_to(store)).split("/")[0] for file in objects(store)} == {*KINDS}
     said = CliRunner().invoke(cli.app, ["verify", str(store)])
     assert said.exit_code == 0, said.stdout
-    assert "words       21, each by its author\n" in said.stdout
+    assert "words       24, each by its author\n" in said.stdout
 
 
 @pytest.mark.parametrize("num_turns", [1, pytest.param(30, marks=[pytest.mark.soak, pytest.mark.timeout(1200)])])
@@ -194,3 +201,11 @@ def test_what_is_not_signed_or_by_another_is_named(store: Path, whole: RunConfig
     assert [finding.name for finding in found] == [*names]
     assert found[0].what.startswith("the word is not signed; it needs a signature by the key")
     assert found[1].what.startswith("signature of the word: not of these bytes by the key")
+
+
+def test_an_evaluation_of_other_parameters_than_a_versions_is_found(whole: RunConfig, store: Path) -> None:
+    member = as_member(dataclasses.replace(whole, exchange=dataclasses.replace(whole.exchange, url=str(store))), "beta")
+    name = member.tell_evaluation("beta", evaluation(3, "0" * 64))
+    assert [(found.name, found.what) for found in findings(store)] == [
+        (name, "it is of other parameters than those of version 3")
+    ]

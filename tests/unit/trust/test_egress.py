@@ -53,6 +53,7 @@ def objects_of(tmp_path: Path, policy: Policy | None = None, name: str = "law") 
         ("silos/law/resumable/000003", "mark"),
         ("silos/law/identity.json", "claim"),
         ("silos/law/membership/000000.json", "word"),
+        ("silos/law/evaluations/000003.json", "evaluation"),
         ("global/000017/change-000.safetensors", "payload"),
         ("global/000017/commit.json", "commit"),
         ("aggregator/000001.beat-000001", "beat"),

@@ -189,7 +189,8 @@ def test_the_contract_says_who_sees_what_and_what_clips_and_which_software(
     assert stored["software"] == software.installed()
     assert {"atoll", "torch", "numpy", "numba"} <= stored["software"].keys()
     said = dict(describe(Agreed.at(config.store_url)))
-    assert said["metrics"] == "public: seconds_per_step; consortium: pseudo_gradient_norm, tokens; member: loss"
+    metrics = "public: epochs, held_out, seconds_per_step; consortium: pseudo_gradient_norm, tokens; member: loss"
+    assert said["metrics"] == metrics
     assert said["privacy"] == "gradients of a step clipped to 1, no noise; payloads not sealed"
     assert said["software"].endswith(": others are told what differs")
     assert f"torch {software.installed()['torch']}" in said["software"]

@@ -17,7 +17,7 @@ from pretrain.config.load import load_config
 from pretrain.exchange.lease import Lease
 from pretrain.exchange.rollback import roll_back
 from pretrain.exchange.store import StoreExchange
-from pretrain.exchange.words import Beat
+from pretrain.exchange.words import Beat, Evaluation
 from tests.support import TinyText, tiny_silo, write_settings
 from tests.unit.merge.test_membership import join
 from tests.unit.test_aggregate import Hand, one_version, plus_noise, start
@@ -26,6 +26,7 @@ SILOS = ("alpha", "beta", "delta", "epsilon", "gamma")
 BEGAN = 1_600_000_000
 MINUTE = 60
 REASON = '<script>document.title="taken"</script><img src="http://127.0.0.1:9/x" onerror="alert(1)"> \x1b[2J ${x}'
+HOSTILE = "<b>$x^</b><script>1</script>"  # a corpus
 NEWEST = 10
 TOKENS = {"alpha": 1_000_000, "beta": 250_000, "delta": 600_000, "epsilon": 40_000, "gamma": 400_000}
 
@@ -33,6 +34,11 @@ TOKENS = {"alpha": 1_000_000, "beta": 250_000, "delta": 600_000, "epsilon": 40_0
 def loss(silo: str, version: int) -> float:
     """What a silo tells in the manifest of a version."""
     return round(8.0 - 0.4 * version + 0.25 * SILOS.index(silo), 4)
+
+
+def held_out(silo: str, version: int) -> float:
+    """What a silo finds the version to be worth on its own corpus, which has its name."""
+    return round(9.0 - 0.25 * version + 0.5 * SILOS.index(silo), 4)
 
 
 def present(version: int, *, again: bool) -> list[str]:
@@ -62,6 +68,9 @@ def make_federation(directory: Path, text: TinyText, **changes: object) -> RunCo
     lease = Lease(store, seconds=600)
     _advance(config, range(6, NEWEST + 1), again=True)
     store = _opened(config)
+    _tell(store, "alpha", {HOSTILE: 3.5}, version=NEWEST)
+    for silo, loss in (("alpha", 6.0), ("beta", 7.0)):
+        _tell(store, silo, {silo: loss}, label="central", digest="c" * 64, tokens=9_000_000)
     for silo, lease_seconds in (("alpha", 300.0), ("beta", 300.0), ("epsilon", 3.0)):
         store.say(f"silos/{silo}/beats/000001", Beat(lease_seconds=lease_seconds), silo)
     store.say_waiting(NEWEST + 1, ["beta", "delta", "epsilon"], deadline_seconds=1200.0)
@@ -83,14 +92,31 @@ def _advance(config: RunConfig, versions: range, *, again: bool) -> None:
         if version == 4:
             join(config, ["epsilon"], version=3)
         for index, silo in enumerate(present(version, again=again)):
-            told = {"loss": loss(silo, version), "pseudo_gradient_norm": 1.0 + index / 4}
+            told = {"loss": loss(silo, version), "pseudo_gradient_norm": 1.0 + index / 4, "epochs": version / 4}
             hand = Hand(manifest=lambda manifest, told=told: manifest.update(metrics=told))
             hand.deliver(config, silo, state, plus_noise(state, seed=index), tokens=TOKENS[silo])
         one_version(aggregator, state)
+        for silo in present(version, again=again):
+            _tell(_opened(config), silo, {silo: held_out(silo, version)}, version=version)
         if version == 8:
             _opened(config).announce("gamma", left=True, version=8)
     if again:
         Hand().deliver(config, "alpha", state, plus_noise(state), tokens=TOKENS["alpha"])
+
+
+def _tell(
+    store: StoreExchange,
+    silo: str,
+    losses: dict[str, float],
+    *,
+    version: int | None = None,
+    label: str = "",
+    digest: str = "",
+    tokens: int | None = None,
+) -> None:
+    digest = digest if version is None else store.read_commit(version).parameters_digest
+    told = {"losses": losses, "sequences": dict.fromkeys(losses, 64), "tokens": tokens}
+    store.tell_evaluation(silo, Evaluation(version=version, label=label, parameters_digest=digest, **told))
 
 
 def _give_times(store: Path) -> None:

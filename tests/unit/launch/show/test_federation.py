@@ -32,14 +32,24 @@ from pretrain.exchange.store import StoreExchange
 from pretrain.trust.ledger import sha256_bytes
 from tests.support import TinyText, one_line_error
 from tests.unit.launch.show.chromium import Chromium, chromium
-from tests.unit.launch.show.federation import NEWEST, REASON, SILOS, TOKENS, loss, make_federation, present
+from tests.unit.launch.show.federation import (
+    HOSTILE,
+    NEWEST,
+    REASON,
+    SILOS,
+    TOKENS,
+    held_out,
+    loss,
+    make_federation,
+    present,
+)
 from tests.unit.launch.show.test_report import make_run
 from tests.unit.test_aggregate import one_version
 from tests.unit.test_signed import begin, deliver
 from tests.waiting import wait_for
 
 PHONE, DESK = 390, 1200
-CHARTS = ("loss", "loss_in_time", "commits", "tokens", "waiting", "bytes", "norms", "cosine")
+CHARTS = ("loss", "loss_in_time", "held_out", "commits", "tokens", "waiting", "bytes", "norms", "cosine")
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +98,11 @@ def test_who_was_in_which_commit_with_what(made: Path) -> None:
         assert [part.loss for part in one.parts.values()] == [loss(silo, one.number) for silo in silos]
         assert one.loss == pytest.approx(sum(loss(silo, one.number) for silo in silos) / len(silos))
         assert [part.tokens for part in one.parts.values()] == [TOKENS[silo] for silo in silos]
+        assert [part.epochs for part in one.parts.values()] == [one.number / 4] * len(silos)
+        # What was found of versions that were taken back is not there.
+        of_silos = history.held_out.of_silos.items()
+        told = {silo: words[one.number].losses[silo] for silo, words in of_silos if one.number in words}
+        assert told == {silo: held_out(silo, one.number) for silo in silos}
         # Each was there one minute more before the commit than the one before it.
         assert [part.waited_seconds for part in one.parts.values()] == [
             60.0 * (1 + SILOS.index(silo)) for silo in silos
@@ -125,16 +140,18 @@ def test_a_manifest_that_no_commit_names_tells_nothing_nor_does_what_cannot_be(s
 
 @pytest.mark.parametrize("for_members", [False, True])
 def test_what_members_keep_is_not_there(store: Path, for_members: bool) -> None:
-    tiers = {"loss": "consortium", "tokens": "consortium", "seconds_per_step": "member"}
+    tiers = dict.fromkeys(("loss", "held_out", "tokens", "epochs"), "consortium") | {"seconds_per_step": "member"}
     change(store / "contract.json", lambda said: said["trust"].update(metrics=tiers))
     hostile = {"name": "</title><script>1</script>", "model": {"config": {"model_type": "<b>\x1b[2J"}}}
     change(store / "contract.json", lambda said: said.update(hostile))
     html = Federation(str(store), for_members=for_members).page()
     assert ('id="loss"' in html, 'id="tokens"' in html, 'id="loss_in_time"' in html) == (for_members,) * 3
-    assert ("4.3750" in html, "46.0%" in html) == (for_members,) * 2
+    assert ("4.3750" in html, "46.0%" in html, "2.50</td>" in html) == (for_members,) * 3
+    assert ('id="held_out"' in html, 'id="beside"' in html) == (for_members,) * 2
     assert ('id="waiting"' in html, 'id="norms"' in html) == (False, True)  # deliveries tell speed
-    assert ("Not for publication: by the contract (trust.metrics) loss, tokens of silos" in html) == for_members
-    kept = "seconds_per_step" if for_members else "loss, seconds_per_step, tokens"
+    kept = "Not for publication: by the contract (trust.metrics) epochs, held_out, loss, tokens of silos"
+    assert (kept in html) == for_members
+    kept = "seconds_per_step" if for_members else "loss, held_out, seconds_per_step, tokens, epochs"
     assert f"keeps it among the members: {kept} of silos" in html
     assert not any(words in html for words in ("<script", "<b>\\", "\x1b"))
 
@@ -245,11 +262,15 @@ def test_every_chart_has_its_data(browser: Chromium, page: Path) -> None:
         losses = points(browser, "loss", f"loss-{silo}")
         assert all(after[1] > before[1] for before, after in pairwise(losses)), "losses fall"
         assert len(points(browser, "tokens", f"tokens-{silo}")) == count
+        assert len(points(browser, "held_out", f"held-out-{silo}")) == count
     for chart, line in (
         *(("loss", "loss-mean"), ("loss_in_time", "time-mean"), ("norms", "norm-update"), ("cosine", "cosine")),
-        *(("bytes", "bytes-sent"), ("bytes", "bytes-received")),
+        *(("bytes", "bytes-sent"), ("bytes", "bytes-received"), ("held_out", "held-out-mean")),
     ):
         assert len(points(browser, chart, line)) == NEWEST, line
+    (left, central), (right, also_central) = points(browser, "held_out", "held-out-beside-central")
+    assert (right > left, central) == (True, also_central)
+    assert central == points(browser, "held_out", "held-out-mean")[-1][1], "both are 6.5"
     # Of beta there are versions 1 to 4 and 6 to 10; the rollback and what happened are marked.
     assert [bars(browser, f"commits-{silo}-in") for silo in SILOS] == [1, 2, 1, 1, 1]
     assert bars(browser, "taken-back") == 1
@@ -271,6 +292,12 @@ def test_no_request_leaves_and_the_words_of_others_are_words(browser: Chromium, 
     assert browser.evaluate("document.title").startswith("five-silos")
     shown = " ".join(REASON.replace("\x1b", "\\x1b").split())
     assert shown in " ".join(browser.evaluate("document.querySelector('#events').textContent").split())
+    cells = "[...document.querySelectorAll('#beside tr')].map(row => [...row.cells].map(cell => cell.textContent))"
+    assert browser.evaluate(cells) == [
+        ["model", "tokens", "mean", HOSTILE, "alpha", "beta", "delta", "epsilon"],
+        ["version 10", "21.7 M", "6.5000", "3.5000", "6.5000", "7.0000", "7.5000", "8.0000"],
+        ["central, by alpha, beta", "9.00 M", "6.5000", "", "6.0000", "7.0000", "", ""],
+    ]
     assert browser.evaluate("document.querySelectorAll('script, img, iframe, object, embed').length") == 0
 
 
@@ -379,16 +406,16 @@ def test_one_picture_at_80_columns(made: Path) -> None:
     start = next(index for index, line in enumerate(lines) if line.startswith("silo       versions"))
     plain = str.maketrans("▆·", "#.")
     assert [line.translate(plain) for line in lines[start : start + 6]] == [
-        "silo       versions 1 to 10                           loss",
-        "alpha      ######################################## 4.0000",
-        "beta       ################....#################### 4.2500",
-        "delta      ######################################## 4.5000",
-        "epsilon    ............############################ 4.7500",
-        "gamma      ################################........ 5.8000",
+        "silo       versions 1 to 10                 loss held-out epochs",
+        "alpha      ############################## 4.0000   5.0000   2.50",
+        "beta       ############...############### 4.2500   7.0000   2.50",
+        "delta      ############################## 4.5000   7.5000   2.50",
+        "epsilon    .........##################### 4.7500   8.0000   2.50",
+        "gamma      ########################...... 5.8000   9.0000   2.00",
     ]
     assert lines[start + 6].startswith("mean loss  █")
-    assert lines[start + 6].endswith("▁ 4.3750")
-    assert lines[start + 7] == "made again                     ^"
+    assert lines[start + 6].endswith("▁ 4.3750   6.5000")
+    assert lines[start + 7] == "made again                ^"
     assert lines[-1].endswith(" 50%   about 1:40:00 h left")
 
 

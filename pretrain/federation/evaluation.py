@@ -1,0 +1,158 @@
+"""What `atoll eval` evaluates, and what a member publishes of it: a signed word in the store, as its silo's own are."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from pretrain.config.check import ConfigError, named
+from pretrain.config.load import CONFIG_FILE, load_config
+from pretrain.config.paths import expand_home
+from pretrain.exchange.store import StoreExchange
+from pretrain.exchange.words import LABEL, Evaluation
+from pretrain.federation.export import SplitLoss, exported_digest, load_global_model, provenance_of
+from pretrain.federation.preflight import check_policy
+from pretrain.federation.reading import found_configuration
+from pretrain.silo.model import load_checkpoint
+from pretrain.silo.shards import tokenizer_sha256
+from pretrain.trust.contract import build_contract, check_same_contract
+from pretrain.trust.ledger import RefusedError
+from pretrain.trust.members import with_keys
+
+
+@dataclass(kw_only=True)
+class Subject:
+    """A model that is to be evaluated."""
+
+    provenance: dict[str, Any]
+    """Where it comes from; see export.py."""
+    tokenizer_sha256: str
+    load: Callable[[], nn.Module]
+    digest: Callable[[], str]
+    """Of its parameters, as a commit has it."""
+    held_out: dict[str, Path] = field(default_factory=dict)
+    """Corpus to the packed split of this machine's silos, if it is a run's."""
+
+
+def open_subject(
+    where: str,
+    *,
+    version: int | None = None,
+    paths: Sequence[Path] = (),
+    tokenizer: Path | None = None,
+    publishes: bool = False,
+) -> Subject:
+    """The model of an exported directory, of a run directory, or of the store at a URL.
+
+    `paths` are of the reader's own configuration, or with `publishes` of the silo's that will sign. Raises ConfigError.
+    """
+    directory = Path(expand_home("model", where))
+    if (directory / "config.json").is_file():
+        is_unused = paths and not publishes
+        for name, is_given in (("--version", version is not None), ("--config", is_unused), ("--tokenizer", tokenizer)):
+            if is_given:
+                raise ConfigError(f"{name}: given with {where!r}, which is a model; allowed: with a run or a store")
+        return Subject(
+            provenance=provenance_of(directory),
+            tokenizer_sha256=tokenizer_sha256(directory / "tokenizer.json"),
+            load=lambda: load_checkpoint(directory, key="model"),
+            digest=lambda: exported_digest(directory),
+        )
+    own = () if publishes and (directory / CONFIG_FILE).is_file() else paths
+    try:
+        config = found_configuration(where, paths=own, tokenizer=tokenizer)
+    except ConfigError as error:
+        if directory.is_dir() or "://" in where:
+            raise
+        allowed = "an exported directory (see atoll export), a run directory, or the URL of a store"
+        raise ConfigError(f"model: {where!r} given; allowed: {allowed}") from error
+    model, provenance = load_global_model(config, version)
+    return Subject(
+        provenance=provenance,
+        tokenizer_sha256=tokenizer_sha256(config.tokenizer_file),
+        load=lambda: model,
+        digest=lambda: str(provenance["parameters_digest"]),
+        held_out={corpus: Path(place) for silo in config.silos.values() for corpus, place in silo.valid.items()},
+    )
+
+
+class Publisher:
+    """Says as a silo in its federation's store what it has found."""
+
+    def __init__(self, where: str, silo: str, label: str, paths: Sequence[Path]) -> None:
+        """`label` is what a model beside the run is called; empty: it is a version of the run's.
+
+        Raises ConfigError, before anything is evaluated, for who may not, and where a contract or a policy forbids it.
+        """
+        if not paths and not (Path(expand_home("store", where)) / CONFIG_FILE).is_file():
+            raise ConfigError(
+                f"--config: none given, and {where!r} is no run directory; allowed with --publish: the signing silo's"
+            )
+        self._config = config = with_keys(load_config(paths), make=False) if paths else found_configuration(where)
+        if config.exchange.kind != "store":
+            allowed = "that of a silo which trains through a 'store'"
+            raise ConfigError(f"--publish: given with exchange.kind={config.exchange.kind!r}; allowed: {allowed}")
+        if label and not LABEL.fullmatch(label):
+            raise ConfigError(f"--label: {label!r} given; allowed: {LABEL.pattern}")
+        silos = sorted(config.silos)
+        if silo not in silos and (silo or len(silos) != 1):
+            raise ConfigError(f"--silo: {silo or 'none'} given; allowed with --publish: {named(silos)}")
+        self._silo, self._label, policy = silo or silos[0], label, check_policy(config)
+        if not policy.allows_metric("held_out"):
+            who = policy.file if config.trust.metrics["held_out"] != "member" else "trust.metrics in the contract"
+            raise ConfigError(f"--publish: given; {who} keeps held_out with its silo; allowed: without")
+        self._tells_tokens = policy.allows_metric("tokens")
+        self._exchange = StoreExchange.of_run(config)
+        if (stored := self._exchange.read_contract()) is None:
+            raise ConfigError(f"exchange.url: {config.store_url} given; there is no run in it (no contract.json)")
+        check_same_contract(build_contract(config), stored, config.store_url)
+        self._exchange.speak_as(config, self._silo)
+
+    @property
+    def held_out(self) -> dict[str, Path]:
+        """Corpus to the silo's own packed split."""
+        return {corpus: Path(place) for corpus, place in self._config.silos[self._silo].valid.items()}
+
+    def take(self, subject: Subject) -> None:
+        """Know of which model it will be. Raises ConfigError, without a label, for what is no version of the run."""
+        self._version, self._digest = None, subject.digest()
+        self._tokens = _tokens(subject.provenance) if self._label and self._tells_tokens else None
+        if self._label:
+            return
+        version, newest = subject.provenance.get("version"), self._exchange.newest_version()
+        self._version = version if type(version) is int and 0 <= version <= newest else None
+        if self._version is None or self._digest_of(self._version) != self._digest:
+            what = f"this model is none of the versions 0 to {newest} of {self._config.name}"
+            raise ConfigError(f"--label: none given; {what}; allowed: a label, as of a model beside the run")
+
+    def _digest_of(self, version: int) -> str:
+        try:
+            return self._exchange.read_commit(version).parameters_digest
+        except RefusedError as error:
+            raise ConfigError(f"--publish: given with {self._config.store_url!r}; {error}") from None
+
+    def publish(self, found: Mapping[str, SplitLoss]) -> str:
+        """Leave word of the losses by corpus; returns its name in the store. Raises ConfigError."""
+        evaluation = Evaluation(
+            version=self._version,
+            label=self._label,
+            parameters_digest=self._digest,
+            losses={corpus: one.loss for corpus, one in found.items()},
+            sequences={corpus: one.num_sequences for corpus, one in found.items()},
+            tokens=self._tokens,
+        )
+        try:
+            name = self._exchange.tell_evaluation(self._silo, evaluation)
+        except RefusedError as error:
+            raise ConfigError(f"--publish: given with {self._config.store_url!r}; {error}") from None
+        self._exchange.objects.close_egress()
+        return name
+
+
+def _tokens(provenance: Mapping[str, Any]) -> int | None:
+    """That a model was trained on, if its export says so, whoever has written that."""
+    told = provenance.get("tokens")
+    counts = [count for count in told.values() if type(count) is int and count > 0] if isinstance(told, dict) else []
+    return sum(counts) or None
