@@ -123,7 +123,7 @@ def aggregate(config: Config, overrides: Overrides = None, dry_run: DryRun = Fal
     from launch.start.processes import run_here
     from pretrain.federation.preflight import announce_store, check_run
 
-    checked = loaded(config, overrides)
+    checked = loaded(config, overrides, needs_silo=False)
     if dry_run:
         check_run(checked, [], touch=False)
         print(what_would_start(checked, [], aggregator=True))
