@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -29,9 +30,11 @@ SPLIT_NAMES = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 TEST, NO_SPLIT, NO_JSON_LINES = "of test text", "beside the splits, by no split's name", ".json that is no JSON lines"
+NO_ENDING = "without an ending"
 _NUMBERED = re.compile(r"([a-z]+)[-_.]\d+(?:-of-\d+)?")
 # So many names are said of each kind.
 MAX_NAMES = 3
+MAX_ADVISED = 5
 # Of a file that is not read, so much is looked at to see whether it could be.
 LOOKED_AT_BYTES = 1 << 14
 
@@ -177,12 +180,18 @@ def _globs_of(name: str, as_text: tuple[str, ...]) -> set[str]:
 
 
 def _advice(root: Path, left_out: dict[str, list[str]]) -> str:
-    """Options for the endings, the most frequent first, whose first file begins as text does: UTF-8, and no NUL."""
+    """Options for the endings, the most frequent first, whose first file begins as text does: UTF-8, and no NUL.
+
+    Files without an ending go by the name that most of them have, as copyright, or if there is none by any name.
+    """
     no_endings = (NO_JSON_LINES, *DOCUMENTS)
-    endings = {why: names[0] for why, names in left_out.items() if why.startswith(".") and why not in no_endings}
-    most_first = sorted(endings, key=lambda ending: -len(left_out[ending]))
-    readable = (one for one in most_first if _looks_like_text(root / endings[one]))
-    return " ".join(f"--as-text {shlex.quote(f'*{one}')}" for one in itertools.islice(readable, MAX_NAMES))
+    globs = {f"*{why}": names for why, names in left_out.items() if why.startswith(".") and why not in no_endings}
+    if names := left_out.get(NO_ENDING, []):
+        name, number = Counter(PurePath(one).name for one in names).most_common(1)[0]
+        globs[glob.escape(name) if 2 * number > len(names) else "*"] = names
+    most_first = sorted(globs, key=lambda one: -len(globs[one]))
+    readable = (one for one in most_first if _looks_like_text(root / globs[one][0]))
+    return " ".join(f"--as-text {shlex.quote(one)}" for one in itertools.islice(readable, MAX_ADVISED))
 
 
 def _looks_like_text(file: Path) -> bool:
@@ -203,7 +212,7 @@ def _no_text(file: Path, text: str) -> str:
         return ""
     *stems, ending = file.name.lower().split(".")
     if not stems:
-        return "without an ending"
+        return NO_ENDING
     return f".{stems[-1]}.{ending}" if f".{ending}" in PACKED and len(stems) > 1 else f".{ending}"
 
 

@@ -1,8 +1,9 @@
 """`atoll`: the one command. A user's mistake is one line on stderr and exit code 2."""
 
+import inspect
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -122,7 +123,7 @@ def aggregate(config: Config, overrides: Overrides = None, dry_run: DryRun = Fal
     from launch.start.processes import run_here
     from pretrain.federation.preflight import announce_store, check_run
 
-    checked = loaded(config, overrides)
+    checked = loaded(config, overrides, needs_silo=False)
     if dry_run:
         check_run(checked, [], touch=False)
         print(what_would_start(checked, [], aggregator=True))
@@ -285,10 +286,19 @@ def compare(
     raise typer.Exit(code)
 
 
+def flowing(command: Any) -> Any:
+    """The same command: a paragraph of its help, and of those in it, breaks where the terminal ends, not our source."""
+    paragraphs = inspect.cleandoc(command.help or "").split("\n\n")
+    command.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+    for inner in getattr(command, "commands", {}).values():
+        flowing(inner)
+    return command
+
+
 def main() -> None:
     """Console entry point."""
     try:
-        with_version(typer.main.get_command(app))()
+        flowing(with_version(typer.main.get_command(app)))()
     except ConfigError as error:
         print(f"atoll: {error}", file=sys.stderr)
         sys.exit(2)

@@ -14,12 +14,19 @@ Overrides = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check all and say what would start; start nothing.")]
 
 
-def loaded(paths: list[Path], overrides: list[str] | None) -> RunConfig:
-    """A configuration, with the keys of its run directory where a launch has made them. Raises ConfigError."""
+def loaded(paths: list[Path], overrides: list[str] | None, *, needs_silo: bool = True) -> RunConfig:
+    """A configuration, with the keys of its run directory where a launch has made them. Raises ConfigError.
+
+    `needs_silo` is False where a configuration of the aggregator alone does, too.
+    """
+    from pretrain.config.check import check_has_silo
     from pretrain.config.load import load_config
     from pretrain.trust.members import with_keys
 
-    return with_keys(load_config(paths, overrides or []), make=False)
+    config = with_keys(load_config(paths, overrides or []), make=False)
+    if needs_silo:
+        check_has_silo(config)
+    return config
 
 
 def store_of(where: str) -> str:

@@ -15,32 +15,45 @@ T = TypeVar("T")
 def init(
     *,
     machine: Annotated[str | None, typer.Option(help="laptop, node (with GPUs), slurm or torchrun.")] = None,
-    role: Annotated[str | None, typer.Option(help="federation, silo (that joins one), or site (of SLURM).")] = None,
-    model: Annotated[str | None, typer.Option(help="A preset's name: atoll presets. For a federation.")] = None,
+    role: Annotated[
+        str | None, typer.Option(help="federation, contract, silo (that joins), or site (of SLURM).")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A preset by name: atoll presets; of federation and contract.")
+    ] = None,
     text: Annotated[
         list[str] | None, typer.Option(metavar="[NAME=]FOLDER", help="A silo's text, as for data prepare; one a silo.")
     ] = None,
     gpus: Annotated[int | None, typer.Option(min=0, help="Of a node; default: what this machine has.")] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Of a silo, with slurm or torchrun.")] = 1,
-    store: Annotated[str, typer.Option(help="URL of the federation that a silo joins.")] = "",
-    output: Annotated[Path | None, typer.Option(help="File to write; default: run.yaml, SILO.yaml, site.yaml.")] = None,
+    store: Annotated[str, typer.Option(help="URL of the federation that a silo joins, or a contract is for.")] = "",
+    roster: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A silo of the contract; once for each.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="File to write; default: by the role, in this directory.")] = None,
 ) -> None:
     """Write a first configuration with comments, and say what to type next. Asks for what is not given.
 
     Nothing is overwritten.
 
     [bold]Example:[/bold] atoll init --machine laptop --role federation --model llama-5m --text raw/law --text raw/press
+
+    [bold]Example:[/bold] atoll init --machine laptop --role contract --model llama-5m --roster law --roster press
     """
     from launch.start.begin import MACHINES, ROLES, Beginning, Text, write_new
     from launch.start.gpus import num_gpus
     from pretrain.config.presets import presets_of
 
     machine = _one_of("machine", machine, MACHINES)
-    role = _one_of("role", role, ROLES if machine == "slurm" else {key: ROLES[key] for key in ("federation", "silo")})
+    role = _one_of("role", role, ROLES if machine == "slurm" else {key: ROLES[key] for key in ROLES if key != "site"})
     models = {preset.path.stem: preset.line for preset in presets_of("model")}
-    model = _one_of("model", model, models) if role == "federation" else ""
-    texts = [] if role == "site" else text or _asked("text", "folder of text, several with spaces between", str.split)
-    if gpus is None and machine != "laptop":
+    model = _one_of("model", model, models) if role in ("federation", "contract") else model or ""
+    texts = text or []
+    if role in ("federation", "silo") and not texts:
+        texts = _asked("text", "folder of text, several with spaces between", str.split)
+    if role == "contract" and not roster:
+        roster = _asked("roster", "names of the silos, with spaces between", str.split)
+    if gpus is None and machine != "laptop" and role != "contract":
         gpus = num_gpus() or _asked("gpus", "GPUs of a node", int)
     begun = Beginning(
         machine=machine,
@@ -50,6 +63,7 @@ def init(
         gpus=gpus or 0,
         nodes=nodes,
         store=store,
+        roster=roster or [],
     )
     file = output or Path(begun.default_file)
     write_new(file, begun.configuration(str(file)))

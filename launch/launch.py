@@ -56,7 +56,7 @@ def launch_slurm_command(
     from launch.start.slurm import launch_slurm
     from pretrain.federation.preflight import check_run
 
-    checked = loaded(config, overrides)
+    checked = loaded(config, overrides, needs_silo=not aggregator)
     check_run(checked)
     jobs, notes = launch_slurm(checked, load_site(site, checked), aggregator=aggregator, dry_run=dry_run)
     print("\n".join([*(f"{name}: {what}" for name, what in jobs.items()), *notes]))

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from launch.given import Config, Overrides
-from pretrain.config.check import ConfigError
+from pretrain.config.check import ConfigError, check_has_silo
 
 
 def plan(
@@ -38,6 +38,7 @@ def plan(
     from pretrain.plan.seconds import Given, card_speeds, parse_bandwidth
 
     checked, bits_per_second = load_config(config, overrides or []), parse_bandwidth(bandwidth)
+    check_has_silo(checked)
     for option, number, minimum in (("--latency", latency, 0.0), ("--tokens", tokens, 1.0)):
         if number is not None and not minimum <= number < float("inf"):
             raise ConfigError(f"{option}: {number:g} given; allowed: {minimum:g} or more")

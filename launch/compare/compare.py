@@ -20,7 +20,7 @@ from launch.show.display import format_seconds
 from launch.show.metrics import read_status
 from launch.start.local import GRACE_SECONDS, StopSignals
 from launch.start.processes import POLL_SECONDS, Child, ChildCommand, Children
-from pretrain.config.check import ConfigError, check_config
+from pretrain.config.check import ConfigError, check_config, check_has_silo
 from pretrain.config.keys import MembershipConfig, OuterConfig, RunConfig, SiloConfig
 from pretrain.config.load import load_config, load_run, load_typed, save_config
 from pretrain.config.paths import absolute, expand_home
@@ -198,6 +198,7 @@ def describe_runs(runs: Sequence[Planned]) -> str:
 def _runs_of(spec: CompareConfig, name: str, model: ModelSpec, seed: int) -> Iterator[Planned]:
     place = Path(spec.directory) / "runs" / name
     base = load_config(spec.run, [*spec.settings, *model.settings, f"model.seed={seed}"])
+    check_has_silo(base)
     num_steps = base.inner.num_steps
     if model.kind == "isolated":
         num_steps += max((m.steps for m in spec.models.values() if m.kind == "personalised"), default=0)

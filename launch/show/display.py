@@ -45,7 +45,9 @@ class SiloProgress:
     mfu: float | None = None
     """Share of the cards' peak that this is, where that is known."""
     held_out_loss: float | None = None
-    """Mean over corpora of the newest evaluation."""
+    """Mean over corpora of the newest evaluation, ..."""
+    held_out_step: int = 0
+    """... and the step after which it was."""
     bytes_sent: int = 0
     """Sent in the newest round."""
     wait_seconds: float = 0.0
@@ -89,6 +91,7 @@ class Progress:
             silo.wait_seconds += float(record.get("wait_seconds") or 0.0)
         elif record["kind"] == "eval" and record.get("val_loss"):
             silo.held_out_loss = sum(record["val_loss"].values()) / len(record["val_loss"])
+            silo.held_out_step = int(record["step"])
 
     @property
     def steps_done(self) -> int:
@@ -171,7 +174,8 @@ class PlainDisplay:
         done = self.progress.silos[silo]
         parts = [f"round {number:>{len(str(self.config.num_rounds))}}/{self.config.num_rounds}"]
         parts.append(f"step {done.step:>{len(str(self.config.inner.num_steps))}}/{self.config.inner.num_steps}")
-        parts.append(f"loss {_number(done.loss)}  held-out {_number(done.held_out_loss)}")
+        held_out = done.held_out_loss if done.held_out_step == done.step else None  # not every round has an evaluation
+        parts.append(f"loss {_number(done.loss)}  held-out {_number(held_out):>6}")
         parts.append(f"{_speed(done.tokens_per_second):>9} tokens/s{_mfu(done.mfu)}")
         if self.config.exchange.kind != "none":
             parts.append(f"sent {format_bytes(done.bytes_sent):>8}  waited {done.wait_seconds:6.1f} s")

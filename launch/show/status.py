@@ -135,7 +135,7 @@ def _how_old(status: StoreStatus) -> Text:
         words = f"the store last changed at {utc(status.now_unix_seconds)}, and {by_this_machine()}"
         return Text(f"{words}: one of the two is wrong", style="red")
     words = f"{format_seconds(passed)} since the store last changed ({_clock(status.now_unix_seconds)})"
-    if status.is_finished or passed <= ExchangeConfig().lease_seconds:
+    if status.is_finished or status.not_signed or passed <= ExchangeConfig().lease_seconds:
         return Text(words, style="dim")
     return Text(f"{words}: if this machine's clock is right, nobody is alive any more", style="red")
 

@@ -19,6 +19,7 @@ from launch.show.display import format_seconds
 from launch.show.opened import CONTRACT, MANIFEST, ROLLBACK, TERM, WORD, Json, Opened, json_object, number_in
 from pretrain.config.check import named
 from pretrain.config.keys import ExchangeConfig
+from pretrain.exchange.agreement import agreement_path
 from pretrain.host.foreign import shown
 from pretrain.outer.rounds import participants
 from pretrain.trust.amendment import Governed
@@ -74,6 +75,8 @@ class StoreStatus:
     """The newest version of the global parameters; None before version 0 is there."""
     num_versions: int
     """Versions of the whole run."""
+    not_signed: list[str]
+    """Before version 0: the members whose signature under the contract is missing."""
     silos: dict[str, SiloStatus]
     """The roster."""
     aggregator: Life
@@ -120,6 +123,8 @@ class StoreStatus:
         """What has to happen next, in words; None when the run is finished."""
         if self.is_finished:
             return None
+        if self.not_signed:
+            return f"the signature of {named(self.not_signed)} under the contract"
         if self.version is None:
             return "version 0 from the aggregator"
         if not self.waits_for_silos:
@@ -161,6 +166,10 @@ class Reader:
         self._objects = self._parsed(wanted, json_object)
         said = [TERM, *(kind.format(silo) for silo in silos for kind in (BEAT, WORD))]
         self._objects |= self._last_of(said, json_object)
+        # Asked before there is a version alone: nothing begins without them.
+        agreements = {agreement_path(name): name for name in self._voices.members.keys if self._version is None}
+        self._objects |= self._parsed([path for path in agreements if path in self._store.times], json_object)
+        self._not_signed = sorted(name for path, name in agreements.items() if path not in self._objects)
         done = [_done(path) for path in rollbacks if _done(path) in self._store.times]
         self._objects |= self._parsed(done, json_object)
         self._objects |= self._signs_of_term()
@@ -210,6 +219,7 @@ class Reader:
             url=store.url,
             version=self._version,
             num_versions=num_versions,
+            not_signed=self._not_signed,
             silos=silos,
             aggregator=self._aggregator(),
             quorum=self._rules.quorum,

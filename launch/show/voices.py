@@ -18,7 +18,7 @@ from pretrain.exchange.words import (
     Word,
 )
 from pretrain.trust.contract import contract_keys
-from pretrain.trust.ledger import Commit, Manifest, Record, RefusedError, sha256_bytes
+from pretrain.trust.ledger import Agreement, Commit, Manifest, Record, RefusedError, sha256_bytes
 from pretrain.trust.members import Members
 
 # The group of a name is its author; without one it is the aggregator's operator.
@@ -28,6 +28,7 @@ KINDS: tuple[tuple[str, type[Word] | type[Record]], ...] = (
     (r"global/[0-9]+/commit\.json", Commit),
     (r"rollbacks/[0-9]+\.json", Rollback),
     (r"rollbacks/[0-9]+\.done", Done),
+    (r"signatures/([^/]+)\.json", Agreement),
     (r"silos/([^/]+)/beats/[0-9]+", Beat),
     (r"silos/([^/]+)/evaluations/[0-9]+\.json", Evaluation),
     (r"silos/([^/]+)/identity\.json", Identity),
@@ -60,6 +61,9 @@ class Voices:
         try:
             said = kind.from_bytes(data)
             if isinstance(said, Record):
+                if isinstance(said, Agreement):
+                    self.members.check(author, said, version=0)
+                    return said.contract_sha256 == self._contract_sha256
                 self.members.check(author, said, version=said.from_version if isinstance(said, Rollback) else None)
                 return not isinstance(said, Commit | Manifest) or self._is_of(path, said)
             self.members.check_bytes(author, "word", said.to_sign(self._contract_sha256, path), said.signature)

@@ -20,11 +20,14 @@ MACHINES = {
 }
 ROLES = {
     "federation": "several silos, all at one place",
+    "contract": "what several institutions agree to, for who merges",
     "silo": "one that joins a federation elsewhere",
     "site": "what SLURM is to know of this cluster",
 }
 SHARDED = ("llama-350m", "llama-1b")
 """Presets of models whose state is better spread over the GPUs of a silo."""
+STORE = "s3://BUCKET/RUN"
+"""What stands where no store is named."""
 # Tokens of a vocabulary, and how many bytes of text a token should have been learned from at least.
 VOCABULARIES, BYTES_A_TOKEN = (32_768, 8_192, 2_048, 512), 300
 # Some 50,000 tokens, below which atoll data prepare warns.
@@ -64,10 +67,24 @@ class Beginning:
     nodes: int = 1
     """Of a silo."""
     store: str = ""
-    """URL of the federation that a silo joins."""
+    """URL of the federation that a silo joins, or that a contract is for."""
+    roster: list[str] = field(default_factory=list)
+    """Of a contract."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError for what does not fit together."""
+        for option, given, roles in (
+            ("--text", self.texts, ("federation", "silo")),
+            ("--model", self.model, ("federation", "contract")),
+            ("--store", self.store, ("silo", "contract")),
+            ("--roster", self.roster, ("contract",)),
+        ):
+            if given and self.role not in roles:
+                raise ConfigError(f"{option}: given with --role {self.role}; allowed: with --role {' or '.join(roles)}")
+        wrong = [name for name in self.roster if not SILO_NAME.fullmatch(name) or name == OPERATOR]
+        if self.role == "contract" and (wrong or len(set(self.roster)) != len(self.roster) or len(self.roster) < 2):
+            allowed = "two names or more, each once, of a-z, 0-9, _ and -"
+            raise ConfigError(f"--roster: {', '.join(wrong or self.roster)} given; allowed: {allowed}")
         names = [text.name for text in self.texts]
         if len(set(names)) < len(names):
             raise ConfigError(f"--text: {', '.join(names)} given; allowed: each name once, as NAME=FOLDER")
@@ -83,9 +100,8 @@ class Beginning:
     @property
     def default_file(self) -> str:
         """Where it is written if nothing else is said."""
-        return {"federation": "run.yaml", "site": "site.yaml"}.get(
-            self.role, f"{self.texts[0].name if self.texts else ''}.yaml"
-        )
+        own = f"{self.texts[0].name if self.texts else ''}.yaml"
+        return {"federation": "run.yaml", "contract": "federation.yaml", "site": "site.yaml"}.get(self.role, own)
 
     def configuration(self, file: str) -> str:
         """The file."""
@@ -93,6 +109,8 @@ class Beginning:
         template = environment.from_string((files("launch.start") / "begin.yaml.j2").read_text())
         processes, micro = max(1, self.gpus), 8 if self.gpus else 4
         ranks, presets = processes * self.nodes, [f"model={self.model}", "outer=recommended"]
+        if len(self.roster) > 2:
+            presets.append("membership=elastic")
         if self.gpus and self.model in SHARDED:
             presets.append("silo=zero3-bf16")
         together = self.machine in ("laptop", "node")
@@ -111,6 +129,8 @@ class Beginning:
                 steps=200 if self.machine == "laptop" else 1000,
                 interval=10 if together else 50,
                 presets=presets,
+                store=self.store or STORE,
+                roster=self.roster,
             )
         )
 
@@ -118,6 +138,8 @@ class Beginning:
         """What to type next, in order."""
         if self.role == "site":
             return [f"atoll launch slurm --config run.yaml --site {shlex.quote(file)} --dry-run"]
+        if self.role == "contract":
+            return self._agreeing(shlex.quote(file))
         quoted, config = [shlex.quote(text.place) for text in self.texts], f"--config {shlex.quote(file)}"
         found = []
         if self.role == "federation":
@@ -130,6 +152,20 @@ class Beginning:
         if self.machine == "slurm":
             found.append("atoll init --machine slurm --role site" + (f" --gpus {self.gpus}" if self.gpus else ""))
         return [*found, *(self._joining(config) if self.role == "silo" else self._starting(config))]
+
+    def _agreeing(self, file: str) -> list[str]:
+        counts = " ".join(f"--counts {name}.counts.tsv" for name in self.roster)
+        size = VOCABULARIES[1 if self.machine == "laptop" else 0]
+        launch = f"aggregate --config {file}"
+        if self.machine == "slurm":
+            launch = f"launch slurm --config {file} --site site.yaml"
+        return [
+            f"atoll keys new {OPERATOR} --directory keys",
+            f"atoll data tokenizer {counts} --vocab-size {size} --output tokenizer",
+            f"atoll contract propose --config {file}",
+            f"atoll {launch} --dry-run",
+            f"atoll {launch}",
+        ]
 
     def _starting(self, config: str) -> list[str]:
         plan = f"atoll plan {config} --bandwidth 1gbit"
@@ -145,7 +181,7 @@ class Beginning:
 
     def _joining(self, config: str) -> list[str]:
         site = " --site site.yaml" if self.machine == "slurm" else ""
-        join = f"atoll launch join {shlex.quote(self.store or 's3://BUCKET/RUN')} {config}{site}"
+        join = f"atoll launch join {shlex.quote(self.store or STORE)} {config}{site}"
         if self.machine == "torchrun":
             hosts = " ".join(f"--host HOST{number}" for number in range(1, self.nodes + 1))
             name = self.texts[0].name

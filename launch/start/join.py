@@ -69,7 +69,8 @@ def join(
 
 
 def _check_can_enter(status: StoreStatus, federation: Federation, silo: str, *, is_back: bool) -> None:
-    if status.version is None and silo not in not_signed(federation.exchange):
+    # Until all have signed there is nothing that could have gone wrong: the start signs, and waits.
+    if status.version is None and not not_signed(federation.exchange):
         raise ConfigError(
             f"store: {federation.url!r} given; there is no version 0 in it yet: its aggregator is making it, or was "
             "stopped before; try again when atoll status shows it"

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -364,6 +365,8 @@ class Attempt:
         silos = f"each of {self._silos()}" if len(self.config.silos) > 1 else self._silos()
         lines = [f"finished: {self.config.inner.num_steps:,} steps in {silos}"]
         lines += [f"  {what:<8} {path}" for what, path in places.items()]
+        if self.config.exchange.kind != "none":
+            lines += [f"  model    atoll export {shlex.quote(str(directory))} --output model"]
         self.console.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
         return 0
 

@@ -238,7 +238,8 @@ def _check_model(model: ModelConfig) -> None:
 
 
 def _check_roster(config: RunConfig) -> None:
-    _require(bool(config.silos), "silos", {}, "at least one silo")
+    if not config.roster or config.exchange.kind != "store":  # whoever only runs the aggregator has no silo of its own
+        check_has_silo(config)
     _require(len(set(config.roster)) == len(config.roster), "roster", config.roster, "each name once")
     for name in config.full_roster:
         key = "roster" if config.roster else "silos"
@@ -247,6 +248,11 @@ def _check_roster(config: RunConfig) -> None:
     for name, silo in config.silos.items():
         _require(name in config.full_roster, "silos", name, f"names of the roster: {named(config.full_roster)}")
         _check_silo(name, silo, masked=config.document_masking)
+
+
+def check_has_silo(config: RunConfig) -> None:
+    """For what starts or plans silos. Raises ConfigError."""
+    _require(bool(config.silos), "silos", {}, "at least one silo")
 
 
 def _check_membership(config: RunConfig) -> None:

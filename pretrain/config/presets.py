@@ -17,6 +17,8 @@ SITE = "site"
 """Not of a run: `--site NAME`."""
 KEY = "presets"
 """In a file: the presets that lie below it, each as SECTION=NAME."""
+SIZE = re.compile(r"-(\d+)([mb])$")
+"""At the end of a model's name: so many million or billion parameters."""
 CHOICE = re.compile(rf"({'|'.join(SECTIONS)})=([A-Za-z][\w.-]*)")
 
 
@@ -47,8 +49,13 @@ class Preset:
 
 
 def presets_of(section: str) -> list[Preset]:
-    """All of a section, by name."""
-    return [Preset(section, path) for path in sorted((FOLDER / section).glob("*.yaml"))]
+    """All of a section, by name; models by their size."""
+    return [Preset(section, path) for path in sorted((FOLDER / section).glob("*.yaml"), key=_size_and_name)]
+
+
+def _size_and_name(path: Path) -> tuple[int, str]:
+    size = SIZE.search(path.stem)
+    return int(size[1]) * {"m": 1, "b": 1000}[size[2]] if size else 0, path.stem
 
 
 def find_preset(section: str, name: str, *, key: str = "") -> Preset:

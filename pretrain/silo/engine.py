@@ -25,6 +25,7 @@ from pretrain.config.keys import InnerConfig, ModelConfig, SiloConfig
 from pretrain.silo.activations import checkpoint_activations
 from pretrain.silo.attention import DOCUMENTS
 from pretrain.silo.copies import HostCopies
+from pretrain.silo.extensions import load_extension
 from pretrain.silo.model import (
     build_empty,
     check_causality,
@@ -100,6 +101,8 @@ class Engine:
             compile_layers(module)
             self._cross_entropy = torch.compile(target_losses, dynamic=False)
         offloaded = zero.get("offload_optimizer", {}).get("device") == "cpu"
+        if offloaded:
+            load_extension("CPUAdamBuilder", ranks.waits_for)
         optimizer = build_optimizer(
             module.named_parameters(),
             inner,

@@ -85,8 +85,5 @@ def _adamw(groups: list[dict[str, Any]], inner: InnerConfig, on_cpu: bool, fused
     if on_cpu:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        from pretrain.silo.extensions import load_extension
-
-        load_extension("CPUAdamBuilder")
         return DeepSpeedCPUAdam(groups, lr=inner.lr, betas=betas, eps=inner.eps, adamw_mode=True)
     return torch.optim.AdamW(groups, lr=inner.lr, betas=betas, eps=inner.eps, fused=fused)

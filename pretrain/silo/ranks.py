@@ -15,14 +15,18 @@ from deepspeed.constants import default_pg_timeout
 from torch.numa.binding import AffinityMode, NumaOptions, _maybe_apply_numa_binding_to_current_process
 
 from pretrain.host.meeting import MEETING_FILE, NUMA_BINDING
-from pretrain.silo.extensions import load_extension
+
+# DeepSpeed's all-reduce through shared memory is for inference alone. On a machine's first start it would be compiled,
+# which takes a minute or more and a C++ compiler.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 class Ranks:
     """The process group of one silo; rank 0 is the leader, the only one that talks to the exchange."""
 
     def __init__(self, waits_for: Callable[[str], None] = lambda what: None) -> None:
-        """`waits_for` is told what takes long."""
+        """`waits_for` is told what takes long, whoever of the silo does it."""
+        self.waits_for = waits_for
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed wants it
         self.device = torch.device(get_accelerator().device_name(int(os.environ["LOCAL_RANK"])))
         if mode := os.environ.get(NUMA_BINDING):
@@ -33,7 +37,6 @@ class Ranks:
         # DeepSpeed calls collectives by names that torch has since renamed: one warning a parameter, none of them ours.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
         backend = "gloo" if self.device.type == "cpu" else get_accelerator().communication_backend_name()
-        load_extension("ShareMemCommBuilder", waits_for)
         _meet(backend, self.device)
         deepspeed.init_distributed(dist_backend=backend, verbose=False)
         self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()

@@ -53,7 +53,7 @@ def test_a_build_waits_for_the_living_and_not_for_the_dead(tmp_path: Path) -> No
 
 def test_a_build_is_said_before_it_begins(tmp_path: Path) -> None:
     code = "from pretrain.silo.extensions import load_extension; "
-    code += 'load_extension("ShareMemCommBuilder", lambda what: print("waits for", what, flush=True))'
+    code += 'load_extension("CPUAdamBuilder", lambda what: print("waits for", what, flush=True))'
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         env=os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path)},
@@ -63,11 +63,11 @@ def test_a_build_is_said_before_it_begins(tmp_path: Path) -> None:
     )
     try:
         waits = read_until(process, "waits for")
-        assert waits == "waits for DeepSpeed's extension deepspeed_shm_comm to be compiled, once on this machine\n"
+        assert waits == "waits for DeepSpeed's extension cpu_adam to be compiled, once on this machine\n"
         said = read_until(process, "DeepSpeed's")
         where = f"{re.escape(str(tmp_path))}/atoll-torch[^ /]+"
         kept = "it takes a minute or more, and is kept for all later starts"
-        assert re.fullmatch(f"DeepSpeed's extension deepspeed_shm_comm is compiled into {where}: {kept}\n", said)
+        assert re.fullmatch(f"DeepSpeed's extension cpu_adam is compiled into {where}: {kept}\n", said)
     finally:
         os.killpg(process.pid, signal.SIGKILL)  # with the compilers that it has started
         process.communicate()
@@ -88,3 +88,11 @@ def test_the_same_ninja_builds_whatever_comes_first_on_path(tmp_path: Path, monk
     ((ninja, _),) = used
     assert ninja
     assert Path(ninja).is_relative_to(sys.prefix)
+
+
+def test_what_only_inference_takes_is_not_compiled(tmp_path: Path) -> None:
+    code = "from pretrain.silo.ranks import Ranks; print(Ranks().num_ranks)"
+    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert ended.stdout.splitlines()[-1] == "1"
+    assert list(tmp_path.iterdir()) == []

@@ -298,7 +298,7 @@ def test_other_endings_are_read_as_text_where_the_user_says_so(tmp_path: Path) -
     assert one_line_error(find_text, Source(path=str(tmp_path))).endswith(
         "there are 1 without an ending (README); 1 .png (a.png); 2 .md (docs/a.md, old/a.md); "
         "4 .py (src/B.PY, src/a.py, src/train.py, ...); 1 .py.gz (src/pi.py.gz)"
-        ": type --as-text '*.py' --as-text '*.md' --as-text '*.py.gz' to read such files as text"
+        ": type --as-text '*.py' --as-text '*.md' --as-text '*.py.gz' --as-text README to read such files as text"
     )
     source = Source(path=str(tmp_path), as_text=("*.py", "*.py.gz", "docs/*.md", "*.rst"))
     found = find_text(source)
@@ -306,10 +306,13 @@ def test_other_endings_are_read_as_text_where_the_user_says_so(tmp_path: Path) -
     assert uses(found, tmp_path) == dict.fromkeys(sorted([*code, "docs/a.md"]), "")
     assert found.left_out == {"without an ending": ["README"], ".png": ["a.png"], ".md": ["old/a.md"]}
     assert found.remarks == [
-        "to read such files as text, too, type --as-text '*.md'",
+        "to read such files as text, too, type --as-text '*.md' --as-text README",
         "warning: --as-text '*.rst' is the name of none of its files",
     ]
     assert list(read_parts(found.parts)) == [f"text of {name}\n" for name in sorted([*code, "docs/a.md"])]
+    for name in ("docs/README", "old/LICENSE", "old/NOTES"):  # of which most have no name in common
+        write(tmp_path / name, b"text\n")
+    assert "type --as-text '*' --as-text '*.md'" in find_text(source).remarks[0]
 
 
 def test_commands_read_other_endings_as_text(tmp_path: Path) -> None:

@@ -470,8 +470,8 @@ def test_a_signed_federation_waits_for_whom_it_is_joined_by(
     pool = ThreadPoolExecutor(1)
     starting = pool.submit(start, config)
     try:
-        wait_for((tmp_path / "store" / "signatures" / f"{OPERATOR}.json").exists)
-        sign_contract(as_member(config, "alpha"), "alpha")
+        signed = (tmp_path / "store" / "signatures").glob
+        wait_for(lambda: [path.name for path in signed("*")] == [f"{OPERATOR}.json"])  # and no file on its way there
         site = Site(directory=tmp_path / "here", url=config.store_url, text=tiny_text)
         assert "the private half of trust.keys.beta; allowed: where atoll keys new beta made it" in site.refusal()
         here = {"directory": str(tmp_path / "here" / "keys")}
@@ -483,8 +483,11 @@ def test_a_signed_federation_waits_for_whom_it_is_joined_by(
         said = site.join(trust=here)
         assert said["now"][0].startswith("no version yet; ")
         assert said["parameters"] == ["39,840; version 0 is made when all have signed the contract, as this start does"]
+        sign_contract(as_member(config, "beta"), "beta")
+        assert site.join(trust=here)["parameters"] == said["parameters"], "its start waits for alpha, too"
         own = load_config([tmp_path / "here" / "run" / "config.yaml"])
     finally:
-        sign_contract(as_member(config, "beta"), "beta")  # or the aggregator waits for ever
+        for name in ("alpha", "beta"):
+            sign_contract(as_member(config, name), name)  # or the aggregator waits for ever
         state = starting.result(PATIENCE_SECONDS)[1]
     assert (state.version, own.trust.keys) == (0, public)

@@ -1,5 +1,6 @@
 """A user's mistake at the `atoll` command is one line on stderr, exit code 2, and nothing on the disk."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -155,6 +156,16 @@ def test_help_has_an_example(command: tuple[str, ...]) -> None:
     shown = CliRunner().invoke(cli.app, [*command, "--help"], env={"COLUMNS": "200"})
     assert shown.exit_code == 0
     assert f"Example: atoll {' '.join(command)} " in " ".join(shown.output.split())
+
+
+def test_a_paragraph_of_help_breaks_where_the_terminal_ends() -> None:
+    def all_of(command: Any) -> Iterator[Any]:
+        yield command
+        for inner in getattr(command, "commands", {}).values():
+            yield from all_of(inner)
+
+    for command in all_of(cli.flowing(typer.main.get_command(cli.app))):
+        assert not re.search(r"[^\n]\n[^\n]", command.help), command.name
 
 
 def test_the_command_line_starts_without_torch() -> None:

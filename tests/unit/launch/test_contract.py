@@ -1,5 +1,6 @@
 """`atoll contract` and `atoll keys rotate|revoke`: a run that is proposed, signed and amended by its commands."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,10 @@ def own(tmp_path: Path, tiny_text: TinyText) -> dict[str, str]:
         trust = {"keys": keys, "directory": str(tmp_path / name)}
         path = write_settings(tmp_path / name, tiny_text, trust=trust, membership=quorum, inner={"num_steps": 40})
         exchange = {"url": str(tmp_path / "store"), "poll_seconds": 0.05}
-        path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"exchange": exchange}))
+        settings = yaml.safe_load(path.read_text()) | {"exchange": exchange}
+        if name == OPERATOR:  # who has no text: a roster does
+            settings |= {"silos": {}, "roster": ["alpha", "beta"]}
+        path.write_text(yaml.safe_dump(settings))
         found[name] = str(path)
     return found
 
@@ -73,6 +77,11 @@ def test_a_contract_is_proposed_signed_and_amended_by_commands(own: dict[str, st
     for name, rest in (("alpha", "aggregator, beta is missing"), ("beta", "aggregator is missing")):
         said = atoll(*sign, "--config", own[name], "--silo", name)
         assert said.splitlines()[-1] == f"signed      the contract, as {name}; the signature of {rest}"
+        waits = rest.removesuffix(" is missing")
+        assert f"waiting for the signature of {waits} under the contract" in atoll("status", store)
+        (tmp_path / "store" / "signatures" / "aggregator.json").unlink(missing_ok=True)
+        if name == "alpha":  # its signature is none of the operator's
+            shutil.copy(*(tmp_path / "store" / "signatures" / f"{who}.json" for who in ("alpha", "aggregator")))
     assert start(load_config([own[OPERATOR]]))[1].version == 0, "the aggregator finds it, signs, and goes on"
     assert "has not signed" not in atoll("contract", "show", store)
     amend = ["contract", "amend", store, "--config", own["alpha"], "--silo", "alpha", "--from"]
@@ -91,6 +100,16 @@ def test_a_contract_is_proposed_signed_and_amended_by_commands(own: dict[str, st
     shown = atoll("contract", "show", store).splitlines()
     assert [line.split()[1] for line in shown if line.startswith("amendment")] == ["1", "2", "3"]
     assert sorted(path.name for path in (tmp_path / "beta").glob("*.key*")) == ["beta.key", "beta.key.1"]
+
+
+def test_who_has_no_silo_starts_the_aggregator_alone(own: dict[str, str]) -> None:
+    assert atoll("aggregate", "--config", own[OPERATOR], "--dry-run").splitlines()[1:] == [
+        f"aggregator: 10 rounds of H = 4, 2 silos, in {load_config([own[OPERATOR]]).store_url}",
+        "dry run: nothing was started",
+    ]
+    for command in ("launch local", "launch slurm --site cpu --no-aggregator", "plan --bandwidth 1gbit"):
+        line = atoll(*command.split(), "--config", own[OPERATOR], code=2)
+        assert line == "silos: {} given; allowed: at least one silo"
 
 
 def test_a_mistake_is_one_line(own: dict[str, str], tmp_path: Path) -> None:

@@ -19,9 +19,11 @@ from launch.start.torchrun import check_options, node_commands
 from pretrain.config.load import load_config
 from pretrain.config.presets import presets_of
 from pretrain.exchange.store import StoreExchange
+from pretrain.federation.contract import propose
 from pretrain.federation.join import find_federation, joined_config
 from pretrain.federation.preflight import check_run, check_silo
 from pretrain.trust.contract import build_contract, first_contract
+from pretrain.trust.keys import new_key
 from tests import typed
 from tests.support import ROOT, TinyText, one_line_error
 from tests.unit.launch.test_cli import one_line, run
@@ -60,17 +62,32 @@ def begin(monkeypatch: Any, capsys: Any, *arguments: str) -> list[str]:
 def test_what_is_written_passes_the_preflight(
     machine: str, role: str, place: Path, monkeypatch: Any, capsys: Any
 ) -> None:
-    texts = {"federation": ["raw/alpha", "beta=raw/beta"], "silo": ["raw/beta"], "site": []}[role]
+    texts = {"federation": ["raw/alpha", "beta=raw/beta"], "silo": ["raw/beta"]}.get(role, [])
     given = ["--machine", machine, "--role", role, *SIZES[machine]]
     given += [word for text in texts for word in ("--text", text)]
-    given += ["--model", "llama-5m"] if role == "federation" else []
-    next_commands = begin(monkeypatch, capsys, *given, *(["--store", "shared"] if role == "silo" else []))
+    given += ["--model", "llama-5m"] if role in ("federation", "contract") else []
+    given += ["--roster", "alpha", "--roster", "beta", "--roster", "gamma"] if role == "contract" else []
+    given += ["--store", "shared"] if role in ("silo", "contract") else []
+    next_commands = begin(monkeypatch, capsys, *given)
     for line in next_commands:
         typed.check_whole(line)
     if role == "site":
         (place / "run.yaml").write_text("model: {config: {model_type: llama}}\nsilos: {alpha: {}}\n")
         site = load_site([Path("site.yaml")], load_config(["run.yaml"]))
         assert (site.silos["alpha"].gpus_per_node, site.aggregator.gpus_per_node) == (4, 0)
+        return
+    if role == "contract":
+        names = ("alpha", "beta", "gamma", "aggregator")
+        keys = {name: new_key(place / f"{name}.key", name).text for name in names}
+        assert one_line_error(propose, load_config(["federation.yaml"])).startswith(
+            "trust.keys.aggregator: 'atoll-key-1:...' given; allowed: atoll-key-1: and 86 characters"
+        )
+        for name, key in keys.items():
+            text = Path("federation.yaml").read_text()
+            Path("federation.yaml").write_text(text.replace(f"{name}: atoll-key-1:...", f"{name}: {key}"))
+        config = load_config(["federation.yaml"])
+        propose(config)
+        assert (config.trust.keys, config.membership.quorum, config.silos) == (keys, 2, {})
         return
     file = Path("run.yaml" if role == "federation" else "beta.yaml")
     if role == "silo":
@@ -115,7 +132,7 @@ def test_every_model_fits(gpus: int, preset: Any, place: Path) -> None:
     [
         ([], "--machine: nothing given, and there is no terminal to ask at; atoll init --help lists all"),
         (["--machine=toaster"], "--machine: 'toaster' given; allowed: laptop, node, slurm, torchrun"),
-        (["--machine=laptop", "--role=site"], "--role: 'site' given; allowed: federation, silo"),
+        (["--machine=laptop", "--role=site"], "--role: 'site' given; allowed: federation, contract, silo"),
         (["--machine=laptop", "--role=federation"], "--model: nothing given, and there is no terminal"),
         (["--machine=laptop", "--role=silo"], "--text: nothing given, and there is no terminal"),
         (["--machine=slurm", "--role=silo", "--text=raw/alpha"], "--gpus: nothing given, and there is no terminal"),
@@ -135,6 +152,14 @@ def test_every_model_fits(gpus: int, preset: Any, place: Path) -> None:
         (
             ["--machine=laptop", "--role=silo", "--text=raw/alpha", "--store=s3:/x"],
             "--store: 's3:/x' given; allowed: s3",
+        ),
+        (
+            ["--machine=laptop", "--role=federation", "--model=llama-5m", "--text=raw/alpha", "--store=s3://a/b"],
+            "--store: given with --role federation; allowed: with --role silo or contract",
+        ),
+        (
+            ["--machine=laptop", "--role=contract", "--model=llama-5m", "--roster=a", "--roster=a"],
+            "--roster: a, a given; allowed: two names or more, each once, of a-z, 0-9, _ and -",
         ),
         (["--machine=laptop", "--role=silo", "--text=raw/alpha", "--output=no/x"], "--output: 'no/x' given; it cannot"),
     ],
@@ -171,7 +196,7 @@ def test_nothing_is_overwritten(place: Path, monkeypatch: Any, capsys: Any) -> N
         "atoll: --output: 'alpha.yaml' given; it is there already, and stays; allowed: a new file\n",
     )
     assert (place / "alpha.yaml").read_bytes() == before
-    assert set(yaml.safe_load(before)) == {"directory", "tokenizer", "silos"}
+    assert set(yaml.safe_load(before)) == {"directory", "tokenizer", "trust", "silos"}
     assert one_line_error(Beginning, machine="laptop", role="silo", texts=[Text("a", ""), Text("a", "")]) == (
         "--text: a, a given; allowed: each name once, as NAME=FOLDER"
     )

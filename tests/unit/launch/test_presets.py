@@ -20,6 +20,8 @@ def test_one_is_shown_as_it_is_and_a_name_that_is_none_is_one_line(
     listed = CliRunner().invoke(cli.app, ["presets"]).output.splitlines()
     assert "model=llama-20m      20.4 million parameters, sequences of 512 tokens." in listed
     assert max(map(len, listed)) <= 80
+    sizes = [line.split()[0].removeprefix("model=llama-") for line in listed if line.startswith("model=")]
+    assert sizes == ["5m", "20m", "150m", "350m", "1b"]
     for given, expected in {
         "outer": "outer: '' given; no preset is called so; allowed: averaging, diloco",
         "run=demo": "presets: 'run=demo' given; allowed: SECTION=NAME",

@@ -190,6 +190,7 @@ def test_each_attempt_has_its_own_logs(tmp_path: Path) -> None:
         code, text = run_quietly(config, [script("law", FINISHED, tmp_path)])
         assert code == 0
     assert "finished: 40 steps in each of 2 silos" in text
+    assert f"  model    atoll export {tmp_path}/run --output model" in text
     assert sorted(path.name for path in (tmp_path / "run/logs").iterdir()) == ["attempt-001", "attempt-002", "latest"]
     assert (tmp_path / "run/logs/latest").resolve().name == "attempt-002"
     assert (tmp_path / "run/logs/attempt-001/law.log").read_text() == "done\n"
@@ -440,14 +441,17 @@ def test_plain_lines(tmp_path: Path) -> None:
     waiting = ProcessStatus(phase="waiting", waiting_for="commit 2", waited_seconds=21)
     display.update(records, {"law": waiting})
     display.update([], {"law": waiting})
+    step = {"kind": "step", **law, "step": 20, "round": 2, "loss": 4.5, "tokens_per_second": 100.0}
+    display.update([step, {"kind": "sync", **law, "step": 20, "round": 2, "fragment": 0}], {})
     display.close()
     lines = console.export_text().splitlines()
-    assert len(lines) == 4, "one line a round and commit, and a wait is not said again at every look"
+    assert len(lines) == 5, "one line a round and commit, and a wait is not said again at every look"
     assert "is training at step 10 of 40" in lines[0]
     assert lines[1].endswith("commit 1/4  1 of 2 silos  update norm 0.5  cosine between silos -0.25")
     assert lines[2].endswith("has waited 21 s for commit 2")
     assert "round 1/4  step 10/40  loss 5.0000  held-out 5.0000        100 tokens/s, 40% MFU  sent" in lines[3]
     assert lines[3].endswith("sent   1.5 kB  waited    2.5 s")
+    assert "round 2/4  step 20/40  loss 4.5000  held-out      -        100 tokens/s  sent" in lines[4], "not evaluated"
 
 
 def test_time_left_follows_the_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
