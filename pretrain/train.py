@@ -259,9 +259,7 @@ def prepare(
     mixture, held_out = _open_data(config, name)
     _check_model(config, name, ranks)
     reading = _read_in_background(config, name) if ranks.is_leader else Future[str]()
-    contract_sha256 = sync.join() if sync else ""
-    if sync:
-        sync.text_tokens = mixture.num_tokens
+    contract_sha256 = sync.join(mixture.num_tokens) if sync else ""
     torch.manual_seed(zlib.crc32(f"{config.model.seed}/{name}/{ranks.rank}".encode()))  # dropout
     silo = Silo(
         config=config,

@@ -23,7 +23,7 @@ COMPARISON_DASHES = ("-", "--", "-.", ":")
 LINES = cycler(linestyle=COMPARISON_DASHES) * cycler(color=COLORS)
 DOTS = cycler(marker=("o", "s", "^", "D")) * cycler(color=COLORS)
 MAX_POINTS = 400
-PANELS_PER_ROW = 3
+PANELS_PER_ROW, MOST_PANELS = 3, 24
 
 STYLE: Any = LOOK | {
     "text.parse_math": False,  # names of silos and corpora may have $ in them
@@ -66,7 +66,7 @@ def held_out(evaluated: Mapping[str, list[Evaluation]], rollbacks: Sequence[floa
     main_name, main = next(iter(evaluated.items()))
     if not main:
         return None
-    corpora = sorted({corpus for one in main for corpus in one.val_loss})
+    corpora = sorted({corpus for one in main for corpus in one.val_loss})[:MOST_PANELS]
     panels: list[str | None] = [None, *corpora] if len(corpora) > 1 else list(corpora)
     columns = min(PANELS_PER_ROW, len(panels))
     rows = math.ceil(len(panels) / columns)

@@ -8,6 +8,7 @@ from statistics import fmean
 
 from launch.show.opened import EVALUATION, Opened
 from launch.show.run import Evaluation
+from pretrain.exchange.words import MOST_CORPORA
 from pretrain.exchange.words import Evaluation as Word
 
 BEYOND = 1e12  # what no loss and no norm is: an axis that reached so far would show nothing else
@@ -72,7 +73,7 @@ class HeldOut:
 def read_held_out(opened: Opened, silos: Iterable[str]) -> HeldOut:
     """All that silos have published; each word is read once (see `Opened`)."""
     digests = {number: commit.parameters_digest for number, commit in opened.commits.items()}
-    found, beside = HeldOut(), defaultdict[str, dict[str, Word]](dict)
+    of_silos, beside = dict[str, dict[int, Word]](), defaultdict[str, dict[str, Word]](dict)
     for silo in silos:
         paths = list(opened.store.numbered(EVALUATION.format(silo)).values())[-MOST_WORDS:]
         words = map(_sane, opened.parsed(paths, Word.from_bytes, for_ever=True).values())
@@ -84,10 +85,10 @@ def read_held_out(opened: Opened, silos: Iterable[str]) -> HeldOut:
                 labels[word.label] = word
             elif word.parameters_digest == digests.get(word.version):
                 versions[word.version] = _joined(versions.get(word.version), word)
-        found.of_silos.update({silo: versions} if versions else {})
+        of_silos |= {silo: versions} if versions else {}
         for label in list(labels)[-MOST_BESIDE:]:
             beside[label][silo] = labels[label]
-    return replace(found, beside=dict(sorted(beside.items())))
+    return HeldOut(of_silos=of_silos, beside=dict(sorted(beside.items())))
 
 
 def _sane(word: Word) -> Word:
@@ -96,10 +97,11 @@ def _sane(word: Word) -> Word:
 
 
 def _joined(before: Word | None, word: Word) -> Word:
-    """What was said of a version at several times: of each corpus the last."""
-    if before is None:
+    """What was said of a version at several times: of each corpus the last; of too many only what was said last."""
+    losses = word.losses if before is None else before.losses | word.losses
+    if before is None or len(losses) > MOST_CORPORA:
         return word
-    return replace(word, losses=before.losses | word.losses, sequences=before.sequences | word.sequences)
+    return replace(word, losses=losses, sequences=before.sequences | word.sequences)
 
 
 def _means(words: Iterable[Word]) -> dict[str, float]:

@@ -101,10 +101,13 @@ def _held_out(history: History, runs: Mapping[str, list[Evaluation]]) -> dict[st
     rows = {**({f"version {best[0].round}": best} if best else {}), **beside, **runs}
     curves = {**({"federated": versions} if best else {}), **beside, **runs}
     known = {name: told for name, all in curves.items() if (told := [one for one in all if one.tokens >= 0])}
+    corpora = sorted({corpus for found in rows.values() for corpus in found[-1].val_loss})
+    counts, named = best[0].sequences if best else {}, corpora[: figures.MOST_PANELS]
     return {
         "comparison": comparison_rows(rows),
-        "corpora": sorted({corpus for found in rows.values() for corpus in found[-1].val_loss}),
-        "sequences": best[0].sequences if best else {},
+        "corpora": named,
+        "left_out": len(corpora) - len(named),
+        "sequences": [(corpus, counts[corpus]) for corpus in named if corpus in counts],
         "beside": figures.draw_held_out(known) if known.keys() - {"federated"} else "",
     }
 

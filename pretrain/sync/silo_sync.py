@@ -72,7 +72,7 @@ class SiloSync:
         self._rows: dict[str, Row] = {}  # of the digest, one a parameter
         self.global_parameters: dict[str, Tensor] = {}  # the leader's fp32 copy, host memory
         self.residuals: dict[str, Tensor] = {}  # error feedback: what was not sent yet
-        self.text_tokens = 0  # of the silo's text, once that is open: what epochs are counted in
+        self._text_tokens = 0  # of the silo's text, as `join` was told: what epochs are counted in
 
     @property
     def host_tensors(self) -> HostTensors:
@@ -98,8 +98,9 @@ class SiloSync:
 
     # ---- before the first round
 
-    def join(self) -> str:
+    def join(self, text_tokens: int = 0) -> str:
         """Wait for the contract, compare it with our configuration, take our name; returns the contract's sha256."""
+        self._text_tokens = text_tokens
         joined = self._receivers.submit(self._exchange.join) if self.ranks.is_leader else None
         self._poll(joined, "the contract", Progress())
         if joined:
@@ -273,7 +274,7 @@ class SiloSync:
             payload = held.describe(file, fragment)
         speed = {"seconds_per_step": progress.seconds_per_step} if self.config.membership.steps == "speed" else {}
         tokens_total = progress.position * self.config.sequence_tokens
-        epochs = {"epochs": tokens_total / self.text_tokens} if self.text_tokens else {}
+        epochs = {"epochs": tokens_total / self._text_tokens} if self._text_tokens else {}
         manifest = Manifest(
             contract_sha256=self._exchange.terms_sha256(version),
             silo=self.silo,

@@ -42,4 +42,4 @@ def test_the_collective_judges_as_the_aggregator_does(
         assert " does not count: its loss is " in logs
     manifests = [*Path(stored.config.store_url).glob("silos/*/*/manifest.json")]
     assert len(manifests) == 3 * last
-    assert all(json.loads(file.read_bytes())["metrics"].keys() == {"loss"} for file in manifests)
+    assert all(json.loads(file.read_bytes())["metrics"].keys() == {"loss", "epochs"} for file in manifests)

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from launch import cli
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.config.load import save_config
+from pretrain.exchange.words import Evaluation
 from pretrain.federation.bundle import BundleVerifier, Exit, VerifiedBundle, is_bundle
 from pretrain.federation.exit import write_bundle
 from pretrain.trust.members import own_signer
@@ -299,6 +300,9 @@ def test_leaving_with_a_bundle(tmp_path: Path, tiny_config: TinyConfig) -> None:
         deliver(config, state, silo)
     one_version(aggregator, state)  # and prunes up to the snapshot of version 4
     as_member(config, OPERATOR).refuse("beta", 6, b"", "it is too long")
+    digest = alpha.read_commit(1).parameters_digest
+    found = Evaluation(version=1, parameters_digest=digest, losses={"law": 2.5}, sequences={"law": 8})
+    evaluated = alpha.tell_evaluation("alpha", found)
     outbox = config.silo_directory("alpha") / "outbox"
     outbox.mkdir(parents=True)
     (outbox / "000006.safetensors").write_bytes(b"in flight")
@@ -319,6 +323,7 @@ def test_leaving_with_a_bundle(tmp_path: Path, tiny_config: TinyConfig) -> None:
     (word,) = {*files(config)} - {*before}
     assert word.name == "000001.json"
     assert (target / "store/silos/alpha/membership/000001.json").read_bytes() == word.read_bytes()
+    assert (target / "store" / evaluated).is_file()
     assert (target / "store/silos/beta/000006/refused-0.json").is_file()
     assert (target / "own/000006.safetensors").read_bytes() == b"in flight"
     shutil.rmtree(config.directory)

@@ -74,7 +74,7 @@ def test_a_card_says_what_the_contract_makes_public(tmp_path: Path, tiny_config:
     assert str(tmp_path) not in card  # no place of this site
     assert (tmp_path / "out" / CARD).stat().st_mode == (tmp_path / "out/config.json").stat().st_mode
 
-    config.trust.metrics |= {"tokens": "consortium", "loss": "member"}
+    config.trust.metrics |= {"tokens": "consortium", "held_out": "member"}
     provenance = export_global_model(
         config, tmp_path / "less", held_out=lambda found: held_out_of(config, found["version"])
     )

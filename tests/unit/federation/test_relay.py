@@ -18,6 +18,7 @@ from pretrain.exchange.history import History
 from pretrain.exchange.objects import Objects
 from pretrain.exchange.rollback import explain, finish_rollbacks, is_rolling_back, roll_back
 from pretrain.exchange.store import Refusal, StoreExchange
+from pretrain.exchange.words import Evaluation
 from pretrain.federation.relay import Relay
 from pretrain.trust.contract import build_contract, contract_bytes
 from pretrain.trust.ledger import sha256_bytes
@@ -28,6 +29,7 @@ from tests.unit.exchange.test_store import deliver, publish
 from tests.waiting import PATIENCE_SECONDS, wait_for
 
 Files = dict[str, bytes]
+EVALUATION = Evaluation(version=2, parameters_digest="0" * 64, losses={"law": 2.5}, sequences={"law": 8})
 
 
 class Site:
@@ -99,11 +101,13 @@ def test_versions_come_and_deliveries_go(site: Site, tmp_path: Path, capsys: pyt
     assert there.delivery("alpha", 3) is None
     deliver(here, "alpha", 3, b"whole", tmp_path)
     here.mark_resumable("alpha", 3)
+    here.tell_evaluation("alpha", EVALUATION)
     relay.copy()
     sent = {name: data for name, data in files(here).items() if name.startswith("silos/")}
     assert {name.removeprefix("silos/alpha/") for name in sent} == {
         "identity.json",
         "resumable/000003",
+        "evaluations/000000.json",
         "000003/000003.safetensors",
         "000003/manifest.json",
     }

@@ -44,7 +44,7 @@ def test_without_a_word_all_may_be_shown() -> None:
     ("changes", "error"),
     [
         ({"trust": {"metrics": {"loss": "secret"}}}, "loss: 'secret' given; allowed: public, consortium, member"),
-        ({"trust": {"metrics": {"lost": "public"}}}, "metrics: ['loss', 'lost', "),
+        ({"trust": {"metrics": {"lost": "public"}}}, "metrics: ['epochs', 'held_out', 'loss', 'lost', "),
         (
             {"trust": {"metrics": {"tokens": "member"}}},
             "tokens: 'member' given; allowed: public, consortium with outer.weight_power and every restart, for which",
@@ -189,7 +189,7 @@ def test_the_contract_says_who_sees_what_and_what_clips_and_which_software(
     assert stored["software"] == software.installed()
     assert {"atoll", "torch", "numpy", "numba"} <= stored["software"].keys()
     said = dict(describe(Agreed.at(config.store_url)))
-    metrics = "public: epochs, held_out, seconds_per_step; consortium: pseudo_gradient_norm, tokens; member: loss"
+    metrics = "public: held_out, seconds_per_step, epochs; consortium: pseudo_gradient_norm, tokens; member: loss"
     assert said["metrics"] == metrics
     assert said["privacy"] == "gradients of a step clipped to 1, no noise; payloads not sealed"
     assert said["software"].endswith(": others are told what differs")

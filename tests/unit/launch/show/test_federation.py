@@ -29,6 +29,7 @@ from launch.show.watch import watch
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import save_config
 from pretrain.exchange.store import StoreExchange
+from pretrain.exchange.words import Evaluation
 from pretrain.trust.ledger import sha256_bytes
 from tests.support import TinyText, one_line_error
 from tests.unit.launch.show.chromium import Chromium, chromium
@@ -144,7 +145,14 @@ def test_what_members_keep_is_not_there(store: Path, for_members: bool) -> None:
     change(store / "contract.json", lambda said: said["trust"].update(metrics=tiers))
     hostile = {"name": "</title><script>1</script>", "model": {"config": {"model_type": "<b>\x1b[2J"}}}
     change(store / "contract.json", lambda said: said.update(hostile))
+    many = {f"c{number:02d}": 1.0 for number in range(64)}  # which alone count, as with what was said before it is more
+    exchange = StoreExchange(str(store))
+    digest = json.loads(exchange.commit_bytes(NEWEST))["parameters_digest"]
+    word = Evaluation(version=NEWEST, parameters_digest=digest, losses=many, sequences=dict.fromkeys(many, 8))
+    exchange.tell_evaluation("alpha", word)
     html = Federation(str(store), for_members=for_members).page()
+    assert len(re.findall(r'<th class="n">c\d\d</th>', html)) == (22 if for_members else 0), "and alpha and beta"
+    assert ("Only the mean has 44 corpora more." in html) == for_members
     assert ('id="loss"' in html, 'id="tokens"' in html, 'id="loss_in_time"' in html) == (for_members,) * 3
     assert ("4.3750" in html, "46.0%" in html, "2.50</td>" in html) == (for_members,) * 3
     assert ('id="held_out"' in html, 'id="beside"' in html) == (for_members,) * 2
