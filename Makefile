@@ -1,4 +1,4 @@
-# `make demo` and `make test` need nothing but Python 3.11 or later, make and a C++ compiler; they set up .venv themselves.
+# `make demo` needs nothing but Python 3.11 or later and make, `make test` a C++ compiler too; they set up .venv themselves.
 PYTHON ?= python3
 BIN = .venv/bin
 # For another build of torch: make demo PIP_FLAGS="--index-url ..." CONSTRAINTS=my-constraints.txt
