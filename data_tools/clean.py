@@ -13,10 +13,10 @@ import sys
 import textwrap
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,17 @@ NormalForm = Literal["NFC", "NFD", "NFKC", "NFKD"]
 NORMAL_FORMS: tuple[str, ...] = get_args(NormalForm)
 DROP_REASONS = ("blank", "filter", "personal data", "short", "long", "duplicate", "near duplicate", "overlap")
 PERSONAL_DATA = ("count", "mask", "drop")
+# What a recipe says whatever its value is; options that came later are told where they are used, as otherwise text that
+# was prepared before there were any would be of another recipe.
+ALWAYS_TOLD = (
+    "normalize",
+    "min_characters",
+    "max_characters",
+    "drop_duplicates",
+    "near_duplicates",
+    "drop_overlap",
+    "filter",
+)
 # Length of the overlaps that GPT-3 removed: https://arxiv.org/abs/2005.14165, appendix C
 OVERLAP_WORDS = 13
 # At most 64 MB in each worker.
@@ -94,6 +105,12 @@ class Cleaning:
             )
         if self.filter:
             load_filter(self.filter)
+
+
+def told(cleaning: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a cleaning's options, by name, those that decide whether a recipe is the same."""
+    unused = asdict(Cleaning())
+    return {name: value for name, value in cleaning.items() if name in ALWAYS_TOLD or value != unused.get(name)}
 
 
 class Cleaner:

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.text import Text
 
 from data_tools import encode
-from data_tools.clean import Cleaning, write_grams
+from data_tools.clean import Cleaning, told, write_grams
 from data_tools.documents import versions
 from data_tools.encode import Job
 from data_tools.listing import Listing, check_listed
@@ -188,13 +188,16 @@ def _terms(recipe: Recipe, pieces: list[_Piece]) -> dict[str, Any]:
     return documents | {
         "text": [[p.source, Path(p.part.path).name, *part_identity(p.part)[1:]] for p in pieces],
         "tokenizer_sha256": tokenizer_sha256(tokenizer_file(recipe.tokenizer), key="--tokenizer"),
-        "cleaning": dataclasses.asdict(recipe.cleaning),
+        "cleaning": told(dataclasses.asdict(recipe.cleaning)),
         "held_out": recipe.held_out,
         "shard_tokens": recipe.shard_tokens,
     }
 
 
 def _differences(ours: dict[str, Any], theirs: Any) -> str:
+    """The names of the terms that differ; theirs may be of another version of atoll."""
+    if isinstance(theirs, dict) and isinstance(cleaning := theirs.get("cleaning"), dict):
+        theirs = theirs | {"cleaning": told(cleaning)}
     return ", ".join(key for key in ours if not isinstance(theirs, dict) or theirs.get(key) != ours[key])
 
 
