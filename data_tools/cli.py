@@ -32,6 +32,7 @@ DataSets = Annotated[
     list[str] | None, typer.Option(help="A data set that `datasets` loads, by hub name or directory; streamed.")
 ]
 
+OnBad = Annotated[str, typer.Option(help="stop or skip what cannot be used or listed.")]
 DropOverlap = Annotated[
     bool, typer.Option("--drop-overlap", help="Drop training documents that share 13 words in a row with valid/.")
 ]
@@ -67,6 +68,7 @@ def counts(
     as_text: AsText = None,
     min_count: Annotated[int, typer.Option(help="Leave out what occurs less often.")] = 5,
     min_documents: Annotated[int, typer.Option(help="Leave out what occurs in fewer documents.")] = 3,
+    on_bad: OnBad = "stop",
     epsilon: Annotated[
         float | None, typer.Option(help="Add Gaussian noise: (epsilon, delta)-differential privacy for one document.")
     ] = None,
@@ -80,13 +82,16 @@ def counts(
     [bold]Example:[/bold] atoll data counts raw/law --output law.counts.tsv --min-count 5 --min-documents 3
     """
     from data_tools.counts import export_parts
+    from data_tools.report import ALL_SOURCES, print_bad
+    from data_tools.sources import Source, source_name
 
-    parts = _parts(corpora, text_field, as_text)
+    parts = _parts(corpora, text_field, as_text, on_bad)
     with _going_on(output) as asked_to_stop:
         done = export_parts(
             parts,
             output=output,
             console=Console(stderr=True),
+            on_bad=on_bad,
             asked_to_stop=asked_to_stop,
             min_count=min_count,
             min_documents=min_documents,
@@ -94,6 +99,9 @@ def counts(
             delta=delta,
             num_workers=workers,
         )
+    if done.skipped["bad"]:
+        names = {source_name(Source(path=corpus)) for corpus in corpora}
+        print_bad({names.pop() if len(names) == 1 else ALL_SOURCES: done.skipped}, Console())
     noise = f"  noise of {done.noise.sigma:.1f}, from {done.noise.threshold:.1f} on" if done.noise else ""
     _say(f"{output}  {done.num_exported:,} of {done.num_pretokens:,} pre-tokens{noise}; read it before you send it")
 
@@ -169,7 +177,7 @@ def prepare(
     ] = 0.0,
     drop_overlap: DropOverlap = False,
     filter: Annotated[str, typer.Option(help="Your own, package.module:function, str -> bool or new str.")] = "",
-    on_bad: Annotated[str, typer.Option(help="stop or skip what cannot be used or listed.")] = "stop",
+    on_bad: OnBad = "stop",
     shard_tokens: Annotated[int, typer.Option(help="Most tokens in one shard file.")] = 100_000_000,
     workers: Annotated[int | None, typer.Option(help="Processes that clean and tokenize; default: one a core.")] = None,
 ) -> None:
@@ -271,7 +279,7 @@ def inspect(
     print_inspections(found, Console())
 
 
-def _parts(corpora: list[str], text_field: str, as_text: list[str] | None) -> "list[Part]":
+def _parts(corpora: list[str], text_field: str, as_text: list[str] | None, on_bad: str = "") -> "list[Part]":
     """All parts of files, folders and globs; what is read and what is not is said before."""
     from data_tools.listing import check_listed
     from data_tools.sources import Source, find_text, source_name
@@ -281,7 +289,8 @@ def _parts(corpora: list[str], text_field: str, as_text: list[str] | None) -> "l
     for source, listing in listings.items():
         for line in listing.lines(source_name(source)):
             print(line, file=sys.stderr)
-    check_listed(listings.values(), advice=", or name what is to be read, file by file or by a glob")
+    other = ", or give --on-bad skip" if on_bad else ", or name what is to be read, file by file or by a glob"
+    check_listed(listings.values() if on_bad != "skip" else (), advice=other)
     return [part for listing in listings.values() for part in listing.parts]
 
 

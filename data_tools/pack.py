@@ -26,6 +26,7 @@ from data_tools import encode
 from data_tools.clean import Cleaning, told, write_grams
 from data_tools.documents import versions
 from data_tools.encode import Job
+from data_tools.formats import check_on_bad, stop_at_bad
 from data_tools.listing import Listing, check_listed
 from data_tools.progress import Speed
 from data_tools.report import REPORT_FILE, write_report
@@ -99,8 +100,7 @@ def prepare(
 
     Raises ConfigError for a user's mistake, unusable text or a full disk, and StoppedError when `asked_to_stop`.
     """
-    if on_bad not in ("stop", "skip"):
-        raise ConfigError(f"--on-bad: {on_bad!r} given; allowed: stop, skip")
+    check_on_bad(on_bad)
     recipe.check()
     plain = PlainText(tokenizer_file(recipe.tokenizer))
     console = console or Console(stderr=True)
@@ -257,8 +257,7 @@ class _Packing:
             with Speed(console, "packing", [piece.part.num_bytes for piece in self._pieces]) as speed:
                 committed = time.monotonic()
                 for (index, block), encoded in self._each_block(encode.encode, work.place):
-                    if encoded.bad and self._on_bad == "stop":
-                        raise ConfigError(f"{encoded.bad[0].message}, or give --on-bad skip")
+                    stop_at_bad(encoded.bad, self._on_bad)
                     piece = self._pieces[index]
                     work.take(encoded, piece.source, piece.folder, (index, *block.next))
                     speed.update(index, block.bytes_read, work.num_tokens)

@@ -109,9 +109,7 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
         numbers = [one.get(kind, {"found": 0, "documents": 0}) for one in personal]
         rows.append((f"{kind} found", [format_count(one["found"]) for one in numbers]))
         rows.append(("  in documents", [format_count(one["documents"]) for one in numbers]))
-    rows.append(("bad records", [format_count(sum(source["bad"].values())) for source in columns]))
-    for reason in _names([source["bad"] for source in columns]):
-        rows.append((f"  {reason}", [format_count(source["bad"].get(reason, 0)) for source in columns]))
+    rows += _bad_rows(columns)
     print_side_by_side(console, list(sources), rows)
     console.print(
         f"{report['seconds']:,.1f} s, {report['bytes_per_second'] / 1e6:,.1f} MB/s, "
@@ -123,6 +121,19 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
             listed = "; ".join(f"{number:,} {why}" for why, number in left_out.items())
             console.print(Text(f"left out of {name}: {listed}"), soft_wrap=True)
     _print_bad_examples(report["sources"], console)
+
+
+def _bad_rows(columns: Sequence[Source]) -> list[tuple[str, list[str]]]:
+    rows = [("bad records", [format_count(sum(source["bad"].values())) for source in columns])]
+    for reason in _names([source["bad"] for source in columns]):
+        rows.append((f"  {reason}", [format_count(source["bad"].get(reason, 0)) for source in columns]))
+    return rows
+
+
+def print_bad(sources: Mapping[str, Source], console: Console) -> None:
+    """Print what was skipped of each source, and the first examples: what `count_bad` counted."""
+    print_side_by_side(console, list(sources), _bad_rows(list(sources.values())))
+    _print_bad_examples(sources, console)
 
 
 def _print_bad_examples(sources: Mapping[str, Source], console: Console) -> None:

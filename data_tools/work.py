@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from data_tools.duplicates import Seen
 from data_tools.encode import Encoded
+from data_tools.formats import count_bad, nothing_bad
 from pretrain.silo.shards import Manifest, SplitWriter
 
 STATE_FILE = "state.sqlite"
@@ -23,7 +24,6 @@ STATE_FILE = "state.sqlite"
 DATABASE_CACHE = -65_536
 # Log2 of a document's bytes, for a histogram of 32 bins.
 NUM_LENGTH_BINS = 32
-MAX_BAD_EXAMPLES = 20
 
 
 class Work:
@@ -88,10 +88,7 @@ class Work:
         bins = np.minimum(np.frexp(np.maximum(encoded.document_bytes[keep], 1))[1], NUM_LENGTH_BINS) - 1
         histogram = np.bincount(bins, minlength=NUM_LENGTH_BINS) + counts["lengths_kept"]
         counts["lengths_kept"] = histogram.tolist()
-        for bad in encoded.bad:
-            counts["bad"][bad.reason] = counts["bad"].get(bad.reason, 0) + 1
-            if len(counts["bad_examples"]) < MAX_BAD_EXAMPLES:
-                counts["bad_examples"].append(bad.message)
+        count_bad(counts, encoded.bad)
         for (kind, what), number in encoded.personal.items():
             counts["personal"].setdefault(kind, {"found": 0, "documents": 0})[what] += number
         self.place = place
@@ -141,8 +138,7 @@ def _nothing_counted() -> dict[str, Any]:
         "kept": {},
         "dropped": {},
         "personal": {},
-        "bad": {},
-        "bad_examples": [],
+        **nothing_bad(),
         "lengths_kept": [0] * NUM_LENGTH_BINS,
         "lengths_dropped": [0] * NUM_LENGTH_BINS,
     }
