@@ -33,8 +33,22 @@ DataSets = Annotated[
 ]
 
 OnBad = Annotated[str, typer.Option(help="stop or skip what cannot be used or listed.")]
+SourcesFile = Annotated[
+    Path | None, typer.Option(help="YAML file of sources, each with path or dataset, text, name and weight.")
+]
+HeldOut = Annotated[
+    float, typer.Option(help="Share of documents for valid/, chosen by hash; text that is split already stays so.")
+]
+NearDuplicates = Annotated[
+    float, typer.Option(help="Drop documents as similar as this to an earlier one (MinHash, 0 to 1); 0: off.")
+]
 DropOverlap = Annotated[
     bool, typer.Option("--drop-overlap", help="Drop training documents that share 13 words in a row with valid/.")
+]
+LanguageReport = Annotated[bool, typer.Option("--language-report", help="Count documents and tokens of each language.")]
+KeepLanguage = Annotated[str, typer.Option(help="Drop documents of other languages than these: de,en.")]
+QualityReport = Annotated[
+    bool, typer.Option("--quality-report", help="Measure what Gopher, C4 and FineWeb filter by; nothing is dropped.")
 ]
 PersonalData = Annotated[
     str, typer.Option(help="count, mask or drop: e-mail addresses, numbers of accounts, cards, telephones; not names.")
@@ -161,21 +175,18 @@ def prepare(
     text_field: Annotated[str, typer.Option(help="JSON key or column that holds the text.")] = "text",
     as_text: AsText = None,
     dataset: DataSets = None,
-    sources: Annotated[
-        Path | None, typer.Option(help="YAML file of sources, each with path or dataset, text, name and weight.")
-    ] = None,
-    held_out: Annotated[
-        float, typer.Option(help="Share of documents for valid/, chosen by hash; text that is split already stays so.")
-    ] = 0.01,
+    sources: SourcesFile = None,
+    held_out: HeldOut = 0.01,
     normalize: Annotated[str, typer.Option(help="Unicode normalisation: NFC, NFD, NFKC or NFKD.")] = "",
     personal_data: PersonalData = "",
     min_characters: Annotated[int, typer.Option(help="Drop shorter documents.")] = 0,
     max_characters: Annotated[int, typer.Option(help="Drop longer documents; 0: no bound.")] = 0,
     drop_duplicates: Annotated[bool, typer.Option("--drop-duplicates", help="Drop exact repetitions.")] = False,
-    near_duplicates: Annotated[
-        float, typer.Option(help="Drop documents as similar as this to an earlier one (MinHash, 0 to 1); 0: off.")
-    ] = 0.0,
+    near_duplicates: NearDuplicates = 0.0,
     drop_overlap: DropOverlap = False,
+    language_report: LanguageReport = False,
+    keep_language: KeepLanguage = "",
+    quality_report: QualityReport = False,
     filter: Annotated[str, typer.Option(help="Your own, package.module:function, str -> bool or new str.")] = "",
     on_bad: OnBad = "stop",
     shard_tokens: Annotated[int, typer.Option(help="Most tokens in one shard file.")] = 100_000_000,
@@ -201,6 +212,9 @@ def prepare(
         drop_duplicates=drop_duplicates,
         near_duplicates=near_duplicates,
         drop_overlap=drop_overlap,
+        language_report=language_report,
+        keep_language=keep_language,
+        quality_report=quality_report,
         filter=filter,
     )
     recipe = Recipe(
@@ -273,10 +287,11 @@ def inspect(
 
     [bold]Example:[/bold] atoll data inspect packed --tokenizer tokenizer --samples 2 --picture packed.png
     """
-    from data_tools.inspect import inspect_splits, print_inspections
+    from data_tools.inspect import find_splits, inspect_splits, print_inspections, print_reports
 
     found = inspect_splits(directories, tokenizer=tokenizer, num_samples=samples, seed=seed, picture=picture)
     print_inspections(found, Console())
+    print_reports(find_splits(directories), Console())
 
 
 def _parts(corpora: list[str], text_field: str, as_text: list[str] | None, on_bad: str = "") -> "list[Part]":

@@ -22,7 +22,7 @@ import yaml
 from rich.console import Console
 from rich.text import Text
 
-from data_tools import encode
+from data_tools import encode, languages
 from data_tools.clean import Cleaning, told, write_grams
 from data_tools.documents import versions
 from data_tools.encode import Job
@@ -184,8 +184,10 @@ def _pieces(listings: dict[str, Listing]) -> list[_Piece]:
 
 def _terms(recipe: Recipe, pieces: list[_Piece]) -> dict[str, Any]:
     """All that decides about the bytes of the shards, as JSON holds it. A file is known by name, size and time."""
-    documents = {"documents": versions()} if any(p.part.kind == "document" for p in pieces) else {}
-    return documents | {
+    packages: dict[str, Any] = {"documents": versions()} if any(p.part.kind == "document" for p in pieces) else {}
+    if recipe.cleaning.asks_languages:
+        packages |= {"languages": {languages.PACKAGE: languages.version()}}
+    return packages | {
         "text": [[p.source, Path(p.part.path).name, *part_identity(p.part)[1:]] for p in pieces],
         "tokenizer_sha256": tokenizer_sha256(tokenizer_file(recipe.tokenizer), key="--tokenizer"),
         "cleaning": told(dataclasses.asdict(recipe.cleaning)),
