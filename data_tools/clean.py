@@ -13,23 +13,37 @@ import sys
 import textwrap
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from data_tools import personal
+from data_tools import languages, personal
 from pretrain.config.check import ConfigError
 
 Hashes = npt.NDArray[np.uint64]
 
 NormalForm = Literal["NFC", "NFD", "NFKC", "NFKD"]
 NORMAL_FORMS: tuple[str, ...] = get_args(NormalForm)
-DROP_REASONS = ("blank", "filter", "personal data", "short", "long", "duplicate", "near duplicate", "overlap")
+DROP_REASONS = (
+    *("blank", "filter", "personal data", "short", "long", "language"),
+    *("duplicate", "near duplicate", "overlap"),
+)
 PERSONAL_DATA = ("count", "mask", "drop")
+# What a recipe says whatever its value is; options that came later are told where they are used, as otherwise text that
+# was prepared before there were any would be of another recipe.
+ALWAYS_TOLD = (
+    "normalize",
+    "min_characters",
+    "max_characters",
+    "drop_duplicates",
+    "near_duplicates",
+    "drop_overlap",
+    "filter",
+)
 # Length of the overlaps that GPT-3 removed: https://arxiv.org/abs/2005.14165, appendix C
 OVERLAP_WORDS = 13
 # At most 64 MB in each worker.
@@ -68,6 +82,12 @@ class Cleaning:
     kept are dropped; 0: off."""
     drop_overlap: bool = False
     """Training documents that share 13 consecutive words with the held-out split are dropped."""
+    language_report: bool = False
+    """The report counts documents and tokens of each language."""
+    keep_language: str = ""
+    """Codes of ISO 639 with commas between them; documents of other languages are dropped; empty: all stay."""
+    quality_report: bool = False
+    """The report has distributions of what data_tools.quality measures."""
     filter: str = ""
     """package.module:function of the user; it keeps (True), drops (False) or replaces (a str) a document's text."""
 
@@ -80,6 +100,7 @@ class Cleaning:
         if self.personal_data and not personal.is_installed():
             needs = f"it needs packages that are not installed: type {personal.EXTRA}"
             raise ConfigError(f"--personal-data: {self.personal_data!r} given; {needs}")
+        self._check_languages()
         if self.min_characters < 0:
             raise ConfigError(f"--min-characters: {self.min_characters} given; allowed: 0 or more")
         if self.max_characters < 0 or 0 < self.max_characters < self.min_characters:
@@ -94,6 +115,33 @@ class Cleaning:
             )
         if self.filter:
             load_filter(self.filter)
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """Those that are kept; none: all."""
+        return tuple(code.strip() for code in self.keep_language.split(",")) if self.keep_language else ()
+
+    @property
+    def asks_languages(self) -> bool:
+        """Whether a document's language is looked for."""
+        return self.language_report or bool(self.keep_language)
+
+    def _check_languages(self) -> None:
+        if not self.asks_languages:
+            return
+        if not languages.is_installed():
+            option = f"--keep-language: {self.keep_language!r}" if self.keep_language else "--language-report:"
+            needs = f"it needs a package that is not installed: type {languages.EXTRA}"
+            raise ConfigError(f"{option} given; {needs}")
+        if unknown := [code for code in self.languages if code not in languages.known()]:
+            allowed = f"codes of ISO 639 with commas between them, of {' '.join(languages.known())}"
+            raise ConfigError(f"--keep-language: {unknown[0]!r} given; allowed: {allowed}")
+
+
+def told(cleaning: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a cleaning's options, by name, those that decide whether a recipe is the same."""
+    unused = asdict(Cleaning())
+    return {name: value for name, value in cleaning.items() if name in ALWAYS_TOLD or value != unused.get(name)}
 
 
 class Cleaner:
@@ -138,8 +186,16 @@ class Cleaner:
             if hidden != text and self._cleaning.personal_data == "drop":
                 return text, "personal data"
             text = hidden if self._cleaning.personal_data == "mask" else text
-        too_long = 0 < self._cleaning.max_characters < len(text)
-        return text, "short" if len(text) < self._cleaning.min_characters else "long" if too_long else None
+        return text, self._unwanted(text)
+
+    def _unwanted(self, text: str) -> str | None:
+        """Why a text is dropped for its length or its language."""
+        if len(text) < self._cleaning.min_characters:
+            return "short"
+        if 0 < self._cleaning.max_characters < len(text):
+            return "long"
+        is_other = self._cleaning.languages and language_of(text) not in self._cleaning.languages
+        return "language" if is_other else None
 
     def _look_for_personal_data(self, text: str) -> str:
         """Count it; returns the text without it."""
@@ -189,6 +245,10 @@ class Cleaner:
         for first in range(0, len(shingles), SHINGLES_AT_ONCE):
             minhash.update_batch(shingles[first : first + SHINGLES_AT_ONCE])
         return minhash.hashvalues.astype("<u4").tobytes()
+
+
+# A document is dropped by it, and then counted.
+language_of = functools.lru_cache(maxsize=1)(languages.language_of)
 
 
 def load_filter(name: str) -> Callable[[str], object]:

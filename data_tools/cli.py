@@ -32,8 +32,23 @@ DataSets = Annotated[
     list[str] | None, typer.Option(help="A data set that `datasets` loads, by hub name or directory; streamed.")
 ]
 
+OnBad = Annotated[str, typer.Option(help="stop or skip what cannot be used or listed.")]
+SourcesFile = Annotated[
+    Path | None, typer.Option(help="YAML file of sources, each with path or dataset, text, name and weight.")
+]
+HeldOut = Annotated[
+    float, typer.Option(help="Share of documents for valid/, chosen by hash; text that is split already stays so.")
+]
+NearDuplicates = Annotated[
+    float, typer.Option(help="Drop documents as similar as this to an earlier one (MinHash, 0 to 1); 0: off.")
+]
 DropOverlap = Annotated[
     bool, typer.Option("--drop-overlap", help="Drop training documents that share 13 words in a row with valid/.")
+]
+LanguageReport = Annotated[bool, typer.Option("--language-report", help="Count documents and tokens of each language.")]
+KeepLanguage = Annotated[str, typer.Option(help="Drop documents of other languages than these: de,en.")]
+QualityReport = Annotated[
+    bool, typer.Option("--quality-report", help="Measure what Gopher, C4 and FineWeb filter by; nothing is dropped.")
 ]
 PersonalData = Annotated[
     str, typer.Option(help="count, mask or drop: e-mail addresses, numbers of accounts, cards, telephones; not names.")
@@ -67,6 +82,7 @@ def counts(
     as_text: AsText = None,
     min_count: Annotated[int, typer.Option(help="Leave out what occurs less often.")] = 5,
     min_documents: Annotated[int, typer.Option(help="Leave out what occurs in fewer documents.")] = 3,
+    on_bad: OnBad = "stop",
     epsilon: Annotated[
         float | None, typer.Option(help="Add Gaussian noise: (epsilon, delta)-differential privacy for one document.")
     ] = None,
@@ -80,13 +96,16 @@ def counts(
     [bold]Example:[/bold] atoll data counts raw/law --output law.counts.tsv --min-count 5 --min-documents 3
     """
     from data_tools.counts import export_parts
+    from data_tools.report import ALL_SOURCES, print_bad
+    from data_tools.sources import Source, source_name
 
-    parts = _parts(corpora, text_field, as_text)
+    parts = _parts(corpora, text_field, as_text, on_bad)
     with _going_on(output) as asked_to_stop:
         done = export_parts(
             parts,
             output=output,
             console=Console(stderr=True),
+            on_bad=on_bad,
             asked_to_stop=asked_to_stop,
             min_count=min_count,
             min_documents=min_documents,
@@ -94,6 +113,9 @@ def counts(
             delta=delta,
             num_workers=workers,
         )
+    if done.skipped["bad"]:
+        names = {source_name(Source(path=corpus)) for corpus in corpora}
+        print_bad({names.pop() if len(names) == 1 else ALL_SOURCES: done.skipped}, Console())
     noise = f"  noise of {done.noise.sigma:.1f}, from {done.noise.threshold:.1f} on" if done.noise else ""
     _say(f"{output}  {done.num_exported:,} of {done.num_pretokens:,} pre-tokens{noise}; read it before you send it")
 
@@ -153,23 +175,20 @@ def prepare(
     text_field: Annotated[str, typer.Option(help="JSON key or column that holds the text.")] = "text",
     as_text: AsText = None,
     dataset: DataSets = None,
-    sources: Annotated[
-        Path | None, typer.Option(help="YAML file of sources, each with path or dataset, text, name and weight.")
-    ] = None,
-    held_out: Annotated[
-        float, typer.Option(help="Share of documents for valid/, chosen by hash; text that is split already stays so.")
-    ] = 0.01,
+    sources: SourcesFile = None,
+    held_out: HeldOut = 0.01,
     normalize: Annotated[str, typer.Option(help="Unicode normalisation: NFC, NFD, NFKC or NFKD.")] = "",
     personal_data: PersonalData = "",
     min_characters: Annotated[int, typer.Option(help="Drop shorter documents.")] = 0,
     max_characters: Annotated[int, typer.Option(help="Drop longer documents; 0: no bound.")] = 0,
     drop_duplicates: Annotated[bool, typer.Option("--drop-duplicates", help="Drop exact repetitions.")] = False,
-    near_duplicates: Annotated[
-        float, typer.Option(help="Drop documents as similar as this to an earlier one (MinHash, 0 to 1); 0: off.")
-    ] = 0.0,
+    near_duplicates: NearDuplicates = 0.0,
     drop_overlap: DropOverlap = False,
+    language_report: LanguageReport = False,
+    keep_language: KeepLanguage = "",
+    quality_report: QualityReport = False,
     filter: Annotated[str, typer.Option(help="Your own, package.module:function, str -> bool or new str.")] = "",
-    on_bad: Annotated[str, typer.Option(help="stop or skip what cannot be used or listed.")] = "stop",
+    on_bad: OnBad = "stop",
     shard_tokens: Annotated[int, typer.Option(help="Most tokens in one shard file.")] = 100_000_000,
     workers: Annotated[int | None, typer.Option(help="Processes that clean and tokenize; default: one a core.")] = None,
 ) -> None:
@@ -193,6 +212,9 @@ def prepare(
         drop_duplicates=drop_duplicates,
         near_duplicates=near_duplicates,
         drop_overlap=drop_overlap,
+        language_report=language_report,
+        keep_language=keep_language,
+        quality_report=quality_report,
         filter=filter,
     )
     recipe = Recipe(
@@ -265,13 +287,14 @@ def inspect(
 
     [bold]Example:[/bold] atoll data inspect packed --tokenizer tokenizer --samples 2 --picture packed.png
     """
-    from data_tools.inspect import inspect_splits, print_inspections
+    from data_tools.inspect import find_splits, inspect_splits, print_inspections, print_reports
 
     found = inspect_splits(directories, tokenizer=tokenizer, num_samples=samples, seed=seed, picture=picture)
     print_inspections(found, Console())
+    print_reports(find_splits(directories), Console())
 
 
-def _parts(corpora: list[str], text_field: str, as_text: list[str] | None) -> "list[Part]":
+def _parts(corpora: list[str], text_field: str, as_text: list[str] | None, on_bad: str = "") -> "list[Part]":
     """All parts of files, folders and globs; what is read and what is not is said before."""
     from data_tools.listing import check_listed
     from data_tools.sources import Source, find_text, source_name
@@ -281,7 +304,8 @@ def _parts(corpora: list[str], text_field: str, as_text: list[str] | None) -> "l
     for source, listing in listings.items():
         for line in listing.lines(source_name(source)):
             print(line, file=sys.stderr)
-    check_listed(listings.values(), advice=", or name what is to be read, file by file or by a glob")
+    other = ", or give --on-bad skip" if on_bad else ", or name what is to be read, file by file or by a glob"
+    check_listed(listings.values() if on_bad != "skip" else (), advice=other)
     return [part for listing in listings.values() for part in listing.parts]
 
 

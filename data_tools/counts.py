@@ -17,7 +17,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import NormalDist, median
@@ -25,7 +25,7 @@ from typing import IO, Any
 
 from rich.console import Console
 
-from data_tools.formats import Part
+from data_tools.formats import Part, check_on_bad, nothing_bad
 from data_tools.pretokens import (
     COMMIT_SECONDS,
     FULL_DISTINCT,
@@ -97,6 +97,8 @@ class ExportSummary:
     """Those that are in the file."""
     noise: Noise | None
     """None without noise."""
+    skipped: dict[str, Any] = field(default_factory=nothing_bad)
+    """Records that could not be used."""
 
 
 # --- noise ------------------------------------------------------------------------------------------------------------
@@ -154,6 +156,7 @@ def export_parts(
     *,
     output: Path,
     console: Console,
+    on_bad: str = "stop",
     asked_to_stop: Callable[[], bool] = lambda: False,
     commit_seconds: float = COMMIT_SECONDS,
     **options: Any,
@@ -161,9 +164,11 @@ def export_parts(
     """`export_counts` of an institution's files, with its options; how far it is lies in `output`.partial.
 
     The same call goes on after a kill, and writes the same bytes. The folder is for its owner alone, since it has the
-    rare words, too. Raises ConfigError as `export_counts` does and for a full disk, and StoppedError when
-    `asked_to_stop`.
+    rare words, too. Records that cannot be used stop the work (`on_bad` "stop") or are counted ("skip"). Raises
+    ConfigError as `export_counts` does and for a full disk, and StoppedError when `asked_to_stop`.
     """
+    check_on_bad(on_bad)
+    skipped = nothing_bad()
     directory = output.with_name(output.name + ".partial")
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = lock_directory(directory, f"counting for {output}")
@@ -172,6 +177,8 @@ def export_parts(
         count_parts,
         directory=directory,
         console=console,
+        on_bad=on_bad,
+        skipped=skipped,
         asked_to_stop=asked_to_stop,
         commit_seconds=commit_seconds,
     )
@@ -187,7 +194,7 @@ def export_parts(
         if is_done or not (directory / STATE_FILE).exists():
             shutil.rmtree(directory)
         os.close(lock)
-    return summary
+    return replace(summary, skipped=skipped)
 
 
 def export_counts(

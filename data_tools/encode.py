@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_tools.clean import Cleaner, Cleaning, document_hash, is_held_out, text_grams
+from data_tools import quality
+from data_tools.clean import Cleaner, Cleaning, document_hash, is_held_out, language_of, text_grams
 from data_tools.sources import Bad, Block, parse_block
 from data_tools.tokenizer import PlainText
 from pretrain.silo.shards import TOKEN_TYPES, token_type_for
@@ -48,6 +49,12 @@ class Encoded:
     """`document_hash` of each document."""
     signatures: list[bytes]
     """Its MinHash, where near duplicates are looked for; empty otherwise."""
+    languages: list[str]
+    """Its language, where it is asked for; empty otherwise."""
+    quality: npt.NDArray[np.float64]
+    """Each of quality.MEASURES, where they are asked for, rounded. # (num_documents or 0, num_measures)"""
+    would_drop: npt.NDArray[np.bool_]
+    """Whether each of quality.RULES would drop it. # (num_documents or 0, num_rules)"""
     dropped: list[tuple[str, int]]
     """Reason and bytes of each document that was dropped."""
     bad: list[Bad] = field(default_factory=list)
@@ -67,7 +74,7 @@ class Encoder:
 
     def encode(self, block: Block) -> Encoded:
         """Parse, clean and tokenize a block."""
-        texts, hashes, held_out, signatures = [], [], [], []
+        texts, hashes, held_out, signatures, languages = [], [], [], [], []
         dropped: list[tuple[str, int]] = []
         bad: list[Bad] = []
         self._cleaner.personal.clear()
@@ -82,9 +89,12 @@ class Encoder:
                 texts.append(text)
                 hashes.append(digest)
                 held_out.append(is_valid)
+                if self._job.cleaning.asks_languages:
+                    languages.append(language_of(text))
                 if self._job.cleaning.near_duplicates:
                     signatures.append(self._cleaner.signature(text))
         pieces = list(self._tokens(texts))
+        measured = [quality.measured(text) for text in texts] if self._job.cleaning.quality_report else []
         return Encoded(
             tokens=np.concatenate(pieces) if pieces else np.empty(0, self._dtype),
             document_tokens=np.array([len(piece) for piece in pieces], dtype=np.int64),
@@ -92,6 +102,13 @@ class Encoder:
             held_out=np.array(held_out, dtype=np.bool_),
             hashes=hashes,
             signatures=signatures,
+            languages=languages,
+            quality=np.array(
+                [[quality.rounded(found[name]) for name in quality.MEASURES] for found in measured], dtype=np.float64
+            ).reshape(-1, len(quality.MEASURES)),
+            would_drop=np.array(
+                [[rule(found) for rule in quality.RULES.values()] for found in measured], dtype=np.bool_
+            ).reshape(-1, len(quality.RULES)),
             dropped=dropped,
             bad=bad,
             personal=self._cleaner.personal.copy(),

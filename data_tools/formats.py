@@ -17,7 +17,7 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -38,6 +38,8 @@ COLUMN_BYTES = 1 << 20
 COLUMN_ROWS = 2_000
 # More is not read of a .json to see whether it is JSON lines.
 MAX_FIRST_LINE_BYTES = 1 << 26
+ON_BAD = ("stop", "skip")
+MAX_BAD_EXAMPLES = 20
 _SEPARATOR_LINE = re.compile(rb"(?m)^(?:\xef\xbb\xbf)?[ \t\r\f\v]*<\|endoftext\|>[ \t\r\f\v]*(?:\n|\Z)")
 
 Kind = Literal["jsonl", "txt", "csv", "parquet", "document", "saved", "dataset"]
@@ -81,6 +83,31 @@ class Bad:
     """Its kind, the name of a count."""
     message: str
     """One line: file, line or row number, what is wrong and what to do."""
+
+
+def check_on_bad(on_bad: str) -> None:
+    """Raise ConfigError for what may not be done about records that cannot be used."""
+    if on_bad not in ON_BAD:
+        raise ConfigError(f"--on-bad: {on_bad!r} given; allowed: {', '.join(ON_BAD)}")
+
+
+def stop_at_bad(found: Sequence[Bad], on_bad: str) -> None:
+    """Raise ConfigError for the first of some records that cannot be used, unless they are skipped."""
+    if found and on_bad == "stop":
+        raise ConfigError(f"{found[0].message}, or give --on-bad skip")
+
+
+def nothing_bad() -> dict[str, Any]:
+    """What `count_bad` adds to: a number of each kind, and the first messages."""
+    return {"bad": {}, "bad_examples": []}
+
+
+def count_bad(counts: dict[str, Any], found: Iterable[Bad]) -> None:
+    """Count records that were skipped."""
+    for bad in found:
+        counts["bad"][bad.reason] = counts["bad"].get(bad.reason, 0) + 1
+        if len(counts["bad_examples"]) < MAX_BAD_EXAMPLES:
+            counts["bad_examples"].append(bad.message)
 
 
 def whole_records(kind: str, pieces: Iterable[bytes], block_bytes: int) -> Iterator[bytes]:

@@ -6,7 +6,7 @@ picture; text of documents goes to the terminal of the one who asked for samples
 
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +17,21 @@ from rich.console import Console
 from rich.text import Text
 from tokenizers import Tokenizer
 
-from data_tools.report import COLORS, WIDTH_INCHES, format_bytes, format_count, format_ratio, new_picture, printable
+from data_tools.report import (
+    COLORS,
+    REPORT_FILE,
+    WIDTH_INCHES,
+    format_bytes,
+    format_count,
+    format_ratio,
+    new_picture,
+    print_described,
+    printable,
+)
 from data_tools.report import print_side_by_side as print_columns
 from data_tools.tokenizer import load_tokenizer, tokenizer_file
 from pretrain.config.check import ConfigError
+from pretrain.host.foreign import loads
 from pretrain.silo.shards import (
     DOCUMENTS_FILE,
     MANIFEST_FILE,
@@ -300,6 +311,24 @@ def print_inspections(found: Sequence[Inspection], console: Console) -> None:
         for sample in one.samples:
             heading = f"{one.name}, document {sample.number:,}, {sample.num_tokens:,} tokens"
             console.print(Text(heading, style="bold"), Text(printable(sample.text)), Text(), sep="\n", soft_wrap=True)
+
+
+def print_reports(splits: Iterable[Path], console: Console) -> None:
+    """Print what `atoll data prepare` reported of the splits' languages and quality, each report once.
+
+    Raises ConfigError for a report that is damaged. Of a split that was moved away from its report nothing is said.
+    """
+    # OUTPUT/train or OUTPUT/NAME/train
+    files = {folder / REPORT_FILE: None for split in splits for folder in split.parents[:2]}
+    for file in filter(Path.is_file, files):
+        try:
+            report = loads(file.read_bytes())
+            if "recipe" in report:
+                print_described(report, console)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError):
+            raise ConfigError(
+                f"{KEY}: {file} is no whole report of atoll data prepare: delete it, or prepare the text again"
+            ) from None
 
 
 def _draw(figure: "Figure", found: Sequence[Inspection]) -> None:

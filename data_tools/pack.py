@@ -22,10 +22,11 @@ import yaml
 from rich.console import Console
 from rich.text import Text
 
-from data_tools import encode
-from data_tools.clean import Cleaning, write_grams
+from data_tools import encode, languages
+from data_tools.clean import Cleaning, told, write_grams
 from data_tools.documents import versions
 from data_tools.encode import Job
+from data_tools.formats import check_on_bad, stop_at_bad
 from data_tools.listing import Listing, check_listed
 from data_tools.progress import Speed
 from data_tools.report import REPORT_FILE, write_report
@@ -99,8 +100,7 @@ def prepare(
 
     Raises ConfigError for a user's mistake, unusable text or a full disk, and StoppedError when `asked_to_stop`.
     """
-    if on_bad not in ("stop", "skip"):
-        raise ConfigError(f"--on-bad: {on_bad!r} given; allowed: stop, skip")
+    check_on_bad(on_bad)
     recipe.check()
     plain = PlainText(tokenizer_file(recipe.tokenizer))
     console = console or Console(stderr=True)
@@ -184,17 +184,22 @@ def _pieces(listings: dict[str, Listing]) -> list[_Piece]:
 
 def _terms(recipe: Recipe, pieces: list[_Piece]) -> dict[str, Any]:
     """All that decides about the bytes of the shards, as JSON holds it. A file is known by name, size and time."""
-    documents = {"documents": versions()} if any(p.part.kind == "document" for p in pieces) else {}
-    return documents | {
+    packages: dict[str, Any] = {"documents": versions()} if any(p.part.kind == "document" for p in pieces) else {}
+    if recipe.cleaning.asks_languages:
+        packages |= {"languages": {languages.PACKAGE: languages.version()}}
+    return packages | {
         "text": [[p.source, Path(p.part.path).name, *part_identity(p.part)[1:]] for p in pieces],
         "tokenizer_sha256": tokenizer_sha256(tokenizer_file(recipe.tokenizer), key="--tokenizer"),
-        "cleaning": dataclasses.asdict(recipe.cleaning),
+        "cleaning": told(dataclasses.asdict(recipe.cleaning)),
         "held_out": recipe.held_out,
         "shard_tokens": recipe.shard_tokens,
     }
 
 
 def _differences(ours: dict[str, Any], theirs: Any) -> str:
+    """The names of the terms that differ; theirs may be of another version of atoll."""
+    if isinstance(theirs, dict) and isinstance(cleaning := theirs.get("cleaning"), dict):
+        theirs = theirs | {"cleaning": told(cleaning)}
     return ", ".join(key for key in ours if not isinstance(theirs, dict) or theirs.get(key) != ours[key])
 
 
@@ -254,8 +259,7 @@ class _Packing:
             with Speed(console, "packing", [piece.part.num_bytes for piece in self._pieces]) as speed:
                 committed = time.monotonic()
                 for (index, block), encoded in self._each_block(encode.encode, work.place):
-                    if encoded.bad and self._on_bad == "stop":
-                        raise ConfigError(f"{encoded.bad[0].message}, or give --on-bad skip")
+                    stop_at_bad(encoded.bad, self._on_bad)
                     piece = self._pieces[index]
                     work.take(encoded, piece.source, piece.folder, (index, *block.next))
                     speed.update(index, block.bytes_read, work.num_tokens)

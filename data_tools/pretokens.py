@@ -25,7 +25,7 @@ from typing import IO, Any, NamedTuple
 from rich.console import Console
 from tokenizers import pre_tokenizers
 
-from data_tools.formats import Bad, Part
+from data_tools.formats import Bad, Part, count_bad, stop_at_bad
 from data_tools.progress import Speed
 from data_tools.sources import Block, parse_block, part_identity, read_blocks
 from data_tools.workers import StoppedError, in_order, num_cores, workers_for
@@ -202,17 +202,20 @@ def count_parts(
     num_workers: int | None = None,
     directory: Path,
     console: Console,
+    on_bad: str,
+    skipped: dict[str, Any],
     asked_to_stop: Callable[[], bool] = lambda: False,
     commit_seconds: float = COMMIT_SECONDS,
 ) -> Iterator[PretokenCount]:
     """What `count_pretokens` yields of the parts' texts that are not held out, from where `directory` says it is.
 
-    `directory` is locked by the caller, who removes it once what is yielded is used up. Raises ConfigError for text
-    that cannot be used, or when `directory` was begun with other text; OSError for a full disk; and StoppedError when
-    `asked_to_stop`, with all on the disk.
+    `directory` is locked by the caller, who removes it once what is yielded is used up. With `on_bad` "skip" records
+    that cannot be used are counted in `skipped` (`nothing_bad`), else they are a ConfigError, as it is when `directory`
+    was begun with other text. Raises OSError for a full disk, and StoppedError when `asked_to_stop`, with all on the
+    disk.
     """
     chosen = [part for part in parts if part.split != "valid"]
-    counting = _Counting(directory, {"text": [part_identity(part) for part in chosen], "shares": shares})
+    counting = _Counting(directory, {"text": [part_identity(part) for part in chosen], "shares": shares}, skipped)
     sizes = [part.num_bytes for part in chosen]
     num_workers = workers_for(sizes) if num_workers is None else num_workers
     first, *within = counting.place
@@ -227,9 +230,8 @@ def count_parts(
         for (index, block), (values, documents, bad) in in_order(
             work, blocks(), num_workers=num_workers, start=_no_preparation
         ):
-            if bad:
-                raise ConfigError(bad)
-            counting.take(values, documents, (index, *block.next))
+            stop_at_bad(bad, on_bad)
+            counting.take(values, documents, bad, (index, *block.next))
             speed.update(index, block.bytes_read)
             stop = asked_to_stop()
             if stop or counting.is_due(commit_seconds):
@@ -243,22 +245,22 @@ def count_parts(
             yield count
 
 
-def _count_block(item: tuple[int, Block], *, shares: bool) -> tuple[Counter[str], Counter[str], str]:
-    """Values and documents of a numbered block, and what is wrong with its first record that cannot be used."""
-    texts = []
+def _count_block(item: tuple[int, Block], *, shares: bool) -> tuple[Counter[str], Counter[str], list[Bad]]:
+    """Values and documents of a numbered block, and its records that cannot be used."""
+    texts, bad = [], []
     for _, text in parse_block(item[1]):
         if isinstance(text, Bad):
-            return Counter(), Counter(), text.message
-        if text and not text.isspace():
+            bad.append(text)
+        elif text and not text.isspace():
             texts.append(text)
-    return *_count_batch(texts, shares=shares), ""
+    return *_count_batch(texts, shares=shares), bad
 
 
 class _Counting:
     """A count under way: a table in memory, and in `directory` the runs before it and how far the text is read."""
 
-    def __init__(self, directory: Path, terms: dict[str, object]) -> None:
-        self._directory, self._terms = directory, terms
+    def __init__(self, directory: Path, terms: dict[str, object], skipped: dict[str, Any]) -> None:
+        self._directory, self._terms, self._skipped = directory, terms, skipped
         file = directory / STATE_FILE
         state: dict[str, Any] = {"terms": terms, "place": (0, 0, 0), "runs": []}
         if file.exists():
@@ -270,15 +272,17 @@ class _Counting:
         self.place: tuple[int, int, int] = tuple(state["place"])
         """Part, and the offset and number in it, where reading goes on."""
         self._runs: list[str] = state["runs"]
+        self._skipped.update(state.get("skipped", {}))
         self._remove_other_runs()
         self._values: Counter[str] = Counter()
         self._documents: Counter[str] = Counter()
         self._committed, self._cost = time.monotonic(), 0.0
 
-    def take(self, values: Counter[str], documents: Counter[str], place: tuple[int, int, int]) -> None:
+    def take(self, values: Counter[str], documents: Counter[str], bad: list[Bad], place: tuple[int, int, int]) -> None:
         """Add what was counted up to `place`."""
         self._values.update(values)
         self._documents.update(documents)
+        count_bad(self._skipped, bad)
         self.place = place
 
     def is_due(self, commit_seconds: float) -> bool:
@@ -295,7 +299,8 @@ class _Counting:
         self._values.clear()
         self._documents.clear()
         with atomic_path(self._directory / STATE_FILE) as temporary:
-            temporary.write_text(json.dumps({"terms": self._terms, "place": self.place, "runs": self._runs}))
+            state = {"terms": self._terms, "place": self.place, "runs": self._runs, "skipped": self._skipped}
+            temporary.write_text(json.dumps(state))
         self._remove_other_runs()
         self._committed = time.monotonic()
         self._cost = self._committed - began

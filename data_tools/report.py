@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from data_tools.quality import quantile
 from pretrain.silo.shards import atomic_path
 
 if TYPE_CHECKING:
@@ -36,7 +37,10 @@ if TYPE_CHECKING:
 REPORT_FILE = "report.json"
 PICTURE_FILE = "report.png"
 # In the order in which a document meets them; a report may hold others.
-REASONS = ("blank", "filter", "personal data", "short", "long", "duplicate", "near duplicate", "overlap")
+REASONS = (
+    *("blank", "filter", "personal data", "short", "long", "language"),
+    *("duplicate", "near duplicate", "overlap"),
+)
 ALL_SOURCES = "all"
 # What a terminal shows of each source; report.json has more.
 SHOWN_BAD_EXAMPLES = 5
@@ -44,9 +48,8 @@ SHOWN_BAD_EXAMPLES = 5
 # Okabe and Ito's colours: distinguishable with every kind of colour vision.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c6d31")
 KEPT_COLORS = {"train": "#0b3c5d", "valid": "#56b4e9"}
-DROPPED_COLORS = dict(
-    zip(REASONS, ("#8a8a8a", "#cc79a7", "#5b3a8c", "#e69f00", "#8c6d31", "#d55e00", "#f3b391", "#009e73"), strict=True)
-)
+_DROPPED = ("#8a8a8a", "#cc79a7", "#5b3a8c", "#e69f00", "#8c6d31", "#56b4a0", "#d55e00", "#f3b391", "#009e73")
+DROPPED_COLORS = dict(zip(REASONS, _DROPPED, strict=True))
 DARK, LIGHT = "#1f2933", "#ffffff"
 WIDTH_INCHES = 10.5
 LOOK: Any = {  # of a run's plots too
@@ -77,6 +80,7 @@ STYLE: Any = LOOK | {
 MAX_TABLE_COLUMNS, MAX_COLUMN_WIDTH = 4, 18
 
 Source = Mapping[str, Any]
+_NONE = {"documents": 0, "tokens": 0}
 
 
 def write_report(report: Mapping[str, Any], directory: Path) -> None:
@@ -109,9 +113,9 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
         numbers = [one.get(kind, {"found": 0, "documents": 0}) for one in personal]
         rows.append((f"{kind} found", [format_count(one["found"]) for one in numbers]))
         rows.append(("  in documents", [format_count(one["documents"]) for one in numbers]))
-    rows.append(("bad records", [format_count(sum(source["bad"].values())) for source in columns]))
-    for reason in _names([source["bad"] for source in columns]):
-        rows.append((f"  {reason}", [format_count(source["bad"].get(reason, 0)) for source in columns]))
+    rows += _language_rows(columns)
+    rows += _quality_rows(columns)
+    rows += _bad_rows(columns)
     print_side_by_side(console, list(sources), rows)
     console.print(
         f"{report['seconds']:,.1f} s, {report['bytes_per_second'] / 1e6:,.1f} MB/s, "
@@ -123,6 +127,61 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
             listed = "; ".join(f"{number:,} {why}" for why, number in left_out.items())
             console.print(Text(f"left out of {name}: {listed}"), soft_wrap=True)
     _print_bad_examples(report["sources"], console)
+
+
+def _language_rows(columns: Sequence[Source]) -> list[tuple[str, list[str]]]:
+    """Documents of each language and their share of the tokens, the most frequent first."""
+    found = [source.get("languages", {}) for source in columns]
+    totals = [sum(language["tokens"] for language in one.values()) for one in found]
+    most_first = sorted(_names(found), key=lambda name: (-sum(one.get(name, _NONE)["tokens"] for one in found), name))
+    rows = [("languages: documents, % of tokens", [""] * len(columns))] if most_first else []
+    for name in most_first:
+        counts = [one.get(name, _NONE) for one in found]
+        cells = zip(counts, totals, strict=True)
+        rows.append((f"  {name}", [_count_and_share(one["documents"], one["tokens"], total) for one, total in cells]))
+    return rows
+
+
+def _quality_rows(columns: Sequence[Source]) -> list[tuple[str, list[str]]]:
+    """What 5 %, half and 95 % of the documents do not exceed; then the documents that published rules would drop."""
+    found = [source.get("quality", {}) for source in columns]
+    measures, rules = ([one.get(what, {}) for one in found] for what in ("measures", "would_drop"))
+    rows = [("quality: 5 %, median, 95 %", [""] * len(columns))] if any(measures) else []
+    for name in _names(measures):
+        rows.append((f"  {name}", [_spread(one.get(name, {})) for one in measures]))
+    numbers = {name: [one.get(name, 0) for one in rules] for name in _names(rules)}
+    dropping = {name: of for name, of in numbers.items() if any(of)}
+    rows += [("would be dropped by", [""] * len(columns))] if dropping else []
+    kept = [_num_documents(source, "kept") for source in columns]
+    for name, of in dropping.items():
+        cells = zip(of, kept, strict=True)
+        rows.append((f"  {name}", [_count_and_share(number, number, total) for number, total in cells]))
+    return rows
+
+
+def _spread(distribution: Mapping[str, int]) -> str:
+    return "  ".join(f"{quantile(distribution, share):,.10g}" for share in (0.05, 0.5, 0.95) if distribution)
+
+
+def print_described(report: Mapping[str, Any], console: Console) -> None:
+    """Print what a report says of languages and quality, if it does."""
+    sources = _with_total(report)
+    rows = [*_language_rows(list(sources.values())), *_quality_rows(list(sources.values()))]
+    if rows:
+        print_side_by_side(console, list(sources), rows)
+
+
+def _bad_rows(columns: Sequence[Source]) -> list[tuple[str, list[str]]]:
+    rows = [("bad records", [format_count(sum(source["bad"].values())) for source in columns])]
+    for reason in _names([source["bad"] for source in columns]):
+        rows.append((f"  {reason}", [format_count(source["bad"].get(reason, 0)) for source in columns]))
+    return rows
+
+
+def print_bad(sources: Mapping[str, Source], console: Console) -> None:
+    """Print what was skipped of each source, and the first examples: what `count_bad` counted."""
+    print_side_by_side(console, list(sources), _bad_rows(list(sources.values())))
+    _print_bad_examples(sources, console)
 
 
 def _print_bad_examples(sources: Mapping[str, Source], console: Console) -> None:
@@ -172,7 +231,11 @@ def _names(counts: Sequence[Mapping[str, object]]) -> list[str]:
 
 
 def _with_share(num_documents: int, source: Source) -> str:
-    return f"{format_count(num_documents)} {_percent(num_documents, source['documents']):5.1f} %"
+    return _count_and_share(num_documents, num_documents, source["documents"])
+
+
+def _count_and_share(count: int, part: int, whole: int) -> str:
+    return f"{format_count(count)} {_percent(part, whole):5.1f} %"
 
 
 def _percent(part: int, whole: int) -> float:

@@ -16,6 +16,8 @@ import numpy.typing as npt
 
 from data_tools.duplicates import Seen
 from data_tools.encode import Encoded
+from data_tools.formats import count_bad, nothing_bad
+from data_tools.quality import MEASURES, RULES
 from pretrain.silo.shards import Manifest, SplitWriter
 
 STATE_FILE = "state.sqlite"
@@ -23,7 +25,6 @@ STATE_FILE = "state.sqlite"
 DATABASE_CACHE = -65_536
 # Log2 of a document's bytes, for a histogram of 32 bins.
 NUM_LENGTH_BINS = 32
-MAX_BAD_EXAMPLES = 20
 
 
 class Work:
@@ -88,13 +89,29 @@ class Work:
         bins = np.minimum(np.frexp(np.maximum(encoded.document_bytes[keep], 1))[1], NUM_LENGTH_BINS) - 1
         histogram = np.bincount(bins, minlength=NUM_LENGTH_BINS) + counts["lengths_kept"]
         counts["lengths_kept"] = histogram.tolist()
-        for bad in encoded.bad:
-            counts["bad"][bad.reason] = counts["bad"].get(bad.reason, 0) + 1
-            if len(counts["bad_examples"]) < MAX_BAD_EXAMPLES:
-                counts["bad_examples"].append(bad.message)
+        self._describe(encoded, keep, counts)
+        count_bad(counts, encoded.bad)
         for (kind, what), number in encoded.personal.items():
             counts["personal"].setdefault(kind, {"found": 0, "documents": 0})[what] += number
         self.place = place
+
+    @staticmethod
+    def _describe(encoded: Encoded, keep: npt.NDArray[np.bool_], counts: dict[str, Any]) -> None:
+        """Count the languages and the quality of the documents that are kept, where they were asked for."""
+        for index in np.flatnonzero(keep) if encoded.languages else ():
+            of_language = counts["languages"].setdefault(encoded.languages[index], _no_tokens())
+            _add(of_language, 1, int(encoded.document_bytes[index]))
+            of_language["tokens"] += int(encoded.document_tokens[index])
+        if len(encoded.quality) and keep.any():
+            quality = counts["quality"]
+            for name, values in zip(MEASURES, encoded.quality[keep].T, strict=True):
+                distribution = quality.setdefault("measures", {}).setdefault(name, {})
+                for value, number in zip(*np.unique(values, return_counts=True), strict=True):
+                    shown = f"{value:.10g}"
+                    distribution[shown] = distribution.get(shown, 0) + int(number)
+            would_drop = quality.setdefault("would_drop", {})
+            for rule, number in zip(RULES, encoded.would_drop[keep].sum(axis=0), strict=True):
+                would_drop[rule] = would_drop.get(rule, 0) + int(number)
 
     def _write(self, encoded: Encoded, chosen: npt.NDArray[np.bool_], counts: dict[str, int], split: str) -> None:
         if split not in self._writers:
@@ -141,8 +158,9 @@ def _nothing_counted() -> dict[str, Any]:
         "kept": {},
         "dropped": {},
         "personal": {},
-        "bad": {},
-        "bad_examples": [],
+        "languages": {},
+        "quality": {},
+        **nothing_bad(),
         "lengths_kept": [0] * NUM_LENGTH_BINS,
         "lengths_dropped": [0] * NUM_LENGTH_BINS,
     }

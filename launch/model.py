@@ -15,7 +15,7 @@ from pretrain.host.foreign import shown, shown_lines
 if TYPE_CHECKING:
     from pretrain.federation.evaluation import Subject
     from pretrain.federation.export import SplitLoss
-    from pretrain.federation.generate import Message, Sampling, Speaker
+    from pretrain.federation.generate import Message, Sampling, Speaker, Spoken
 
 Where = Annotated[str, typer.Argument(help="Exported directory, run directory, or URL of a store.")]
 Version = Annotated[int | None, typer.Option(help="Of a run or a store; default: the newest.")]
@@ -23,7 +23,7 @@ Config = Annotated[
     list[Path] | None, typer.Option("--config", "-c", help="Own YAML file, where WHERE is the URL of a store.")
 ]
 Tokenizer = Annotated[Path | None, typer.Option(help="The run's, with a URL and no configuration.")]
-NumTokens = Annotated[int, typer.Option(help="At most; a model ends earlier where it ends a document.")]
+NumTokens = Annotated[int, typer.Option(help="New ones at most; a model ends earlier where it ends a document.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token.")]
 TopK = Annotated[int, typer.Option(help="Only so many of the likeliest tokens; 0: all.")]
 TopP = Annotated[float, typer.Option(help="Only the likeliest tokens that together have this probability.")]
@@ -172,12 +172,14 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     speaker = open_speaker(where, version=version, paths=config, tokenizer=tokenizer)
     began = time.monotonic()
-    num_made = _interruptible(lambda: speaker.go_on(text, sampling, _say))
+    spoken = _interruptible(lambda: speaker.go_on(text, sampling, _say))
     print(flush=True)
-    if num_made is None:
+    if spoken is None:
         raise typer.Exit(130)
     seconds = time.monotonic() - began
-    print(f"{speaker.name}: {num_made} tokens in {seconds:.1f} s{_beyond(speaker, num_made)}", file=sys.stderr)
+    print(
+        f"{speaker.name}: {spoken.num_tokens} new tokens in {seconds:.1f} s{_beyond(speaker, spoken)}", file=sys.stderr
+    )
 
 
 def chat(
@@ -229,29 +231,36 @@ def _converse(speaker: "Speaker", sampling: "Sampling", messages: "list[Message]
         try:
             if speaker.has_template:
                 messages.append({"role": "user", "content": line})
-                _interruptible(lambda: speaker.answer(messages, sampling, emit))
+                spoken = _interruptible(lambda: speaker.answer(messages, sampling, emit))
                 messages.append({"role": "assistant", "content": "".join(pieces)})
             else:
-                _interruptible(lambda text=line: speaker.go_on(text, sampling, emit))  # type: ignore[misc]
+                spoken = _interruptible(lambda text=line: speaker.go_on(text, sampling, emit))  # type: ignore[misc]
         except ConfigError as error:
             print(f"atoll: {error}", file=sys.stderr)
             del messages[-1:]  # what was not answered was not said
+            spoken = None
         print(flush=True)
+        if spoken and spoken.is_cut:
+            print(f"cut after {spoken.num_tokens} tokens{_beyond(speaker, spoken)}", file=sys.stderr)
 
 
 def _say(piece: str) -> None:
     print(shown_lines(piece), end="", flush=True)
 
 
-def _interruptible(speak: Callable[[], int]) -> int | None:
-    """How many tokens there are then; None if somebody had enough before."""
+def _interruptible(speak: "Callable[[], Spoken]") -> "Spoken | None":
+    """What became of it; None if somebody had enough before."""
     try:
         return speak()
     except KeyboardInterrupt:
         return None
 
 
-def _beyond(speaker: "Speaker", num_tokens: int) -> str:
-    if speaker.trained_tokens is None or num_tokens <= speaker.trained_tokens:
+def _beyond(speaker: "Speaker", spoken: "Spoken") -> str:
+    """What there is to know of how long a text is."""
+    whole = spoken.num_given + spoken.num_tokens
+    if spoken.is_cut:
+        return f": no more fit the {speaker.positions:,} positions of this model after {spoken.num_given:,} given"
+    if speaker.trained_tokens is None or whole <= speaker.trained_tokens:
         return ""
-    return f", more than the {speaker.trained_tokens:,} of a sequence that it has learned"
+    return f", with the {spoken.num_given:,} given more than the {speaker.trained_tokens:,} of a sequence in training"

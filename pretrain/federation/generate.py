@@ -25,7 +25,7 @@ class Sampling:
     """How the next token is chosen, and when to stop."""
 
     num_tokens: int = 128
-    """At most; a model ends earlier where it ends a document."""
+    """New ones at most; a model ends earlier where it ends a document, or where no more fit its positions."""
     temperature: float = 0.8
     """Of the softmax; 0 takes the likeliest token."""
     top_k: int = 50
@@ -54,6 +54,18 @@ class Sampling:
         return {"do_sample": True, "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Spoken:
+    """What became of a text."""
+
+    num_given: int
+    """Tokens that the model was given, with the one to begin with."""
+    num_tokens: int
+    """New ones."""
+    is_cut: bool
+    """Whether it would have gone on, but no more fit the model's positions."""
+
+
 @dataclass(kw_only=True)
 class Speaker:
     """A model with its tokenizer; on a GPU where there is one."""
@@ -70,8 +82,8 @@ class Speaker:
         """Whether it knows what a conversation looks like."""
         return bool(self.tokenizer.chat_template)
 
-    def go_on(self, text: str, sampling: Sampling, emit: Callable[[str], None]) -> int:
-        """Hand what follows a text to `emit`, piece by piece; returns how many tokens the whole has.
+    def go_on(self, text: str, sampling: Sampling, emit: Callable[[str], None]) -> Spoken:
+        """Hand what follows a text to `emit`, piece by piece.
 
         The text is the beginning of a document: it follows an end of text, as in training. Raises ConfigError for one
         that is longer than the model can read.
@@ -84,7 +96,7 @@ class Speaker:
             raise ConfigError("--prompt: no text given, and this tokenizer has no token to begin with; allowed: a text")
         return self._generate(found, sampling, emit)
 
-    def answer(self, messages: list[Message], sampling: Sampling, emit: Callable[[str], None]) -> int:
+    def answer(self, messages: list[Message], sampling: Sampling, emit: Callable[[str], None]) -> Spoken:
         """The same for a conversation in the form of the tokenizer's chat template.
 
         The oldest messages are left out of `messages` where they are too long together.
@@ -97,30 +109,35 @@ class Speaker:
             except Exception as error:  # a template raises what it likes
                 raise ConfigError(f"chat template: it does not take this conversation: {error}") from None
             oldest = 1 if messages[0]["role"] == "system" else 0
-            if len(found) + sampling.num_tokens <= self._positions() or len(messages) <= oldest + 2:
+            if len(found) + sampling.num_tokens <= self.positions or len(messages) <= oldest + 2:
                 return self._generate(found, sampling, emit)
             del messages[oldest : oldest + 2]
 
-    def _positions(self) -> float:
+    @property
+    def positions(self) -> float:
+        """The most tokens that the model can read, new ones included."""
         return getattr(self.model.config, "max_position_embeddings", None) or math.inf
 
-    def _generate(self, tokens: list[int], sampling: Sampling, emit: Callable[[str], None]) -> int:
-        room = self._positions() - len(tokens)
+    def _generate(self, tokens: list[int], sampling: Sampling, emit: Callable[[str], None]) -> Spoken:
+        room = self.positions - len(tokens)
         if room < 1:
             raise ConfigError(
-                f"--prompt: {len(tokens):,} tokens given; allowed: up to {self._positions() - 1:,} with this model"
+                f"--prompt: {len(tokens):,} tokens given; allowed: up to {self.positions - 1:,} with this model"
             )
         rows, ends = torch.tensor([tokens], device=self.model.device), self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
         torch.manual_seed(sampling.seed)
         made = self.model.generate(
             input_ids=rows,
             attention_mask=torch.ones_like(rows),
             max_new_tokens=int(min(sampling.num_tokens, room)),
-            pad_token_id=ends[0] if isinstance(ends, list) else ends,
+            pad_token_id=ends[0],
             streamer=_Pieces(self.tokenizer, emit),
             **sampling.options(),
         )
-        return made.shape[1]
+        new = made[0, len(tokens) :].tolist()
+        is_cut = len(new) < sampling.num_tokens and not {*new} & {*ends}
+        return Spoken(num_given=len(tokens), num_tokens=len(new), is_cut=is_cut)
 
 
 class _Pieces(TextStreamer):

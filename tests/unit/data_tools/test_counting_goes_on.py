@@ -1,6 +1,7 @@
 """Counting the words of files: what is exported is the same however often the work was stopped or killed."""
 
 import io
+import json
 import os
 import signal
 import stat
@@ -11,12 +12,17 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from data_tools import pretokens, sources
 from data_tools.counts import export_counts, export_parts
 from data_tools.formats import Part
+from data_tools.pack import Recipe, prepare
+from data_tools.report import print_report
 from data_tools.sources import Source, find_text, read_parts
+from data_tools.tokenizer import train_tokenizer
 from data_tools.workers import StoppedError
+from launch import cli
 from tests.support import one_line_error, pseudo_text
 from tests.text_files import write, write_jsonl
 from tests.waiting import wait_for
@@ -98,6 +104,50 @@ def test_killed_and_started_again(folder: Path, expected: bytes, tmp_path: Path)
     count(find_text(Source(path=str(folder))).parts, output)
     assert output.read_bytes() == expected
     assert os.listdir(tmp_path) == ["counts.tsv"]
+
+
+def test_bad_records_stop_or_are_skipped_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As prepare does, and the same however often the work is stopped."""
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 200)
+    lines = [b'{"text": "' + b"word " * 9 + b'"}'] * 20
+    good = write(tmp_path / "good" / "text.jsonl", b"\n".join(lines))
+    bad = write(tmp_path / "bad" / "text.jsonl", b"\n".join([*lines[:10], b"broken", b'{"txt": "a"}', *lines[10:]]))
+    recipe = Recipe(
+        sources=(Source(path=str(bad)),),
+        tokenizer=train_tokenizer(["word"], vocab_size=257, output=tmp_path),
+        held_out=0.0,
+    )
+    parts, output = find_text(Source(path=str(bad))).parts, tmp_path / "bad.tsv"
+    count(find_text(Source(path=str(good))).parts, tmp_path / "good.tsv")
+    assert one_line_error(count, parts, output) == one_line_error(prepare, recipe, tmp_path / "packed")
+    assert one_line_error(count, parts, output, on_bad="guess") == "--on-bad: 'guess' given; allowed: stop, skip"
+    num_stops = 0
+    while not output.exists():
+        try:
+            done = export_parts(
+                parts, output=output, console=Console(stderr=True), on_bad="skip", asked_to_stop=lambda: True
+            )
+        except StoppedError:
+            num_stops += 1
+    assert num_stops >= 5
+    assert output.read_bytes() == (tmp_path / "good.tsv").read_bytes()
+    prepare(recipe, tmp_path / "packed", on_bad="skip")
+    report = json.loads((tmp_path / "packed" / "report.json").read_text())
+    (counted,) = report["sources"].values()
+    assert done.skipped["bad"] == counted["bad"] == {"not JSON": 1, "no text": 1}
+    assert done.skipped["bad_examples"] == counted["bad_examples"]
+    capsys.readouterr()
+    print_report(report, Console(width=200))
+    of_prepare = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    command = ["data", "counts", str(bad), "--output", str(tmp_path / "again.tsv"), "--on-bad", "skip"]
+    said = CliRunner().invoke(cli.app, command)
+    assert said.exit_code == 0
+    *table, last = [" ".join(line.split()) for line in said.stdout.splitlines()]
+    assert len(table) == 8
+    assert {*table} <= {*of_prepare}
+    assert last.endswith("; read it before you send it")
 
 
 def test_the_command_stops_on_a_signal_and_goes_on(folder: Path, expected: bytes, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Raw text to packed shards: what is kept and counted, resuming, and what a user is told."""
 
+import hashlib
 import json
 import math
 import os
@@ -287,6 +288,49 @@ def test_preparing_again_keeps_the_same_and_refuses_another(tokenizer: Path, tmp
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     assert "exists and is no prepared text" in one_line_error(prepare, recipe(tokenizer, source), tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+
+
+FIRST_OPTIONS = {  # of the first version that prepared text
+    "normalize": "",
+    "min_characters": 0,
+    "max_characters": 0,
+    "drop_duplicates": False,
+    "near_duplicates": 0.0,
+    "drop_overlap": False,
+    "filter": "",
+}
+
+
+def test_what_an_option_came_later_for_is_no_other_recipe(tokenizer: Path, tmp_path: Path) -> None:
+    """A new option of Cleaning, Recipe or Part that is not used may not show here: add it where it is used alone."""
+    source, output = write_jsonl(tmp_path / "text.jsonl", TEXTS), tmp_path / "packed"
+    prepare(recipe(tokenizer, source), output)
+    report = json.loads((output / "report.json").read_text())
+    stat = source.stat()
+    text = ["text", "text.jsonl", "jsonl", "text", "", stat.st_size, stat.st_mtime_ns, "", ""]
+    assert report["recipe"] == {
+        "text": [text],
+        "tokenizer_sha256": tokenizer_sha256(tokenizer),
+        "cleaning": FIRST_OPTIONS,
+        "held_out": 0.0,
+        "shard_tokens": 100_000_000,
+    }
+    assert recipe_sha256(output) == hashlib.sha256(canonical(report["recipe"])).hexdigest()
+    for unused in ({}, {"personal_data": ""}):  # by the first version, and by one that told what it did not use
+        report["recipe"]["cleaning"] = FIRST_OPTIONS | unused
+        (output / "report.json").write_text(json.dumps(report))
+        prepare(recipe(tokenizer, source), output)
+    report["recipe"]["cleaning"] = FIRST_OPTIONS | {"personal_data": "mask"}
+    (output / "report.json").write_text(json.dumps(report))
+    assert "was prepared with other cleaning: " in one_line_error(prepare, recipe(tokenizer, source), output)
+
+
+def canonical(terms: dict[str, Any]) -> bytes:
+    return json.dumps(terms, sort_keys=True, separators=(",", ":")).encode()
+
+
+def recipe_sha256(output: Path) -> str:
+    return str(json.loads((output / "train" / "manifest.json").read_text())["recipe_sha256"])
 
 
 def test_work_begun_with_another_recipe_is_not_mixed(tokenizer: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`atoll generate` and `chat`: an export, a run and a store say the same, and nothing that a terminal obeys."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -32,8 +33,9 @@ def run(tmp_path: Path, tiny_config: TinyConfig) -> RunConfig:
 
 def said(speaker: Speaker, text: str, **sampling: float) -> tuple[str, int]:
     pieces: list[str] = []
-    num_tokens = speaker.go_on(text, Sampling(num_tokens=9, **sampling), pieces.append)  # type: ignore[arg-type]
-    return "".join(pieces), num_tokens
+    spoken = speaker.go_on(text, Sampling(num_tokens=9, **sampling), pieces.append)  # type: ignore[arg-type]
+    assert not spoken.is_cut
+    return "".join(pieces), spoken.num_tokens
 
 
 def test_an_export_a_run_and_a_store_say_the_same(run: RunConfig, tmp_path: Path) -> None:
@@ -53,7 +55,7 @@ def test_an_export_a_run_and_a_store_say_the_same(run: RunConfig, tmp_path: Path
         with torch.no_grad():
             row.append(int(model(torch.tensor([row])).logits[0, -1].argmax()))
     expected = tokenizer.decode(row[3:], skip_special_tokens=True)
-    assert said(speakers[0], "ba", temperature=0) == (expected, len(row))
+    assert said(speakers[0], "ba", temperature=0) == (expected, len(row) - 3)
 
 
 def test_what_cannot_be_said_is_one_line(run: RunConfig, tmp_path: Path) -> None:
@@ -80,7 +82,7 @@ def test_stdout_has_the_text_alone_and_chat_says_its_form(
     made = CliRunner().invoke(cli.app, arguments, input="ba")
     assert made.exit_code == 0, made.output
     assert made.stdout == shown_lines(said_by(run, 5)) + "\n"
-    assert made.stderr.startswith("version 0 of tiny: ")
+    assert re.fullmatch(r"version 0 of tiny: 5 new tokens in [0-9.]+ s\n", made.stderr)
 
     plain = CliRunner().invoke(cli.app, ["chat", run.directory, "--num-tokens", "5"], input="ba\nba\n")
     assert "no chat template: each line is continued by itself" in plain.stderr
@@ -97,6 +99,9 @@ def test_stdout_has_the_text_alone_and_chat_says_its_form(
     messages = [{"role": role, "content": "ba"} for role in ("system", "user", "assistant", "user")]
     speaker.answer(messages, Sampling(num_tokens=10), lambda piece: None)
     assert [one["role"] for one in messages] == ["system", "user"]  # the oldest two were too much for 16 tokens
+    one = CliRunner().invoke(cli.app, ["generate", str(tmp_path / "talks"), "--prompt", "ba", "--num-tokens", "20"])
+    num_given = int(re.search(r"of this model after (\d+) given\n$", one.stderr)[1])  # type: ignore[index]
+    assert f": {16 - num_given} new tokens in " in one.stderr  # of 16 positions
     arguments = ["chat", str(tmp_path / "talks"), "--num-tokens", "4"]
     talked = CliRunner().invoke(cli.app, arguments, input="ba" * 40 + "\nba\n")
     assert "its chat template" in talked.stderr
