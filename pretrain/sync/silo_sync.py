@@ -282,7 +282,7 @@ class SiloSync:
             tokens=num_sequences * self.config.sequence_tokens,
             steps=num_sequences // self.config.silos[self.silo].global_batch_sequences,
             tokens_total=progress.position * self.config.sequence_tokens,
-            metrics={"loss": progress.loss, "pseudo_gradient_norm": math.sqrt(norm_squared)} | speed,
+            metrics={"loss": progress.loss, "pseudo_gradient_norm": math.sqrt(norm_squared)} | speed | progress.spent,
         )
         outgoing = Outgoing(manifest, file, held)
         if not held:
