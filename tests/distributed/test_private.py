@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from scipy import stats
 from torch import Tensor
 
+from launch.show.report import summarize
 from launch.show.status_reader import store_status
 from pretrain.trust.ledger import Manifest
 from tests.conftest import TinyConfig
@@ -37,7 +38,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=200,
     )
     assert run.returncode == 0, run.stderr[-4000:]
     assert (directory / "noisy" / "noise.key").stat().st_mode & 0o777 == 0o600
@@ -129,5 +130,7 @@ def test_a_killed_silo_accounts_on_stops_at_its_budget_to_the_step_and_leaves(
     assert (manifest.metrics["epsilon"], manifest.metrics["delta"]) == (epsilon[3], 1e-5)
     status = store_status(config.store_url).silos["alpha"]
     assert (status.part, status.spent) == ("left", {"epsilon": epsilon[3], "delta": 1e-5})
+    assert summarize(config)["epsilon"] == {"alpha": epsilon[4]}
+    assert "private: epsilon 3.5" in (Path(config.directory) / "report.html").read_text()
     said = (Path(config.directory) / "logs" / "attempt-001" / "alpha.log").read_text()
     assert "its budget of epsilon 4, delta 1e-05 is spent after step 4; it has left, and the others go on" in said
