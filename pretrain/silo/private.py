@@ -119,7 +119,7 @@ class Private:
         place = json.dumps([progress.position, plan.noise_multiplier, self._settings.clip_norm, ranks.num_ranks])
         what = derived(self._key, b"step", place.encode(), *ranks.from_each(b"".join(found)))
         self._release(progress, derived(self._key, b"release", what).hex()[:32])
-        noise_key = derived(self._key, b"noise", what, bytes([ranks.rank & 255, ranks.rank >> 8]))
+        noise_key = derived(self._key, b"noise", what, ranks.rank.to_bytes(4, "little"))
         add_noise(own, noise_key, plan.noise_multiplier * self._settings.clip_norm)
         if ranks.num_ranks > 1:
             dist.all_gather_into_tensor(total, own.clone())
@@ -133,19 +133,20 @@ class Private:
     def _release(self, progress: Progress, digest: str) -> None:
         """Have the leader account for what is about to get its noise."""
         spent, account = None, self._account
-        has_lost_it = account is not None and account.is_new and progress.position > 0
-        if account and not has_lost_it:
+        is_lost = account is not None and account.is_new and progress.position > 0
+        if account and not is_lost:
             spent = account.release(progress.position, digest)
-        num_epochs, has_lost_it = self._ranks.from_leader((spent, has_lost_it))
-        if has_lost_it:
+        num_epochs, is_lost = self._ranks.from_leader((spent, is_lost))
+        if is_lost:
             raise ConfigError(
                 f"silos.{self._silo}.private: epsilon given; no account is here of the {progress.position:,} sequences "
                 "that it has read in this run; restore its folder `private` from a backup, or start a run of its own"
             )
         if num_epochs is None:
+            noise = self._plan.noise_multiplier
             raise BudgetSpentError(
                 f"silo {self._silo}: its budget of epsilon {self._settings.epsilon:g}, delta {self._plan.delta:g} is "
-                f"spent after step {progress.step}"
+                f"spent after step {progress.step}; a larger one goes on with noise_multiplier={noise}"
             )
         progress.epsilon, progress.delta = self._plan.epsilon(num_epochs), self._plan.delta
 

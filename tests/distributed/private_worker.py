@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pretrain.config.check import ConfigError
 from pretrain.config.keys import InnerConfig, ModelConfig, PrivateConfig, SiloConfig
 from pretrain.silo.account import Plan
 from pretrain.silo.checkpoint import Progress
@@ -118,6 +119,12 @@ def main() -> None:
     case.start()
     case.step()
     found["other secret"] = case.way()
+    case.directory = directory / "lost"
+    case.start()
+    try:
+        case.step(position=NUM_SEQUENCES)
+    except ConfigError as error:
+        (directory / "lost.txt").write_text(str(error))
     if ranks.is_leader:
         for name, tensors in found.items():
             save_file({key: value.contiguous() for key, value in tensors.items()}, directory / f"{name}.safetensors")

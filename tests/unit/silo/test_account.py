@@ -1,5 +1,6 @@
 """What a private silo may do and has spent: noise from a budget, releases counted, one line for mistakes."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,14 @@ def test_noise_is_normal_follows_from_its_key_and_is_another_with_another() -> N
     assert stats.kstest(first, "norm").pvalue > 1e-3
     assert abs(stats.pearsonr(first, other).statistic) < 4 / len(first) ** 0.5
     assert abs(stats.pearsonr(first[:-1], first[1:]).statistic) < 4 / len(first) ** 0.5
+
+
+def test_without_the_accountant_it_is_one_line(
+    tmp_path: Path, tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    message = one_line_error(planned, private(tmp_path, tiny_config, {}))
+    assert "dp-accounting is not installed: pip install 'atoll[privacy]'" in message
 
 
 QUORUM = {"membership": {"quorum": 1}}
