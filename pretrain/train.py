@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -32,6 +32,7 @@ from pretrain.host.lock import lock_directory
 from pretrain.host.stopping import STOPPED, StopRequested, note_signals
 from pretrain.outer.blocks import slower
 from pretrain.outer.rounds import next_step
+from pretrain.silo.account import BudgetSpentError
 from pretrain.silo.cards import check_precision
 from pretrain.silo.checkpoint import Checkpoints, Progress, save_parameters
 from pretrain.silo.data import BadTokenError, Batches, Mixture, PackedTokens, Prefetch
@@ -40,6 +41,7 @@ from pretrain.silo.evaluate import held_out_loss, sequences_evaluated
 from pretrain.silo.flops import peak_tokens_per_second
 from pretrain.silo.model import initial_parameters
 from pretrain.silo.optim import learning_rate
+from pretrain.silo.private import Private, open_private
 from pretrain.silo.profile import RoundProfile
 from pretrain.silo.ranks import Ranks
 from pretrain.silo.shards import Manifest, tokenizer_sha256, verify_shards
@@ -63,11 +65,12 @@ class Silo:
     engine: Engine
     batches: Prefetch
     mixture: Mixture
+    private: Private | None  # None: trains without differential privacy
     held_out: dict[str, PackedTokens]
     checkpoints: Checkpoints
     sync: ElasticSync | None  # None: trains alone
     asked_to_stop: Callable[[], bool]
-    progress: Progress
+    progress: Progress = field(default_factory=Progress)
     profile: RoundProfile
     reading: Future[str]  # what is wrong with the shards' bytes; the leader's
     data_checked: bool = False
@@ -168,6 +171,13 @@ class Silo:
         if self.sync:
             self.sync.checkpointed(self.progress)
 
+    def leave(self, error: BudgetSpentError) -> None:
+        """Save, and say that the silo takes part no more; raises the error where the others cannot go on without it."""
+        self.save()
+        if not (self.sync and self.config.membership.is_elastic):
+            raise error
+        self.sync.leave(self.progress, str(error))
+
 
 def passes(before: int, step: int, interval_steps: int) -> bool:
     """Whether a multiple of an interval lies after one step, up to another."""
@@ -231,7 +241,11 @@ def inner_step(silo: Silo, log: StepLog) -> None:
             return next(silo.batches)
 
     with silo.profile.step(config.round_at(after), after, is_last=passes(before, after, interval)):
-        loss, grad_norm = engine.step((batch() for _ in range(num_batches)), lr, silo.profile.part)
+        batches = (batch() for _ in range(num_batches))
+        if silo.private:
+            loss, grad_norm = silo.private.step(engine, batches, lr, progress, silo.profile.part)
+        else:
+            loss, grad_norm = engine.step(batches, lr, silo.profile.part)
     progress.step = after
     progress.position = silo.batches.state()
     if silo.agreement_due(before):
@@ -269,6 +283,7 @@ def prepare(
         engine=_engine(config, name, ranks, mixture.corpora[0].manifests[0], is_federated=sync is not None),
         batches=_batches(settings, mixture, ranks),
         mixture=mixture,
+        private=open_private(config, name, ranks, mixture),
         held_out=held_out,
         checkpoints=Checkpoints(
             config.silo_directory(name) / "checkpoints",
@@ -280,7 +295,6 @@ def prepare(
         ),
         sync=sync,
         asked_to_stop=asked_to_stop,
-        progress=Progress(),
         profile=RoundProfile(config.silo_directory(name), journal, settings.profile_rounds),
         reading=reading,
     )
@@ -357,7 +371,11 @@ def _open_data(config: RunConfig, name: str) -> tuple[Mixture, dict[str, PackedT
     seed, salt = (settings.data_seed, "") if settings.data_seed is not None else (0, name)
     corpora = [[directory] for directory in settings.data] if settings.data_weights else [settings.data]
     mixture = Mixture(
-        [packed(corpus, "data") for corpus in corpora], weights=settings.data_weights or None, seed=seed, silo=salt
+        [packed(corpus, "data") for corpus in corpora],
+        weights=settings.data_weights or None,
+        seed=seed,
+        silo=salt,
+        whole_batches_of=settings.global_batch_sequences if settings.is_private else 1,
     )
     return mixture, {corpus: packed([split], f"valid.{corpus}") for corpus, split in settings.valid.items()}
 
@@ -403,6 +421,11 @@ def run(config: RunConfig, name: str, journal: Journal | None) -> int:
                 why = (sync and sync.lost) or "on request"
                 print(f"stopped after step {silo.progress.step}: {why}; all is saved, start again to go on", flush=True)
         return STOPPED
+    except BudgetSpentError as error:
+        ended = "has spent its privacy budget"
+        assert silo
+        silo.leave(error)
+        return 0
     finally:
         if silo:
             silo.profile.close()

@@ -126,11 +126,11 @@ def _keys(kind: type, prefix: str) -> Iterator[Key]:
 
 
 def _sections(kind: type) -> list[tuple[str, type]]:
-    return [
-        (f.name, f.type)
-        for f in dataclasses.fields(kind)
-        if isinstance(f.type, type) and dataclasses.is_dataclass(f.type)
-    ]
+    found = []
+    for f in dataclasses.fields(kind):
+        if isinstance(f.type, type) and dataclasses.is_dataclass(f.type):
+            found += [(f.name, f.type), *((f"{f.name}.{inner}", of) for inner, of in _sections(f.type))]
+    return found
 
 
 def _flat(settings: dict[str, Any], prefix: str) -> Iterator[str]:

@@ -14,6 +14,7 @@ import jinja2
 from launch.show.display import describe_setup, format_bytes, format_seconds
 from launch.show.metrics import Record
 from launch.show.run import Evaluation, Run, evaluations
+from pretrain.config.allowed import SPENT
 from pretrain.config.keys import RunConfig
 from pretrain.host.clock import utc
 
@@ -82,7 +83,13 @@ def summary_of(run: Run) -> dict[str, Any]:
             {key: record[key] for key in ("from_version", "to_version", "reason")} for record in run.records["rollback"]
         ],
         "peak_memory_bytes": {silo: end.get("peak_memory_bytes") for silo, end in ends.items()},
+        **({"epsilon": spent} if (spent := _values(last_steps, "epsilon")) else {}),
     }
+
+
+def _values(last_steps: Mapping[str, Record], name: str) -> dict[str, float]:
+    """By silo, of those that have one."""
+    return {silo: record[name] for silo, record in last_steps.items() if name in record}
 
 
 def _rounds_done(run: Run, steps_by_silo: Mapping[str, int]) -> int:
@@ -207,7 +214,7 @@ def _silo_rows(run: Run) -> list[dict[str, Any]]:
         rows.append(
             {
                 "name": silo,
-                "setup": describe_setup(run.config.silos[silo]) if silo in run.config.silos else "",
+                "setup": (describe_setup(run.config.silos[silo]) if silo in run.config.silos else "") + _spent(steps),
                 "steps": steps[-1]["step"] if steps else 0,
                 "tokens": format_count(steps[-1]["tokens"]) if steps else "0",
                 "loss": steps[-1]["loss"] if steps else None,
@@ -219,6 +226,13 @@ def _silo_rows(run: Run) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _spent(steps: list[Record]) -> str:
+    """What a private silo had spent at its newest step, in words."""
+    if not (spent := {name: steps[-1][name] for name in SPENT if name in steps[-1]} if steps else {}):
+        return ""
+    return ", private: " + ", ".join(f"{name} {value:.4g}" for name, value in spent.items())
 
 
 def _commit_rows(run: Run) -> list[dict[str, Any]]:

@@ -39,6 +39,9 @@ def show_status(status: StoreStatus, console: Console) -> None:
         if silo.not_counted:
             more = f"; {len(silo.not_counted)} versions in all" if len(silo.not_counted) > 1 else ""
             console.print(Text(f"silo {name} did not count in {silo.not_counted[-1]}{more}", style="red"))
+        if silo.spent:
+            words = ", ".join(f"{what} {value:.4g}" for what, value in silo.spent.items())
+            console.print(Text(f"silo {name} trains with differential privacy for one sequence; spent: {words}"))
     for words in remarks(status):
         console.print(Text(words, style="red"))
     silos = status.silos.values()

@@ -17,6 +17,7 @@ from typing import Any
 
 from launch.show.display import format_seconds
 from launch.show.opened import CONTRACT, MANIFEST, ROLLBACK, TERM, WORD, Json, Opened, json_object, number_in
+from pretrain.config.allowed import SPENT
 from pretrain.config.check import named
 from pretrain.config.keys import ExchangeConfig
 from pretrain.exchange.agreement import agreement_path
@@ -59,6 +60,9 @@ class SiloStatus:
     """Whether its pseudo-gradient for the version in progress is there."""
     refusals: list[str]
     """Why deliveries for the version in progress were refused, oldest first."""
+    spent: dict[str, float] = field(default_factory=dict)
+    """What it has spent of its privacy budget by its newest delivery, `epsilon` and `delta`; empty where it says none.
+    """
     not_counted: list[str] = field(default_factory=list)
     """Commits that have its delivery with weight 0, by the floor of quality, and why, oldest first."""
     is_awaited: bool = False
@@ -289,6 +293,7 @@ class Reader:
             life=self._life_of_silo(name),
             part=self._part(name),
             tokens_total=newest.tokens_total if newest else None,
+            spent={name: newest.metrics[name] for name in SPENT if name in newest.metrics} if newest else {},
             num_commits=len(tokens),
             newest_commit=max(tokens, default=None),
             tokens_contributed=sum(tokens.values()),

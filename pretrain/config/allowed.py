@@ -10,6 +10,7 @@ SCHEDULES = ("cosine", "wsd", "constant")
 MERGES = ("mean", "importance", "clip", "trimmed_mean", "median", "krum")
 TIERS = ("public", "consortium", "member")
 METRICS = ("loss", "held_out", "pseudo_gradient_norm", "seconds_per_step", "tokens", "epochs")
+SPENT = ("epsilon", "delta")  # of a private silo's budget: they tell of its steps, and nothing of its text
 CODECS = ("fp32", "bf16", "int8", "int4", "e3m0", "topk")
 
 
@@ -113,6 +114,10 @@ ALLOWED: dict[str, tuple[str, ...] | Numbers] = {
     "silo.log_interval_steps": ONE,
     "silo.profile_rounds": NONE_LESS,
     "silo.num_threads": ONE,
+    "silo.private.epsilon": ABOVE,
+    "silo.private.delta": Numbers(most=1, without_least=True, without_most=True),
+    "silo.private.clip_norm": ABOVE,
+    "silo.private.noise_multiplier": ABOVE,
     "trust.keep_deliveries": NONE_LESS,
     "trust.software": ("recorded", "exact"),
     "wandb.mode": ("offline", "online", "disabled"),

@@ -71,6 +71,7 @@ def check_config(config: RunConfig) -> None:
         _check_membership,
         _check_merge,
         _check_muon,
+        _check_private,
     ):
         check(config)
 
@@ -78,10 +79,12 @@ def check_config(config: RunConfig) -> None:
 def _check_each(config: RunConfig) -> None:
     """Every key by itself."""
     silos: list[tuple[str, Any]] = [(f"silos.{name}.", silo) for name, silo in config.silos.items()]
-    sections: dict[str, list[tuple[str, Any]]] = {"": [("", config)], "silo": silos}
+    private = [(f"{prefix}private.", silo.private) for prefix, silo in silos]
+    sections: dict[str, list[tuple[str, Any]]] = {"": [("", config)], "silo": silos, "silo.private": private}
     for key, allowed in ALLOWED.items():
         section, _, name = key.rpartition(".")
-        for prefix, settings in sections.get(section) or [(f"{section}.", getattr(config, section))]:
+        found = sections[section] if section in sections else [(f"{section}.", getattr(config, section))]
+        for prefix, settings in found:
             value = getattr(settings, name)
             words = allowed.words if isinstance(allowed, Numbers) else ", ".join(allowed)
             is_optional = type(settings).__dataclass_fields__[name].default is None
@@ -136,6 +139,25 @@ def _check_muon_silo(name: str, zero: dict[str, Any]) -> None:
             f"inner.optimizer: 'muon' given with silos.{name}.deepspeed.zero_optimization.{key} at stage "
             f"{zero.get('stage', 0)}; allowed: any stage, on the device or with offload_optimizer to cpu, without {key}"
         )
+
+
+def _check_private(config: RunConfig) -> None:
+    """Refuse what would tell of a private silo's text beside the noised gradients, or count its sequences otherwise."""
+    outer, rules = config.outer, config.membership
+    for name, silo in config.silos.items():
+        if not silo.is_private:
+            continue
+        key, given = f"silos.{name}", f"with silos.{name}.private.epsilon={silo.private.epsilon}"
+        stage, weights = silo.zero_stage, silo.data_weights
+        stages = f"0, 1, 2 {given}: stage 3 has no whole gradient of one sequence"
+        _require(stage < 3, f"{key}.deepspeed.zero_optimization.stage", stage, stages)
+        once = f"{given}, for which each sequence counts once an epoch"
+        _require(not weights, f"{key}.data_weights", weights, f"none {once}")
+        _require(not silo.accept_other_data, f"{key}.accept_other_data", True, f"false {once}")
+        floor, rise = outer.quality_floor, rules.max_loss_rise
+        _require(floor is None, "outer.quality_floor", floor, f"null {given}: a loss has no noise")
+        _require(rise is None, "membership.max_loss_rise", rise, f"null {given}: a loss has no noise")
+        _require(rules.steps == "equal", "membership.steps", rules.steps, f"equal {given}: nor have its seconds")
 
 
 def _check_trust(config: RunConfig) -> None:

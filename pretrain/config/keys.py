@@ -248,6 +248,23 @@ class TrustConfig:
 
 
 @dataclass(kw_only=True)
+class PrivateConfig:
+    """Differential privacy inside a silo, for one packed sequence of its text (docs/privacy.md)."""
+
+    epsilon: float | None = None
+    """The silo's budget: what it delivers in the whole run is (epsilon, delta)-private; null: it is not private at
+    all."""
+    delta: float = 1e-6
+    """The other half of the budget, below 1 / sequences of the text."""
+    clip_norm: float = 1.0
+    """L2 norm that the gradient of one sequence is clipped to; of its mean loss over its tokens."""
+    noise_multiplier: float | None = None
+    """Standard deviation of the noise on the sum of a batch's gradients, divided by `clip_norm`; null: the least with
+    which inner.num_steps stay within the budget. With one that allows fewer, a silo with which others need not go on
+    (membership.quorum) stops at its budget."""
+
+
+@dataclass(kw_only=True)
 class SiloConfig:
     """One institution's training job."""
 
@@ -311,6 +328,13 @@ class SiloConfig:
     """Of every so many rounds metrics and report say where a step's time went, and torch's profiler records the last
     step, which takes longer, as a trace for Perfetto; the newest 16 stay in `traces` of the silo's directory. 0: never.
     """
+    private: PrivateConfig = field(default_factory=PrivateConfig)
+    """Clipped, noised and accounted training."""
+
+    @property
+    def is_private(self) -> bool:
+        """Whether it trains with differential privacy."""
+        return self.private.epsilon is not None
 
     @property
     def fewest_nodes(self) -> int:

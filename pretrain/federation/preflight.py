@@ -18,6 +18,7 @@ from pretrain.exchange.signed import CONTRACT
 from pretrain.exchange.store import StoreExchange
 from pretrain.host.tensorboard import check_tensorboard
 from pretrain.host.tracker import server_host
+from pretrain.silo.account import plan
 from pretrain.silo.shards import check_a_sequence, check_enough, read_manifest, tokenizer_sha256
 from pretrain.silo.weights import checkpoint_files
 from pretrain.trust.contract import build_contract, check_same_contract, other_software
@@ -74,7 +75,7 @@ def check_silo(config: RunConfig, name: str) -> None:
     """Its key, its policy, and its shards: there, whole, packed with the run's tokenizer, and enough for one batch."""
     if config.trust.keys:  # else a local launch makes them
         act_as(Members(), config, name)
-    check_policy(config)
+    policy = check_policy(config)
     check_tensorboard(config)
     silo, tokenizer = config.silos[name], tokenizer_sha256(config.tokenizer_file)
     key = f"silos.{name}.data"
@@ -86,6 +87,9 @@ def check_silo(config: RunConfig, name: str) -> None:
             check_a_sequence(manifest.num_tokens, config.sequence_tokens, key=f"{key} ({directory})")
     num_tokens = sum(manifest.num_tokens for manifest in manifests)
     check_enough(num_tokens, config.sequence_tokens, silo.global_batch_sequences, key=key)
+    if silo.is_private:
+        plan(config, name, manifests)
+        _check_withheld(config, name, policy)
     for corpus, directory in silo.valid.items():
         key, place = f"silos.{name}.valid.{corpus}", Path(directory)
         if not place.exists() and str(place.parent / "train") in silo.data:
@@ -94,6 +98,18 @@ def check_silo(config: RunConfig, name: str) -> None:
                 f"packed split, or no silos.{name}.valid: split the text into more documents, or leave the key out"
             )
         read_manifest(place, key=key, tokenizer_sha256=tokenizer)
+
+
+def _check_withheld(config: RunConfig, name: str, policy: Policy) -> None:
+    """Raise ConfigError where the training loss of a private silo would leave it: it has no noise."""
+    in_manifests = config.exchange.kind != "none" and policy.allows_metric("loss")
+    is_shown = config.wandb.mode != "disabled" and (policy.shows is None or policy.shows("step/loss"))
+    if in_manifests or is_shown:
+        where = "its manifests" if in_manifests else f"Weights & Biases (wandb.mode={config.wandb.mode})"
+        raise ConfigError(
+            f"silos.{name}.private: epsilon given, and {where} would tell its training loss, which has no noise; "
+            "allowed: with trust.metrics.loss=member in the contract, or a trust.policy whose `metrics` have no loss"
+        )
 
 
 def check_model(config: RunConfig) -> None:

@@ -5,7 +5,7 @@ method of https://arxiv.org/abs/1910.02054, the numbers counted tensor by tensor
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pretrain.config.keys import RunConfig, SiloConfig
@@ -20,6 +20,8 @@ from pretrain.silo.optim import is_muon_matrix
 SILO_BYTES, AGGREGATOR_BYTES = 558 << 20, 511 << 20
 CLIENT_BYTES, BLOCK_BYTES = 32 << 20, 50 << 20  # what a client of an object store adds, and the most it reads at once
 HEAP_SHARE = 0.8  # of the activations' bytes: what glibc's heap keeps beside what lives in it, where they are on a CPU
+# Of a private silo, bytes a parameter: one sequence's gradients, also in fp32, and the sum of all.
+PRIVATE_BYTES = {"fp32": 8, "bf16": 10}
 REDUCE_BUCKET, LIVE_PARAMETERS = 500_000_000, 1_000_000_000  # DeepSpeed's defaults, in elements
 # What a step of the optimizer needs beside what is kept, gradients with it, bytes a parameter of this rank's share, by
 # stage; and AdamW besides, of a flat partition, where it is one operation after another.
@@ -72,7 +74,9 @@ def _device_bytes(config: RunConfig, silo: SiloConfig, stage: int, shapes: Shape
         step += NOT_FUSED_BYTES * share
     if config.inner.optimizer == "sgd" and not stage and silo.precision == "fp32":
         step /= 2  # gradients alone
-    backward = float(activation_bytes(hugging_face, shapes, silo, config.sequence_tokens))
+    at_once = replace(silo, micro_batch_sequences=1) if silo.is_private else silo
+    backward = float(activation_bytes(hugging_face, shapes, at_once, config.sequence_tokens))
+    backward += PRIVATE_BYTES[silo.precision] * num_elements if silo.is_private else 0.0
     bucket = zero.get("reduce_bucket_size", REDUCE_BUCKET)
     bucket_bytes = width * (bucket if isinstance(bucket, int | float) else REDUCE_BUCKET)
     parameters = float(width * num_elements)

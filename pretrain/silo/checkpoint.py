@@ -65,9 +65,18 @@ class Progress:
     """Running mean of what an inner step takes."""
     mean_loss: float = 0.0
     """Running mean of the training loss; 0 before there is one."""
+    epsilon: float = 0.0
+    """What a private silo has spent, ..."""
+    delta: float = 0.0
+    """... with this delta; 0 for one that is not private, or before its first step."""
     seconds_training: float = 0.0
     seconds_waiting: float = 0.0
     seconds_evaluating: float = 0.0
+
+    @property
+    def spent(self) -> dict[str, float]:
+        """Of a private silo's budget; empty for another."""
+        return {"epsilon": self.epsilon, "delta": self.delta} if self.delta else {}
 
     @property
     def seconds(self) -> dict[str, float]:

@@ -167,9 +167,17 @@ class Mixture:
     """
 
     def __init__(
-        self, corpora: Sequence[PackedTokens], *, seed: int, silo: str, weights: Sequence[float] | None = None
+        self,
+        corpora: Sequence[PackedTokens],
+        *,
+        seed: int,
+        silo: str,
+        weights: Sequence[float] | None = None,
+        whole_batches_of: int = 1,
     ) -> None:
         """`weights` are shares of the sequences, one for each corpus, in any scale (None: equal ones).
+
+        With `whole_batches_of` so many sequences an epoch ends with one; the rest of a corpus, its end, is not used.
 
         Raises ConfigError when a corpus is shorter than one sequence.
         """
@@ -180,7 +188,12 @@ class Mixture:
         self.corpora = list(corpora)
         self._seed = [seed, silo]
         self._orders = [
-            Order(seed=seed, silo=silo, corpus=corpus, num_sequences=tokens.num_sequences)
+            Order(
+                seed=seed,
+                silo=silo,
+                corpus=corpus,
+                num_sequences=tokens.num_sequences // whole_batches_of * whole_batches_of,
+            )
             for corpus, tokens in enumerate(corpora)
         ]
         # Each corpus's part of what those before it leave over. By way of str, 0.1 is a tenth and not a bit more.

@@ -1,7 +1,6 @@
 """DeepSpeed: build, step, and read and write fp32 parameters at every ZeRO stage.
 
-All that knows DeepSpeed's inner names is in this file (`_refresh_module`, `_fp32_masters`, `_forget_initial_step`,
-`_pieces`, `_own_piece`).
+All that knows DeepSpeed's inner names is in zero.py.
 """
 
 import dataclasses
@@ -41,6 +40,7 @@ from pretrain.silo.muon import MuonAdamW, Piece
 from pretrain.silo.named_state import PARAMETER, SavedState, save_pieces
 from pretrain.silo.optim import MEAN_STEPS, build_optimizer
 from pretrain.silo.ranks import Ranks
+from pretrain.silo.zero import begin_backward, forget_initial_step, fp32_masters, muon_pieces, own_piece, refresh_module
 
 STATE = "engine"  # the folder of a checkpoint
 
@@ -51,12 +51,14 @@ def deepspeed_config(silo: SiloConfig, inner: InnerConfig) -> dict[str, Any]:
     Without ZeRO and in fp32 DeepSpeed keeps no norm of the gradient: we take it, and clip by it.
     """
     is_plain = silo.precision == "fp32" and not silo.zero_stage
+    # A private silo adds up gradients itself.
+    batch = {"gradient_accumulation_steps": 1} if silo.is_private else {"train_batch_size": silo.global_batch_sequences}
     return {
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
         "zero_force_ds_cpu_optimizer": inner.optimizer != "muon",  # its AdamW is DeepSpeed's, inside of ours
         **silo.deepspeed,
-        "train_batch_size": silo.global_batch_sequences,
+        **batch,
         "train_micro_batch_size_per_gpu": silo.micro_batch_sequences,
         "gradient_clipping": 0.0 if is_plain else inner.clip_norm,
         "bf16": {"enabled": silo.precision == "bf16"},
@@ -115,7 +117,7 @@ class Engine:
         if partitioned:
             restore_buffers(self.module, model, vocab_size)
         self._parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
-        self._masters = _fp32_masters(self._deepspeed)
+        self._masters = fp32_masters(self._deepspeed)
         self._ranks = ranks
         self.copies = HostCopies(ranks.device, of_gathered=self.stage > 0)
         self._precision, self._optimizer_name, self._clip_norm = silo.precision, inner.optimizer, inner.clip_norm
@@ -123,10 +125,9 @@ class Engine:
         self._optimizer = optimizer
         self._counts_in_numbers = offloaded  # DeepSpeed's AdamW; torch's has a tensor
         self._count_device = ranks.device if silo.fused_adamw else torch.device("cpu")  # where the kernel wants it
-        _forget_initial_step(optimizer)
+        forget_initial_step(optimizer)
         if isinstance(optimizer, MuonAdamW):
-            pieces = _pieces(self._deepspeed, optimizer, self.stage) if self.stage else {}
-            optimizer.place(pieces, ranks.device)
+            optimizer.place(muon_pieces(self._deepspeed, optimizer, self.stage) if self.stage else {}, ranks.device)
 
     @property
     def module(self) -> nn.Module:
@@ -180,6 +181,31 @@ class Engine:
         norm = self._deepspeed.get_global_grad_norm() if own_norm is None else own_norm
         return torch.stack(losses).mean().item(), float(norm)
 
+    def sequence_gradients(self, input_ids: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
+        """Mean loss in nats and gradients, in the order of `shapes`, of one sequence of a micro batch after another.
+
+        At ZeRO 0 to 2. Nothing is accumulated, and no other rank takes part.
+        """
+        for row, target in zip(input_ids.split(1), targets.split(1), strict=True):
+            loss = self._token_losses(self.module, row, target).mean()
+            yield loss.detach(), torch.autograd.grad(loss, [*self._parameters.values()], materialize_grads=True)
+
+    def step_along(self, gradients: Iterable[Tensor], lr: float) -> float:
+        """One inner step by gradients that are made elsewhere; returns their L2 norm before clipping.
+
+        They are fp32, whole, the same on all ranks, and in the order of `shapes`. At ZeRO 0 to 2.
+        """
+        for group in self._deepspeed.optimizer.param_groups:
+            group["lr"] = lr * group["lr_factor"]
+        parts = zip(self._parameters.values(), gradients, strict=True)
+        along = torch.stack([(parameter.float() * gradient).sum() for parameter, gradient in parts]).sum()
+        begin_backward(self._deepspeed, along)
+        self._deepspeed.backward(along)  # hands each parameter its gradient as DeepSpeed wants it
+        own_norm = self._clip_own_gradient()
+        self.copies.hold()
+        self._deepspeed.step()
+        return float(self._deepspeed.get_global_grad_norm() if own_norm is None else own_norm)
+
     def _clip_own_gradient(self) -> float | None:
         """In plain fp32, at the last micro batch of a step: clip the gradient, and say what its norm was."""
         if self.stage or self._masters or not self._deepspeed.is_gradient_accumulation_boundary():
@@ -197,7 +223,7 @@ class Engine:
             for value in state.values():
                 if isinstance(value, Tensor):
                     value.zero_()
-        _forget_initial_step(self._optimizer)
+        forget_initial_step(self._optimizer)
 
     @property
     def num_skipped_steps(self) -> int:
@@ -206,9 +232,12 @@ class Engine:
 
     def token_losses(self, input_ids: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy in nats of every target, (num_sequences, sequence_tokens)."""
+        return self._token_losses(self._deepspeed, input_ids, targets)
+
+    def _token_losses(self, model: nn.Module, input_ids: Tensor, targets: Tensor) -> Tensor:
         device = self._ranks.device
         return token_losses(
-            self._deepspeed,
+            model,
             input_ids.to(device),
             targets.to(device),
             self._mask_at,
@@ -266,12 +295,12 @@ class Engine:
                 dist.broadcast(value, src=0)
             self._write_one(name, value)
             del value  # before the next one is made
-        _refresh_module(self._deepspeed, self.stage)
+        refresh_module(self._deepspeed, self.stage)
 
     def _write_one(self, name: str, value: Tensor) -> None:
         parameter = self._parameters[name]
         if self.stage == 3:  # DeepSpeed's own setter fails where the ranks' parts are not equal
-            partition, piece = _own_piece(self._deepspeed, parameter, self.stage)
+            partition, piece = own_piece(self._deepspeed, parameter, self.stage)
             partition.data[piece.in_partition] = value.flatten()[piece.in_matrix]
         elif self.stage:
             safe_set_full_fp32_param(parameter, value)
@@ -349,7 +378,7 @@ class Engine:
         """This rank's fp32 values, and which piece of a parameter they hold."""
         parameter, shape = self._parameters[name], self.shapes[name]
         if self.stage:
-            return _own_piece(self._deepspeed, parameter, self.stage)
+            return own_piece(self._deepspeed, parameter, self.stage)
         piece = Piece(shape=shape, start=0, offset=0, num_elements=shape.numel())
         return self._masters.get(name, parameter), piece
 
@@ -424,75 +453,8 @@ class Engine:
                 fill(state.setdefault(kind, torch.zeros_like(partition, requires_grad=False)), kind)
             if name in saved.steps:
                 state["step"] = self._step_count(saved.steps[name])
-        _refresh_module(self._deepspeed, self.stage)
+        refresh_module(self._deepspeed, self.stage)
 
     def _step_count(self, num_steps: int) -> Tensor | int:
         """As the inner optimizer counts."""
         return num_steps if self._counts_in_numbers else torch.tensor(float(num_steps), device=self._count_device)
-
-
-def _fp32_masters(engine: Any) -> dict[str, Tensor]:
-    """Stage 0 in bf16: name to fp32 master, which DeepSpeed keeps beside the module's parameters."""
-    optimizer = engine.optimizer
-    if not hasattr(optimizer, "fp16_groups") or not hasattr(optimizer, "fp32_groups"):
-        return {}
-    names = {id(p): name for name, p in engine.module.named_parameters()}
-    return {
-        names[id(low)]: high
-        for low_group, high_group in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
-        for low, high in zip(low_group, high_group, strict=True)
-    }
-
-
-def _forget_initial_step(optimizer: torch.optim.Optimizer) -> None:
-    """DeepSpeed allocates optimizer states by a step on zero gradients; Adam's bias correction must not count it."""
-    for state in optimizer.state.values():
-        if "step" in state:
-            state["step"] = torch.zeros_like(state["step"]) if isinstance(state["step"], Tensor) else 0
-
-
-def _pieces(engine: Any, optimizer: MuonAdamW, stage: int) -> dict[Tensor, list[Piece]]:
-    """ZeRO 1, 2 and 3: what this rank's flat fp32 partitions hold of Muon's matrices."""
-    pieces: dict[Tensor, list[Piece]] = {}
-    for matrix in optimizer.matrices:
-        partition, piece = _own_piece(engine, matrix, stage)
-        pieces.setdefault(partition, []).append(piece)
-    return pieces
-
-
-def _own_piece(engine: Any, parameter: Any, stage: int) -> tuple[Tensor, Piece]:
-    """ZeRO 1, 2 and 3: the flat fp32 partition with this rank's piece of a parameter, which may be empty.
-
-    At stage 3 the pieces of the last ranks are shorter than their room.
-    """
-    optimizer = engine.optimizer
-    if stage < 3:
-        group = next(i for i, found in enumerate(optimizer.bit16_groups) if any(p is parameter for p in found))
-        start = offset = num_elements = 0
-        if (mapping := parameter._hp_mapping) is not None:
-            start, offset = mapping.lp_fragment_address.start, mapping.hp_fragment_address.start
-            num_elements = mapping.lp_fragment_address.numel
-        piece = Piece(shape=parameter.shape, start=start, offset=offset, num_elements=num_elements)
-        return optimizer.single_partition_of_fp32_groups[group], piece
-    num_elements = parameter.ds_shape.numel()
-    group, offset, room = optimizer.grad_position[optimizer.get_param_id(parameter)]
-    start = min(dist.get_rank(parameter.ds_process_group) * room, num_elements)
-    piece = Piece(shape=parameter.ds_shape, start=start, offset=offset, num_elements=min(room, num_elements - start))
-    return optimizer.fp32_partitioned_groups_flat[group], piece
-
-
-def _refresh_module(engine: Any, stage: int) -> None:
-    """Copy the fp32 masters into the module that computes, as the optimizer does after its own step.
-
-    DeepSpeed 0.19's private names; tests/distributed/test_engine.py compares the next loss with a plain model.
-    """
-    optimizer = engine.optimizer
-    if stage in (1, 2):
-        optimizer.update_lp_params()
-    elif stage == 3:
-        optimizer._partition_all_parameters()
-        for i in range(len(optimizer.fp16_groups)):
-            optimizer._reassign_or_swap_out_partitioned_parameters(i)
-        if optimizer.persistent_parameters:
-            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
-        optimizer.invalidate_secondary_tensor()

@@ -66,6 +66,15 @@ class Ranks:
         dist.broadcast(data, src=0, group=self._control)
         return json.loads(bytes(data.numpy()))
 
+    def from_each(self, data: bytes) -> list[bytes]:
+        """Every rank's bytes, on every rank; all ranks must call it, with as many bytes."""
+        if self.num_ranks == 1:
+            return [data]
+        found = torch.empty(self.num_ranks, len(data), dtype=torch.uint8)
+        own = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        dist.all_gather(list(found.unbind()), own, group=self._control)
+        return [bytes(one.numpy()) for one in found]
+
     def group(self, num_ranks: int) -> dist.ProcessGroup:
         """A gloo group of the first ranks for messages between any two of them; all ranks must call it."""
         return dist.new_group(range(num_ranks), backend="gloo", timeout=timedelta(days=1))

@@ -87,7 +87,8 @@ class StepLog:
         print(
             f"step {progress.step:7d}/{self._config.inner.num_steps}  round {round:5d}  loss {progress.loss:8.4f}  "
             f"lr {lr:.3e}  grad {grad_norm:8.3f}  {tokens_per_second:9.0f} tok/s  {tokens / 1e6:9.3f} Mtok"
-            + ("" if mfu is None else f"  {mfu:6.1%} MFU"),
+            + ("" if mfu is None else f"  {mfu:6.1%} MFU")
+            + (f"  epsilon {progress.epsilon:.3f}" if progress.spent else ""),
             flush=True,
         )
         self._journal.record(
@@ -100,6 +101,7 @@ class StepLog:
             tokens_per_second=tokens_per_second,
             grad_norm=grad_norm,
             **({} if mfu is None else {"mfu": mfu}),
+            **progress.spent,
         )
 
     def check_finite(self, num_skipped_steps: int, last_good: object) -> None:

@@ -36,6 +36,12 @@ class ElasticSync(SiloSync):
         if self._store:
             self._store.announce(progress.version)
 
+    def leave(self, progress: Progress, why: str) -> None:
+        """Say that we take part no more; what was delivered counts."""
+        if self._store:
+            self._store.announce(progress.version, left=True)
+            print(f"{why}; it has left, and the others go on", flush=True)
+
     def catch_up(self, engine: Engine, progress: Progress) -> None:
         """Take over the newest version and its place in the schedule, if the others have gone on without us.
 

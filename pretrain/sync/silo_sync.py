@@ -287,7 +287,10 @@ class SiloSync:
             tokens=num_sequences * self.config.sequence_tokens,
             steps=num_sequences // self.config.silos[self.silo].global_batch_sequences,
             tokens_total=tokens_total,
-            metrics={"loss": progress.loss, "pseudo_gradient_norm": math.sqrt(norm_squared)} | speed | epochs,
+            metrics={"loss": progress.loss, "pseudo_gradient_norm": math.sqrt(norm_squared)}
+            | speed
+            | epochs
+            | progress.spent,
         )
         outgoing = Outgoing(manifest, file, held)
         if not held:

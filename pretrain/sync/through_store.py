@@ -351,10 +351,10 @@ class ThroughStore:
         except RefusedError as error:
             raise ConfigError(f"silo {self._silo}: version {version} in the store cannot be used: {error}") from None
 
-    def announce(self, version: int) -> None:
-        """Say that we take part from `version` on."""
+    def announce(self, version: int, *, left: bool = False) -> None:
+        """Say that we take part from `version` on, or no more."""
         with self._noticing_the_end():
-            self._store.announce(self._silo, left=False, version=version)
+            self._store.announce(self._silo, left=left, version=version)
 
     def is_drawn(self, round: int) -> bool:
         """Whether we train in a round: of whom it is drawn is known once the commit was read that it begins with."""

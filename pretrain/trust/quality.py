@@ -8,6 +8,7 @@ half of those in time count; of fewer than three silos all do.
 
 from collections.abc import Mapping, Sequence
 
+from pretrain.config.allowed import SPENT
 from pretrain.config.check import FEWEST_JUDGED
 from pretrain.config.keys import RunConfig
 from pretrain.host.foreign import shown
@@ -61,7 +62,7 @@ def _key(one: Manifest | Contributor, version: int) -> str:
 def check_metrics(manifest: Manifest, tiers: Mapping[str, str]) -> None:
     """Raise RefusedError for a number that the contract's `trust.metrics` does not let leave a silo."""
     for name in manifest.metrics:
-        if tiers.get(name, "member") == "member":
+        if name not in SPENT and tiers.get(name, "member") == "member":
             raise RefusedError(
                 f"its metrics have {shown(name)}, which trust.metrics in the contract keeps with its silo"
             )

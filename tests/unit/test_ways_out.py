@@ -29,6 +29,8 @@ WAYS_OUT = {
     "pretrain.silo.ranks": {"torch.distributed"},
     "pretrain.silo.engine": {"torch.distributed"},
     "pretrain.silo.muon": {"torch.distributed"},
+    "pretrain.silo.private": {"torch.distributed"},
+    "pretrain.silo.zero": {"torch.distributed"},
     # Names of protocols and paths; of S3, which endpoint the library would take.
     "pretrain.config.check": {"fsspec"},
     "pretrain.exchange.options": {"fsspec", "botocore"},
