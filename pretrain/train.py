@@ -270,7 +270,7 @@ def prepare(
     """Check the data, join the federation, build the engine; resume from the newest checkpoint, or start anew."""
     settings = config.silos[name]
     settings.accumulation_steps = accumulation_steps(name, settings, ranks.num_ranks)
-    mixture, held_out = _open_data(config, name)
+    mixture, held_out = open_data(config, name)
     _check_model(config, name, ranks)
     reading = _read_in_background(config, name) if ranks.is_leader else Future[str]()
     contract_sha256 = sync.join(mixture.num_tokens) if sync else ""
@@ -357,7 +357,7 @@ def _batches(settings: SiloConfig, mixture: Mixture, ranks: Ranks) -> Prefetch:
     return Prefetch(batches, num_batches=settings.prefetch_batches, device=ranks.device)
 
 
-def _open_data(config: RunConfig, name: str) -> tuple[Mixture, dict[str, PackedTokens]]:
+def open_data(config: RunConfig, name: str) -> tuple[Mixture, dict[str, PackedTokens]]:
     """Training text and held-out text, by their manifests and sizes: no token is read, however large they are."""
     check_silo(config, name)
     settings, tokenizer = config.silos[name], tokenizer_sha256(config.tokenizer_file)

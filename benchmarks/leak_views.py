@@ -1,0 +1,171 @@
+"""What each party to a federation has by the end of a run: for benchmarks/leaks.py.
+
+`Opened` reads a run's store as it is, with a member's keys and no others: what a party cannot open there it does not
+have. What a member can work out of the versions all silos get, knowing what it sent itself, is `Opened.subtracted`.
+"""
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pretrain.config.check import ConfigError
+from pretrain.config.keys import OPERATOR, RunConfig
+from pretrain.exchange.payload import Tensors, changed_tensors
+from pretrain.exchange.sealed import fetch_version, open_payload, take_group_key
+from pretrain.exchange.store import StoreExchange, delivery_path
+from pretrain.federation.reading import found_configuration
+from pretrain.outer.codec import decoded
+from pretrain.outer.quantize import Parts
+from pretrain.trust.ledger import RefusedError
+from pretrain.trust.members import act_as
+
+Named = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """What somebody has of one silo's delivery for a version."""
+
+    base: Named
+    """The published parameters that it was made against."""
+    pseudo_gradient: Named
+    """Base minus the silo's own parameters, as far as they can be known."""
+    moments: Mapping[str, Parts]
+    """The silo's moments; empty where none travel."""
+
+    @cached_property
+    def local(self) -> Named:
+        """The silo's own parameters at the end of the round."""
+        return {name: (value.double() - self.pseudo_gradient[name]).float() for name, value in self.base.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Version:
+    """A version as every member has it."""
+
+    parameters: Named
+    moments: Mapping[str, Parts]
+    shares: Mapping[str, float]
+    """Of each silo in the merge."""
+
+
+def check_readable(config: RunConfig) -> None:
+    """Raise ConfigError for what the attacks do not know how to read."""
+    given = {
+        "exchange.kind": (config.exchange.kind, ("store",)),
+        "outer.optimizer": (config.outer.optimizer, ("sgd", "nesterov")),
+        "outer.num_fragments": (config.outer.num_fragments, (1,)),
+        "outer.overlap_steps": (config.outer.overlap_steps, (0,)),
+        "membership.steps": (config.membership.steps, ("equal",)),
+        "membership.sample": (config.membership.sample, (None,)),
+        "membership.quorum": (config.membership.quorum, (None,)),
+    }
+    for key, (value, allowed) in given.items():
+        if value not in allowed:
+            names = ", ".join("null" if one is None else str(one) for one in allowed)
+            raise ConfigError(f"{key}: {value} given; allowed where leaks are measured: {names}")
+
+
+class Opened:
+    """A finished run's store, read by one party."""
+
+    def __init__(self, run: Path, party: str) -> None:
+        """`party` is the operator, a silo, or "" for whoever reads the store and has no key."""
+        self.config, self.party = found_configuration(str(run)), party
+        self._exchange = StoreExchange(self.config.store_url)
+        assert self._exchange.read_contract() is not None, run
+        if party:
+            act_as(self._exchange.members, self.config, party)
+        if party not in ("", OPERATOR):
+            take_group_key(self._exchange)
+
+    @cached_property
+    def versions(self) -> list[Version]:
+        """All of them, from version 0 on. Raises RefusedError where they are sealed for others."""
+        found: list[Version] = []
+        with tempfile.TemporaryDirectory() as scratch:
+            for version in range(self._exchange.newest_version() + 1):
+                found.append(self._version(version, found[-1].parameters if found else {}, Path(scratch) / "payload"))
+        return found
+
+    def _version(self, version: int, before: Named, file: Path) -> Version:
+        commit = self._exchange.read_commit(version)
+        (payload,) = commit.payloads
+        fetch_version(self._exchange, version, payload, file)
+        tensors = Tensors(file)
+        is_whole = not version or commit.codec == "fp32"
+        values = changed_tensors(tensors, commit.codec, {} if is_whole else before)
+        file.unlink()
+        return Version(
+            parameters=values,
+            moments=_copied(tensors.moments),
+            shares={one.silo: one.weight / commit.divisor for one in commit.contributors},
+        )
+
+    def delivery(self, silo: str, version: int) -> View:
+        """What a silo delivered. Raises RefusedError where it is sealed for others, or hidden otherwise."""
+        commit = self._exchange.read_commit(version)
+        one = next(one for one in commit.contributors if one.silo == silo)
+        manifest, _ = self._exchange.contributed(one)
+        (payload,) = manifest.payloads
+        with tempfile.TemporaryDirectory() as scratch:
+            file = Path(scratch) / payload.file
+            self._exchange.fetch(delivery_path(silo, version), payload, file)
+            open_payload(self._exchange, silo, version, payload, file)
+            tensors, base = Tensors(file), self.versions[manifest.base_version].parameters
+            pseudo = {name: decoded(manifest.codec, base[name], tensors.parts(name)) for name in tensors.names}
+            return View(base=base, pseudo_gradient=pseudo, moments=_copied(tensors.moments))
+
+    def merged(self, version: int) -> Named:
+        """The merged pseudo-gradient of a version, from the versions up to it: the outer step taken back.
+
+        Of Nesterov's step, d + momentum (momentum velocity + d), whose velocity is known from the versions before.
+        """
+        outer, versions = self.config.outer, self.versions
+        momentum = outer.momentum if outer.optimizer == "nesterov" else 0.0
+        velocity = {
+            name: torch.zeros_like(value, dtype=torch.float64) for name, value in versions[0].parameters.items()
+        }
+        for made in range(1, version + 1):
+            before, after, lr = versions[made - 1].parameters, versions[made].parameters, self.config.outer_lr(made)
+            steps = {name: (value.double() - after[name].double()) / lr for name, value in before.items()}
+            found = {name: (step - momentum**2 * velocity[name]) / (1 + momentum) for name, step in steps.items()}
+            velocity = {name: momentum * velocity[name] + value for name, value in found.items()}
+        return found
+
+    def subtracted(self, version: int, own: View) -> View:
+        """What a silo can make of a version: the mean of the others, with what it sent itself taken out.
+
+        Of two silos that is the other's delivery, but for what the merge adds to a mean by tokens and the codec of the
+        versions leaves out; of more it is their mean.
+        """
+        of_all, share = self.versions[version], self.versions[version].shares[self.party]
+
+        def others(merged: Tensor, mine: Tensor) -> Tensor:
+            return (merged.double() - share * mine.double()) / (1 - share)
+
+        moments = {
+            name: {part: others(value, own.moments[name][part]).clamp_min(0) for part, value in parts.items()}
+            for name, parts in of_all.moments.items()
+            if "rows" in parts
+        }
+        pseudo = {name: others(value, own.pseudo_gradient[name]) for name, value in self.merged(version).items()}
+        return View(base=own.base, pseudo_gradient=pseudo, moments=moments)
+
+
+def _copied(moments: Mapping[str, Parts]) -> dict[str, Parts]:
+    return {name: {part: value.clone() for part, value in parts.items()} for name, parts in moments.items()}
+
+
+def readable(run: Path, party: str, silo: str, version: int) -> bool:
+    """Whether a party can open a silo's delivery as it lies in the store."""
+    try:
+        Opened(run, party).delivery(silo, version)
+    except RefusedError:
+        return False
+    return True
