@@ -10,6 +10,7 @@ SCHEDULES = ("cosine", "wsd", "constant")
 MERGES = ("mean", "importance", "clip", "trimmed_mean", "median", "krum")
 TIERS = ("public", "consortium", "member")
 METRICS = ("loss", "pseudo_gradient_norm", "seconds_per_step", "tokens")
+SUM32 = "sum32"  # what a secure sum is of; no codec that a key may name
 CODECS = ("fp32", "bf16", "int8", "int4", "e3m0", "topk")
 
 
@@ -70,6 +71,7 @@ ALLOWED: dict[str, tuple[str, ...] | Numbers] = {
     "outer.codec": CODECS,
     "outer.downlink_codec": CODECS,
     "outer.error_feedback": SHARE,
+    "outer.sum_range": ABOVE,
     "outer.num_fragments": ONE,
     "outer.overlap_steps": NONE_LESS,
     "outer.second_moments": ("local", "shared"),
