@@ -211,12 +211,17 @@ class Aggregator:
 
     def collect(self, state: OuterState) -> list[Delivery]:
         """Wait until a version's deliveries are there, as many as the contract asks for."""
-        self._go_to(state.version + 1)
-        return self._collector.collect(
-            state.version + 1,
+        next_version, unmasker = state.version + 1, self._merger.unmasker
+        self._go_to(next_version)
+        deliveries = self._collector.collect(
+            next_version,
             lambda silo, data, version, over: self._merger.verify(silo, data, state, version, over),
             self._look,
+            chosen=unmasker.chosen(next_version) if unmasker else (),
         )
+        if unmasker:
+            unmasker.wait(next_version, deliveries, self._journal, check=self._check_lease, look=self._look)
+        return deliveries
 
     def _look(self) -> None:
         """Now and then: whether our newest commit is in the store, and whether a silo says that it is damaged there."""
@@ -268,10 +273,11 @@ class Aggregator:
         commit = self._commit(
             state, [fragment], merged.changes, contributors, moments=merged.moments, divisor=divisor, metrics=metrics
         )
+        cosine = f"cosine {metrics['cosine_mean']:+.3f}  " if "cosine_mean" in metrics else ""
         print(
             f"commit {state.version:5d}/{self._schedule.num_versions}  fragment {fragment}  "
             f"silos {named([c.silo for c in contributors])}  divisor {divisor}  update {metrics['update_norm']:.4f}  "
-            f"cosine {metrics['cosine_mean']:+.3f}  digest {state.parameters_digest[:12]}",
+            f"{cosine}digest {state.parameters_digest[:12]}",
             flush=True,
         )
         say_not_counted(commit)

@@ -275,7 +275,7 @@ def describe_settings(config: RunConfig) -> list[tuple[str, str]]:
         settings.append(
             ("outer", f"{outer.optimizer}, lr {outer.lr:g}{momentum}, every {outer.sync_interval_steps} steps")
         )
-        settings.append(("codec", f"{outer.codec} up, {outer.downlink_codec} down"))
+        settings.append(("codec", f"{outer.sent_codec} up, {outer.downlink_codec} down"))
         if outer.num_fragments > 1 or outer.overlap_steps:
             streaming = f"{outer.num_fragments} fragments in turn, overlap {outer.overlap_steps} steps"
             settings.append(("streaming", f"{streaming}, mixing {outer.mixing:g}"))

@@ -141,7 +141,7 @@ class Says:
         fragments = "1 fragment" if outer.num_fragments == 1 else f"{outer.num_fragments} fragments"
         self.line(
             "syncs",
-            f"{outer.codec} up, {outer.downlink_codec} down, {fragments}, overlap {outer.overlap_steps}; outer "
+            f"{outer.sent_codec} up, {outer.downlink_codec} down, {fragments}, overlap {outer.overlap_steps}; outer "
             f"{outer.optimizer}, lr {outer.lr:g}; merged by {outer.merge}",
         )
         enough = "every version waits for all" if quorum is None else f"{quorum} are enough for a version"

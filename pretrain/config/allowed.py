@@ -11,6 +11,7 @@ MERGES = ("mean", "importance", "clip", "trimmed_mean", "median", "krum")
 TIERS = ("public", "consortium", "member")
 METRICS = ("loss", "held_out", "pseudo_gradient_norm", "seconds_per_step", "tokens", "epochs")
 SPENT = ("epsilon", "delta")  # of a private silo's budget: they tell of its steps, and nothing of its text
+SUM32 = "sum32"  # what a secure sum is of; no codec that a key may name
 CODECS = ("fp32", "bf16", "int8", "int4", "e3m0", "topk")
 
 
@@ -71,6 +72,7 @@ ALLOWED: dict[str, tuple[str, ...] | Numbers] = {
     "outer.codec": CODECS,
     "outer.downlink_codec": CODECS,
     "outer.error_feedback": SHARE,
+    "outer.sum_range": ABOVE,
     "outer.num_fragments": ONE,
     "outer.overlap_steps": NONE_LESS,
     "outer.second_moments": ("local", "shared"),

@@ -13,6 +13,7 @@ from pretrain.config.keys import OPERATOR, ModelConfig, OuterConfig, RunConfig, 
 
 MOST_TOGETHER = 380  # silos of a collective: each one's record of a version has a number for every two of them
 FEWEST_JUDGED = 3  # silos of which the others can say that one is worse than they are
+FEWEST_SUMMED, MOST_SUMMED = 3, 100  # silos of a secure sum: of two, each knows the other's part; shares are n times n
 # What s3fs, gcsfs, adlfs and the libraries under them call a secret, or a name that goes with one.
 SECRET_NAME = re.compile(r"secret|token|passw|credential|connection_string|authorization|username|key$|key_id$", re.I)
 SECRET_VALUE = re.compile(r"://[^/\s]*:[^/\s]*@")
@@ -70,6 +71,7 @@ def check_config(config: RunConfig) -> None:
         _check_collective,
         _check_membership,
         _check_merge,
+        _check_secure_sum,
         _check_muon,
         _check_private,
     ):
@@ -328,6 +330,47 @@ def _check_merge(config: RunConfig) -> None:
     key = "membership.quorum" if rules.quorum else "membership.sample" if rules.sample else "silos"
     allowed = f"{needed} or more with outer.merge={outer.merge} and outer.num_malicious={outer.num_malicious}"
     _require(fewest >= needed, key, fewest, allowed)
+
+
+def _check_secure_sum(config: RunConfig) -> None:
+    """Refuse what cannot be where a delivery cannot be looked at, and all that a silo tells is its part of a sum."""
+    outer, rules, trust = config.outer, config.membership, config.trust
+    if not outer.secure_sum:
+        return
+    key, roster = "outer.secure_sum", config.full_roster
+    for name, given, wanted, why in (
+        ("exchange.kind", config.exchange.kind, "store", "silos of a collective merge each other's parts"),
+        ("outer.merge", outer.merge, "mean", "all other ways look at each delivery"),
+        ("outer.codec", outer.codec, "fp32", "a sum takes one scale for all, and sends whole numbers of 32 bits"),
+        ("outer.max_share", outer.max_share, 1.0, "a silo weighs its delivery before it knows the others' weights"),
+        ("outer.quality_floor", outer.quality_floor, None, "no delivery can be left out once masks are shared with it"),
+        ("outer.second_moments", outer.second_moments, "local", "moments are not in the sum"),
+        ("outer.control_variates", outer.control_variates, 0.0, "mean gradients are not in the sum"),
+        ("membership.stale_weight", rules.stale_weight, 0.0, "masks are of one version"),
+        ("membership.sample", rules.sample, None, "masks are shared by all of the roster"),
+        ("membership.steps", rules.steps, "equal", "nobody is told how fast a silo is"),
+        ("membership.max_norm_ratio", rules.max_norm_ratio, None, "nobody knows how long a delivery is"),
+        (
+            "trust.metrics.pseudo_gradient_norm",
+            trust.metrics["pseudo_gradient_norm"],
+            "member",
+            "it tells of a delivery",
+        ),
+        ("trust.added", sorted(trust.added), [], "masks are shared by the contract's roster"),
+    ):
+        allowed = f"{'null' if wanted is None else wanted} with {key}: {why}"
+        _require(given == wanted, name, given, allowed)
+    batch, allowed = outer.max_batch_sequences, f"a number with {key}: weights are shares of the largest there can be"
+    _require(batch is not None, "outer.max_batch_sequences", batch, allowed)
+    fits = FEWEST_SUMMED <= len(roster) <= MOST_SUMMED
+    _require(fits, "roster", named(roster), f"{FEWEST_SUMMED} to {MOST_SUMMED} silos with {key}")
+    fewest = 2 * len(roster) // 3 + 1
+    fits = rules.quorum is None or rules.quorum >= fewest
+    allowed = f"null, or {fewest} or more of {len(roster)} with {key}, so that no two sets of silos are answered"
+    _require(fits, "membership.quorum", rules.quorum, allowed)
+    # A local launch of all silos makes their keys later.
+    fits = bool(trust.keys) or roster == sorted(config.silos)
+    _require(fits, key, True, "false without trust.keys: it is the members' keys that masks follow from")
 
 
 def _check_collective(config: RunConfig) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pretrain.config.allowed import SUM32
 from pretrain.outer.learning_rate import scheduled_lr
 from pretrain.outer.schedule import Schedule
 
@@ -105,6 +106,12 @@ class OuterConfig:
     """How the change of the global parameters is coded on its way down; what it leaves out is sent with the next."""
     error_feedback: float | None = None
     """Share of what `codec` leaves out that is added to the next pseudo-gradient; null: 0.95 for topk, else 0."""
+    secure_sum: bool = False
+    """The aggregator learns the weighted sum of a version alone, and not what any silo delivered: values are whole
+    numbers of 32 bits under masks that are gone in the sum. Needs `trust.keys` (docs/security.md)."""
+    sum_range: float = 1.0
+    """The largest magnitude of a pseudo-gradient's value that a secure sum has room for; a silo that has a larger one
+    stops before anything wraps. Half of it is half as much rounding."""
     num_fragments: int = 1
     """Sets of whole tensors that take turns: each is synced every H steps, evenly apart (Streaming DiLoCo)."""
     overlap_steps: int = 0
@@ -119,6 +126,11 @@ class OuterConfig:
     state: str = "memory"
     """Where the aggregator keeps the outer state: memory, or disk: files in its run directory, for models that are
     larger than its memory. Its own affair, and no part of the contract."""
+
+    @property
+    def sent_codec(self) -> str:
+        """How what a silo delivers is coded."""
+        return SUM32 if self.secure_sum else self.codec
 
 
 @dataclass(kw_only=True)

@@ -102,6 +102,11 @@ class Exchange(Protocol):
     def pieces(self, names: Sequence[str], base: Mapping[str, Tensor]) -> list[Piece]:
         """In which pieces a fragment's tensors are coded and sent."""
 
+    def masked(
+        self, version: int, base: Mapping[str, Tensor], local: Mapping[str, Tensor], tokens: int
+    ) -> dict[str, Parts] | None:
+        """What leaves of a fragment whose values nobody may see; None where it leaves coded. Raises ConfigError."""
+
     def sealed(self, payload: Payload, file: Path, version: int) -> Payload:
         """What a manifest says of a payload that was written to a file: of it sealed, if it leaves so."""
 

@@ -373,6 +373,13 @@ def _terms(exchange: StoreExchange) -> tuple[dict[str, Any], bool]:
         outer = {key: int(terms["outer"][key]) for key in ("num_fragments", "overlap_steps")}
         if outer["num_fragments"] < 1:
             raise ValueError
-        return outer, terms["membership"]["quorum"] is not None
+        is_sum = terms["outer"].get("secure_sum") is True
+        has_quorum = terms["membership"]["quorum"] is not None
     except (ValueError, KeyError, TypeError, OverflowError):
         raise ConfigError(f"store: {url!r} given; its contract.json has no outer.num_fragments") from None
+    if is_sum:
+        raise ConfigError(
+            f"store: {url!r} given; its contract has outer.secure_sum, and no silo answers twice for a version: of two "
+            "sums more could be told; allowed: a new run from what atoll export makes of it"
+        )
+    return outer, has_quorum

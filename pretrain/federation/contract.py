@@ -121,7 +121,7 @@ def describe(agreed: Agreed) -> Iterator[tuple[str, str]]:
     )
     yield (
         "syncs",
-        f"{outer.codec} up, {outer.downlink_codec} down; fragments: {outer.num_fragments}, "
+        f"{outer.sent_codec} up, {outer.downlink_codec} down; fragments: {outer.num_fragments}, "
         f"overlap: {outer.overlap_steps} steps",
     )
     yield (

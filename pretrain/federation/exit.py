@@ -29,6 +29,8 @@ from pretrain.exchange.store import (
     snapshot_path,
     version_path,
 )
+from pretrain.exchange.sums import FOLDER as SUMS
+from pretrain.exchange.sums import answer_path, shares_path
 from pretrain.federation.bundle import DATA, EXIT, KEYS, MODEL, OWN, SOFTWARE, STORE, Exit, listed
 from pretrain.federation.export import export_global_model, writing
 from pretrain.federation.leave import check_can_leave, say_left
@@ -43,7 +45,7 @@ from pretrain.trust.contract import build_contract, check_same_contract
 from pretrain.trust.ledger import Commit, Manifest, Payload, RefusedError, Snapshot, sha256_bytes
 from pretrain.trust.members import Members, own_signer, public_keys
 
-CHAIN = (SIGNATURES, AMENDMENTS, GROUP_KEYS, SNAPSHOTS, ROLLBACKS, "rolled-back", REVOCATIONS)
+CHAIN = (SIGNATURES, AMENDMENTS, GROUP_KEYS, SNAPSHOTS, ROLLBACKS, "rolled-back", REVOCATIONS, SUMS)
 """Folders of a store that are copied as they are."""
 DEEPEST = 8  # of the folders in them
 ASKED = (
@@ -202,6 +204,9 @@ class _BundleWriter:
         merged = {(c.silo, c.version) for commit in self._commits.values() for c in commit.contributors}
         beside = (manifest_path, outcome_path) if self._is_collective else (manifest_path,)
         names = [path(silo, version) for silo, version in sorted(merged) for path in beside]
+        if self._config.outer.secure_sum:  # who answers need not have delivered
+            silos, versions = self._config.full_roster, range(1, self._newest + 1)
+            names += [path(silo, v) for silo in silos for v in versions for path in (shares_path, answer_path)]
         in_threads(self._copy, names, REQUESTS_AT_ONCE)
 
     def copy_membership(self, silo: str) -> None:

@@ -7,6 +7,7 @@ run, and what has a name that no object of a run has.
 import re
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
+from typing import Any
 
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.exchange import words
@@ -15,6 +16,7 @@ from pretrain.exchange.records import checked
 from pretrain.exchange.revocation import read_signed
 from pretrain.exchange.rollback import Rollback
 from pretrain.exchange.store import REQUESTS_AT_ONCE, ROLLBACKS, StoreExchange
+from pretrain.exchange.sums import FOLDER as SUMS
 from pretrain.exchange.words import WORD_BYTES, Word
 from pretrain.federation.preflight import PROBE
 from pretrain.host.foreign import shown
@@ -23,6 +25,7 @@ from pretrain.trust.contract import amend_rule
 from pretrain.trust.keys import verify
 from pretrain.trust.ledger import GroupKey, Manifest, RefusedError, Snapshot, sha256_bytes
 from pretrain.trust.members import Members
+from pretrain.trust.sums import Answer, Shares, Survivors
 
 SILO, N = r"silos/(?P<silo>[^/]+)", rf"(?P<n>{words.NUMBER.pattern})"
 REFUSED = r"refused-(?:0|[1-9][0-9]{0,3})\.json"
@@ -64,7 +67,7 @@ class ObjectsVerifier:
         """
         self._exchange, self._objects, self._members = exchange, exchange.objects, exchange.members
         self._commits, self._digests, self._merged = commits, digests, merged
-        self._tier = config.trust.metrics["held_out"]
+        self._tier, self._is_summed = config.trust.metrics["held_out"], config.outer.secure_sum
         of_terms = [terms.keys for terms in self._members.later]
         self._all_keys = [self._members.keys, *of_terms]
         self._silos = {*config.full_roster, *(name for keys in self._all_keys for name in keys)} - {OPERATOR}
@@ -85,6 +88,9 @@ class ObjectsVerifier:
             (rf"{SILO}/{N}/manifest\.json", self._check_manifest),
             *((pattern, self._check_word(kind)) for pattern, kind in WORDS),
             (rf"snapshots/{N}\.json", self._check_snapshot),
+            (rf"{SILO}/{N}/shares\.json", self._check_summed(Shares)),
+            (rf"{SILO}/{N}/answer\.json", self._check_summed(Answer)),
+            (rf"{SUMS}/{N}\.json", self._check_summed(Survivors)),
             (r"signatures/(?P<member>[^/]+)\.json", self._check_signature),
             (r"keys/(?:(?P<epoch>[0-9]{6})/)?(?P<silo>[^/]+)\.json", self._check_group_key),
             (rf"amendments/{N}(?:\.json|\.accepted|/(?P<member>[^/]+)\.json)", self._check_amendment),
@@ -224,6 +230,18 @@ class ObjectsVerifier:
             contract_sha256=self._exchange.terms_sha256(version),
             commit_sha256=self._commits[version],
         )
+
+    def _check_summed(self, kind: type[Shares] | type[Answer] | type[Survivors]) -> Check:
+        def check(name: str, match: re.Match[str]) -> None:
+            if not self._is_summed:
+                raise RefusedError("nothing is summed in this run")
+            version = int(match["n"])
+            of: dict[str, Any] = {"version": version, "contract_sha256": self._exchange.terms_sha256(version)}
+            if kind is not Survivors:
+                of["silo"] = self._silo(match)
+            self._exchange.checked_record(kind, name, of.get("silo", OPERATOR), **of)
+
+        return check
 
     def _check_signature(self, name: str, match: re.Match[str]) -> None:
         """Whether it is right is said of each member."""

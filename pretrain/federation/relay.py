@@ -33,6 +33,7 @@ from pretrain.exchange.rollback import FOLDER as ROLLBACKS
 from pretrain.exchange.rollback import explain, foreign, read_rollbacks, take_back, versions_above
 from pretrain.exchange.sealed import given_group_key, group_key_path
 from pretrain.exchange.store import StoreExchange, delivery_path, identity_path, version_path
+from pretrain.exchange.sums import check_no_sum
 from pretrain.exchange.words import WORD_BYTES, Beat, Evaluation, Identity, Membership, Refusal, Resumable, Word, number
 from pretrain.federation.preflight import check_policy
 from pretrain.host.lock import lock_directory
@@ -86,6 +87,7 @@ class Relay:
             allowed = "a directory that the compute nodes share, and exchange.kind=store"
             raise ConfigError(f"exchange.url: {url!r} given with exchange.kind={exchange.kind}; allowed: {allowed}")
         self._root = Path(fsspec.core.strip_protocol(url)).resolve()
+        check_no_sum(config, f"--remote: {remote_url!r} given", "a relay does not carry what silos lay open of a sum")
         if is_directory(remote_url) and Path(fsspec.core.strip_protocol(remote_url)).resolve() == self._root:
             raise ConfigError(f"--remote: {remote_url!r} given; allowed: another store than exchange.url")
         self._config, self._rules, self._silos = config, config.membership, sorted(config.silos)

@@ -19,6 +19,7 @@ from pretrain.config.check import ConfigError, named
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.revocation import Revocation
 from pretrain.exchange.store import StoreExchange, delivery_path, version_path
+from pretrain.exchange.sums import check_no_sum
 from pretrain.federation.export import (
     SplitLoss,
     empty_model,
@@ -84,8 +85,9 @@ class Revoker:
     ) -> None:
         """`config` has the contract's terms; the contract was read, and if it seals, there is who opens.
 
-        `scratch` is an empty folder.
+        `scratch` is an empty folder. Raises ConfigError in a run of secure sums.
         """
+        check_no_sum(config, f"store: {exchange.objects.url!r} given", "nobody has one silo's part of a sum")
         self._governed = Governed(config)
         self._config = config = self._governed.config
         self._exchange, self._tell = exchange, tell

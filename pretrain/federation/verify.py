@@ -18,6 +18,7 @@ from pretrain.exchange.amended import FOLDER
 from pretrain.exchange.payload import save_tensors
 from pretrain.exchange.sealed import seal_payload
 from pretrain.exchange.store import StoreExchange, delivery_path, snapshot_path, version_path
+from pretrain.exchange.sums import Sums, survivors_path
 from pretrain.federation.collective import SignedBySilos, is_collective
 from pretrain.federation.join import read_terms
 from pretrain.federation.objects import ObjectsVerifier
@@ -197,6 +198,12 @@ class StoreVerifier:
                 self._exchange.fetch(folder, payload, Path(os.devnull))
 
     def _check_deliveries(self, commit: Commit) -> None:
+        if self._config.outer.secure_sum and commit.version:
+            with self._noting(commit.version, survivors_path(commit.version)):
+                merged = [(one.silo, one.manifest_sha256) for one in commit.contributors]
+                asked = Sums(self._config, self._exchange).survivors(commit.version)
+                if asked is None or merged != list(zip(asked.silos, asked.manifests, strict=True)):
+                    raise RefusedError("its silos were not asked about just those deliveries that its commit names")
         for one in commit.contributors:
             folder = delivery_path(one.silo, one.version)
             with self._noting(commit.version, f"{folder}/manifest.json"):

@@ -8,7 +8,7 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,16 +70,18 @@ class Collector:
         self._events: dict[str, Membership | None] = {}  # what each silo said last of taking part, when it was asked
         self._ask_again, self._was_enough = 0.0, False  # seconds into a version; whether enough were in at the last
 
-    def collect(self, version: int, verify: Verify, look: Callable[[], None] = lambda: None) -> list[Delivery]:
+    def collect(
+        self, version: int, verify: Verify, look: Callable[[], None] = lambda: None, *, chosen: Sequence[str] = ()
+    ) -> list[Delivery]:
         """Wait for a version's deliveries; verify each as it comes; refuse what is not as it should be. `look` is
-        called again and again meanwhile.
+        called again and again meanwhile. Once it is decided whose they are, `chosen`, it takes all of these.
 
         One that is on its way when there are enough has `exchange.stall_seconds` more. Returns them sorted by silo,
         those that came too late for the commit before after all others.
         """
         rules, began, self._version = self._rules, time.monotonic(), version
-        chosen = self.past.drawn(version)
-        needed = rules.quorum or len(chosen)
+        needed = len(chosen) or rules.quorum or len(self.past.drawn(version))
+        chosen = [*chosen] or self.past.drawn(version)
         deadline = deadline_seconds(
             self._arrivals,
             mads=rules.deadline_mads,

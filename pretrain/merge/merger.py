@@ -16,6 +16,7 @@ from pretrain.exchange.store import REQUESTS_AT_ONCE, StoreExchange
 from pretrain.merge.collect import Delivery
 from pretrain.merge.snapshots import Snapshots
 from pretrain.merge.step import Step, factors_of, shares
+from pretrain.merge.unmask import Unmasker
 from pretrain.merge.verify import Verifier, base_of, pseudo_gradient
 from pretrain.outer.digest import tensor_rows
 from pretrain.outer.fragments import cut_fragments
@@ -64,6 +65,7 @@ class Merger:
         self.fragments: list[list[str]] = []
         """Names of the tensors of each."""
         self._verifier = Verifier(config, exchange, scratch / "inbox", self.num_threads)
+        self.unmasker = Unmasker(config, exchange, place, self.num_threads) if config.outer.secure_sum else None
 
     def cut(self, parameters: Mapping[str, Tensor]) -> None:
         try:
@@ -165,29 +167,33 @@ class Merger:
             pseudo_gradients=([pseudo_gradient(d, name, state, self._config) for d in deliveries] for name in names),
         )
         step, changes = self._take_step(state, deliveries, weights, factors)
-        cosine = mean_cosine(step.units_squared, len(deliveries))
-        metrics = {"update_norm": step.update_squared**0.5, "cosine_mean": cosine}
+        metrics = {"update_norm": step.update_squared**0.5}
+        if not self.unmasker:
+            metrics["cosine_mean"] = mean_cosine(step.units_squared, len(deliveries))
         return Merged(changes=changes, moments=step.merged_moments(), weights=weights, metrics=metrics)
 
     def _take_step(
         self, state: OuterState, deliveries: Sequence[Delivery], weights: Sequence[int], factors: Sequence[float]
     ) -> tuple[Step, dict[str, Parts]]:
         """Take the next version's outer step in place; returns it, and the coded changes. Raises RefusedError."""
-        names = self.fragments[self._schedule.fragment(state.version + 1)]
-        step = Step(
-            self._config,
-            state.version + 1,
-            state,
-            weights=weights,
-            told=[delivery.tensors.moments for delivery in deliveries],
-            shapes={name: state.parameters[name].shape for name in names},
-        )
+        version = state.version + 1
+        names = self.fragments[self._schedule.fragment(version)]
+        shapes = {name: state.parameters[name].shape for name in names}
+        told, norms = [delivery.tensors.moments for delivery in deliveries], [delivery.norm for delivery in deliveries]
 
         def coded(piece: Piece) -> list[tuple[Parts, Tensor]]:
             return [(d.tensors.parts(piece.name), base_of(d, piece.name, state)) for d in deliveries]
 
+        if self.unmasker:  # one that is the mean of all
+            total, factor = self.unmasker.total(version, deliveries, weights, shapes)
+            weights, factors, told, norms = [1], [factor], [{}], []
+
+            def coded(piece: Piece) -> list[tuple[Parts, Tensor]]:
+                return [(total[piece.name], state.parameters[piece.name])]
+
+        step = Step(self._config, version, state, weights=weights, told=told, shapes=shapes)
         try:
-            pieces, norms = [Piece(name) for name in names], [delivery.norm for delivery in deliveries]
+            pieces = [Piece(name) for name in names]
             changes = step.take(pieces, coded, factors=factors, norms=norms, num_threads=self.num_threads)
         except ValueError as error:
             raise RefusedError(str(error)) from None

@@ -45,7 +45,7 @@ class Step:
         `shapes` of the fragment's whole tensors by name. With `gram` all scalar products are asked for."""
         self._outer, self._version, self._state = config.outer, version, state
         self._rule = Rule(
-            codec=config.outer.codec,
+            codec=config.outer.sent_codec,
             downlink_codec=config.outer.downlink_codec,
             optimizer=outer_optimizer(config.outer),
             lr=config.outer_lr(version),

@@ -37,7 +37,7 @@ def read_delivery(
         "base_version": schedule.base(version),
         "base_digest": base_digest,
         "contract_sha256": contract_sha256,
-        "codec": config.outer.codec,
+        "codec": config.outer.sent_codec,
     }
     most, rules = schedule.steps(version), config.membership
     if not rules.is_elastic and rules.steps == "equal":
@@ -52,15 +52,20 @@ def read_delivery(
     if config.outer.quality_floor is not None and not manifest.metrics.get("loss", -1) >= 0:
         raise RefusedError("it does not say its loss, which outer.quality_floor needs, as a number of 0 or more")
     check_metrics(manifest, config.trust.metrics)
-    batch = config.outer.max_batch_sequences
-    most_tokens = MOST_TOKENS if batch is None else min(MOST_TOKENS, most * batch * config.sequence_tokens)
-    if not 1 <= manifest.tokens <= most_tokens:
+    if not 1 <= manifest.tokens <= most_tokens(config, version):
+        batch = config.outer.max_batch_sequences
         why = "" if batch is None else f": {most} steps of outer.max_batch_sequences={batch}"
-        raise RefusedError(f"it counts {manifest.tokens} tokens, not 1 to {most_tokens}{why}")
+        raise RefusedError(f"it counts {manifest.tokens} tokens, not 1 to {most_tokens(config, version)}{why}")
     fragment = schedule.fragment(version)
     if [payload.fragment for payload in manifest.payloads] != [fragment]:
         raise RefusedError(f"it has not just fragment {fragment}")
     return manifest
+
+
+def most_tokens(config: RunConfig, version: int) -> int:
+    """The most that a delivery for a version may count."""
+    batch, steps = config.outer.max_batch_sequences, config.schedule.steps(version)
+    return MOST_TOKENS if batch is None else min(MOST_TOKENS, steps * batch * config.sequence_tokens)
 
 
 def check_payload_size(

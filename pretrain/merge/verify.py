@@ -13,10 +13,11 @@ from pretrain.exchange.history import History
 from pretrain.exchange.payload import Tensors, check_header, read_parameters
 from pretrain.exchange.sealed import open_payload
 from pretrain.exchange.store import StoreExchange, delivery_path
+from pretrain.exchange.sums import Sums
 from pretrain.merge.collect import Delivery
 from pretrain.merge.terms import check_norm, check_payload_size, read_delivery, shared_moments
 from pretrain.outer.blocks import check_coded, squared_norms
-from pretrain.outer.codec import decoded
+from pretrain.outer.codec import check_layout, decoded
 from pretrain.outer.digest import digest_rows, tensor_row
 from pretrain.outer.moments import Moment, check_lengths, check_moments
 from pretrain.outer.state import OuterState
@@ -31,6 +32,7 @@ class Verifier:
         self._config, self._exchange, self._schedule = config, exchange, config.schedule
         self._inbox, self._num_threads = inbox, num_threads
         self._history = History(exchange, config.outer.num_fragments)
+        self._sums = Sums(config, exchange) if config.outer.secure_sum else None
         self._reading_base = threading.Lock()
         if config.trust.seal:  # what is opened there is nobody else's on this machine
             inbox.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -63,6 +65,8 @@ class Verifier:
             config=self._config,
             contract_sha256=self._exchange.terms_sha256(version),
         )
+        if self._sums:
+            self._sums.shares(manifest)
         file = self._inbox / f"{silo}-{version:06d}.safetensors"
         shapes = {name: state.parameters[name].shape for name in names}
         agreed = shared_moments(self._config, names, shapes)
@@ -99,14 +103,17 @@ class Verifier:
             raise ValueError("it holds other tensors than those of its fragment")
         check_moments(delivery.tensors.moments, agreed)
         check_lengths(delivery.tensors.moments, agreed, clip_norm=self._config.inner.clip_norm)
-        codec, coded = self._config.outer.codec, []
+        codec, coded = self._config.outer.sent_codec, []
+        check = check_layout if self._sums else check_coded
         for name in names:
             parts, base = delivery.tensors.parts(name), base_of(delivery, name, state)
             try:
-                check_coded(codec, parts, base.shape)
+                check(codec, parts, base.shape)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
             coded.append((parts, base))
+        if self._sums:
+            return 0.0  # nobody knows
         check_norm(norm := math.fsum(squared_norms(codec, coded, self._num_threads)) ** 0.5)
         return norm
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from pretrain.outer.quantize import QUANTIZERS, Parts, all_finite, check_parts, check_sizes, decode
 
 CODECS = tuple(QUANTIZERS)
+SUM32 = "sum32"  # of a secure sum (fixed_point.py), where no delivery is looked at: it has a layout, and the rest not
 # What a codec needs unless the configuration says otherwise; top-k: SparseLoCo, https://arxiv.org/abs/2508.15706
 FEEDBACK_DECAY = dict.fromkeys(CODECS, 0.0) | {"topk": 0.95}
 
@@ -69,10 +70,11 @@ def check_layout(codec: str, parts: Parts, shape: torch.Size) -> None:
     """Raise ValueError, in one line, unless the parts, of another party, are of this codec and shape, as far as names,
     dtypes and sizes tell.
     """
-    if codec != "fp32":
+    if codec not in ("fp32", SUM32):
         check_sizes(QUANTIZERS[codec], parts, shape)
         return
+    dtype = torch.int32 if codec == SUM32 else torch.float32
     given = {part: f"{value.dtype} {list(value.shape)}" for part, value in parts.items()}
-    expected = {"values": f"{torch.float32} {list(shape)}"}
+    expected = {"values": f"{dtype} {list(shape)}"}
     if given != expected:
         raise ValueError(f"{given} given; allowed: {expected}")

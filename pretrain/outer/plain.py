@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pretrain.outer.codec import apply_change, decoded, encode
+from pretrain.outer.codec import SUM32, apply_change, decoded, encode
 from pretrain.outer.merge import add_to_importance_mean, add_to_mean, importance
 from pretrain.outer.optimizer import OuterOptimizer
 from pretrain.outer.quantize import CHUNK, QUANTIZERS, Parts, all_finite, sum_of_pairs
@@ -79,7 +79,10 @@ def is_valid(codec: str, of_tensor: Arrays, num_elements: int) -> bool:
 
 
 def decode(codec: str, of_tensor: Arrays, base: NDArray | None, start: int, stop: int, out: NDArray) -> None:
-    """A block of a coded difference, float64; codec fp32 needs the base."""
+    """A block of a coded difference, float64; codec fp32 needs the base, and sum32 is without its scale."""
+    if codec == SUM32:
+        out[:] = of_tensor["values"][start:stop]
+        return
     of_base = torch.empty(stop - start) if base is None else torch.from_numpy(base[start:stop])
     torch.from_numpy(out).copy_(decoded(codec, of_base, cut(codec, of_tensor, start, stop)))
 

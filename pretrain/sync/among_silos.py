@@ -226,6 +226,9 @@ class AmongSilos:
     def _parts(self, fragment: Mapping[str, Tensor]) -> list[list[Piece]]:
         return all_pieces(fragment, len(self._roster))
 
+    def masked(self, *fragment: object) -> None:
+        """Silos of a collective merge each other's parts."""
+
     def sealed(self, payload: Payload, file: object, version: int) -> Payload:
         """No file travels."""
         return payload

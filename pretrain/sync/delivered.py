@@ -40,6 +40,13 @@ class Delivered:
                 self._append(f"{version:06d} {manifest_sha256}")
                 self._known[version].add(manifest_sha256)
 
+    def add_only(self, version: int, sha256: str) -> bool:
+        """The same of a file that has one line a version: whether it is the only one."""
+        if self._known[version] - {sha256}:
+            return False
+        self.add(version, sha256)
+        return True
+
     def may_be_ours(self, version: int, manifest_sha256: str) -> bool:
         """Whether a manifest in our name is one that we have delivered, as far as is known."""
         return version < self._first or manifest_sha256 in self._known[version]

@@ -262,7 +262,9 @@ class SiloSync:
             number, reason = error.args
             name = pieces[number].name
             raise ConfigError(f"silo {self.silo}: version {version}: {name}: {reason}; nothing was sent") from None
-        coded = {piece.key: parts for piece, (parts, _) in zip(pieces, sent, strict=True)}
+        tokens = num_sequences * self.config.sequence_tokens
+        coded = self._exchange.masked(version, self.global_parameters, local, tokens)
+        coded = coded or {piece.key: parts for piece, (parts, _) in zip(pieces, sent, strict=True)}
         norm_squared = math.fsum(squared for _, squared in sent)
         file = self._outbox / f"{version:06d}.safetensors"
         fragment, held = self.schedule.fragment(version), None
@@ -282,9 +284,9 @@ class SiloSync:
             base_version=self.schedule.base(version),
             base_digest=base_digest,
             cosigned=progress.commit_sha256 if self.config.exchange.kind == "store" else "",
-            codec=outer.codec,
+            codec=outer.sent_codec,
             payloads=[payload],
-            tokens=num_sequences * self.config.sequence_tokens,
+            tokens=tokens,
             steps=num_sequences // self.config.silos[self.silo].global_batch_sequences,
             tokens_total=tokens_total,
             metrics={"loss": progress.loss, "pseudo_gradient_norm": math.sqrt(norm_squared)}

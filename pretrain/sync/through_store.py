@@ -34,6 +34,7 @@ from pretrain.outer.pieces import Piece
 from pretrain.outer.quantize import Parts
 from pretrain.outer.rounds import participants
 from pretrain.sync.delivered import Delivered
+from pretrain.sync.masked import MaskedSum
 from pretrain.trust.contract import build_contract, check_same_contract, other_software
 from pretrain.trust.ledger import Commit, Contributor, Manifest, Payload, RefusedError, check_cosigned, sha256_bytes
 from pretrain.trust.policy import in_one_value, read_policy
@@ -65,6 +66,9 @@ class ThroughStore:
         self.lost = ""
         self._num_refused: dict[int, int] = {}  # of a version's deliveries, before ours of this start
         self._delivered = Delivered(self._directory / "delivered.txt")
+        self._sum: MaskedSum | None = None
+        if config.outer.secure_sum:
+            self._sum = MaskedSum(config, silo, self._store, self._delivered, self._policy)
         self._held: dict[int, tuple[str, str | None]] = {}  # commits that we have seen: sha256, and of the one before
         self._remembering, self._next_look = threading.Lock(), time.monotonic()
 
@@ -148,9 +152,21 @@ class ThroughStore:
         """Whole tensors."""
         return [Piece(name) for name in names]
 
+    def masked(
+        self, version: int, base: Mapping[str, Tensor], local: Mapping[str, Tensor], tokens: int
+    ) -> dict[str, Parts] | None:
+        """Our part of a secure sum, where the contract wants one."""
+        if not self._sum:
+            return None
+        pairs = {name: (base[name], value) for name, value in local.items()}
+        return self._sum.mask(version, pairs, tokens, torch.get_num_threads())
+
     def sealed(self, payload: Payload, file: Path, version: int) -> Payload:
-        """A sealed copy in the outbox, where the contract wants it."""
-        return seal_payload(self._store, self._silo, version, payload, file, keep=True)
+        """A sealed copy in the outbox, where the contract wants it; and the shares that go with a part of a sum."""
+        payload = seal_payload(self._store, self._silo, version, payload, file, keep=True)
+        if self._sum:
+            self._sum.deal(payload, file, version)
+        return payload
 
     def deliver(self, sent: Outgoing) -> None:
         """Write the payload and its manifest into the store; what comes too late to count is not sent."""
@@ -159,6 +175,8 @@ class ThroughStore:
             if self._rules.is_elastic and not self._rules.stale_weight and self._is_committed(version):
                 return
             self._num_refused.setdefault(version, len(self._store.refusals(self._silo, version)))
+            if self._sum:
+                self._sum.deliver(manifest, sent.file)
             self._delivered.add(version, sha256_bytes(manifest.to_bytes()))
             file = sealed_copy(sent.file) if self._store.is_sealed else sent.file
             stands = self._store.deliver(manifest, [(payload, file) for payload in manifest.payloads])
@@ -307,6 +325,8 @@ class ThroughStore:
         refusals = self._store.refusals(self._silo, version)
         num_refused, missed_before = self._num_refused.get(version, len(refusals)), False
         while not self._is_committed(version):
+            if self._sum:
+                self._sum.answer(version)
             if sent and not self._store.is_delivered(self._silo, version):
                 refusals = self._store.refusals(self._silo, version)
                 if len(refusals) > num_refused:

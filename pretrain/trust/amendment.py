@@ -32,6 +32,8 @@ AMENDABLE = (
     "outer.quality_floor",
     "outer.max_batch_sequences",
 )
+# What of it silos compute with, too, where they weigh and mask what they deliver.
+NOT_IN_SUM = {"membership.quorum", "outer.weight_power", "outer.max_batch_sequences"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +144,9 @@ def amended(config: RunConfig, settings: Mapping[str, float | None], keys: Mappi
     ):
         if had != has:
             raise ConfigError(f"{key}: {settings.get(key)!r} given; allowed: another one where there is one already")
+    if config.outer.secure_sum and (fixed := sorted(settings.keys() & NOT_IN_SUM)):
+        given = f"{fixed[0]}: {settings[fixed[0]]!r} given"
+        raise ConfigError(f"{given}; allowed: what the contract says, with outer.secure_sum: silos compute with it")
     check_config(found)
     return found
 

@@ -48,7 +48,7 @@ KINDS = (
     (r"silos/[^/]+/resumable/.+", "mark"),
     (r"silos/[^/]+/identity\.json", "claim"),
     (r"silos/[^/]+/evaluations/.+", "evaluation"),
-    (r"silos/[^/]+/.+\.json|waiting/.+|damaged/.+", "word"),
+    (r"silos/[^/]+/.+\\.json|waiting/.+|damaged/.+|sums/.+", "word"),
     (r"snapshots/.+", "snapshot"),
     (r"signatures/.+", "agreement"),
     (r"contract\.json", "contract"),
@@ -60,7 +60,7 @@ KINDS = (
     (r"probe-.+", "probe"),
 )
 KIND_OF = [(re.compile(pattern), kind) for pattern, kind in KINDS]
-VERSION = re.compile(r"(?:^|/)(?:global|silos/[^/]+|snapshots|resumable|waiting|damaged)/(\d{6,9})(?:[/.]|$)")
+VERSION = re.compile(r"(?:^|/)(?:global|silos/[^/]+|snapshots|resumable|waiting|damaged|sums)/(\d{6,9})(?:[/.]|$)")
 # Which keys of a policy speak of a kind; `hosts` and `bytes_a_day` of all.
 RULES = {PAYLOAD: ("codecs", "max_norm", "least_silos", "second_moments", "mean_gradients"), "manifest": ("metrics",)}
 RULES |= {"evaluation": ("metrics",), "wandb": ("wandb", "metrics")}

@@ -56,9 +56,9 @@ class OwnKeys:
         if isinstance(found := self.holding(key), PrivateKey):
             return found
         raise ConfigError(
-            f"trust.seal: true given, and of {key.fingerprint}, a key of {self.member}, there is the public line alone "
-            f"in {self._file.parent}; allowed: the private file of atoll keys new {self.member}, as sealing takes the "
-            "private half of its agreement key, which no trust.key_command has; or trust.seal=false"
+            f"trust.directory: {self._file.parent} given, where of {key.fingerprint}, a key of {self.member}, there is "
+            f"the public line alone; allowed: the private file of atoll keys new {self.member}, as trust.seal and "
+            "outer.secure_sum take the private half of its agreement key, which no trust.key_command has; or neither"
         )
 
 
@@ -223,16 +223,19 @@ def public_keys(config: RunConfig) -> dict[str, PublicKey]:
 
 
 def _check_sealing(config: RunConfig) -> None:
-    if config.trust.seal and not config.trust.keys:
-        raise ConfigError(
-            "trust.seal: true given without trust.keys; allowed: with the key of every silo of the roster and of "
-            f"{OPERATOR}, which a local launch of all silos makes itself"
-        )
+    for key, needs_keys in (("trust.seal", config.trust.seal), ("outer.secure_sum", config.outer.secure_sum)):
+        if needs_keys and not config.trust.keys:
+            raise ConfigError(
+                f"{key}: true given without trust.keys; allowed: with the key of every silo of the roster and of "
+                f"{OPERATOR}, which a local launch of all silos makes itself"
+            )
 
 
 def act_as(members: Members, config: RunConfig, name: str) -> None:
     """Sign, and seal or open, as a member from now on. Raises ConfigError; see `own_signer` and `own_sealer`."""
-    members.signer = own_signer(config, name)
+    members.signer = own = own_signer(config, name)
+    if config.outer.secure_sum and own and name != OPERATOR:
+        own.private(own.public)  # or that it is not here is only said at the first delivery
     members.sealer = own_sealer(members, config, name)
 
 

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from pretrain.config.allowed import CODECS
+from pretrain.config.allowed import CODECS, SUM32
 from pretrain.config.check import ConfigError
 from pretrain.config.keys import OuterConfig, RunConfig
 from pretrain.trust.ledger import Manifest
@@ -40,7 +40,7 @@ class Policy:
     """One silo's rules; a key that is not given forbids nothing."""
 
     codecs: list[str] | None = None
-    """Formats in which pseudo-gradients may leave."""
+    """Formats in which pseudo-gradients may leave; sum32 is that of a secure sum."""
     max_norm: float | None = None
     """The longest pseudo-gradient of a version that may leave."""
     least_silos: int | None = None
@@ -106,8 +106,8 @@ class Policy:
             found.append(("wandb", "wandb.mode", config.wandb.mode))
         if config.exchange.kind == "none":
             return self._raise_for(found)
-        if self.codecs is not None and outer.codec not in self.codecs:
-            found.append(("codecs", "the contract's outer.codec", outer.codec))
+        if self.codecs is not None and outer.sent_codec not in self.codecs:
+            found.append(("codecs", "the contract's outer.codec", outer.sent_codec))
         if self.bytes_a_day is not None and config.exchange.kind == "collective":
             found.append(("bytes_a_day", "exchange.kind", "collective, in which nobody can wait for a day"))
         if self.least_silos is not None:
@@ -207,7 +207,7 @@ def _is_number(value: Any) -> bool:
 
 # Key to what it may be, and how that is said.
 ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "codecs": (lambda v: _is_texts(v) and {*v} <= {*CODECS}, f"a list of {', '.join(CODECS)}"),
+    "codecs": (lambda v: _is_texts(v) and {*v} <= {*CODECS, SUM32}, f"a list of {', '.join((*CODECS, SUM32))}"),
     "max_norm": (_is_number, "a number above 0"),
     "least_silos": (lambda v: type(v) is int and v >= 1, "a whole number, 1 or more"),
     "bytes_a_day": (lambda v: type(v) is int and v >= 1, "a whole number, 1 or more"),

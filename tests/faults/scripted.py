@@ -71,6 +71,9 @@ SILO_POINTS: dict[str, Point] = {
     "delivering": (THROUGH_STORE, "ThroughStore.deliver", "before", lambda self, sent: sent.manifest.version),
     "before_payload": (OBJECTS, "Objects.upload", "before", lambda self, file, name: delivery(name)),
     "corrupt_payload": (OBJECTS, "Objects.upload", "after", lambda self, file, name: delivery(name)),
+    "before_shares": (OBJECTS, "Objects.write", "before", lambda self, name, data: of_sum("shares", name)),
+    "answering": (OBJECTS, "Objects.write", "before", lambda self, name, data: of_sum("answer", name)),
+    "answered": (OBJECTS, "Objects.write", "after", lambda self, name, data: of_sum("answer", name)),
     "before_manifest": (OBJECTS, "Objects.write", "before", lambda self, name, data: manifest(name)),
     "after_manifest": (OBJECTS, "Objects.write", "after", lambda self, name, data: manifest(name)),
     "waiting": (THROUGH_STORE, "ThroughStore._wait_for_commit", "before", lambda self, version, sent: version),
@@ -120,6 +123,8 @@ AGGREGATOR_POINTS: dict[str, Point] = {  # as its loop comes to them
     "delivery_read": (OBJECTS, "Objects.download", "after", lambda self, name, file, limit_bytes: delivery(name)),
     "verified": (MERGER, "Merger.verify", "after", lambda self, silo, data, state, version, *over: version),
     "before_refusal": (OBJECTS, "Objects.write", "before", lambda self, name, data: refusal(name)),
+    "before_survivors": (OBJECTS, "Objects.write", "before", lambda self, name, data: survivors(name)),
+    "after_survivors": (OBJECTS, "Objects.write", "after", lambda self, name, data: survivors(name)),
     "before_merge": (AGGREGATE, "Aggregator.merge", "before", lambda self, state, deliveries: state.version),
     "merging": (  # the first elements are merged; their fragment's outer steps are counted
         "pretrain.outer.blocks",
@@ -205,6 +210,14 @@ def delivery(name: str) -> int | None:
 
 def manifest(name: str) -> int | None:
     return number(r"silos/[^/]+/(\d{6})/manifest\.json", name)
+
+
+def of_sum(what: str, name: str) -> int | None:
+    return number(rf"silos/[^/]+/(\d{{6}})/{what}\.json", name)
+
+
+def survivors(name: str) -> int | None:
+    return number(r"sums/(\d{6})\.json", name)
 
 
 def refusal(name: str) -> int | None:

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -34,6 +35,7 @@ from pretrain.trust.contract import FORMAT, first_contract, read_contract
 from pretrain.trust.keys import PublicKey
 from pretrain.trust.ledger import Agreement, Commit, GroupKey, Manifest, RefusedError, Snapshot
 from pretrain.trust.members import Members
+from pretrain.trust.sums import Answer, Shares, Survivors, laid_open
 from tests.unit.trust.test_ledger import COMMIT, MANIFEST
 from tests.unit.trust.test_seal import EPOCH, PLACE, sealed, sealer
 
@@ -199,6 +201,12 @@ KEY = PublicKey(
 ).text.encode()
 
 
+OF_SUM: dict[str, Any] = {"contract_sha256": "a" * 64, "version": 17}
+SHARES = Shares(**OF_SUM, silo="alpha", blake3="b" * 64, salt="c" * 64, sealed=["d0" * 148] * 2, seeds=["e" * 64] * 2)
+SURVIVORS = Survivors(**OF_SUM, silos=["alpha"], manifests=["f" * 64])
+ANSWER = Answer(**OF_SUM, silo="alpha", survivors_sha256="0" * 64, shares=["ab" * 66, "cd" * 66])
+
+
 def sealed_payload() -> bytes:
     with tempfile.TemporaryDirectory() as directory:
         return sealed(Path(directory), payload())[0]
@@ -224,6 +232,13 @@ READERS: dict[str, Reader] = {
     "snapshot": Reader(
         read=lambda data, _: Snapshot.from_bytes(data), accepted=SNAPSHOT.to_bytes(), refuses=RefusedError
     ),
+    "shares": Reader(read=lambda data, _: Shares.from_bytes(data), accepted=SHARES.to_bytes(), refuses=RefusedError),
+    "survivors": Reader(
+        read=lambda data, _: laid_open(Survivors.from_bytes(data), ["alpha", "beta"]),
+        accepted=SURVIVORS.to_bytes(),
+        refuses=RefusedError,
+    ),
+    "answer": Reader(read=lambda data, _: Answer.from_bytes(data), accepted=ANSWER.to_bytes(), refuses=RefusedError),
     "revocation": Reader(
         read=lambda data, _: Revocation.from_bytes(data), accepted=REVOCATION.to_bytes(), refuses=RefusedError
     ),

@@ -294,7 +294,9 @@ def test_sealing_takes_the_private_half_of_the_agreement_key(sealed: RunConfig) 
     own.holding(public := new_key(file.with_name("alpha.key.1"), "alpha"))
     command = CommandSigner(public=public, command=("true",))
     line = one_line_error(OwnKeys("alpha", file, command).private, public)
-    assert line.startswith(f"trust.seal: true given, and of {public.fingerprint}, a key of alpha, there is the public ")
+    assert line.startswith(
+        f"trust.directory: {file.parent} given, where of {public.fingerprint}, a key of alpha, there "
+    )
     assert "no trust.key_command has" in line
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from pretrain.config import allowed
 from pretrain.exchange.payload import Tensors, save_tensors
 from pretrain.exchange.store import file_payload
-from pretrain.outer.codec import CODECS, FEEDBACK_DECAY, apply_change, check, decoded, encode
+from pretrain.outer.codec import CODECS, FEEDBACK_DECAY, SUM32, apply_change, check, decoded, encode
 from pretrain.outer.digest import digest_tensors, tensor_hash
 from pretrain.outer.moments import MeanGradient, SecondMoment
 from pretrain.outer.optimizer import OuterOptimizer
@@ -40,7 +40,7 @@ def travelled(parts: Parts) -> Parts:
 
 
 def test_the_configuration_knows_the_same_codecs() -> None:
-    assert allowed.CODECS == CODECS  # written once more there, because it imports no torch
+    assert (allowed.CODECS, allowed.SUM32) == (CODECS, SUM32)  # written once more there, because it imports no torch
     assert {codec for codec, decay in FEEDBACK_DECAY.items() if decay} == {"topk"}
     assert FEEDBACK_DECAY.keys() == set(CODECS)
 
@@ -362,7 +362,7 @@ def test_what_cannot_be_read_where_it_lies_is_refused(tmp_path: Path) -> None:
     """The library takes both: a type that nobody sends, and numbers of four bytes behind one of a byte."""
     file = tmp_path / "payload"
     for rows, message in (
-        ({"a": ("I32", 0, 4)}, "key 'parameter/values/a': dtype I32 given; allowed: F32, BF16, U8"),
+        ({"a": ("U32", 0, 4)}, "key 'parameter/values/a': dtype U32 given; allowed: F32, I32, BF16, U8"),
         ({"b": ("U8", 0, 1), "a": ("F32", 1, 5)}, "key 'parameter/values/a' lies at byte N; allowed: multiples of 4"),
     ):
         words = {
