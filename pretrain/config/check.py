@@ -337,7 +337,7 @@ def _check_secure_sum(config: RunConfig) -> None:
     outer, rules, trust = config.outer, config.membership, config.trust
     if not outer.secure_sum:
         return
-    key, roster = "outer.secure_sum", config.full_roster
+    key, norm, roster = "outer.secure_sum", "trust.metrics.pseudo_gradient_norm", config.full_roster
     for name, given, wanted, why in (
         ("exchange.kind", config.exchange.kind, "store", "silos of a collective merge each other's parts"),
         ("outer.merge", outer.merge, "mean", "all other ways look at each delivery"),
@@ -350,12 +350,7 @@ def _check_secure_sum(config: RunConfig) -> None:
         ("membership.sample", rules.sample, None, "masks are shared by all of the roster"),
         ("membership.steps", rules.steps, "equal", "nobody is told how fast a silo is"),
         ("membership.max_norm_ratio", rules.max_norm_ratio, None, "nobody knows how long a delivery is"),
-        (
-            "trust.metrics.pseudo_gradient_norm",
-            trust.metrics["pseudo_gradient_norm"],
-            "member",
-            "it tells of a delivery",
-        ),
+        (norm, trust.metrics["pseudo_gradient_norm"], "member", "it tells of a delivery"),
         ("trust.added", sorted(trust.added), [], "masks are shared by the contract's roster"),
     ):
         allowed = f"{'null' if wanted is None else wanted} with {key}: {why}"

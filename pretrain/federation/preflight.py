@@ -101,15 +101,18 @@ def check_silo(config: RunConfig, name: str) -> None:
 
 
 def _check_withheld(config: RunConfig, name: str, policy: Policy) -> None:
-    """Raise ConfigError where the training loss of a private silo would leave it: it has no noise."""
-    in_manifests = config.exchange.kind != "none" and policy.allows_metric("loss")
-    is_shown = config.wandb.mode != "disabled" and (policy.shows is None or policy.shows("step/loss"))
-    if in_manifests or is_shown:
-        where = "its manifests" if in_manifests else f"Weights & Biases (wandb.mode={config.wandb.mode})"
-        raise ConfigError(
-            f"silos.{name}.private: epsilon given, and {where} would tell its training loss, which has no noise; "
-            "allowed: with trust.metrics.loss=member in the contract, or a trust.policy whose `metrics` have no loss"
-        )
+    """Raise ConfigError where a loss of a private silo would leave it: it has no noise."""
+    told = [("loss", "step/loss", "training loss", "its manifests")]
+    if config.silos[name].valid:
+        told.append(("held_out", f"eval/{next(iter(config.silos[name].valid))}", "held-out loss", "its evaluations"))
+    for metric, shown, what, told_by in told:
+        is_shown = config.wandb.mode != "disabled" and (policy.shows is None or policy.shows(shown))
+        where = f"Weights & Biases (wandb.mode={config.wandb.mode})" if is_shown else told_by
+        if is_shown or (config.exchange.kind != "none" and policy.allows_metric(metric)):
+            raise ConfigError(
+                f"silos.{name}.private: epsilon given, and {where} would tell its {what}, which has no noise; allowed: "
+                f"with trust.metrics.{metric}=member in the contract, or a trust.policy whose `metrics` do not have it"
+            )
 
 
 def check_model(config: RunConfig) -> None:

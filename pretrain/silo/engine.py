@@ -65,6 +65,17 @@ def deepspeed_config(silo: SiloConfig, inner: InnerConfig) -> dict[str, Any]:
     }
 
 
+def _has_optimizer_on_host(settings: dict[str, Any]) -> bool:
+    """Whether DeepSpeed's settings offload it. Raises ConfigError for what would lie on a disk."""
+    devices = [
+        settings.get("zero_optimization", {}).get(part, {}).get("device")
+        for part in ("offload_optimizer", "offload_param")
+    ]
+    if "nvme" in devices:
+        raise ConfigError("deepspeed.zero_optimization: offload to nvme given; allowed: none, cpu")
+    return devices[0] == "cpu"
+
+
 class Engine:
     """One silo's DeepSpeed engine. Every method that touches parameters must be called by all ranks."""
 
@@ -85,10 +96,8 @@ class Engine:
         """
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         settings = deepspeed_config(silo, inner)
-        zero = settings.get("zero_optimization", {})
+        offloaded = _has_optimizer_on_host(settings)
         self.stage = silo.zero_stage
-        if any(zero.get(part, {}).get("device") == "nvme" for part in ("offload_optimizer", "offload_param")):
-            raise ConfigError("deepspeed.zero_optimization: offload to nvme given; allowed: none, cpu")
         partitioned = deepspeed.zero.Init(config_dict_or_path=settings) if self.stage == 3 else None
         dtype = torch.bfloat16 if silo.precision == "bf16" else torch.float32
         stated = silo.attention or (model.config or {}).get("attn_implementation")
@@ -102,7 +111,6 @@ class Engine:
         if silo.compile:
             compile_layers(module)
             self._cross_entropy = torch.compile(target_losses, dynamic=False)
-        offloaded = zero.get("offload_optimizer", {}).get("device") == "cpu"
         if offloaded:
             load_extension("CPUAdamBuilder", ranks.waits_for)
         optimizer = build_optimizer(

@@ -276,7 +276,7 @@ class SiloSync:
             payload = held.describe(file, fragment)
         speed = {"seconds_per_step": progress.seconds_per_step} if self.config.membership.steps == "speed" else {}
         tokens_total = progress.position * self.config.sequence_tokens
-        epochs = {"epochs": tokens_total / self._text_tokens} if self._text_tokens else {}
+        spent = progress.spent | ({"epochs": tokens_total / self._text_tokens} if self._text_tokens else {})
         manifest = Manifest(
             contract_sha256=self._exchange.terms_sha256(version),
             silo=self.silo,
@@ -289,10 +289,7 @@ class SiloSync:
             tokens=tokens,
             steps=num_sequences // self.config.silos[self.silo].global_batch_sequences,
             tokens_total=tokens_total,
-            metrics={"loss": progress.loss, "pseudo_gradient_norm": math.sqrt(norm_squared)}
-            | speed
-            | epochs
-            | progress.spent,
+            metrics={"loss": progress.loss, "pseudo_gradient_norm": math.sqrt(norm_squared)} | speed | spent,
         )
         outgoing = Outgoing(manifest, file, held)
         if not held:

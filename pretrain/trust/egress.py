@@ -48,7 +48,7 @@ KINDS = (
     (r"silos/[^/]+/resumable/.+", "mark"),
     (r"silos/[^/]+/identity\.json", "claim"),
     (r"silos/[^/]+/evaluations/.+", "evaluation"),
-    (r"silos/[^/]+/.+\\.json|waiting/.+|damaged/.+|sums/.+", "word"),
+    (r"silos/[^/]+/.+\.json|waiting/.+|damaged/.+|sums/.+", "word"),
     (r"snapshots/.+", "snapshot"),
     (r"signatures/.+", "agreement"),
     (r"contract\.json", "contract"),

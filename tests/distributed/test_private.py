@@ -117,7 +117,7 @@ def test_a_killed_silo_accounts_on_stops_at_its_budget_to_the_step_and_leaves(
         sequence_tokens=32,
         outer={"sync_interval_steps": 3},
         membership=rules,
-        trust={"metrics": {"loss": "member"}},
+        trust={"metrics": {"loss": "member", "held_out": "member"}},
         silos={"alpha": alpha},
     )
     run = federate_with({"alpha": [("step", 1, 0, "kill", 0)]}, config, tmp_path / "fired", max_restarts=1)

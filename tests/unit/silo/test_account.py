@@ -17,7 +17,7 @@ from tests.conftest import TinyConfig
 from tests.support import TinyText, one_line_error, zero
 
 PLAN = Plan(noise_multiplier=2.0, delta=1e-6, batch_sequences=4, epoch_sequences=12, most_epochs=2)
-WITHHELD = {"trust": {"metrics": {"loss": "member"}}}
+WITHHELD = {"trust": {"metrics": {"loss": "member", "held_out": "member"}}}
 
 
 def private(directory: Path, tiny_config: TinyConfig, changes: dict[str, Any], **given: Any) -> RunConfig:
@@ -122,6 +122,8 @@ def test_what_would_tell_of_the_text_beside_is_one_line(
 def test_losses_that_would_leave_are_one_line(tmp_path: Path, tiny_config: TinyConfig, tiny_text: TinyText) -> None:
     told = private(tmp_path, tiny_config, {"trust": {}})
     assert "its manifests would tell its training loss" in one_line_error(check_silo, told, "alpha")
+    told = private(tmp_path, tiny_config, {"trust": {"metrics": {"loss": "member"}}})
+    assert "its evaluations would tell its held-out loss" in one_line_error(check_silo, told, "alpha")
     shown = private(tmp_path, tiny_config, {"trust": {}, "exchange": {"kind": "none"}, "wandb": {"mode": "online"}})
     assert "Weights & Biases (wandb.mode=online) would tell" in one_line_error(check_silo, shown, "alpha")
     policy = tmp_path / "policy.yaml"
