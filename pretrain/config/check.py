@@ -81,12 +81,12 @@ def check_config(config: RunConfig) -> None:
 def _check_each(config: RunConfig) -> None:
     """Every key by itself."""
     silos: list[tuple[str, Any]] = [(f"silos.{name}.", silo) for name, silo in config.silos.items()]
+    silos = silos or [("silo.", config.silo)]
     private = [(f"{prefix}private.", silo.private) for prefix, silo in silos]
     sections: dict[str, list[tuple[str, Any]]] = {"": [("", config)], "silo": silos, "silo.private": private}
     for key, allowed in ALLOWED.items():
         section, _, name = key.rpartition(".")
-        found = sections[section] if section in sections else [(f"{section}.", getattr(config, section))]
-        for prefix, settings in found:
+        for prefix, settings in sections.get(section) or [(f"{section}.", getattr(config, section))]:
             value = getattr(settings, name)
             words = allowed.words if isinstance(allowed, Numbers) else ", ".join(allowed)
             is_optional = type(settings).__dataclass_fields__[name].default is None

@@ -7,7 +7,7 @@ import pytest
 
 from launch.show.config_keys import all_keys, as_markdown, find_keys, in_terminal
 from pretrain.config.allowed import ALLOWED
-from pretrain.config.keys import SiloConfig
+from pretrain.config.keys import PrivateConfig, SiloConfig
 from pretrain.trust.contract import build_contract
 from tests.conftest import TinyConfig
 from tests.support import ROOT, one_line_error
@@ -22,7 +22,8 @@ def test_the_page_is_made_from_the_dataclasses() -> None:
 def test_every_key_has_a_sentence_and_what_is_allowed_is_of_a_key() -> None:
     assert [name for name, key in KEYS.items() if not key.text] == []
     assert ALLOWED.keys() <= KEYS.keys()
-    assert {f"silo.{field.name}" for field in dataclasses.fields(SiloConfig)} <= KEYS.keys()
+    own = {f"silo.{field.name}" for field in dataclasses.fields(SiloConfig)} - {"silo.private"}
+    assert own | {f"silo.private.{field.name}" for field in dataclasses.fields(PrivateConfig)} <= KEYS.keys()
     lr = KEYS["inner.warmup_steps"]
     assert (lr.kind, lr.default, lr.unit, lr.allowed, lr.is_agreed) == ("integer", "0", "steps", "0 or more", True)
     assert KEYS["membership.quorum"].kind == "integer or null"
