@@ -5,15 +5,18 @@ Shapes: V = tokens of the vocabulary, H = hidden size.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from pretrain.outer.quantize import Parts
+from pretrain.silo.model import target_losses, token_losses
 
 Floats = npt.NDArray[np.float64]
 RARE = 2  # a token that occurs so often or less in a round's text is rare there
@@ -142,25 +145,26 @@ def fit_logistic(features: Floats, labels: npt.NDArray[np.bool_]) -> Floats:
 # ---- what a model says of a text
 
 
-TokenLosses = Callable[[Tensor, Tensor], Tensor]
-"""Inputs and targets to losses, all (num_sequences, num_tokens)."""
+@torch.no_grad()
+def mean_losses(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]], mask_at: int | None = None) -> Floats:
+    """Mean loss of each sequence, in nats per token; `mask_at` as of `token_losses`."""
+    return np.concatenate([token_losses(model, *batch, mask_at).double().mean(1).numpy() for batch in batches])
 
 
 @torch.no_grad()
-def mean_losses(token_losses: TokenLosses, batches: Sequence[tuple[Tensor, Tensor]]) -> Floats:
-    """Mean loss of each sequence, in nats per token."""
-    return np.concatenate([token_losses(*batch).double().mean(1).numpy() for batch in batches])
-
-
-@torch.no_grad()
-def sentence_losses(token_losses: TokenLosses, sentences: Sequence[Sequence[int]], *, batch: int = 250) -> Floats:
-    """Summed loss of each sentence after its first token, in nats."""
+def ending_losses(model: nn.Module, sentences: Sequence[Sequence[int]], *, batch: int = 250) -> Floats:
+    """Summed loss, in nats, of what each of several sentences does not begin with in common, which is read once."""
+    begin = [of[0] for of in takewhile(lambda of: len(set(of)) == 1, zip(*sentences, strict=False))]
+    assert begin, "they have nothing in common"
     found = []
     for start in range(0, len(sentences), batch):
-        some = sentences[start : start + batch]
-        length = max(map(len, some))
-        tokens = torch.tensor([[*one, *[one[-1]] * (length - len(one))] for one in some])  # what follows is not seen
-        losses = token_losses(tokens[:, :-1], tokens[:, 1:]).double()
-        ends = torch.tensor([len(one) - 1 for one in some])
-        found.append((losses * (torch.arange(length - 1) < ends[:, None])).sum(1).numpy())
+        endings = [torch.tensor(one[len(begin) :]) for one in sentences[start : start + batch]]
+        ends = torch.tensor([len(ending) for ending in endings])
+        targets = pad_sequence(endings, batch_first=True)  # what follows an ending is not seen by it
+        read = model(input_ids=torch.tensor([begin]), use_cache=True)
+        read.past_key_values.batch_repeat_interleave(len(endings))
+        further = model(input_ids=targets, past_key_values=read.past_key_values, use_cache=True).logits[:, :-1]
+        logits = torch.cat([read.logits[:, -1:].expand(len(endings), -1, -1), further], 1)
+        losses = target_losses(logits.flatten(0, 1), targets.flatten()).view_as(targets).double()
+        found.append((losses * (torch.arange(targets.shape[1]) < ends[:, None])).sum(1).numpy())
     return np.concatenate(found)

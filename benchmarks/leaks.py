@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,21 +27,20 @@ from statistics import mean
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.leak_attacks import (
     Floats,
-    TokenLosses,
     TokensFound,
     advantage,
     auc,
     auc_noise,
+    ending_losses,
     exposure,
     find_tokens,
     mean_losses,
     moment_features,
     row_features,
-    sentence_losses,
     true_positives,
 )
 from benchmarks.leak_texts import CODES, HELD_OUT, REFERENCE, REPEATS, Canary, make_canaries, write_texts
@@ -54,7 +54,6 @@ from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.config.load import load_config
 from pretrain.federation.export import empty_model
 from pretrain.silo.data import Mixture, PackedTokens
-from pretrain.silo.model import token_losses
 from pretrain.silo.vocabulary import read_tokenizer, vocabulary_size
 from pretrain.train import open_data
 from tests.distributed.federation import warm
@@ -195,16 +194,12 @@ class Attacked:
         tokens = torch.cat(self.mixture(silo).batch(self.positions(silo, version)), 1).flatten()
         return np.bincount(tokens.numpy(), minlength=vocabulary_size(self.config.tokenizer_file)).astype(np.float64)
 
-    def losses(self, parameters: Named) -> TokenLosses:
-        """What a model with these parameters says."""
+    def model(self, parameters: Named) -> nn.Module:
+        """The model with these parameters."""
         model, filled = empty_model(self.config)
         for name, value in filled.items():
             value.copy_(parameters[name])
-        mask_at = self.mixture(self.silo).corpora[0].manifests[0].end_of_text_id
-        model.eval()
-        return lambda inputs, targets: token_losses(
-            model, inputs, targets, mask_at if self.config.document_masking else None
-        )
+        return model.eval()
 
 
 # ---- tokens of a round
@@ -270,16 +265,21 @@ class Passages:
         self.members = batches(own, clean[:NUM_SEQUENCES])
         self.of_round = batches(own, [index for index in clean if index in newest][:NUM_SEQUENCES])
         self.others = batches(held_out, range(min(NUM_SEQUENCES, held_out.num_sequences)))
+        self.mask_at = own.manifests[0].end_of_text_id if attacked.config.document_masking else None
         self.canaries = text.canaries[attacked.silo]
         self.sentences = [
             [tokenizer.encode(canary.text(code)).ids for code in range(CODES)] for canary in self.canaries
         ]
 
-    def exposures(self, losses: TokenLosses) -> list[list[float]]:
+    def losses(self, model: nn.Module) -> tuple[Floats, Floats]:
+        """A model's of members, and of others."""
+        return mean_losses(model, self.members, self.mask_at), mean_losses(model, self.others, self.mask_at)
+
+    def exposures(self, model: nn.Module) -> list[list[float]]:
         """Bits of every canary, by `REPEATS`."""
         found: dict[int, list[float]] = {number: [] for number in REPEATS}
         for canary, sentences in zip(self.canaries, self.sentences, strict=True):
-            of_codes = sentence_losses(losses, sentences)
+            of_codes = ending_losses(model, sentences)
             found[canary.num_repeats].append(exposure(of_codes[canary.code], of_codes))
         return list(found.values())
 
@@ -289,15 +289,15 @@ def batches(tokens: PackedTokens, indices: Sequence[int]) -> list[tuple[Tensor, 
     return [tokens.batch(indices[start : start + BATCH]) for start in range(0, len(indices), BATCH)]
 
 
-def attack_texts(losses: TokenLosses, passages: Passages, *, own: TokenLosses, base: TokenLosses | None) -> TextsFound:
+def attack_texts(model: nn.Module, passages: Passages, *, own: nn.Module, base: nn.Module | None) -> TextsFound:
     """What one model says; `own` is the attacker's, `base` what the last round began with."""
-    members, others = (mean_losses(losses, of) for of in (passages.members, passages.others))
-    better = [mean_losses(own, of) - found for of, found in ((passages.members, members), (passages.others, others))]
+    members, others = passages.losses(model)
+    better = [of_own - found for of_own, found in zip(passages.losses(own), (members, others), strict=True)]
     of_round = None
     if base:
-        fallen = [mean_losses(base, of) - mean_losses(losses, of) for of in (passages.of_round, passages.others)]
-        of_round = auc(*fallen)
-    bits = passages.exposures(losses)
+        newest = [mean_losses(one, passages.of_round, passages.mask_at) for one in (base, model)]
+        of_round = auc(newest[0] - newest[1], passages.losses(base)[1] - others)
+    bits = passages.exposures(model)
     return TextsFound(
         auc=auc(-members, -others),
         calibrated=auc(*better),
@@ -332,7 +332,8 @@ def token_rows(name: str, found: dict[str, dict[str, TokensFound]]) -> list[str]
     for who, of in found.items():
         rows, moments = of["rows"], of.get("moments")
         cells = [name, who, f"{rows.auc:.3f}", f"{rows.precision:.2f} / {rows.recall:.2f}"]
-        cells += [f"{rows.rare_recall:.2f}", f"{rows.base:.2f}"]
+        rare = "-" if math.isnan(rows.rare_recall) else f"{rows.rare_recall:.2f}"
+        cells += [rare, f"{rows.base:.2f}"]
         cells += [f"{moments.auc:.3f}", f"{moments.precision:.2f} / {moments.recall:.2f}"] if moments else ["-", "-"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -350,12 +351,12 @@ def text_row(name: str, who: str, found: TextsFound, num_each: int) -> str:
 def attack_run(attacked: Attacked, text: Text, reference: Named, name: str) -> list[str]:
     """Lines of what everybody can say of the silo's text by what they have of one run."""
     passages, lines = Passages(attacked, text), []
-    num_each, own = len(passages.canaries) // len(REPEATS), attacked.losses(reference)
+    num_each, own = len(passages.canaries) // len(REPEATS), attacked.model(reference)
     for who, view in attacked.views(attacked.last).items():
-        base = attacked.losses(view.base)
-        found = attack_texts(attacked.losses(view.local), passages, own=own, base=base)
+        base = attacked.model(view.base)
+        found = attack_texts(attacked.model(view.local), passages, own=own, base=base)
         lines.append(text_row(name, who, found, num_each))
-    final = attacked.losses(attacked.operator.versions[-1].parameters)
+    final = attacked.model(attacked.operator.versions[-1].parameters)
     found = attack_texts(final, passages, own=own, base=None)
     return [*lines, text_row(name, "model's user", found, num_each)]
 
@@ -363,9 +364,9 @@ def attack_run(attacked: Attacked, text: Text, reference: Named, name: str) -> l
 def chance(attacked: Attacked, text: Text, reference: Named) -> str:
     """What the attacker's own model says, which has seen none of it, and how far from chance that may be."""
     passages = Passages(attacked, text)
-    losses = attacked.losses(reference)
-    members, others = (mean_losses(losses, of) for of in (passages.members, passages.others))
-    bits = [mean(of) for of in passages.exposures(losses)]
+    model = attacked.model(reference)
+    members, others = passages.losses(model)
+    bits = [mean(of) for of in passages.exposures(model)]
     noise = auc_noise(len(members), len(others))
     return (
         f"chance: a model that has seen neither tells {len(members)} passages from {len(others)} others with AUC "
@@ -395,6 +396,7 @@ def main() -> None:
 
 def measure(arguments: argparse.Namespace) -> None:
     """All of it. Raises ConfigError."""
+    torch.set_num_threads(1)  # models are so small that a second one costs more than it brings
     if arguments.silos < 2 or arguments.canaries < 1:
         raise ConfigError(
             f"--silos {arguments.silos} --canaries {arguments.canaries} given; allowed: 2, and 1, or more"
@@ -402,6 +404,8 @@ def measure(arguments: argparse.Namespace) -> None:
     overrides = tuple(arguments.overrides)
     plain = Column(name="nothing", num_silos=arguments.silos, overrides=overrides)
     columns = [plain, *(parse_column(text, arguments.silos, overrides) for text in arguments.columns)]
+    if len({column.name for column in columns}) < len(columns):
+        raise ConfigError(f"--with: {', '.join(column.name for column in columns)} given; allowed: a name once")
     for column in columns:  # a mistake must not cost the preparation
         check_readable(load_config([SETTINGS], ["silos.any={}", *RUN, *column.overrides]))
     text = make_text(
@@ -422,11 +426,11 @@ def measure(arguments: argparse.Namespace) -> None:
     for name, config in configs.items():
         finished(config, log, warm(local_commands))
         attacked = Attacked(config, silo, attacker)
-        if "tokens" in arguments.only:
-            tables["tokens"] += token_rows(name, attack_tokens(attacked))
-        if reference:
-            tables["texts"] += attack_run(attacked, text, reference, name)
-        print(f"{name}: attacked", flush=True)
+        rows = {"tokens": token_rows(name, attack_tokens(attacked)) if "tokens" in arguments.only else []}
+        rows["texts"] = attack_run(attacked, text, reference, name) if reference else []
+        for kind, found in rows.items():
+            tables[kind] += found
+            print("\n".join(found), end="\n" if found else "", flush=True)
     for kind, head in (("tokens", TOKENS_HEAD), ("texts", TEXTS_HEAD)):
         if tables[kind]:
             print("\n".join(["", head, rule(head), *tables[kind]]))

@@ -11,13 +11,15 @@ from benchmarks.leak_attacks import (
     advantage,
     auc,
     auc_noise,
+    ending_losses,
     exposure,
     find_tokens,
     moment_features,
     row_features,
-    sentence_losses,
     true_positives,
 )
+from pretrain.config.keys import ModelConfig
+from pretrain.silo.model import build_initial
 
 VOCAB_SIZE, HIDDEN = 200, 16
 
@@ -88,12 +90,16 @@ def test_where_no_row_tells_of_its_token_a_guess_is_chance() -> None:
     assert moment_features({}, VOCAB_SIZE) is None
 
 
-def test_a_sentences_loss_is_that_of_its_own_tokens() -> None:
-    def losses(inputs: Tensor, targets: Tensor) -> Tensor:
-        return torch.where(targets == inputs + 1, 0.0, targets.float())
-
-    found = sentence_losses(losses, [[1, 2, 3], [1, 2, 7, 8, 4], [5, 9]], batch=2)
-    assert found.tolist() == [0, 7 + 4, 9]  # what a shorter one is filled up with does not count
+def test_the_loss_of_an_ending_is_that_of_its_own_tokens_after_all_before() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = build_initial(ModelConfig(config={"model_type": "llama", **sizes}), 50)
+    sentences = [[1, 2, 3, 4], [1, 2, 7, 8, 4], [1, 2, 9]]
+    found = ending_losses(model, sentences, batch=2)
+    for loss, sentence in zip(found, sentences, strict=True):
+        logits = model(input_ids=torch.tensor([sentence])).logits[0, 1:-1]  # what says the tokens after 1, 2
+        expected = torch.nn.functional.cross_entropy(logits, torch.tensor(sentence[2:]), reduction="sum")
+        assert loss == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_bits_of_three_digits() -> None:
