@@ -56,7 +56,8 @@ def check_config(config: RunConfig) -> None:
     _require(bool(RUN_ID.fullmatch(config.run_id)), "run_id", config.run_id, f"{RUN_ID.pattern}, or empty")
     _check_each(config)
     _require(bool(RUN_NAME.fullmatch(config.name)), "name", config.name, "up to 100 letters, digits, and _ . -")
-    _require(config.directory.isprintable(), "directory", config.directory, "a path without control characters")
+    fits = bool(config.directory) and config.directory.isprintable()
+    _require(fits, "directory", config.directory, "a path without control characters")
     _check_numbers(config)
     _check_rates(config)
     _check_streaming(config.outer)
@@ -432,6 +433,9 @@ def _refuse_secrets(given: dict[str, Any], key: str) -> None:
 def _check_silo(name: str, silo: SiloConfig, *, masked: bool) -> None:
     key = f"silos.{name}"
     weights = silo.data_weights
+    _require(all(silo.data), f"{key}.data", silo.data, "directories of packed shards")
+    for split, directory in silo.valid.items():
+        _require(bool(directory), f"{key}.valid.{split}", directory, "a directory of packed shards")
     _require(
         len(weights) in (0, len(silo.data)),
         f"{key}.data_weights",

@@ -476,6 +476,6 @@ class RunConfig:
 
     @property
     def tokenizer_file(self) -> Path:
-        """The tokenizer.json of `tokenizer`."""
+        """The tokenizer.json of `tokenizer`; of none an empty path, not what lies in the current directory."""
         path = Path(self.tokenizer)
-        return path / "tokenizer.json" if path.is_dir() else path
+        return path / "tokenizer.json" if self.tokenizer and path.is_dir() else path

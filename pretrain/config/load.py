@@ -10,6 +10,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pretrain.config.allowed import ALLOWED, Numbers
 from pretrain.config.check import ConfigError, check_config
 from pretrain.config.keys import RunConfig
 from pretrain.config.paths import expand_homes, portable
@@ -152,6 +153,8 @@ def _check_keys(given: dict[Any, Any], schema: type, prefix: str) -> None:
                 hint = f"; type {' or '.join(f'{place}=...' for place in places)}"
             raise ConfigError(f"{prefix}{key}: unknown key given; allowed: {', '.join(fields)}{hint}")
         kind = fields[key]
+        if value is None and type(None) not in get_args(kind):
+            raise ConfigError(f"{prefix}{key}: nothing given; allowed: {_allowed(f'{prefix}{key}', kind)}")
         section = kind if isinstance(kind, type) and dataclasses.is_dataclass(kind) else None
         if section and not isinstance(value, dict | None):
             raise ConfigError(f"{prefix}{key}: {value!r} given; allowed: a section of keys and values")
@@ -161,11 +164,27 @@ def _check_keys(given: dict[Any, Any], schema: type, prefix: str) -> None:
             raise ConfigError(f"{prefix}{key}: {value!r} given; allowed: a list: type {prefix}{key}=[{value}]")
         if str(kind).startswith("dict") and not isinstance(value, dict | None):
             raise ConfigError(f"{prefix}{key}: {value!r} given; allowed: a section of keys and values")
+        if kind == dict[str, str]:
+            for name in [name for name, entry in (value or {}).items() if entry is None]:
+                entry = f"{prefix}{key}.{name}"
+                raise ConfigError(f"{entry}: nothing given; allowed: {_allowed(entry, str)}")
         named = [of for of in get_args(kind) if isinstance(of, type) and dataclasses.is_dataclass(of)]
         for name, entry in (value or {}).items() if named else ():
             if entry is not None and not isinstance(entry, dict):
                 raise ConfigError(f"{key}.{name}: {entry!r} given; allowed: a section of keys and values")
             _check_keys(entry or {}, named[0], f"{key}.{name}.")
+
+
+def _allowed(key: str, kind: Any) -> str:
+    """What a key takes, in words."""
+    section, _, name = key.rpartition(".")
+    of_key = ALLOWED.get(f"silo.{name}" if section.startswith("silos.") else key)
+    if of_key is not None:
+        return of_key.words if isinstance(of_key, Numbers) else ", ".join(of_key)
+    if str(kind).startswith("list"):
+        return f"a list: type {key}=[...]"
+    words = {str: f"text: type {key}=...", bool: "true, false", int: "a whole number", float: "a number"}
+    return words.get(kind, "a section of keys and values")
 
 
 def _places(key: str) -> list[str]:

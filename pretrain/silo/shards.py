@@ -142,7 +142,8 @@ def tokenizer_sha256(file: Path, *, key: str = "tokenizer") -> str:
 
     Raises ConfigError, naming `key`, when the file is missing or is no JSON object.
     """
-    loaded = _read_json(file, missing=f"{key}: {str(file)!r} given; there is no such file: name a tokenizer.json")
+    given = "" if file == Path() else str(file)
+    loaded = _read_json(file, missing=f"{key}: {given!r} given; there is no such file: name a tokenizer.json")
     canonical = json.dumps(loaded, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
 

@@ -1,11 +1,12 @@
 """The example of docs/python.md and the notebook, run as they stand; and what the tables hold."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 from typer.testing import CliRunner
 
 from launch import api, cli
@@ -49,17 +50,18 @@ def test_the_example_of_the_docs(run: RunConfig) -> None:
     assert found["text"].startswith("The court")
 
 
-def test_the_notebook(run: RunConfig) -> None:
-    notebook = json.loads((ROOT / "docs/notebook.ipynb").read_text())
-    found: dict[str, Any] = {}
-    for cell in notebook["cells"]:
-        if cell["cell_type"] == "code":
-            assert (cell["outputs"], cell["execution_count"]) == ([], None), "strip its outputs"
-            exec("".join(cell["source"]).replace('"runs/run"', repr(run.directory)), found)
-    assert found["shares"].loc[2].to_dict() == {"alpha": 0.75, "beta": 0.25}
-    assert found["steps"]["alpha"].to_list() == [4.0, 2.5]
-    assert found["held_out"].loc[0].to_dict() == {"val_loss/alpha": 5.5}
-    assert [line.get_ydata().tolist() for line in found["axes"].get_lines()] == [[4.0, 2.5]]
+def test_the_notebook_in_a_jupyter_kernel(run: RunConfig) -> None:
+    notebook = nbformat.read(ROOT / "docs/notebook.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all((cell.outputs, cell.execution_count) == ([], None) for cell in code), "strip its outputs"
+    code[0].source = code[0].source.replace('"runs/run"', repr(run.directory))
+    looked_at = "shares.loc[2].to_dict(), steps['alpha'].to_list(), held_out.loc[0].to_dict()"
+    drawn = "[line.get_ydata().tolist() for line in axes.get_lines()]"
+    notebook.cells.append(nbformat.v4.new_code_cell(f"print(({looked_at}, {drawn}))"))
+    NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
+    expected = ({"alpha": 0.75, "beta": 0.25}, [4.0, 2.5], {"val_loss/alpha": 5.5}, [[4.0, 2.5]])
+    assert notebook.cells[-1].outputs[0].text == f"{expected}\n"
+    assert "image/png" in [kind for cell in code for output in cell.outputs for kind in output.get("data", {})]
 
 
 def test_a_store_alone(run: RunConfig) -> None:
