@@ -114,11 +114,7 @@ class Engine:
         if offloaded:
             load_extension("CPUAdamBuilder", ranks.waits_for)
         optimizer = build_optimizer(
-            module.named_parameters(),
-            inner,
-            on_cpu=offloaded,
-            fused=silo.fused_adamw,
-            sums_gradients=sums_gradients,
+            module.named_parameters(), inner, on_cpu=offloaded, fused=silo.fused_adamw, sums_gradients=sums_gradients
         )
         self._deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self._deepspeed.module.train()
