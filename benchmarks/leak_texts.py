@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_tools.sources import read_documents, training_file
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 
 HELD_OUT, REFERENCE = "held-out", "reference"
 PARTS = ("", f"-{HELD_OUT}", f"-{REFERENCE}")

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.exchange.payload import Tensors, changed_tensors
 from pretrain.exchange.sealed import fetch_version, open_payload, take_group_key

@@ -49,7 +49,7 @@ from benchmarks.runs import finished
 from data_tools.corpora import write_python_corpora
 from launch.demo import SETTINGS, prepare_text
 from launch.start.local import local_commands
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.config.load import load_config
 from pretrain.federation.export import empty_model

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_tools import languages, personal
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 
 Hashes = npt.NDArray[np.uint64]
 

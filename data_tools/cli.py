@@ -143,7 +143,7 @@ def tokenizer(
     from data_tools.counts import merge_counts
     from data_tools.sources import read_parts
     from data_tools.tokenizer import train_from_counts, train_tokenizer
-    from pretrain.config.check import ConfigError
+    from pretrain.config.errors import ConfigError
     from pretrain.silo.shards import tokenizer_sha256
 
     if corpora and counts and {Path(one).suffix for one in corpora} == {counts[0].suffix}:  # a shell's --counts *.tsv
@@ -224,7 +224,7 @@ def prepare(
 
 
 def _given(tokenizer: Path | None) -> Path:
-    from pretrain.config.check import ConfigError
+    from pretrain.config.errors import ConfigError
 
     if tokenizer is None:
         raise ConfigError(

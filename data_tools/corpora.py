@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from data_tools.sources import SPLITS, split_file
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.silo.shards import atomic_path
 
 MAX_BYTES = {"train": 6_000_000, "valid": 300_000}

@@ -37,7 +37,7 @@ from data_tools.pretokens import (
     count_parts,
     count_pretokens,
 )
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.host.lock import lock_directory
 from pretrain.silo.shards import atomic_path
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from data_tools.pieces import READ_BYTES, PartEnds, Pieces, one_line, suffix_of, unreadable
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 
 if TYPE_CHECKING:
     import pyarrow as pa

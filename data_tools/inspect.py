@@ -30,7 +30,7 @@ from data_tools.report import (
 )
 from data_tools.report import print_side_by_side as print_columns
 from data_tools.tokenizer import load_tokenizer, tokenizer_file
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.host.foreign import loads
 from pretrain.silo.shards import (
     DOCUMENTS_FILE,

@@ -21,7 +21,7 @@ from data_tools import documents
 from data_tools.files import CHECK_ENTRIES, find_files
 from data_tools.formats import Kind, Part, is_json_lines
 from data_tools.pieces import DOCUMENTS, FORMATS, KINDS, PACKED, PartEnds, Pieces, suffix_of
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.host.foreign import shown
 
 SPLIT_NAMES = {

@@ -34,7 +34,7 @@ from data_tools.sources import Block, Part, Source, find_text, part_identity, re
 from data_tools.tokenizer import PlainText, tokenizer_file
 from data_tools.work import Work
 from data_tools.workers import StoppedError, in_order, workers_for
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.host.lock import lock_directory
 from pretrain.silo.shards import UNFINISHED, Manifest, atomic_path, read_manifest, tokenizer_sha256
 

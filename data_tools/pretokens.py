@@ -29,7 +29,7 @@ from data_tools.formats import Bad, Part, count_bad, stop_at_bad
 from data_tools.progress import Speed
 from data_tools.sources import Block, parse_block, part_identity, read_blocks
 from data_tools.workers import StoppedError, in_order, num_cores, workers_for
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.silo.shards import atomic_path
 
 MAX_PRETOKEN_BYTES = 64

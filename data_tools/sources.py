@@ -36,7 +36,7 @@ from data_tools.formats import (
 )
 from data_tools.listing import SPLIT_NAMES, TEST, Listing, file_part, list_files, split_of
 from data_tools.pieces import FORMATS, SUFFIXES, PartEnds, Pieces, one_line, suffix_of
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 
 SPLITS = ("train", "valid")
 BLOCK_BYTES = 1 << 20

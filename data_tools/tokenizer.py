@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.silo.shards import END_OF_TEXT_NAMES, atomic_path, tokenizer_sha256
 from pretrain.silo.vocabulary import read_tokenizer, vocab_size_of
 

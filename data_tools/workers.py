@@ -11,7 +11,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.show.run import Run as Recorded
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import CONFIG_FILE, load_run
 from pretrain.config.paths import expand_home

@@ -24,7 +24,8 @@ from launch.report import report, serve, watch
 from launch.revoke import revoke
 from launch.verify import verify
 from launch.version import with_version
-from pretrain.config.check import ConfigError, check_url, named
+from pretrain.config.check import check_url
+from pretrain.config.errors import ConfigError, named
 from pretrain.config.paths import expand_home
 
 app = typer.Typer(

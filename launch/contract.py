@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from launch.given import Config, Overrides
-from pretrain.config.check import named
+from pretrain.config.errors import named
 
 if TYPE_CHECKING:
     from pretrain.exchange.amended import Proposal

@@ -11,7 +11,7 @@ from rich.table import Table
 from launch.compare.compare import central_config, isolated_config
 from launch.show.report import summarize, write_report
 from launch.start.local import launch_local
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import load_config
 

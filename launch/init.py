@@ -7,7 +7,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 
 T = TypeVar("T")
 

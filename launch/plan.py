@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from launch.given import Config, Overrides
-from pretrain.config.check import ConfigError, check_has_silo
+from pretrain.config.check import check_has_silo
+from pretrain.config.errors import ConfigError
 
 
 def plan(

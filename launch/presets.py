@@ -16,7 +16,7 @@ def presets(
 
     [bold]Example:[/bold] atoll presets outer=recommended
     """
-    from pretrain.config.check import ConfigError
+    from pretrain.config.errors import ConfigError
     from pretrain.config.presets import SECTIONS, SITE, find_preset, presets_of
 
     if choice:

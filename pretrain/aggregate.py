@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pretrain.config.check import ConfigError, named
+from pretrain.config.errors import ConfigError, named
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.config.load import load_config
 from pretrain.exchange.agreement import accept_amendments, agree

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pretrain.config.check import ConfigError, accumulation_steps, named
+from pretrain.config.check import accumulation_steps
+from pretrain.config.errors import ConfigError, named
 from pretrain.config.keys import RunConfig, SiloConfig
 from pretrain.config.load import load_config
 from pretrain.exchange.base import Exchange

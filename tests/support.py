@@ -20,7 +20,7 @@ import yaml
 from data_tools.pack import Recipe, prepare
 from data_tools.sources import Source, read_documents, training_file
 from data_tools.tokenizer import train_tokenizer
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.silo.shards import file_sha256
 
 ROOT = Path(__file__).parents[1]

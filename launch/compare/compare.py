@@ -20,7 +20,8 @@ from launch.show.display import format_seconds
 from launch.show.metrics import read_status
 from launch.start.local import GRACE_SECONDS, StopSignals
 from launch.start.processes import POLL_SECONDS, Child, ChildCommand, Children
-from pretrain.config.check import ConfigError, check_config, check_has_silo
+from pretrain.config.check import check_config, check_has_silo
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import MembershipConfig, OuterConfig, RunConfig, SiloConfig
 from pretrain.config.load import load_config, load_run, load_typed, save_config
 from pretrain.config.paths import absolute, expand_home

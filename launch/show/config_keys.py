@@ -15,7 +15,7 @@ from typing import Any, get_args, get_origin
 
 from pretrain.config import keys
 from pretrain.config.allowed import ALLOWED, Numbers
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.trust.contract import RUN, agreed_settings
 

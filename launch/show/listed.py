@@ -9,7 +9,7 @@ from typing import Any
 
 import fsspec
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import ExchangeConfig
 from pretrain.exchange.client import PAGES, Client
 from pretrain.exchange.options import distrust, is_of_another_time

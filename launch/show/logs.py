@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 
 POLL_SECONDS = 0.5
 

@@ -12,7 +12,8 @@ from typing import Any, TypeVar, get_args, get_origin
 
 from launch.show.listed import LIMIT_BYTES, Listed, cannot_be_read
 from launch.show.voices import Voices
-from pretrain.config.check import ConfigError, check_config
+from pretrain.config.check import check_config
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import InnerConfig, MembershipConfig, ModelConfig, OuterConfig, RunConfig, SiloConfig
 from pretrain.exchange.signed import SignedStore
 from pretrain.host.foreign import loads, shown

@@ -14,7 +14,7 @@ from launch.show.report import comparison_rows, describe_settings, format_count,
 from launch.show.run import Evaluation, Run, evaluations
 from launch.show.status import remarks, waiting_words
 from launch.show.status_reader import Reader, SiloStatus, StoreStatus
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import ModelConfig
 from pretrain.host.clock import utc
 from pretrain.host.foreign import shown

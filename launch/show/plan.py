@@ -17,7 +17,7 @@ from launch.show.display import format_bytes
 from launch.show.report import format_count
 from launch.show.run import Run
 from launch.show.text import epochs
-from pretrain.config.check import ConfigError, named
+from pretrain.config.errors import ConfigError, named
 from pretrain.config.keys import OuterConfig
 from pretrain.plan.plan import Plan
 from pretrain.plan.seconds import work_factor

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.show.metrics import MetricsReader, Record, last_of_each
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import load_run
 from pretrain.trust.policy import is_public, read_policy

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from launch.show.page import Federation
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 
 LOOPBACK = "127.0.0.1"
 REFRESH_SECONDS = 15

@@ -18,7 +18,7 @@ from typing import Any
 from launch.show.display import format_seconds
 from launch.show.opened import CONTRACT, MANIFEST, ROLLBACK, TERM, WORD, Json, Opened, json_object, number_in
 from pretrain.config.allowed import SPENT
-from pretrain.config.check import named
+from pretrain.config.errors import named
 from pretrain.config.keys import ExchangeConfig
 from pretrain.exchange.agreement import agreement_path
 from pretrain.host.foreign import shown

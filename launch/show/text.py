@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.show.report import format_count
-from pretrain.config.check import ConfigError, accumulation_steps
+from pretrain.config.check import accumulation_steps
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.silo.shards import read_manifest
 

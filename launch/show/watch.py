@@ -14,7 +14,7 @@ from launch.show.history import History, Version
 from launch.show.page import Federation
 from launch.show.status import show_status, waiting_words
 from launch.show.status_reader import StoreStatus
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 
 POLL_SECONDS = 5.0
 MOST_BUSY = 4  # a look that takes long is followed by a pause of so many times that

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from pretrain.config.check import SILO_NAME, ConfigError, check_url
+from pretrain.config.check import SILO_NAME, check_url
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import OPERATOR
 
 MACHINES = {

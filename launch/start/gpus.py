@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Sequence
 from itertools import islice, takewhile
 
-from pretrain.config.check import ConfigError, named
+from pretrain.config.errors import ConfigError, named
 from pretrain.config.keys import RunConfig
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"

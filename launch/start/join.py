@@ -15,7 +15,7 @@ from launch.start.gpus import check_gpus
 from launch.start.local import launch_silo, write_resolved
 from launch.start.site import SiteConfig, load_site
 from launch.start.slurm import launch_slurm
-from pretrain.config.check import ConfigError, named
+from pretrain.config.errors import ConfigError, named
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.agreement import adding, not_added_yet, not_signed
 from pretrain.federation import join as joining

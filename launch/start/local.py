@@ -21,7 +21,7 @@ from launch.show.metrics import MetricsReader, ProcessStatus, read_status
 from launch.start.gpus import gpus_here, share_gpus
 from launch.start.processes import POLL_SECONDS, STOP_SIGNALS, Child, ChildCommand, Children
 from launch.start.workers import SAVE_SECONDS, silo_command
-from pretrain.config.check import ConfigError, named
+from pretrain.config.errors import ConfigError, named
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import save_config
 from pretrain.host.caches import use_writable_caches

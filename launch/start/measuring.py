@@ -12,7 +12,7 @@ from rich.console import Console
 from launch.show.metrics import MetricsReader
 from launch.start.local import log_tail, new_attempt, silo_child
 from launch.start.processes import POLL_SECONDS, Child
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import ExchangeConfig, MembershipConfig, OuterConfig, RunConfig, TrustConfig, WandbConfig
 from pretrain.config.load import CONFIG_FILE, save_config
 from pretrain.federation.preflight import check_model, check_silo

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from launch.start.torchrun import config_path, node_command
 from launch.start.workers import SAVE_SECONDS, SAVE_VARIABLE, Asked, run_workers, train_command
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import RunConfig, SiloConfig
 from pretrain.config.load import load_config
 from pretrain.host.lock import lock_holder

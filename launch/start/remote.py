@@ -20,7 +20,7 @@ from pathlib import Path
 
 from launch.start.gpus import num_gpus
 from launch.start.processes import POLL_SECONDS, ChildCommand, Children
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.load import load_config
 from pretrain.federation.preflight import check_collective, check_silo, is_own_address, port_is_taken
 from pretrain.host.software import installed

@@ -24,7 +24,7 @@ from launch.show.metrics import read_status
 from launch.start.local import process_directory
 from launch.start.node import notes_directory
 from launch.start.slurm import STOP_FILE, job_state, run_command
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.load import load_config
 
 TRY_SECONDS = 15

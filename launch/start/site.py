@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch.show.display import AGGREGATOR
-from pretrain.config.check import ConfigError, named
+from pretrain.config.errors import ConfigError, named
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import Section, load_typed, spread
 from pretrain.config.presets import SITE, find_preset

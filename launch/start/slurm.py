@@ -22,7 +22,8 @@ from launch.show.display import AGGREGATOR
 from launch.start.gpus import check_gpus
 from launch.start.local import hold_directory, make_attempt, point_latest, process_directory
 from launch.start.site import JobConfig, SiteConfig
-from pretrain.config.check import ConfigError, accumulation_steps
+from pretrain.config.check import accumulation_steps
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import RunConfig, SiloConfig
 from pretrain.config.load import load_config, save_config
 from pretrain.trust.members import with_keys

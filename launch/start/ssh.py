@@ -21,7 +21,7 @@ from rich.console import Console
 from launch.start.local import Attempt, hold_directory, new_attempt, process_directory
 from launch.start.processes import ChildCommand
 from launch.start.torchrun import NodeCommand, check_options, config_path, node_command
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import save_config
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from launch.start.slurm import STOP_FILE, living_jobs, run_command, submitted_jobs
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.host.lock import lock_holder
 
 POLL_SECONDS = 0.5

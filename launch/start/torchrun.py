@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.start.workers import KEEP_FREED_MEMORY, silo_command
-from pretrain.config.check import ConfigError, named
+from pretrain.config.errors import ConfigError, named
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import save_config
 

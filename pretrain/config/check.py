@@ -3,17 +3,17 @@
 import math
 import os
 import re
-from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
 
 from pretrain.config.allowed import ALLOWED, METRICS, TIERS, Numbers
 from pretrain.config.deepspeed_keys import KNOWN, OWNED
+from pretrain.config.errors import ConfigError, named, require
 from pretrain.config.keys import OPERATOR, ModelConfig, OuterConfig, RunConfig, SiloConfig
+from pretrain.config.privacy import check_private, check_secure_sum
 
 MOST_TOGETHER = 380  # silos of a collective: each one's record of a version has a number for every two of them
 FEWEST_JUDGED = 3  # silos of which the others can say that one is worse than they are
-FEWEST_SUMMED, MOST_SUMMED = 3, 100  # silos of a secure sum: of two, each knows the other's part; shares are n times n
 # What s3fs, gcsfs, adlfs and the libraries under them call a secret, or a name that goes with one.
 SECRET_NAME = re.compile(r"secret|token|passw|credential|connection_string|authorization|username|key$|key_id$", re.I)
 SECRET_VALUE = re.compile(r"://[^/\s]*:[^/\s]*@")
@@ -23,41 +23,15 @@ OWN_MEMORY = ("memory", "data", "blockcache", "cached", "filecache", "simplecach
 SILO_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 # It may come from another institution, and goes into batch scripts.
 RUN_NAME = re.compile(r"[\w.-]{1,100}")
-MOST_NAMED = 12  # silos in a line
-
-
-class ConfigError(ValueError):
-    """A user's mistake, said in one line: what was given, what is allowed, which key to change."""
-
-    def __init__(self, message: object) -> None:
-        """What is quoted may hold anything: a message stays a line."""
-        super().__init__(printable(str(message)))
-
-
-def printable(text: str) -> str:
-    """Spells out all that `str.isprintable` denies: escapes, line ends, marks that turn the direction."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
-def named(names: Sequence[str]) -> str:
-    """Names for a line: those of many silos are counted, not told."""
-    if len(names) <= MOST_NAMED:
-        return ", ".join(names)
-    return f"{', '.join(names[:MOST_NAMED])}, ... ({len(names):,} in all)"
-
-
-def _require(ok: bool, key: str, given: object, allowed: str) -> None:
-    if not ok:
-        raise ConfigError(f"{key}: {given!r} given; allowed: {allowed}")
 
 
 def check_config(config: RunConfig) -> None:
     """Check the values; raises ConfigError naming the key."""
-    _require(bool(RUN_ID.fullmatch(config.run_id)), "run_id", config.run_id, f"{RUN_ID.pattern}, or empty")
+    require(bool(RUN_ID.fullmatch(config.run_id)), "run_id", config.run_id, f"{RUN_ID.pattern}, or empty")
     _check_each(config)
-    _require(bool(RUN_NAME.fullmatch(config.name)), "name", config.name, "up to 100 letters, digits, and _ . -")
+    require(bool(RUN_NAME.fullmatch(config.name)), "name", config.name, "up to 100 letters, digits, and _ . -")
     fits = bool(config.directory) and config.directory.isprintable()
-    _require(fits, "directory", config.directory, "a path without control characters")
+    require(fits, "directory", config.directory, "a path without control characters")
     _check_numbers(config)
     _check_rates(config)
     _check_streaming(config.outer)
@@ -72,9 +46,9 @@ def check_config(config: RunConfig) -> None:
         _check_collective,
         _check_membership,
         _check_merge,
-        _check_secure_sum,
+        check_secure_sum,
         _check_muon,
-        _check_private,
+        check_private,
     ):
         check(config)
 
@@ -101,8 +75,8 @@ def _check_numbers(config: RunConfig) -> None:
     largest = max((silo.global_batch_sequences for silo in config.silos.values()), default=1)
     most = config.outer.max_batch_sequences
     key, allowed = "outer.max_batch_sequences", f"null, or {largest} or more, as a silo's batch is"
-    _require(most is None or most >= largest, key, most, allowed)
-    _require(
+    require(most is None or most >= largest, key, most, allowed)
+    require(
         config.inner.num_steps % config.outer.sync_interval_steps == 0 or config.exchange.kind == "none",
         "inner.num_steps",
         config.inner.num_steps,
@@ -115,13 +89,13 @@ def _check_rates(config: RunConfig) -> None:
     for section, settings in (("inner", inner), ("outer", outer)):
         betas = settings.betas
         fits = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
-        _require(fits, f"{section}.betas", betas, "two numbers from 0 to below 1")
+        require(fits, f"{section}.betas", betas, "two numbers from 0 to below 1")
     ramp_steps = inner.warmup_steps + (inner.decay_steps if inner.schedule == "wsd" else 0)
     fitting = f"warm-up and decay within inner.num_steps={inner.num_steps}"
-    _require(ramp_steps <= inner.num_steps, "inner.warmup_steps", ramp_steps, fitting)
+    require(ramp_steps <= inner.num_steps, "inner.warmup_steps", ramp_steps, fitting)
     ramp_rounds = outer.warmup_rounds + (outer.decay_rounds if outer.schedule == "wsd" else 0)
     fitting = f"warm-up and decay within the {config.num_rounds} rounds"
-    _require(ramp_rounds <= config.num_rounds, "outer.warmup_rounds", ramp_rounds, fitting)
+    require(ramp_rounds <= config.num_rounds, "outer.warmup_rounds", ramp_rounds, fitting)
 
 
 def _check_muon(config: RunConfig) -> None:
@@ -144,43 +118,24 @@ def _check_muon_silo(name: str, zero: dict[str, Any]) -> None:
         )
 
 
-def _check_private(config: RunConfig) -> None:
-    """Refuse what would tell of a private silo's text beside the noised gradients, or count its sequences otherwise."""
-    outer, rules = config.outer, config.membership
-    for name, silo in config.silos.items():
-        if not silo.is_private:
-            continue
-        key, given = f"silos.{name}", f"with silos.{name}.private.epsilon={silo.private.epsilon}"
-        stage, weights = silo.zero_stage, silo.data_weights
-        stages = f"0, 1, 2 {given}: stage 3 has no whole gradient of one sequence"
-        _require(stage < 3, f"{key}.deepspeed.zero_optimization.stage", stage, stages)
-        once = f"{given}, for which each sequence counts once an epoch"
-        _require(not weights, f"{key}.data_weights", weights, f"none {once}")
-        _require(not silo.accept_other_data, f"{key}.accept_other_data", True, f"false {once}")
-        floor, rise = outer.quality_floor, rules.max_loss_rise
-        _require(floor is None, "outer.quality_floor", floor, f"null {given}: a loss has no noise")
-        _require(rise is None, "membership.max_loss_rise", rise, f"null {given}: a loss has no noise")
-        _require(rules.steps == "equal", "membership.steps", rules.steps, f"equal {given}: nor have its seconds")
-
-
 def _check_trust(config: RunConfig) -> None:
     keys, amend = config.trust.keys, config.trust.amend
     most = len(config.agreed_roster)
     fits = amend in ("all", *map(str, range(1, most + 1)))
-    _require(fits, "trust.amend", amend, f"all, or 1 to the {most} silos of the roster")
+    require(fits, "trust.amend", amend, f"all, or 1 to the {most} silos of the roster")
     kind, seal = config.exchange.kind, config.trust.seal
     _check_archive(config)
-    _require(not seal or kind == "store", "trust.seal", seal, f"false with exchange.kind={kind}, where no file travels")
+    require(not seal or kind == "store", "trust.seal", seal, f"false with exchange.kind={kind}, where no file travels")
     fits = not config.trust.added or bool(keys and kind == "store")
-    _require(fits, "trust.added", sorted(config.trust.added), "none without trust.keys and a store")
+    require(fits, "trust.added", sorted(config.trust.added), "none without trust.keys and a store")
     if both := sorted(config.trust.added.keys() & {OPERATOR, *config.agreed_roster}):
         raise ConfigError(f"trust.added: {named(both)} given; allowed: silos that the contract does not have")
     if not keys:
         # A local launch of all silos makes their keys later.
         fits = not seal or config.full_roster == sorted(config.silos)
-        _require(fits, "trust.seal", seal, "false without trust.keys: it is the members' keys that seal")
+        require(fits, "trust.seal", seal, "false without trust.keys: it is the members' keys that seal")
         return
-    _require(kind != "none", "trust.keys", sorted(keys), "none with exchange.kind=none, where nobody else is")
+    require(kind != "none", "trust.keys", sorted(keys), "none with exchange.kind=none, where nobody else is")
     operator = {OPERATOR} if kind == "store" else set()  # a collective has none
     members = {*config.agreed_roster} | operator
     if missing := sorted(members - keys.keys()):
@@ -196,12 +151,12 @@ def _check_archive(config: RunConfig) -> None:
     archive, kind = config.trust.archive, config.exchange.kind
     if not archive:
         return
-    _require(kind == "store", "trust.archive", archive, f"none with exchange.kind={kind}, where nobody prunes a store")
+    require(kind == "store", "trust.archive", archive, f"none with exchange.kind={kind}, where nobody prunes a store")
     check_url(archive, "trust.archive")
     places = [url if "://" in url else os.path.abspath(url) for url in (archive, config.store_url)]
     ours, store = (f"{place.rstrip('/')}/" for place in places)
     apart = not ours.startswith(store) and not store.startswith(ours)
-    _require(apart, "trust.archive", archive, f"a place of its own, outside of the store {config.store_url}")
+    require(apart, "trust.archive", archive, f"a place of its own, outside of the store {config.store_url}")
 
 
 def _check_quality(config: RunConfig) -> None:
@@ -209,18 +164,18 @@ def _check_quality(config: RunConfig) -> None:
     if floor is None:
         return
     fits = merge in ("mean", "importance", "clip")
-    _require(
+    require(
         fits, key, floor, f"null with outer.merge={merge}, which counts all alike; it has its own way with the worst"
     )
     fewest = config.membership.sample or len(config.full_roster)
     what = "membership.sample" if config.membership.sample else "roster"
     allowed = f"null with a {what} of {fewest}: of fewer than {FEWEST_JUDGED} nobody can say which is worse"
-    _require(fewest >= FEWEST_JUDGED, key, floor, allowed)
+    require(fewest >= FEWEST_JUDGED, key, floor, allowed)
 
 
 def _check_tiers(config: RunConfig) -> None:
     tiers, rules, key = config.trust.metrics, config.membership, "trust.metrics"
-    _require({*tiers} == {*METRICS}, key, sorted(tiers), f"a tier for each of {', '.join(METRICS)}")
+    require({*tiers} == {*METRICS}, key, sorted(tiers), f"a tier for each of {', '.join(METRICS)}")
     needed = {
         "loss": config.outer.quality_floor is not None and f"outer.quality_floor={config.outer.quality_floor}",
         "pseudo_gradient_norm": rules.max_norm_ratio is not None
@@ -229,78 +184,78 @@ def _check_tiers(config: RunConfig) -> None:
         "tokens": "outer.weight_power and every restart",
     }
     for name, tier in tiers.items():
-        _require(tier in TIERS, f"{key}.{name}", tier, ", ".join(TIERS))
+        require(tier in TIERS, f"{key}.{name}", tier, ", ".join(TIERS))
         rule = needed.get(name)
         allowed = f"{', '.join(TIERS[:2])} with {rule}, for which others have to know it"
-        _require(tier != "member" or not rule, f"{key}.{name}", tier, allowed)
+        require(tier != "member" or not rule, f"{key}.{name}", tier, allowed)
 
 
 def _check_streaming(outer: OuterConfig) -> None:
     interval = outer.sync_interval_steps
     gap = f"outer.sync_interval_steps={interval}"
-    _require(outer.num_fragments <= interval, "outer.num_fragments", outer.num_fragments, f"1 to {gap}")
-    _require(
+    require(outer.num_fragments <= interval, "outer.num_fragments", outer.num_fragments, f"1 to {gap}")
+    require(
         outer.overlap_steps < interval,
         "outer.overlap_steps",
         outer.overlap_steps,
         f"below {gap}, the steps between two syncs of a fragment",
     )
     decay = outer.error_feedback
-    _require(
+    require(
         not decay or outer.codec != "fp32", "outer.error_feedback", decay, "null or 0: codec fp32 leaves nothing out"
     )
 
 
 def _check_model(model: ModelConfig) -> None:
-    _require(
+    require(
         bool(model.config) != bool(model.checkpoint),
         "model",
         {"config": model.config, "checkpoint": model.checkpoint},
         "either model.config or model.checkpoint",
     )
     if model.config:
-        _require("model_type" in model.config, "model.config", model.config, "a mapping with model_type")
+        require("model_type" in model.config, "model.config", model.config, "a mapping with model_type")
 
 
 def _check_roster(config: RunConfig) -> None:
     if not config.roster or config.exchange.kind != "store":  # whoever only runs the aggregator has no silo of its own
         check_has_silo(config)
-    _require(len(set(config.roster)) == len(config.roster), "roster", config.roster, "each name once")
+    require(len(set(config.roster)) == len(config.roster), "roster", config.roster, "each name once")
     for name in config.full_roster:
         key = "roster" if config.roster else "silos"
         fits = SILO_NAME.fullmatch(name) and name != OPERATOR
-        _require(bool(fits), key, name, "names of a-z, 0-9, _ and -, and not aggregator")
+        require(bool(fits), key, name, "names of a-z, 0-9, _ and -, and not aggregator")
     for name, silo in config.silos.items():
-        _require(name in config.full_roster, "silos", name, f"names of the roster: {named(config.full_roster)}")
+        require(name in config.full_roster, "silos", name, f"names of the roster: {named(config.full_roster)}")
         _check_silo(name, silo, masked=config.document_masking)
 
 
 def check_has_silo(config: RunConfig) -> None:
     """For what starts or plans silos. Raises ConfigError."""
-    _require(bool(config.silos), "silos", {}, "at least one silo")
+    require(bool(config.silos), "silos", {}, "at least one silo")
 
 
 def _check_membership(config: RunConfig) -> None:
     """Raises ConfigError too for rules that mean nothing without a quorum."""
     rules, key = config.membership, "membership"
     floor, ceiling = rules.deadline_floor_seconds, rules.deadline_ceiling_seconds
-    _require(ceiling >= floor, f"{key}.deadline_ceiling_seconds", ceiling, f"{floor} or more")
+    require(ceiling >= floor, f"{key}.deadline_ceiling_seconds", ceiling, f"{floor} or more")
     roster = len(config.full_roster)
     fits = rules.sample is None or 1 <= rules.sample <= roster
-    _require(fits, f"{key}.sample", rules.sample, f"null, or 1 to the {roster} silos of the roster")
+    require(fits, f"{key}.sample", rules.sample, f"null, or 1 to the {roster} silos of the roster")
     if config.outer.num_fragments > 1 or config.outer.overlap_steps > 0:
         allowed = "with outer.num_fragments above 1 or outer.overlap_steps above 0"
-        _require(rules.sample is None, f"{key}.sample", rules.sample, f"null {allowed}")
-        _require(rules.steps == "equal", f"{key}.steps", rules.steps, f"equal {allowed}")
+        require(rules.sample is None, f"{key}.sample", rules.sample, f"null {allowed}")
+        require(rules.steps == "equal", f"{key}.steps", rules.steps, f"equal {allowed}")
     most = roster if rules.sample is None else rules.sample
     if rules.quorum is not None:
         what = f"the {roster} silos of the roster" if rules.sample is None else f"{key}.sample={most}"
-        _require(1 <= rules.quorum <= most, f"{key}.quorum", rules.quorum, f"null, or 1 to {what}")
+        require(1 <= rules.quorum <= most, f"{key}.quorum", rules.quorum, f"null, or 1 to {what}")
         return
     for name, field in type(rules).__dataclass_fields__.items():
         if name.startswith(("deadline_", "away_", "stale_", "max_loss_")):
             given = getattr(rules, name)
-            _require(given == field.default, f"{key}.{name}", given, f"{field.default} without {key}.quorum")
+            require(given == field.default, f"{key}.{name}", given, f"{field.default} without {key}.quorum")
 
 
 def _check_merge(config: RunConfig) -> None:
@@ -308,65 +263,29 @@ def _check_merge(config: RunConfig) -> None:
     outer, rules = config.outer, config.membership
     shares = outer.second_moments == "shared"
     allowed = "local with inner.optimizer=sgd, which has none"
-    _require(not shares or config.inner.optimizer != "sgd", "outer.second_moments", outer.second_moments, allowed)
+    require(not shares or config.inner.optimizer != "sgd", "outer.second_moments", outer.second_moments, allowed)
     share, muon = outer.control_variates, config.inner.optimizer == "muon"
     allowed = "0 to 1" if muon else "0 unless inner.optimizer=muon"
-    _require(0 <= share <= int(muon), "outer.control_variates", share, allowed)
+    require(0 <= share <= int(muon), "outer.control_variates", share, allowed)
     if outer.merge == "importance":
-        _require(shares, "outer.second_moments", outer.second_moments, "shared with outer.merge=importance")
+        require(shares, "outer.second_moments", outer.second_moments, "shared with outer.merge=importance")
     if outer.merge in ("mean", "importance"):
         return
-    _require(
+    require(
         config.exchange.kind != "collective",
         "outer.merge",
         outer.merge,
         "mean, importance with exchange.kind=collective",
     )
-    _require(outer.num_malicious >= 1, "outer.num_malicious", outer.num_malicious, "1 or more")
+    require(outer.num_malicious >= 1, "outer.num_malicious", outer.num_malicious, "1 or more")
     # Of one silo both what came too late and what comes in time may be in a commit.
     stale, allowed = rules.stale_weight, f"0 with outer.merge={outer.merge}, among which a silo must not count twice"
-    _require(stale == 0, "membership.stale_weight", stale, allowed)
+    require(stale == 0, "membership.stale_weight", stale, allowed)
     fewest = rules.quorum or rules.sample or len(config.full_roster)
     needed = 2 * outer.num_malicious + (3 if outer.merge == "krum" else 1)
     key = "membership.quorum" if rules.quorum else "membership.sample" if rules.sample else "silos"
     allowed = f"{needed} or more with outer.merge={outer.merge} and outer.num_malicious={outer.num_malicious}"
-    _require(fewest >= needed, key, fewest, allowed)
-
-
-def _check_secure_sum(config: RunConfig) -> None:
-    """Refuse what cannot be where a delivery cannot be looked at, and all that a silo tells is its part of a sum."""
-    outer, rules, trust = config.outer, config.membership, config.trust
-    if not outer.secure_sum:
-        return
-    key, norm, roster = "outer.secure_sum", "trust.metrics.pseudo_gradient_norm", config.full_roster
-    for name, given, wanted, why in (
-        ("exchange.kind", config.exchange.kind, "store", "silos of a collective merge each other's parts"),
-        ("outer.merge", outer.merge, "mean", "all other ways look at each delivery"),
-        ("outer.codec", outer.codec, "fp32", "a sum takes one scale for all, and sends whole numbers of 32 bits"),
-        ("outer.max_share", outer.max_share, 1.0, "a silo weighs its delivery before it knows the others' weights"),
-        ("outer.quality_floor", outer.quality_floor, None, "no delivery can be left out once masks are shared with it"),
-        ("outer.second_moments", outer.second_moments, "local", "moments are not in the sum"),
-        ("outer.control_variates", outer.control_variates, 0.0, "mean gradients are not in the sum"),
-        ("membership.stale_weight", rules.stale_weight, 0.0, "masks are of one version"),
-        ("membership.sample", rules.sample, None, "masks are shared by all of the roster"),
-        ("membership.steps", rules.steps, "equal", "nobody is told how fast a silo is"),
-        ("membership.max_norm_ratio", rules.max_norm_ratio, None, "nobody knows how long a delivery is"),
-        (norm, trust.metrics["pseudo_gradient_norm"], "member", "it tells of a delivery"),
-        ("trust.added", sorted(trust.added), [], "masks are shared by the contract's roster"),
-    ):
-        allowed = f"{'null' if wanted is None else wanted} with {key}: {why}"
-        _require(given == wanted, name, given, allowed)
-    batch, allowed = outer.max_batch_sequences, f"a number with {key}: weights are shares of the largest there can be"
-    _require(batch is not None, "outer.max_batch_sequences", batch, allowed)
-    fits = FEWEST_SUMMED <= len(roster) <= MOST_SUMMED
-    _require(fits, "roster", named(roster), f"{FEWEST_SUMMED} to {MOST_SUMMED} silos with {key}")
-    fewest = 2 * len(roster) // 3 + 1
-    fits = rules.quorum is None or rules.quorum >= fewest
-    allowed = f"null, or {fewest} or more of {len(roster)} with {key}, so that no two sets of silos are answered"
-    _require(fits, "membership.quorum", rules.quorum, allowed)
-    # A local launch of all silos makes their keys later.
-    fits = bool(trust.keys) or roster == sorted(config.silos)
-    _require(fits, key, True, "false without trust.keys: it is the members' keys that masks follow from")
+    require(fewest >= needed, key, fewest, allowed)
 
 
 def _check_collective(config: RunConfig) -> None:
@@ -374,17 +293,17 @@ def _check_collective(config: RunConfig) -> None:
     if exchange.kind != "collective":
         return
     fits = re.fullmatch(r"tcp://([^/:]+|\[[0-9a-fA-F:]+\]):[1-9]\d{0,4}", exchange.url)
-    _require(bool(fits), "exchange.url", exchange.url, "tcp://HOST:PORT with exchange.kind=collective")
+    require(bool(fits), "exchange.url", exchange.url, "tcp://HOST:PORT with exchange.kind=collective")
     state, num_silos = config.outer.state, len(config.full_roster)
-    _require(state == "memory", "outer.state", state, "memory with exchange.kind=collective, which has no aggregator")
-    _require(num_silos <= MOST_TOGETHER, "silos", num_silos, f"up to {MOST_TOGETHER} with exchange.kind=collective")
+    require(state == "memory", "outer.state", state, "memory with exchange.kind=collective, which has no aggregator")
+    require(num_silos <= MOST_TOGETHER, "silos", num_silos, f"up to {MOST_TOGETHER} with exchange.kind=collective")
     for name, silo in config.silos.items():
         num_ranks = silo.fewest_nodes * silo.processes_per_node
         lanes = f"1 to the {num_ranks} ranks of silo {name}"
-        _require(1 <= exchange.num_lanes <= num_ranks, "exchange.num_lanes", exchange.num_lanes, lanes)
+        require(1 <= exchange.num_lanes <= num_ranks, "exchange.num_lanes", exchange.num_lanes, lanes)
     for name, field in type(config.membership).__dataclass_fields__.items():
         given, allowed = getattr(config.membership, name), f"{field.default} with exchange.kind=collective"
-        _require(given == field.default, f"membership.{name}", given, allowed)
+        require(given == field.default, f"membership.{name}", given, allowed)
 
 
 def check_url(url: str, key: str) -> None:
@@ -413,7 +332,7 @@ def _check_store(config: RunConfig) -> None:
 def _check_options(config: RunConfig) -> None:
     options, key = config.exchange.options, "exchange.options"
     client = options.get("client_kwargs", {})
-    _require(isinstance(client, dict), f"{key}.client_kwargs", client, "a mapping")
+    require(isinstance(client, dict), f"{key}.client_kwargs", client, "a mapping")
     _refuse_secrets(options, key)
 
 
@@ -433,36 +352,36 @@ def _refuse_secrets(given: dict[str, Any], key: str) -> None:
 def _check_silo(name: str, silo: SiloConfig, *, masked: bool) -> None:
     key = f"silos.{name}"
     weights = silo.data_weights
-    _require(all(silo.data), f"{key}.data", silo.data, "directories of packed shards")
+    require(all(silo.data), f"{key}.data", silo.data, "directories of packed shards")
     for split, directory in silo.valid.items():
-        _require(bool(directory), f"{key}.valid.{split}", directory, "a directory of packed shards")
-    _require(
+        require(bool(directory), f"{key}.valid.{split}", directory, "a directory of packed shards")
+    require(
         len(weights) in (0, len(silo.data)),
         f"{key}.data_weights",
         weights,
         f"none, or one weight for each of the {len(silo.data)} entries of {key}.data",
     )
-    _require(all(0 < weight < math.inf for weight in weights), f"{key}.data_weights", weights, "numbers above 0")
+    require(all(0 < weight < math.inf for weight in weights), f"{key}.data_weights", weights, "numbers above 0")
     for owned, ours in OWNED.items():
         if owned in silo.deepspeed:
             raise ConfigError(f"{key}.deepspeed.{owned}: {silo.deepspeed[owned]!r} given; set {ours} instead")
     _check_deepspeed(silo.deepspeed, f"{key}.deepspeed", "")
     zero = silo.deepspeed.get("zero_optimization", {})
     stage = zero.get("stage", 0)
-    _require(stage in (0, 1, 2, 3), f"{key}.deepspeed.zero_optimization.stage", stage, "0, 1, 2, 3")
+    require(stage in (0, 1, 2, 3), f"{key}.deepspeed.zero_optimization.stage", stage, "0, 1, 2, 3")
     # DeepSpeed 0.19 reorders the parameters, but not where it says that their fp32 values are.
     turns = zero.get("round_robin_gradients", False)
     allowed = "false, at ZeRO stages 1 and 2"
-    _require(not turns or stage in (0, 3), f"{key}.deepspeed.zero_optimization.round_robin_gradients", turns, allowed)
-    _require(silo.attention != "documents" or masked, f"{key}.attention", "documents", "with document_masking=true")
-    _require(not (silo.compile and stage == 3), f"{key}.compile", True, "false at ZeRO stage 3; true at 0, 1 and 2")
+    require(not turns or stage in (0, 3), f"{key}.deepspeed.zero_optimization.round_robin_gradients", turns, allowed)
+    require(silo.attention != "documents" or masked, f"{key}.attention", "documents", "with document_masking=true")
+    require(not (silo.compile and stage == 3), f"{key}.compile", True, "false at ZeRO stage 3; true at 0, 1 and 2")
     again, every = silo.activation_checkpointing, silo.activation_checkpointing_every
     fits = again in ("none", "layers") or (again == "selective" and stage < 3)  # there gathers differ between passes
-    _require(fits, f"{key}.activation_checkpointing", again, "none, layers, and selective at ZeRO stages 0, 1 and 2")
+    require(fits, f"{key}.activation_checkpointing", again, "none, layers, and selective at ZeRO stages 0, 1 and 2")
     fits = every == 1 or (every > 1 and again != "none")
-    _require(fits, f"{key}.activation_checkpointing_every", every, "1, or with layers or selective more")
+    require(fits, f"{key}.activation_checkpointing_every", every, "1, or with layers or selective more")
     allowed = f"up to num_nodes {silo.num_nodes}"
-    _require(silo.min_nodes <= silo.num_nodes, f"{key}.min_nodes", silo.min_nodes, allowed)
+    require(silo.min_nodes <= silo.num_nodes, f"{key}.min_nodes", silo.min_nodes, allowed)
     for num_nodes in (silo.fewest_nodes, silo.num_nodes):
         accumulation_steps(name, silo, num_nodes * silo.processes_per_node)
 
@@ -475,7 +394,7 @@ def _check_deepspeed(given: dict[str, Any], key: str, section: str) -> None:
             raise ConfigError(f"{key}.{name}: unknown key given; allowed: DeepSpeed's, such as {', '.join(near)}")
         inner = f"{section}.{name}" if section else name
         if inner in KNOWN:
-            _require(isinstance(value, dict), f"{key}.{name}", value, "a section of keys and values")
+            require(isinstance(value, dict), f"{key}.{name}", value, "a section of keys and values")
             _check_deepspeed(value, f"{key}.{name}", inner)
 
 

@@ -11,7 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pretrain.config.allowed import ALLOWED, Numbers
-from pretrain.config.check import ConfigError, check_config
+from pretrain.config.check import check_config
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.config.paths import expand_homes, portable
 from pretrain.config.presets import Preset, chosen

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 
 FOLDER = Path(__file__).parents[2] / "configs"
 SECTIONS = ("model", "inner", "outer", "membership", "exchange", "silo")

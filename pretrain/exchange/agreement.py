@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from pretrain.config.check import ConfigError, named
+from pretrain.config.errors import ConfigError, named
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.amended import FOLDER, Proposal, acceptance_path, amendment_path, signature_path
 from pretrain.exchange.sealed import give_group_key

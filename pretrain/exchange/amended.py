@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
-from pretrain.config.check import named
+from pretrain.config.errors import named
 from pretrain.config.keys import OPERATOR
 from pretrain.exchange.objects import Objects
 from pretrain.exchange.records import heard

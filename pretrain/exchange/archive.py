@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import ExchangeConfig, RunConfig
 from pretrain.config.load import CONFIG_FILE, load_run
 from pretrain.config.paths import expand_home

@@ -14,7 +14,7 @@ from ipaddress import ip_address
 from itertools import count
 from urllib.parse import urlsplit
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.exchange.board import Board, FarBoard, Words
 from pretrain.exchange.channel import BrokenError, Credentials
 from pretrain.exchange.lane import ASK_SECONDS, Lane, PeerLostError

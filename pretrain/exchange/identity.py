@@ -10,7 +10,7 @@ from typing import Any
 
 from cryptography import x509
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.host.clock import by_this_machine, utc
 
 PEM_BYTES = 1 << 20

@@ -20,7 +20,7 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import OPERATOR
 from pretrain.exchange.beats import Beats
 from pretrain.exchange.signed import SignedStore

@@ -20,7 +20,7 @@ import fsspec
 from blake3 import blake3
 from fsspec.implementations.local import LocalFileSystem
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import ExchangeConfig
 from pretrain.exchange.client import PAGES, Client, SlowError, StopWaitingError, is_too_large, with_connections
 from pretrain.exchange.directory import Directory

@@ -9,7 +9,8 @@ from urllib.parse import urlsplit
 
 import fsspec
 
-from pretrain.config.check import ConfigError, check_url
+from pretrain.config.check import check_url
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import OPERATOR, ExchangeConfig
 from pretrain.config.load import CONFIG_FILE, load_run
 from pretrain.config.paths import expand_home

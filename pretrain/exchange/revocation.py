@@ -7,7 +7,7 @@ import dataclasses
 import re
 from dataclasses import dataclass
 
-from pretrain.config.check import ConfigError, named
+from pretrain.config.errors import ConfigError, named
 from pretrain.exchange.signed import SignedStore
 from pretrain.host.foreign import shown
 from pretrain.trust.ledger import Record, RefusedError

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import OPERATOR, ExchangeConfig, RunConfig
 from pretrain.exchange import words
 from pretrain.exchange.archive import Archived

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import OPERATOR, ExchangeConfig, RunConfig
 from pretrain.exchange.amended import Amendments
 from pretrain.exchange.objects import Objects

@@ -37,7 +37,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import OPERATOR
 from pretrain.exchange.signed import SignedStore
 from pretrain.exchange.words import Damaged, Evaluation, Identity, Membership, Refusal, Resumable, Waiting, number

@@ -7,7 +7,7 @@ silos/NAME/000017/answer.json   what the silo lays open for that
 
 from typing import Any
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.exchange.store import StoreExchange, delivery_path
 from pretrain.trust.ledger import Manifest, RefusedError

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.load import CONFIG_FILE
 from pretrain.exchange.store import StoreExchange, file_payload
 from pretrain.federation.export import exported_digest

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import OuterConfig, RunConfig
 from pretrain.host.foreign import shown
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.config.allowed import TIERS
-from pretrain.config.check import ConfigError, check_config, named
+from pretrain.config.check import check_config
+from pretrain.config.errors import ConfigError, named
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.config.load import load_unchecked
 from pretrain.exchange.agreement import (

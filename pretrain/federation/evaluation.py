@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from pretrain.config.check import ConfigError, named
+from pretrain.config.errors import ConfigError, named
 from pretrain.config.load import CONFIG_FILE, load_config
 from pretrain.config.paths import expand_home
 from pretrain.exchange.store import StoreExchange

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
-from pretrain.config.check import ConfigError, named
+from pretrain.config.errors import ConfigError, named
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.agreement import SIGNATURES
 from pretrain.exchange.amended import FOLDER as AMENDMENTS

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import RunConfig, SiloConfig
 from pretrain.exchange.history import History
 from pretrain.exchange.options import store_options

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.config.check import RUN_NAME, ConfigError, check_config, named
+from pretrain.config.check import RUN_NAME, check_config
+from pretrain.config.errors import ConfigError, named
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import Section, load_unchecked
 from pretrain.exchange.agreement import adding

@@ -1,6 +1,6 @@
 """A silo's word that it takes part no more. No torch."""
 
-from pretrain.config.check import ConfigError, named
+from pretrain.config.errors import ConfigError, named
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.store import StoreExchange
 from pretrain.host.lock import lock_directory

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import fsspec
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.options import destination, is_directory, store_options
 from pretrain.exchange.signed import CONTRACT

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import fsspec
 
-from pretrain.config.check import ConfigError, named
+from pretrain.config.errors import ConfigError, named
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.exchange.agreement import SIGNATURES
 from pretrain.exchange.amended import FOLDER as AMENDMENTS

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pretrain.config.check import ConfigError, named
+from pretrain.config.errors import ConfigError, named
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.revocation import Revocation
 from pretrain.exchange.store import StoreExchange, delivery_path, version_path

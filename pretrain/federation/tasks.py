@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 
 LOCAL = ("json", "csv", "parquet", "text", "arrow")  # builders of `datasets` that read files
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE")

@@ -4,7 +4,7 @@ import json
 import math
 from typing import Any, NoReturn
 
-from pretrain.config.check import printable
+from pretrain.config.errors import printable
 
 LIMIT_BYTES = 64 << 20
 LIMIT_DEPTH = 32  # of lists and objects in each other; ours have 5

@@ -4,7 +4,7 @@ import json
 import uuid
 from pathlib import Path
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.host.foreign import loads
 
 FILE = "identity.json"

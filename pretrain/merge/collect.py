@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pretrain.config.check import named
+from pretrain.config.errors import named
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.objects import StopWaitingError, StoreSlowError
 from pretrain.exchange.payload import Tensors

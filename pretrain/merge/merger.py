@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.payload import PARAMETER
 from pretrain.exchange.store import REQUESTS_AT_ONCE, StoreExchange

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.config.check import named
+from pretrain.config.errors import named
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.store import REQUESTS_AT_ONCE, StoreExchange
 from pretrain.exchange.sums import Sums, survivors_path

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.payload import PARAMETER, header
 from pretrain.merge.terms import shared_moments, snapshot_kinds, snapshot_versions

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pretrain.config.check import ConfigError, check_config
+from pretrain.config.check import check_config
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import OuterConfig, RunConfig
 from pretrain.merge.terms import snapshot_versions
 from pretrain.plan.bytes import (

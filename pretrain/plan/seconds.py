@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.outer.schedule import Schedule
 from pretrain.outer.state import kept_kinds

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import SiloConfig
 
 # Products with matrices, and fused attention on any device: nearly all of a layer's work, and less than half of what

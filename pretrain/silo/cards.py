@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 
 if TYPE_CHECKING:
     from pretrain.silo.ranks import Ranks

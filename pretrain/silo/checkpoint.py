@@ -27,7 +27,7 @@ from deepspeed.accelerator import get_accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.silo.engine import Engine
 from pretrain.silo.ranks import Ranks
 

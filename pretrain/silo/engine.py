@@ -19,7 +19,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 from torch import Tensor, nn
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import InnerConfig, ModelConfig, SiloConfig
 from pretrain.silo.activations import checkpoint_activations
 from pretrain.silo.attention import DOCUMENTS

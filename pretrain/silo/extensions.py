@@ -17,7 +17,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch.utils.cpp_extension import get_default_build_root
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 
 
 def load_extension(builder_name: str, waits_for: Callable[[str], None] = lambda what: None) -> None:

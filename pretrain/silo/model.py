@@ -17,7 +17,7 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import ModelConfig, RunConfig
 from pretrain.host.foreign import shown
 from pretrain.silo.architecture import model_config, one_line

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import InnerConfig
 from pretrain.outer.learning_rate import scheduled_lr
 from pretrain.silo.muon import MuonAdamW

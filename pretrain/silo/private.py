@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import PrivateConfig, RunConfig
 from pretrain.silo.account import Account, BudgetSpentError, Plan, plan
 from pretrain.silo.checkpoint import Progress

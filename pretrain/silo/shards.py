@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.host.foreign import loads, shown
 
 FORMAT = 2
@@ -142,8 +142,8 @@ def tokenizer_sha256(file: Path, *, key: str = "tokenizer") -> str:
 
     Raises ConfigError, naming `key`, when the file is missing or is no JSON object.
     """
-    given = "" if file == Path() else str(file)
-    loaded = _read_json(file, missing=f"{key}: {given!r} given; there is no such file: name a tokenizer.json")
+    missing = f"{str(file)!r} given; there is no such file" if file != Path() else "none given"
+    loaded = _read_json(file, missing=f"{key}: {missing}; allowed: a tokenizer.json, or a directory that has one")
     canonical = json.dumps(loaded, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
 

@@ -6,7 +6,7 @@ import time
 
 from deepspeed.accelerator import get_accelerator
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.host.journal import Journal
 from pretrain.silo.checkpoint import SECONDS, Progress

@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 from safetensors import SafetensorError, safe_open
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.host.foreign import loads, shown
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"

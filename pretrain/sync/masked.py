@@ -8,8 +8,9 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from pretrain.config.check import FEWEST_SUMMED, ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import RunConfig
+from pretrain.config.privacy import FEWEST_SUMMED
 from pretrain.exchange.store import StoreExchange, delivery_path
 from pretrain.exchange.sums import Sums, answer_path, shares_path
 from pretrain.merge.terms import merge_weight, most_tokens

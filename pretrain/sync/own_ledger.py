@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.agreement import agreement_path
 from pretrain.exchange.base import Received

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pretrain.config.check import ConfigError, named
+from pretrain.config.errors import ConfigError, named
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.collective import Collective
 from pretrain.exchange.lane import Lane, PeerLostError

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.base import Exchange, Outgoing, Received
 from pretrain.exchange.payload import Held, Tensors, save_tensors

@@ -7,7 +7,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from pretrain.config.check import SILO_NAME, ConfigError, check_config, named
+from pretrain.config.check import SILO_NAME, check_config
+from pretrain.config.errors import ConfigError, named
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.host.foreign import loads, shown
 from pretrain.trust.keys import PublicKey

@@ -8,7 +8,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from pretrain.config.check import RUN_ID, ConfigError
+from pretrain.config.check import RUN_ID
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.host.foreign import loads, shown
 from pretrain.host.software import VERSION, differences, installed, minor

@@ -23,7 +23,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.host.clock import DAY_SECONDS, by_this_machine, utc
 from pretrain.trust.keys import Signer

@@ -24,7 +24,8 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
-from pretrain.config.check import SILO_NAME, ConfigError
+from pretrain.config.check import SILO_NAME
+from pretrain.config.errors import ConfigError
 from pretrain.host.foreign import loads, shown
 from pretrain.trust.ledger import RefusedError
 

@@ -7,7 +7,7 @@ from itertools import count
 from pathlib import Path
 from typing import TypeVar
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.trust.amendment import Terms
 from pretrain.trust.keys import PrivateKey, PublicKey, Signer, load_signer, new_key, read_key, verify

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from pretrain.config.allowed import CODECS, SUM32
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import OuterConfig, RunConfig
 from pretrain.trust.ledger import Manifest
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import InnerConfig, ModelConfig, PrivateConfig, SiloConfig
 from pretrain.silo.account import Plan
 from pretrain.silo.checkpoint import Progress

@@ -14,7 +14,7 @@ from safetensors.torch import save
 
 from data_tools.counts import CountsHeader, read_counts
 from launch.show.status import print_status
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import OPERATOR, InnerConfig, MembershipConfig, OuterConfig
 from pretrain.config.load import load_config
 from pretrain.exchange import words

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pretrain.aggregate import Aggregator, OuterState
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.exchange.agreement import propose_amendment, sign_amendment, sign_contract
 from pretrain.exchange.amended import Proposal

@@ -60,7 +60,9 @@ def installed_keys() -> dict[str, tuple[str, ...]]:
 
 def test_they_are_those_of_the_installed_deepspeed() -> None:
     installed = installed_keys()
-    assert installed == KNOWN, f"DeepSpeed has changed: check pretrain/config/check.py and write KNOWN = {installed}"
+    assert installed == KNOWN, (
+        f"DeepSpeed has changed: check pretrain/config/deepspeed_keys.py and write KNOWN = {installed}"
+    )
     assert set(KNOWN[""]) >= OWNED.keys()
 
 

@@ -14,7 +14,7 @@ from data_tools.cli import app
 from data_tools.corpora import write_python_corpora
 from data_tools.sources import read_documents, split_file
 from data_tools.tokenizer import load_tokenizer, train_tokenizer
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.silo.shards import tokenizer_sha256, verify_shards
 from tests.support import one_line_error
 from tests.text_files import TEXTS, write_jsonl

@@ -15,7 +15,7 @@ from data_tools.report import print_report
 from data_tools.sources import Source
 from data_tools.tokenizer import load_tokenizer, train_tokenizer
 from data_tools.workers import StoppedError
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.silo.shards import open_shard, read_manifest
 from tests.support import one_line_error, packed_hashes
 from tests.text_files import write_jsonl

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.exchange.board import Words
 from pretrain.exchange.channel import PIECE_BYTES
 from pretrain.exchange.collective import WORDS, Collective, reach_board

@@ -21,7 +21,7 @@ from tests.waiting import wait_for
 HOLDER = """
 import sys
 from pathlib import Path
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.exchange.lease import Lease
 from pretrain.exchange.store import StoreExchange
 

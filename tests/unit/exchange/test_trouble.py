@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from blake3 import blake3
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.exchange.directory import Directory
 from pretrain.exchange.objects import Objects, StopWaitingError, StoreTroubleError
 from pretrain.host.disk import full_disk

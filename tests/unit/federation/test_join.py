@@ -210,7 +210,7 @@ def test_mistakes_are_one_line_and_write_nothing(begin: Begin, tmp_path: Path) -
         f"amend {url} ... trust.keys.gamma=... (docs/clusters.md)"
     )
     assert refusal(silos={"alpha": {}}) == "silos: alpha, beta given; allowed: one, this institution's"
-    assert refusal(tokenizer=None).startswith("tokenizer: 'tokenizer.json' given; there is no such file")
+    assert refusal(tokenizer=None).startswith("tokenizer: none given; allowed: a tokenizer.json, or a directory")
     changed = json.loads(site.text.tokenizer.read_text())
     changed["version"] = "2.0"
     (tmp_path / "tokenizer.json").write_text(json.dumps(changed))

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from launch import cli
 from pretrain.aggregate import Aggregator, OuterState
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.exchange.history import History
 from pretrain.exchange.store import StoreExchange

@@ -8,7 +8,7 @@ import yaml
 from typer.testing import CliRunner
 
 from launch import cli
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import OPERATOR
 from pretrain.config.load import load_config
 from pretrain.trust.keys import new_key

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pretrain.aggregate import OuterState
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.payload import Tensors as PayloadTensors
 from pretrain.merge.terms import shared_moments

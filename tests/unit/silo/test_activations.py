@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.device_memory import Created
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import ModelConfig, SiloConfig
 from pretrain.plan.memory import activation_bytes
 from pretrain.silo.activations import KEPT, checkpoint_activations

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.silo.data import Batches, Mixture, Order, PackedTokens, held_out_batches
 from pretrain.silo.shards import (
     MANIFEST_FILE,

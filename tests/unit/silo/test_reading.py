@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import ModelConfig
 from pretrain.silo.attention import DOCUMENTS, document_lengths
 from pretrain.silo.checkpoint import other_data

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.board import Words
 from pretrain.exchange.lane import PeerLostError

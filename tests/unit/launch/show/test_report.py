@@ -11,7 +11,7 @@ import pytest
 from launch.show.figures import MAX_POINTS, thin
 from launch.show.report import data_parallel_bytes, format_count, summarize, write_report
 from launch.show.run import Run, evaluations
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import RunConfig, SiloConfig
 from pretrain.config.load import save_config
 

@@ -18,7 +18,7 @@ from launch.start import local
 from launch.start.local import Attempt, hold_directory, launch_local, local_commands, log_tail, new_attempt
 from launch.start.processes import POLL_SECONDS, ChildCommand, Children
 from launch.start.workers import SAVE_SECONDS
-from pretrain.config.check import ConfigError
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import RunConfig, SiloConfig
 from pretrain.config.load import save_config
 from tests.waiting import PATIENCE_SECONDS, wait_for
