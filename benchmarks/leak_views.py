@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,10 +19,14 @@ from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.exchange.payload import Tensors, changed_tensors
 from pretrain.exchange.sealed import fetch_version, open_payload, take_group_key
 from pretrain.exchange.store import StoreExchange, delivery_path
+from pretrain.exchange.sums import Sums
 from pretrain.federation.reading import found_configuration
+from pretrain.merge.terms import merge_weight, most_tokens
 from pretrain.outer.codec import decoded
+from pretrain.outer.fixed_point import scale
 from pretrain.outer.quantize import Parts
-from pretrain.trust.ledger import RefusedError
+from pretrain.trust.ledger import Manifest, RefusedError
+from pretrain.trust.masks import Stream, add
 from pretrain.trust.members import act_as
 
 Named = dict[str, Tensor]
@@ -108,7 +113,7 @@ class Opened:
         )
 
     def delivery(self, silo: str, version: int) -> View:
-        """What a silo delivered. Raises RefusedError where it is sealed for others, or hidden otherwise."""
+        """What a silo delivered. Raises RefusedError where it is sealed for others, or masked."""
         commit = self._exchange.read_commit(version)
         one = next(one for one in commit.contributors if one.silo == silo)
         manifest, _ = self._exchange.contributed(one)
@@ -118,8 +123,29 @@ class Opened:
             self._exchange.fetch(delivery_path(silo, version), payload, file)
             open_payload(self._exchange, silo, version, payload, file)
             tensors, base = Tensors(file), self.versions[manifest.base_version].parameters
+            if self.config.outer.secure_sum:
+                return View(base=base, pseudo_gradient=self._unmasked(manifest, tensors), moments={})
             pseudo = {name: decoded(manifest.codec, base[name], tensors.parts(name)) for name in tensors.names}
             return View(base=base, pseudo_gradient=pseudo, moments=_copied(tensors.moments))
+
+    def _unmasked(self, manifest: Manifest, tensors: Tensors) -> Named:
+        """What lies below the masks, which only the silo itself can take off."""
+        if manifest.silo != self.party:
+            raise RefusedError(f"the delivery of {manifest.silo} for version {manifest.version} is masked")
+        outer, sums = self.config.outer, Sums(self.config, self._exchange)
+        masks = sums.masker(self.party, manifest.version).streams(sums.shares(manifest).salt)
+        values = {name: tensors.parts(name)["values"] for name in sorted(tensors.names)}
+        flat = [value.flatten().numpy().view(np.uint32).copy() for value in values.values()]
+        add(flat, [], [Stream(mask.seed, not mask.is_added) for mask in masks])
+        weight, most = (
+            merge_weight(tokens, outer.weight_power)
+            for tokens in (manifest.tokens, most_tokens(self.config, manifest.version))
+        )
+        factor = scale(len(self.config.full_roster), outer.sum_range) * (weight / most)
+        return {
+            name: torch.from_numpy(one.view(np.int32) / factor).view(values[name].shape)
+            for name, one in zip(values, flat, strict=True)
+        }
 
     def merged(self, version: int) -> Named:
         """The merged pseudo-gradient of a version, from the versions up to it: the outer step taken back.

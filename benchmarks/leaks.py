@@ -173,12 +173,20 @@ class Attacked:
         return Opened(self.run, self.attacker)
 
     def views(self, version: int) -> dict[str, View]:
-        """What aggregator and member have of the silo's delivery."""
-        delivered = self.operator.delivery(self.silo, version)
+        """What aggregator and member have of the silo's delivery; of a secure sum the one has the mean of all."""
+        own = self.own(version)
+        if self.config.outer.secure_sum:
+            delivered = View(base=own.base, pseudo_gradient=self.operator.merged(version), moments={})
+        else:
+            delivered = self.operator.delivery(self.silo, version)
         if self.can_read:
             return {"aggregator, member": delivered}
-        own = self.operator.delivery(self.attacker, version)
         return {"aggregator": delivered, "member": self._member.subtracted(version, own)}
+
+    def own(self, version: int) -> View:
+        """What the attacking silo delivered itself."""
+        party = self._member if self.config.outer.secure_sum else self.operator
+        return party.delivery(self.attacker, version)
 
     def mixture(self, silo: str) -> Mixture:
         """A silo's sequences in the order in which it reads them."""
@@ -210,7 +218,7 @@ def attack_tokens(attacked: Attacked) -> dict[str, dict[str, TokensFound]]:
     vocab_size = vocabulary_size(attacked.config.tokenizer_file)
     found: dict[str, dict[str, list[TokensFound]]] = {}
     for version in sorted({max(1, round(attacked.last * quarter / 4)) for quarter in (1, 2, 3, 4)}):
-        known = attacked.operator.delivery(attacked.attacker, version)
+        known = attacked.own(version)
         counts = [attacked.counts(silo, version) for silo in (attacked.attacker, attacked.silo)]
         for who, view in attacked.views(version).items():
             rows = row_features(known.pseudo_gradient, vocab_size), row_features(view.pseudo_gradient, vocab_size)

@@ -24,9 +24,10 @@ from benchmarks.leaks import (
 )
 from launch.start.local import write_resolved
 from pretrain.config.keys import OPERATOR, RunConfig
+from pretrain.trust.ledger import RefusedError
 from tests.conftest import TinyConfig
 from tests.distributed.federation import federate
-from tests.support import TinyText, one_line_error, write_corpus
+from tests.support import CORPORA, TinyText, one_line_error, tiny_silo, write_corpus
 from tests.unit.test_aggregate import one_version, plus_noise
 from tests.unit.test_sealed import make, outgoing
 from tests.unit.test_signed import begin
@@ -105,6 +106,28 @@ def test_the_rows_that_moved_are_the_tokens_of_the_round(attacked: Attacked) -> 
     found = attack_tokens(attacked)["aggregator, member"]["rows"]
     assert found.auc > 0.95
     assert found.recall > 0.9
+
+
+@pytest.mark.soak
+def test_of_a_secure_sum_the_aggregator_has_the_mean_of_all(
+    tmp_path: Path, tiny_config: TinyConfig, tiny_text: TinyText
+) -> None:
+    """Whose values each silo can take the masks off of its own."""
+    outer = {"secure_sum": True, "max_share": 1.0, "max_batch_sequences": 16, "lr": 0.5, "momentum": 0.5}
+    silos = {name: tiny_silo(tiny_text, name) for name in CORPORA}
+    metrics = {"metrics": {"pseudo_gradient_norm": "member"}}
+    config = tiny_config(tmp_path, silos=silos, outer=outer, trust=metrics, exchange={"keep_versions": 100})
+    federate(config)
+    found = Attacked(config, "alpha", "beta")
+    views = found.views(2)
+    assert views.keys() == {"aggregator", "member"}
+    own = {silo: Opened(found.run, silo).delivery(silo, 2).pseudo_gradient for silo in silos}
+    shares = found.operator.versions[2].shares
+    for name, value in views["aggregator"].pseudo_gradient.items():
+        mean = sum(shares[silo] * own[silo][name] for silo in silos)
+        torch.testing.assert_close(value, mean, rtol=1e-3, atol=1e-6)
+    with pytest.raises(RefusedError, match="the delivery of alpha for version 2 is masked"):
+        found.operator.delivery("alpha", 2)
 
 
 def test_tables_of_a_real_run(attacked: Attacked, tiny_text: TinyText) -> None:
