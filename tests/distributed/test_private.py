@@ -130,7 +130,7 @@ def test_a_killed_silo_accounts_on_stops_at_its_budget_to_the_step_and_leaves(
     assert sorted(run.by_step("beta", "loss")) == list(range(1, 13))
     (delivered,) = (Path(config.store_url) / "silos" / "alpha").glob("*/manifest.json")
     manifest = Manifest.from_bytes(delivered.read_bytes())
-    assert manifest.metrics.keys() == {"pseudo_gradient_norm", "epsilon", "delta"}
+    assert manifest.metrics.keys() == {"pseudo_gradient_norm", "epochs", "epsilon", "delta"}
     assert (manifest.metrics["epsilon"], manifest.metrics["delta"]) == (epsilon[3], 1e-5)
     status = store_status(config.store_url).silos["alpha"]
     assert (status.part, status.spent) == ("left", {"epsilon": epsilon[3], "delta": 1e-5})
