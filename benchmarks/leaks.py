@@ -415,7 +415,8 @@ def measure(arguments: argparse.Namespace) -> None:
     if len({column.name for column in columns}) < len(columns):
         raise ConfigError(f"--with: {', '.join(column.name for column in columns)} given; allowed: a name once")
     for column in columns:  # a mistake must not cost the preparation
-        check_readable(load_config([SETTINGS], ["silos.any={}", *RUN, *column.overrides]))
+        silos = [f"silos.any-{number}={{}}" for number in range(column.num_silos)]
+        check_readable(load_config([SETTINGS], [*silos, *RUN, *column.overrides]))
     text = make_text(
         arguments.corpora,
         arguments.directory,
