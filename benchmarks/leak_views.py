@@ -21,9 +21,8 @@ from pretrain.exchange.sealed import fetch_version, open_payload, take_group_key
 from pretrain.exchange.store import StoreExchange, delivery_path
 from pretrain.exchange.sums import Sums
 from pretrain.federation.reading import found_configuration
-from pretrain.merge.terms import merge_weight, most_tokens
+from pretrain.merge.terms import sum_factor
 from pretrain.outer.codec import decoded
-from pretrain.outer.fixed_point import scale
 from pretrain.outer.quantize import Parts
 from pretrain.trust.ledger import Manifest, RefusedError
 from pretrain.trust.masks import Stream, add
@@ -132,16 +131,12 @@ class Opened:
         """What lies below the masks, which only the silo itself can take off."""
         if manifest.silo != self.party:
             raise RefusedError(f"the delivery of {manifest.silo} for version {manifest.version} is masked")
-        outer, sums = self.config.outer, Sums(self.config, self._exchange)
+        sums = Sums(self.config, self._exchange)
         masks = sums.masker(self.party, manifest.version).streams(sums.shares(manifest).salt)
         values = {name: tensors.parts(name)["values"] for name in sorted(tensors.names)}
         flat = [value.flatten().numpy().view(np.uint32).copy() for value in values.values()]
         add(flat, [], [Stream(mask.seed, not mask.is_added) for mask in masks])
-        weight, most = (
-            merge_weight(tokens, outer.weight_power)
-            for tokens in (manifest.tokens, most_tokens(self.config, manifest.version))
-        )
-        factor = scale(len(self.config.full_roster), outer.sum_range) * (weight / most)
+        factor = sum_factor(self.config, manifest.version, manifest.tokens)
         return {
             name: torch.from_numpy(one.view(np.int32) / factor).view(values[name].shape)
             for name, one in zip(values, flat, strict=True)

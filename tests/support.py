@@ -8,6 +8,7 @@ import os
 import random
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -150,6 +151,23 @@ def write_settings(directory: Path, text: TinyText, **changes: Any) -> Path:
     path = directory / "tiny.yaml"
     path.write_text(yaml.safe_dump(merged(tiny_settings(directory, text), changes), sort_keys=False))
     return path
+
+
+def torchrun(worker: Path, *arguments: object, num_ranks: int, timeout: float, may_have_gpus: bool = False) -> str:
+    """What a worker of so many ranks prints; on the CPU, unless it may have GPUs. Fails with what it said of errors."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    hide_gpus = {} if may_have_gpus else {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    run = subprocess.run(
+        [*command, str(worker), *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | hide_gpus,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return run.stdout
 
 
 def one_line_error(function: Callable[..., Any], *arguments: object, **named: object) -> str:

@@ -14,7 +14,7 @@ from pretrain.exchange.store import StoreExchange
 from pretrain.exchange.words import LABEL, Evaluation
 from pretrain.federation.export import SplitLoss, exported_digest, load_global_model, provenance_of
 from pretrain.federation.preflight import check_policy
-from pretrain.federation.reading import found_configuration
+from pretrain.federation.reading import exported, found_configuration
 from pretrain.silo.model import load_checkpoint
 from pretrain.silo.shards import tokenizer_sha256
 from pretrain.trust.contract import build_contract, check_same_contract
@@ -48,23 +48,21 @@ def open_subject(
 
     `paths` are of the reader's own configuration, or with `publishes` of the silo's that will sign. Raises ConfigError.
     """
-    directory = Path(expand_home("model", where))
-    if (directory / "config.json").is_file():
-        is_unused = paths and not publishes
-        for name, is_given in (("--version", version is not None), ("--config", is_unused), ("--tokenizer", tokenizer)):
-            if is_given:
-                raise ConfigError(f"{name}: given with {where!r}, which is a model; allowed: with a run or a store")
+    is_unused = paths and not publishes
+    options = {"--version": version is not None, "--config": is_unused, "--tokenizer": tokenizer}
+    if directory := exported(where, options=options):
         return Subject(
             provenance=provenance_of(directory),
             tokenizer_sha256=tokenizer_sha256(directory / "tokenizer.json"),
             load=lambda: load_checkpoint(directory, key="model"),
             digest=lambda: exported_digest(directory),
         )
-    own = () if publishes and (directory / CONFIG_FILE).is_file() else paths
+    run = Path(expand_home("model", where))
+    own = () if publishes and (run / CONFIG_FILE).is_file() else paths
     try:
         config = found_configuration(where, paths=own, tokenizer=tokenizer)
     except ConfigError as error:
-        if directory.is_dir() or "://" in where:
+        if run.is_dir() or "://" in where:
             raise
         allowed = "an exported directory (see atoll export), a run directory, or the URL of a store"
         raise ConfigError(f"model: {where!r} given; allowed: {allowed}") from error

@@ -10,9 +10,8 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from pretrain.config.errors import ConfigError
-from pretrain.config.paths import expand_home
 from pretrain.federation.export import load_global_model, provenance_of
-from pretrain.federation.reading import found_configuration
+from pretrain.federation.reading import exported, found_configuration
 from pretrain.silo.exported import with_tokenizer
 from pretrain.silo.model import load_checkpoint
 
@@ -160,11 +159,8 @@ def open_speaker(
 
     A store alone needs the tokenizer, or with `paths` a configuration. Raises ConfigError.
     """
-    directory = Path(expand_home("model", where))
-    if (directory / "config.json").is_file():
-        given = {"--version": version, "--config": paths, "--tokenizer": tokenizer}
-        if wrong := [name for name, value in given.items() if value]:
-            raise ConfigError(f"{wrong[0]}: given with {where!r}, which is a model; allowed: with a run or a store")
+    options = {"--version": version is not None, "--config": paths, "--tokenizer": tokenizer}
+    if directory := exported(where, options=options):
         model = load_checkpoint(directory, key="model").eval()
         found = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         trained = provenance_of(directory).get("sequence_tokens")

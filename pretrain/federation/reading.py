@@ -1,7 +1,7 @@
 """The configuration with which this machine reads a federation: its run directory's, or the contract's. No torch."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pretrain.config.errors import ConfigError
@@ -36,6 +36,19 @@ def configuration(where: str, contract: bytes, *, paths: Sequence[Path] = (), to
             f"--tokenizer: {str(tokenizer)!r} given; allowed: the one that the contract names by its sha256"
         )
     return own
+
+
+def exported(where: str, *, options: Mapping[str, object]) -> Path | None:
+    """The directory of an exported model, if `where` is one; None for a run or a store.
+
+    Raises ConfigError for one of the `options` that only these have, by name to whether it is given.
+    """
+    directory = Path(expand_home("model", where))
+    if not (directory / "config.json").is_file():
+        return None
+    if wrong := [name for name, is_given in options.items() if is_given]:
+        raise ConfigError(f"{wrong[0]}: given with {where!r}, which is a model; allowed: with a run or a store")
+    return directory
 
 
 def found_configuration(where: str, *, paths: Sequence[Path] = (), tokenizer: Path | None = None) -> RunConfig:

@@ -9,6 +9,7 @@ import torch
 
 from pretrain.config.keys import OuterConfig, RunConfig
 from pretrain.exchange.payload import PARAMETER
+from pretrain.outer.fixed_point import scale
 from pretrain.outer.moments import MeanGradient, Moment, SecondMoment
 from pretrain.outer.optimizer import OuterOptimizer
 from pretrain.outer.quantize import QUANTIZERS
@@ -66,6 +67,12 @@ def most_tokens(config: RunConfig, version: int) -> int:
     """The most that a delivery for a version may count."""
     batch, steps = config.outer.max_batch_sequences, config.schedule.steps(version)
     return MOST_TOKENS if batch is None else min(MOST_TOKENS, steps * batch * config.sequence_tokens)
+
+
+def sum_factor(config: RunConfig, version: int, tokens: int) -> float:
+    """Of a secure sum: what a delivery's values, behind which are so many tokens, are multiplied by, to be rounded."""
+    weight, most = (merge_weight(n, config.outer.weight_power) for n in (tokens, most_tokens(config, version)))
+    return scale(len(config.full_roster), config.outer.sum_range) * (weight / most)
 
 
 def check_payload_size(

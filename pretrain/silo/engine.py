@@ -169,8 +169,7 @@ class Engine:
         each forward, backward and optimizer.
         Returns this rank's mean loss in nats and the gradient's L2 norm before clipping.
         """
-        for group in self._deepspeed.optimizer.param_groups:
-            group["lr"] = lr * group["lr_factor"]
+        self._set_lr(lr)
         losses = []
         for input_ids, targets in micro_batches:
             with part("forward"):
@@ -179,11 +178,8 @@ class Engine:
                 self._deepspeed.backward(loss)
             losses.append(loss.detach())
             with part("optimizer"):
-                own_norm = self._clip_own_gradient()
-                self.copies.hold()
-                self._deepspeed.step()
-        norm = self._deepspeed.get_global_grad_norm() if own_norm is None else own_norm
-        return torch.stack(losses).mean().item(), float(norm)
+                own_norm = self._use_gradient()
+        return torch.stack(losses).mean().item(), self._norm(own_norm)
 
     def sequence_gradients(self, input_ids: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
         """Mean loss in nats and gradients, in the order of `shapes`, of one sequence of a micro batch after another.
@@ -199,15 +195,25 @@ class Engine:
 
         They are fp32, whole, the same on all ranks, and in the order of `shapes`. At ZeRO 0 to 2.
         """
-        for group in self._deepspeed.optimizer.param_groups:
-            group["lr"] = lr * group["lr_factor"]
+        self._set_lr(lr)
         parts = zip(self._parameters.values(), gradients, strict=True)
         along = torch.stack([(parameter.float() * gradient).sum() for parameter, gradient in parts]).sum()
         begin_backward(self._deepspeed, along)
         self._deepspeed.backward(along)  # hands each parameter its gradient as DeepSpeed wants it
+        return self._norm(self._use_gradient())
+
+    def _set_lr(self, lr: float) -> None:
+        for group in self._deepspeed.optimizer.param_groups:
+            group["lr"] = lr * group["lr_factor"]
+
+    def _use_gradient(self) -> float | None:
+        """After a backward pass: what DeepSpeed does then; the norm as `_clip_own_gradient` says."""
         own_norm = self._clip_own_gradient()
         self.copies.hold()
         self._deepspeed.step()
+        return own_norm
+
+    def _norm(self, own_norm: float | None) -> float:
         return float(self._deepspeed.get_global_grad_norm() if own_norm is None else own_norm)
 
     def _clip_own_gradient(self) -> float | None:

@@ -13,8 +13,8 @@ from pretrain.config.keys import RunConfig
 from pretrain.config.privacy import FEWEST_SUMMED
 from pretrain.exchange.store import StoreExchange, delivery_path
 from pretrain.exchange.sums import Sums, answer_path, shares_path
-from pretrain.merge.terms import merge_weight, most_tokens
-from pretrain.outer.fixed_point import OutOfRangeError, code, scale
+from pretrain.merge.terms import sum_factor
+from pretrain.outer.fixed_point import OutOfRangeError, code
 from pretrain.outer.quantize import Parts
 from pretrain.sync.delivered import Delivered
 from pretrain.trust.ledger import Manifest, Payload, RefusedError, sha256_bytes
@@ -38,8 +38,7 @@ class MaskedSum:
     ) -> dict[str, Parts]:
         """What leaves of a fragment, of each tensor's base and local value. Raises ConfigError, with the range."""
         outer, names = self._config.outer, sorted(pairs)
-        weight, most = (merge_weight(n, outer.weight_power) for n in (tokens, most_tokens(self._config, version)))
-        factor = scale(len(self._config.full_roster), outer.sum_range) * (weight / most)
+        factor = sum_factor(self._config, version, tokens)
         try:
             coded = code([pairs[name] for name in names], factor, outer.sum_range, num_threads)
         except OutOfRangeError as error:

@@ -3,10 +3,7 @@
 import dataclasses
 import itertools
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,7 @@ import pytest
 
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, federate, launched
-from tests.support import ROOT, TWO_RANKS, zero
+from tests.support import TWO_RANKS, torchrun, zero
 
 WORKER = Path(__file__).parent / "elastic_worker.py"
 # Ranks; ZeRO stage, steps before, and after. The first goes on to the end, undisturbed, behind its checkpoint.
@@ -24,19 +21,8 @@ LEGS = [(1, (0, 0, 2, 6)), (2, (2, 2, 3, 3)), (4, (3, 3, 5, 5)), (1, (1, 5, 6, 6
 
 def leg(directory: Path, num_ranks: int, arguments: Sequence[int]) -> dict[str, Any]:
     """What one start of the worker printed, by optimizer."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-    run = subprocess.run(
-        [*torchrun, str(WORKER), str(directory), *map(str, arguments)],
-        cwd=ROOT,
-        env=os.environ
-        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    rows = [json.loads(line.removeprefix("RESULT")) for line in run.stdout.splitlines() if line.startswith("RESULT")]
+    lines = torchrun(WORKER, directory, *arguments, num_ranks=num_ranks, timeout=120).splitlines()
+    rows = [json.loads(line.removeprefix("RESULT")) for line in lines if line.startswith("RESULT")]
     return {row["optimizer"]: row for row in rows}
 
 

@@ -2,16 +2,13 @@
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.support import ROOT
+from tests.support import torchrun
 
 WORKER = Path(__file__).parent / "engine_worker.py"
 CASES = list(itertools.product(("adamw", "muon"), (0, 1, 2, 3), ("fp32", "bf16")))
@@ -22,19 +19,8 @@ TOLERANCE = {("adamw", "fp32"): 1e-4, ("muon", "fp32"): 0.05, ("adamw", "bf16"):
 
 def run_worker(directory: Path, *, num_ranks: int) -> dict[Any, dict[str, Any]]:
     """One torchrun for all cases: starting DeepSpeed costs more. By (optimizer, stage, precision), or "masking"."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-    hide_gpus = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if torch.cuda.device_count() < num_ranks else {}
-    run = subprocess.run(
-        [*torchrun, str(WORKER), str(directory)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | hide_gpus,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=200,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    lines = run.stdout.splitlines()
+    may_have_gpus = torch.cuda.device_count() >= num_ranks
+    lines = torchrun(WORKER, directory, num_ranks=num_ranks, timeout=200, may_have_gpus=may_have_gpus).splitlines()
     rows = [json.loads(line.removeprefix("RESULT")) for line in lines if line.startswith("RESULT")]
     (masking,) = [json.loads(line.removeprefix("MASKING")) for line in lines if line.startswith("MASKING")]
     return {(row["optimizer"], row["stage"], row["precision"]): row for row in rows} | {"masking": masking}

@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,7 +20,7 @@ from pretrain.trust.ledger import Manifest
 from tests.conftest import TinyConfig
 from tests.distributed.private_worker import CLIP_NORM, brute_force
 from tests.faults.scripted import federate_with
-from tests.support import ROOT, TinyText, one_line_error
+from tests.support import TinyText, one_line_error, torchrun
 
 WORKER = Path(__file__).parent / "private_worker.py"
 Found = dict[str, dict[str, Tensor]]
@@ -33,17 +30,7 @@ Found = dict[str, dict[str, Tensor]]
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """What one torchrun of two ranks leaves, by the name of the case."""
     directory = tmp_path_factory.mktemp("private")
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", WORKER, directory],
-        cwd=ROOT,
-        env=os.environ
-        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=200,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
+    torchrun(WORKER, directory, num_ranks=2, timeout=200)
     assert (directory / "noisy" / "noise.key").stat().st_mode & 0o777 == 0o600
     assert "no account is here of the 8 sequences that it has read in this run" in (directory / "lost.txt").read_text()
     return {file.stem: load_file(file) for file in directory.glob("*.safetensors")}

@@ -187,19 +187,24 @@ def test_a_run_with_changes() -> None:
     assert one_line_error(parse_column, "few:silos=1", 2, ()) == "--with: 'silos=1' given; allowed: silos=2 or more"
 
 
+def of_two(tiny_text: TinyText, directory: Path) -> Text:
+    """The text of two silos, without canaries."""
+    return Text(
+        packed=tiny_text.packed,
+        tokenizer=tiny_text.tokenizer,
+        corpora=["alpha", "beta"],
+        canaries={},
+        directory=directory,
+    )
+
+
 def test_what_the_attacks_cannot_read_is_refused(tmp_path: Path, tiny_config: TinyConfig, tiny_text: TinyText) -> None:
     check_readable(tiny_config(tmp_path))
     fragments = tiny_config(tmp_path, outer={"num_fragments": 2})
     assert one_line_error(check_readable, fragments) == (
         "outer.num_fragments: 2 given; allowed where leaks are measured: 1"
     )
-    text = Text(
-        packed=tiny_text.packed,
-        tokenizer=tiny_text.tokenizer,
-        corpora=["alpha", "beta"],
-        canaries={},
-        directory=tmp_path,
-    )
+    text = of_two(tiny_text, tmp_path)
     three = Column(name="three", num_silos=3)
     assert one_line_error(text.config, three) == "silos: 3 given; allowed: up to 2, one a corpus"
     options: dict[str, Any] = {"num_characters": 10, "num_canaries": 1}
@@ -214,13 +219,7 @@ def test_what_the_attacks_cannot_read_is_refused(tmp_path: Path, tiny_config: Ti
 
 
 def test_other_settings_have_another_directory(tmp_path: Path, tiny_text: TinyText) -> None:
-    text = Text(
-        packed=tiny_text.packed,
-        tokenizer=tiny_text.tokenizer,
-        corpora=["alpha", "beta"],
-        canaries={},
-        directory=tmp_path,
-    )
+    text = of_two(tiny_text, tmp_path)
     columns = [Column(name="one run", num_silos=2, overrides=(f"inner.lr={lr}",)) for lr in (0.1, 0.2, 0.2)]
     first, second, third = (text.config(column).directory for column in columns)
     assert first != second == third
