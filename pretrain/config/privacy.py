@@ -56,6 +56,10 @@ def check_secure_sum(config: RunConfig) -> None:
     fits = rules.quorum is None or rules.quorum >= fewest
     allowed = f"null, or {fewest} or more of {len(roster)} with {key}, so that no two sets of silos are answered"
     require(fits, "membership.quorum", rules.quorum, allowed)
+    amend = trust.amend
+    fits = amend == "all" or (amend.isdigit() and int(amend) >= fewest)
+    allowed = f"all, or {fewest} or more with {key}: fewer could put keys of their own in the place of the others'"
+    require(fits, "trust.amend", amend, allowed)
     # A local launch of all silos makes their keys later.
     fits = bool(trust.keys) or roster == sorted(config.silos)
     require(fits, key, True, "false without trust.keys: it is the members' keys that masks follow from")

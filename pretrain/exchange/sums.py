@@ -75,14 +75,17 @@ class Sums:
     def shares(self, manifest: Manifest) -> Shares:
         """What a silo has dealt with a delivery. Raises RefusedError for what does not go with it."""
         name = shares_path(manifest.silo, manifest.version)
-        of = self._of(manifest.version) | {"silo": manifest.silo, "blake3": manifest.payloads[0].blake3}
         try:
-            found = self.exchange.checked_record(Shares, name, manifest.silo, **of)
+            found = self.exchange.checked_record(Shares, name, manifest.silo, **self._with(manifest))
         except FileNotFoundError:
             raise RefusedError(f"{name} is missing") from None
-        if {len(found.sealed), len(found.seeds)} != {len(self.silos(manifest.version))}:
-            raise RefusedError(f"{name} has not just one row for each silo")
-        return found
+        return self._whole(found, name)
+
+    def shares_if_there(self, manifest: Manifest) -> Shares | None:
+        """The same; None, and a line, for what that silo has not signed, or with another delivery."""
+        name = shares_path(manifest.silo, manifest.version)
+        found = self.exchange.record(Shares, name, manifest.silo, **self._with(manifest))
+        return self._whole(found, name) if found else None
 
     def survivors(self, version: int) -> Survivors | None:
         """Whose deliveries a version adds up, once the aggregator has said so; what it has not signed counts as not
@@ -106,6 +109,20 @@ class Sums:
             self.exchange.pass_over(name, "it has not just the shares that were asked for")
             return None
         return found
+
+    def answered(self, silo: str, version: int) -> Answer | None:
+        """What a silo has laid open for whatever record."""
+        of = self._of(version) | {"silo": silo}
+        return self.exchange.record(Answer, answer_path(silo, version), silo, **of)
+
+    def _whole(self, shares: Shares, name: str) -> Shares:
+        if {len(shares.sealed), len(shares.seeds)} != {len(self.silos(shares.version))}:
+            raise RefusedError(f"{name} has not just one row for each silo")
+        return shares
+
+    def _with(self, manifest: Manifest) -> dict[str, Any]:
+        """What shares have that go with a delivery."""
+        return self._of(manifest.version) | {"silo": manifest.silo, "blake3": manifest.payloads[0].blake3}
 
     def _of(self, version: int) -> dict[str, Any]:
         return {"contract_sha256": self.exchange.terms_sha256(version), "version": version}

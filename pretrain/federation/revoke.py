@@ -87,7 +87,8 @@ class Revoker:
 
         `scratch` is an empty folder. Raises ConfigError in a run of secure sums.
         """
-        check_no_sum(config, f"store: {exchange.objects.url!r} given", "nobody has one silo's part of a sum")
+        why = "nobody has one silo's part of a sum; or a new one without it, from atoll export of an earlier version"
+        check_no_sum(config, f"store: {exchange.objects.url!r} given", why)
         self._governed = Governed(config)
         self._config = config = self._governed.config
         self._exchange, self._tell = exchange, tell

@@ -1,7 +1,9 @@
-"""A full disk, said in one line: every library that writes says it in its own way. No torch."""
+"""What is on the disk for good; and a full one, said in one line: every library says it in its own way. No torch."""
 
 import errno
+import os
 import shutil
+from pathlib import Path
 
 FULL_BYTES = 1 << 20  # what is left when a write of any size may have failed for want of room
 
@@ -21,3 +23,12 @@ def full_disk(error: BaseException, directory: str) -> str:
             "everything up to the last checkpoint is there"
         )
     return ""
+
+
+def to_disk(path: Path) -> None:
+    """Return when a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -5,6 +5,7 @@ import uuid
 from pathlib import Path
 
 from pretrain.config.errors import ConfigError
+from pretrain.host.disk import to_disk
 from pretrain.host.foreign import loads
 
 FILE = "identity.json"
@@ -14,8 +15,11 @@ def own_identity(directory: Path) -> str:
     """A name for a silo's run directory, made once."""
     if not (known := known_identity(directory)):
         known, temporary = uuid.uuid4().hex, directory / f"{FILE}.tmp"
+        directory.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps({"identity": known}))
+        to_disk(temporary)  # what is on record elsewhere must not be lost here
         temporary.replace(directory / FILE)
+        to_disk(directory)
     return known
 
 

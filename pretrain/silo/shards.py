@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain.config.errors import ConfigError
+from pretrain.host.disk import to_disk
 from pretrain.host.foreign import loads, shown
 
 FORMAT = 2
@@ -115,20 +116,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         if temporary.is_dir():
             for inner in temporary.iterdir():
-                _fsync(inner)
-        _fsync(temporary)
+                to_disk(inner)
+        to_disk(temporary)
         temporary.replace(path)
-        _fsync(path.parent)
+        to_disk(path.parent)
     finally:
         shutil.rmtree(folder)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def file_sha256(path: Path) -> str:

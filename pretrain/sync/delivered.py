@@ -6,6 +6,8 @@ import threading
 from collections import defaultdict
 from pathlib import Path
 
+from pretrain.host.disk import to_disk
+
 LINE = re.compile(r"(from|[0-9]{6,9}) ([0-9a-f]{1,64})")
 
 
@@ -31,13 +33,13 @@ class Delivered:
         """Note from which version on all is known, unless a file says so already."""
         if not self.file.is_file():
             self._first = first
-            self._append(f"from {first}")
+            append(self.file, f"from {first}")
 
     def add(self, version: int, manifest_sha256: str) -> None:
         """A manifest is about to be delivered."""
         with self._lock:
             if manifest_sha256 not in self._known[version]:
-                self._append(f"{version:06d} {manifest_sha256}")
+                append(self.file, f"{version:06d} {manifest_sha256}")
                 self._known[version].add(manifest_sha256)
 
     def add_only(self, version: int, sha256: str) -> bool:
@@ -51,9 +53,23 @@ class Delivered:
         """Whether a manifest in our name is one that we have delivered, as far as is known."""
         return version < self._first or manifest_sha256 in self._known[version]
 
-    def _append(self, line: str) -> None:
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a") as file:
-            file.write(f"\n{line}\n")
-            file.flush()
-            os.fsync(file.fileno())
+    def of(self, version: int) -> set[str]:
+        """What the file says of a version."""
+        return self._known[version]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the file says nothing of any version."""
+        return not any(self._known.values())
+
+
+def append(file: Path, line: str) -> None:
+    """Add a line to a file, which is on the disk then; so is the name of one that was not there."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not file.exists() or not file.stat().st_size
+    with file.open("a") as opened:
+        opened.write(f"\n{line}\n")
+        opened.flush()
+        os.fsync(opened.fileno())
+    for folder in (file.parent, file.parent.parent) if is_new else ():
+        to_disk(folder)

@@ -1,6 +1,8 @@
 """A silo's side of a secure sum: masks on what it delivers, shares of their seeds, and one answer a version."""
 
-from collections.abc import Mapping
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,16 +10,18 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from pretrain.config.errors import ConfigError
+from pretrain.config.errors import ConfigError, named
 from pretrain.config.keys import RunConfig
 from pretrain.config.privacy import FEWEST_SUMMED
 from pretrain.exchange.store import StoreExchange, delivery_path
-from pretrain.exchange.sums import Sums, answer_path, shares_path
-from pretrain.merge.terms import sum_factor
+from pretrain.exchange.sums import Sums, answer_path, shares_path, survivors_path
+from pretrain.host.identity import known_identity, own_identity
+from pretrain.merge.terms import contributor, merge_weight, sum_factor
 from pretrain.outer.fixed_point import OutOfRangeError, code
 from pretrain.outer.quantize import Parts
+from pretrain.sync.answered import Answered
 from pretrain.sync.delivered import Delivered
-from pretrain.trust.ledger import Manifest, Payload, RefusedError, sha256_bytes
+from pretrain.trust.ledger import Commit, Contributor, Manifest, Payload, RefusedError, sha256_bytes
 from pretrain.trust.masks import add
 from pretrain.trust.policy import Policy
 from pretrain.trust.sums import Answer, Shares, Survivors, laid_open
@@ -28,10 +32,25 @@ class MaskedSum:
 
     def __init__(self, config: RunConfig, silo: str, exchange: StoreExchange, delivered: Delivered, policy: Policy):
         self._config, self._silo, self._exchange, self._sums = config, silo, exchange, Sums(config, exchange)
-        self._delivered, self._policy = delivered, policy
-        self._answered = Delivered(config.silo_directory(silo) / "answered.txt")
+        self._delivered, self._policy, self._directory = delivered, policy, config.silo_directory(silo)
+        self._answered = Delivered(self._directory / "answered.txt")  # the hash of what was asked for
+        self._summed = Delivered(self._directory / "summed.txt")  # and of what a commit of that says
         self._salts: dict[int, str] = {}  # of versions that are being coded
-        self._done: set[int] = set()
+        self._answers: dict[int, bytes] = {}  # to what was asked for versions that are not committed yet
+
+    @property
+    def _note(self) -> Answered:
+        """What the key's holder has answered, once the contract was read."""
+        return Answered(self._config.key_file(self._silo), self._exchange.contract_sha256, self._silo)
+
+    def check(self) -> None:
+        """Raise ConfigError unless this run directory may deliver under the contract."""
+        has_answered = not self._answered.is_empty
+        self._note.check(known_identity(self._directory), self._directory, has_answered=has_answered)
+
+    def begin(self) -> None:
+        """Note that this run directory, and no other, delivers under the contract. Raises ConfigError."""
+        self._note.begin(own_identity(self._directory), self._directory)
 
     def mask(
         self, version: int, pairs: Mapping[str, tuple[Tensor, Tensor]], tokens: int, num_threads: int
@@ -80,59 +99,106 @@ class MaskedSum:
             self._exchange.write_over(name, _beside(file).read_bytes(), lambda: False)
 
     def answer(self, version: int) -> None:
-        """Lay open what the aggregator asks for, once it does; for one set of deliveries alone.
+        """Lay open what the aggregator asks for, once it does; for one set of deliveries alone. What somebody puts in
+        the place of the answer gives way.
 
         Raises ConfigError if it asks for another, for too few, or for what nobody has delivered.
         """
-        if version in self._done or self._silo not in self._sums.silos(version):
+        if self._silo not in self._sums.silos(version):
             return
-        try:
-            if (survivors := self._sums.survivors(version)) is None:
+        if version not in self._answers:
+            try:
+                survivors = self._sums.survivors(version)
+                found = self._shares(version, survivors) if survivors else None
+            except RefusedError as error:
+                raise ConfigError(f"silo {self._silo}: version {version} was not answered: {error}") from None
+            if not survivors or not found:
                 return
-            shares = self._shares(version, survivors)
-        except RefusedError as error:
-            raise ConfigError(f"silo {self._silo}: version {version} was not answered: {error}") from None
-        sha256 = sha256_bytes(survivors.to_bytes())
-        self._check_only(version, sha256)
-        answer = Answer(
-            contract_sha256=self._exchange.terms_sha256(version),
-            silo=self._silo,
-            version=version,
-            survivors_sha256=sha256,
-            shares=shares,
-        )
-        data, name = self._exchange.members.sign(answer).to_bytes(), answer_path(self._silo, version)
+            shares, contributors = found
+            self._check_only(version, sha256 := sha256_bytes(survivors.to_bytes()))
+            self._summed.add(version, _hash(contributors))
+            answer = Answer(
+                contract_sha256=self._exchange.terms_sha256(version),
+                silo=self._silo,
+                version=version,
+                survivors_sha256=sha256,
+                shares=shares,
+            )
+            self._answers[version] = self._exchange.members.sign(answer).to_bytes()
+        data, name = self._answers[version], answer_path(self._silo, version)
         if self._exchange.found(name) != data:
             self._exchange.write_over(name, data, lambda: False)
-        self._done.add(version)
+
+    def check_merged(self, commit: Commit) -> None:
+        """Raise RefusedError unless a commit is of just what we have answered for, if we have."""
+        self._answers.pop(commit.version, None)
+        known, silos = self._summed.of(commit.version), named([one.silo for one in commit.contributors])
+        if known and _hash(commit.contributors) not in known:
+            raise RefusedError(
+                f"its commit has the deliveries of {silos}, and they, or what they count, are not what silo "
+                f"{self._silo} has answered for: what was added up is another sum"
+            )
+        if commit.divisor != (total := sum(one.weight for one in commit.contributors)):
+            raise RefusedError(f"its divisor is {commit.divisor}, and not the sum of the weights of {silos}, {total}")
 
     def _check_only(self, version: int, sha256: str) -> None:
         """Note a set of deliveries, for ever, before it is answered. Raises ConfigError if another one was."""
-        if not self._answered.add_only(version, sha256):
+        said = self._sums.answered(self._silo, version)
+        is_other = said is not None and said.survivors_sha256 != sha256
+        if is_other or not self._note.add_only(version, sha256) or not self._answered.add_only(version, sha256):
             raise ConfigError(
                 f"exchange.url: {self._exchange.objects.url} given; silo {self._silo} has answered for version "
                 f"{version}, and is asked for another set of deliveries, with which one silo's could be told: find out "
                 "who runs the aggregator"
             )
 
-    def _shares(self, version: int, survivors: Survivors) -> list[str]:
-        """Ours of what is asked for. Raises RefusedError unless all is as those who delivered have signed it."""
+    def _shares(self, version: int, survivors: Survivors) -> tuple[list[str], list[Contributor]] | None:
+        """Ours of what is asked for, and what a commit says of it; None while something is missing that its author has
+        to write once more.
+
+        Raises RefusedError unless all is as those who delivered have signed it.
+        """
         least = max(FEWEST_SUMMED, self._policy.least_silos or 0)
         if len(survivors.silos) < least:
             raise RefusedError(f"a sum of {len(survivors.silos)} silos was asked for; allowed: {least} or more")
         masker, silos = self._sums.masker(self._silo, version), self._sums.silos(version)
-        found = {}
+        found, contributors = {}, []
         for silo, sha256 in zip(survivors.silos, survivors.manifests, strict=True):
-            data = self._exchange.delivered(silo, version)
-            if data is None or sha256_bytes(data) != sha256:
+            if (data := self._exchange.delivered(silo, version)) is None:
+                self._say_missing(version, f"{delivery_path(silo, version)}/manifest.json")
+                return None
+            if sha256_bytes(data) != sha256:
                 raise RefusedError(f"{delivery_path(silo, version)}/manifest.json is not the one that is asked about")
             if silo == self._silo and not self._delivered.may_be_ours(version, sha256):
                 raise RefusedError(f"manifest {sha256[:12]} of this silo is none that it delivered")
-            shares = self._sums.shares(Manifest.from_bytes(data))
+            manifest = Manifest.from_bytes(data)
+            if (shares := self._sums.shares_if_there(manifest)) is None:
+                self._deal_again(manifest)
+                self._say_missing(version, shares_path(silo, version))
+                return None
             found[silo] = masker.open(silo, shares.salt, shares.sealed)
-        return [found[dealer][about].hex() for dealer, about in laid_open(survivors, silos)]
+            weight = merge_weight(manifest.tokens, self._config.outer.weight_power)
+            contributors.append(contributor(manifest, data, weight))
+        return [found[dealer][about].hex() for dealer, about in laid_open(survivors, silos)], contributors
+
+    def _say_missing(self, version: int, name: str) -> None:
+        """Once; whoever has written it waits as we do, and sees that, too."""
+        self._exchange.pass_over(survivors_path(version), f"{name} is not there, or not its silo's; it may come again")
+
+    def _deal_again(self, manifest: Manifest) -> None:
+        """Write our own shares in the place of what is not ours, if they lie in the outbox."""
+        file = _beside(self._directory / "outbox" / f"{manifest.version:06d}.safetensors")
+        if manifest.silo != self._silo or not file.is_file():
+            return
+        data = file.read_bytes()
+        if Shares.from_bytes(data).blake3 == manifest.payloads[0].blake3:
+            self._exchange.write_over(shares_path(self._silo, manifest.version), data, lambda: False)
 
 
 def _beside(file: Path) -> Path:
     """Where the shares lie in the outbox."""
     return file.with_suffix(".shares")
+
+
+def _hash(contributors: Sequence[Contributor]) -> str:
+    return sha256_bytes(json.dumps([dataclasses.asdict(one) for one in contributors], sort_keys=True).encode())

@@ -90,7 +90,11 @@ class ThroughStore:
             while is_rolling_back(self._store):
                 self._pause()
         is_new = not known_identity(self._directory)
+        if self._sum:
+            self._sum.check()
         self._store.claim_name(self._silo, own_identity(self._directory))
+        if self._sum:
+            self._sum.begin()
         self._delivered.begin(0 if is_new else self._store.newest_version() + 1 + self._config.outer.num_fragments)
         seconds = self._config.exchange.lease_seconds
         sign = Beat(lease_seconds=seconds)
@@ -222,11 +226,13 @@ class ThroughStore:
             )
 
     def _remember(self, commit: Commit) -> Commit:
-        """Check a commit against the floor of quality, those that we have seen, and what it has of us against what we
-        have sent. Raises RefusedError for the first, else ConfigError.
+        """Check a commit against the floor of quality, the sum that we have answered for, those that we have seen, and
+        what it has of us against what we have sent. Raises RefusedError for the first two, else ConfigError.
         """
         version, sha256 = commit.version, sha256_bytes(commit.to_bytes())
         check_floor(commit, floor_at(self._config, self._store.members, version))
+        if self._sum:
+            self._sum.check_merged(commit)
         for contributor in commit.contributors:
             if contributor.silo == self._silo:
                 self._check_delivered(contributor.version, contributor.manifest_sha256)

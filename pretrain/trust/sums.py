@@ -12,16 +12,26 @@ K silos have keys at a version; T of them have to answer (`membership.quorum`, o
     the hash of its manifest (`Survivors`). That stands: an aggregator that starts again adds up these and no others.
 3.  A silo that waits for the version checks this: it is the operator's, has T silos or more, never fewer than three or
     than the silo's own `least_silos`, and each manifest and its shares are their silo's. Then it notes the record's
-    hash in `answered.txt`, on the disk, and only then writes its `Answer`: of each delivery that is in the sum, its
-    share of the seed of that silo's own stream, and of the seeds that it shares with silos that are not in it. For
-    another record of this version it ends in one line, whatever it is shown later.
+    hash, on the disk, beside its private key (sync/answered.py) and in its run directory, and what a commit of that
+    says, and only then writes its `Answer`: of each delivery that is in the sum, its share of the seed of that silo's
+    own stream, and of the seeds that it shares with silos that are not in it. For another record of this version it
+    ends in one line, whatever it is shown later, in whatever run directory. What is missing, or signed by nobody, as
+    after somebody has written over it, it waits for.
 4.  With T answers the aggregator joins the shares, compares each seed with the hash that its dealer has signed, makes
     those streams again, and takes them from the sum of what was delivered. The streams that two in the sum share are
     gone by themselves. What is left is the weighted sum. A commit does not depend on whose answers these were.
+5.  A silo that has answered takes no commit of other deliveries than those, or of other weights: it ends in one line.
 
 All of it stays in the store but for payloads, which are pruned as ever, so that whoever replays or verifies a version
 comes to the same sum. A silo may die at any point: before its manifest, the version waits for it or is made without it;
 after, T others' answers are enough.
+
+Two deliveries of a silo for one version have the masks in common that it shares with others: after kernels that are
+not deterministic, or from another run directory under the same contract. They cannot be salted by a number that is
+drawn for a delivery, as both ends must know it before either codes, without a message in between; what tells the two
+apart is the stream of the silo's own, and at most one of them is in the one set for which that is laid open. So the
+note of what was answered has to outlive the run directory: it lies with the key. And a silo delivers under one contract
+from one run directory, as the note says before it delivers anything; another one is refused.
 
 What an aggregator that lies learns: the sum of one set of T or more silos for each version, and nothing of a smaller
 one. To have two sets answered it needs T answers to each, of K, so that 2 T - K silos have answered both; T is above

@@ -26,6 +26,7 @@ from pretrain.federation.relay import Relay
 from pretrain.federation.revoke import Revoker
 from pretrain.outer.digest import digest_tensors
 from pretrain.outer.fixed_point import code, scale
+from pretrain.sync.masked import MaskedSum
 from pretrain.sync.through_store import ThroughStore
 from pretrain.trust.amendment import amended
 from pretrain.trust.ledger import Commit, Manifest, RefusedError, sha256_bytes
@@ -66,6 +67,12 @@ class Silo:
         self.config, self.name = config, name
         self.through = ThroughStore(config, name)
         assert self.through._store.read_contract()
+        self.sum.begin()
+
+    @property
+    def sum(self) -> MaskedSum:
+        assert self.through._sum
+        return self.through._sum
 
     def local(self, state: OuterState) -> dict[str, torch.Tensor]:
         return plus_noise(state, ord(self.name[0]))
@@ -205,6 +212,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"membership": {"quorum": 2}},
         "membership.quorum: 2 given; allowed: null, or 3 or more of 3 with outer.secure_sum, so that no two sets of",
     ),
+    "a few who amend": (
+        {"trust": {"amend": "2"}},
+        "trust.amend: '2' given; allowed: all, or 3 or more with outer.secure_sum: fewer could put keys of their own",
+    ),
     "no keys": (
         {"trust": {"keys": {}}, "roster": ["alpha", "beta", "gamma", "far"]},
         "outer.secure_sum: True given; allowed: false without trust.keys: it is the members' keys that masks follow",
@@ -285,7 +296,7 @@ def test_a_silo_may_be_missing_at_any_phase(
         wait_for((Path(config.store_url) / "sums/000001.json").exists)
         late = silos["gamma"].deliver(before)  # it shares masks with all of them, and comes too late
         for name in ("gamma", "alpha", "delta"):  # and beta has died since
-            silos[name].through._sum.answer(1)  # type: ignore[union-attr]
+            silos[name].sum.answer(1)
         collecting.result(PATIENCE_SECONDS)
     assert late.manifest.silo == "gamma"
     assert sent.keys() == {c.silo for c in Commit.from_bytes(commit_bytes(config, 1)).contributors}
