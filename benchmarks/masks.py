@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.ciphers.modes import CTR
 
 from pretrain.outer.fixed_point import code, scale
 from pretrain.outer.threads import in_threads
-from pretrain.trust.masks import BLOCK_ELEMENTS, ZEROS, Masker, add
+from pretrain.trust.masks import ZEROS, Masker, add
 
 WIDTH = 1_000_000  # elements of a tensor
 
@@ -37,7 +37,7 @@ def cipher_alone(num_bytes: int, num_threads: int) -> None:
     """As many bytes as so many threads write side by side."""
 
     def write(seed: int) -> None:
-        cipher, buffer = Cipher(AES(bytes([seed]) * 32), CTR(bytes(16))).encryptor(), bytearray(4 * BLOCK_ELEMENTS)
+        cipher, buffer = Cipher(AES(bytes([seed]) * 32), CTR(bytes(16))).encryptor(), bytearray(len(ZEROS))
         for _ in range(num_bytes // len(ZEROS) // num_threads):
             cipher.update_into(ZEROS, buffer)
 

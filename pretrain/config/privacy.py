@@ -37,8 +37,6 @@ def check_secure_sum(config: RunConfig) -> None:
         ("outer.codec", outer.codec, "fp32", "a sum takes one scale for all, and sends whole numbers of 32 bits"),
         ("outer.max_share", outer.max_share, 1.0, "a silo weighs its delivery before it knows the others' weights"),
         ("outer.quality_floor", outer.quality_floor, None, "no delivery can be left out once masks are shared with it"),
-        ("outer.second_moments", outer.second_moments, "local", "moments are not in the sum"),
-        ("outer.control_variates", outer.control_variates, 0.0, "mean gradients are not in the sum"),
         ("membership.stale_weight", rules.stale_weight, 0.0, "masks are of one version"),
         ("membership.sample", rules.sample, None, "masks are shared by all of the roster"),
         ("membership.steps", rules.steps, "equal", "nobody is told how fast a silo is"),
@@ -50,6 +48,9 @@ def check_secure_sum(config: RunConfig) -> None:
         require(given == wanted, name, given, allowed)
     batch, allowed = outer.max_batch_sequences, f"a number with {key}: weights are shares of the largest there can be"
     require(batch is not None, "outer.max_batch_sequences", batch, allowed)
+    clip, told = config.inner.clip_norm, outer.second_moments == "shared" or outer.control_variates > 0
+    why = "it bounds what is told of gradients, and so says how it is rounded"
+    require(clip > 0 or not told, "inner.clip_norm", clip, f"above 0 with {key} and shared moments: {why}")
     fits = FEWEST_SUMMED <= len(roster) <= MOST_SUMMED
     require(fits, "roster", named(roster), f"{FEWEST_SUMMED} to {MOST_SUMMED} silos with {key}")
     fewest = 2 * len(roster) // 3 + 1

@@ -26,6 +26,8 @@ class Received:
     bytes_received: int
     moments: dict[str, Parts] = field(default_factory=dict)
     """What was merged of the moments that silos share."""
+    told: Mapping[str, Parts] = field(default_factory=dict)
+    """What of it was ours, as it counted."""
     refused: bool = False
     """Whether our delivery for it was refused for good."""
 
@@ -103,9 +105,20 @@ class Exchange(Protocol):
         """In which pieces a fragment's tensors are coded and sent."""
 
     def masked(
-        self, version: int, base: Mapping[str, Tensor], local: Mapping[str, Tensor], tokens: int
-    ) -> dict[str, Parts] | None:
-        """What leaves of a fragment whose values nobody may see; None where it leaves coded. Raises ConfigError."""
+        self,
+        version: int,
+        base: Mapping[str, Tensor],
+        local: Mapping[str, Tensor],
+        moments: Mapping[str, Parts],
+        tokens: int,
+    ) -> tuple[dict[str, Parts], dict[str, Parts]] | None:
+        """What leaves of a fragment and of its moments, whose values nobody may see; None where they leave coded.
+
+        Raises ConfigError.
+        """
+
+    def told(self, sent: Outgoing, base: Mapping[str, Tensor]) -> Mapping[str, Parts]:
+        """The moments of a delivery of ours as they count in the merge; `base` as for `receive`."""
 
     def sealed(self, payload: Payload, file: Path, version: int) -> Payload:
         """What a manifest says of a payload that was written to a file: of it sealed, if it leaves so."""

@@ -28,7 +28,7 @@ from pretrain.outer.quantize import Parts
 from pretrain.trust.ledger import Payload, RefusedError
 
 PARAMETER = "parameter"  # a kind, and the beginning of a file name
-NAMES = {torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16", torch.uint8: "U8"}
+NAMES = {torch.float32: "F32", torch.int32: "I32", torch.int64: "I64", torch.bfloat16: "BF16", torch.uint8: "U8"}
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
 LAYOUTS = 64  # that are remembered: each kind of payload has one, and whoever delivers may send any
 Place = tuple[int, int, torch.dtype, list[int]]  # first byte of the file, the one behind the last; dtype, shape

@@ -185,11 +185,11 @@ class Merger:
             return [(d.tensors.parts(piece.name), base_of(d, piece.name, state)) for d in deliveries]
 
         if self.unmasker:  # one that is the mean of all
-            total, factor = self.unmasker.total(version, deliveries, weights, shapes)
-            weights, factors, told, norms = [1], [factor], [{}], []
+            total = self.unmasker.total(version, deliveries, weights, shapes)
+            weights, factors, told, norms = [1], [total.factor], [total.moments], []
 
             def coded(piece: Piece) -> list[tuple[Parts, Tensor]]:
-                return [(total[piece.name], state.parameters[piece.name])]
+                return [(total.changes[piece.name], state.parameters[piece.name])]
 
         step = Step(self._config, version, state, weights=weights, told=told, shapes=shapes)
         try:

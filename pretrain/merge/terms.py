@@ -14,6 +14,7 @@ from pretrain.outer.moments import MeanGradient, Moment, SecondMoment
 from pretrain.outer.optimizer import OuterOptimizer
 from pretrain.outer.quantize import QUANTIZERS
 from pretrain.outer.state import kept_kinds
+from pretrain.outer.summed import SummedMoment
 from pretrain.silo.optim import is_muon_matrix
 from pretrain.trust.ledger import Commit, Contributor, Manifest, Payload, RefusedError, sha256_bytes
 from pretrain.trust.quality import check_metrics, not_counted
@@ -69,17 +70,22 @@ def most_tokens(config: RunConfig, version: int) -> int:
     return MOST_TOKENS if batch is None else min(MOST_TOKENS, steps * batch * config.sequence_tokens)
 
 
+def sum_share(config: RunConfig, version: int, tokens: int) -> float:
+    """Of a secure sum: the weight of a delivery behind which are so many tokens, as a share of the largest."""
+    weight, most = (merge_weight(n, config.outer.weight_power) for n in (tokens, most_tokens(config, version)))
+    return weight / most
+
+
 def sum_factor(config: RunConfig, version: int, tokens: int) -> float:
     """Of a secure sum: what a delivery's values, behind which are so many tokens, are multiplied by, to be rounded."""
-    weight, most = (merge_weight(n, config.outer.weight_power) for n in (tokens, most_tokens(config, version)))
-    return scale(len(config.full_roster), config.outer.sum_range) * (weight / most)
+    return scale(len(config.full_roster), config.outer.sum_range) * sum_share(config, version, tokens)
 
 
 def check_payload_size(
     payload: Payload,
     codec: str,
     shapes: Mapping[str, torch.Size],
-    moments: Mapping[str, Moment],
+    moments: Mapping[str, Moment | SummedMoment],
     *,
     is_sealed: bool = False,
 ) -> int:
@@ -134,6 +140,24 @@ def shared_moments(config: RunConfig, names: Iterable[str], shapes: Mapping[str,
         elif config.outer.second_moments == "shared":
             moments[name] = SecondMoment(shapes[name])
     return moments
+
+
+def summed_moments(
+    config: RunConfig, names: Iterable[str], shapes: Mapping[str, torch.Size]
+) -> dict[str, SummedMoment]:
+    """The same as whole numbers of a secure sum."""
+    clip_norm, num_silos = config.inner.clip_norm, len(config.full_roster)
+    return {
+        name: SummedMoment(moment=moment, clip_norm=clip_norm, num_silos=num_silos)
+        for name, moment in shared_moments(config, names, shapes).items()
+    }
+
+
+def delivered_moments(
+    config: RunConfig, names: Iterable[str], shapes: Mapping[str, torch.Size]
+) -> Mapping[str, Moment | SummedMoment]:
+    """The same as a delivery has it."""
+    return (summed_moments if config.outer.secure_sum else shared_moments)(config, names, shapes)
 
 
 def outer_optimizer(outer: OuterConfig) -> OuterOptimizer:

@@ -2,8 +2,8 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,10 +13,11 @@ from pretrain.exchange.store import REQUESTS_AT_ONCE, StoreExchange
 from pretrain.exchange.sums import Sums, survivors_path
 from pretrain.host.journal import Journal
 from pretrain.merge.collect import Delivery
-from pretrain.merge.terms import merge_weight, most_tokens
+from pretrain.merge.terms import merge_weight, most_tokens, summed_moments
 from pretrain.outer.fixed_point import scale
 from pretrain.outer.placing import InMemory
 from pretrain.outer.quantize import Parts
+from pretrain.outer.summed import in_stream
 from pretrain.outer.threads import in_threads
 from pretrain.trust.ledger import RefusedError, sha256_bytes
 from pretrain.trust.masks import Stream, add, is_added
@@ -24,8 +25,23 @@ from pretrain.trust.shamir import SHARE_BYTES, join
 from pretrain.trust.sums import Answer, Survivors, laid_open
 
 
+@dataclass(frozen=True, kw_only=True)
+class Total:
+    """The sum of a version."""
+
+    changes: dict[str, Parts]
+    """Of pseudo-gradients."""
+    factor: float
+    """What their whole numbers are multiplied by, to be their weighted mean."""
+    moments: dict[str, Parts]
+    """Of the moments the weighted mean itself, as all silos are told it."""
+
+
 class Unmasker:
-    """Of one store; trust/sums.py has the protocol. Memory: the sum of a fragment, 4 bytes an element."""
+    """Of one store; trust/sums.py has the protocol.
+
+    Memory: the sum of a fragment, 4 bytes an element, and as much for the matrices whose mean gradients are in it.
+    """
 
     def __init__(self, config: RunConfig, exchange: StoreExchange, place: InMemory, num_threads: int) -> None:
         self._config, self._exchange, self._sums = config, exchange, Sums(config, exchange)
@@ -79,19 +95,38 @@ class Unmasker:
 
     def total(
         self, version: int, deliveries: Sequence[Delivery], weights: Sequence[int], shapes: Mapping[str, torch.Size]
-    ) -> tuple[dict[str, Parts], float]:
-        """The sum of the deliveries by tensor, and by what its whole numbers are multiplied to be their weighted mean.
-
-        Raises RefusedError if it cannot be known.
-        """
+    ) -> Total:
+        """The sum of the deliveries. Raises RefusedError if it cannot be known, or is none."""
         streams, names = self._streams(version, deliveries), sorted(shapes)
-        found = {name: self._place.zeros(shapes[name]).view(torch.int32) for name in names}
-        values = [[_flat(one.tensors.parts(name)["values"]) for name in names] for one in deliveries]
-        add([_flat(found[name]) for name in names], values, streams, self._num_threads)
+        moments = summed_moments(self._config, names, shapes)
+        changes = {name: {"values": self._zeros(torch.int32, shapes[name])} for name in names}
+        told = {
+            name: {part: self._zeros(dtype, torch.Size(size)) for part, (dtype, size) in moment.layout.items()}
+            for name, moment in moments.items()
+        }
+        values = [
+            in_stream(one.tensors.moments, {name: one.tensors.parts(name) for name in names}) for one in deliveries
+        ]
+        add(in_stream(told, changes), values, streams, self._num_threads)
         outer = self._config.outer
         most = merge_weight(most_tokens(self._config, version), outer.weight_power)
         factor = most / sum(weights) / scale(len(self._config.full_roster), outer.sum_range)
-        return {name: {"values": value} for name, value in found.items()}, factor
+        merged = {}
+        for name, moment in moments.items():
+            try:
+                merged[name] = moment.merged(told.pop(name), sum(weights) / most)
+            except ValueError as error:
+                raise RefusedError(
+                    f"version {version}: what {named([one.manifest.silo for one in deliveries])} tell of the gradients "
+                    f"of {name} is no sum of what they may tell: {error}; one of them has sent what it may not"
+                ) from None
+        return Total(changes=changes, factor=factor, moments=merged)
+
+    def _zeros(self, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+        """Wide ones are few."""
+        if dtype == torch.int64:
+            return torch.zeros(shape, dtype=dtype)
+        return self._place.zeros(shape).view(torch.int32)
 
     def _agreed(self, version: int, deliveries: Sequence[Delivery]) -> Survivors:
         """Whose deliveries are added up. Raises RefusedError unless it is these."""
@@ -141,7 +176,3 @@ def _share(text: str) -> bytes:
     if len(share := bytes.fromhex(text)) != SHARE_BYTES:
         raise ValueError(f"one has {len(share)} bytes")
     return share
-
-
-def _flat(value: Tensor) -> "np.ndarray[tuple[int], np.dtype[np.uint32]]":
-    return value.view(-1).numpy().view(np.uint32)

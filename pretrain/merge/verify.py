@@ -15,12 +15,13 @@ from pretrain.exchange.sealed import open_payload
 from pretrain.exchange.store import StoreExchange, delivery_path
 from pretrain.exchange.sums import Sums
 from pretrain.merge.collect import Delivery
-from pretrain.merge.terms import check_norm, check_payload_size, read_delivery, shared_moments
+from pretrain.merge.terms import check_norm, check_payload_size, delivered_moments, read_delivery
 from pretrain.outer.blocks import check_coded, squared_norms
 from pretrain.outer.codec import check_layout, decoded
 from pretrain.outer.digest import digest_rows, tensor_row
 from pretrain.outer.moments import Moment, check_lengths, check_moments
 from pretrain.outer.state import OuterState
+from pretrain.outer.summed import SummedMoment
 from pretrain.trust.ledger import RefusedError
 
 
@@ -69,7 +70,7 @@ class Verifier:
             self._sums.shares(manifest)
         file = self._inbox / f"{silo}-{version:06d}.safetensors"
         shapes = {name: state.parameters[name].shape for name in names}
-        agreed = shared_moments(self._config, names, shapes)
+        agreed = delivered_moments(self._config, names, shapes)
         (payload,), is_sealed = manifest.payloads, self._exchange.is_sealed
         header_bytes = check_payload_size(payload, self._config.outer.codec, shapes, agreed, is_sealed=is_sealed)
         exchange.fetch(delivery_path(silo, version), payload, file)
@@ -96,13 +97,14 @@ class Verifier:
             return self._last_base[1]
 
     def _check_values(
-        self, delivery: Delivery, agreed: Mapping[str, Moment], names: list[str], state: OuterState
+        self, delivery: Delivery, agreed: Mapping[str, Moment | SummedMoment], names: list[str], state: OuterState
     ) -> float:
         """Check a payload's tensors; returns the norm of the pseudo-gradient in it. Raises ValueError."""
         if delivery.tensors.names != sorted(names):
             raise ValueError("it holds other tensors than those of its fragment")
         check_moments(delivery.tensors.moments, agreed)
-        check_lengths(delivery.tensors.moments, agreed, clip_norm=self._config.inner.clip_norm)
+        told = {name: moment for name, moment in agreed.items() if isinstance(moment, Moment)}
+        check_lengths(delivery.tensors.moments, told, clip_norm=self._config.inner.clip_norm)
         codec, coded = self._config.outer.sent_codec, []
         check = check_layout if self._sums else check_coded
         for name in names:

@@ -17,6 +17,7 @@ import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -178,7 +179,14 @@ def _merge(weighted: Sequence[tuple[int, Tensor]], shape: torch.Size, *, robust:
     return weighted_mean(values, shape)[0].float()
 
 
-def check_moments(found: Mapping[str, Parts], agreed: Mapping[str, Moment]) -> None:
+class Checked(Protocol):
+    """What another party's parts can be compared with."""
+
+    def check(self, parts: Parts) -> None:
+        """Raise ValueError, in one line, unless they are as agreed."""
+
+
+def check_moments(found: Mapping[str, Parts], agreed: Mapping[str, Checked]) -> None:
     """Raise ValueError, in one line, unless another party's moments are those of the agreed tensors."""
     if set(found) != set(agreed):
         raise ValueError("it holds moments of other tensors than are agreed")

@@ -14,11 +14,12 @@ import torch
 from pretrain.config.errors import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.payload import PARAMETER, header
-from pretrain.merge.terms import shared_moments, snapshot_kinds, snapshot_versions
+from pretrain.merge.terms import delivered_moments, shared_moments, snapshot_kinds, snapshot_versions
 from pretrain.outer.fragments import cut_fragments
 from pretrain.outer.moments import MOMENT, Moment
 from pretrain.outer.pieces import cut_pieces
 from pretrain.outer.quantize import QUANTIZERS
+from pretrain.outer.summed import SummedMoment
 from pretrain.silo.model import build_without_memory
 from pretrain.silo.vocabulary import vocabulary_size
 from pretrain.sync.packing import num_bytes
@@ -79,7 +80,7 @@ def fragments(config: RunConfig, shapes: Shapes) -> list[dict[str, torch.Size]]:
 
 
 def payload_bytes(
-    codec: str, shapes: Shapes, moments: Mapping[str, Moment] | None = None, *, kind: str = PARAMETER
+    codec: str, shapes: Shapes, moments: Mapping[str, Moment | SummedMoment] | None = None, *, kind: str = PARAMETER
 ) -> int:
     """Bytes of the file that `payload.save_tensors` makes of these tensors in a codec, and of `moments`."""
     layout: dict[str, tuple[torch.dtype, list[int]]] = {}
@@ -97,9 +98,8 @@ def traffic(config: RunConfig, shapes: Shapes, silo: str) -> list[Traffic]:
     outer, roster, found = config.outer, config.full_roster, []
     for part in fragments(config, shapes):
         if config.exchange.kind == "store":
-            moments = shared_moments(config, part, part)
-            before = (payload_bytes(outer.codec, part, moments), 0)
-            after = (0, payload_bytes(outer.downlink_codec, part, moments))
+            before = (payload_bytes(outer.codec, part, delivered_moments(config, part, part)), 0)
+            after = (0, payload_bytes(outer.downlink_codec, part, shared_moments(config, part, part)))
         else:
             shares = cut_pieces({name: part[name].numel() for name in sorted(part)}, len(roster))
             ups = [num_bytes(outer.codec, pieces) for pieces in shares]
@@ -130,10 +130,10 @@ def aggregator_run_bytes(config: RunConfig, shapes: Shapes) -> tuple[int, int]:
     outer, times, every = config.outer, _num_versions(config), snapshot_versions(config)
     sent = received = 0
     for fragment, part in enumerate(fragments(config, shapes)):
-        moments, num_versions = shared_moments(config, part, part), times[fragment]
-        sent += num_versions * payload_bytes(outer.downlink_codec, part, moments)
+        told, num_versions = delivered_moments(config, part, part), times[fragment]
+        sent += num_versions * payload_bytes(outer.downlink_codec, part, shared_moments(config, part, part))
         sent += num_versions // every * sum(payload_bytes("fp32", part, kind=kind) for kind in snapshot_kinds(outer))
-        received += num_versions * len(config.full_roster) * payload_bytes(outer.codec, part, moments)
+        received += num_versions * len(config.full_roster) * payload_bytes(outer.codec, part, told)
     return sent, received
 
 

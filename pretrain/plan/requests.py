@@ -11,7 +11,7 @@ from pretrain.config.keys import RunConfig
 from pretrain.exchange.beats import BEATS_PER_LEASE
 from pretrain.exchange.client import FIRST_BYTES, PART_BYTES, part_bytes_of
 from pretrain.merge.collect import POLLS_PER_LOOK
-from pretrain.merge.terms import shared_moments, snapshot_kinds, snapshot_versions
+from pretrain.merge.terms import delivered_moments, shared_moments, snapshot_kinds, snapshot_versions
 from pretrain.plan.bytes import Shapes, fragments, payload_bytes
 from pretrain.plan.seconds import Pace
 
@@ -102,11 +102,8 @@ def aggregator_requests(config: RunConfig, shapes: Shapes, pace: Pace) -> Reques
 def _largest(config: RunConfig, shapes: Shapes) -> tuple[int, int]:
     """Bytes of the largest fragment's payload, up and down."""
     outer, parts = config.outer, fragments(config, shapes)
-    moments = [shared_moments(config, part, part) for part in parts]
-    up, down = (
-        max(payload_bytes(codec, part, of) for part, of in zip(parts, moments, strict=True))
-        for codec in (outer.codec, outer.downlink_codec)
-    )
+    up = max(payload_bytes(outer.codec, part, delivered_moments(config, part, part)) for part in parts)
+    down = max(payload_bytes(outer.downlink_codec, part, shared_moments(config, part, part)) for part in parts)
     return up, down
 
 

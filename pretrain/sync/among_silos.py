@@ -229,6 +229,10 @@ class AmongSilos:
     def masked(self, *fragment: object) -> None:
         """Silos of a collective merge each other's parts."""
 
+    def told(self, sent: Outgoing, base: object) -> Mapping[str, Parts]:
+        """As they are coded."""
+        return sent.coded.moments
+
     def sealed(self, payload: Payload, file: object, version: int) -> Payload:
         """No file travels."""
         return payload

@@ -13,16 +13,18 @@ from torch import Tensor
 from pretrain.config.errors import ConfigError, named
 from pretrain.config.keys import RunConfig
 from pretrain.config.privacy import FEWEST_SUMMED
+from pretrain.exchange.base import Outgoing
 from pretrain.exchange.store import StoreExchange, delivery_path
 from pretrain.exchange.sums import Sums, answer_path, shares_path, survivors_path
 from pretrain.host.identity import known_identity, own_identity
-from pretrain.merge.terms import contributor, merge_weight, sum_factor
-from pretrain.outer.fixed_point import OutOfRangeError, code
+from pretrain.merge.terms import contributor, merge_weight, sum_factor, sum_share, summed_moments
+from pretrain.outer.fixed_point import OutOfRangeError, Whole, code
 from pretrain.outer.quantize import Parts
+from pretrain.outer.summed import in_stream
 from pretrain.sync.answered import Answered
 from pretrain.sync.delivered import Delivered
 from pretrain.trust.ledger import Commit, Contributor, Manifest, Payload, RefusedError, sha256_bytes
-from pretrain.trust.masks import add
+from pretrain.trust.masks import Stream, add
 from pretrain.trust.policy import Policy
 from pretrain.trust.sums import Answer, Shares, Survivors, laid_open
 
@@ -53,29 +55,85 @@ class MaskedSum:
         self._note.begin(own_identity(self._directory), self._directory)
 
     def mask(
-        self, version: int, pairs: Mapping[str, tuple[Tensor, Tensor]], tokens: int, num_threads: int
-    ) -> dict[str, Parts]:
-        """What leaves of a fragment, of each tensor's base and local value. Raises ConfigError, with the range."""
-        outer, names = self._config.outer, sorted(pairs)
-        factor = sum_factor(self._config, version, tokens)
+        self,
+        version: int,
+        pairs: Mapping[str, tuple[Tensor, Tensor]],
+        moments: Mapping[str, Parts],
+        tokens: int,
+        num_threads: int,
+    ) -> tuple[dict[str, Parts], dict[str, Parts]]:
+        """What leaves of a fragment, of each tensor's base and local value, and of its moments.
+
+        Raises ConfigError, with the range.
+        """
+        names = sorted(pairs)
+        shapes = {name: base.shape for name, (base, _) in pairs.items()}
+        told = self._whole_moments(version, moments, shapes, tokens, num_threads)
+        coded = self._whole_changes(version, names, [pairs[name] for name in names], tokens, num_threads)
+        values = {
+            name: {"values": torch.from_numpy(one).view(pairs[name][0].shape)}
+            for name, one in zip(names, coded, strict=True)
+        }
+        whole = in_stream(told, values)
+        content = blake3()
+        for one in whole:
+            content.update(one.view(np.uint8).data)
+        masker = self._sums.masker(self._silo, version)
+        self._salts[version] = salt = masker.salt(content.digest())
+        add(whole, [], masker.streams(salt), num_threads)
+        return values, told
+
+    def _whole_changes(
+        self,
+        version: int,
+        names: Sequence[str],
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        tokens: int,
+        num_threads: int,
+    ) -> Sequence[Whole]:
+        """Pseudo-gradients as whole numbers. Raises ConfigError."""
+        outer = self._config.outer
         try:
-            coded = code([pairs[name] for name in names], factor, outer.sum_range, num_threads)
+            return code(pairs, sum_factor(self._config, version, tokens), outer.sum_range, num_threads)
         except OutOfRangeError as error:
             number, peak = error.args
             raise ConfigError(
                 f"outer.sum_range: {outer.sum_range:g} given; silo {self._silo}: version {version}: {names[number]} "
                 f"has a change of {peak:g}; allowed: up to the range, or a new run with a larger one; nothing was sent"
             ) from None
-        content = blake3()
-        for one in coded:
-            content.update(one.view(np.uint8).data)
-        masker = self._sums.masker(self._silo, version)
-        self._salts[version] = salt = masker.salt(content.digest())
-        add([one.view(np.uint32) for one in coded], [], masker.streams(salt), num_threads)
-        return {
-            name: {"values": torch.from_numpy(one).view(pairs[name][0].shape)}
-            for name, one in zip(names, coded, strict=True)
-        }
+
+    def _whole_moments(
+        self,
+        version: int,
+        moments: Mapping[str, Parts],
+        shapes: Mapping[str, torch.Size],
+        tokens: int,
+        num_threads: int,
+    ) -> dict[str, Parts]:
+        """What we tell of our gradients, as whole numbers. Raises ConfigError."""
+        share, clip, found = sum_share(self._config, version, tokens), self._config.inner.clip_norm, {}
+        for name, moment in summed_moments(self._config, moments, shapes).items():
+            try:
+                found[name] = moment.whole(moments[name], share, num_threads)
+            except OutOfRangeError as error:
+                part, peak = error.args
+                raise ConfigError(
+                    f"inner.clip_norm: {clip:g} given; silo {self._silo}: version {version}: what is told of the "
+                    f"gradients of {name} ({part}) has {peak:g}; allowed: up to {moment.largest(part):g}, for which a "
+                    "sum of gradients that are clipped so has room; nothing was sent"
+                ) from None
+        return found
+
+    def told(self, sent: Outgoing, base: Mapping[str, Tensor], num_threads: int) -> dict[str, Parts]:
+        """What we have told of our gradients with a delivery that lies in the outbox, without its masks."""
+        manifest, masked = sent.manifest, sent.coded.moments
+        moments = summed_moments(self._config, masked, {name: value.shape for name, value in base.items()})
+        found = {name: {part: value.clone() for part, value in parts.items()} for name, parts in masked.items()}
+        salt = Shares.from_bytes(_beside(sent.file).read_bytes()).salt
+        masks = self._sums.masker(self._silo, manifest.version).streams(salt)
+        add(in_stream(found, {}), [], [Stream(mask.seed, not mask.is_added) for mask in masks], num_threads)
+        share = sum_share(self._config, manifest.version, manifest.tokens)
+        return {name: moments[name].values(parts, share) for name, parts in found.items()}
 
     def deal(self, payload: Payload, file: Path, version: int) -> None:
         """Write beside a payload in the outbox what goes with it."""

@@ -7,7 +7,7 @@ loop comes back for the result when the schedule says so.
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
@@ -23,18 +23,18 @@ from pretrain.exchange.payload import Held, Tensors, save_tensors
 from pretrain.exchange.words import Evaluation
 from pretrain.host.journal import Journal
 from pretrain.host.stopping import StopRequested
-from pretrain.merge.terms import commit_record, shared_moments
+from pretrain.merge.terms import commit_record
 from pretrain.outer.blocks import Change, NotSentError, code
 from pretrain.outer.codec import FEEDBACK_DECAY, decoded
 from pretrain.outer.digest import Row, digest_rows, tensor_rows
 from pretrain.outer.fragments import cut_fragments
-from pretrain.outer.moments import SecondMoment
 from pretrain.outer.pieces import Piece
 from pretrain.outer.quantize import Parts
 from pretrain.silo.checkpoint import HostTensors, Progress
 from pretrain.silo.engine import Engine
 from pretrain.silo.ranks import Ranks
 from pretrain.sync.flight import Coded, Flight, done
+from pretrain.sync.gradients import adopt_moments, read_moments
 from pretrain.trust.ledger import Commit, Manifest, sha256_bytes
 from pretrain.trust.quality import say_not_counted
 
@@ -181,9 +181,11 @@ class SiloSync:
         num_sequences = progress.position - progress.sent_positions.get(str(fragment), 0)
         local = self._read(engine, names) if num_sequences else {}
         num_steps = num_sequences // self.config.silos[self.silo].global_batch_sequences
-        moments = self._read_moments(engine, names, num_steps) if num_sequences else {}
+        is_leader, moments = self.ranks.is_leader, {}
+        if num_sequences:
+            moments = read_moments(self.config, self.silo, engine, names, num_steps, is_leader=is_leader)
         seconds = time.monotonic() - began
-        if self.ranks.is_leader:
+        if is_leader:
             coded = done(None)
             if num_sequences:
                 now = dataclasses.replace(progress)
@@ -205,21 +207,6 @@ class SiloSync:
             del value  # before the next one is gathered
         return found
 
-    def _read_moments(self, engine: Engine, names: Sequence[str], num_steps: int) -> dict[str, Parts]:
-        """What the others are told of our gradients in the last steps, in the leader's host memory; else empty."""
-        found = {}
-        for name, moment in shared_moments(self.config, names, engine.shapes).items():
-            is_second = isinstance(moment, SecondMoment)
-            value = engine.read_second_moment(name) if is_second else engine.take_mean_gradient(name, num_steps)
-            try:
-                coded = moment.encode(value) if self.ranks.is_leader else {}
-            except ValueError as error:
-                raise ConfigError(f"silo {self.silo}: mean gradient of {name}: {error}; nothing was sent") from None
-            if self.ranks.is_leader:
-                found[name] = {part: tensor.cpu() for part, tensor in coded.items()}
-            del value  # before the next one is gathered
-        return found
-
     def _names(self, engine: Engine, version: int) -> list[str]:
         if not self._fragments:
             sizes = {name: shape.numel() for name, shape in engine.shapes.items()}
@@ -233,7 +220,8 @@ class SiloSync:
             sent = coded.result()
             if sent:
                 self._exchange.deliver(sent)
-            return self._exchange.receive(version, sent, base)
+            told = self._exchange.told(sent, base) if sent and self.config.outer.control_variates else {}
+            return dataclasses.replace(self._exchange.receive(version, sent, base), told=told)
 
         received = self._receivers.submit(receive)
         self._flights[version] = Flight(wait_seconds=wait_seconds, coded=coded, received=received)
@@ -263,8 +251,9 @@ class SiloSync:
             name = pieces[number].name
             raise ConfigError(f"silo {self.silo}: version {version}: {name}: {reason}; nothing was sent") from None
         tokens = num_sequences * self.config.sequence_tokens
-        coded = self._exchange.masked(version, self.global_parameters, local, tokens)
-        coded = coded or {piece.key: parts for piece, (parts, _) in zip(pieces, sent, strict=True)}
+        coded = {piece.key: parts for piece, (parts, _) in zip(pieces, sent, strict=True)}
+        if masked := self._exchange.masked(version, self.global_parameters, local, moments, tokens):
+            coded, moments = masked
         norm_squared = math.fsum(squared for _, squared in sent)
         file = self._outbox / f"{version:06d}.safetensors"
         fragment, held = self.schedule.fragment(version), None
@@ -343,7 +332,7 @@ class SiloSync:
             engine.copies.wait()
             new = {name: local[name] * mixing + merged * (1 - mixing) for name, merged in new.items()}
         self._write(engine, names, new)
-        self._adopt_moments(engine, names, self._flights[version] if self.ranks.is_leader else None)
+        adopt_moments(self.config, engine, names, received if self.ranks.is_leader else None)
         seconds = time.monotonic() - began
         progress.seconds_waiting += seconds
         progress.version = version
@@ -351,27 +340,6 @@ class SiloSync:
             flight = self._flights.pop(version)
             flight.wait_seconds += seconds
             self._record(progress, flight, received)
-
-    def _adopt_moments(self, engine: Engine, names: Sequence[str], flight: Flight | None) -> None:
-        """Take over what was merged of the silos' gradients; `flight` on the leader.
-
-        What is subtracted from all silos' mean gradient is our own as it was sent, rounding and all: so the corrections
-        of all silos add up to zero (but for the rounding of the mean), and a silo alone is not corrected at all. Nor is
-        one that told nothing.
-        """
-        share = self.config.outer.control_variates
-        sent = flight.coded.result() if flight and share else None
-        told: Mapping[str, Parts] = sent.coded.moments if sent else {}
-        for name, moment in shared_moments(self.config, names, engine.shapes).items():
-            merged = moment.decode(flight.received.result().moments[name]) if flight else None
-            if isinstance(moment, SecondMoment):
-                engine.write_second_moment(name, merged)
-                continue
-            correction = None
-            if merged is not None:
-                own = moment.decode(told[name]) if name in told else merged
-                correction = (merged - own) * share
-            engine.correct_gradients(name, correction)
 
     def _take_over(self, received: Received) -> None:
         """Put a version's changes into the host copy."""

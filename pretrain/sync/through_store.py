@@ -157,13 +157,22 @@ class ThroughStore:
         return [Piece(name) for name in names]
 
     def masked(
-        self, version: int, base: Mapping[str, Tensor], local: Mapping[str, Tensor], tokens: int
-    ) -> dict[str, Parts] | None:
+        self,
+        version: int,
+        base: Mapping[str, Tensor],
+        local: Mapping[str, Tensor],
+        moments: Mapping[str, Parts],
+        tokens: int,
+    ) -> tuple[dict[str, Parts], dict[str, Parts]] | None:
         """Our part of a secure sum, where the contract wants one."""
         if not self._sum:
             return None
         pairs = {name: (base[name], value) for name, value in local.items()}
-        return self._sum.mask(version, pairs, tokens, torch.get_num_threads())
+        return self._sum.mask(version, pairs, moments, tokens, torch.get_num_threads())
+
+    def told(self, sent: Outgoing, base: Mapping[str, Tensor]) -> Mapping[str, Parts]:
+        """As they are coded, or what lies below the masks."""
+        return self._sum.told(sent, base, torch.get_num_threads()) if self._sum else sent.coded.moments
 
     def sealed(self, payload: Payload, file: Path, version: int) -> Payload:
         """A sealed copy in the outbox, where the contract wants it; and the shares that go with a part of a sum."""

@@ -10,7 +10,7 @@ was killed sends what it sent before. docs/formats.md has it byte by byte.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from cryptography.exceptions import InvalidTag
@@ -28,10 +28,10 @@ from pretrain.outer.threads import in_threads
 from pretrain.trust.ledger import RefusedError, sha256_bytes
 from pretrain.trust.shamir import SECRET_BYTES, SHARE_BYTES, split
 
-Values = NDArray[np.uint32]
-BLOCK_ELEMENTS, RANGE_ELEMENTS = 1 << 16, 1 << 20  # what lies in the cache; what a thread takes at a time
-ZEROS = bytes(4 * BLOCK_ELEMENTS)
-CIPHER_BLOCK = 4  # elements: a tensor's stream begins at a whole block of the cipher
+Values = NDArray[np.unsignedinteger[Any]]
+BLOCK_BYTES, RANGE_BYTES = 1 << 18, 1 << 22  # what lies in the cache; what a thread takes at a time
+ZEROS = bytes(BLOCK_BYTES)
+CIPHER_BLOCK = 16  # bytes: a tensor's stream begins at a whole block of the cipher
 NO_NONCE = bytes(12)  # of a key that seals one message
 
 
@@ -45,28 +45,29 @@ class Stream(NamedTuple):
 def add(
     total: Sequence[Values], values: Sequence[Sequence[Values]], streams: Sequence[Stream], num_threads: int = 1
 ) -> None:
-    """Add to the tensors of `total`, modulo 2^32 and in place, those of all `values` and all streams.
+    """Add to the tensors of `total`, in place, those of all `values` and all streams: each modulo what its type holds.
 
     Tensors are flat, and all have the same ones. Memory: a block a thread.
     """
-    tasks, at = [], 0  # tensor, its first element in this range, and where that is in a stream
+    tasks, at = [], 0  # tensor, the first byte of it in this range, and where that is in a stream
     for number, tensor in enumerate(total):
-        tasks += [(number, start, at + start) for start in range(0, len(tensor), RANGE_ELEMENTS)]
-        at += -(-len(tensor) // CIPHER_BLOCK) * CIPHER_BLOCK
+        tasks += [(number, start, at + start) for start in range(0, tensor.nbytes, RANGE_BYTES)]
+        at += -(-tensor.nbytes // CIPHER_BLOCK) * CIPHER_BLOCK
 
     def of_range(task: tuple[int, int, int]) -> None:
         number, start, offset = task
         tensor, counter = total[number], (offset // CIPHER_BLOCK).to_bytes(16, "big")
         ciphers = [(Cipher(AES(one.seed), CTR(counter)).encryptor(), one.is_added) for one in streams]
-        scratch = np.empty(BLOCK_ELEMENTS, np.uint32)
-        stop = min(start + RANGE_ELEMENTS, len(tensor))
-        for first in range(start, stop, BLOCK_ELEMENTS):
-            last = min(first + BLOCK_ELEMENTS, stop)
-            block, numbers = tensor[first:last], scratch[: last - first]
+        size, stop = tensor.itemsize, min(start + RANGE_BYTES, tensor.nbytes)
+        scratch = np.empty(BLOCK_BYTES // size, tensor.dtype)
+        for first in range(start, stop, BLOCK_BYTES):
+            last = min(first + BLOCK_BYTES, stop)
+            elements = slice(first // size, last // size)
+            block, numbers = tensor[elements], scratch[: (last - first) // size]
             for of_silo in values:
-                block += of_silo[number][first:last]
+                block += of_silo[number][elements]
             for cipher, is_added in ciphers:
-                cipher.update_into(memoryview(ZEROS)[: 4 * len(block)], numbers.view(np.uint8).data)
+                cipher.update_into(memoryview(ZEROS)[: last - first], numbers.view(np.uint8).data)
                 (np.add if is_added else np.subtract)(block, numbers, out=block)
 
     in_threads(of_range, tasks, num_threads)

@@ -17,6 +17,7 @@ from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.exchange.base import Outgoing
 from pretrain.exchange.payload import Tensors, save_tensors
 from pretrain.exchange.rollback import roll_back_store
+from pretrain.exchange.sealed import fetch_version, read_as_a_member
 from pretrain.exchange.store import StoreExchange
 from pretrain.exchange.sums import answer_path, shares_path
 from pretrain.federation.bundle import BundleVerifier
@@ -24,8 +25,11 @@ from pretrain.federation.contract import Agreed, rotate
 from pretrain.federation.exit import write_bundle
 from pretrain.federation.relay import Relay
 from pretrain.federation.revoke import Revoker
+from pretrain.merge.terms import summed_moments
 from pretrain.outer.digest import digest_tensors
 from pretrain.outer.fixed_point import code, scale
+from pretrain.outer.moments import SecondMoment
+from pretrain.outer.quantize import Parts
 from pretrain.sync.masked import MaskedSum
 from pretrain.sync.through_store import ThroughStore
 from pretrain.trust.amendment import amended
@@ -43,6 +47,11 @@ from tests.waiting import PATIENCE_SECONDS, wait_for
 
 TIERS = {"loss": "public", "pseudo_gradient_norm": "member", "seconds_per_step": "public", "tokens": "public"}
 SECURE = {"secure_sum": True, "max_share": 1.0, "max_batch_sequences": 16, "lr": 0.5, "momentum": 0.5}
+ADAMW: dict[str, Any] = {"outer": {"second_moments": "shared"}}
+MUON: dict[str, Any] = {
+    "outer": {"second_moments": "shared", "control_variates": 0.8},
+    "inner": {"num_steps": 40, "optimizer": "muon"},
+}
 TOKENS = {"alpha": 100, "beta": 300, "gamma": 200, "delta": 50}
 
 
@@ -58,6 +67,19 @@ def make(tiny_config: TinyConfig, tiny_text: TinyText, directory: Path, **change
 @pytest.fixture
 def config(tiny_config: TinyConfig, tiny_text: TinyText, tmp_path: Path) -> RunConfig:
     return make(tiny_config, tiny_text, tmp_path)
+
+
+def gradients(config: RunConfig, state: OuterState, names: list[str], silo: str) -> dict[str, Parts]:
+    """What a silo would tell of its gradients, before it is rounded: of rows of very different size."""
+    shapes = {name: value.shape for name, value in state.parameters.items()}
+    agreed, generator = summed_moments(config, names, shapes), torch.Generator().manual_seed(ord(silo[0]))
+    found = {}
+    for name, moment in agreed.items():
+        value = 0.01 * torch.randn(shapes[name], generator=generator)
+        value[0] *= 1e-6
+        is_second = isinstance(moment.moment, SecondMoment)
+        found[name] = moment.encode(value.square() if is_second else value)
+    return found
 
 
 class Silo:
@@ -82,10 +104,12 @@ class Silo:
         version, store = state.version + 1, Path(self.config.store_url)
         names = fragment_names(self.config, state, version)
         local, tokens = self.local(state), TOKENS[self.name]
-        masked = self.through.masked(version, state.parameters, {name: local[name] for name in names}, tokens)
+        moments = gradients(self.config, state, names, self.name)
+        masked = self.through.masked(version, state.parameters, {name: local[name] for name in names}, moments, tokens)
         assert masked
         file = self.config.silo_directory(self.name) / "outbox" / f"{version:06d}.safetensors"
-        payload = save_tensors(masked, file, fragment=self.config.schedule.fragment(version))
+        fragment = self.config.schedule.fragment(version)
+        payload = save_tensors(masked[0], file, fragment=fragment, moments=masked[1])
         manifest = Manifest(
             contract_sha256=self.through.terms_sha256(version),
             silo=self.name,
@@ -108,6 +132,15 @@ class Silo:
         return sent
 
 
+def published(config: RunConfig, version: int) -> dict[str, Parts]:
+    """The moments that a version tells its silos."""
+    store, file = StoreExchange(config.store_url), Path(config.directory) / "published"
+    assert store.read_contract()
+    read_as_a_member(store, config)
+    fetch_version(store, version, store.read_commit(version).payloads[0], file)
+    return {name: dict(parts) for name, parts in Tensors(file).moments.items()}
+
+
 def advance(config: RunConfig, aggregator: Aggregator, state: OuterState, *, without: tuple[str, ...] = ()) -> Commit:
     """One version: all silos deliver, and answer while they wait for the commit."""
     silos = [Silo(config, name) for name in config.full_roster if name not in without]
@@ -126,6 +159,24 @@ def advance(config: RunConfig, aggregator: Aggregator, state: OuterState, *, wit
     return Commit.from_bytes((Path(config.store_url) / f"global/{state.version:06d}/commit.json").read_bytes())
 
 
+def plain_moments(config: RunConfig, before: OuterState, silos: list[str]) -> dict[str, dict[str, torch.Tensor]]:
+    """What version 1 tells of gradients: the plain sum of whole numbers of 32 or 64 bits."""
+    names, most, found = fragment_names(config, before, 1), config.schedule.steps(1) * 16 * config.sequence_tokens, {}
+    told = {silo: gradients(config, before, names, silo) for silo in silos}
+    shapes = {name: value.shape for name, value in before.parameters.items()}
+    for name, moment in summed_moments(config, names, shapes).items():
+        parts = {}
+        for part, (dtype, size) in moment.layout.items():
+            factor = scale(len(config.full_roster), moment.largest(part), 8 * dtype.itemsize)
+            total, share = torch.zeros(size, dtype=torch.int64), sum(TOKENS[silo] for silo in silos) / most
+            for silo in silos:
+                total += (told[silo][name][part].double() * (factor * (TOKENS[silo] / most))).round().long()
+            parts[part] = (total.double() * (1 / (factor * share))).float()
+        is_second = isinstance(moment.moment, SecondMoment)
+        found[name] = parts if is_second else moment.moment.encode(parts["values"])
+    return found
+
+
 def plain_step(config: RunConfig, before: OuterState, silos: list[str]) -> dict[str, torch.Tensor]:
     """What the outer step of SGD with momentum makes of the plain sum of whole numbers: version 1."""
     factor, found = scale(len(config.full_roster), 1.0), {}
@@ -142,16 +193,24 @@ def plain_step(config: RunConfig, before: OuterState, silos: list[str]) -> dict[
     return found
 
 
-@pytest.mark.parametrize("seal", [False, True])
+@pytest.mark.parametrize(
+    ("seal", "told"),
+    [(False, {}), (True, {}), (False, ADAMW), (True, MUON)],
+    ids=["plain", "sealed", "AdamW's moments", "Muon's gradients, sealed"],
+)
 def test_a_version_is_the_plain_sum_to_the_last_bit_and_goes_on_after_a_restart(
-    seal: bool, tiny_config: TinyConfig, tiny_text: TinyText, tmp_path: Path
+    seal: bool, told: dict[str, Any], tiny_config: TinyConfig, tiny_text: TinyText, tmp_path: Path
 ) -> None:
-    config = make(tiny_config, tiny_text, tmp_path, trust={"seal": seal})
+    config = make(tiny_config, tiny_text, tmp_path, trust={"seal": seal}, **copy.deepcopy(told))
     aggregator, state = begin(config)
     before = dataclasses.replace(state, parameters={name: value.clone() for name, value in state.parameters.items()})
     wanted = plain_step(config, before, ["alpha", "beta", "gamma"])
     commit = advance(config, aggregator, state)
     assert all(torch.equal(state.parameters[name], value) for name, value in wanted.items())
+    moments = published(config, 1)
+    assert moments.keys() == (wanted.keys() if told else set())
+    for name, parts in plain_moments(config, before, ["alpha", "beta", "gamma"]).items():
+        assert all(torch.equal(moments[name][part], value) for part, value in parts.items()), name
     assert [(c.silo, c.weight) for c in commit.contributors] == [("alpha", 100), ("beta", 300), ("gamma", 200)]
     assert commit.divisor == 600
     assert commit.metrics.keys() == {"update_norm"}
@@ -184,10 +243,17 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"outer": {"quality_floor": 1.5}},
         "outer.quality_floor: 1.5 given; allowed: null with outer.secure_sum: no delivery can be left out",
     ),
-    "moments": ({"outer": {"second_moments": "shared"}}, "outer.second_moments: 'shared' given; allowed: local with"),
-    "mean gradients": (
-        {"outer": {"control_variates": 0.5}, "inner": {"optimizer": "muon"}},
-        "outer.control_variates: 0.5 given; allowed: 0.0 with outer.secure_sum: mean gradients are not in the sum",
+    "moments without a bound": (
+        {"outer": {"second_moments": "shared"}, "inner": {"clip_norm": 0.0}},
+        "inner.clip_norm: 0.0 given; allowed: above 0 with outer.secure_sum and shared moments: it bounds what is told",
+    ),
+    "mean gradients without one": (
+        {"outer": {"control_variates": 0.5}, "inner": {"optimizer": "muon", "clip_norm": 0.0}},
+        "inner.clip_norm: 0.0 given; allowed: above 0 with outer.secure_sum and shared moments",
+    ),
+    "moments in the merge": (
+        {"outer": {"second_moments": "shared", "merge": "importance"}},
+        "outer.merge: 'importance' given; allowed: mean with outer.secure_sum",
     ),
     "late ones": (
         {"membership": {"quorum": 3, "stale_weight": 0.5}},
@@ -257,7 +323,7 @@ def test_what_would_leave_the_range_stops_the_silo_before_it_wraps(config: RunCo
     silo = Silo(config, "alpha")
     name = fragment_names(config, state, 1)[0]
     local = {name: state.parameters[name] + 1.5}
-    message = one_line_error(silo.through.masked, 1, state.parameters, local, 100)
+    message = one_line_error(silo.through.masked, 1, state.parameters, local, {}, 100)
     assert message.startswith(f"outer.sum_range: 1 given; silo alpha: version 1: {name} has a change of 1.5")
     assert not list(config.silo_directory("alpha").rglob("*.safetensors"))
     aggregator.stop()
@@ -449,9 +515,9 @@ def test_killed_and_coded_again_it_is_the_same_and_with_other_values_another_mas
     first = Tensors(file).parts(name)["values"].clone()
     local = silo.local(asked.state)
     local[name].view(-1)[0] += 1e-3
-    masked = silo.through.masked(1, asked.state.parameters, local, 100)
+    masked = silo.through.masked(1, asked.state.parameters, local, {}, 100)
     assert masked
-    assert (masked[name]["values"].view(-1)[1:] == first.view(-1)[1:]).float().mean() < 1e-3
+    assert (masked[0][name]["values"].view(-1)[1:] == first.view(-1)[1:]).float().mean() < 1e-3
 
 
 def test_masks_follow_the_keys_of_their_version(config: RunConfig, tmp_path: Path) -> None:
