@@ -25,10 +25,10 @@ from pretrain.federation.contract import Agreed, rotate
 from pretrain.federation.exit import write_bundle
 from pretrain.federation.relay import Relay
 from pretrain.federation.revoke import Revoker
-from pretrain.merge.terms import summed_moments
+from pretrain.merge.terms import sum_share, summed_moments
 from pretrain.outer.digest import digest_tensors
 from pretrain.outer.fixed_point import code, scale
-from pretrain.outer.moments import SecondMoment
+from pretrain.outer.moments import MeanGradient, SecondMoment
 from pretrain.outer.quantize import Parts
 from pretrain.sync.masked import MaskedSum
 from pretrain.sync.through_store import ThroughStore
@@ -69,13 +69,19 @@ def config(tiny_config: TinyConfig, tiny_text: TinyText, tmp_path: Path) -> RunC
     return make(tiny_config, tiny_text, tmp_path)
 
 
+def shapes_of(state: OuterState) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in state.parameters.items()}
+
+
 def gradients(config: RunConfig, state: OuterState, names: list[str], silo: str) -> dict[str, Parts]:
     """What a silo would tell of its gradients, before it is rounded: of rows of very different size."""
-    shapes = {name: value.shape for name, value in state.parameters.items()}
-    agreed, generator = summed_moments(config, names, shapes), torch.Generator().manual_seed(ord(silo[0]))
+    agreed, generator = (
+        summed_moments(config, sorted(names), shapes_of(state)),
+        torch.Generator().manual_seed(ord(silo[0])),
+    )
     found = {}
     for name, moment in agreed.items():
-        value = 0.01 * torch.randn(shapes[name], generator=generator)
+        value = 0.01 * torch.randn(moment.moment.shape, generator=generator)
         value[0] *= 1e-6
         is_second = isinstance(moment.moment, SecondMoment)
         found[name] = moment.encode(value.square() if is_second else value)
@@ -99,13 +105,16 @@ class Silo:
     def local(self, state: OuterState) -> dict[str, torch.Tensor]:
         return plus_noise(state, ord(self.name[0]))
 
+    def told(self, state: OuterState, names: list[str]) -> dict[str, Parts]:
+        return gradients(self.config, state, names, self.name)
+
     def coded(self, state: OuterState) -> Outgoing:
         """As SiloSync._code."""
         version, store = state.version + 1, Path(self.config.store_url)
         names = fragment_names(self.config, state, version)
         local, tokens = self.local(state), TOKENS[self.name]
-        moments = gradients(self.config, state, names, self.name)
-        masked = self.through.masked(version, state.parameters, {name: local[name] for name in names}, moments, tokens)
+        told = self.told(state, names)
+        masked = self.through.masked(version, state.parameters, {name: local[name] for name in names}, told, tokens)
         assert masked
         file = self.config.silo_directory(self.name) / "outbox" / f"{version:06d}.safetensors"
         fragment = self.config.schedule.fragment(version)
@@ -163,8 +172,7 @@ def plain_moments(config: RunConfig, before: OuterState, silos: list[str]) -> di
     """What version 1 tells of gradients: the plain sum of whole numbers of 32 or 64 bits."""
     names, most, found = fragment_names(config, before, 1), config.schedule.steps(1) * 16 * config.sequence_tokens, {}
     told = {silo: gradients(config, before, names, silo) for silo in silos}
-    shapes = {name: value.shape for name, value in before.parameters.items()}
-    for name, moment in summed_moments(config, names, shapes).items():
+    for name, moment in summed_moments(config, names, shapes_of(before)).items():
         parts = {}
         for part, (dtype, size) in moment.layout.items():
             factor = scale(len(config.full_roster), moment.largest(part), 8 * dtype.itemsize)
@@ -329,6 +337,74 @@ def test_what_would_leave_the_range_stops_the_silo_before_it_wraps(config: RunCo
     aggregator.stop()
 
 
+def test_what_a_silo_has_told_is_known_to_it_again_without_its_masks(
+    tiny_config: TinyConfig, tiny_text: TinyText, tmp_path: Path
+) -> None:
+    """As it counts in the sum, rounding and all, so that corrections of all silos add up to nothing."""
+    config = make(tiny_config, tiny_text, tmp_path, **copy.deepcopy(MUON))
+    aggregator, state = begin(config)
+    silo = Silo(config, "alpha")
+    sent, again = silo.coded(state), Silo(config, "alpha")  # started again
+    told, share = again.through.told(sent, state.parameters), sum_share(config, 1, TOKENS["alpha"])
+    before = gradients(config, state, [*state.parameters], "alpha")
+    for name, moment in summed_moments(config, before, shapes_of(state)).items():
+        wanted = moment.values(moment.whole(before[name], share), share)
+        assert told[name].keys() == wanted.keys()
+        for part, value in wanted.items():
+            assert torch.equal(told[name][part], value)
+            masked = sent.coded.moments[name][part]
+            assert (masked != moment.whole(before[name], share)[part]).all()
+    for one in (silo, again):
+        one.through.close("")
+    aggregator.stop()
+
+
+@pytest.mark.parametrize("told", [ADAMW, MUON], ids=["AdamW", "Muon"])
+def test_what_clipped_gradients_cannot_make_stops_the_silo_before_it_wraps(
+    told: dict[str, Any], tiny_config: TinyConfig, tiny_text: TinyText, tmp_path: Path
+) -> None:
+    config = make(tiny_config, tiny_text, tmp_path, **copy.deepcopy(told))
+    aggregator, state = begin(config)
+    silo, moments = Silo(config, "alpha"), gradients(config, state, [*state.parameters], "alpha")
+    agreed = summed_moments(config, moments, shapes_of(state))
+    for kind, part in ((SecondMoment, "rows"), *([(MeanGradient, "values")] if told is MUON else [])):
+        name = next(n for n, one in agreed.items() if isinstance(one.moment, kind) and part in one.layout)
+        most = agreed[name].largest(part)
+        bad = {key: value.clone() for key, value in moments[name].items()}
+        bad[part].view(-1)[3] = 1.5 * most
+        message = one_line_error(
+            silo.through.masked, 1, state.parameters, silo.local(state), moments | {name: bad}, 100
+        )
+        assert message == (
+            f"inner.clip_norm: 1 given; silo alpha: version 1: what is told of the gradients of {name} ({part}) has "
+            f"{1.5 * most:g}; allowed: up to {most:g}, for which a sum of gradients that are clipped so has room; "
+            "nothing was sent"
+        )
+    assert not list(config.silo_directory("alpha").rglob("*.safetensors"))
+    silo.through.close("")
+    aggregator.stop()
+
+
+def test_a_sum_of_moments_that_none_can_be_ends_the_aggregator_in_one_line(
+    tiny_config: TinyConfig, tiny_text: TinyText, tmp_path: Path
+) -> None:
+    """Nobody knows whose part it is; silos would be told second moments below zero."""
+
+    class Liar(Silo):
+        def told(self, state: OuterState, names: list[str]) -> dict[str, Parts]:
+            honest = super().told(state, names)
+            return {name: {part: -3 * value for part, value in parts.items()} for name, parts in honest.items()}
+
+    config = make(tiny_config, tiny_text, tmp_path, **copy.deepcopy(ADAMW))
+    asked = Asked(config, beta=Liar)
+    for silo in asked.silos:
+        asked.answer(silo)
+    said = "version 1: what alpha, beta, gamma tell of the gradients of .* is no sum of what they may tell: its .* add "
+    with pytest.raises(RefusedError, match=said):
+        asked.aggregator.merge(asked.state, asked.deliveries)
+    asked.close()
+
+
 # ---- who is missing, and who lies
 
 
@@ -339,17 +415,22 @@ def four(tiny_config: TinyConfig, tiny_text: TinyText, directory: Path, **change
     return make(tiny_config, tiny_text, directory, silos=silos, membership=rules, **changes)
 
 
+def streaming(told: dict[str, Any]) -> dict[str, Any]:
+    """The same in two fragments, with overlap; of nothing, nothing."""
+    return {**told, "outer": told["outer"] | {"num_fragments": 2, "overlap_steps": 1}} if told else {}
+
+
 def summed(aggregator: Aggregator, state: OuterState) -> None:
     deliveries = aggregator.collect(state)
     aggregator.commit(state, deliveries, aggregator.merge(state, deliveries))
     aggregator.finish()
 
 
-@pytest.mark.parametrize("fragments", [{}, {"num_fragments": 2, "overlap_steps": 1}])
+@pytest.mark.parametrize("told", [{}, MUON], ids=["plain", "streaming, moments told"])
 def test_a_silo_may_be_missing_at_any_phase(
-    fragments: dict[str, Any], tiny_config: TinyConfig, tiny_text: TinyText, tmp_path: Path
+    told: dict[str, Any], tiny_config: TinyConfig, tiny_text: TinyText, tmp_path: Path
 ) -> None:
-    config = four(tiny_config, tiny_text, tmp_path, outer=fragments)
+    config = four(tiny_config, tiny_text, tmp_path, **streaming(told))
     aggregator, state = begin(config)
     for silo in config.full_roster:
         as_member(config, silo).announce(silo, left=False, version=0)
@@ -367,6 +448,9 @@ def test_a_silo_may_be_missing_at_any_phase(
     assert late.manifest.silo == "gamma"
     assert sent.keys() == {c.silo for c in Commit.from_bytes(commit_bytes(config, 1)).contributors}
     assert all(torch.equal(state.parameters[name], value) for name, value in wanted.items())
+    moments, plain = published(config, 1), plain_moments(config, before, ["alpha", "beta", "delta"])
+    assert moments.keys() == plain.keys() == (wanted.keys() if told else set())
+    assert all(torch.equal(moments[name][part], value) for name, of in plain.items() for part, value in of.items())
     for silo in silos.values():
         silo.through.close("")
     for _ in range(3):
@@ -384,10 +468,10 @@ def commit_bytes(config: RunConfig, version: int) -> bytes:
 class Asked:
     """Version 1 of three silos that have delivered, and were asked to answer."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, **kinds: type[Silo]) -> None:
         self.config = config
         self.aggregator, self.state = begin(config)
-        self.silos = {name: Silo(config, name) for name in config.full_roster}
+        self.silos = {name: kinds.get(name, Silo)(config, name) for name in config.full_roster}
         self.sent = {name: silo.deliver(self.state) for name, silo in self.silos.items()}
         merger = self.aggregator._merger
         self.unmasker = merger.unmasker
@@ -411,14 +495,17 @@ class Asked:
         finally:
             through.close("")
 
+    def close(self) -> None:
+        for silo in self.silos.values():
+            silo.through.close("")
+        self.aggregator.stop()
+
 
 @pytest.fixture
 def asked(config: RunConfig) -> Iterator[Asked]:
     found = Asked(config)
     yield found
-    for silo in found.silos.values():
-        silo.through.close("")
-    found.aggregator.stop()
+    found.close()
 
 
 def test_below_the_threshold_there_is_no_sum(asked: Asked) -> None:

@@ -19,6 +19,14 @@ def test_values_by_hand() -> None:
     assert weighted.tolist() == [1, 0, -2, 1]  # -1.5 to even
 
 
+def test_without_a_value_it_is_the_base_and_64_bits_hold_more() -> None:
+    [found] = code([(torch.tensor([3.0, -0.5]), None)], 2.0**40, 4.0, dtype=np.int64)
+    assert found.dtype == np.int64
+    assert found.tolist() == [3 * 2**40, -(2**39)]
+    assert scale(4, 1.0, 64) == 2.0**60
+    assert scale(4, 1.0) == 2.0**28
+
+
 @pytest.mark.parametrize("num_silos", [1, 2, 3, 4, 7, 10, 64])
 @pytest.mark.parametrize("largest", [1e-6, 0.1, 1.0, 3.7, 1e4])
 def test_the_scale_is_a_power_of_two_with_which_no_sum_wraps(num_silos: int, largest: float) -> None:
@@ -27,7 +35,7 @@ def test_the_scale_is_a_power_of_two_with_which_no_sum_wraps(num_silos: int, lar
     [highest] = code([(torch.full([3], largest), torch.zeros(3))], found, math.inf)
     [lowest] = code([(torch.zeros(3), torch.full([3], largest))], found, math.inf)
     total = sum([highest.astype(np.int64)] * num_silos)
-    assert 2**29 <= total.max() < 2**31 or found == 2.0**31
+    assert 2**29 <= total.max() < 2**31
     assert (sum([lowest.astype(np.int64)] * num_silos) >= -(2**31)).all()
     assert np.array_equal(sum([highest.view(np.uint32)] * num_silos).view(np.int32), total)
 

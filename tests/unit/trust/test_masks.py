@@ -62,6 +62,19 @@ def test_a_tensor_begins_at_a_whole_block_and_ranges_and_threads_change_nothing(
             assert np.array_equal(tensor, whole[0][place : place + len(tensor)])
 
 
+def test_wide_elements_take_as_many_bytes_of_a_stream_and_add_up_modulo_2_64() -> None:
+    seed, size = b"w" * 32, (1 << 19) + 35_003
+    narrow = [np.zeros(3, np.uint32), np.zeros(2 * size, np.uint32), np.zeros(1, np.uint32)]
+    wide = [np.zeros(3, np.uint32), np.zeros(size, np.uint64), np.zeros(1, np.uint32)]
+    for total in (narrow, wide):
+        add(total, [], [Stream(seed, True)], 2)
+    assert wide[1].tobytes() == narrow[1].tobytes()
+    assert narrow[2] == wide[2]
+    before = wide[1].copy()
+    add(wide, [[np.zeros(3, np.uint32), before, np.zeros(1, np.uint32)]], [Stream(seed, False)])
+    assert np.array_equal(wide[1], before)  # twice the stream less once, whatever was carried
+
+
 def test_seeds_follow_from_the_keys_as_the_formats_say() -> None:
     both = maskers(["alice", "bob"], 2)
     public = {silo: private(silo).public_key().public_bytes_raw() for silo in both}
