@@ -1,6 +1,6 @@
 """A silo's side of a secure sum: masks on what it delivers, shares of their seeds, and one answer a version."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,10 @@ from pretrain.merge.terms import sum_factor
 from pretrain.outer.fixed_point import OutOfRangeError, code
 from pretrain.outer.quantize import Parts
 from pretrain.sync.delivered import Delivered
+from pretrain.sync.noised import Noised, Pair
 from pretrain.trust.ledger import Manifest, Payload, RefusedError, sha256_bytes
 from pretrain.trust.masks import add
+from pretrain.trust.member import member_budget
 from pretrain.trust.policy import Policy
 from pretrain.trust.sums import Answer, Shares, Survivors, laid_open
 
@@ -32,6 +34,8 @@ class MaskedSum:
         self._answered = Delivered(config.silo_directory(silo) / "answered.txt")
         self._salts: dict[int, str] = {}  # of versions that are being coded
         self._done: set[int] = set()
+        budget = member_budget(config)
+        self._noised = Noised(config, budget, config.silo_directory(silo) / "private") if budget else None
 
     def mask(
         self, version: int, pairs: Mapping[str, tuple[Tensor, Tensor]], tokens: int, num_threads: int
@@ -40,7 +44,7 @@ class MaskedSum:
         outer, names = self._config.outer, sorted(pairs)
         factor = sum_factor(self._config, version, tokens)
         try:
-            coded = code([pairs[name] for name in names], factor, outer.sum_range, num_threads)
+            coded = self._coded(version, [pairs[name] for name in names], factor, num_threads)
         except OutOfRangeError as error:
             number, peak = error.args
             raise ConfigError(
@@ -57,6 +61,17 @@ class MaskedSum:
             name: {"values": torch.from_numpy(one).view(pairs[name][0].shape)}
             for name, one in zip(names, coded, strict=True)
         }
+
+    def _coded(
+        self, version: int, pairs: Sequence[Pair], factor: float, num_threads: int
+    ) -> "list[np.ndarray[tuple[int], np.dtype[np.int32]]]":
+        """Whole numbers, clipped and noised where the contract has a budget. Raises OutOfRangeError."""
+        largest = self._config.outer.sum_range
+        if not self._noised:
+            return code(pairs, factor, largest, num_threads)
+        threshold, terms = self._sums.threshold(version), self._exchange.terms_sha256(version)
+        noised = self._noised.pairs(pairs, version, terms, threshold)
+        return [one for pair in noised for one in code([pair], factor, largest, num_threads)]
 
     def deal(self, payload: Payload, file: Path, version: int) -> None:
         """Write beside a payload in the outbox what goes with it."""
