@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from pretrain.config.keys import InnerConfig, ModelConfig, PrivateConfig, SiloConfig
+from pretrain.config.budgets import PrivateConfig
+from pretrain.config.keys import InnerConfig, ModelConfig, SiloConfig
 from pretrain.silo.account import Plan
 from pretrain.silo.checkpoint import Progress
 from pretrain.silo.engine import Engine

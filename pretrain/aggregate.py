@@ -52,6 +52,7 @@ from pretrain.trust.amendment import Governed
 from pretrain.trust.contract import build_contract, check_same_contract, first_contract
 from pretrain.trust.egress import tracked
 from pretrain.trust.ledger import Commit, Contributor, Payload, RefusedError, sha256_bytes
+from pretrain.trust.member import check_budget
 from pretrain.trust.policy import Policy
 from pretrain.trust.quality import losses, say_not_counted
 
@@ -89,6 +90,7 @@ class Aggregator:
     def start(self) -> OuterState:
         """Write or compare the contract, take the lease; load the newest version, or write version 0."""
         ours = build_contract(self._own)
+        check_budget(self._own)
         stored = self._exchange.read_contract()
         known = self._check_history()
         if self._archive:

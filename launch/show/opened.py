@@ -6,7 +6,7 @@ not signed by who should have said it, is passed over and named.
 
 import types
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from itertools import takewhile
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -14,7 +14,15 @@ from launch.show.listed import LIMIT_BYTES, Listed, cannot_be_read
 from launch.show.voices import Voices
 from pretrain.config.check import check_config
 from pretrain.config.errors import ConfigError
-from pretrain.config.keys import InnerConfig, MembershipConfig, ModelConfig, OuterConfig, RunConfig, SiloConfig
+from pretrain.config.keys import (
+    InnerConfig,
+    MembershipConfig,
+    ModelConfig,
+    OuterConfig,
+    RunConfig,
+    SiloConfig,
+    TrustConfig,
+)
 from pretrain.exchange.signed import SignedStore
 from pretrain.host.foreign import loads, shown
 from pretrain.trust.ledger import Commit, RefusedError, sha256_bytes
@@ -147,7 +155,7 @@ def number_in(record: Json, key: str) -> float:
 
 
 def _terms(stored: bytes | None, url: str) -> tuple[Json, RunConfig]:
-    """What the contract says of roster, membership and schedule, with silos as the defaults make them."""
+    """What the contract says of roster, membership, schedule and what silos tell; silos are as by default."""
     try:
         if stored is None:
             raise ValueError(f"it has more than {LIMIT_BYTES:,} bytes")
@@ -164,6 +172,7 @@ def _terms(stored: bytes | None, url: str) -> tuple[Json, RunConfig]:
             model=ModelConfig(config={"model_type": "any"}),
             silos={name: SiloConfig() for name in roster},
             roster=roster,
+            trust=TrustConfig(metrics=_tiers(contract)),
         )
         check_config(terms)
     except ValueError as error:
@@ -172,15 +181,30 @@ def _terms(stored: bytes | None, url: str) -> tuple[Json, RunConfig]:
     return contract, terms
 
 
+def _tiers(contract: Json) -> dict[str, str]:
+    """Who may see what silos tell. Raises ValueError."""
+    trust = contract.get("trust")
+    found: Any = trust.get("metrics") if isinstance(trust, dict) else None
+    if not _fits(found, dict[str, str]):
+        raise ValueError(f"trust.metrics: {shown(found, limit=60)} given")
+    return found  # type: ignore[no-any-return]
+
+
 def _section(kind: type[T], contract: Json, key: str) -> T:
     """One section of a contract; raises ValueError for what is no key of it, or of another type."""
     given, allowed = contract.get(key), {f.name: f.type for f in fields(kind)}  # type: ignore[arg-type]
     if not isinstance(given, dict):
         raise ValueError(f"it has no {key}")
+    found: Json = {}
     for name, value in given.items():
+        inner = allowed.get(name)
+        if isinstance(inner, type) and is_dataclass(inner):
+            found[name] = _section(inner, given, name)
+            continue
         if name not in allowed or not _fits(value, allowed[name]):
             raise ValueError(f"{key}.{shown(name, limit=60)}: {shown(value, limit=60)} given")
-    return kind(**given)
+        found[name] = value
+    return kind(**found)
 
 
 def _fits(value: Any, wanted: Any) -> bool:
@@ -188,6 +212,9 @@ def _fits(value: Any, wanted: Any) -> bool:
     origin = get_origin(wanted)
     if origin is types.UnionType:
         return any(_fits(value, one) for one in get_args(wanted))
+    if origin is dict:
+        of_key, of_value = get_args(wanted)
+        return isinstance(value, dict) and all(_fits(k, of_key) and _fits(v, of_value) for k, v in value.items())
     if origin is list:
         return isinstance(value, list) and all(_fits(one, get_args(wanted)[0]) for one in value)
     return type(value) in (int, float) if wanted is float else type(value) is wanted

@@ -84,6 +84,7 @@ def summary_of(run: Run) -> dict[str, Any]:
         ],
         "peak_memory_bytes": {silo: end.get("peak_memory_bytes") for silo, end in ends.items()},
         **({"epsilon": spent} if (spent := _values(last_steps, "epsilon")) else {}),
+        **({"member_epsilon": whole["epsilon"]} if (whole := _spent_by_all(run)) else {}),
     }
 
 
@@ -122,7 +123,7 @@ def write_report(
         is_alone=main.config.exchange.kind == "none",
         written=time.strftime("%Y-%m-%d %H:%M"),
         summary=summary,
-        cards=_cards(summary, evaluated[label]),
+        cards=_cards(summary, evaluated[label], _spent_by_all(main)),
         comparison=comparison_rows(evaluated),
         corpora=sorted({corpus for found in evaluated.values() for one in found for corpus in one.val_loss}),
         silos=silos,
@@ -159,8 +160,8 @@ def write_page(path: Path, html: str) -> None:
     temporary.replace(path)
 
 
-def _cards(summary: dict[str, Any], evaluated: list[Evaluation]) -> list[dict[str, str]]:
-    """The headline: a few numbers, each with one line that says what it means."""
+def _cards(summary: dict[str, Any], evaluated: list[Evaluation], whole: Mapping[str, float]) -> list[dict[str, str]]:
+    """The headline: a few numbers, each with one line that says what it means; `whole` as `_spent_by_all` has it."""
     cards = []
     if evaluated:
         first, last = evaluated[0], evaluated[-1]
@@ -180,6 +181,9 @@ def _cards(summary: dict[str, Any], evaluated: list[Evaluation]) -> list[dict[st
     if busy and summary["bytes_sent"]:
         note = f"{format_seconds(summary['seconds_waiting'])} of {format_seconds(busy)}, all silos together"
         cards.append({"value": f"{summary['seconds_waiting'] / busy:.1%}", "label": "time spent waiting", "note": note})
+    if whole:
+        note = f"delta {whole['delta']:g}, for all that a silo delivers"
+        cards.append({"value": f"{whole['epsilon']:.3g}", "label": "epsilon spent", "note": note})
     return cards
 
 
@@ -226,6 +230,13 @@ def _silo_rows(run: Run) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _spent_by_all(run: Run) -> dict[str, float]:
+    """What all versions have spent of the budget of all silos; empty where there is none, or no commit here."""
+    commits = [record for record in run.records["commit"] if "epsilon" in record]
+    newest = max(commits, key=lambda record: int(record["version"]), default={})
+    return {name: newest[name] for name in SPENT if name in newest}
 
 
 def _spent(steps: list[Record]) -> str:

@@ -40,8 +40,10 @@ def show_status(status: StoreStatus, console: Console) -> None:
             more = f"; {len(silo.not_counted)} versions in all" if len(silo.not_counted) > 1 else ""
             console.print(Text(f"silo {name} did not count in {silo.not_counted[-1]}{more}", style="red"))
         if silo.spent:
-            words = ", ".join(f"{what} {value:.4g}" for what, value in silo.spent.items())
-            console.print(Text(f"silo {name} trains with differential privacy for one sequence; spent: {words}"))
+            words = f"silo {name} trains with differential privacy for one sequence; spent: {_numbers(silo.spent)}"
+            console.print(Text(words))
+    if status.spent:
+        console.print(Text(f"differential privacy for all that a silo delivers; spent: {_numbers(status.spent)}"))
     for words in remarks(status):
         console.print(Text(words, style="red"))
     silos = status.silos.values()
@@ -51,6 +53,10 @@ def show_status(status: StoreStatus, console: Console) -> None:
     console.print(Text(summary), soft_wrap=True)
     console.print(Text(waiting_words(status), style="bold green" if status.is_finished else ""), soft_wrap=True)
     console.print(_how_old(status), soft_wrap=True)
+
+
+def _numbers(spent: Mapping[str, float]) -> str:
+    return ", ".join(f"{what} {value:.4g}" for what, value in spent.items())
 
 
 def remarks(status: StoreStatus) -> list[str]:

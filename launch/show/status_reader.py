@@ -101,6 +101,9 @@ class StoreStatus:
     """Objects that are not signed by who should have written them."""
     ahead: list[str] = field(default_factory=list)
     """Objects of a time to come, by this machine's clock; no age is counted from them."""
+    spent: dict[str, float] = field(default_factory=dict)
+    """What the versions so far have spent of the budget of all silos, `epsilon` and `delta`; empty where there is none.
+    """
     version_seconds: float | None = None
     """Median time from one commit to the next; None before there are two, or where the store tells no times."""
 
@@ -238,6 +241,7 @@ class Reader:
             unreadable=list(dict.fromkeys(self._opened.unreadable)),
             unsigned=list(dict.fromkeys(self._opened.unsigned)),
             ahead=store.ahead,
+            spent=_spent(newest) if (newest := self._opened.commits.get(self._version or 0)) else {},
             version_seconds=self._version_seconds(),
         )
 
@@ -293,7 +297,7 @@ class Reader:
             life=self._life_of_silo(name),
             part=self._part(name),
             tokens_total=newest.tokens_total if newest else None,
-            spent={name: newest.metrics[name] for name in SPENT if name in newest.metrics} if newest else {},
+            spent=_spent(newest) if newest else {},
             num_commits=len(tokens),
             newest_commit=max(tokens, default=None),
             tokens_contributed=sum(tokens.values()),
@@ -345,6 +349,10 @@ class Reader:
 
 def _done(rollback: str) -> str:
     return rollback.replace(".json", ".done")
+
+
+def _spent(record: Commit | Manifest) -> dict[str, float]:
+    return {name: record.metrics[name] for name in SPENT if name in record.metrics}
 
 
 def _tokens(commit: Commit) -> dict[str, int]:

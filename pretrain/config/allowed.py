@@ -10,7 +10,7 @@ SCHEDULES = ("cosine", "wsd", "constant")
 MERGES = ("mean", "importance", "clip", "trimmed_mean", "median", "krum")
 TIERS = ("public", "consortium", "member")
 METRICS = ("loss", "held_out", "pseudo_gradient_norm", "seconds_per_step", "tokens", "epochs")
-SPENT = ("epsilon", "delta")  # of a private silo's budget: they tell of its steps, and nothing of its text
+SPENT = ("epsilon", "delta")  # of a private silo's budget, or of all silos': they tell of steps, and nothing of text
 SUM32 = "sum32"  # what a secure sum is of; no codec that a key may name
 CODECS = ("fp32", "bf16", "int8", "int4", "e3m0", "topk")
 
@@ -40,6 +40,7 @@ class Numbers:
 
 NONE_LESS, ONE, ABOVE = Numbers(), Numbers(least=1), Numbers(without_least=True)
 SHARE, BELOW_ONE = Numbers(most=1), Numbers(most=1, without_most=True)
+PROBABILITY = Numbers(most=1, without_least=True, without_most=True)
 
 ALLOWED: dict[str, tuple[str, ...] | Numbers] = {
     "sequence_tokens": Numbers(least=2),
@@ -79,6 +80,11 @@ ALLOWED: dict[str, tuple[str, ...] | Numbers] = {
     "outer.control_variates": SHARE,
     "outer.mixing": SHARE,
     "outer.state": ("memory", "disk"),
+    "outer.member_privacy.epsilon": ABOVE,
+    "outer.member_privacy.delta": PROBABILITY,
+    "outer.member_privacy.clip_norm": ABOVE,
+    "outer.member_privacy.noise_multiplier": ABOVE,
+    "outer.member_privacy.num_colluding": NONE_LESS,
     "membership.quorum": ONE,
     "membership.deadline_mads": NONE_LESS,
     "membership.deadline_floor_seconds": NONE_LESS,
@@ -117,7 +123,7 @@ ALLOWED: dict[str, tuple[str, ...] | Numbers] = {
     "silo.profile_rounds": NONE_LESS,
     "silo.num_threads": ONE,
     "silo.private.epsilon": ABOVE,
-    "silo.private.delta": Numbers(most=1, without_least=True, without_most=True),
+    "silo.private.delta": PROBABILITY,
     "silo.private.clip_norm": ABOVE,
     "silo.private.noise_multiplier": ABOVE,
     "trust.keep_deliveries": NONE_LESS,

@@ -10,7 +10,7 @@ from pretrain.config.allowed import ALLOWED, METRICS, TIERS, Numbers
 from pretrain.config.deepspeed_keys import KNOWN, OWNED
 from pretrain.config.errors import ConfigError, named, require
 from pretrain.config.keys import OPERATOR, ModelConfig, OuterConfig, RunConfig, SiloConfig
-from pretrain.config.privacy import check_private, check_secure_sum
+from pretrain.config.privacy import MEMBER, check_member, check_private, check_secure_sum
 
 MOST_TOGETHER = 380  # silos of a collective: each one's record of a version has a number for every two of them
 FEWEST_JUDGED = 3  # silos of which the others can say that one is worse than they are
@@ -47,6 +47,7 @@ def check_config(config: RunConfig) -> None:
         _check_membership,
         _check_merge,
         check_secure_sum,
+        check_member,
         _check_muon,
         check_private,
     ):
@@ -59,6 +60,7 @@ def _check_each(config: RunConfig) -> None:
     silos = silos or [("silo.", config.silo)]
     private = [(f"{prefix}private.", silo.private) for prefix, silo in silos]
     sections: dict[str, list[tuple[str, Any]]] = {"": [("", config)], "silo": silos, "silo.private": private}
+    sections[MEMBER] = [(f"{MEMBER}.", config.outer.member_privacy)]
     for key, allowed in ALLOWED.items():
         section, _, name = key.rpartition(".")
         for prefix, settings in sections.get(section) or [(f"{section}.", getattr(config, section))]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config.allowed import SUM32
+from pretrain.config.budgets import MemberPrivacyConfig, PrivateConfig
 from pretrain.outer.learning_rate import scheduled_lr
 from pretrain.outer.schedule import Schedule
 
@@ -126,6 +127,8 @@ class OuterConfig:
     state: str = "memory"
     """Where the aggregator keeps the outer state: memory, or disk: files in its run directory, for models that are
     larger than its memory. Its own affair, and no part of the contract."""
+    member_privacy: MemberPrivacyConfig = field(default_factory=MemberPrivacyConfig)
+    """Clipped and noised deliveries, accounted over the run."""
 
     @property
     def sent_codec(self) -> str:
@@ -257,23 +260,6 @@ class TrustConfig:
     policy: str = ""
     """A file of this site's own, which says what may leave its silos and wins over the contract; empty: what the
     contract asks for."""
-
-
-@dataclass(kw_only=True)
-class PrivateConfig:
-    """Differential privacy inside a silo, for one packed sequence of its text (docs/privacy.md)."""
-
-    epsilon: float | None = None
-    """The silo's budget: what it delivers in the whole run is (epsilon, delta)-private; null: it is not private at
-    all."""
-    delta: float = 1e-6
-    """The other half of the budget, below 1 / sequences of the text."""
-    clip_norm: float = 1.0
-    """L2 norm that the gradient of one sequence is clipped to; of its mean loss over its tokens."""
-    noise_multiplier: float | None = None
-    """Standard deviation of the noise on the sum of a batch's gradients, divided by `clip_norm`; null: the least with
-    which inner.num_steps stay within the budget. With one that allows fewer, a silo with which others need not go on
-    (membership.quorum) stops at its budget."""
 
 
 @dataclass(kw_only=True)

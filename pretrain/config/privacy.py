@@ -1,9 +1,12 @@
 """What cannot be with a secure sum, or beside a private silo. Imports no torch."""
 
+from pretrain.config.budgets import MemberPrivacyConfig, PrivateConfig
 from pretrain.config.errors import named, require
 from pretrain.config.keys import RunConfig
 
 FEWEST_SUMMED, MOST_SUMMED = 3, 100  # silos of a secure sum: of two, each knows the other's part; shares are n times n
+MEMBER = "outer.member_privacy"
+UNNOISED = ("loss", "held_out", "epochs")  # what a silo tells of its text, unless the contract keeps it there
 
 
 def check_private(config: RunConfig) -> None:
@@ -64,3 +67,41 @@ def check_secure_sum(config: RunConfig) -> None:
     # A local launch of all silos makes their keys later.
     fits = bool(trust.keys) or roster == sorted(config.silos)
     require(fits, key, True, "false without trust.keys: it is the members' keys that masks follow from")
+
+
+def check_member(config: RunConfig) -> None:
+    """Refuse what would tell of a silo beside the noised sum, or be more of it than what was clipped."""
+    outer, rules, trust, given = config.outer, config.membership, config.trust, config.outer.member_privacy
+    _check_clip_norms(config)
+    if given.epsilon is None:
+        return
+    roster, beside = config.full_roster, f"with {MEMBER}.epsilon={given.epsilon:g}"
+    allowed = "null without outer.secure_sum: a delivery by itself has but its share of the noise"
+    require(outer.secure_sum, f"{MEMBER}.epsilon", given.epsilon, allowed)
+    for name, value, wanted, why in (
+        ("outer.merge", outer.merge, "mean", "it is the sum that is noised"),
+        ("outer.weight_power", outer.weight_power, 0.0, "all silos are as much of the sum, whatever their tokens"),
+        ("outer.second_moments", outer.second_moments, "local", "moments would be a second release"),
+        ("outer.control_variates", outer.control_variates, 0.0, "mean gradients would be a second release"),
+        ("membership.max_loss_rise", rules.max_loss_rise, None, "a loss has no noise"),
+        *((f"trust.metrics.{name}", trust.metrics[name], "member", "it has no noise") for name in UNNOISED),
+    ):
+        require(value == wanted, name, value, f"{'null' if wanted is None else wanted} {beside}: {why}")
+    fits, allowed = given.delta * len(roster) < 1, f"below {1 / len(roster):.3g}, 1 / the {len(roster)} silos"
+    require(fits, f"{MEMBER}.delta", given.delta, allowed)
+    least = rules.quorum or len(roster)
+    allowed = f"0 to {least - 1}, so that one of the {least} silos of a sum is left whose noise counts"
+    require(given.num_colluding < least, f"{MEMBER}.num_colluding", given.num_colluding, allowed)
+
+
+def _check_clip_norms(config: RunConfig) -> None:
+    """Refuse one that means nothing, where the other budget is given: it may be meant for that."""
+    member = config.outer.member_privacy
+    for name, silo in config.silos.items():
+        own = f"silos.{name}.private"
+        if member.epsilon is not None and not silo.is_private and silo.private.clip_norm != PrivateConfig.clip_norm:
+            allowed = f"{MEMBER}.clip_norm, of a silo's whole delivery; this one is of a sequence, with {own}.epsilon"
+            require(False, f"{own}.clip_norm", silo.private.clip_norm, allowed)
+        if member.epsilon is None and silo.is_private and member.clip_norm != MemberPrivacyConfig.clip_norm:
+            allowed = f"{own}.clip_norm, of one sequence's gradient; this one is of a delivery, with {MEMBER}.epsilon"
+            require(False, f"{MEMBER}.clip_norm", member.clip_norm, allowed)

@@ -22,6 +22,7 @@ from pretrain.silo.account import plan
 from pretrain.silo.shards import check_a_sequence, check_enough, read_manifest, tokenizer_sha256
 from pretrain.silo.weights import checkpoint_files
 from pretrain.trust.contract import build_contract, check_same_contract, other_software
+from pretrain.trust.member import check_budget
 from pretrain.trust.members import Members, act_as
 from pretrain.trust.policy import Policy, read_policy
 
@@ -76,6 +77,7 @@ def check_silo(config: RunConfig, name: str) -> None:
     if config.trust.keys:  # else a local launch makes them
         act_as(Members(), config, name)
     policy = check_policy(config)
+    check_budget(config)
     check_tensorboard(config)
     silo, tokenizer = config.silos[name], tokenizer_sha256(config.tokenizer_file)
     key = f"silos.{name}.data"

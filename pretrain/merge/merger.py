@@ -27,6 +27,7 @@ from pretrain.outer.quantize import Parts
 from pretrain.outer.state import OuterState, kept_at_start, kept_kinds
 from pretrain.outer.threads import in_threads
 from pretrain.trust.ledger import Commit, Contributor, RefusedError
+from pretrain.trust.member import member_budget
 
 Tensors = dict[str, Tensor]
 
@@ -170,6 +171,8 @@ class Merger:
         metrics = {"update_norm": step.update_squared**0.5}
         if not self.unmasker:
             metrics["cosine_mean"] = mean_cosine(step.units_squared, len(deliveries))
+        if budget := member_budget(self._config):
+            metrics |= budget.spent(state.version + 1)
         return Merged(changes=changes, moments=step.merged_moments(), weights=weights, metrics=metrics)
 
     def _take_step(

@@ -49,7 +49,7 @@ class Plan:
 
     def epsilon(self, num_epochs: int) -> float:
         """What so many epochs spend."""
-        return _gaussian("epsilon", self.noise_multiplier / math.sqrt(num_epochs), self.delta) if num_epochs else 0.0
+        return gaussian("epsilon", self.noise_multiplier / math.sqrt(num_epochs), self.delta) if num_epochs else 0.0
 
 
 def plan(config: RunConfig, name: str, manifests: list[Manifest]) -> Plan:
@@ -68,7 +68,7 @@ def plan(config: RunConfig, name: str, manifests: list[Manifest]) -> Plan:
         )
     epoch = num_sequences // batch * batch
     num_epochs = math.ceil(num_steps * batch / epoch)
-    of_one = _gaussian("sigma", private.epsilon, private.delta)
+    of_one = gaussian("sigma", private.epsilon, private.delta)
     needed = of_one * math.sqrt(num_epochs) * (1 + ROUNDING)
     noise = private.noise_multiplier or needed
     found = Plan(
@@ -87,13 +87,13 @@ def plan(config: RunConfig, name: str, manifests: list[Manifest]) -> Plan:
     return found
 
 
-def _gaussian(wanted: str, given: float, delta: float) -> float:
+def gaussian(wanted: str, given: float, delta: float) -> float:
     """The Gaussian mechanism's epsilon for a sigma, or the least sigma for an epsilon; sensitivity 1."""
     try:
         from dp_accounting import get_epsilon_gaussian, get_sigma_gaussian
     except ImportError:
         raise ConfigError(
-            "silo.private: epsilon given; dp-accounting is not installed: pip install 'atoll[privacy]'"
+            "a budget of epsilon given; dp-accounting is not installed: pip install 'atoll[privacy]'"
         ) from None
     return float((get_epsilon_gaussian if wanted == "epsilon" else get_sigma_gaussian)(given, delta))
 

@@ -2,7 +2,8 @@
 
 ChaCha20's stream (RFC 8439, of the package cryptography) makes 53-bit fractions, Box and Muller's transform of them
 normal numbers in float64. None is longer than 8.6 standard deviations, which one in 10^17 would be. What they are added
-to is rounded to fp32 afterwards, which hides their own last bits (Mironov 2012, CCS, shows what those could tell).
+to is rounded to fp32, or to whole numbers, afterwards, which hides their own last bits (Mironov 2012, CCS, shows what
+those could tell).
 """
 
 import math
@@ -18,6 +19,7 @@ from torch import Tensor
 
 KEY_BYTES = 32
 PAIRS = 1 << 18  # of numbers that are made at once
+MOST_DEVIATIONS = 8.6
 
 
 def secret_key(file: Path) -> bytes:
@@ -34,7 +36,7 @@ def secret_key(file: Path) -> bytes:
     return bytes.fromhex(file.read_text())
 
 
-def derived(key: bytes, *parts: bytes) -> bytes:
+def derived(key: bytes, *parts: "bytes | memoryview") -> bytes:
     """A key for each sequence of parts, of which neither the others nor the first one follow: BLAKE3 with a key."""
     hashed = blake3(key=key)
     for part in parts:
@@ -44,7 +46,10 @@ def derived(key: bytes, *parts: bytes) -> bytes:
 
 
 def add_noise(values: Tensor, key: bytes, deviation: float) -> None:
-    """Add independent normal numbers of a standard deviation to flat fp32 values, in place; a key is used but once."""
+    """Add independent normal numbers of a standard deviation to flat values, in place; a key is used but once.
+
+    They are fp32 or fp64, to which the sums are rounded.
+    """
     stream = Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor()
     for some in values.split(2 * PAIRS):
         pairs = -(-len(some) // 2)

@@ -23,8 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pretrain.config.budgets import PrivateConfig
 from pretrain.config.errors import ConfigError
-from pretrain.config.keys import PrivateConfig, RunConfig
+from pretrain.config.keys import RunConfig
 from pretrain.silo.account import Account, BudgetSpentError, Plan, plan
 from pretrain.silo.checkpoint import Progress
 from pretrain.silo.data import Mixture

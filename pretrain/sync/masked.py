@@ -23,8 +23,10 @@ from pretrain.outer.quantize import Parts
 from pretrain.outer.summed import in_stream
 from pretrain.sync.answered import Answered
 from pretrain.sync.delivered import Delivered
+from pretrain.sync.noised import Noised, Pair
 from pretrain.trust.ledger import Commit, Contributor, Manifest, Payload, RefusedError, sha256_bytes
 from pretrain.trust.masks import Stream, add
+from pretrain.trust.member import member_budget
 from pretrain.trust.policy import Policy
 from pretrain.trust.sums import Answer, Shares, Survivors, laid_open
 
@@ -39,6 +41,8 @@ class MaskedSum:
         self._summed = Delivered(self._directory / "summed.txt")  # and of what a commit of that says
         self._salts: dict[int, str] = {}  # of versions that are being coded
         self._answers: dict[int, bytes] = {}  # to what was asked for versions that are not committed yet
+        budget = member_budget(config)
+        self._noised = Noised(config, budget, config.silo_directory(silo) / "private") if budget else None
 
     @property
     def _note(self) -> Answered:
@@ -94,7 +98,7 @@ class MaskedSum:
         """Pseudo-gradients as whole numbers. Raises ConfigError."""
         outer = self._config.outer
         try:
-            return code(pairs, sum_factor(self._config, version, tokens), outer.sum_range, num_threads)
+            return self._coded(version, pairs, sum_factor(self._config, version, tokens), num_threads)
         except OutOfRangeError as error:
             number, peak = error.args
             raise ConfigError(
@@ -134,6 +138,17 @@ class MaskedSum:
         add(in_stream(found, {}), [], [Stream(mask.seed, not mask.is_added) for mask in masks], num_threads)
         share = sum_share(self._config, manifest.version, manifest.tokens)
         return {name: moments[name].values(parts, share) for name, parts in found.items()}
+
+    def _coded(
+        self, version: int, pairs: Sequence[Pair], factor: float, num_threads: int
+    ) -> Sequence[Whole]:
+        """Whole numbers, clipped and noised where the contract has a budget. Raises OutOfRangeError."""
+        largest = self._config.outer.sum_range
+        if not self._noised:
+            return code(pairs, factor, largest, num_threads)
+        threshold, terms = self._sums.threshold(version), self._exchange.terms_sha256(version)
+        noised = self._noised.pairs(pairs, version, terms, threshold)
+        return [one for pair in noised for one in code([pair], factor, largest, num_threads)]
 
     def deal(self, payload: Payload, file: Path, version: int) -> None:
         """Write beside a payload in the outbox what goes with it."""

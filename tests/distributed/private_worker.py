@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pretrain.config.budgets import PrivateConfig
 from pretrain.config.errors import ConfigError
-from pretrain.config.keys import InnerConfig, ModelConfig, PrivateConfig, SiloConfig
+from pretrain.config.keys import InnerConfig, ModelConfig, SiloConfig
 from pretrain.silo.account import Plan
 from pretrain.silo.checkpoint import Progress
 from pretrain.silo.engine import Engine

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from launch.show.report import summarize
 from launch.show.status_reader import store_status
-from pretrain.config.keys import PrivateConfig
+from pretrain.config.budgets import PrivateConfig
 from pretrain.silo.private import open_private
 from pretrain.trust.ledger import Manifest
 from tests.conftest import TinyConfig

@@ -7,7 +7,9 @@ import pytest
 
 from launch.show.config_keys import all_keys, as_markdown, find_keys, in_terminal
 from pretrain.config.allowed import ALLOWED
-from pretrain.config.keys import PrivateConfig, SiloConfig
+from pretrain.config.budgets import PrivateConfig
+from pretrain.config.keys import SiloConfig
+from pretrain.config.privacy import MEMBER
 from pretrain.trust.contract import build_contract
 from tests.conftest import TinyConfig
 from tests.support import ROOT, one_line_error
@@ -34,6 +36,7 @@ def test_what_is_agreed_is_what_the_contract_has(tmp_path: Path, tiny_config: Ti
     agreed = {
         f"{section}.{name}" for section in ("inner", "outer", "membership", "trust") for name in contract[section]
     }
+    agreed = agreed - {MEMBER} | {f"{MEMBER}.{name}" for name in contract["outer"]["member_privacy"]}
     agreed |= {"name", "run_id", "sequence_tokens", "document_masking", "roster"} & contract.keys()
     agreed |= {f"model.{name}" for name in (*contract["model"], "checkpoint")} | {"tokenizer"}
     assert {name for name, key in KEYS.items() if key.is_agreed} == agreed
