@@ -75,6 +75,10 @@ def test_where_nothing_can_be_noted_nothing_begins(tmp_path: Path) -> None:
         "done"
     )
     assert "cannot be written: " in one_line_error(note(tmp_path / "missing").add_only, 1, "aa")
+    (tmp_path / "alpha.sums").unlink()
+    note(tmp_path).file.mkdir(parents=True)
+    said = one_line_error(note(tmp_path).check, ONE, tmp_path, has_answered=False)
+    assert "cannot be read: Is a directory; allowed: " in said
 
 
 def test_of_many_that_start_at_once_one_begins(tmp_path: Path) -> None:
