@@ -112,7 +112,7 @@ def test_an_older_copy_of_the_run_directory_knows_what_was_answered(asked: Asked
     shutil.rmtree(here)
     shutil.copytree(tmp_path / "older", here)
     assert "has answered for version 1, and is asked for another set" in one_line_error(asked.answer, "alpha")
-    assert not (here / "answered.txt").exists()
+    assert not asked.noted("alpha")
     put_back(asked, "gamma", survivors)
     asked.answer("alpha")  # the same
 
@@ -131,10 +131,10 @@ def test_a_silo_that_forgot_all_finds_its_own_answer_in_the_store(asked: Asked) 
     asked.answer("alpha")
     note_of(asked.config, "alpha").unlink()
     assert " is missing, and " in one_line_error(join, asked.config, "alpha")
-    (asked.config.silo_directory("alpha") / "answered.txt").unlink()
+    asked.noted("alpha")[0].unlink()
     asked.answer("alpha")
     note_of(asked.config, "alpha").unlink()
-    (asked.config.silo_directory("alpha") / "answered.txt").unlink()
+    asked.noted("alpha")[0].unlink()
     sign_anew(asked, "gamma")
     assert "has answered for version 1, and is asked for another set" in one_line_error(asked.answer, "alpha")
 
@@ -285,7 +285,7 @@ def test_shares_of_another_are_found(asked: Asked) -> None:
     for change in ({"sealed": swapped}, {"sealed": other.sealed}, {"salt": other.salt}):
         write_as(asked.config, "beta", name, dataclasses.replace(honest, **change))
         assert "the shares that silo beta has sealed to alpha cannot be opened" in one_line_error(asked.answer, "alpha")
-        assert not (asked.config.silo_directory("alpha") / "answered.txt").exists()
+        assert not asked.noted("alpha")
     write_as(asked.config, "beta", name, honest)
     asked.answer("alpha")
 
