@@ -63,7 +63,12 @@ class Answered:
             return Delivered(self.file).add_only(version, sha256)
 
     def _run(self) -> "re.Match[str] | None":
-        lines = self.file.read_text(errors="replace").splitlines() if self.file.is_file() else []
+        try:
+            lines = self.file.read_text(errors="replace").splitlines()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise self._trouble("read", error) from None
         return next(filter(None, map(RUN.fullmatch, lines)), None)
 
     @contextmanager
@@ -75,8 +80,11 @@ class Answered:
                 fcntl.flock(held, fcntl.LOCK_EX)  # for the time of a line
                 yield
         except OSError as error:
-            raise ConfigError(
-                f"trust.directory: {str(self._keys)!r} given; {self.file}, where silo {self._silo} notes what it "
-                f"answers in secure sums, cannot be written: {error.strerror}; allowed: a directory for its key where "
-                "that can be done"
-            ) from None
+            raise self._trouble("written", error) from None
+
+    def _trouble(self, done: str, error: OSError) -> ConfigError:
+        return ConfigError(
+            f"trust.directory: {str(self._keys)!r} given; {self.file}, where silo {self._silo} notes what it answers "
+            f"in secure sums, cannot be {done}: {error.strerror}; allowed: a directory for its key where that can be "
+            "done"
+        )

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -37,12 +38,20 @@ class MaskedSum:
     def __init__(self, config: RunConfig, silo: str, exchange: StoreExchange, delivered: Delivered, policy: Policy):
         self._config, self._silo, self._exchange, self._sums = config, silo, exchange, Sums(config, exchange)
         self._delivered, self._policy, self._directory = delivered, policy, config.silo_directory(silo)
-        self._answered = Delivered(self._directory / "answered.txt")  # the hash of what was asked for
-        self._summed = Delivered(self._directory / "summed.txt")  # and of what a commit of that says
         self._salts: dict[int, str] = {}  # of versions that are being coded
         self._answers: dict[int, bytes] = {}  # to what was asked for versions that are not committed yet
         budget = member_budget(config)
         self._noised = Noised(config, budget, config.silo_directory(silo) / "private") if budget else None
+
+    @cached_property
+    def _answered(self) -> Delivered:
+        """The hash of what was asked for, in this run directory; a later contract begins anew."""
+        return Delivered(self._directory / f"answered-{self._exchange.contract_sha256[:12]}.txt")
+
+    @cached_property
+    def _summed(self) -> Delivered:
+        """And of what a commit of that says."""
+        return Delivered(self._directory / f"summed-{self._exchange.contract_sha256[:12]}.txt")
 
     @property
     def _note(self) -> Answered:

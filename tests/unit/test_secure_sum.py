@@ -486,6 +486,9 @@ class Asked:
         record = dataclasses.replace(Survivors.from_bytes(file.read_bytes()), **changes)
         file.write_bytes(as_member(self.config, OPERATOR).members.sign(record).to_bytes())
 
+    def noted(self, silo: str) -> list[Path]:
+        return list(self.config.silo_directory(silo).glob("answered-*.txt"))
+
     def answer(self, silo: str) -> None:
         through = ThroughStore(self.config, silo)  # started again
         through._store.read_contract()
@@ -519,7 +522,7 @@ def test_below_the_threshold_there_is_no_sum(asked: Asked) -> None:
 
 def test_a_silo_answers_for_one_set_alone(asked: Asked) -> None:
     asked.answer("alpha")
-    first = (asked.config.silo_directory("alpha") / "answered.txt").read_text()
+    first = asked.noted("alpha")[0].read_text()
     asked.answer("alpha")  # the same again: killed before it was heard
     file = manifest_file(asked.config, "gamma", 1)
     other = dataclasses.replace(Manifest.from_bytes(file.read_bytes()), metrics={"loss": 2.0})
@@ -528,7 +531,7 @@ def test_a_silo_answers_for_one_set_alone(asked: Asked) -> None:
     asked.ask(manifests=manifests)
     message = one_line_error(asked.answer, "alpha")
     assert "silo alpha has answered for version 1, and is asked for another set of deliveries" in message
-    assert (asked.config.silo_directory("alpha") / "answered.txt").read_text() == first
+    assert asked.noted("alpha")[0].read_text() == first
     asked.answer("beta")  # which had not answered
 
 
@@ -553,7 +556,7 @@ def test_an_aggregator_that_asks_for_what_is_no_sum_of_all_is_refused(asked: Ask
         said = one_line_error(asked.answer, "alpha")
         assert said.startswith("silo alpha: version 1 was not answered: "), lie
         assert message in said, lie
-        assert not (asked.config.silo_directory("alpha") / "answered.txt").exists(), lie
+        assert not asked.noted("alpha"), lie
     asked.ask(silos=honest.silos, manifests=honest.manifests)
     (tmp_path / "policy.yaml").write_text("least_silos: 4\n")
     asked.config.trust.policy = str(tmp_path / "policy.yaml")

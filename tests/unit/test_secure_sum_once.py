@@ -11,15 +11,18 @@ import pytest
 
 from pretrain.aggregate import Aggregator
 from pretrain.config.keys import OPERATOR, RunConfig
-from pretrain.exchange.sums import answer_path, shares_path, survivors_path
+from pretrain.exchange.sums import Sums, answer_path, shares_path, survivors_path
 from pretrain.host.identity import own_identity
 from pretrain.sync.answered import Answered
 from pretrain.sync.through_store import ThroughStore
+from pretrain.trust.keys import new_key
 from pretrain.trust.ledger import Commit, Manifest, Record, sha256_bytes
-from pretrain.trust.sums import Answer, Shares
+from pretrain.trust.sums import Answer, Shares, Survivors
 from tests.conftest import TinyConfig
 from tests.support import TinyText, one_line_error
-from tests.unit.test_secure_sum import Asked, Silo, advance, make
+from tests.unit.federation.test_verify import verified
+from tests.unit.test_contract_amended import propose, sign
+from tests.unit.test_secure_sum import Asked, Silo, advance, four, make
 from tests.unit.test_signed import as_member, begin, manifest_file
 
 
@@ -103,12 +106,15 @@ def test_an_older_copy_of_the_run_directory_knows_what_was_answered(asked: Asked
     here = asked.config.silo_directory("alpha")
     shutil.copytree(here, tmp_path / "older")
     asked.answer("alpha")
-    shutil.rmtree(here)
-    shutil.copytree(tmp_path / "older", here)
-    asked.answer("alpha")  # the same
+    survivors = Survivors.from_bytes(file_of(asked.config, survivors_path(1)).read_bytes())
     sign_anew(asked, "gamma")
     file_of(asked.config, answer_path("alpha", 1)).unlink()
+    shutil.rmtree(here)
+    shutil.copytree(tmp_path / "older", here)
     assert "has answered for version 1, and is asked for another set" in one_line_error(asked.answer, "alpha")
+    assert not asked.noted("alpha")
+    put_back(asked, "gamma", survivors)
+    asked.answer("alpha")  # the same
 
 
 def test_two_copies_of_a_run_directory_answer_one_set(asked: Asked, tmp_path: Path) -> None:
@@ -117,9 +123,7 @@ def test_two_copies_of_a_run_directory_answer_one_set(asked: Asked, tmp_path: Pa
     shutil.copytree(asked.config.silo_directory("alpha"), other.silo_directory("alpha"))
     asked.answer("alpha")
     asked.config = other
-    asked.answer("alpha")
     sign_anew(asked, "gamma")
-    file_of(other, answer_path("alpha", 1)).unlink()
     assert "has answered for version 1, and is asked for another set" in one_line_error(asked.answer, "alpha")
 
 
@@ -127,10 +131,10 @@ def test_a_silo_that_forgot_all_finds_its_own_answer_in_the_store(asked: Asked) 
     asked.answer("alpha")
     note_of(asked.config, "alpha").unlink()
     assert " is missing, and " in one_line_error(join, asked.config, "alpha")
-    (asked.config.silo_directory("alpha") / "answered.txt").unlink()
+    asked.noted("alpha")[0].unlink()
     asked.answer("alpha")
     note_of(asked.config, "alpha").unlink()
-    (asked.config.silo_directory("alpha") / "answered.txt").unlink()
+    asked.noted("alpha")[0].unlink()
     sign_anew(asked, "gamma")
     assert "has answered for version 1, and is asked for another set" in one_line_error(asked.answer, "alpha")
 
@@ -141,6 +145,13 @@ def sign_anew(asked: Asked, silo: str) -> None:
     other = dataclasses.replace(Manifest.from_bytes(file.read_bytes()), metrics={"loss": 2.0})
     file.write_bytes(as_member(asked.config, silo).members.sign(other).to_bytes())
     asked.ask(manifests=[sha256_bytes(manifest_file(asked.config, name, 1).read_bytes()) for name in asked.silos])
+
+
+def put_back(asked: Asked, silo: str, survivors: Survivors) -> None:
+    """What it has delivered first, and the operator asked for."""
+    asked.silos[silo].sum._exchange.objects.delete(f"silos/{silo}/000001/manifest.json")
+    asked.silos[silo].through.deliver(asked.sent[silo])
+    asked.ask(silos=survivors.silos, manifests=survivors.manifests)
 
 
 # ---- the commit of what was answered
@@ -274,7 +285,7 @@ def test_shares_of_another_are_found(asked: Asked) -> None:
     for change in ({"sealed": swapped}, {"sealed": other.sealed}, {"salt": other.salt}):
         write_as(asked.config, "beta", name, dataclasses.replace(honest, **change))
         assert "the shares that silo beta has sealed to alpha cannot be opened" in one_line_error(asked.answer, "alpha")
-        assert not (asked.config.silo_directory("alpha") / "answered.txt").exists()
+        assert not asked.noted("alpha")
     write_as(asked.config, "beta", name, honest)
     asked.answer("alpha")
 
@@ -294,3 +305,28 @@ def test_of_no_version_two_sets_are_answered_after_the_store_was_put_back(config
         assert "is asked for another set of deliveries" in one_line_error(asked.answer, silo)
     for one in asked.silos.values():
         one.through.close("")
+
+
+def test_a_member_is_taken_away_in_the_middle_and_none_is_added(
+    tiny_config: TinyConfig, tiny_text: TinyText, tmp_path: Path
+) -> None:
+    """From its version on sums are of three, of all who have a key, and masks follow from the amendment."""
+    config = four(tiny_config, tiny_text, tmp_path)
+    aggregator, state = begin(config)
+    advance(config, aggregator, state)
+    new = new_key(tmp_path / "echo.key", "echo").text
+    assert "trust.added: ['echo'] given; allowed: []" in one_line_error(
+        propose, config, "alpha", 3, f"trust.keys.echo={new}"
+    )
+    propose(config, "alpha", 3, "trust.keys.delta=")
+    assert [sign(config, silo) for silo in ("beta", "gamma")] == [["gamma"], []]
+    advance(config, aggregator, state)
+    commit = advance(config, aggregator, state, without=("delta",))
+    assert [one.silo for one in commit.contributors] == ["alpha", "beta", "gamma"]
+    assert commit.contract_sha256 != as_member(config, "alpha").contract_sha256
+    assert Sums(config, as_member(config, "alpha")).silos(3) == ["alpha", "beta", "gamma"]
+    said = one_line_error(propose, config, "alpha", 5, "trust.keys.gamma=")
+    assert said.startswith("trust.keys.gamma: '' given; allowed: with a membership.quorum of 2 or less")
+    aggregator.stop()
+    found = verified(config, tmp_path / "scratch")
+    assert (found.findings, found.merged, found.num_amendments) == ([], [1, 2, 3], 1)

@@ -1,10 +1,12 @@
 """A silo's note beside its key: one run directory delivers under a contract, and one set is answered for a version."""
 
-from concurrent.futures import ThreadPoolExecutor
+import fcntl
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 from pretrain.config.errors import ConfigError
 from pretrain.sync.answered import Answered
+from pretrain.sync.delivered import append
 from tests.support import one_line_error
 
 CONTRACT, OTHER = "c0" * 32, "d1" * 32
@@ -73,6 +75,10 @@ def test_where_nothing_can_be_noted_nothing_begins(tmp_path: Path) -> None:
         "done"
     )
     assert "cannot be written: " in one_line_error(note(tmp_path / "missing").add_only, 1, "aa")
+    (tmp_path / "alpha.sums").unlink()
+    note(tmp_path).file.mkdir(parents=True)
+    said = one_line_error(note(tmp_path).check, ONE, tmp_path, has_answered=False)
+    assert "cannot be read: Is a directory; allowed: " in said
 
 
 def test_of_many_that_start_at_once_one_begins(tmp_path: Path) -> None:
@@ -86,3 +92,14 @@ def test_of_many_that_start_at_once_one_begins(tmp_path: Path) -> None:
     with ThreadPoolExecutor(16) as pool:
         assert sum(pool.map(begins, range(64))) == 1
         assert sum(pool.map(lambda number: note(tmp_path).add_only(2, f"{number:064x}"), range(64))) == 1
+
+
+def test_what_another_process_is_about_to_note_is_waited_for(tmp_path: Path) -> None:
+    note(tmp_path).begin(ONE, tmp_path)
+    with ThreadPoolExecutor(1) as pool:
+        with note(tmp_path).file.open("a") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            ours = pool.submit(note(tmp_path).add_only, 1, "aa")
+            wait([ours], timeout=0.3)
+            append(note(tmp_path).file, "000001 bb")
+        assert not ours.result()
