@@ -13,7 +13,7 @@ from tests.faults.scripted import Faults, federate_with
 from tests.faults.test_kills import check_same
 from tests.support import CORPORA, TinyText, tiny_silo
 from tests.unit.federation.test_verify import verified
-from tests.unit.test_secure_sum import SECURE, TIERS
+from tests.unit.summing import SECURE, TIERS
 
 DEATHS: dict[str, Faults] = {
     "one of each": {"beta": [("answered", 1)], "aggregator": [("after_survivors", 1)]},

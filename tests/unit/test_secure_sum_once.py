@@ -19,7 +19,7 @@ from pretrain.trust.ledger import Commit, Manifest, Record, sha256_bytes
 from pretrain.trust.sums import Answer, Shares
 from tests.conftest import TinyConfig
 from tests.support import TinyText, one_line_error
-from tests.unit.test_secure_sum import Asked, Silo, advance, make
+from tests.unit.summing import Asked, Silo, advance, make
 from tests.unit.test_signed import as_member, begin, manifest_file
 
 
