@@ -26,6 +26,9 @@ DEATHS: dict[str, Faults] = {
 STREAMING = {"num_fragments": 2, "overlap_steps": 1}
 
 
+TOLD = STREAMING | {"second_moments": "shared", "control_variates": 0.8}  # with Muon, in flight through kills
+
+
 def make_config(tiny_config: TinyConfig, tiny_text: TinyText, directory: Path, **outer: Any) -> RunConfig:
     silos = {name: tiny_silo(tiny_text, name) for name in CORPORA}
     return tiny_config(
@@ -33,7 +36,7 @@ def make_config(tiny_config: TinyConfig, tiny_text: TinyText, directory: Path, *
         silos=silos,
         outer=SECURE | outer,
         trust={"metrics": TIERS, "directory": str(directory / "keys")},
-        inner={"num_steps": 8},
+        inner={"num_steps": 8, "optimizer": "muon" if "control_variates" in outer else "adamw"},
         silo={"checkpoint_interval_steps": 3, "eval_interval_rounds": 0},
     )
 
@@ -44,11 +47,18 @@ def with_keys_of(other: RunConfig, config: RunConfig) -> RunConfig:
     return config
 
 
-@pytest.mark.parametrize("deaths", ["one of each", pytest.param("every phase", marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    ("deaths", "outer"),
+    [
+        ("one of each", {}),
+        pytest.param("every phase", STREAMING, marks=pytest.mark.soak),
+        pytest.param("every phase", TOLD, marks=pytest.mark.soak),
+    ],
+    ids=["one of each", "every phase", "every phase, gradients told"],
+)
 def test_killed_in_a_sum_equals_undisturbed(
-    deaths: str, tmp_path: Path, tiny_config: TinyConfig, tiny_text: TinyText
+    deaths: str, outer: dict[str, Any], tmp_path: Path, tiny_config: TinyConfig, tiny_text: TinyText
 ) -> None:
-    outer = STREAMING if deaths == "every phase" else {}
     undisturbed = federate(make_config(tiny_config, tiny_text, tmp_path / "undisturbed", **outer))
     config = with_keys_of(undisturbed.config, make_config(tiny_config, tiny_text, tmp_path / "killed", **outer))
     run = federate_with(DEATHS[deaths], config, tmp_path / "fired", max_restarts=20)

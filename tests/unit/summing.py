@@ -15,7 +15,7 @@ from pretrain.exchange.base import Outgoing
 from pretrain.exchange.payload import Tensors, save_tensors
 from pretrain.exchange.sealed import fetch_version, read_as_a_member
 from pretrain.exchange.store import StoreExchange
-from pretrain.merge.terms import summed_moments
+from pretrain.merge.terms import shared_moments, summed_moments
 from pretrain.outer.digest import digest_tensors
 from pretrain.outer.fixed_point import code, scale
 from pretrain.outer.moments import SecondMoment
@@ -55,17 +55,12 @@ def shapes_of(state: OuterState) -> dict[str, torch.Size]:
 
 
 def gradients(config: RunConfig, state: OuterState, names: list[str], silo: str) -> dict[str, Parts]:
-    """What a silo would tell of its gradients, before it is rounded: of rows of very different size."""
-    agreed, generator = (
-        summed_moments(config, sorted(names), shapes_of(state)),
-        torch.Generator().manual_seed(ord(silo[0])),
-    )
-    found = {}
-    for name, moment in agreed.items():
-        value = 0.01 * torch.randn(moment.moment.shape, generator=generator)
+    """What a silo tells of its gradients, before it is masked: of rows of very different size."""
+    found, generator = {}, torch.Generator().manual_seed(ord(silo[0]))
+    for name, moment in shared_moments(config, sorted(names), shapes_of(state)).items():
+        value = 0.01 * torch.randn(moment.shape, generator=generator)
         value[0] *= 1e-6
-        is_second = isinstance(moment.moment, SecondMoment)
-        found[name] = moment.encode(value.square() if is_second else value)
+        found[name] = moment.encode(value.square() if isinstance(moment, SecondMoment) else value)
     return found
 
 
@@ -154,14 +149,14 @@ def plain_moments(config: RunConfig, before: OuterState, silos: list[str]) -> di
     names, most, found = fragment_names(config, before, 1), config.schedule.steps(1) * 16 * config.sequence_tokens, {}
     told = {silo: gradients(config, before, names, silo) for silo in silos}
     for name, moment in summed_moments(config, names, shapes_of(before)).items():
-        parts = {}
+        parts, is_second = {}, isinstance(moment.moment, SecondMoment)
         for part, (dtype, size) in moment.layout.items():
             factor = scale(len(config.full_roster), moment.largest(part), 8 * dtype.itemsize)
             total, share = torch.zeros(size, dtype=torch.int64), sum(TOKENS[silo] for silo in silos) / most
             for silo in silos:
-                total += (told[silo][name][part].double() * (factor * (TOKENS[silo] / most))).round().long()
+                value = told[silo][name][part] if is_second else moment.moment.decode(told[silo][name])
+                total += (value.double() * (factor * (TOKENS[silo] / most))).round().long()
             parts[part] = (total.double() * (1 / (factor * share))).float()
-        is_second = isinstance(moment.moment, SecondMoment)
         found[name] = parts if is_second else moment.moment.encode(parts["values"])
     return found
 

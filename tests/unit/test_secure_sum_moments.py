@@ -59,15 +59,17 @@ def test_what_clipped_gradients_cannot_make_stops_the_silo_before_it_wraps(
     agreed = summed_moments(config, moments, shapes_of(state))
     for kind, part in ((SecondMoment, "rows"), *([(MeanGradient, "values")] if told is MUON else [])):
         name = next(n for n, one in agreed.items() if isinstance(one.moment, kind) and part in one.layout)
-        most = agreed[name].largest(part)
-        bad = {key: value.clone() for key, value in moments[name].items()}
-        bad[part].view(-1)[3] = 1.5 * most
+        most, moment = agreed[name].largest(part), agreed[name].moment
+        bad = moment.encode(torch.full(moment.shape, 1.5 * most)) if kind is MeanGradient else dict(moments[name])
+        if kind is SecondMoment:
+            bad[part] = torch.full_like(bad[part], 1.5 * most)
         message = one_line_error(
             silo.through.masked, 1, state.parameters, silo.local(state), moments | {name: bad}, 100
         )
+        given = bad[part].max() if kind is SecondMoment else moment.decode(bad).max()
         assert message == (
             f"inner.clip_norm: 1 given; silo alpha: version 1: what is told of the gradients of {name} ({part}) has "
-            f"{1.5 * most:g}; allowed: up to {most:g}, for which a sum of gradients that are clipped so has room; "
+            f"{given:g}; allowed: up to {most:g}, for which a sum of gradients that are clipped so has room; "
             "nothing was sent"
         )
     assert not list(config.silo_directory("alpha").rglob("*.safetensors"))
