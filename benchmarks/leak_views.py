@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,9 +20,10 @@ from pretrain.exchange.sealed import fetch_version, open_payload, take_group_key
 from pretrain.exchange.store import StoreExchange, delivery_path
 from pretrain.exchange.sums import Sums
 from pretrain.federation.reading import found_configuration
-from pretrain.merge.terms import sum_factor
+from pretrain.merge.terms import sum_factor, sum_share, summed_moments
 from pretrain.outer.codec import decoded
 from pretrain.outer.quantize import Parts
+from pretrain.outer.summed import in_stream
 from pretrain.trust.ledger import Manifest, RefusedError
 from pretrain.trust.masks import Stream, add
 from pretrain.trust.members import act_as
@@ -123,24 +123,26 @@ class Opened:
             open_payload(self._exchange, silo, version, payload, file)
             tensors, base = Tensors(file), self.versions[manifest.base_version].parameters
             if self.config.outer.secure_sum:
-                return View(base=base, pseudo_gradient=self._unmasked(manifest, tensors), moments={})
+                return self._unmasked(manifest, tensors, base)
             pseudo = {name: decoded(manifest.codec, base[name], tensors.parts(name)) for name in tensors.names}
             return View(base=base, pseudo_gradient=pseudo, moments=_copied(tensors.moments))
 
-    def _unmasked(self, manifest: Manifest, tensors: Tensors) -> Named:
+    def _unmasked(self, manifest: Manifest, tensors: Tensors, base: Named) -> View:
         """What lies below the masks, which only the silo itself can take off."""
         if manifest.silo != self.party:
             raise RefusedError(f"the delivery of {manifest.silo} for version {manifest.version} is masked")
-        sums = Sums(self.config, self._exchange)
-        masks = sums.masker(self.party, manifest.version).streams(sums.shares(manifest).salt)
-        values = {name: tensors.parts(name)["values"] for name in sorted(tensors.names)}
-        flat = [value.flatten().numpy().view(np.uint32).copy() for value in values.values()]
-        add(flat, [], [Stream(mask.seed, not mask.is_added) for mask in masks])
-        factor = sum_factor(self.config, manifest.version, manifest.tokens)
-        return {
-            name: torch.from_numpy(one.view(np.int32) / factor).view(values[name].shape)
-            for name, one in zip(values, flat, strict=True)
-        }
+        sums, version, tokens = Sums(self.config, self._exchange), manifest.version, manifest.tokens
+        masks = sums.masker(self.party, version).streams(sums.shares(manifest).salt)
+        told = _copied(tensors.moments)
+        values = _copied({name: tensors.parts(name) for name in tensors.names})
+        add(in_stream(told, values), [], [Stream(mask.seed, not mask.is_added) for mask in masks])
+        factor, share = sum_factor(self.config, version, tokens), sum_share(self.config, version, tokens)
+        agreed = summed_moments(self.config, told, {name: value.shape for name, value in base.items()})
+        return View(
+            base=base,
+            pseudo_gradient={name: parts["values"].double() / factor for name, parts in values.items()},
+            moments={name: agreed[name].values(parts, share) for name, parts in told.items()},
+        )
 
     def merged(self, version: int) -> Named:
         """The merged pseudo-gradient of a version, from the versions up to it: the outer step taken back.

@@ -176,7 +176,8 @@ class Attacked:
         """What aggregator and member have of the silo's delivery; of a secure sum the one has the mean of all."""
         own = self.own(version)
         if self.config.outer.secure_sum:
-            delivered = View(base=own.base, pseudo_gradient=self.operator.merged(version), moments={})
+            merged, moments = self.operator.merged(version), self.operator.versions[version].moments
+            delivered = View(base=own.base, pseudo_gradient=merged, moments=moments)
         else:
             delivered = self.operator.delivery(self.silo, version)
         if self.can_read:

@@ -58,7 +58,8 @@ class InnerConfig:
     min_lr_ratio: float = 0.1
     """Final learning rate divided by `lr` (cosine and wsd)."""
     clip_norm: float = 1.0
-    """Gradients are scaled down to this global L2 norm; 0 does not clip."""
+    """Gradients are scaled down to this global L2 norm; 0 does not clip. What a secure sum has of gradients is rounded by
+    it."""
 
 
 @dataclass(kw_only=True)
@@ -108,8 +109,8 @@ class OuterConfig:
     error_feedback: float | None = None
     """Share of what `codec` leaves out that is added to the next pseudo-gradient; null: 0.95 for topk, else 0."""
     secure_sum: bool = False
-    """The aggregator learns the weighted sum of a version alone, and not what any silo delivered: values are whole
-    numbers of 32 bits under masks that are gone in the sum. Needs `trust.keys` (docs/security.md)."""
+    """The aggregator learns the weighted sum of a version alone, and not what any silo delivered: values, and what is
+    told of gradients, are whole numbers under masks that are gone in the sum. Needs `trust.keys` (docs/security.md)."""
     sum_range: float = 1.0
     """The largest magnitude of a pseudo-gradient's value that a secure sum has room for; a silo that has a larger one
     stops before anything wraps. Half of it is half as much rounding."""

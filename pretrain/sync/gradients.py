@@ -16,14 +16,14 @@ def read_moments(
 ) -> dict[str, Parts]:
     """What the others are told of our gradients in the last steps, in the leader's host memory; else empty.
 
-    All ranks take part. In a secure sum it is what will be rounded and masked.
+    All ranks take part.
     """
-    found, told = {}, delivered_moments(config, names, engine.shapes)
+    found = {}
     for name, moment in shared_moments(config, names, engine.shapes).items():
         is_second = isinstance(moment, SecondMoment)
         value = engine.read_second_moment(name) if is_second else engine.take_mean_gradient(name, num_steps)
         try:
-            coded = told[name].encode(value) if is_leader else {}
+            coded = moment.encode(value) if is_leader else {}
         except ValueError as error:
             raise ConfigError(f"silo {silo}: mean gradient of {name}: {error}; nothing was sent") from None
         if is_leader:

@@ -148,9 +148,7 @@ class MaskedSum:
         share = sum_share(self._config, manifest.version, manifest.tokens)
         return {name: moments[name].values(parts, share) for name, parts in found.items()}
 
-    def _coded(
-        self, version: int, pairs: Sequence[Pair], factor: float, num_threads: int
-    ) -> Sequence[Whole]:
+    def _coded(self, version: int, pairs: Sequence[Pair], factor: float, num_threads: int) -> Sequence[Whole]:
         """Whole numbers, clipped and noised where the contract has a budget. Raises OutOfRangeError."""
         largest = self._config.outer.sum_range
         if not self._noised:

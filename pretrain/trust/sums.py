@@ -2,12 +2,13 @@
 
 K silos have keys at a version; T of them have to answer (`membership.quorum`, or all K).
 
-1.  A silo multiplies its pseudo-gradient by its share of the largest weight there can be and by a scale that all know
-    (outer/fixed_point.py), rounds, and adds its masks modulo 2^32 (masks.py): a stream that it alone knows, and for
-    each of the other K - 1 one that both of them know. It deals each of its K seeds into K shares, any T of which lead
-    back to it, seals each silo's shares to that silo, and writes payload, `Shares`, and last the manifest into the
-    store. All of it follows from its values and keys: killed, it writes the same again; with other values, as after
-    kernels that are not deterministic, the stream of its own is another one.
+1.  A silo multiplies its pseudo-gradient, and what it tells of its gradients, by its share of the largest weight there
+    can be and by scales that all know (outer/fixed_point.py, outer/summed.py), rounds, and adds its masks modulo 2^32
+    or 2^64 (masks.py): a stream that it alone knows, and for each of the other K - 1 one that both of them know. It
+    deals each of its K seeds into K shares, any T of which lead back to it, seals each silo's shares to that silo, and
+    writes payload, `Shares`, and last the manifest into the store. All of it follows from its values and keys: killed,
+    it writes the same again; with other values, as after kernels that are not deterministic, the stream of its own is
+    another one.
 2.  When as many have delivered as a version takes, the aggregator writes down whose deliveries it will add up, each by
     the hash of its manifest (`Survivors`). That stands: an aggregator that starts again adds up these and no others.
 3.  A silo that waits for the version checks this: it is the operator's, has T silos or more, never fewer than three or

@@ -15,8 +15,8 @@ from tests.faults.scripted import Faults, federate_with
 from tests.faults.test_kills import check_same
 from tests.support import CORPORA, TinyText, tiny_silo
 from tests.unit.federation.test_verify import verified
+from tests.unit.summing import SECURE, TIERS
 from tests.unit.test_member import KEPT, OUTER
-from tests.unit.test_secure_sum import SECURE, TIERS
 
 DEATHS: dict[str, Faults] = {
     "one of each": {"beta": [("answered", 1)], "aggregator": [("after_survivors", 1)]},
@@ -29,6 +29,9 @@ DEATHS: dict[str, Faults] = {
 STREAMING = {"num_fragments": 2, "overlap_steps": 1}
 
 
+TOLD = STREAMING | {"second_moments": "shared", "control_variates": 0.8}  # with Muon, in flight through kills
+
+
 def make_config(tiny_config: TinyConfig, tiny_text: TinyText, directory: Path, **outer: Any) -> RunConfig:
     silos = {name: tiny_silo(tiny_text, name) for name in CORPORA}
     return tiny_config(
@@ -36,7 +39,7 @@ def make_config(tiny_config: TinyConfig, tiny_text: TinyText, directory: Path, *
         silos=silos,
         outer=SECURE | outer,
         trust={"metrics": KEPT if "member_privacy" in outer else TIERS, "directory": str(directory / "keys")},
-        inner={"num_steps": 8},
+        inner={"num_steps": 8, "optimizer": "muon" if "control_variates" in outer else "adamw"},
         silo={"checkpoint_interval_steps": 3, "eval_interval_rounds": 0},
     )
 
@@ -47,11 +50,18 @@ def with_keys_of(other: RunConfig, config: RunConfig) -> RunConfig:
     return config
 
 
-@pytest.mark.parametrize("deaths", ["one of each", pytest.param("every phase", marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    ("deaths", "outer"),
+    [
+        ("one of each", {}),
+        pytest.param("every phase", STREAMING, marks=pytest.mark.soak),
+        pytest.param("every phase", TOLD, marks=pytest.mark.soak),
+    ],
+    ids=["one of each", "every phase", "every phase, gradients told"],
+)
 def test_killed_in_a_sum_equals_undisturbed(
-    deaths: str, tmp_path: Path, tiny_config: TinyConfig, tiny_text: TinyText
+    deaths: str, outer: dict[str, Any], tmp_path: Path, tiny_config: TinyConfig, tiny_text: TinyText
 ) -> None:
-    outer = STREAMING if deaths == "every phase" else {}
     undisturbed = federate(make_config(tiny_config, tiny_text, tmp_path / "undisturbed", **outer))
     config = with_keys_of(undisturbed.config, make_config(tiny_config, tiny_text, tmp_path / "killed", **outer))
     run = federate_with(DEATHS[deaths], config, tmp_path / "fired", max_restarts=20)

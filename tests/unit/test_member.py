@@ -26,9 +26,9 @@ from pretrain.trust.member import MemberBudget, check_budget, member_budget
 from tests.conftest import TinyConfig
 from tests.support import TinyText, one_line_error, tiny_silo
 from tests.unit.federation.test_verify import verified
+from tests.unit.summing import TIERS, Silo, advance, make
 from tests.unit.test_aggregate import fragment_names, plus_noise, start
 from tests.unit.test_aggregate_restart import assert_same_state
-from tests.unit.test_secure_sum import TIERS, Silo, advance, make
 from tests.unit.test_signed import as_member, begin
 
 CLIP_NORM, DELTA = 0.5, 1e-6

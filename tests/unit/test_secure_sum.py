@@ -8,16 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from pretrain.aggregate import Aggregator, OuterState
 from pretrain.config.keys import OPERATOR, RunConfig
-from pretrain.exchange.base import Outgoing
-from pretrain.exchange.payload import Tensors, save_tensors
+from pretrain.exchange.payload import Tensors
 from pretrain.exchange.rollback import roll_back_store
-from pretrain.exchange.sealed import fetch_version, read_as_a_member
 from pretrain.exchange.store import StoreExchange
 from pretrain.exchange.sums import answer_path, shares_path
 from pretrain.federation.bundle import BundleVerifier
@@ -25,180 +21,38 @@ from pretrain.federation.contract import Agreed, rotate
 from pretrain.federation.exit import write_bundle
 from pretrain.federation.relay import Relay
 from pretrain.federation.revoke import Revoker
-from pretrain.merge.terms import sum_share, summed_moments
-from pretrain.outer.digest import digest_tensors
-from pretrain.outer.fixed_point import code, scale
-from pretrain.outer.moments import MeanGradient, SecondMoment
-from pretrain.outer.quantize import Parts
-from pretrain.sync.masked import MaskedSum
-from pretrain.sync.through_store import ThroughStore
 from pretrain.trust.amendment import amended
 from pretrain.trust.ledger import Commit, Manifest, RefusedError, sha256_bytes
-from pretrain.trust.members import with_keys
 from pretrain.trust.policy import Policy
 from pretrain.trust.sums import Answer, Shares, Survivors
 from tests.conftest import TinyConfig
-from tests.support import CORPORA, TinyText, one_line_error, tiny_silo
+from tests.support import TinyText, one_line_error
 from tests.unit.federation.test_verify import verified
-from tests.unit.test_aggregate import fragment_names, plus_noise, start
+from tests.unit.summing import (
+    ADAMW,
+    MUON,
+    TIERS,
+    Asked,
+    Silo,
+    advance,
+    commit_bytes,
+    four,
+    make,
+    plain_moments,
+    plain_step,
+    published,
+    streaming,
+    summed,
+)
+from tests.unit.test_aggregate import fragment_names, start
 from tests.unit.test_aggregate_restart import assert_same_state
 from tests.unit.test_signed import as_member, begin, manifest_file
 from tests.waiting import PATIENCE_SECONDS, wait_for
-
-TIERS = {"loss": "public", "pseudo_gradient_norm": "member", "seconds_per_step": "public", "tokens": "public"}
-SECURE = {"secure_sum": True, "max_share": 1.0, "max_batch_sequences": 16, "lr": 0.5, "momentum": 0.5}
-ADAMW: dict[str, Any] = {"outer": {"second_moments": "shared"}}
-MUON: dict[str, Any] = {
-    "outer": {"second_moments": "shared", "control_variates": 0.8},
-    "inner": {"num_steps": 40, "optimizer": "muon"},
-}
-TOKENS = {"alpha": 100, "beta": 300, "gamma": 200, "delta": 50}
-
-
-def make(tiny_config: TinyConfig, tiny_text: TinyText, directory: Path, **changes: Any) -> RunConfig:
-    """Three silos; four with a corpus twice."""
-    silos = {name: tiny_silo(tiny_text, name) for name in CORPORA} | changes.pop("silos", {})
-    usual: dict[str, Any] = {"inner": {"num_steps": 40}, "exchange": {"snapshot_versions": 4, "poll_seconds": 0.02}}
-    outer = SECURE | changes.pop("outer", {})
-    trust = {"directory": "", "metrics": TIERS} | changes.pop("trust", {})
-    return with_keys(tiny_config(directory, silos=silos, outer=outer, trust=trust, **usual | changes), make=True)
 
 
 @pytest.fixture
 def config(tiny_config: TinyConfig, tiny_text: TinyText, tmp_path: Path) -> RunConfig:
     return make(tiny_config, tiny_text, tmp_path)
-
-
-def shapes_of(state: OuterState) -> dict[str, torch.Size]:
-    return {name: value.shape for name, value in state.parameters.items()}
-
-
-def gradients(config: RunConfig, state: OuterState, names: list[str], silo: str) -> dict[str, Parts]:
-    """What a silo would tell of its gradients, before it is rounded: of rows of very different size."""
-    agreed, generator = (
-        summed_moments(config, sorted(names), shapes_of(state)),
-        torch.Generator().manual_seed(ord(silo[0])),
-    )
-    found = {}
-    for name, moment in agreed.items():
-        value = 0.01 * torch.randn(moment.moment.shape, generator=generator)
-        value[0] *= 1e-6
-        is_second = isinstance(moment.moment, SecondMoment)
-        found[name] = moment.encode(value.square() if is_second else value)
-    return found
-
-
-class Silo:
-    """One silo's exchange, and what its loop makes of it."""
-
-    def __init__(self, config: RunConfig, name: str) -> None:
-        self.config, self.name = config, name
-        self.through = ThroughStore(config, name)
-        assert self.through._store.read_contract()
-        self.sum.begin()
-
-    @property
-    def sum(self) -> MaskedSum:
-        assert self.through._sum
-        return self.through._sum
-
-    def local(self, state: OuterState) -> dict[str, torch.Tensor]:
-        return plus_noise(state, ord(self.name[0]))
-
-    def told(self, state: OuterState, names: list[str]) -> dict[str, Parts]:
-        return gradients(self.config, state, names, self.name)
-
-    def coded(self, state: OuterState) -> Outgoing:
-        """As SiloSync._code."""
-        version, store = state.version + 1, Path(self.config.store_url)
-        names = fragment_names(self.config, state, version)
-        local, tokens = self.local(state), TOKENS[self.name]
-        told = self.told(state, names)
-        masked = self.through.masked(version, state.parameters, {name: local[name] for name in names}, told, tokens)
-        assert masked
-        file = self.config.silo_directory(self.name) / "outbox" / f"{version:06d}.safetensors"
-        fragment = self.config.schedule.fragment(version)
-        payload = save_tensors(masked[0], file, fragment=fragment, moments=masked[1])
-        manifest = Manifest(
-            contract_sha256=self.through.terms_sha256(version),
-            silo=self.name,
-            version=version,
-            base_version=self.config.schedule.base(version),
-            base_digest=digest_tensors((name, state.parameters[name]) for name in names),
-            cosigned=sha256_bytes((store / f"global/{version - 1:06d}/commit.json").read_bytes()),
-            codec="sum32",
-            payloads=[self.through.sealed(payload, file, version)],
-            tokens=tokens,
-            steps=self.config.schedule.steps(version),
-            tokens_total=tokens * version,
-            metrics={"loss": 1.0, "pseudo_gradient_norm": 1.0},
-        )
-        return Outgoing(manifest, file)
-
-    def deliver(self, state: OuterState) -> Outgoing:
-        sent = self.coded(state)
-        self.through.deliver(sent)
-        return sent
-
-
-def published(config: RunConfig, version: int) -> dict[str, Parts]:
-    """The moments that a version tells its silos."""
-    store, file = StoreExchange(config.store_url), Path(config.directory) / "published"
-    assert store.read_contract()
-    read_as_a_member(store, config)
-    fetch_version(store, version, store.read_commit(version).payloads[0], file)
-    return {name: dict(parts) for name, parts in Tensors(file).moments.items()}
-
-
-def advance(config: RunConfig, aggregator: Aggregator, state: OuterState, *, without: tuple[str, ...] = ()) -> Commit:
-    """One version: all silos deliver, and answer while they wait for the commit."""
-    silos = [Silo(config, name) for name in config.full_roster if name not in without]
-    sent = {silo: silo.deliver(state) for silo in silos}
-    with ThreadPoolExecutor(len(silos)) as pool:
-        waiting = [pool.submit(silo.through._wait_for_commit, state.version + 1, sent[silo]) for silo in silos]
-        try:
-            deliveries = aggregator.collect(state)
-            aggregator.commit(state, deliveries, aggregator.merge(state, deliveries))
-            aggregator.finish()
-            for one in waiting:
-                one.result(PATIENCE_SECONDS)
-        finally:
-            for silo in silos:
-                silo.through.close("")
-    return Commit.from_bytes((Path(config.store_url) / f"global/{state.version:06d}/commit.json").read_bytes())
-
-
-def plain_moments(config: RunConfig, before: OuterState, silos: list[str]) -> dict[str, dict[str, torch.Tensor]]:
-    """What version 1 tells of gradients: the plain sum of whole numbers of 32 or 64 bits."""
-    names, most, found = fragment_names(config, before, 1), config.schedule.steps(1) * 16 * config.sequence_tokens, {}
-    told = {silo: gradients(config, before, names, silo) for silo in silos}
-    for name, moment in summed_moments(config, names, shapes_of(before)).items():
-        parts = {}
-        for part, (dtype, size) in moment.layout.items():
-            factor = scale(len(config.full_roster), moment.largest(part), 8 * dtype.itemsize)
-            total, share = torch.zeros(size, dtype=torch.int64), sum(TOKENS[silo] for silo in silos) / most
-            for silo in silos:
-                total += (told[silo][name][part].double() * (factor * (TOKENS[silo] / most))).round().long()
-            parts[part] = (total.double() * (1 / (factor * share))).float()
-        is_second = isinstance(moment.moment, SecondMoment)
-        found[name] = parts if is_second else moment.moment.encode(parts["values"])
-    return found
-
-
-def plain_step(config: RunConfig, before: OuterState, silos: list[str]) -> dict[str, torch.Tensor]:
-    """What the outer step of SGD with momentum makes of the plain sum of whole numbers: version 1."""
-    factor, found = scale(len(config.full_roster), 1.0), {}
-    most = config.schedule.steps(1) * 16 * config.sequence_tokens
-    for name in fragment_names(config, before, 1):
-        total = np.zeros(before.parameters[name].numel(), np.int64)
-        for silo in silos:
-            local = plus_noise(before, ord(silo[0]))[name]
-            [one] = code([(before.parameters[name], local)], factor * (TOKENS[silo] / most), 1.0)
-            total += one
-        mean = torch.from_numpy(total).double() * (most / sum(TOKENS[silo] for silo in silos) / factor)
-        velocity = mean.view(before.parameters[name].shape)
-        found[name] = (before.parameters[name].double() - 0.5 * (velocity + 0.5 * velocity)).float()
-    return found
 
 
 @pytest.mark.parametrize(
@@ -337,93 +191,7 @@ def test_what_would_leave_the_range_stops_the_silo_before_it_wraps(config: RunCo
     aggregator.stop()
 
 
-def test_what_a_silo_has_told_is_known_to_it_again_without_its_masks(
-    tiny_config: TinyConfig, tiny_text: TinyText, tmp_path: Path
-) -> None:
-    """As it counts in the sum, rounding and all, so that corrections of all silos add up to nothing."""
-    config = make(tiny_config, tiny_text, tmp_path, **copy.deepcopy(MUON))
-    aggregator, state = begin(config)
-    silo = Silo(config, "alpha")
-    sent, again = silo.coded(state), Silo(config, "alpha")  # started again
-    told, share = again.through.told(sent, state.parameters), sum_share(config, 1, TOKENS["alpha"])
-    before = gradients(config, state, [*state.parameters], "alpha")
-    for name, moment in summed_moments(config, before, shapes_of(state)).items():
-        wanted = moment.values(moment.whole(before[name], share), share)
-        assert told[name].keys() == wanted.keys()
-        for part, value in wanted.items():
-            assert torch.equal(told[name][part], value)
-            masked = sent.coded.moments[name][part]
-            assert (masked != moment.whole(before[name], share)[part]).all()
-    for one in (silo, again):
-        one.through.close("")
-    aggregator.stop()
-
-
-@pytest.mark.parametrize("told", [ADAMW, MUON], ids=["AdamW", "Muon"])
-def test_what_clipped_gradients_cannot_make_stops_the_silo_before_it_wraps(
-    told: dict[str, Any], tiny_config: TinyConfig, tiny_text: TinyText, tmp_path: Path
-) -> None:
-    config = make(tiny_config, tiny_text, tmp_path, **copy.deepcopy(told))
-    aggregator, state = begin(config)
-    silo, moments = Silo(config, "alpha"), gradients(config, state, [*state.parameters], "alpha")
-    agreed = summed_moments(config, moments, shapes_of(state))
-    for kind, part in ((SecondMoment, "rows"), *([(MeanGradient, "values")] if told is MUON else [])):
-        name = next(n for n, one in agreed.items() if isinstance(one.moment, kind) and part in one.layout)
-        most = agreed[name].largest(part)
-        bad = {key: value.clone() for key, value in moments[name].items()}
-        bad[part].view(-1)[3] = 1.5 * most
-        message = one_line_error(
-            silo.through.masked, 1, state.parameters, silo.local(state), moments | {name: bad}, 100
-        )
-        assert message == (
-            f"inner.clip_norm: 1 given; silo alpha: version 1: what is told of the gradients of {name} ({part}) has "
-            f"{1.5 * most:g}; allowed: up to {most:g}, for which a sum of gradients that are clipped so has room; "
-            "nothing was sent"
-        )
-    assert not list(config.silo_directory("alpha").rglob("*.safetensors"))
-    silo.through.close("")
-    aggregator.stop()
-
-
-def test_a_sum_of_moments_that_none_can_be_ends_the_aggregator_in_one_line(
-    tiny_config: TinyConfig, tiny_text: TinyText, tmp_path: Path
-) -> None:
-    """Nobody knows whose part it is; silos would be told second moments below zero."""
-
-    class Liar(Silo):
-        def told(self, state: OuterState, names: list[str]) -> dict[str, Parts]:
-            honest = super().told(state, names)
-            return {name: {part: -3 * value for part, value in parts.items()} for name, parts in honest.items()}
-
-    config = make(tiny_config, tiny_text, tmp_path, **copy.deepcopy(ADAMW))
-    asked = Asked(config, beta=Liar)
-    for silo in asked.silos:
-        asked.answer(silo)
-    said = "version 1: what alpha, beta, gamma tell of the gradients of .* is no sum of what they may tell: its .* add "
-    with pytest.raises(RefusedError, match=said):
-        asked.aggregator.merge(asked.state, asked.deliveries)
-    asked.close()
-
-
 # ---- who is missing, and who lies
-
-
-def four(tiny_config: TinyConfig, tiny_text: TinyText, directory: Path, **changes: Any) -> RunConfig:
-    """Four silos, of which three are enough."""
-    rules = {"quorum": 3, "deadline_floor_seconds": 0.0, "deadline_ceiling_seconds": 0.3}
-    silos = {"delta": tiny_silo(tiny_text, "alpha")}
-    return make(tiny_config, tiny_text, directory, silos=silos, membership=rules, **changes)
-
-
-def streaming(told: dict[str, Any]) -> dict[str, Any]:
-    """The same in two fragments, with overlap; of nothing, nothing."""
-    return {**told, "outer": told["outer"] | {"num_fragments": 2, "overlap_steps": 1}} if told else {}
-
-
-def summed(aggregator: Aggregator, state: OuterState) -> None:
-    deliveries = aggregator.collect(state)
-    aggregator.commit(state, deliveries, aggregator.merge(state, deliveries))
-    aggregator.finish()
 
 
 @pytest.mark.parametrize("told", [{}, MUON], ids=["plain", "streaming, moments told"])
@@ -459,49 +227,6 @@ def test_a_silo_may_be_missing_at_any_phase(
     assert_same_state(start(config)[1], state)
     found = verified(config, tmp_path / "scratch")
     assert (found.findings, found.merged) == ([], [1, 2, 3, 4])
-
-
-def commit_bytes(config: RunConfig, version: int) -> bytes:
-    return (Path(config.store_url) / f"global/{version:06d}/commit.json").read_bytes()
-
-
-class Asked:
-    """Version 1 of three silos that have delivered, and were asked to answer."""
-
-    def __init__(self, config: RunConfig, **kinds: type[Silo]) -> None:
-        self.config = config
-        self.aggregator, self.state = begin(config)
-        self.silos = {name: kinds.get(name, Silo)(config, name) for name in config.full_roster}
-        self.sent = {name: silo.deliver(self.state) for name, silo in self.silos.items()}
-        merger = self.aggregator._merger
-        self.unmasker = merger.unmasker
-        assert self.unmasker
-        verify = functools.partial(merger.verify, state=self.state, version=1)
-        self.deliveries = [verify(name, manifest_file(config, name, 1).read_bytes()) for name in self.silos]
-        self.unmasker.decide(1, self.deliveries, lambda: None)
-
-    def ask(self, **changes: Any) -> None:
-        """Another set, signed by the operator in the place of the one that stands."""
-        file = Path(self.config.store_url) / "sums/000001.json"
-        record = dataclasses.replace(Survivors.from_bytes(file.read_bytes()), **changes)
-        file.write_bytes(as_member(self.config, OPERATOR).members.sign(record).to_bytes())
-
-    def noted(self, silo: str) -> list[Path]:
-        return list(self.config.silo_directory(silo).glob("answered-*.txt"))
-
-    def answer(self, silo: str) -> None:
-        through = ThroughStore(self.config, silo)  # started again
-        through._store.read_contract()
-        assert through._sum
-        try:
-            through._sum.answer(1)
-        finally:
-            through.close("")
-
-    def close(self) -> None:
-        for silo in self.silos.values():
-            silo.through.close("")
-        self.aggregator.stop()
 
 
 @pytest.fixture

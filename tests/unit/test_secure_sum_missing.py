@@ -15,8 +15,8 @@ from pretrain.trust.ledger import Commit
 from tests.conftest import TinyConfig
 from tests.support import TinyText
 from tests.unit.federation.test_verify import verified
+from tests.unit.summing import Silo, advance, commit_bytes, four, plain_step, summed
 from tests.unit.test_aggregate import start
-from tests.unit.test_secure_sum import Silo, advance, commit_bytes, four, plain_step, summed
 from tests.unit.test_signed import as_member, begin, manifest_file
 
 

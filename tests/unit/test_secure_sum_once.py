@@ -21,8 +21,8 @@ from pretrain.trust.sums import Answer, Shares, Survivors
 from tests.conftest import TinyConfig
 from tests.support import TinyText, one_line_error
 from tests.unit.federation.test_verify import verified
+from tests.unit.summing import Asked, Silo, advance, four, make
 from tests.unit.test_contract_amended import propose, sign
-from tests.unit.test_secure_sum import Asked, Silo, advance, four, make
 from tests.unit.test_signed import as_member, begin, manifest_file
 
 

@@ -116,16 +116,21 @@ def test_of_a_secure_sum_the_aggregator_has_the_mean_of_all(
     outer = {"secure_sum": True, "max_share": 1.0, "max_batch_sequences": 16, "lr": 0.5, "momentum": 0.5}
     silos = {name: tiny_silo(tiny_text, name) for name in CORPORA}
     metrics = {"metrics": {"pseudo_gradient_norm": "member"}}
+    outer |= {"second_moments": "shared"}
     config = tiny_config(tmp_path, silos=silos, outer=outer, trust=metrics, exchange={"keep_versions": 100})
     federate(config)
     found = Attacked(config, "alpha", "beta")
     views = found.views(2)
     assert views.keys() == {"aggregator", "member"}
-    own = {silo: Opened(found.run, silo).delivery(silo, 2).pseudo_gradient for silo in silos}
+    own = {silo: Opened(found.run, silo).delivery(silo, 2) for silo in silos}
     shares = found.operator.versions[2].shares
     for name, value in views["aggregator"].pseudo_gradient.items():
-        mean = sum(shares[silo] * own[silo][name] for silo in silos)
+        mean = sum(shares[silo] * own[silo].pseudo_gradient[name] for silo in silos)
         torch.testing.assert_close(value, mean, rtol=1e-3, atol=1e-6)
+    rows = views["aggregator"].moments["model.embed_tokens.weight"]["rows"]
+    told = {silo: own[silo].moments["model.embed_tokens.weight"]["rows"] for silo in silos}
+    torch.testing.assert_close(rows, sum(shares[silo] * told[silo] for silo in silos), rtol=1e-5, atol=0.0)
+    assert "model.embed_tokens.weight" in views["member"].moments
     with pytest.raises(RefusedError, match="the delivery of alpha for version 2 is masked"):
         found.operator.delivery("alpha", 2)
 

@@ -362,7 +362,7 @@ def test_what_cannot_be_read_where_it_lies_is_refused(tmp_path: Path) -> None:
     """The library takes both: a type that nobody sends, and numbers of four bytes behind one of a byte."""
     file = tmp_path / "payload"
     for rows, message in (
-        ({"a": ("U32", 0, 4)}, "key 'parameter/values/a': dtype U32 given; allowed: F32, I32, BF16, U8"),
+        ({"a": ("U32", 0, 4)}, "key 'parameter/values/a': dtype U32 given; allowed: F32, I32, I64, BF16, U8"),
         ({"b": ("U8", 0, 1), "a": ("F32", 1, 5)}, "key 'parameter/values/a' lies at byte N; allowed: multiples of 4"),
     ):
         words = {
