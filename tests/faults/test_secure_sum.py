@@ -27,6 +27,7 @@ DEATHS: dict[str, Faults] = {
     },
 }
 STREAMING = {"num_fragments": 2, "overlap_steps": 1}
+NOISED = OUTER | STREAMING
 
 
 TOLD = STREAMING | {"second_moments": "shared", "control_variates": 0.8}  # with Muon, in flight through kills
@@ -77,8 +78,8 @@ def test_killed_in_a_sum_equals_undisturbed(
 
 @pytest.mark.soak
 def test_killed_with_noise_equals_undisturbed(tmp_path: Path, tiny_config: TinyConfig, tiny_text: TinyText) -> None:
-    undisturbed = federate(make_config(tiny_config, tiny_text, tmp_path / "undisturbed", **OUTER))
-    config = make_config(tiny_config, tiny_text, tmp_path / "killed", **OUTER)
+    undisturbed = federate(make_config(tiny_config, tiny_text, tmp_path / "undisturbed", **NOISED))
+    config = make_config(tiny_config, tiny_text, tmp_path / "killed", **NOISED)
     for silo in CORPORA:  # of whose secrets the noise is
         there, here = (one.silo_directory(silo) / "private" for one in (undisturbed.config, config))
         shutil.copytree(there, here)
@@ -86,6 +87,7 @@ def test_killed_with_noise_equals_undisturbed(tmp_path: Path, tiny_config: TinyC
     check_same(run, undisturbed)
     budget = member_budget(config)
     assert budget
-    assert summarize(config)["member_epsilon"] == budget.epsilon(2)
-    assert f"{budget.epsilon(2):.3g}</div>" in (Path(config.directory) / "report.html").read_text()
+    spent = budget.epsilon(config.schedule.num_versions)
+    assert summarize(config)["member_epsilon"] == spent
+    assert f"{spent:.3g}</" in (Path(config.directory) / "report.html").read_text()
     assert not verified(run.config, tmp_path / "scratch").findings
