@@ -15,7 +15,7 @@ from pretrain.host.journal import Journal
 from pretrain.merge.collect import Delivery
 from pretrain.merge.terms import merge_weight, most_tokens
 from pretrain.outer.fixed_point import scale
-from pretrain.outer.placing import InMemory
+from pretrain.outer.placing import InMemory, let_go_pages
 from pretrain.outer.quantize import Parts
 from pretrain.outer.threads import in_threads
 from pretrain.trust.ledger import RefusedError, sha256_bytes
@@ -25,7 +25,9 @@ from pretrain.trust.sums import Answer, Survivors, laid_open
 
 
 class Unmasker:
-    """Of one store; trust/sums.py has the protocol. Memory: the sum of a fragment, 4 bytes an element."""
+    """Of one store; trust/sums.py has the protocol. Memory: the sum of a fragment, 4 bytes an element, and of each
+    payload, which is mapped, a range a thread.
+    """
 
     def __init__(self, config: RunConfig, exchange: StoreExchange, place: InMemory, num_threads: int) -> None:
         self._config, self._exchange, self._sums = config, exchange, Sums(config, exchange)
@@ -86,8 +88,14 @@ class Unmasker:
         """
         streams, names = self._streams(version, deliveries), sorted(shapes)
         found = {name: self._place.zeros(shapes[name]).view(torch.int32) for name in names}
-        values = [[_flat(one.tensors.parts(name)["values"]) for name in names] for one in deliveries]
-        add([_flat(found[name]) for name in names], values, streams, self._num_threads)
+        delivered = [[one.tensors.parts(name)["values"].view(-1) for name in names] for one in deliveries]
+
+        def let_go(number: int, elements: slice) -> None:
+            for of_silo in delivered:
+                let_go_pages(of_silo[number][elements])
+
+        values = [[_flat(value) for value in of_silo] for of_silo in delivered]
+        add([_flat(found[name]) for name in names], values, streams, self._num_threads, added=let_go)
         outer = self._config.outer
         most = merge_weight(most_tokens(self._config, version), outer.weight_power)
         factor = most / sum(weights) / scale(len(self._config.full_roster), outer.sum_range)
