@@ -1,15 +1,17 @@
 """What the masks of a secure sum cost: GB a second of masks added, beside the cipher's own speed in the same turn.
 
     python -m benchmarks.masks [--parameters 65000000] [--silos 4 10] [--threads 1 2] [--turns 5]
-    python -m benchmarks.masks --upload --parameters 1000000000 | rngtest
+    python -m benchmarks.masks --upload 1 --parameters 1000000000 | rngtest
+    python -m benchmarks.masks --upload 1000000 | dieharder -a -g 200
 
 In one process, with new keys. A silo's side of a version: its values to whole numbers (`code`), and one mask for each
 other silo and one of its own added (`mask`). The aggregator's: what all have sent added up, one mask for each silo
 subtracted (`sum`). The cipher writes as many bytes of AES-256 in counter mode into one buffer of a block. Medians; a GB
 is of masks, and seconds are of processor time, of all threads together, as the machine may be busy.
 
-With `--upload` what one of the first number of silos sends where all its values are 0 goes to stdout, for a suite of
-tests of random numbers: rngtest (Debian's rng-tools5: FIPS 140-2), or dieharder -a -g 200.
+With `--upload` what one of the first number of silos sends where all its values are 0 goes to stdout, of so many
+versions one after another, or until nobody reads on, for a suite of tests of random numbers: rngtest (Debian's
+rng-tools5: FIPS 140-2), or dieharder, whose suite reads some 250 GB.
 """
 
 import argparse
@@ -44,25 +46,28 @@ def cipher_alone(num_bytes: int, num_threads: int) -> None:
     in_threads(write, range(num_threads), num_threads)
 
 
-def first_masker(num_silos: int) -> Masker:
-    """Of so many silos with new keys."""
+def first_masker(num_silos: int) -> Callable[[int], Masker]:
+    """By version, that of the first of so many silos with new keys."""
     keys = {f"silo-{n:03d}": X25519PrivateKey.generate() for n in range(num_silos)}
     public = {silo: key.public_key().public_bytes_raw() for silo, key in keys.items()}
     silo, key = next(iter(keys.items()))
-    return Masker(silo, key, public, b"a benchmark\n", num_silos)
+    return lambda version: Masker(silo, key, public, f"a benchmark {version}\n".encode(), num_silos)
 
 
-def upload(num_parameters: int, num_silos: int) -> None:
-    """Write what a silo sends of zeros to stdout, as one tensor, until nobody reads it."""
-    masked, masker = np.zeros(num_parameters, np.uint32), first_masker(num_silos)
-    add([masked], [], masker.streams(masker.salt(b"zeros")))
+def upload(num_parameters: int, num_silos: int, num_versions: int) -> None:
+    """Write what a silo sends of zeros to stdout, of each version as one tensor, until nobody reads it."""
+    masked, masker_of = np.empty(num_parameters, np.uint32), first_masker(num_silos)
     with suppress(BrokenPipeError):
-        sys.stdout.buffer.write(masked.data)
+        for version in range(num_versions):
+            masker = masker_of(version)
+            masked[:] = 0
+            add([masked], [], masker.streams(masker.salt(b"zeros")))
+            sys.stdout.buffer.write(masked.data)
 
 
 def measure(num_parameters: int, num_silos: int, num_threads: int, num_turns: int) -> str:
     """A line of results."""
-    masker = first_masker(num_silos)
+    masker = first_masker(num_silos)(0)
     generator = torch.Generator().manual_seed(0)
     values = [1e-3 * torch.randn(WIDTH, generator=generator) for _ in range(num_parameters // WIDTH)]
     pairs, factor = [(torch.zeros(WIDTH), value) for value in values], scale(num_silos, 1.0)
@@ -98,10 +103,10 @@ def main() -> None:
     parser.add_argument("--silos", type=int, nargs="+", default=[4, 10])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--upload", action="store_true", help="write an upload of zeros to stdout, and measure nothing")
+    parser.add_argument("--upload", type=int, metavar="VERSIONS", help="write uploads of zeros to stdout, nothing else")
     arguments = parser.parse_args()
     if arguments.upload:
-        return upload(arguments.parameters, arguments.silos[0])
+        return upload(arguments.parameters, arguments.silos[0], arguments.upload)
     torch.set_num_threads(1)
     for num_silos in arguments.silos:
         for num_threads in arguments.threads:

@@ -50,7 +50,7 @@ def start(config: RunConfig) -> tuple[Aggregator, OuterState]:
         starting = pool.submit(aggregator.start)
         while config.trust.keys and not (Path(config.store_url) / "signatures" / f"{OPERATOR}.json").exists():
             time.sleep(0.01)
-        for name in NAMES if config.trust.keys else ():
+        for name in config.full_roster if config.trust.keys else ():
             sign_contract(silo(config, name), name)
         return aggregator, starting.result()
 

@@ -15,7 +15,7 @@ from pretrain.host.journal import Journal
 from pretrain.merge.collect import Delivery
 from pretrain.merge.terms import merge_weight, most_tokens, summed_moments
 from pretrain.outer.fixed_point import scale
-from pretrain.outer.placing import InMemory
+from pretrain.outer.placing import InMemory, let_go_pages
 from pretrain.outer.quantize import Parts
 from pretrain.outer.summed import in_stream
 from pretrain.outer.threads import in_threads
@@ -40,7 +40,8 @@ class Total:
 class Unmasker:
     """Of one store; trust/sums.py has the protocol.
 
-    Memory: the sum of a fragment, 4 bytes an element, and as much for the matrices whose mean gradients are in it.
+    Memory: the sum of a fragment, 4 bytes an element, and as much for the matrices whose mean gradients are in it; of
+    each payload, which is mapped, a range a thread.
     """
 
     def __init__(self, config: RunConfig, exchange: StoreExchange, place: InMemory, num_threads: int) -> None:
@@ -104,10 +105,16 @@ class Unmasker:
             name: {part: self._zeros(dtype, torch.Size(size)) for part, (dtype, size) in moment.layout.items()}
             for name, moment in moments.items()
         }
-        values = [
-            in_stream(one.tensors.moments, {name: one.tensors.parts(name) for name in names}) for one in deliveries
-        ]
-        add(in_stream(told, changes), values, streams, self._num_threads)
+        num_told = sum(map(len, told.values()))
+        delivered = [{name: one.tensors.parts(name) for name in names} for one in deliveries]
+
+        def let_go(number: int, elements: slice) -> None:
+            if number >= num_told:
+                for of_silo in delivered:
+                    let_go_pages(of_silo[names[number - num_told]]["values"].view(-1)[elements])
+
+        values = [in_stream(one.tensors.moments, parts) for one, parts in zip(deliveries, delivered, strict=True)]
+        add(in_stream(told, changes), values, streams, self._num_threads, added=let_go)
         outer = self._config.outer
         most = merge_weight(most_tokens(self._config, version), outer.weight_power)
         factor = most / sum(weights) / scale(len(self._config.full_roster), outer.sum_range)

@@ -56,6 +56,15 @@ class OnDisk(InMemory):
     def let_go(self, tensors: Iterable[Tensor]) -> None:
         """Take some out of this process's memory; the system writes them to their files when it likes."""
         for tensor in tensors:
-            start, length = tensor.data_ptr(), tensor.numel() * tensor.element_size()
-            if _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED):
-                raise OSError(ctypes.get_errno(), f"madvise: {os.strerror(ctypes.get_errno())}")
+            let_go_pages(tensor)
+
+
+def let_go_pages(mapped: Tensor) -> None:
+    """Take a file's mapped tensor, or a part of one, out of this process's memory, from its first whole page on.
+
+    Nobody may have written to it but through a shared mapping: what is asked for again is what the file has.
+    """
+    start = -(-mapped.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = mapped.data_ptr() + mapped.nbytes - start
+    if length > 0 and _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED):
+        raise OSError(ctypes.get_errno(), f"madvise: {os.strerror(ctypes.get_errno())}")

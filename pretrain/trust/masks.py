@@ -9,7 +9,7 @@ counter mode (NIST SP 800-38A) from counter 0: a seed makes one stream. Nothing 
 was killed sends what it sent before. docs/formats.md has it byte by byte.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,11 +43,17 @@ class Stream(NamedTuple):
 
 
 def add(
-    total: Sequence[Values], values: Sequence[Sequence[Values]], streams: Sequence[Stream], num_threads: int = 1
+    total: Sequence[Values],
+    values: Sequence[Sequence[Values]],
+    streams: Sequence[Stream],
+    num_threads: int = 1,
+    *,
+    added: Callable[[int, slice], object] = lambda number, elements: None,
 ) -> None:
     """Add to the tensors of `total`, in place, those of all `values` and all streams: each modulo what its type holds.
 
-    Tensors are flat, and all have the same ones. Memory: a block a thread.
+    Tensors are flat, and all have the same ones. `added` is told which elements of which tensor are done: of `values`
+    they are not read again. Memory: a block a thread.
     """
     tasks, at = [], 0  # tensor, the first byte of it in this range, and where that is in a stream
     for number, tensor in enumerate(total):
@@ -69,6 +75,7 @@ def add(
             for cipher, is_added in ciphers:
                 cipher.update_into(memoryview(ZEROS)[: last - first], numbers.view(np.uint8).data)
                 (np.add if is_added else np.subtract)(block, numbers, out=block)
+        added(number, slice(start // size, stop // size))
 
     in_threads(of_range, tasks, num_threads)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain.outer.placing import InMemory, OnDisk
+from pretrain.outer.placing import InMemory, OnDisk, let_go_pages
 from tests.support import mounted
 
 
@@ -44,3 +44,17 @@ def test_a_file_without_room_is_an_error_and_no_signal(tmp_path: Path) -> None:
         with pytest.raises(OSError, match="No space left on device"):
             place.zeros(torch.Size([1 << 18]))
         assert held.sum() == 1 << 17
+
+
+def test_what_is_let_go_of_a_file_is_not_in_memory_and_comes_again(tmp_path: Path) -> None:
+    """In parts that begin anywhere, as a payload's tensors do."""
+    written = torch.arange(1 << 22, dtype=torch.int32)
+    (file := tmp_path / "payload").write_bytes(b"head" + written.numpy().tobytes())
+    whole = torch.from_file(str(file), shared=False, size=written.nbytes + 4, dtype=torch.uint8)
+    mapped = whole[4:].view(torch.int32)
+    assert torch.equal(mapped, written)
+    held = resident_bytes(whole)[1]
+    for part in mapped.split(100_001):
+        let_go_pages(part)
+    assert resident_bytes(whole)[1] < 0.05 * held
+    assert torch.equal(mapped, written)

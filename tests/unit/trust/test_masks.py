@@ -75,6 +75,18 @@ def test_wide_elements_take_as_many_bytes_of_a_stream_and_add_up_modulo_2_64() -
     assert np.array_equal(wide[1], before)  # twice the stream less once, whatever was carried
 
 
+def test_who_lets_values_go_is_told_what_is_added() -> None:
+    values = [np.arange(size, dtype=np.uint32) for size in (5, (1 << 20) + 70_001)]
+    total, told = [np.zeros_like(one) for one in values], [np.zeros(len(one), int) for one in values]
+
+    def added(number: int, elements: slice) -> None:
+        told[number][elements] += 1
+        assert np.array_equal(total[number][elements], 2 * values[number][elements])
+
+    add(total, [values, values], [], 3, added=added)
+    assert all((one == 1).all() for one in told)
+
+
 def test_seeds_follow_from_the_keys_as_the_formats_say() -> None:
     both = maskers(["alice", "bob"], 2)
     public = {silo: private(silo).public_key().public_bytes_raw() for silo in both}
