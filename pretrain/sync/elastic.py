@@ -12,6 +12,7 @@ from pretrain.silo.checkpoint import Progress
 from pretrain.silo.engine import Engine
 from pretrain.silo.steplog import count_seconds
 from pretrain.sync.flight import done
+from pretrain.sync.gradients import read_moments
 from pretrain.sync.silo_sync import SiloSync
 from pretrain.sync.through_store import ThroughStore
 
@@ -48,13 +49,14 @@ class ElasticSync(SiloSync):
             return
         version, names = progress.sent + 1, list(engine.shapes)
         num_steps = num_sequences // self.config.silos[self.silo].global_batch_sequences
-        local, moments = self._read(engine, names), self._read_moments(engine, names, num_steps)
+        local, is_leader = self._read(engine, names), self.ranks.is_leader
+        moments = read_moments(self.config, self.silo, engine, names, num_steps, is_leader=is_leader)
 
         def deliver() -> None:
             engine.copies.wait()
             self._exchange.deliver(self._code(version, local, moments, num_sequences, replace(progress)))
 
-        delivered = self._coder.submit(deliver) if self.ranks.is_leader else None
+        delivered = self._coder.submit(deliver) if is_leader else None
         self._poll(delivered, f"the delivery for version {version}", progress)
         if delivered:
             delivered.result()
