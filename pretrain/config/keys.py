@@ -57,8 +57,8 @@ class InnerConfig:
     min_lr_ratio: float = 0.1
     """Final learning rate divided by `lr` (cosine and wsd)."""
     clip_norm: float = 1.0
-    """Gradients are scaled down to this global L2 norm; 0 does not clip. It is the range of what a secure sum is
-    told of gradients."""
+    """Gradients are scaled down to this global L2 norm; 0 does not clip. What a secure sum has of gradients is rounded
+    by it."""
 
 
 @dataclass(kw_only=True)
