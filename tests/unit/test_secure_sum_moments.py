@@ -11,6 +11,7 @@ from pretrain.aggregate import OuterState
 from pretrain.merge.terms import sum_share, summed_moments
 from pretrain.outer.moments import MeanGradient, SecondMoment
 from pretrain.outer.quantize import Parts
+from pretrain.plan.bytes import traffic
 from pretrain.trust.ledger import RefusedError
 from tests.conftest import TinyConfig
 from tests.support import TinyText, one_line_error
@@ -36,6 +37,7 @@ def test_what_a_silo_has_told_is_known_to_it_again_without_its_masks(
     silo = Silo(config, "alpha")
     sent, again = silo.coded(state), Silo(config, "alpha")  # started again
     told, share = again.through.told(sent, state.parameters), sum_share(config, 1, TOKENS["alpha"])
+    assert sent.manifest.payloads[0].num_bytes == traffic(config, shapes_of(state), "alpha")[0].before[0]
     before = gradients(config, state, [*state.parameters], "alpha")
     for name, moment in summed_moments(config, before, shapes_of(state)).items():
         wanted = moment.values(moment.whole(before[name], share), share)
