@@ -151,7 +151,14 @@ def export_global_model(
 def write_export(model: nn.Module, config: RunConfig, provenance: dict[str, Any], directory: Path) -> None:
     """Write a model with its tokenizer, and where it comes from, to a new directory."""
     is_fresh = not config.model.checkpoint
-    export(model, config.tokenizer_file, directory, trained_tokens=config.sequence_tokens, is_fresh=is_fresh)
+    export(
+        model,
+        config.tokenizer_file,
+        directory,
+        template_file=config.template_file,
+        trained_tokens=config.sequence_tokens,
+        is_fresh=is_fresh,
+    )
     (directory / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n")
 
 
@@ -291,7 +298,9 @@ def evaluate_model(
         check_document_masking(model, mask_at, device)
     sequences = sequences_evaluated(corpora, num_sequences)
     losses = held_out_loss(
-        lambda input_ids, targets: token_losses(model, input_ids.to(device), targets.to(device), mask_at),
+        lambda batch: token_losses(
+            model, batch.inputs.to(device), batch.targets.to(device), mask_at, positions=batch.positions
+        ),
         corpora,
         num_sequences=num_sequences,
         micro_batch_sequences=batch_sequences,

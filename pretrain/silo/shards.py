@@ -25,7 +25,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -187,8 +187,10 @@ def tokenizer_sha256(file: Path, *, key: str = "tokenizer") -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def template_sha256(file: Path, *, key: str = "chat_template") -> str:
-    """sha256 of a chat template's text in UTF-8, to the last space. Raises ConfigError, naming `key`."""
+def template_sha256(file: Path | None, *, key: str = "chat_template") -> str:
+    """sha256 of a chat template's text in UTF-8, to the last space; empty of None. Raises ConfigError, naming `key`."""
+    if file is None:
+        return ""
     try:
         if not (text := file.read_bytes().decode()).strip():
             raise ConfigError(f"{key}: {str(file)!r} given, which is empty; allowed: a chat template (Jinja)")
@@ -212,11 +214,17 @@ def _read_json(file: Path, *, missing: str) -> dict[str, Any]:
     return loaded
 
 
-def read_manifest(directory: Path, *, key: str = "silo.data", tokenizer_sha256: str | None = None) -> Manifest:
-    """Read a split's manifest and check it, the files' sizes and, when given, the tokenizer.
+def read_manifest(
+    directory: Path,
+    *,
+    key: str = "silo.data",
+    tokenizer_sha256: str | None = None,
+    template_sha256: str | None = None,
+) -> Manifest:
+    """Read a split's manifest and check it, the files' sizes and, when given, the tokenizer and the chat template.
 
-    `key` is the configuration key or option that named the directory. Costs one `stat` a shard; `verify_shards` reads
-    the tokens too. Raises ConfigError.
+    `key` is the configuration key or option that named the directory; `template_sha256` is empty where there is to be
+    text alone. Costs one or two `stat` a shard; `verify_shards` reads the tokens too. Raises ConfigError.
     """
     file = directory / MANIFEST_FILE
     split = directory / ("valid" if ".valid" in key else "train")
@@ -228,6 +236,8 @@ def read_manifest(directory: Path, *, key: str = "silo.data", tokenizer_sha256: 
             f"{key}: {directory} was packed with tokenizer {manifest.tokenizer_sha256[:12]}, the run uses "
             f"{tokenizer_sha256[:12]}: prepare it again or change tokenizer"
         )
+    if manifest.chat:
+        _check_template(manifest.chat, directory, key, template_sha256)
     sizes = {shard.file: shard.num_tokens * manifest.dtype.itemsize for shard in manifest.shards}
     if manifest.chat:
         sizes |= {shard.mask_file: mask_bytes(shard.num_tokens) for shard in manifest.shards}
@@ -242,6 +252,34 @@ def read_manifest(directory: Path, *, key: str = "silo.data", tokenizer_sha256: 
                 "copy or prepare the split again"
             )
     return manifest
+
+
+def _check_template(chat: Chat, directory: Path, key: str, expected: str | None) -> None:
+    if not chat.num_trained_tokens:
+        raise ConfigError(
+            f"{key}: {directory} has conversations of which not one token is trained: prepare it again from ones that "
+            "have answers"
+        )
+    if expected == "":
+        raise ConfigError(
+            f"{key}: {directory} has conversations, and the run has no chat_template; allowed: the template that they "
+            "were prepared with, as chat_template, or text"
+        )
+    if expected not in (None, chat.template_sha256):
+        raise ConfigError(
+            f"{key}: {directory} was prepared with another template than the contract's: "
+            f"{chat.template_sha256[:12]}, and chat_template is {expected[:12]}: prepare it again with that one"  # type: ignore[index]
+        )
+
+
+def check_rows(manifest: Manifest, directory: Path, sequence_tokens: int, *, key: str) -> None:
+    """Raise ConfigError where conversations lie in rows of another length than the run's sequences have."""
+    if manifest.chat and manifest.chat.sequence_tokens != sequence_tokens:
+        raise ConfigError(
+            f"{key}: {directory} has rows of {manifest.chat.sequence_tokens} tokens, and sequence_tokens is "
+            f"{sequence_tokens}; allowed: sequence_tokens={manifest.chat.sequence_tokens}, or the conversations "
+            "prepared again in rows of that length"
+        )
 
 
 def verify_shards(directory: Path, *, key: str = "silo.data", tokenizer_sha256: str | None = None) -> Manifest:
@@ -266,14 +304,19 @@ def token_outside_vocabulary(key: str, file: Path, token: int, manifest: Manifes
     )
 
 
-def count_sequences(num_tokens: int, sequence_tokens: int) -> int:
-    """Whole sequences in a text: each needs one token more than it predicts, which the next one begins with."""
-    return max(0, (num_tokens - 1) // sequence_tokens)
+def count_sequences(num_tokens: int, sequence_tokens: int, *, in_rows: bool = False) -> int:
+    """Whole sequences in a text: each needs one token more than it predicts, which the next one begins with.
+
+    `in_rows`: of conversations, where a sequence is a row.
+    """
+    return max(0, num_tokens - (not in_rows)) // sequence_tokens
 
 
-def check_enough(num_tokens: int, sequence_tokens: int, global_batch_sequences: int, *, key: str) -> None:
+def check_enough(
+    num_tokens: int, sequence_tokens: int, global_batch_sequences: int, *, key: str, in_rows: bool = False
+) -> None:
     """Raise ConfigError when a corpus has fewer sequences than one global batch."""
-    num_sequences = count_sequences(num_tokens, sequence_tokens)
+    num_sequences = count_sequences(num_tokens, sequence_tokens, in_rows=in_rows)
     if num_sequences < global_batch_sequences:
         raise ConfigError(
             f"{key}: {num_tokens} tokens given, which are {num_sequences} sequences of sequence_tokens="
@@ -282,12 +325,20 @@ def check_enough(num_tokens: int, sequence_tokens: int, global_batch_sequences: 
         )
 
 
-def check_a_sequence(num_tokens: int, sequence_tokens: int, *, key: str) -> None:
+def check_a_sequence(num_tokens: int, sequence_tokens: int, *, key: str, in_rows: bool = False) -> None:
     """Raise ConfigError when a text is shorter than one sequence."""
-    if not count_sequences(num_tokens, sequence_tokens):
+    if not count_sequences(num_tokens, sequence_tokens, in_rows=in_rows):
         raise ConfigError(
             f"{key}: {num_tokens} tokens given; allowed: more than sequence_tokens={sequence_tokens}: "
             "add text or lower sequence_tokens"
+        )
+
+
+def check_alike(manifests: Sequence[Manifest], *, key: str) -> None:
+    """Raise ConfigError where splits that are read one after another are not all text, or all conversations."""
+    if len({manifest.chat is None for manifest in manifests}) > 1:
+        raise ConfigError(
+            f"{key}: text and conversations given as one corpus; allowed: with data_weights, which take them in turns"
         )
 
 

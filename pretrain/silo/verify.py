@@ -1,6 +1,8 @@
-"""What the tokens of a packed split say, beyond what its hashes do; imports no torch."""
+"""Reads packed splits whole: their hashes beside other work, and what their tokens say; imports no torch."""
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,32 @@ from pretrain.silo.shards import (
     open_shard,
     token_outside_vocabulary,
     trained,
+    verify_shards,
 )
 
 # Tokens that are looked at together.
 VERIFY_TOKENS = 1 << 22
+
+
+def verify_in_background(splits: Sequence[tuple[str, str]]) -> Future[str]:
+    """Compare every byte of splits, (key, directory), with their sha256, beside other work.
+
+    The result is what is wrong, or "".
+    """
+    found = Future[str]()
+
+    def read() -> None:
+        try:
+            for key, directory in splits:
+                verify_shards(Path(directory), key=key)
+            found.set_result("")
+        except (ConfigError, OSError) as error:
+            found.set_result(str(error))
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=read, daemon=True).start()  # a run that ends for another reason does not wait for it
+    return found
 
 
 def verify_tokens(directory: Path, manifest: Manifest, *, key: str = "silo.data") -> None:
@@ -76,7 +100,8 @@ def _verify_rows(directory: Path, manifest: Manifest, row_tokens: int, key: str)
     before, num_documents, num_trained = 0, 0, 0
     whole_rows = max(1, VERIFY_TOKENS // row_tokens) * row_tokens
     for shard, first, piece in _pieces(directory, manifest, whole_rows, key):
-        listed = ends[num_documents : np.searchsorted(ends, before + len(piece), side="right")].astype(np.int64)
+        last = np.searchsorted(ends, np.uint64(before + len(piece)), side="right")  # of another type it would copy them
+        listed = ends[num_documents:last].astype(np.int64)
         row_ends = np.arange(row_tokens, len(piece) + 1, row_tokens)
         starts = np.concatenate([[0], listed - before])[:-1]
         if not (len(listed) and (np.diff(starts) > 0).all() and np.isin(row_ends, listed - before).all()):

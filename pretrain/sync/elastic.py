@@ -86,7 +86,7 @@ class ElasticSync(SiloSync):
             return False
         self._write(engine, list(engine.shapes), self.global_parameters)
         engine.forget_optimizer()
-        progress.sent_positions = {str(f): progress.position for f in range(self.schedule.num_fragments)}
+        progress.was_sent(range(self.schedule.num_fragments))
         progress.joined_step = progress.step  # a fresh optimizer warms up, as after joining
         if self.journal:
             print(f"loss {progress.loss:.4f} at step {progress.step}: back to version {progress.version}", flush=True)

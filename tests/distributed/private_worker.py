@@ -12,6 +12,7 @@ from torch import Tensor
 from pretrain.config.errors import ConfigError
 from pretrain.config.keys import InnerConfig, ModelConfig, PrivateConfig, SiloConfig
 from pretrain.silo.account import Plan
+from pretrain.silo.batch import Batch
 from pretrain.silo.checkpoint import Progress
 from pretrain.silo.engine import Engine
 from pretrain.silo.model import build_initial, token_losses
@@ -89,7 +90,7 @@ class Case:
         """One inner step on this rank's part of the sequences."""
         self.progress.position = position
         part = SEQUENCES.chunk(self.ranks.num_ranks)[self.ranks.rank]
-        self.private.step(self.engine, [(one[:, :-1], one[:, 1:]) for one in part.chunk(2)], 1.0, self.progress)
+        self.private.step(self.engine, [Batch(one[:, :-1], one[:, 1:]) for one in part.chunk(2)], 1.0, self.progress)
 
     def way(self) -> dict[str, Tensor]:
         """How far the parameters have come, times the sequences of a batch: with SGD the sums of gradients."""
