@@ -7,10 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.config.errors import ConfigError
+from pretrain.config.load import load_config
+from pretrain.federation.preflight import check_silo
+from pretrain.silo.batch import BY_TOKENS, IGNORED
+from pretrain.silo.data import BadTokenError, Batches, Mixture, PackedTokens, held_out_batches
+from pretrain.silo.evaluate import held_out_loss
 from pretrain.silo.shards import (
     DOCUMENT_END,
     DOCUMENTS_FILE,
@@ -23,13 +29,18 @@ from pretrain.silo.shards import (
     read_manifest,
     template_sha256,
     text_sha256,
+    tokenizer_sha256,
     trained,
     verify_shards,
     write_manifest,
 )
 from pretrain.silo.verify import verify_tokens
 from pretrain.silo.writer import SplitWriter
+from pretrain.trust.contract import build_contract, check_same_contract, first_contract
 from tests.chats import END, TEMPLATE, Conversation, append, conversations, packed_rows, write_chat
+from tests.conftest import TinyConfig
+from tests.support import VOCAB_SIZE as TINY_VOCAB_SIZE
+from tests.support import TinyText, one_line_error
 
 TOKENIZER = "a1" * 32
 VOCAB_SIZE = 50
@@ -215,3 +226,151 @@ def test_a_template_is_known_by_its_text(tmp_path: Path) -> None:
             template_sha256(file)
     with pytest.raises(ConfigError, match=r"there is no such file; allowed: a chat .* or a folder with a chat"):
         template_sha256(tmp_path / "nowhere")
+
+
+# --- reading ---
+
+
+def test_rows_are_sequences_whose_targets_are_what_is_trained(tmp_path: Path) -> None:
+    """In two splits, one after another, and two shards."""
+    other: list[Conversation] = [([11, 12, 13], [0, 1, 1])]
+    first, second = write(tmp_path / "first", shard_tokens=9), write(tmp_path / "second", other)
+    tokens = PackedTokens([first, second], sequence_tokens=9)
+    assert len(tokens.manifests[0].shards) == 2
+    assert (tokens.num_sequences, tokens.num_tokens, tokens.is_chat) == (3, 27, True)
+    batch = tokens.batch([2, 0, 1])
+    assert batch.inputs.tolist() == [[11, 12, 13] + [END] * 6, [7, 3, 4, 0, 9, 8, 1, 0, 0], [5, 6, 2, 1] + [0] * 5]
+    nothing = IGNORED
+    assert batch.targets.tolist() == [
+        [12, 13] + [nothing] * 7,
+        [nothing, 4, 0, nothing, 8] + [nothing] * 4,
+        [6, nothing, 1, 0] + [nothing] * 5,
+    ]
+    assert batch.positions is not None
+    assert batch.positions.tolist() == [
+        [0, 1, 2, 0, 1, 2, 3, 4, 5],
+        [0, 1, 2, 3, 0, 1, 2, 0, 1],
+        [0, 1, 2, 3, 4, 0, 1, 2, 3],
+    ]
+    assert [tokens.num_trained(row) for row in (0, 1, 2)] == [3, 3, 2]
+    batches = held_out_batches(tokens, num_sequences=0, micro_batch_sequences=2, rank=0, num_ranks=1)
+    assert [batch.inputs[:, 0].tolist() for batch, _ in batches] == [[7, 5], [11, 11]]
+
+
+def test_text_and_conversations_take_turns(tmp_path: Path) -> None:
+    chat = write(tmp_path / "chat")
+    text = SplitWriter(tmp_path / "text", vocab_size=VOCAB_SIZE, end_of_text_id=END, shard_tokens=100)
+    text.write(np.arange(40), np.array([40]), 40)
+    text.finish(tokenizer_sha256=TOKENIZER, recipe_sha256="c3" * 32)
+    corpora = [PackedTokens([split], sequence_tokens=9) for split in (chat, tmp_path / "text")]
+    mixture = Mixture(corpora, seed=0, silo="court")
+    ranks = [
+        Batches(mixture, micro_batch_sequences=1, accumulation_steps=2, rank=rank, num_ranks=2) for rank in range(2)
+    ]
+    for step in range(3):
+        found = [next(rank) for rank in ranks for _ in range(2)]
+        num_targets = sum(int((batch.targets != IGNORED).sum()) for batch in found)
+        assert {batch.num_trained for batch in found} == {num_targets}
+        assert num_targets == 2 * 9 + sum(corpora[0].num_trained(row) for row in (0, 1))
+        for batch in found:
+            assert batch.positions is not None
+            is_text = bool((batch.positions == BY_TOKENS).all())
+            assert is_text == (int((batch.targets != IGNORED).sum()) == 9)
+        assert ranks[0].state() == 4 * (step + 1)
+    assert Mixture(corpora[1:], seed=0, silo="court").batch([0]).positions is None
+    message = one_line_error(lambda: PackedTokens([chat, tmp_path / "text"], sequence_tokens=9, key="silos.law.data"))
+    assert message == (
+        "silos.law.data: text and conversations given as one corpus; allowed: with data_weights, which take them in "
+        "turns"
+    )
+
+
+def test_conversations_that_do_not_fit_a_run_are_said_in_one_line(tmp_path: Path) -> None:
+    split = write(tmp_path / "chat")
+
+    def message(**options: object) -> str:
+        return one_line_error(
+            lambda: PackedTokens([split], **{"sequence_tokens": 9, "key": "silos.law.data"} | options)
+        )
+
+    assert message(sequence_tokens=16) == (
+        f"silos.law.data: {split} has rows of 9 tokens, and sequence_tokens is 16; allowed: sequence_tokens=9, or the "
+        "conversations prepared again in rows of that length"
+    )
+    assert message(template_sha256="00" * 32) == (
+        f"silos.law.data: {split} was prepared with another template than the contract's: {TEMPLATE[:12]}, and "
+        "chat_template is 000000000000: prepare it again with that one"
+    )
+    assert message(template_sha256="") == (
+        f"silos.law.data: {split} has conversations, and the run has no chat_template; allowed: the template that they "
+        "were prepared with, as chat_template, or text"
+    )
+    write_chat(
+        tmp_path / "mute",
+        [(tokens, [0] * len(tokens)) for tokens, _ in SMALL],
+        row_tokens=9,
+        vocab_size=VOCAB_SIZE,
+        tokenizer=TOKENIZER,
+    )
+    assert one_line_error(lambda: PackedTokens([tmp_path / "mute"], sequence_tokens=9)) == (
+        f"silo.data: {tmp_path / 'mute'} has conversations of which not one token is trained: prepare it again from "
+        "ones that have answers"
+    )
+    rewritten(split, ends=[4, 7, 14, 18])
+    with pytest.raises(BadTokenError, match=r"documents do not end with the row: copy or prepare the split again"):
+        PackedTokens([split], sequence_tokens=9).row(0)
+
+
+def test_an_evaluation_without_a_trained_token_is_said(tmp_path: Path) -> None:
+    split = write(tmp_path / "chat", [([7, 3, 4], [0, 0, 0]), *SMALL[:1]], row_tokens=4)
+    tokens = PackedTokens([split], sequence_tokens=4, key="silos.law.valid.law")
+
+    def evaluated(num_sequences: int) -> float:
+        found = held_out_loss(
+            lambda batch: torch.ones(batch.targets.shape) * (batch.targets != IGNORED),
+            {"law": tokens},
+            num_sequences=num_sequences,
+            micro_batch_sequences=2,
+        )
+        return found["law"]
+
+    assert evaluated(0) == 1
+    assert one_line_error(evaluated, 1) == (
+        "silos.law.valid.law: of the sequences that are evaluated not one token is trained; allowed: more of them "
+        "(silo.eval_sequences), or all (0)"
+    )
+
+
+# --- the run ---
+
+
+def test_the_template_is_a_term_of_the_contract(tmp_path: Path, tiny_config: TinyConfig, tiny_text: TinyText) -> None:
+    text = tiny_config(tmp_path / "text")
+    assert "chat_template_sha256" not in build_contract(text)
+    (tmp_path / "a.jinja").write_text("a")
+    (tmp_path / "b.jinja").write_text("b")
+    split = write_chat(
+        tmp_path / "chat",
+        SMALL * 8,
+        row_tokens=16,
+        vocab_size=TINY_VOCAB_SIZE,
+        tokenizer=tokenizer_sha256(tiny_text.tokenizer),
+        template=template_sha256(tmp_path / "a.jinja"),
+    )
+    alpha = {"alpha": {"data": [str(split)]}}
+    terms = {"document_masking": True, "silos": alpha}
+    ours = tiny_config(tmp_path / "ours", chat_template=str(tmp_path / "a.jinja"), **terms)
+    check_silo(ours, "alpha")
+    contract = first_contract(build_contract(ours))
+    check_same_contract(build_contract(ours), contract, "store")
+    theirs = tiny_config(tmp_path / "theirs", chat_template=str(tmp_path / "b.jinja"), **terms)
+    assert "chat_template_sha256 is " in one_line_error(check_same_contract, build_contract(theirs), contract, "store")
+    assert "was prepared with another template than the contract's" in one_line_error(check_silo, theirs, "alpha")
+    without = tiny_config(tmp_path / "without", **terms)
+    assert "chat_template_sha256 is null here" in one_line_error(
+        check_same_contract, build_contract(without), contract, "store"
+    )
+    message = one_line_error(load_config, [tmp_path / "ours" / "tiny.yaml"], ["document_masking=false"])
+    assert message == (
+        "document_masking: False given; allowed: true with chat_template, as conversations are kept apart"
+    )
