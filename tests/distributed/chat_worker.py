@@ -9,18 +9,21 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
-from pretrain.config.keys import InnerConfig, ModelConfig, SiloConfig
+from pretrain.config.keys import InnerConfig, ModelConfig, PrivateConfig, SiloConfig
+from pretrain.silo.account import Plan
 from pretrain.silo.batch import IGNORED, Batch
+from pretrain.silo.checkpoint import Progress
 from pretrain.silo.data import Batches, Mixture, PackedTokens
 from pretrain.silo.engine import Engine
 from pretrain.silo.evaluate import held_out_loss
 from pretrain.silo.model import build_initial
+from pretrain.silo.private import Private
 from pretrain.silo.ranks import Ranks
 from tests.chats import END, conversations, packed_rows, write_chat
 
@@ -41,6 +44,8 @@ TOKENIZER = "a1" * 32
 Gradients = dict[str, torch.Tensor]
 # Conversations of very unlike lengths, so that micro batches have unlike numbers of trained tokens.
 GIVEN = conversations(40, vocab_size=VOCAB_SIZE, shortest=2, longest=20)
+for place in range(0, 60, 4):  # rows of which not one token is trained
+    GIVEN.insert(place, ([5] * ROW_TOKENS, [0] * ROW_TOKENS))
 
 
 @dataclass(kw_only=True)
@@ -52,6 +57,7 @@ class Case:
     attention: str = ""
     chunk_tokens: int = 0
     activations: str = "none"
+    private: PrivateConfig = field(default_factory=PrivateConfig)
 
     def silo(self) -> SiloConfig:
         return SiloConfig(
@@ -60,6 +66,7 @@ class Case:
             attention=self.attention,
             loss_chunk_tokens=self.chunk_tokens,
             activation_checkpointing=self.activations,
+            private=self.private,
             deepspeed={"zero_optimization": {"stage": self.stage}},
         )
 
@@ -86,7 +93,10 @@ def alone(rows: list[int]) -> tuple[float, Gradients, int]:
         loss = F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED)
         loss.backward()
         total, number = total + loss.detach(), number + int((targets != IGNORED).sum())
-    return (total / number).item(), {name: p.grad / number for name, p in model.named_parameters()}, number
+    gradients = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad / number for name, p in model.named_parameters()
+    }
+    return (total / max(1, number)).item(), gradients, number
 
 
 def engine_of(case: Case, ranks: Ranks) -> Engine:
@@ -106,6 +116,14 @@ def off(engine: Engine, expected: Gradients) -> float:
 
 def step_of(case: Case, ranks: Ranks, mixture: Mixture) -> tuple[Engine, float]:
     """An engine after the first step, and that step's loss over all ranks."""
+    engine = engine_of(case, ranks)
+    engine.check_sight()
+    loss, _ = engine.step(micro_batches(case, ranks, mixture), 1.0)
+    return engine, ranks.sum([loss / ranks.num_ranks])[0]
+
+
+def micro_batches(case: Case, ranks: Ranks, mixture: Mixture) -> Iterator[Batch]:
+    """This rank's of the first step."""
     num_micro = NUM_ROWS // ranks.num_ranks // case.micro
     batches = Batches(
         mixture,
@@ -114,10 +132,29 @@ def step_of(case: Case, ranks: Ranks, mixture: Mixture) -> tuple[Engine, float]:
         rank=ranks.rank,
         num_ranks=ranks.num_ranks,
     )
+    return itertools.islice(batches, num_micro)
+
+
+def private_step(directory: Path, ranks: Ranks, mixture: Mixture, rows: list[int]) -> dict[str, float]:
+    """A private step that clips nothing and has next to no noise goes along the mean of the rows' own means."""
+    case = Case(micro=2, private=PrivateConfig(epsilon=1.0, clip_norm=1000.0))
+    plan = Plan(
+        noise_multiplier=1e-12,
+        delta=1e-6,
+        batch_sequences=NUM_ROWS,
+        epoch_sequences=2 * NUM_ROWS,
+        most_epochs=1,
+    )
+    private = Private(case.private, plan, ranks, silo="law", directory=directory / "private", data={})
     engine = engine_of(case, ranks)
-    engine.check_sight()
-    loss, _ = engine.step((next(batches) for _ in range(num_micro)), 1.0)
-    return engine, ranks.sum([loss / ranks.num_ranks])[0]
+    loss, _ = private.step(engine, micro_batches(case, ranks, mixture), 1.0, Progress())
+    of_rows = [alone([row]) for row in rows]
+    expected = {name: sum(found[name] for _, found, _ in of_rows) / NUM_ROWS for name in engine.shapes}
+    return {
+        "untrained_rows": sum(number == 0 for *_, number in of_rows),
+        "off": off(engine, expected),  # type: ignore[arg-type]
+        "loss": ranks.sum([loss / ranks.num_ranks])[0],
+    }
 
 
 def untrained(ranks: Ranks) -> dict[str, float]:
@@ -143,7 +180,8 @@ def main() -> None:
     found = []
     for case in cases(ranks.num_ranks):
         engine, loss = step_of(case, ranks, mixture)
-        found.append({**vars(case), "off": off(engine, expected), "loss": loss})
+        shape = {"stage": case.stage, "micro": case.micro, "attention": case.attention}
+        found.append({**shape, "off": off(engine, expected), "loss": loss})
     engine = engine_of(Case(stage=3), ranks)
     engine.evaluating(True)
     options = {"num_sequences": 0, "micro_batch_sequences": 3, "ranks": ranks}
@@ -154,6 +192,7 @@ def main() -> None:
         "num_trained": [number, mixture.num_trained(range(NUM_ROWS))],
         "largest": max(gradient.abs().max().item() for gradient in expected.values()),
         "untrained": untrained(ranks),
+        "private": private_step(directory, ranks, mixture, rows),
         "evaluated": [evaluated, alone(list(range(tokens.num_sequences)))[0]],
     }
     if ranks.is_leader:
