@@ -254,6 +254,8 @@ def inner_step(silo: Silo, log: StepLog) -> None:
     progress.position = silo.batches.state()
     if num_trained is not None and not silo.private:  # a private silo's count of them would tell of its text
         progress.trained_tokens = (progress.trained_tokens or 0) + num_trained
+    if num_trained == 0:
+        loss = progress.loss  # there is none: the one before stands
     if silo.agreement_due(before):
         asked = sync.asked_to_stop() if sync else silo.asked_to_stop()
         progress.loss, stop = silo.ranks.sum([loss / silo.ranks.num_ranks, float(asked)])
