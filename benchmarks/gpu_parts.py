@@ -35,12 +35,14 @@ from data_tools.tokenizer import train_tokenizer
 from pretrain.config.keys import ModelConfig, RunConfig
 from pretrain.config.load import load_config
 from pretrain.host.journal import Journal
+from pretrain.silo.batch import Batch
 from pretrain.silo.cards import card_name, peak_flops
 from pretrain.silo.engine import Engine
 from pretrain.silo.flops import flops_per_token
 from pretrain.silo.model import build_without_memory
 from pretrain.silo.ranks import Ranks
-from pretrain.silo.shards import SplitWriter, tokenizer_sha256
+from pretrain.silo.shards import tokenizer_sha256
+from pretrain.silo.writer import SplitWriter
 from pretrain.sync.elastic import ElasticSync
 from pretrain.train import prepare
 
@@ -252,7 +254,7 @@ def engine_alone(config: RunConfig, ranks: Ranks, size: Size, seconds: float) ->
 
     def steps(number: int) -> None:
         for _ in range(number):
-            engine.step((next(batches) for _ in range(size.accumulation_steps)), config.inner.lr)
+            engine.step((Batch(*next(batches)) for _ in range(size.accumulation_steps)), config.inner.lr)
 
     try:
         return settled(steps, size.step_tokens, seconds)

@@ -200,7 +200,8 @@ class Attacked:
 
     def counts(self, silo: str, version: int) -> Floats:
         """How often each token of the vocabulary occurred in a round, as input or as target. # (V,)"""
-        tokens = torch.cat(self.mixture(silo).batch(self.positions(silo, version)), 1).flatten()
+        batch = self.mixture(silo).batch(self.positions(silo, version))
+        tokens = torch.cat([batch.inputs, batch.targets], 1).flatten()
         return np.bincount(tokens.numpy(), minlength=vocabulary_size(self.config.tokenizer_file)).astype(np.float64)
 
     def model(self, parameters: Named) -> nn.Module:
@@ -295,7 +296,7 @@ class Passages:
 
 def batches(tokens: PackedTokens, indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
     """Inputs and targets of some sequences of a split."""
-    return [tokens.batch(indices[start : start + BATCH]) for start in range(0, len(indices), BATCH)]
+    return [tokens.batch(indices[start : start + BATCH])[:2] for start in range(0, len(indices), BATCH)]
 
 
 def attack_texts(model: nn.Module, passages: Passages, *, own: nn.Module, base: nn.Module | None) -> TextsFound:

@@ -100,7 +100,8 @@ class Federation:
         optimizer.step()
 
     def _loss(self, text: PackedTokens, places: list[int]) -> Tensor:
-        return token_losses(self.model, *text.batch(places)).mean()
+        batch = text.batch(places)
+        return token_losses(self.model, batch.inputs, batch.targets).mean()
 
     @torch.no_grad()
     def held_out(self) -> float:

@@ -17,6 +17,7 @@ from pretrain.config.load import load_config
 from pretrain.plan.bytes import model_shapes
 from pretrain.plan.memory import silo_memory
 from pretrain.silo.architecture import model_config
+from pretrain.silo.batch import Batch
 from pretrain.silo.engine import Engine
 from pretrain.silo.model import build_initial
 from pretrain.silo.ranks import Ranks
@@ -79,7 +80,7 @@ def train(config: RunConfig, silo: SiloConfig, ranks: Ranks, parameters: dict[st
     engine.write(iter(parameters.items()) if ranks.is_leader else None)
     ids = torch.zeros(silo.micro_batch_sequences, config.sequence_tokens, dtype=torch.long, device=ranks.device)
     for _ in range(3):
-        engine.step([(ids, ids)] * (silo.global_batch_sequences // silo.micro_batch_sequences), config.inner.lr)
+        engine.step([Batch(ids, ids)] * (silo.global_batch_sequences // silo.micro_batch_sequences), config.inner.lr)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch
 from pretrain.config.budgets import PrivateConfig
 from pretrain.config.keys import InnerConfig, ModelConfig, SiloConfig
 from pretrain.silo.account import Plan
+from pretrain.silo.batch import Batch
 from pretrain.silo.checkpoint import Progress
 from pretrain.silo.engine import Engine
 from pretrain.silo.model import build_initial
@@ -40,7 +41,7 @@ def cpu_seconds(model: ModelConfig, vocab_size: int, sequence_tokens: int, ranks
         most_epochs=1,
     )
     tokens = torch.randint(0, vocab_size, (NUM_SEQUENCES, sequence_tokens + 1))
-    batch, progress, began = [(tokens[:, :-1], tokens[:, 1:])], Progress(), 0.0
+    batch, progress, began = [Batch(tokens[:, :-1], tokens[:, 1:])], Progress(), 0.0
     with tempfile.TemporaryDirectory() as directory:
         noised = Private(settings, plan, ranks, silo="own", directory=Path(directory), data={})
         for number in range(1 + NUM_STEPS):

@@ -22,11 +22,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from benchmarks.silo_overhead import configuration, make_text
 from pretrain.config.keys import RunConfig
 from pretrain.silo.attention import DOCUMENTS
+from pretrain.silo.batch import Batch
 from pretrain.silo.data import Batches, Mixture, PackedTokens, Prefetch
 from pretrain.silo.model import build_initial, token_losses
 from pretrain.silo.ranks import Ranks
@@ -91,7 +91,7 @@ def reading_cost(silo: Silo, *, num_turns: int, num_steps: int) -> None:
         )
         return Prefetch(batches, num_batches=num_batches, device=CPU)
 
-    def steps(batches: Iterator[tuple[Tensor, Tensor]]) -> Callable[[], None]:
+    def steps(batches: Iterator[Batch]) -> Callable[[], None]:
         def turn() -> None:
             for _ in range(num_steps):
                 silo.engine.step([next(batches)], 1e-3)

@@ -67,8 +67,8 @@ def turn_of_bare(silo: Silo, num_steps: int) -> float:
     clip_norm = 0.0 if engine.gradient_clipping() else silo.config.inner.clip_norm
     get_accelerator().synchronize()
     began = time.perf_counter()
-    for input_ids, targets in batches:
-        loss = token_losses(engine, input_ids, targets).mean()
+    for batch in batches:
+        loss = token_losses(engine, batch.inputs, batch.targets).mean()
         engine.backward(loss)
         if clip_norm and engine.is_gradient_accumulation_boundary():  # plain fp32: a silo clips in DeepSpeed's stead
             torch.nn.utils.clip_grad_norm_(engine.module.parameters(), clip_norm)

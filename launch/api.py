@@ -103,7 +103,7 @@ class Run:
 
         config = found_configuration(self.where, paths=self.configs, tokenizer=self.tokenizer)
         model, _ = load_global_model(config, version)
-        return model, with_tokenizer(model, config.tokenizer_file)  # type: ignore[return-value]
+        return model, with_tokenizer(model, config.tokenizer_file, config.template_file)  # type: ignore[return-value]
 
     @property
     def _is_directory(self) -> bool:

@@ -132,8 +132,9 @@ def _print_losses(subject: "Subject", splits: dict[str, Path], options: dict[str
         origin = subject.load, splits, subject.provenance, subject.tokenizer_sha256
         found = evaluate_model(*origin, **options, tell=evaluating.tell)
     for name, split in found.items():
+        bits = "" if split.bits_per_byte is None else f"{split.bits_per_byte:.4f} bits/byte  "
         print(
-            f"{split.loss:.4f} nats  perplexity {split.perplexity:.2f}  {split.bits_per_byte:.4f} bits/byte  "
+            f"{split.loss:.4f} nats  perplexity {split.perplexity:.2f}  {bits}"
             f"{split.num_sequences} of {split.of_sequences} sequences  {name}"
         )
     return found

@@ -6,7 +6,6 @@ python -m pretrain.train --config run.yaml --silo law [key=value ...]
 import argparse
 import os
 import sys
-import threading
 import time
 import zlib
 from collections.abc import Callable
@@ -16,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from pretrain.config.check import accumulation_steps
 from pretrain.config.errors import ConfigError, named
@@ -34,6 +32,7 @@ from pretrain.host.stopping import STOPPED, StopRequested, note_signals
 from pretrain.outer.blocks import slower
 from pretrain.outer.rounds import next_step
 from pretrain.silo.account import BudgetSpentError
+from pretrain.silo.batch import Batch
 from pretrain.silo.cards import check_precision
 from pretrain.silo.checkpoint import Checkpoints, Progress, save_parameters
 from pretrain.silo.data import BadTokenError, Batches, Mixture, PackedTokens, Prefetch
@@ -45,8 +44,9 @@ from pretrain.silo.optim import learning_rate
 from pretrain.silo.private import Private, open_private
 from pretrain.silo.profile import RoundProfile
 from pretrain.silo.ranks import Ranks
-from pretrain.silo.shards import Manifest, tokenizer_sha256, verify_shards
+from pretrain.silo.shards import Manifest, template_sha256, tokenizer_sha256
 from pretrain.silo.steplog import StepLog, go_on_without_checkpoint
+from pretrain.silo.verify import verify_in_background
 from pretrain.sync.among_silos import AmongSilos
 from pretrain.sync.elastic import ElasticSync
 from pretrain.sync.through_store import ThroughStore
@@ -173,9 +173,7 @@ class Silo:
             self.sync.checkpointed(self.progress)
 
     def leave(self, error: BudgetSpentError) -> None:
-        """Save, deliver what was learned, and say that the silo takes part no more; raises the error where the others
-        cannot go on without it.
-        """
+        """Save, deliver what was learned, and leave; raises the error where the others cannot go on without the silo."""
         self.save()
         if not (self.sync and self.config.membership.is_elastic):
             raise error
@@ -237,12 +235,15 @@ def inner_step(silo: Silo, log: StepLog) -> None:
     config, progress, engine, sync = silo.config, silo.progress, silo.engine, silo.sync
     interval, before, stop = config.outer.sync_interval_steps, progress.step, 0.0
     lr = learning_rate(progress.step, config.inner) * silo.warmed_up()
-    num_batches = config.silos[silo.name].accumulation_steps
+    num_batches, num_trained = config.silos[silo.name].accumulation_steps, None
     after = next_step(before, interval, progress.round_steps or interval)
 
-    def batch() -> tuple[Tensor, Tensor]:
+    def batch() -> Batch:
+        nonlocal num_trained
         with silo.profile.part("data"):
-            return next(silo.batches)
+            found = next(silo.batches)
+        num_trained = found.num_trained
+        return found
 
     with silo.profile.step(config.round_at(after), after, is_last=passes(before, after, interval)):
         batches = (batch() for _ in range(num_batches))
@@ -252,6 +253,10 @@ def inner_step(silo: Silo, log: StepLog) -> None:
             loss, grad_norm = engine.step(batches, lr, silo.profile.part)
     progress.step = after
     progress.position = silo.batches.state()
+    if num_trained is not None and not silo.private:  # a private silo's count of them would tell of its text
+        progress.trained_tokens = (progress.trained_tokens or 0) + num_trained
+    if num_trained == 0:
+        loss = progress.loss  # there is none: the one before stands
     if silo.agreement_due(before):
         asked = sync.asked_to_stop() if sync else silo.asked_to_stop()
         progress.loss, stop = silo.ranks.sum([loss / silo.ranks.num_ranks, float(asked)])
@@ -365,10 +370,15 @@ def open_data(config: RunConfig, name: str) -> tuple[Mixture, dict[str, PackedTo
     """Training text and held-out text, by their manifests and sizes: no token is read, however large they are."""
     check_silo(config, name)
     settings, tokenizer = config.silos[name], tokenizer_sha256(config.tokenizer_file)
+    template = template_sha256(config.template_file)
 
     def packed(directories: list[str], key: str) -> PackedTokens:
         return PackedTokens(
-            directories, sequence_tokens=config.sequence_tokens, tokenizer_sha256=tokenizer, key=f"silos.{name}.{key}"
+            directories,
+            sequence_tokens=config.sequence_tokens,
+            tokenizer_sha256=tokenizer,
+            template_sha256=template,
+            key=f"silos.{name}.{key}",
         )
 
     # A stated seed gives the same order in every silo that states it; otherwise each silo has its own.
@@ -385,23 +395,11 @@ def open_data(config: RunConfig, name: str) -> tuple[Mixture, dict[str, PackedTo
 
 
 def _read_in_background(config: RunConfig, name: str) -> Future[str]:
-    """Compare every byte of a silo's shards with their sha256, beside training; the result is what is wrong, or ""."""
-    settings, found = config.silos[name], Future[str]()
-    splits = [("data", directory) for directory in settings.data]
-    splits += [(f"valid.{corpus}", directory) for corpus, directory in settings.valid.items()]
-
-    def read() -> None:
-        try:
-            for key, directory in splits:
-                verify_shards(Path(directory), key=f"silos.{name}.{key}")
-            found.set_result("")
-        except (ConfigError, OSError) as error:
-            found.set_result(str(error))
-        except BaseException as error:
-            found.set_exception(error)
-
-    threading.Thread(target=read, daemon=True).start()  # a run that ends for another reason does not wait for it
-    return found
+    """Whether a silo's shards are what their manifests say: all bytes are read beside training."""
+    settings = config.silos[name]
+    splits = [(f"silos.{name}.data", directory) for directory in settings.data]
+    splits += [(f"silos.{name}.valid.{corpus}", directory) for corpus, directory in settings.valid.items()]
+    return verify_in_background(splits)
 
 
 def run(config: RunConfig, name: str, journal: Journal | None) -> int:

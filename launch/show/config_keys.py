@@ -23,7 +23,7 @@ UNITS = ("tokens", "steps", "seconds", "sequences", "rounds", "versions", "nodes
 """Ends of keys that say in what a number counts."""
 TYPES = {int: "integer", float: "number", str: "text", bool: "true or false", Any: "anything"}
 # Terms that are not under their own names in the contract.
-ALSO_AGREED = {"model.config", "model.checkpoint", "model.seed", "tokenizer", RUN}
+ALSO_AGREED = {"model.config", "model.checkpoint", "model.seed", "tokenizer", "chat_template", RUN}
 INTRODUCTION = """# Configuration
 
 All keys of a run, made from [`pretrain/config/keys.py`](../pretrain/config/keys.py) by `make config-docs`; in a

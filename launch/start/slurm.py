@@ -175,6 +175,7 @@ def check_nodes(config: RunConfig, jobs: list[Job]) -> str:
 def _probe(config: RunConfig, job: Job) -> str:
     silo = config.silos[job.name]
     files = [job.script, config.tokenizer_file.absolute(), *(Path(path).absolute() for path in silo.data)]
+    files += [config.template_file.absolute()] if config.template_file else []
     files += [host_python(job.settings)]
     where = [f"--{key}={value}" for key in OPTIONS if (value := getattr(job.settings, key))]
     srun = ["srun", f"--immediate={PROBE_SECONDS}", "--quiet", "--time=1", *where, *job.settings.sbatch]

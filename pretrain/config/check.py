@@ -37,6 +37,7 @@ def check_config(config: RunConfig) -> None:
     _check_streaming(config.outer)
     _check_model(config.model)
     _check_roster(config)
+    _check_conversations(config)
     for check in (
         _check_trust,
         _check_quality,
@@ -217,6 +218,12 @@ def _check_model(model: ModelConfig) -> None:
     )
     if model.config:
         require("model_type" in model.config, "model.config", model.config, "a mapping with model_type")
+
+
+def _check_conversations(config: RunConfig) -> None:
+    """Conversations of one row must not see each other, whatever text may."""
+    needs = bool(config.chat_template) and not config.document_masking
+    require(not needs, "document_masking", False, "true with chat_template, as conversations are kept apart")
 
 
 def _check_roster(config: RunConfig) -> None:

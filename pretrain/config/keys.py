@@ -1,8 +1,9 @@
 """The keys of a run's configuration, their defaults and units. Imports no torch, so a login node can validate it.
 
 Order: the defaults below < YAML files in the order given < `key=value` on the command line (load.py). Sections `model`,
-`tokenizer`, `sequence_tokens`, `document_masking`, `inner`, `outer` and `membership` are what all silos must agree on
-(see trust/contract.py); `silo` holds the defaults of every silo of this file and `silos.NAME` what differs for one.
+`tokenizer`, `chat_template`, `sequence_tokens`, `document_masking`, `inner`, `outer` and `membership` are what all
+silos must agree on (see trust/contract.py); `silo` holds the defaults of every silo of this file and `silos.NAME` what
+differs for one.
 """
 
 from dataclasses import dataclass, field
@@ -372,6 +373,9 @@ class RunConfig:
     """Run directory: resolved configuration, logs, metrics, checkpoints, summary, report."""
     tokenizer: str = ""
     """A tokenizer.json file, or a directory that holds one."""
+    chat_template: str = ""
+    """Where silos train on conversations: the chat template (Jinja) that makes text of them, or a directory with a
+    chat_template.jinja; `document_masking` has to be true."""
     sequence_tokens: int = 512
     """Tokens of one training sequence."""
     document_masking: bool = False
@@ -466,3 +470,9 @@ class RunConfig:
         """The tokenizer.json of `tokenizer`; of none an empty path, not what lies in the current directory."""
         path = Path(self.tokenizer)
         return path / "tokenizer.json" if self.tokenizer and path.is_dir() else path
+
+    @property
+    def template_file(self) -> Path | None:
+        """The file of `chat_template`; None where there is to be text alone."""
+        path = Path(self.chat_template)
+        return (path / "chat_template.jinja" if path.is_dir() else path) if self.chat_template else None

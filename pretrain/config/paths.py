@@ -52,6 +52,7 @@ def _changed(config: RunConfig, change: Change) -> RunConfig:
 
     config.directory = at("directory", config.directory)
     config.tokenizer = at("tokenizer", config.tokenizer)
+    config.chat_template = at("chat_template", config.chat_template)
     config.model.checkpoint = at("model.checkpoint", config.model.checkpoint or "") or None
     for name in ("ca_file", "client_certificate", "client_key"):
         setattr(config.exchange, name, at(f"exchange.{name}", getattr(config.exchange, name)))

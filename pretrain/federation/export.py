@@ -25,6 +25,7 @@ from pretrain.exchange.store import StoreExchange
 from pretrain.federation.card import CARD, check_license, model_card
 from pretrain.host.foreign import loads
 from pretrain.outer.digest import digest_tensors
+from pretrain.silo.batch import Batch
 from pretrain.silo.data import PackedTokens
 from pretrain.silo.evaluate import held_out_loss, sequences_evaluated
 from pretrain.silo.exported import export
@@ -151,7 +152,14 @@ def export_global_model(
 def write_export(model: nn.Module, config: RunConfig, provenance: dict[str, Any], directory: Path) -> None:
     """Write a model with its tokenizer, and where it comes from, to a new directory."""
     is_fresh = not config.model.checkpoint
-    export(model, config.tokenizer_file, directory, trained_tokens=config.sequence_tokens, is_fresh=is_fresh)
+    export(
+        model,
+        config.tokenizer_file,
+        directory,
+        template_file=config.template_file,
+        trained_tokens=config.sequence_tokens,
+        is_fresh=is_fresh,
+    )
     (directory / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n")
 
 
@@ -206,8 +214,8 @@ class SplitLoss:
     """Sequences that were evaluated, evenly spread over the split, ..."""
     of_sequences: int
     """... and how many it has."""
-    bytes_per_token: float
-    """UTF-8 bytes of text a token, of the whole split."""
+    bytes_per_token: float | None
+    """UTF-8 bytes of text a token, of the whole split; None of conversations, where some tokens have no loss."""
 
     @property
     def perplexity(self) -> float:
@@ -215,9 +223,9 @@ class SplitLoss:
         return math.exp(self.loss)
 
     @property
-    def bits_per_byte(self) -> float:
+    def bits_per_byte(self) -> float | None:
         """Comparable between tokenizers."""
-        return self.loss / math.log(2) / self.bytes_per_token
+        return self.loss / math.log(2) / self.bytes_per_token if self.bytes_per_token else None
 
 
 def describe_export(config: RunConfig, directory: Path, provenance: dict[str, Any]) -> str:
@@ -267,7 +275,8 @@ def evaluate_model(
 
     `sequence_tokens`, `document_masking` and `num_sequences` (0: all) are those of the run that it is from, as
     `provenance` has them, unless they are given. `tell` is called after each batch: split, sequences done, and of how
-    many. Raises ConfigError if the text was packed with another tokenizer.
+    many. Conversations of one row are kept apart in any case. Raises ConfigError if the text was packed with another
+    tokenizer.
     """
     sequence_tokens = sequence_tokens or provenance.get("sequence_tokens")
     if sequence_tokens is None:
@@ -283,15 +292,20 @@ def evaluate_model(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load().eval().to(device)
     check_causality(model, device)
-    mask_at = None
-    if document_masking:
-        mask_at = next(iter(corpora.values())).manifests[0].end_of_text_id
+    mask_at = next(iter(corpora.values())).manifests[0].end_of_text_id
+    if document_masking or any(tokens.is_chat for tokens in corpora.values()):
         if device.type == "cpu":
             go_by_documents(model, mask_at, device)  # where the type of model allows it; else there is a mask
         check_document_masking(model, mask_at, device)
     sequences = sequences_evaluated(corpora, num_sequences)
+
+    def losses_of(batch: Batch) -> Tensor:
+        placed = batch.placed(lambda tensor: tensor.to(device))
+        keeps_apart = document_masking or placed.positions is not None  # conversations are, whatever text is
+        return token_losses(model, *placed[:2], mask_at if keeps_apart else None, positions=placed.positions)
+
     losses = held_out_loss(
-        lambda input_ids, targets: token_losses(model, input_ids.to(device), targets.to(device), mask_at),
+        losses_of,
         corpora,
         num_sequences=num_sequences,
         micro_batch_sequences=batch_sequences,
@@ -307,5 +321,5 @@ def _split_loss(loss: float, tokens: PackedTokens, sequences: list[int]) -> Spli
         loss=loss,
         num_sequences=num_sequences,
         of_sequences=of_sequences,
-        bytes_per_token=num_bytes / tokens.num_tokens,
+        bytes_per_token=None if tokens.is_chat else num_bytes / tokens.num_tokens,
     )

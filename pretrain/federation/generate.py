@@ -168,7 +168,7 @@ def open_speaker(
     config = found_configuration(where, paths=paths or [], tokenizer=tokenizer)
     model, origin = load_global_model(config, version)
     whose = f"version {origin['version']}" if "version" in origin else f"silo {origin['silo']}'s last"
-    of_run = with_tokenizer(model, config.tokenizer_file)
+    of_run = with_tokenizer(model, config.tokenizer_file, config.template_file)
     return _speaker(model, of_run, f"{whose} of {config.name}", config.sequence_tokens)
 
 

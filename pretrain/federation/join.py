@@ -23,10 +23,11 @@ from pretrain.federation.preflight import PROBE
 from pretrain.federation.room import silo_disk_bytes
 from pretrain.host.foreign import shown
 from pretrain.host.identity import known_identity
-from pretrain.silo.shards import tokenizer_sha256
+from pretrain.silo.shards import template_sha256, tokenizer_sha256
 from pretrain.trust.contract import (
     RUN,
     SOFTWARE,
+    TEMPLATE,
     agreed_settings,
     build_contract,
     check_same_contract,
@@ -248,6 +249,12 @@ def joined_config(federation: Federation, paths: Sequence[Path], overrides: Sequ
         raise ConfigError(
             f"tokenizer: {config.tokenizer!r} given, with sha256 {tokenizer[:12]}; allowed: the federation's, with "
             f"{str(terms['tokenizer_sha256'])[:12]}"
+        )
+    if template_sha256(config.template_file) != (theirs := terms.get(TEMPLATE, "")):
+        allowed = f"the federation's, with {str(theirs)[:12]}" if theirs else "none, as it trains on text"
+        raise ConfigError(
+            f"chat_template: {config.chat_template or 'none'} given, another template than the contract's; "
+            f"allowed: {allowed}"
         )
     ours = build_contract(config)
     check_same_contract(ours, federation.contract, url)

@@ -19,7 +19,16 @@ from pretrain.exchange.store import StoreExchange
 from pretrain.host.tensorboard import check_tensorboard
 from pretrain.host.tracker import server_host
 from pretrain.silo.account import plan
-from pretrain.silo.shards import check_a_sequence, check_enough, read_manifest, tokenizer_sha256
+from pretrain.silo.shards import (
+    Manifest,
+    check_a_sequence,
+    check_alike,
+    check_enough,
+    check_rows,
+    read_manifest,
+    template_sha256,
+    tokenizer_sha256,
+)
 from pretrain.silo.weights import checkpoint_files
 from pretrain.trust.contract import build_contract, check_same_contract, other_software
 from pretrain.trust.member import check_budget
@@ -80,15 +89,26 @@ def check_silo(config: RunConfig, name: str) -> None:
     check_budget(config)
     check_tensorboard(config)
     silo, tokenizer = config.silos[name], tokenizer_sha256(config.tokenizer_file)
+    template = template_sha256(config.template_file)
     key = f"silos.{name}.data"
     if not silo.data:
         raise ConfigError(f"{key}: [] given; allowed: at least one directory of packed shards")
-    manifests = [read_manifest(Path(directory), key=key, tokenizer_sha256=tokenizer) for directory in silo.data]
+
+    def read(place: Path, key: str) -> Manifest:
+        manifest = read_manifest(place, key=key, tokenizer_sha256=tokenizer, template_sha256=template)
+        check_rows(manifest, place, config.sequence_tokens, key=key)
+        return manifest
+
+    manifests = [read(Path(directory), key) for directory in silo.data]
+    in_rows = all(manifest.chat for manifest in manifests)
     if silo.data_weights:  # each directory is a corpus of its own
         for directory, manifest in zip(silo.data, manifests, strict=True):
-            check_a_sequence(manifest.num_tokens, config.sequence_tokens, key=f"{key} ({directory})")
+            each, has_rows = f"{key} ({directory})", bool(manifest.chat)
+            check_a_sequence(manifest.num_tokens, config.sequence_tokens, key=each, in_rows=has_rows)
+    else:
+        check_alike(manifests, key=key)
     num_tokens = sum(manifest.num_tokens for manifest in manifests)
-    check_enough(num_tokens, config.sequence_tokens, silo.global_batch_sequences, key=key)
+    check_enough(num_tokens, config.sequence_tokens, silo.global_batch_sequences, key=key, in_rows=in_rows)
     if silo.is_private:
         plan(config, name, manifests)
         _check_withheld(config, name, policy)
@@ -99,7 +119,7 @@ def check_silo(config: RunConfig, name: str) -> None:
                 f"{key}: {directory!r} given; atoll data prepare has held out no document of that text; allowed: a "
                 f"packed split, or no silos.{name}.valid: split the text into more documents, or leave the key out"
             )
-        read_manifest(place, key=key, tokenizer_sha256=tokenizer)
+        read(place, key)
 
 
 def _check_withheld(config: RunConfig, name: str, policy: Policy) -> None:

@@ -60,7 +60,8 @@ def plan(config: RunConfig, name: str, manifests: list[Manifest]) -> Plan:
     silo, key = config.silos[name], f"silos.{name}.private"
     private, batch, num_steps = silo.private, silo.global_batch_sequences, config.inner.num_steps
     assert private.epsilon is not None
-    num_sequences = count_sequences(sum(manifest.num_tokens for manifest in manifests), config.sequence_tokens)
+    num_tokens, in_rows = sum(manifest.num_tokens for manifest in manifests), manifests[0].chat is not None
+    num_sequences = count_sequences(num_tokens, config.sequence_tokens, in_rows=in_rows)
     if private.delta * num_sequences >= 1:
         raise ConfigError(
             f"{key}.delta: {private.delta:g} given; allowed: below {1 / num_sequences:.3g}, 1 / the {num_sequences:,} "

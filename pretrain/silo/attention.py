@@ -31,10 +31,10 @@ class Documents:
         self.lengths = lengths
 
 
-def document_lengths(input_ids: Tensor, end_of_text_id: int) -> Documents:
-    """Of each sequence, lengths of the documents in it, each of which begins at an end-of-text token, or with it."""
-    ends = torch.full((1,), input_ids.shape[1])
-    starts = [row.nonzero().flatten() for row in (input_ids.cpu() == end_of_text_id)[:, 1:]]
+def document_lengths(positions: Tensor) -> Documents:
+    """Of each sequence, lengths of the documents in it, each of which begins at position 0, or with the sequence."""
+    ends = torch.full((1,), positions.shape[1])
+    starts = [row.nonzero().flatten() for row in (positions.cpu() == 0)[:, 1:]]
     return Documents([torch.cat([torch.zeros(1).long(), found + 1, ends]).diff().tolist() for found in starts])
 
 

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,10 +51,15 @@ class Progress:
     """Rounds whose end the silo has passed."""
     position: int = 0
     """Sequences consumed."""
+    trained_tokens: int | None = None
+    """Tokens that had a loss, of a silo that trains on conversations since it has this count; None: all of its
+    sequences'."""
     loss: float = 0.0
     """Training loss of the last inner step, in nats."""
     sent_positions: dict[str, int] = field(default_factory=dict)
-    """`position` when each fragment was sent last."""
+    """`position` when each fragment was sent last, ..."""
+    sent_trained_tokens: dict[str, int] = field(default_factory=dict)
+    """... and `trained_tokens`."""
     unsettled: list[int] = field(default_factory=list)
     """Versions that we delivered for and do not know yet whether it counted."""
     joined_step: int = 0
@@ -72,6 +77,23 @@ class Progress:
     seconds_training: float = 0.0
     seconds_waiting: float = 0.0
     seconds_evaluating: float = 0.0
+
+    def was_sent(self, fragments: Iterable[int]) -> None:
+        """Some fragments are sent as they are now, or need not be."""
+        for fragment in map(str, fragments):
+            self.sent_positions = self.sent_positions | {fragment: self.position}  # a copy of this keeps its own
+            if self.trained_tokens is not None:
+                self.sent_trained_tokens = self.sent_trained_tokens | {fragment: self.trained_tokens}
+
+    def sequences_since(self, fragment: int) -> int:
+        """Consumed since a fragment was sent last."""
+        return self.position - self.sent_positions.get(str(fragment), 0)
+
+    def tokens_since(self, fragment: int, sequence_tokens: int) -> int:
+        """Trained since then, of sequences of so many tokens; at least one, as a delivery weighs something."""
+        if self.trained_tokens is None:
+            return self.sequences_since(fragment) * sequence_tokens
+        return max(1, self.trained_tokens - self.sent_trained_tokens.get(str(fragment), 0))
 
     @property
     def spent(self) -> dict[str, float]:

@@ -3,8 +3,7 @@
 Position p counts the sequences that the silo has consumed since its run began. `Mixture` says which corpus has its turn
 at p and `Order` which of its sequences; ranks, micro batches and accumulation only decide who reads it. So a run that
 resumes at p, with as many ranks as it likes, repeats and skips nothing.
-
-Shapes: T = sequence_tokens; sequence i is tokens[i*T : i*T + T + 1]: T inputs, and the T tokens after them as targets.
+What a sequence is, batch.py says.
 """
 
 import bisect
@@ -24,16 +23,22 @@ import numpy.typing as npt
 import torch
 
 from pretrain.config.errors import ConfigError
+from pretrain.silo.batch import Batch, Row, chat_row, stacked, text_row
 from pretrain.silo.shards import (
     Manifest,
     Shard,
     check_a_sequence,
+    check_alike,
     check_enough,
+    check_rows,
     count_sequences,
+    open_documents,
+    open_mask,
     open_shard,
     read_manifest,
     text_sha256,
     token_outside_vocabulary,
+    trained,
 )
 
 # Each mapped shard holds a file descriptor; many systems allow a process 1,024 of them.
@@ -44,11 +49,11 @@ FEISTEL_ROUNDS = 8
 
 
 class BadTokenError(ConfigError):
-    """A token that the vocabulary lacks: only the rank that met it can tell the user."""
+    """A token that the vocabulary lacks, or its like: only the rank that met it can tell the user."""
 
 
 class PackedTokens:
-    """Several packed splits as one long sequence of tokens, mapped and never loaded whole."""
+    """Several packed splits as one long sequence of tokens, or of rows, mapped and never loaded whole."""
 
     def __init__(
         self,
@@ -56,12 +61,13 @@ class PackedTokens:
         *,
         sequence_tokens: int,
         tokenizer_sha256: str | None = None,
+        template_sha256: str | None = None,
         key: str = "silo.data",
     ) -> None:
         """Check the manifests and sizes of the splits, in the order given.
 
-        `key` is the configuration key that errors name. Raises ConfigError for a missing, truncated or unknown split
-        or one that another tokenizer packed.
+        `key` is the configuration key that errors name; tokenizer and template are as of `read_manifest`. Raises
+        ConfigError for a missing, truncated or unknown split, or one that another tokenizer or template packed.
         """
         if not directories:
             raise ConfigError(f"{key}: nothing given; allowed: one or more directories of packed shards")
@@ -70,12 +76,24 @@ class PackedTokens:
         self.manifests: list[Manifest] = []
         self._shards: list[tuple[Path, Manifest, Shard]] = []
         for directory in map(Path, directories):
-            manifest = read_manifest(directory, key=key, tokenizer_sha256=tokenizer_sha256)
+            manifest = read_manifest(
+                directory, key=key, tokenizer_sha256=tokenizer_sha256, template_sha256=template_sha256
+            )
+            check_rows(manifest, directory, sequence_tokens, key=key)
             tokenizer_sha256 = manifest.tokenizer_sha256  # so that all splits agree, also where none was given
+            if manifest.chat:
+                template_sha256 = manifest.chat.template_sha256
             self.manifests.append(manifest)
             self._shards += [(directory, manifest, shard) for shard in manifest.shards]
+        check_alike(self.manifests, key=key)
         self._ends = list(itertools.accumulate(shard.num_tokens for _, _, shard in self._shards))
-        self._mapped = functools.lru_cache(maxsize=MAX_MAPPED_SHARDS)(lambda index: open_shard(*self._shards[index]))
+        # How many tokens of its split lie before each shard, where the index of documents counts from.
+        starts = [itertools.accumulate((s.num_tokens for s in m.shards[:-1]), initial=0) for m in self.manifests]
+        self._in_split = [start for of_split in starts for start in of_split]
+        keep = functools.lru_cache(maxsize=MAX_MAPPED_SHARDS)
+        self._mapped = keep(lambda index: open_shard(*self._shards[index]))
+        self._masks = keep(lambda index: open_mask(self._shards[index][0], self._shards[index][2]))
+        self._documents = keep(lambda index: open_documents(*self._shards[index][:2]))
 
     @property
     def num_tokens(self) -> int:
@@ -83,18 +101,51 @@ class PackedTokens:
         return self._ends[-1]
 
     @property
+    def is_chat(self) -> bool:
+        """Whether these are conversations, whose sequences are rows."""
+        return self.manifests[0].chat is not None
+
+    @property
     def num_sequences(self) -> int:
         """Whole sequences; a rest of fewer than `sequence_tokens` predicted tokens at the very end is not used."""
-        return count_sequences(self.num_tokens, self.sequence_tokens)
+        return count_sequences(self.num_tokens, self.sequence_tokens, in_rows=self.is_chat)
+
+    def row(self, index: int) -> Row:
+        """Sequence `index`. Raises BadTokenError as `sequence` does, and for documents that end elsewhere than rows."""
+        tokens = self.sequence(index)
+        if not self.is_chat:
+            return text_row(tokens)
+        shard, begin = self._place(index)
+        directory, end = self._shards[shard][0], begin + self.sequence_tokens
+        in_split, ends = self._in_split[shard] + begin, self._documents(shard)
+        bounds = np.searchsorted(ends, np.array([in_split, in_split + self.sequence_tokens], ends.dtype), side="right")
+        listed = ends[slice(*bounds)].astype(np.int64) - in_split
+        try:
+            return chat_row(tokens, trained(self._masks(shard), begin, end), listed)
+        except ValueError as error:
+            raise BadTokenError(f"{self.key}: {directory}: {error}: copy or prepare the split again") from None
+
+    def num_trained(self, index: int) -> int:
+        """Targets of sequence `index` that have a loss."""
+        if not self.is_chat:
+            return self.sequence_tokens
+        shard, begin = self._place(index)
+        return int(trained(self._masks(shard), begin + 1, begin + self.sequence_tokens).sum())
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """In which shard row `index` lies, and the tokens before it there."""
+        begin = index * self.sequence_tokens
+        shard = bisect.bisect_right(self._ends, begin)
+        return shard, begin - (self._ends[shard] - self._shards[shard][2].num_tokens)
 
     def sequence(self, index: int) -> npt.NDArray[np.int64]:
-        """Sequence `index`. # (sequence_tokens + 1,)
+        """The tokens of sequence `index`. # (sequence_tokens + 1,), of conversations (sequence_tokens,)
 
         Raises BadTokenError, naming the shard, when a token is not below the manifest's vocab_size.
         """
         assert 0 <= index < self.num_sequences, (index, self.num_sequences)
         begin = index * self.sequence_tokens
-        end = begin + self.sequence_tokens + 1
+        end = begin + self.sequence_tokens + (not self.is_chat)
         tokens = np.empty(end - begin, dtype=np.int64)
         position = begin
         for shard_index in range(bisect.bisect_right(self._ends, begin), len(self._shards)):
@@ -109,14 +160,9 @@ class PackedTokens:
                 break
         return tokens
 
-    def batch(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets of some sequences. # int64 (num_sequences, sequence_tokens), twice"""
-        return _inputs_and_targets(self.sequence(index) for index in indices)
-
-
-def _inputs_and_targets(sequences: Iterable[npt.NDArray[np.int64]]) -> tuple[torch.Tensor, torch.Tensor]:
-    tokens = np.stack(list(sequences))
-    return torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(tokens[:, 1:].copy())
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """Some sequences."""
+        return stacked([self.row(index) for index in indices], with_positions=self.is_chat)
 
 
 class Order:
@@ -184,7 +230,7 @@ class Mixture:
         weights = [1.0] * len(corpora) if weights is None else weights
         assert len(corpora) == len(weights) > 0
         for tokens in corpora:
-            check_a_sequence(tokens.num_tokens, tokens.sequence_tokens, key=tokens.key)
+            check_a_sequence(tokens.num_tokens, tokens.sequence_tokens, key=tokens.key, in_rows=tokens.is_chat)
         self.corpora = list(corpora)
         self._seed = [seed, silo]
         self._orders = [
@@ -215,6 +261,11 @@ class Mixture:
         """Tokens of all corpora together."""
         return sum(tokens.num_tokens for tokens in self.corpora)
 
+    @property
+    def has_chat(self) -> bool:
+        """Whether some of the corpora are conversations, so that not every target has a loss."""
+        return any(tokens.is_chat for tokens in self.corpora)
+
     def draws(self, position: int) -> list[int]:
         """How many of the first `position` sequences come from each corpus."""
         result, left = [], position
@@ -229,13 +280,19 @@ class Mixture:
         corpus = next(corpus for corpus in range(len(before)) if before[corpus] < after[corpus])
         return corpus, self._orders[corpus].index(before[corpus])
 
-    def batch(self, positions: Iterable[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets at some positions. # int64 (num_positions, sequence_tokens), twice"""
+    def batch(self, positions: Iterable[int]) -> Batch:
+        """The sequences at some positions."""
         places = (self.locate(position) for position in positions)
-        return _inputs_and_targets(self.corpora[corpus].sequence(index) for corpus, index in places)
+        rows = [self.corpora[corpus].row(index) for corpus, index in places]
+        return stacked(rows, with_positions=self.has_chat)
+
+    def num_trained(self, positions: Iterable[int]) -> int:
+        """Targets of the sequences at some positions that have a loss."""
+        places = (self.locate(position) for position in positions)
+        return sum(self.corpora[corpus].num_trained(index) for corpus, index in places)
 
 
-class Batches(Iterator[tuple[torch.Tensor, torch.Tensor]]):
+class Batches(Iterator[Batch]):
     """One rank's micro batches, without end; `accumulation_steps` of them are its part of an inner step.
 
     The global batch at position p is the sequences at p to p + global_batch_sequences - 1, in that order: first by
@@ -256,7 +313,13 @@ class Batches(Iterator[tuple[torch.Tensor, torch.Tensor]]):
         assert 0 <= rank < num_ranks
         self.global_batch_sequences = micro_batch_sequences * accumulation_steps * num_ranks
         first = mixture.corpora[0]
-        check_enough(mixture.num_tokens, first.sequence_tokens, self.global_batch_sequences, key=first.key)
+        check_enough(
+            mixture.num_tokens,
+            first.sequence_tokens,
+            self.global_batch_sequences,
+            key=first.key,
+            in_rows=first.is_chat,
+        )
         self._mixture = mixture
         self._micro_batch_sequences = micro_batch_sequences
         self._accumulation_steps = accumulation_steps
@@ -276,25 +339,31 @@ class Batches(Iterator[tuple[torch.Tensor, torch.Tensor]]):
         assert position >= 0
         self._position = position
         self._micro_step = 0
+        self._num_trained: int | None = None  # of the step that is being read
 
-    def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets. # int64 (micro_batch_sequences, sequence_tokens), twice"""
+    def __next__(self) -> Batch:
+        """This rank's next micro batch."""
+        if self._micro_step == 0 and self._mixture.has_chat:
+            step = range(self._position, self._position + self.global_batch_sequences)
+            self._num_trained = self._mixture.num_trained(step)
+        num_trained = self._num_trained
         offset = (self._micro_step * self._num_ranks + self._rank) * self._micro_batch_sequences
         begin = self._position + offset
         self._micro_step += 1
         if self._micro_step == self._accumulation_steps:
             self.restore(self._position + self.global_batch_sequences)
-        return self._mixture.batch(range(begin, begin + self._micro_batch_sequences))
+        found = self._mixture.batch(range(begin, begin + self._micro_batch_sequences))
+        return found._replace(num_trained=num_trained)
 
 
-class Prefetch(Iterator[tuple[torch.Tensor, torch.Tensor]]):
+class Prefetch(Iterator[Batch]):
     """The same batches in the same order, on the device that computes; a thread reads the next ones ahead."""
 
     def __init__(self, batches: Batches, *, num_batches: int, device: torch.device) -> None:
         """`num_batches` are kept ready; 0 reads each when it is asked for."""
         self._batches, self._num_batches, self._device = batches, num_batches, device
         self._reader = ThreadPoolExecutor(max_workers=1)
-        self._ready: deque[Future[tuple[torch.Tensor, torch.Tensor, int]]] = deque()
+        self._ready: deque[Future[tuple[Batch, int]]] = deque()
         self._position = batches.state()
 
     def state(self) -> int:
@@ -310,19 +379,19 @@ class Prefetch(Iterator[tuple[torch.Tensor, torch.Tensor]]):
         self._batches.restore(position)
         self._position = position
 
-    def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets, as `Batches` gives them; what it raises is raised here."""
+    def __next__(self) -> Batch:
+        """A micro batch as `Batches` gives it; what it raises is raised here."""
         while len(self._ready) <= self._num_batches:
             self._ready.append(self._reader.submit(self._read))
-        inputs, targets, self._position = self._ready.popleft().result()
-        return inputs.to(self._device, non_blocking=True), targets.to(self._device, non_blocking=True)
+        batch, self._position = self._ready.popleft().result()
+        return batch.placed(lambda tensor: tensor.to(self._device, non_blocking=True))
 
-    def _read(self) -> tuple[torch.Tensor, torch.Tensor, int]:
-        inputs, targets = next(self._batches)
+    def _read(self) -> tuple[Batch, int]:
+        batch = next(self._batches)
         if self._device.type == "cuda":  # only from pinned memory does a copy run beside the computation
             torch.cuda.set_device(self._device)  # each thread has its own, and GPU 0 unless told
-            inputs, targets = inputs.pin_memory(), targets.pin_memory()
-        return inputs, targets, self._batches.state()
+            batch = batch.placed(torch.Tensor.pin_memory)
+        return batch, self._batches.state()
 
     def close(self) -> None:
         """End the thread."""
@@ -336,18 +405,18 @@ def num_held_out(tokens: PackedTokens, num_sequences: int) -> int:
 
 def held_out_batches(
     tokens: PackedTokens, *, num_sequences: int, micro_batch_sequences: int, rank: int, num_ranks: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+) -> Iterator[tuple[Batch, torch.Tensor]]:
     """One rank's part of `num_sequences` sequences (0, or more than there are: all), evenly spread over the split.
 
-    The first of a split would be the text of a few documents. Yields inputs, targets # int64 (micro_batch_sequences,
-    sequence_tokens) and weights # float32 (micro_batch_sequences,). Every rank gets equally many micro batches, because
+    The first of a split would be the text of a few documents. Yields batches and weights # float32
+    (micro_batch_sequences,). Every rank gets equally many micro batches, because
     ZeRO-3 gathers parameters in every forward pass; what pads the last ones is a repeated sequence of weight 0, and all
     others weigh 1. Raises ConfigError when the text is shorter than one sequence.
     """
-    check_a_sequence(tokens.num_tokens, tokens.sequence_tokens, key=tokens.key)
+    check_a_sequence(tokens.num_tokens, tokens.sequence_tokens, key=tokens.key, in_rows=tokens.is_chat)
     total = num_held_out(tokens, num_sequences)
     for first in range(0, total, micro_batch_sequences * num_ranks):
         begin = first + rank * micro_batch_sequences
         numbers = range(begin, begin + micro_batch_sequences)
-        inputs, targets = tokens.batch([min(number, total - 1) * tokens.num_sequences // total for number in numbers])
-        yield inputs, targets, torch.tensor([float(number < total) for number in numbers])
+        batch = tokens.batch([min(number, total - 1) * tokens.num_sequences // total for number in numbers])
+        yield batch, torch.tensor([float(number < total) for number in numbers])

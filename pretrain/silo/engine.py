@@ -23,6 +23,7 @@ from pretrain.config.errors import ConfigError
 from pretrain.config.keys import InnerConfig, ModelConfig, SiloConfig
 from pretrain.silo.activations import checkpoint_activations
 from pretrain.silo.attention import DOCUMENTS
+from pretrain.silo.batch import IGNORED, Batch
 from pretrain.silo.copies import HostCopies
 from pretrain.silo.extensions import load_extension
 from pretrain.silo.model import (
@@ -159,21 +160,22 @@ class Engine:
 
     def step(
         self,
-        micro_batches: Iterable[tuple[Tensor, Tensor]],
+        micro_batches: Iterable[Batch],
         lr: float,
         part: Callable[[str], AbstractContextManager[object]] = nullcontext,
     ) -> tuple[float, float]:
-        """One inner step over this rank's micro batches of (input_ids, targets), each (num_sequences, sequence_tokens).
+        """One inner step over this rank's micro batches, along the mean gradient of all targets of all ranks.
 
         `lr` is the schedule's; Muon's matrices take it times muon_lr / lr of the configuration. `part` is put around
         each forward, backward and optimizer.
-        Returns this rank's mean loss in nats and the gradient's L2 norm before clipping.
+        Returns a loss in nats whose mean over the ranks is that of all targets, and the gradient's L2 norm before
+        clipping.
         """
         self._set_lr(lr)
         losses = []
-        for input_ids, targets in micro_batches:
+        for batch in micro_batches:
             with part("forward"):
-                loss = self.token_losses(input_ids, targets).mean()
+                loss = self._part_of_mean(self.token_losses(batch), batch.num_trained)
             with part("backward"):
                 self._deepspeed.backward(loss)
             losses.append(loss.detach())
@@ -181,14 +183,30 @@ class Engine:
                 own_norm = self._use_gradient()
         return torch.stack(losses).mean().item(), self._norm(own_norm)
 
-    def sequence_gradients(self, input_ids: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
-        """Mean loss in nats and gradients, in the order of `shapes`, of one sequence of a micro batch after another.
+    def _part_of_mean(self, losses: Tensor, num_trained: int | None) -> Tensor:
+        """What of a micro batch's losses makes, averaged over micro batches and ranks, the mean over all targets.
 
-        At ZeRO 0 to 2. Nothing is accumulated, and no other rank takes part.
+        Where not every target has a loss, micro batches have unlike numbers of them, so a mean of their means would
+        weigh a target by how few there are beside it. A step of which not one target has a loss has no gradient.
         """
-        for row, target in zip(input_ids.split(1), targets.split(1), strict=True):
-            loss = self._token_losses(self.module, row, target).mean()
-            yield loss.detach(), torch.autograd.grad(loss, [*self._parameters.values()], materialize_grads=True)
+        if num_trained is None:
+            return losses.mean()
+        num_parts = self._deepspeed.gradient_accumulation_steps() * self._ranks.num_ranks
+        return losses.sum() * (num_parts / max(1, num_trained))
+
+    def sequence_gradients(self, batch: Batch) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
+        """Losses and gradients of their mean, in the order of `shapes`, of one sequence of a micro batch after another.
+
+        A sequence of which no target has a loss is left out. At ZeRO 0 to 2. Nothing is accumulated, and no other rank
+        takes part.
+        """
+        for row in batch.split():
+            num_trained = row.targets.numel() if row.num_trained is None else int((row.targets != IGNORED).sum())
+            if num_trained:
+                losses = self._token_losses(self.module, row)
+                mean = losses.mean() if row.num_trained is None else losses.sum() / num_trained
+                gradients = torch.autograd.grad(mean, [*self._parameters.values()], materialize_grads=True)
+                yield losses.detach(), gradients
 
     def step_along(self, gradients: Iterable[Tensor], lr: float) -> float:
         """One inner step by gradients that are made elsewhere; returns their L2 norm before clipping.
@@ -240,17 +258,18 @@ class Engine:
         """Inner steps that DeepSpeed dropped because a gradient was not finite."""
         return int(self._deepspeed.skipped_steps)
 
-    def token_losses(self, input_ids: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy in nats of every target, (num_sequences, sequence_tokens)."""
-        return self._token_losses(self._deepspeed, input_ids, targets)
+    def token_losses(self, batch: Batch) -> Tensor:
+        """Cross-entropy in nats of every target, 0 of IGNORED ones, (num_sequences, sequence_tokens)."""
+        return self._token_losses(self._deepspeed, batch)
 
-    def _token_losses(self, model: nn.Module, input_ids: Tensor, targets: Tensor) -> Tensor:
-        device = self._ranks.device
+    def _token_losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        placed = batch.placed(lambda tensor: tensor.to(self._ranks.device))
         return token_losses(
             model,
-            input_ids.to(device),
-            targets.to(device),
+            placed.inputs,
+            placed.targets,
             self._mask_at,
+            positions=placed.positions,
             chunk_tokens=self._chunk_tokens,
             cross_entropy=self._cross_entropy,
         )

@@ -16,24 +16,24 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
 
 from pretrain.silo.model import parameters_on_meta
-from pretrain.silo.shards import END_OF_TEXT_NAMES
-
-CHAT_TEMPLATE = "chat_template.jinja"  # the name that transformers gives it
+from pretrain.silo.shards import END_OF_TEXT_NAMES, TEMPLATE_FILE
 
 
-def with_tokenizer(model: nn.Module, tokenizer_file: Path) -> PreTrainedTokenizerFast:
+def with_tokenizer(
+    model: nn.Module, tokenizer_file: Path, template_file: Path | None = None
+) -> PreTrainedTokenizerFast:
     """The tokenizer of a trained model, which from then on is as it is used: with a cache, and ends where documents do.
 
     Its end of text is the token that ended documents in training. It names no padding, as none was trained, and whoever
-    goes on from it would freeze the embedding of a token that is padding. A chat template beside the tokenizer's file
-    is taken over.
+    goes on from it would freeze the embedding of a token that is padding. A chat template, or else one beside the
+    tokenizer's file, is taken over.
     """
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file))
     vocabulary = tokenizer.get_vocab()
     name = next((name for name in END_OF_TEXT_NAMES if name in vocabulary), None)
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file), eos_token=name, bos_token=name)
-    if (template := tokenizer_file.with_name(CHAT_TEMPLATE)).is_file():
-        tokenizer.chat_template = template.read_text()
+    if (template := template_file or tokenizer_file.with_name(TEMPLATE_FILE)).is_file():
+        tokenizer.chat_template = template.read_bytes().decode()  # to the last byte, as the contract's hash names it
     code = inspect.getsource(sys.modules[type(model).__module__])
     for part in (model.config, model.generation_config):
         settings: Any = part
@@ -49,6 +49,7 @@ def export(
     tokenizer_file: Path,
     directory: Path,
     *,
+    template_file: Path | None = None,
     trained_tokens: int | None = None,
     is_fresh: bool = False,
 ) -> None:
@@ -57,7 +58,7 @@ def export(
     With `trained_tokens`, the length of its training sequences, the tokenizer says that no text shall be longer; of a
     model that is fresh, not gone on with from a checkpoint, the configuration does, too, where that changes no number.
     """
-    tokenizer = with_tokenizer(model, tokenizer_file)
+    tokenizer = with_tokenizer(model, tokenizer_file, template_file)
     if trained_tokens:
         tokenizer.model_max_length = trained_tokens
     if trained_tokens and is_fresh:

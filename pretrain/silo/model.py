@@ -22,6 +22,7 @@ from pretrain.config.keys import ModelConfig, RunConfig
 from pretrain.host.foreign import shown
 from pretrain.silo.architecture import model_config, one_line
 from pretrain.silo.attention import DOCUMENTS, check_type, document_lengths
+from pretrain.silo.batch import BY_TOKENS, IGNORED
 from pretrain.silo.vocabulary import vocabulary_size
 from pretrain.silo.weights import checkpoint_files, tensors_of
 
@@ -292,24 +293,27 @@ def token_losses(
     targets: Tensor,
     mask_at: int | None = None,
     *,
+    positions: Tensor | None = None,
     chunk_tokens: int = 0,
     cross_entropy: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Cross-entropy in nats of every target. input_ids, targets and result: (num_sequences, sequence_tokens).
+    """Cross-entropy in nats of every target, 0 of IGNORED ones. All and result: (num_sequences, sequence_tokens).
 
     `mask_at` is the end-of-text token at which another document begins that sees nothing of those before it (None:
     all is one text). So a document's loss in a packed sequence is its loss alone after an end-of-text token.
+    `positions` say of conversations where they begin, as of `Batch`.
     With `chunk_tokens` there are never logits of more tokens at once: those of one chunk after another are made for the
     forward pass, and once more for the backward pass. `cross_entropy`: `target_losses`, or what it was compiled to.
     """
     losses_of = cross_entropy or target_losses
     if not chunk_tokens:
-        return losses_of(_logits(model, input_ids, mask_at).flatten(0, 1), targets.flatten()).view_as(targets)
+        logits = _logits(model, input_ids, mask_at, positions)
+        return losses_of(logits.flatten(0, 1), targets.flatten()).view_as(targets)
     module: Any = getattr(model, "module", model)
     head, found = module.get_output_embeddings(), list[Tensor]()
     hook = module.base_model.register_forward_hook(lambda _module, _inputs, output: found.append(output[0]))
     try:
-        _logits(model, input_ids, mask_at, logits_to_keep=1)
+        _logits(model, input_ids, mask_at, positions, logits_to_keep=1)
     finally:
         hook.remove()
     chunks = zip(found[0].flatten(0, 1).split(chunk_tokens), targets.flatten().split(chunk_tokens), strict=True)
@@ -322,15 +326,19 @@ def token_losses(
 
 def target_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy in nats of every target. logits: (num_tokens, vocab_size); targets and result: (num_tokens,)."""
-    return F.cross_entropy(logits.float(), targets, reduction="none")
+    return F.cross_entropy(logits.float(), targets, reduction="none", ignore_index=IGNORED)
 
 
-def _logits(model: nn.Module, input_ids: Tensor, mask_at: int | None, **options: Any) -> Tensor:
+def _logits(
+    model: nn.Module, input_ids: Tensor, mask_at: int | None, positions: Tensor | None = None, **options: Any
+) -> Tensor:
+    assert positions is None or mask_at is not None, "conversations of one row would see each other"
     if mask_at is not None:
         # From positions that restart, no mask and no cache `transformers` makes the mask that keeps documents apart.
-        options["position_ids"] = document_positions(input_ids, mask_at)
+        found = document_positions(input_ids, mask_at)
+        options["position_ids"] = found if positions is None else torch.where(positions == BY_TOKENS, found, positions)
         if _attention(model) == DOCUMENTS:
-            options["documents"] = document_lengths(input_ids, mask_at)
+            options["documents"] = document_lengths(options["position_ids"])
     return model(input_ids=input_ids, use_cache=False, **options).logits
 
 

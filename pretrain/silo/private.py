@@ -1,6 +1,7 @@
 """Differential privacy for one packed sequence: inner steps whose gradients are clipped, summed and noised.
 
-A step is one Gaussian mechanism. The gradient of each sequence's mean loss is clipped to `clip_norm`, all of a global
+A step is one Gaussian mechanism. The gradient of each sequence's mean loss, over those of its tokens that are trained,
+is clipped to `clip_norm`, all of a global
 batch are added up in fp32, over micro batches and ranks, each rank adds noise to its part of the sum, and the public
 number of sequences in a batch divides it (DP-SGD, arXiv 1607.00133, in the batches of an epoch's fixed order). All that
 follows, DeepSpeed's reduction, clipping by `inner.clip_norm`, AdamW or Muon, moments, merges, sees noised gradients
@@ -27,6 +28,7 @@ from pretrain.config.budgets import PrivateConfig
 from pretrain.config.errors import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.silo.account import Account, BudgetSpentError, Plan, plan
+from pretrain.silo.batch import Batch
 from pretrain.silo.checkpoint import Progress
 from pretrain.silo.data import Mixture
 from pretrain.silo.engine import Engine
@@ -71,7 +73,7 @@ class Private:
     def step(
         self,
         engine: Engine,
-        micro_batches: Iterable[tuple[Tensor, Tensor]],
+        micro_batches: Iterable[Batch],
         lr: float,
         progress: Progress,
         part: Callable[[str], AbstractContextManager[object]] = nullcontext,
@@ -93,21 +95,24 @@ class Private:
     def _clipped_sum(
         self,
         engine: Engine,
-        micro_batches: Iterable[tuple[Tensor, Tensor]],
+        micro_batches: Iterable[Batch],
         part: Callable[[str], AbstractContextManager[object]],
     ) -> tuple[Tensor, float]:
-        """Of this rank's sequences, flat, fp32, with room for equal parts of all ranks; and their mean loss."""
+        """Of this rank's sequences, flat, fp32, with room for equal parts of all ranks; a loss as `Engine.step`'s."""
         sizes = [shape.numel() for shape in engine.shapes.values()]
         num_values = math.ceil(sum(sizes) / self._ranks.num_ranks) * self._ranks.num_ranks
         total = torch.zeros(num_values, dtype=torch.float32, device=self._ranks.device)
         sums = [*total[: sum(sizes)].split(sizes)]
-        losses = []
-        for input_ids, targets in micro_batches:
+        told, num_trained = [torch.zeros((), device=self._ranks.device)], None
+        for batch in micro_batches:
+            num_trained = batch.num_trained
             with part("backward"):
-                for loss, gradients in engine.sequence_gradients(input_ids, targets):
-                    losses.append(loss)
+                for losses, gradients in engine.sequence_gradients(batch):
+                    told.append(losses.mean() if num_trained is None else losses.sum())
                     add_clipped(sums, [gradient.flatten() for gradient in gradients], self._settings.clip_norm)
-        return total, torch.stack(losses).mean().item()
+        if num_trained is None:
+            return total, torch.stack(told[1:]).mean().item()
+        return total, torch.stack(told).sum().item() * self._ranks.num_ranks / max(1, num_trained)
 
     def _noised_mean(self, engine: Engine, total: Tensor, progress: Progress) -> Tensor:
         """The batch's mean gradient with noise, flat, on all ranks the same."""

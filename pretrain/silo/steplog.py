@@ -51,6 +51,7 @@ class StepLog:
         self._peak = peak_tokens_per_second
         self._interval_steps = config.silos[name].log_interval_steps
         self._tokens_logged = progress.position * config.sequence_tokens
+        self._trained_logged = progress.trained_tokens or 0
         self._since = self._logged = time.monotonic()
         self._step = progress.step
 
@@ -66,6 +67,7 @@ class StepLog:
         """The clock of training starts here again; what went before was syncing, evaluating or saving."""
         self._since = self._logged = time.monotonic()
         self._tokens_logged, self._step = self._progress.position * self._config.sequence_tokens, self._progress.step
+        self._trained_logged = self._progress.trained_tokens or 0
         if self._journal:
             self._journal.status(
                 "training", step=self._progress.step, round=self._config.round_at(self._progress.step + 1)
@@ -81,12 +83,15 @@ class StepLog:
         if not self._journal or before // self._interval_steps == progress.step // self._interval_steps:
             return
         tokens, round = progress.position * self._config.sequence_tokens, self._config.round_at(progress.step)
-        tokens_per_second = (tokens - self._tokens_logged) / max(now - self._logged, 1e-9)
-        self._tokens_logged, self._logged = tokens, now
+        num_new, trained = tokens - self._tokens_logged, progress.trained_tokens
+        tokens_per_second = num_new / max(now - self._logged, 1e-9)
+        share = None if trained is None else (trained - self._trained_logged) / max(1, num_new)
+        self._tokens_logged, self._trained_logged, self._logged = tokens, trained or 0, now
         mfu = tokens_per_second / self._peak if self._peak else None
         print(
             f"step {progress.step:7d}/{self._config.inner.num_steps}  round {round:5d}  loss {progress.loss:8.4f}  "
             f"lr {lr:.3e}  grad {grad_norm:8.3f}  {tokens_per_second:9.0f} tok/s  {tokens / 1e6:9.3f} Mtok"
+            + ("" if share is None else f"  {share:4.0%} trained")
             + ("" if mfu is None else f"  {mfu:6.1%} MFU")
             + (f"  epsilon {progress.epsilon:.3f}" if progress.spent else ""),
             flush=True,
@@ -100,6 +105,7 @@ class StepLog:
             tokens=tokens,
             tokens_per_second=tokens_per_second,
             grad_norm=grad_norm,
+            **({} if trained is None else {"trained_tokens": trained}),
             **({} if mfu is None else {"mfu": mfu}),
             **progress.spent,
         )

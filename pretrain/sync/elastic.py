@@ -44,7 +44,7 @@ class ElasticSync(SiloSync):
         Who comes back goes on from that, as after a kill: so nothing of this is kept here, and nothing is delivered
         where error feedback would be, or where a version is a fragment, or one is under way.
         """
-        outer, num_sequences = self.config.outer, progress.position - progress.sent_positions.get("0", 0)
+        outer, num_sequences = self.config.outer, progress.sequences_since(0)
         if not num_sequences or self._decay or outer.num_fragments > 1 or outer.overlap_steps:
             return
         version, names = progress.sent + 1, list(engine.shapes)
@@ -111,7 +111,7 @@ class ElasticSync(SiloSync):
             return False
         self._write(engine, list(engine.shapes), self.global_parameters)
         engine.forget_optimizer()
-        progress.sent_positions = {str(f): progress.position for f in range(self.schedule.num_fragments)}
+        progress.was_sent(range(self.schedule.num_fragments))
         progress.joined_step = progress.step  # a fresh optimizer warms up, as after joining
         if self.journal:
             print(f"loss {progress.loss:.4f} at step {progress.step}: back to version {progress.version}", flush=True)

@@ -178,7 +178,7 @@ class SiloSync:
         """
         began, names = time.monotonic(), self._names(engine, version)
         fragment = self.schedule.fragment(version)
-        num_sequences = progress.position - progress.sent_positions.get(str(fragment), 0)
+        num_sequences = progress.sequences_since(fragment)
         local = self._read(engine, names) if num_sequences else {}
         num_steps = num_sequences // self.config.silos[self.silo].global_batch_sequences
         is_leader, moments = self.ranks.is_leader, {}
@@ -190,10 +190,10 @@ class SiloSync:
             if num_sequences:
                 now = dataclasses.replace(progress)
                 self._coder.submit(engine.copies.arrival())  # it has one thread, so what follows comes after
-                coded = self._coder.submit(self._code, version, local, moments, num_sequences, now)
+                coded = self._coder.submit(self._code, version, local, moments, now)
                 progress.unsettled.append(version)
             self._take_off(version, names, coded, wait_seconds=seconds)
-        progress.sent_positions[str(fragment)] = progress.position
+        progress.was_sent([fragment])
         progress.seconds_waiting += seconds
         progress.sent = version
 
@@ -237,7 +237,6 @@ class SiloSync:
         version: int,
         local: dict[str, Tensor],
         moments: dict[str, Parts],
-        num_sequences: int,
         progress: Progress,
     ) -> Outgoing:
         """Code a fragment against the global parameters; what travels as a file is written to the outbox."""
@@ -250,13 +249,13 @@ class SiloSync:
             number, reason = error.args
             name = pieces[number].name
             raise ConfigError(f"silo {self.silo}: version {version}: {name}: {reason}; nothing was sent") from None
-        tokens = num_sequences * self.config.sequence_tokens
+        fragment, held = self.schedule.fragment(version), None
+        tokens = progress.tokens_since(fragment, self.config.sequence_tokens)
         coded = {piece.key: parts for piece, (parts, _) in zip(pieces, sent, strict=True)}
         if masked := self._exchange.masked(version, self.global_parameters, local, moments, tokens):
             coded, moments = masked
         norm_squared = math.fsum(squared for _, squared in sent)
         file = self._outbox / f"{version:06d}.safetensors"
-        fragment, held = self.schedule.fragment(version), None
         if self._exchange.sends_files:
             payload = save_tensors(coded, file, fragment=fragment, moments=moments)
             payload = self._exchange.sealed(payload, file, version)
@@ -276,7 +275,7 @@ class SiloSync:
             codec=outer.sent_codec,
             payloads=[payload],
             tokens=tokens,
-            steps=num_sequences // self.config.silos[self.silo].global_batch_sequences,
+            steps=progress.sequences_since(fragment) // self.config.silos[self.silo].global_batch_sequences,
             tokens_total=tokens_total,
             metrics={"loss": progress.loss, "pseudo_gradient_norm": math.sqrt(norm_squared)} | speed | spent,
         )
@@ -426,7 +425,7 @@ class SiloSync:
         """Set the place in the schedule at which all silos adopt version `newest`."""
         progress.version, progress.step = newest, self.schedule.adopted(newest) if newest else 0
         progress.sent = max(progress.sent, self.schedule.newest_sent(progress.step))
-        progress.sent_positions = {str(f): progress.position for f in range(self.schedule.num_fragments)}
+        progress.was_sent(range(self.schedule.num_fragments))
         progress.joined_step = progress.step
 
     def _settle(self, progress: Progress, commit: Commit, *, refused: bool) -> None:

@@ -13,7 +13,7 @@ from pretrain.config.errors import ConfigError
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.host.foreign import loads, shown
 from pretrain.host.software import VERSION, differences, installed, minor
-from pretrain.silo.shards import tokenizer_sha256
+from pretrain.silo.shards import template_sha256, tokenizer_sha256
 from pretrain.silo.weights import checkpoint_files
 from pretrain.trust.keys import PublicKey
 from pretrain.trust.ledger import RECORD_BYTES
@@ -25,6 +25,7 @@ MOST_PACKAGES = 100
 LOCAL_OUTER = ("state",)  # what of `outer` is each machine's own affair
 LOCAL_TRUST = ("added", "archive", "directory", "key_command", "policy")
 RUN = "run_id"
+TEMPLATE = "chat_template_sha256"  # where silos train on conversations
 
 
 def agreed_settings(config: RunConfig) -> dict[str, Any]:
@@ -49,6 +50,7 @@ def build_contract(config: RunConfig) -> dict[str, Any]:
         "format": FORMAT,
         "model": _model_terms(config),
         "tokenizer_sha256": tokenizer_sha256(config.tokenizer_file),
+        **({TEMPLATE: template_sha256(config.template_file)} if config.template_file else {}),
         "num_versions": config.schedule.num_versions,
         RUN: config.run_id,
         **agreed_settings(config),

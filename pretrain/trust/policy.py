@@ -30,7 +30,7 @@ TELLS = {
     "held_out": ("eval/*",),
     "pseudo_gradient_norm": ("*/pseudo_gradient_norm", "*/norm/*"),
     "seconds_per_step": ("*/seconds_per_step/*", "*/tokens_per_second", "*/mfu", "*/seconds_training"),
-    "tokens": ("*/tokens", "*/tokens_per_second", "*/mfu", "*/divisor"),
+    "tokens": ("*/tokens", "*/trained_tokens", "*/tokens_per_second", "*/mfu", "*/divisor"),
     "epochs": (),
 }
 

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.device_memory import Created
 from pretrain.config.keys import InnerConfig, ModelConfig, SiloConfig
+from pretrain.silo.batch import Batch
 from pretrain.silo.checkpoint import Checkpoints, Progress
 from pretrain.silo.engine import Engine
 from pretrain.silo.flops import flops_per_token
@@ -124,7 +125,7 @@ def steps(
     for number in numbers:
         part = batches[number].chunk(ranks.num_ranks)[ranks.rank]
         micro_batches = part.chunk(NUM_MICRO_BATCHES)
-        loss, norm = engine.step([(one[:, :-1], one[:, 1:]) for one in micro_batches], INNER.lr)
+        loss, norm = engine.step([Batch(one[:, :-1], one[:, 1:]) for one in micro_batches], INNER.lr)
         losses.append(ranks.sum([loss / ranks.num_ranks])[0])
         if norms is not None:
             norms.append(norm)

@@ -154,7 +154,7 @@ def assert_evaluated_last(run: Outcome) -> None:
         parameter.data.copy_(parameters[name])
     for silo, settings in run.config.silos.items():
         tokens = PackedTokens([Path(settings.valid[silo])], sequence_tokens=16)
-        input_ids, targets = tokens.batch([i * tokens.num_sequences // 8 for i in range(8)])  # spread over it
+        input_ids, targets, *_ = tokens.batch([i * tokens.num_sequences // 8 for i in range(8)])  # spread over it
         with torch.no_grad():
             plain = token_losses(model, input_ids, targets).mean().item()
         tolerance = 1e-2 if settings.precision == "bf16" else 1e-6

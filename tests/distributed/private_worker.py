@@ -23,6 +23,7 @@ from pretrain.config.budgets import PrivateConfig
 from pretrain.config.errors import ConfigError
 from pretrain.config.keys import InnerConfig, ModelConfig, SiloConfig
 from pretrain.silo.account import Plan
+from pretrain.silo.batch import Batch
 from pretrain.silo.checkpoint import Progress
 from pretrain.silo.engine import Engine
 from pretrain.silo.model import build_initial, token_losses
@@ -115,7 +116,7 @@ class Case:
         """One inner step on this rank's part of the sequences."""
         self.progress.position = position
         part = SEQUENCES.chunk(self.ranks.num_ranks)[self.ranks.rank]
-        self.private.step(self.engine, [(one[:, :-1], one[:, 1:]) for one in part.chunk(2)], lr, self.progress)
+        self.private.step(self.engine, [Batch(one[:, :-1], one[:, 1:]) for one in part.chunk(2)], lr, self.progress)
 
     def trained(self) -> dict[str, Tensor]:
         """Parameters after some steps, and the gradient that each of them was given."""

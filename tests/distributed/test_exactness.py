@@ -104,7 +104,7 @@ def test_h_1_with_inner_sgd_is_data_parallel_training(
         for name in ("alpha", "beta"):  # the mean gradient over both silos' batches
             tokens = PackedTokens([tiny_text.packed[name] / "train"], sequence_tokens=16)
             order = Order(seed=0, silo=name, num_sequences=tokens.num_sequences)
-            input_ids, targets = tokens.batch([order.index(4 * step + i) for i in range(4)])
+            input_ids, targets, *_ = tokens.batch([order.index(4 * step + i) for i in range(4)])
             (token_losses(model, input_ids, targets).mean() / 2).backward()
         optimizer.param_groups[0]["lr"] = learning_rate(step, config.inner)
         optimizer.step()

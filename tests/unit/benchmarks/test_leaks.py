@@ -98,7 +98,7 @@ def test_the_rows_that_moved_are_the_tokens_of_the_round(attacked: Attacked) -> 
     for version in (1, 2, 3):
         (view,) = attacked.views(version).values()
         moved = (view.pseudo_gradient["model.embed_tokens.weight"] != 0).any(1).numpy()
-        inputs, _ = attacked.mixture("alpha").batch(attacked.positions("alpha", version))
+        inputs, *_ = attacked.mixture("alpha").batch(attacked.positions("alpha", version))
         there = np.isin(np.arange(len(moved)), inputs.numpy())
         assert moved.tolist() == there.tolist()
         assert 0.1 < there.mean() < 0.9

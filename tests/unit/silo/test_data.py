@@ -17,13 +17,13 @@ from pretrain.config.errors import ConfigError
 from pretrain.silo.data import Batches, Mixture, Order, PackedTokens, held_out_batches
 from pretrain.silo.shards import (
     MANIFEST_FILE,
-    SplitWriter,
     atomic_path,
     open_shard,
     read_manifest,
     verify_shards,
     write_manifest,
 )
+from pretrain.silo.writer import SplitWriter
 
 TOKENIZER = "a1" * 32
 OTHER_TOKENIZER = "b2" * 32
@@ -132,7 +132,7 @@ def global_batch(ranks: list[Batches], accumulation: int, sequence_tokens: int =
     drawn: list[int] = []
     for _ in range(accumulation):
         for rank in ranks:
-            inputs, targets = next(rank)
+            inputs, targets, *_ = next(rank)
             assert inputs.dtype == targets.dtype == torch.int64
             assert torch.equal(inputs + 1, targets)
             assert inputs.shape[1] == sequence_tokens
@@ -216,7 +216,7 @@ def test_directories_and_shards_read_as_one_sequence(
         begin = index * sequence_tokens
         assert np.array_equal(tokens.sequence(index), whole[begin : begin + sequence_tokens + 1])
     if tokens.num_sequences:
-        inputs, targets = tokens.batch(range(tokens.num_sequences))
+        inputs, targets, *_ = tokens.batch(range(tokens.num_sequences))
         assert np.array_equal(inputs.flatten(), whole[: inputs.numel()])
         assert np.array_equal(targets.flatten(), whole[1 : targets.numel() + 1])
 
@@ -330,7 +330,7 @@ def test_held_out_batches_are_the_same_for_any_rank_count(
     assert len({len(part) for part in parts}) == 1
     seen: list[int] = []
     for batches in zip(*parts, strict=True):
-        for inputs, targets, weights in batches:
+        for (inputs, targets, *_), weights in batches:
             assert inputs.shape == targets.shape == (micro, 3)
             assert weights.shape == (micro,)
             assert set(weights.tolist()) <= {0.0, 1.0}

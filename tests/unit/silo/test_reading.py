@@ -193,7 +193,7 @@ def rows_of_leg(mixture: Mixture, leg: Leg, position: int) -> Iterator[np.ndarra
         for rank in range(leg.num_ranks)
     ]
     for _ in range(leg.num_steps * leg.accumulation):
-        for inputs, targets in map(next, ranks):
+        for inputs, targets, *_ in map(next, ranks):
             yield from torch.cat([inputs, targets[:, -1:]], dim=1).numpy()
     for rank in ranks:
         assert rank.state() == position + leg.num_steps * leg.micro * leg.accumulation * leg.num_ranks
@@ -257,7 +257,7 @@ def test_reading_ahead_changes_neither_batches_nor_state(five: list[PackedTokens
             plain.restore(restore_at)
             ahead.restore(restore_at)
         for _ in range(7):
-            for expected, given_ in zip(next(plain), next(ahead), strict=True):
+            for expected, given_ in zip(next(plain)[:2], next(ahead)[:2], strict=True):
                 assert torch.equal(expected, given_)
             assert ahead.state() == plain.state()
     ahead.close()
@@ -295,7 +295,7 @@ def test_what_reading_raises_comes_with_the_batch_that_it_belongs_to(tmp_path: P
 def test_batches_arrive_on_the_gpu(five: list[PackedTokens]) -> None:
     plain, ahead = batches_of(five[4]), Prefetch(batches_of(five[4]), num_batches=2, device=torch.device("cuda:0"))
     for _ in range(20):
-        for expected, given_ in zip(next(plain), next(ahead), strict=True):
+        for expected, given_ in zip(next(plain)[:2], next(ahead)[:2], strict=True):
             assert given_.is_cuda
             assert torch.equal(expected, given_.cpu())
     ahead.close()
@@ -362,7 +362,7 @@ def test_a_document_in_a_packed_sequence_has_its_loss_alone(tmp_path: Path, kind
     tokens = PackedTokens(
         [write_split(tmp_path / "s", text, vocab_size=90, document_tokens=lengths)], sequence_tokens=24
     )
-    inputs, targets = tokens.batch(range(3))
+    inputs, targets, *_ = tokens.batch(range(3))
     packed, open_ = (token_losses(model, inputs, targets, at) for at in (END, None))
 
     alone = torch.zeros_like(packed)
@@ -374,14 +374,14 @@ def test_a_document_in_a_packed_sequence_has_its_loss_alone(tmp_path: Path, kind
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
     assert (packed - open_).abs().max() > 0.01
     batches = held_out_batches(tokens, num_sequences=3, micro_batch_sequences=2, rank=0, num_ranks=1)
-    total, num_tokens = summed_loss(lambda x, y: token_losses(model, x, y, END), batches)
+    total, num_tokens = summed_loss(lambda batch: token_losses(model, *batch[:2], END), batches)
     assert (total, num_tokens) == (pytest.approx(alone.sum().item(), rel=1e-5), 3 * 24)
     check_document_masking(model, END, CPU)
 
 
 def test_lengths_are_those_between_ends_of_text() -> None:
     rows = torch.tensor([[5, 6, END, 7, 8, END, END, 9], [END, 1, 2, 3, 4, 5, 6, END], [1, 2, 3, 4, 5, 6, 7, 8]])
-    assert document_lengths(rows, END).lengths == [[2, 3, 1, 2], [7, 1], [8]]
+    assert document_lengths(document_positions(rows, END)).lengths == [[2, 3, 1, 2], [7, 1], [8]]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: " ".join(map(str, list(kind.values())[-2:])))
