@@ -173,7 +173,7 @@ class Silo:
             self.sync.checkpointed(self.progress)
 
     def leave(self, error: BudgetSpentError) -> None:
-        """Save, deliver what was learned, and leave; raises the error where the others cannot go on without the silo."""
+        """Save, deliver what was learned, and leave; raises the error where others cannot go on without the silo."""
         self.save()
         if not (self.sync and self.config.membership.is_elastic):
             raise error
