@@ -24,6 +24,7 @@ from pretrain.config.keys import InnerConfig, ModelConfig, SiloConfig
 from pretrain.silo.activations import checkpoint_activations
 from pretrain.silo.attention import DOCUMENTS
 from pretrain.silo.copies import HostCopies
+from pretrain.silo.deepspeed_settings import deepspeed_config, has_optimizer_on_host
 from pretrain.silo.extensions import load_extension
 from pretrain.silo.model import (
     build_empty,
@@ -43,37 +44,6 @@ from pretrain.silo.ranks import Ranks
 from pretrain.silo.zero import begin_backward, forget_initial_step, fp32_masters, muon_pieces, own_piece, refresh_module
 
 STATE = "engine"  # the folder of a checkpoint
-
-
-def deepspeed_config(silo: SiloConfig, inner: InnerConfig) -> dict[str, Any]:
-    """The user's DeepSpeed section, completed by what our own keys decide; accumulation follows, on all ranks.
-
-    Without ZeRO and in fp32 DeepSpeed keeps no norm of the gradient: we take it, and clip by it.
-    """
-    is_plain = silo.precision == "fp32" and not silo.zero_stage
-    # A private silo adds up gradients itself.
-    batch = {"gradient_accumulation_steps": 1} if silo.is_private else {"train_batch_size": silo.global_batch_sequences}
-    return {
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 2**31,
-        "zero_force_ds_cpu_optimizer": inner.optimizer != "muon",  # its AdamW is DeepSpeed's, inside of ours
-        **silo.deepspeed,
-        **batch,
-        "train_micro_batch_size_per_gpu": silo.micro_batch_sequences,
-        "gradient_clipping": 0.0 if is_plain else inner.clip_norm,
-        "bf16": {"enabled": silo.precision == "bf16"},
-    }
-
-
-def _has_optimizer_on_host(settings: dict[str, Any]) -> bool:
-    """Whether DeepSpeed's settings offload it. Raises ConfigError for what would lie on a disk."""
-    devices = [
-        settings.get("zero_optimization", {}).get(part, {}).get("device")
-        for part in ("offload_optimizer", "offload_param")
-    ]
-    if "nvme" in devices:
-        raise ConfigError("deepspeed.zero_optimization: offload to nvme given; allowed: none, cpu")
-    return devices[0] == "cpu"
 
 
 class Engine:
@@ -96,7 +66,7 @@ class Engine:
         """
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         settings = deepspeed_config(silo, inner)
-        offloaded = _has_optimizer_on_host(settings)
+        offloaded = has_optimizer_on_host(settings)
         self.stage = silo.zero_stage
         partitioned = deepspeed.zero.Init(config_dict_or_path=settings) if self.stage == 3 else None
         dtype = torch.bfloat16 if silo.precision == "bf16" else torch.float32
