@@ -6,6 +6,7 @@ import difflib
 import fnmatch
 import inspect
 import json
+import sys
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from itertools import groupby, pairwise
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
-from pretrain.config import keys
+from pretrain.config.adapter import AdapterConfig
 from pretrain.config.allowed import ALLOWED, Numbers
 from pretrain.config.errors import ConfigError
 from pretrain.config.keys import RunConfig
@@ -24,6 +25,7 @@ UNITS = ("tokens", "steps", "seconds", "sequences", "rounds", "versions", "nodes
 TYPES = {int: "integer", float: "number", str: "text", bool: "true or false", Any: "anything"}
 # Terms that are not under their own names in the contract.
 ALSO_AGREED = {"model.config", "model.checkpoint", "model.seed", "tokenizer", RUN}
+ALSO_AGREED |= {f"model.adapter.{field.name}" for field in dataclasses.fields(AdapterConfig)}
 INTRODUCTION = """# Configuration
 
 All keys of a run, made from [`pretrain/config/keys.py`](../pretrain/config/keys.py) by `make config-docs`; in a
@@ -147,7 +149,7 @@ def _document(kind: type) -> str:
 
 def _field_texts(kind: type) -> dict[str, str]:
     """The text under each field of a dataclass, which Python itself throws away."""
-    tree = ast.parse(inspect.getsource(keys))
+    tree = ast.parse(inspect.getsource(sys.modules[kind.__module__]))
     (body,) = [node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == kind.__name__]
     found = {}
     for field, after in pairwise(body):

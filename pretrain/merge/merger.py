@@ -19,7 +19,6 @@ from pretrain.merge.step import Step, factors_of, shares
 from pretrain.merge.unmask import Unmasker
 from pretrain.merge.verify import Verifier, base_of, pseudo_gradient
 from pretrain.outer.digest import tensor_rows
-from pretrain.outer.fragments import cut_fragments
 from pretrain.outer.merge import mean_cosine
 from pretrain.outer.pieces import Piece
 from pretrain.outer.placing import InMemory
@@ -70,7 +69,7 @@ class Merger:
     def cut(self, parameters: Mapping[str, Tensor]) -> None:
         try:
             sizes = {name: value.numel() for name, value in parameters.items()}
-            self.fragments = cut_fragments(sizes, self._schedule.num_fragments)
+            self.fragments = self._config.cut(sizes)
         except ValueError as error:
             raise ConfigError(str(error)) from None
 

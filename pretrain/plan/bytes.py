@@ -15,7 +15,6 @@ from pretrain.config.errors import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.payload import PARAMETER, header
 from pretrain.merge.terms import shared_moments, snapshot_kinds, snapshot_versions
-from pretrain.outer.fragments import cut_fragments
 from pretrain.outer.moments import MOMENT, Moment
 from pretrain.outer.pieces import cut_pieces
 from pretrain.outer.quantize import QUANTIZERS
@@ -72,7 +71,7 @@ def fragments(config: RunConfig, shapes: Shapes) -> list[dict[str, torch.Size]]:
     """The tensors of each fragment. Raises ConfigError if there are fewer tensors than fragments."""
     sizes = {name: shape.numel() for name, shape in shapes.items()}
     try:
-        cut = cut_fragments(sizes, config.outer.num_fragments)
+        cut = config.cut(sizes)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return [{name: shapes[name] for name in names} for names in cut]

@@ -59,7 +59,9 @@ def _model_terms(config: RunConfig) -> dict[str, Any]:
     if not config.model.checkpoint:
         return {"config": config.model.config, "seed": config.model.seed}
     files = checkpoint_files(Path(config.model.checkpoint))
-    return {"checkpoint": {path.name: _file_sha256(path) for path in files}}
+    base = {"checkpoint": {path.name: _file_sha256(path) for path in files}}
+    adapter = config.model.adapter
+    return base | ({"adapter": dataclasses.asdict(adapter), "seed": config.model.seed} if adapter.is_on else {})
 
 
 def _file_sha256(path: Path) -> str:
