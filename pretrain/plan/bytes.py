@@ -67,6 +67,12 @@ def model_shapes(config: RunConfig, vocab_size: int) -> dict[str, torch.Size]:
     return {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
 
 
+def frozen_elements(config: RunConfig, vocab_size: int) -> int:
+    """Elements of the parameters beneath an adapter, which stay where they are."""
+    model = build_without_memory(config.model, vocab_size)
+    return sum(p.numel() for p in model.parameters() if not p.requires_grad)
+
+
 def fragments(config: RunConfig, shapes: Shapes) -> list[dict[str, torch.Size]]:
     """The tensors of each fragment. Raises ConfigError if there are fewer tensors than fragments."""
     sizes = {name: shape.numel() for name, shape in shapes.items()}

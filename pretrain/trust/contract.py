@@ -47,7 +47,7 @@ def build_contract(config: RunConfig) -> dict[str, Any]:
     public_keys(config)
     return {
         "format": FORMAT,
-        "model": _model_terms(config),
+        "model": model_terms(config),
         "tokenizer_sha256": tokenizer_sha256(config.tokenizer_file),
         "num_versions": config.schedule.num_versions,
         RUN: config.run_id,
@@ -55,7 +55,8 @@ def build_contract(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _model_terms(config: RunConfig) -> dict[str, Any]:
+def model_terms(config: RunConfig) -> dict[str, Any]:
+    """What a contract says of the model; of a checkpoint, the sha256 of each of its files."""
     if not config.model.checkpoint:
         return {"config": config.model.config, "seed": config.model.seed}
     files = checkpoint_files(Path(config.model.checkpoint))

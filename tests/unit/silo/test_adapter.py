@@ -6,11 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from pretrain.config.adapter import AdapterConfig
 from pretrain.config.keys import ModelConfig, RunConfig
+from pretrain.plan.plan import make_plan
+from pretrain.plan.seconds import Given
 from pretrain.silo.adapter import frozen_parameters
 from pretrain.silo.base import fill_base
+from pretrain.silo.flops import flops_per_token
 from pretrain.silo.model import (
     build_empty,
     build_initial,
@@ -194,3 +198,29 @@ def test_what_cannot_be_with_an_adapter_is_one_line(
         return tiny_config(tmp_path, **sections)
 
     assert one_line_error(load).startswith(said)
+
+
+def test_a_plan_counts_what_travels_and_holds_the_base(tmp_path: Path, tiny_config: TinyConfig, base: Path) -> None:
+    config = tiny_config(tmp_path, model=adapter_model(base, targets=["q_proj"]))
+    other = tiny_config(
+        tmp_path, model=adapter_model(base, targets=["q_proj"], merge="alternate"), outer={"num_fragments": 2}
+    )
+    given = Given(link_bits_per_second=1e6, latency_seconds=0.0, tokens_per_second={"alpha": 1e3, "beta": 1e3})
+    plan, in_turns = (make_plan(one, given) for one in (config, other))
+    num_elements = 2 * 2 * 2 * 32  # of two layers, two factors of rank 2
+    assert plan.num_parameters == num_elements
+    assert plan.num_frozen == sum(p.numel() for p in load_checkpoint(base).parameters())
+    initial = initial_parameters(config)
+    save_file({f"parameter/values/{name}": value for name, value in initial.items()}, tmp_path / "payload")
+    assert plan.traffic["alpha"][0].sent_bytes == pytest.approx((tmp_path / "payload").stat().st_size, abs=300)
+    assert plan.sent_bytes["alpha"] == 3 * plan.traffic["alpha"][0].sent_bytes
+    assert [moved.num_elements for moved in in_turns.traffic["alpha"]] == [num_elements // 2] * 2
+    assert plan.memory["alpha"].device_bytes[0] > 4 * plan.num_frozen
+
+
+def test_frozen_parameters_need_no_gradient_of_their_own(tmp_path: Path) -> None:
+    settings = with_adapter(TIED, tmp_path, targets=["q_proj"], rank=2)
+    plain = build_without_memory(ModelConfig(config=TIED), VOCAB_SIZE)
+    whole, beside = (flops_per_token(one, 8) for one in (plain, build_without_memory(settings, VOCAB_SIZE)))
+    assert whole
+    assert beside == whole - 2 * sum(p.numel() for p in plain.parameters()) + 6 * 2 * 2 * 16
