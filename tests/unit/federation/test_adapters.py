@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from launch.model import export as export_command
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import save_config
 from pretrain.exchange.store import StoreExchange
@@ -169,3 +170,5 @@ def test_an_adapter_is_not_merged_into_another_base(
 def test_a_run_without_adapter_has_no_forms(tmp_path: Path, tiny_config: TinyConfig) -> None:
     said = one_line_error(export_global_model, tiny_config(tmp_path), tmp_path / "out", form="merged")
     assert said == "--merged: given; this run trained all of its model; allowed: neither --merged nor --adapter"
+    said = one_line_error(export_command, tmp_path, output=tmp_path / "out", merged=True, adapter=True)
+    assert said == "--merged: given with --adapter; allowed: one of them"

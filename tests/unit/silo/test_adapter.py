@@ -1,6 +1,7 @@
 """Adapters without processes: where the factors are, what they begin with, what is beneath them, and mistakes."""
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,13 @@ def test_a_checkpoint_that_does_not_fill_the_model_is_one_line(tmp_path: Path) -
 def test_targets_that_are_none_are_one_line(tmp_path: Path, targets: list[str], said: str) -> None:
     settings = with_adapter(TIED, tmp_path, targets=targets)
     assert one_line_error(build_without_memory, settings, VOCAB_SIZE).startswith(said)
+
+
+def test_without_peft_it_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = with_adapter(TIED, tmp_path)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    said = one_line_error(build_without_memory, settings, VOCAB_SIZE)
+    assert said == "model.adapter.kind: 'lora' given; peft is not installed: pip install 'atoll[adapters]'"
 
 
 def test_another_base_is_one_line(tmp_path: Path, tiny_config: TinyConfig, tiny_text: TinyText, base: Path) -> None:
