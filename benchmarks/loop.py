@@ -2,6 +2,7 @@
 
     python -m benchmarks.loop --sizes 0.5M 20M 120M --precision fp32
     python -m benchmarks.loop --sizes 20M --precision bf16 --ways silo trainer --turns 9
+    python -m benchmarks.loop --sizes 20M --ways silo deepspeed --adapter 16    # LoRA of rank 16; by peft in the others
 
 Each way is a process of its own, with all cores, that trains when it is told to; they take turns, so that a busy
 machine slows all alike, and ratios are of each turn. The ways: the silo's loop with its defaults (`silo`) and with
@@ -29,7 +30,8 @@ from torch import Tensor, nn
 from benchmarks.reading import one_rank_environment
 from benchmarks.silo_overhead import configuration, make_text, turn_of_ours
 from launch.start.workers import KEEP_FREED_MEMORY
-from pretrain.config.keys import RunConfig
+from pretrain.config.adapter import AdapterConfig
+from pretrain.config.keys import ModelConfig, RunConfig
 from pretrain.silo.data import Batches, Mixture, PackedTokens
 from pretrain.silo.model import build_initial
 from pretrain.silo.ranks import Ranks
@@ -60,10 +62,10 @@ def model_settings(size: str) -> dict[str, Any]:
     }
 
 
-def run_config(size: str, precision: str, directory: Path, text: Path, overrides: list[str]) -> RunConfig:
-    """The silo's run: AdamW, no warm-up to speak of, nothing but training."""
+def run_config(size: str, precision: str, directory: Path, text: Path, overrides: list[str], *, rank: int) -> RunConfig:
+    """The silo's run: AdamW, no warm-up to speak of, nothing but training; of an adapter, if it has a rank."""
     tokens, sequences, num_steps = SIZES[size][5:]
-    return configuration(
+    config = configuration(
         directory,
         text,
         0,
@@ -82,6 +84,13 @@ def run_config(size: str, precision: str, directory: Path, text: Path, overrides
             *overrides,
         ],
     )
+    if rank:
+        base = directory.with_name("base")
+        if not base.exists():
+            build_initial(config.model, VOCAB).save_pretrained(base)  # type: ignore[operator]
+        adapter = AdapterConfig(kind="lora", rank=rank)
+        config.model = ModelConfig(checkpoint=str(base), adapter=adapter)
+    return config
 
 
 def in_memory(config: RunConfig) -> Iterator[tuple[Tensor, Tensor]]:
@@ -94,8 +103,14 @@ def in_memory(config: RunConfig) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def plain_model(config: RunConfig) -> nn.Module:
-    """The model as `transformers` makes it, fp32, in training mode."""
-    return build_initial(config.model, VOCAB).train()
+    """The model as `transformers` makes it, fp32, in training mode; peft puts an adapter beside it."""
+    model: Any = build_initial(config.model, VOCAB).train()
+    if config.model.adapter.is_on:
+        from peft import LoraConfig, get_peft_model
+
+        settings = LoraConfig(r=config.model.adapter.rank, lora_alpha=16, target_modules="all-linear")
+        return get_peft_model(model, settings, autocast_adapter_dtype=False).train()
+    return model
 
 
 def silo(config: RunConfig) -> Turn:
@@ -120,7 +135,8 @@ def deepspeed(config: RunConfig) -> Turn:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
     }
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     engine, *_ = ds.initialize(model=model, optimizer=optimizer, config=options)
     batches = in_memory(config)
 
@@ -221,7 +237,7 @@ def process(way: str, config: RunConfig, told: Connection) -> None:
         told.send(time.perf_counter() - began)
 
 
-def measure(size: str, precision: str, ways: list[str], num_turns: int, text: Path) -> None:
+def measure(size: str, precision: str, ways: list[str], num_turns: int, text: Path, *, rank: int) -> None:
     """Let the ways take turns at one size, and print a line for each."""
     tokens, sequences, num_steps = SIZES[size][5:]
     spawn, rng = multiprocessing.get_context("spawn"), random.Random(0)
@@ -230,7 +246,7 @@ def measure(size: str, precision: str, ways: list[str], num_turns: int, text: Pa
         for way in ways:
             ours, theirs = spawn.Pipe()
             options = ["silo.compile=true"] if way == "compiled" else []
-            config = run_config(size, precision, Path(scratch) / way, text, options)
+            config = run_config(size, precision, Path(scratch) / way, text, options, rank=rank)
             one = spawn.Process(target=process, args=(way, config, theirs), daemon=True)
             one.start()
             theirs.close()  # so that a process that fails is noticed
@@ -264,12 +280,13 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32"])
     parser.add_argument("--ways", nargs="+", default=[*LOOPS, "trainer"], choices=[*LOOPS, "trainer"])
     parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--adapter", type=int, default=0, metavar="RANK", help="train an adapter (LoRA) of this rank")
     arguments = parser.parse_args()
     os.environ |= KEEP_FREED_MEMORY | {"OMP_NUM_THREADS": str(os.cpu_count())}
     with tempfile.TemporaryDirectory() as scratch:
         make_text(Path(scratch))
         for size, precision in itertools.product(arguments.sizes, arguments.precision):
-            measure(size, precision, arguments.ways, arguments.turns, Path(scratch))
+            measure(size, precision, arguments.ways, arguments.turns, Path(scratch), rank=arguments.adapter)
 
 
 if __name__ == "__main__":

@@ -32,11 +32,16 @@ Seed = Annotated[int, typer.Option(help="The same one says the same.")]
 
 def export(
     directory: Annotated[Path, typer.Argument(help="Run directory.")],
+    *,
     output: Annotated[Path, typer.Option(help="Directory to make; must not exist.")],
     version: Annotated[int | None, typer.Option(help="Version of the global parameters; default: the newest.")] = None,
     license: Annotated[str, typer.Option(help="For the model card, as model hubs name it: apache-2.0.")] = "",
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Of an adapter: a whole model, with it in its base.")
+    ] = False,
+    adapter: Annotated[bool, typer.Option("--adapter", help="Of an adapter: a peft directory, without base.")] = False,
 ) -> None:
-    """Write the global model as a transformers directory with tokenizer and model card.
+    """Write the global model as a transformers directory with tokenizer and model card, or an adapter for peft.
 
     [bold]Example:[/bold] atoll export runs/demo --output model --license apache-2.0
     """
@@ -44,10 +49,13 @@ def export(
     from pretrain.config.load import load_run
     from pretrain.federation.export import describe_export, export_global_model
 
+    if merged and adapter:
+        raise ConfigError("--merged: given with --adapter; allowed: one of them")
     output = Path(expand_home("--output", str(output)))
     config = load_run(directory)
     provenance = export_global_model(
         *(config, output, version),
+        form="merged" if merged else "adapter" if adapter else "",
         license=license,
         held_out=lambda found: held_out_of(config, found.get("version")),
     )

@@ -276,10 +276,11 @@ class Aggregator:
             state, [fragment], merged.changes, contributors, moments=merged.moments, divisor=divisor, metrics=metrics
         )
         cosine = f"cosine {metrics['cosine_mean']:+.3f}  " if "cosine_mean" in metrics else ""
+        error = f"error of averaging {metrics['aggregation_error']:.3%}  " if "aggregation_error" in metrics else ""
         print(
             f"commit {state.version:5d}/{self._schedule.num_versions}  fragment {fragment}  "
             f"silos {named([c.silo for c in contributors])}  divisor {divisor}  update {metrics['update_norm']:.4f}  "
-            f"{cosine}digest {state.parameters_digest[:12]}",
+            f"{cosine}{error}digest {state.parameters_digest[:12]}",
             flush=True,
         )
         say_not_counted(commit)

@@ -235,6 +235,7 @@ def inner_step(silo: Silo, log: StepLog) -> None:
     config, progress, engine, sync = silo.config, silo.progress, silo.engine, silo.sync
     interval, before, stop = config.outer.sync_interval_steps, progress.step, 0.0
     lr = learning_rate(progress.step, config.inner) * silo.warmed_up()
+    engine.turns.now = config.schedule.turn(before)  # of an adapter's factors
     num_batches, num_trained = config.silos[silo.name].accumulation_steps, None
     after = next_step(before, interval, progress.round_steps or interval)
 

@@ -14,6 +14,7 @@ from itertools import groupby, pairwise
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
+from pretrain.config.adapter import AdapterConfig
 from pretrain.config.allowed import ALLOWED, Numbers
 from pretrain.config.errors import ConfigError
 from pretrain.config.keys import RunConfig
@@ -24,6 +25,7 @@ UNITS = ("tokens", "steps", "seconds", "sequences", "rounds", "versions", "nodes
 TYPES = {int: "integer", float: "number", str: "text", bool: "true or false", Any: "anything"}
 # Terms that are not under their own names in the contract.
 ALSO_AGREED = {"model.config", "model.checkpoint", "model.seed", "tokenizer", "chat_template", RUN}
+ALSO_AGREED |= {f"model.adapter.{field.name}" for field in dataclasses.fields(AdapterConfig)}
 INTRODUCTION = """# Configuration
 
 All keys of a run, made from [`pretrain/config/keys.py`](../pretrain/config/keys.py) by `make config-docs`; in a

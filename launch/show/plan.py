@@ -57,7 +57,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     console, config = console or Console(), plan.config
     keys = ("sync_interval_steps", "codec", "num_fragments", "overlap_steps")
     way = _words({f"outer.{key}": getattr(config.outer, key) for key in keys}, config.outer)
-    size = f"{format_count(plan.num_parameters)} parameters, {len(config.full_roster)} silos"
+    beside = f" beside {format_count(plan.num_frozen)} frozen ones" if plan.num_frozen else ""
+    size = f"{format_count(plan.num_parameters)} parameters{beside}, {len(config.full_roster)} silos"
     console.print(Text(f"{config.name}: {size}, {config.exchange.kind}; {way}"), soft_wrap=True)
     requests = [_requests(plan)] if plan.requests else []
     for part in (_facts(plan), *_text(plan), _bytes(plan), *requests, _neighbours(plan), _memory(plan)):

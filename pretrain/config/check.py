@@ -6,6 +6,7 @@ import re
 from difflib import get_close_matches
 from typing import Any
 
+from pretrain.config.adapters import check_adapter, check_kind
 from pretrain.config.allowed import ALLOWED, METRICS, TIERS, Numbers
 from pretrain.config.deepspeed_keys import KNOWN, OWNED
 from pretrain.config.errors import ConfigError, named, require
@@ -28,6 +29,7 @@ RUN_NAME = re.compile(r"[\w.-]{1,100}")
 def check_config(config: RunConfig) -> None:
     """Check the values; raises ConfigError naming the key."""
     require(bool(RUN_ID.fullmatch(config.run_id)), "run_id", config.run_id, f"{RUN_ID.pattern}, or empty")
+    check_kind(config.model.adapter)
     _check_each(config)
     require(bool(RUN_NAME.fullmatch(config.name)), "name", config.name, "up to 100 letters, digits, and _ . -")
     fits = bool(config.directory) and config.directory.isprintable()
@@ -51,6 +53,7 @@ def check_config(config: RunConfig) -> None:
         check_member,
         _check_muon,
         check_private,
+        check_adapter,
     ):
         check(config)
 
@@ -62,6 +65,7 @@ def _check_each(config: RunConfig) -> None:
     private = [(f"{prefix}private.", silo.private) for prefix, silo in silos]
     sections: dict[str, list[tuple[str, Any]]] = {"": [("", config)], "silo": silos, "silo.private": private}
     sections[MEMBER] = [(f"{MEMBER}.", config.outer.member_privacy)]
+    sections["model.adapter"] = [("model.adapter.", config.model.adapter)]
     for key, allowed in ALLOWED.items():
         section, _, name = key.rpartition(".")
         for prefix, settings in sections.get(section) or [(f"{section}.", getattr(config, section))]:

@@ -6,12 +6,15 @@ silos must agree on (see trust/contract.py); `silo` holds the defaults of every 
 differs for one.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pretrain.config.adapter import AdapterConfig
 from pretrain.config.allowed import SUM32
 from pretrain.config.budgets import MemberPrivacyConfig, PrivateConfig
+from pretrain.outer.fragments import cut_factors, cut_fragments
 from pretrain.outer.learning_rate import scheduled_lr
 from pretrain.outer.schedule import Schedule
 
@@ -27,7 +30,9 @@ class ModelConfig:
     checkpoint: str | None = None
     """A local `transformers` directory to continue from, instead of `config` and fresh weights."""
     seed: int = 0
-    """Seed of fresh weights."""
+    """Seed of fresh weights, and of an adapter's."""
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    """What is trained in place of its own parameters."""
 
 
 @dataclass(kw_only=True)
@@ -409,7 +414,14 @@ class RunConfig:
             sync_interval_steps=self.outer.sync_interval_steps,
             num_fragments=self.outer.num_fragments,
             overlap_steps=self.outer.overlap_steps,
+            in_turns=self.model.adapter.takes_turns,
         )
+
+    def cut(self, num_elements: Mapping[str, int]) -> list[list[str]]:
+        """The names of each fragment. Raises ValueError if there are fewer tensors than fragments."""
+        if self.model.adapter.takes_turns:
+            return cut_factors(num_elements)
+        return cut_fragments(num_elements, self.outer.num_fragments)
 
     def round_of(self, version: int) -> int:
         """The round, from 1, at whose steps a version is sent; 0 for version 0."""

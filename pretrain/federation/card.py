@@ -9,12 +9,16 @@ from typing import Any
 
 import yaml
 
-from pretrain.config.errors import ConfigError
+from pretrain.config.errors import ConfigError, named
 from pretrain.config.keys import OuterConfig, RunConfig
 from pretrain.host.foreign import shown
 
 CARD = "README.md"  # where model hubs look for it
 LICENSE_CHARACTERS = 100
+USE_ADAPTER = [
+    "from peft import PeftModel",
+    'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE"), "PATH")',
+]
 
 
 def check_license(given: str) -> None:
@@ -33,13 +37,19 @@ def model_card(
     num_parameters: int,
     license: str = "",
     held_out: Mapping[str, str] | None = None,
+    is_adapter: bool = False,
 ) -> str:
     """Markdown, with the YAML that model hubs read above it; `held_out` is corpus to its loss, in words."""
     about: dict[str, Any] = {"license": license} if license else {}
-    about |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["atoll", "federated"]}
+    about |= {
+        "library_name": "peft" if is_adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["atoll", "federated"],
+    }
     kind = config.model.config.get("model_type", "continued from a checkpoint")
     rows = {
         "model": f"{kind}, {num_parameters:,} parameters",
+        **_adapter(config),
         "training sequences": f"{config.sequence_tokens:,} tokens"
         + (", documents kept apart" if config.document_masking else ""),
         **_training(config, provenance),
@@ -53,11 +63,20 @@ def model_card(
         lines += [f"| {_cell(corpus)} | {_cell(loss)} |" for corpus, loss in sorted(held_out.items())]
     lines += [
         *("", "## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""),
-        'model = AutoModelForCausalLM.from_pretrained("PATH")',
+        *(USE_ADAPTER if is_adapter else ['model = AutoModelForCausalLM.from_pretrained("PATH")']),
         'tokenizer = AutoTokenizer.from_pretrained("PATH")',
         *("```", "", "It was not tuned to follow instructions, and nothing filters what it says."),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _adapter(config: RunConfig) -> dict[str, str]:
+    """Of which model it is, where not all of it was trained."""
+    adapter = config.model.adapter
+    if not adapter.is_on:
+        return {}
+    size = f"{adapter.kind} of rank {adapter.rank}, alpha {adapter.alpha:g}"
+    return {"adapter": f"{size}, beside {named(adapter.targets)}; merge: {adapter.merge}; the base was not trained"}
 
 
 def _who(config: RunConfig) -> str:

@@ -115,6 +115,10 @@ def describe(agreed: Agreed) -> Iterator[tuple[str, str]]:
     yield "contract", f"{config.name}, run {run}, sha256 {sha256_bytes(agreed.contract)[:12]}, in {agreed.url}"
     model = shown(config.model.config.get("model_type", "from a checkpoint"))
     yield "model", f"{model}, seed {config.model.seed}, sequences of {config.sequence_tokens:,} tokens"
+    if (adapter := config.model.adapter).is_on:
+        size = f"rank {adapter.rank}, alpha {adapter.alpha:g}, dropout {adapter.dropout:g}"
+        beside = named([shown(name) for name in adapter.targets])
+        yield "adapter", f"{adapter.kind} of {size}, beside {beside}; merge: {adapter.merge}"
     yield (
         "training",
         f"{inner.num_steps:,} steps of {inner.optimizer}, lr {inner.lr:g}: {config.num_rounds:,} rounds of H = "

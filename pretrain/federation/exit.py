@@ -166,7 +166,8 @@ class _BundleWriter:
         self._check(store, trouble)
         self._tell(f"version {self._newest}: writing its model")
         here = dataclasses.replace(self._config.exchange, kind="store", url=str(store), options={}, ca_file="")
-        export_global_model(dataclasses.replace(self._config, exchange=here), bundle / MODEL, self._newest)
+        form = "adapter" if self._config.model.adapter.is_on else ""
+        export_global_model(dataclasses.replace(self._config, exchange=here), bundle / MODEL, self._newest, form=form)
         self._copy_data_manifests(bundle / DATA)
         _write_software(bundle / SOFTWARE)
         keys = [f"{name} {key.text} {key.fingerprint}\n" for name, key in sorted(self._members.first_keys.items())]

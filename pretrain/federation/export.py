@@ -25,20 +25,26 @@ from pretrain.exchange.store import StoreExchange
 from pretrain.federation.card import CARD, check_license, model_card
 from pretrain.host.foreign import loads
 from pretrain.outer.digest import digest_tensors
+from pretrain.silo.adapter import merge_adapter
+from pretrain.silo.base import fill_base
 from pretrain.silo.batch import Batch
 from pretrain.silo.data import PackedTokens
 from pretrain.silo.evaluate import held_out_loss, sequences_evaluated
-from pretrain.silo.exported import export
+from pretrain.silo.exported import export, save_tokenizer, with_tokenizer
 from pretrain.silo.model import (
     build_empty,
+    build_without_memory,
     check_causality,
     check_document_masking,
     go_by_documents,
     load_checkpoint,
     token_losses,
 )
+from pretrain.silo.peft_directory import CONFIG as ADAPTER_CONFIG
+from pretrain.silo.peft_directory import read_factors, save_adapter
 from pretrain.silo.shards import atomic_path, tokenizer_sha256
 from pretrain.silo.vocabulary import vocabulary_size
+from pretrain.trust.contract import check_same_terms, model_terms, read_contract
 from pretrain.trust.ledger import RefusedError
 from pretrain.trust.policy import is_public
 
@@ -49,12 +55,21 @@ disable_progress_bar()  # transformers' bars for a single file are noise
 def load_global_model(config: RunConfig, version: int | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """The fp32 model of `version` (None: the newest), checked against its commit, and where it comes from.
 
-    Of a run whose one silo trained alone, that silo's final model. Raises ConfigError if there is no such version, or
-    its bytes are not what the commit says.
+    An adapter is merged into its base. Of a run whose one silo trained alone, that silo's final model. Raises
+    ConfigError if there is no such version, or its bytes are not what the commit says.
     """
     model, parameters = empty_model(config)
-    fill = _fill_from_silo if config.exchange.kind == "none" else _fill_from_store
-    return model.eval(), origin(config) | fill(config, parameters, version)
+    fill = _fill(config)
+    provenance = origin(config) | fill(config, parameters, version)
+    return finished(model, config), provenance
+
+
+def finished(model: nn.Module, config: RunConfig) -> nn.Module:
+    """What others load, once its trained parameters are filled: with an adapter, that merged into its base."""
+    if config.model.checkpoint and config.model.adapter.is_on:
+        fill_base(model, config.model.checkpoint)
+        merge_adapter(model)
+    return model.eval()
 
 
 def empty_model(config: RunConfig) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -79,11 +94,19 @@ def _eval_sequences(config: RunConfig) -> int:
     return found.pop() if len(found) == 1 else config.silo.eval_sequences
 
 
+def _fill(config: RunConfig) -> Callable[[RunConfig, dict[str, Tensor], int | None], dict[str, Any]]:
+    """What fills trained parameters with those of a version, and says where they come from."""
+    return _fill_from_silo if config.exchange.kind == "none" else _fill_from_store
+
+
 def _fill_from_store(config: RunConfig, parameters: dict[str, Tensor], version: int | None) -> dict[str, Any]:
     url = config.ledger_url(min(config.silos))
     exchange = StoreExchange(url, options=store_options(config.exchange, url))
-    if exchange.read_contract() is None:
+    if (contract := exchange.read_contract()) is None:
         raise ConfigError(f"exchange.url: {url} given; there is no contract.json, so no run, in it")
+    if config.model.adapter.is_on:  # the base may be another by now
+        terms, _ = read_contract(contract, url)
+        check_same_terms({"model": model_terms(config)}, {"model": terms["model"]}, url)
     newest = exchange.newest_version()
     version = newest if version is None else version
     if not 0 <= version <= newest:
@@ -132,21 +155,62 @@ def export_global_model(
     directory: Path,
     version: int | None = None,
     *,
+    form: str = "",
     license: str = "",
     held_out: Callable[[dict[str, Any]], dict[str, str]] = lambda provenance: {},
 ) -> dict[str, Any]:
     """Write a version as a `transformers` directory with tokenizer and model card; returns its provenance.
 
-    `held_out` is asked what the card says of its loss: corpus to words. Raises ConfigError if `directory` is there.
+    Of an adapter `form` says whether it is `merged` into its base, or, an `adapter`, a directory of peft. `held_out` is
+    asked what the card says of its loss: corpus to words. Raises ConfigError if `directory` is there.
     """
+    _check_form(config, form)
     if directory.exists():
         raise ConfigError(f"--output: {str(directory)!r} given; it exists already, and nothing is overwritten")
     check_license(license)
-    model, provenance = load_global_model(config, version)
+    is_adapter = form == "adapter"
+    model, provenance = _load_adapter(config, version) if is_adapter else load_global_model(config, version)
     with writing(directory, key="--output") as temporary:
-        write_export(model, config, provenance, temporary)
-        write_card(model, config, provenance, temporary, license=license, held_out=held_out(provenance))
+        if is_adapter:
+            _write_adapter(model, config, provenance, temporary)
+        else:
+            write_export(model, config, provenance, temporary)
+        told = held_out(provenance)
+        write_card(model, config, provenance, temporary, license=license, held_out=told, is_adapter=is_adapter)
     return provenance
+
+
+def _check_form(config: RunConfig, form: str) -> None:
+    if config.model.adapter.is_on and not form:
+        raise ConfigError(
+            "atoll export: neither --merged nor --adapter given, and this run trained an adapter; allowed: --merged (a "
+            "transformers directory, with it in the base's matrices), --adapter (a peft directory, without the base)"
+        )
+    if form and not config.model.adapter.is_on:
+        raise ConfigError(
+            f"--{form}: given; this run trained all of its model; allowed: neither --merged nor --adapter"
+        )
+
+
+def _load_adapter(config: RunConfig, version: int | None) -> tuple[nn.Module, dict[str, Any]]:
+    """The factors of a version, beside a model without memory."""
+    model = build_without_memory(config.model, vocabulary_size(config.tokenizer_file))
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.requires_grad:
+                setattr(module, name, nn.Parameter(torch.zeros(parameter.shape)))
+    factors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return model, origin(config) | _fill(config)(config, factors, version)
+
+
+def _write_adapter(model: nn.Module, config: RunConfig, provenance: dict[str, Any], directory: Path) -> None:
+    """Write factors with the tokenizer, which base they belong to, and where they come from, to a new directory."""
+    factors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    directory.mkdir()
+    save_adapter(directory, factors, config.model.adapter)
+    save_tokenizer(with_tokenizer(model, config.tokenizer_file), config.tokenizer_file, directory)
+    told = provenance | {"base": model_terms(config)["checkpoint"]}
+    (directory / PROVENANCE).write_text(json.dumps(told, indent=1) + "\n")
 
 
 def write_export(model: nn.Module, config: RunConfig, provenance: dict[str, Any], directory: Path) -> None:
@@ -171,10 +235,13 @@ def write_card(
     *,
     license: str = "",
     held_out: dict[str, str] | None = None,
+    is_adapter: bool = False,
 ) -> None:
     """Write the model card beside an export."""
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    card = model_card(config, provenance, num_parameters=num_parameters, license=license, held_out=held_out)
+    counted = (p for p in model.parameters() if p.requires_grad or not is_adapter)
+    num_parameters = sum(parameter.numel() for parameter in counted)
+    told = {"license": license, "held_out": held_out, "is_adapter": is_adapter}
+    card = model_card(config, provenance, num_parameters=num_parameters, **told)  # type: ignore[arg-type]
     (directory / CARD).write_text(card)
 
 
@@ -199,7 +266,9 @@ def writing(directory: Path, *, key: str = "--to") -> Iterator[Path]:
 
 
 def exported_digest(directory: Path) -> str:
-    """Digest of the parameters that a `transformers` directory holds, as commits have it. Raises ConfigError."""
+    """Digest of the parameters of an exported directory, as commits have it. Raises ConfigError."""
+    if (directory / ADAPTER_CONFIG).is_file():
+        return digest_tensors(read_factors(directory).items())
     named = load_checkpoint(directory, key="model").named_parameters()
     return digest_tensors((name, parameter) for name, parameter in named if parameter.requires_grad)
 
@@ -231,6 +300,8 @@ class SplitLoss:
 def describe_export(config: RunConfig, directory: Path, provenance: dict[str, Any]) -> str:
     """Where an exported model is, of what length of text it has learned, and what to do next."""
     whose = f"version {provenance['version']}" if "version" in provenance else f"silo {provenance['silo']}'s last"
+    if (directory / ADAPTER_CONFIG).is_file():
+        return f"{directory}: {whose} of {config.name}, an adapter; peft loads it beside its base"
     trained, settings = config.sequence_tokens, json.loads((directory / "config.json").read_text())
     allowed = max(
         (settings.get(key) or 0 for key in ("max_position_embeddings", "n_positions", "seq_length")), default=0

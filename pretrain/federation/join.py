@@ -185,7 +185,8 @@ def _settings(terms: dict[str, Any], url: str) -> Section:
     try:
         model, _ = terms["model"], terms["tokenizer_sha256"]
         settings = {key: terms[key] for key in agreed_settings(RunConfig())}
-        ours = {} if "checkpoint" in model else {"config": model["config"], "seed": model["seed"]}
+        given = ("adapter", "seed") if "adapter" in model else () if "checkpoint" in model else ("config", "seed")
+        ours = {key: model[key] for key in given}
     except (KeyError, TypeError) as error:
         raise _unknown(url, f"it has no {error.args[0]}" if isinstance(error, KeyError) else str(error)) from None
     return settings | {"model": ours, "exchange": {"url": url}}
@@ -194,7 +195,8 @@ def _settings(terms: dict[str, Any], url: str) -> Section:
 def _agreed(settings: Section, url: str) -> RunConfig:
     """The same as everybody sees it, with silos as the defaults make them. Raises ConfigError for what cannot be."""
     try:
-        below = settings | {"model": settings["model"] or {"checkpoint": "."}}
+        model = settings["model"]
+        below = settings | {"model": model if "config" in model else {"checkpoint": "."} | model}
         below |= {"silos": dict.fromkeys(settings["roster"])}
         if without_operator(settings["trust"]["keys"]):
             below |= {"exchange": COLLECTIVE}
@@ -295,7 +297,8 @@ def measure_size(federation: Federation, config: RunConfig, silo: str, newest: i
     vocab_size = vocabulary(config)
     sizes = model_config(config.model, vocab_size)
     layers, width = (getattr(sizes, name, 0) for name in ("num_hidden_layers", "hidden_size"))
-    if there and isinstance(layers, int) and isinstance(width, int) and 4 * layers * width > sum(there.values()):
+    is_counted = isinstance(layers, int) and isinstance(width, int) and not config.model.adapter.is_on
+    if there and is_counted and 4 * layers * width > sum(there.values()):
         raise other  # before it is built: every layer has a vector at least, of 4 bytes a number
     check_shapes(config.model, vocab_size, config.sequence_tokens)
     shapes = model_shapes(config, vocab_size)

@@ -24,6 +24,7 @@ from pretrain.federation.export import (
     SplitLoss,
     empty_model,
     evaluate_directory,
+    finished,
     origin,
     write_card,
     write_export,
@@ -281,7 +282,7 @@ def _export(config: RunConfig, values: Mapping[str, Tensor], told: dict[str, Any
     model, parameters = empty_model(config)
     for name, value in values.items():
         parameters[name].copy_(value)
-    write_export(model.eval(), config, origin(config) | told, directory)
+    write_export(finished(model, config), config, origin(config) | told, directory)
     return model
 
 

@@ -19,7 +19,7 @@ from pretrain.merge.step import Step, factors_of, shares
 from pretrain.merge.unmask import Unmasker
 from pretrain.merge.verify import Verifier, base_of, pseudo_gradient
 from pretrain.outer.digest import tensor_rows
-from pretrain.outer.fragments import cut_fragments
+from pretrain.outer.factors import aggregation_error, pairs
 from pretrain.outer.merge import mean_cosine
 from pretrain.outer.pieces import Piece
 from pretrain.outer.placing import InMemory
@@ -71,7 +71,7 @@ class Merger:
     def cut(self, parameters: Mapping[str, Tensor]) -> None:
         try:
             sizes = {name: value.numel() for name, value in parameters.items()}
-            self.fragments = cut_fragments(sizes, self._schedule.num_fragments)
+            self.fragments = self._config.cut(sizes)
         except ValueError as error:
             raise ConfigError(str(error)) from None
 
@@ -167,13 +167,30 @@ class Merger:
             staleness=[stale if delivery.manifest.version <= state.version else 1.0 for delivery in deliveries],
             pseudo_gradients=([pseudo_gradient(d, name, state, self._config) for d in deliveries] for name in names),
         )
+        errors = self._factor_errors(state, deliveries, weights)
         step, changes = self._take_step(state, deliveries, weights, factors)
-        metrics = {"update_norm": step.update_squared**0.5}
+        metrics = {"update_norm": step.update_squared**0.5} | errors
         if not self.unmasker:
             metrics["cosine_mean"] = mean_cosine(step.units_squared, len(deliveries))
         if budget := member_budget(self._config):
             metrics |= budget.spent(state.version + 1)
         return Merged(changes=changes, moments=step.merged_moments(), weights=weights, metrics=metrics)
+
+    def _factor_errors(
+        self, state: OuterState, deliveries: Sequence[Delivery], weights: Sequence[int]
+    ) -> dict[str, float]:
+        """What averaging factors costs in this version, where both are in it and deliveries can be seen."""
+        names = self.fragments[self._schedule.fragment(state.version + 1)]
+        both = pairs(names) if self._config.model.adapter.is_on else []
+        if not both or self.unmasker or self._config.outer.merge != "mean":
+            return {}
+        counting = [(one, weight) for one, weight in zip(deliveries, weights, strict=True) if weight]
+
+        def delivered(delivery: Delivery, name: str) -> Tensor:
+            return base_of(delivery, name, state).double() - pseudo_gradient(delivery, name, state, self._config)
+
+        factors = ([(delivered(one, a), delivered(one, b)) for one, _ in counting] for a, b in both)
+        return {"aggregation_error": aggregation_error(factors, [weight for _, weight in counting])}
 
     def _take_step(
         self, state: OuterState, deliveries: Sequence[Delivery], weights: Sequence[int], factors: Sequence[float]

@@ -43,6 +43,15 @@ def cut_fragments(num_elements: Mapping[str, int], num_fragments: int) -> list[l
     return [sorted(names, key=_as_counted) for names in candidates[best]]
 
 
+FACTORS = (".lora_A.", ".lora_B.")
+
+
+def cut_factors(names: Iterable[str]) -> list[list[str]]:
+    """Two fragments of an adapter: all factors A, and all factors B. Each name is one of the two."""
+    given = sorted(names, key=_as_counted)
+    return [[name for name in given if factor in name] for factor in FACTORS]
+
+
 def sync_offsets(num_fragments: int, sync_interval_steps: int) -> list[int]:
     """Fragment p is synced after every inner step t with t mod `sync_interval_steps` == offset p.
 

@@ -22,11 +22,14 @@ class Schedule:
     sync_interval_steps: int
     num_fragments: int = 1
     overlap_steps: int = 0
+    in_turns: bool = False
+    """One fragment trains at a time: the one that leaves next, while all others rest. Without overlap."""
 
     @property
     def num_versions(self) -> int:
         """The last version."""
-        return self.num_steps // self.sync_interval_steps * self.num_fragments + self.num_fragments - 1
+        last = 0 if self.in_turns else self.num_fragments - 1  # what has rested does not leave once more
+        return self.num_steps // self.sync_interval_steps * self.num_fragments + last
 
     def fragment(self, version: int) -> int:
         """The fragment that version changes."""
@@ -54,8 +57,13 @@ class Schedule:
         return min(self.sent(version) + self.overlap_steps, self.num_steps)
 
     def steps(self, version: int) -> int:
-        """Inner steps that the fragment has made since it was sent before."""
-        return self.sent(version) - (self.sent(version - self.num_fragments) if version > self.num_fragments else 0)
+        """Inner steps that the fragment has made since it was sent before, or since its turn began."""
+        before = version - (1 if self.in_turns else self.num_fragments)
+        return self.sent(version) - (self.sent(before) if before > 0 else 0)
+
+    def turn(self, step: int) -> int | None:
+        """The fragment that trains in the step after this inner step; None: all do."""
+        return self.fragment(self.newest_sent(step) + 1) if self.in_turns else None
 
     def due(self, step: int, *, sent: int, adopted: int) -> Iterator[tuple[Literal["deliver", "adopt"], int]]:
         """What a silo does after this inner step, in order, and for which version.

@@ -15,7 +15,6 @@ from pretrain.config.errors import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.payload import PARAMETER, header
 from pretrain.merge.terms import delivered_moments, shared_moments, snapshot_kinds, snapshot_versions
-from pretrain.outer.fragments import cut_fragments
 from pretrain.outer.moments import MOMENT, Moment
 from pretrain.outer.pieces import cut_pieces
 from pretrain.outer.quantize import QUANTIZERS
@@ -69,11 +68,17 @@ def model_shapes(config: RunConfig, vocab_size: int) -> dict[str, torch.Size]:
     return {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
 
 
+def frozen_elements(config: RunConfig, vocab_size: int) -> int:
+    """Elements of the parameters beneath an adapter, which stay where they are."""
+    model = build_without_memory(config.model, vocab_size)
+    return sum(p.numel() for p in model.parameters() if not p.requires_grad)
+
+
 def fragments(config: RunConfig, shapes: Shapes) -> list[dict[str, torch.Size]]:
     """The tensors of each fragment. Raises ConfigError if there are fewer tensors than fragments."""
     sizes = {name: shape.numel() for name, shape in shapes.items()}
     try:
-        cut = cut_fragments(sizes, config.outer.num_fragments)
+        cut = config.cut(sizes)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return [{name: shapes[name] for name in names} for names in cut]

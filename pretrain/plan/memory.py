@@ -44,10 +44,11 @@ class SiloMemory:
     """Of the leader's process where the CPU is the device."""
 
 
-def silo_memory(config: RunConfig, name: str, shapes: Shapes, hugging_face: Any) -> SiloMemory:
-    """Memory of a silo; `hugging_face` is the model's `transformers` configuration."""
+def silo_memory(config: RunConfig, name: str, shapes: Shapes, hugging_face: Any, frozen: int = 0) -> SiloMemory:
+    """Memory of a silo; `hugging_face` is the model's `transformers` configuration, `frozen` the elements beneath an
+    adapter."""
     silo, stage = config.silos[name], config.silos[name].zero_stage
-    device = [_device_bytes(config, silo, stage, shapes, hugging_face) for stage in range(4)]
+    device = [_device_bytes(config, silo, stage, shapes, hugging_face, frozen=frozen) for stage in range(4)]
     leader, others = SILO_BYTES + _sync_bytes(config, shapes), silo.processes_per_node - 1
     offloaded = _offloaded_bytes(config, silo, shapes)
     heap = round(HEAP_SHARE * activation_bytes(hugging_face, shapes, silo, config.sequence_tokens))
@@ -63,7 +64,9 @@ def silo_memory(config: RunConfig, name: str, shapes: Shapes, hugging_face: Any)
 # ---- a device
 
 
-def _device_bytes(config: RunConfig, silo: SiloConfig, stage: int, shapes: Shapes, hugging_face: Any) -> int:
+def _device_bytes(
+    config: RunConfig, silo: SiloConfig, stage: int, shapes: Shapes, hugging_face: Any, *, frozen: int
+) -> int:
     """What is kept, and the larger of forward pass and optimizer's step, which follow one another."""
     zero, width, num_elements = _zero(silo), _width(silo), _num_elements(shapes)
     share = num_elements / (_num_ranks(silo) if stage else 1)
@@ -79,14 +82,15 @@ def _device_bytes(config: RunConfig, silo: SiloConfig, stage: int, shapes: Shape
     backward += PRIVATE_BYTES[silo.precision] * num_elements if silo.is_private else 0.0
     bucket = zero.get("reduce_bucket_size", REDUCE_BUCKET)
     bucket_bytes = width * (bucket if isinstance(bucket, int | float) else REDUCE_BUCKET)
-    parameters = float(width * num_elements)
+    parameters = float(width * (num_elements + frozen))
     accumulates = silo.global_batch_sequences > silo.micro_batch_sequences * _num_ranks(silo)
-    accumulated = parameters if accumulates else 0.0
+    accumulated = float(width * num_elements) if accumulates else 0.0
     if stage == 3:
         # Parameters and gradients are this rank's share, and so are fp32 masters, of fp32 parameters, too.
         states += width * share + bucket_bytes
-        backward += width * min(num_elements, zero.get("stage3_max_live_parameters", LIVE_PARAMETERS))
-        parameters, accumulated = (0.0 if parameters_offloaded else width * share), 0.0
+        backward += width * min(num_elements + frozen, zero.get("stage3_max_live_parameters", LIVE_PARAMETERS))
+        whole = 0.0 if parameters_offloaded else 1.0
+        parameters, accumulated = whole * width * (share + frozen / _num_ranks(silo)), 0.0
     elif stage:
         backward += bucket_bytes * (2 if zero.get("overlap_comm") else 1)
         accumulated /= _num_ranks(silo) if stage == 2 else 1

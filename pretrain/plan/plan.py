@@ -18,6 +18,7 @@ from pretrain.plan.bytes import (
     Traffic,
     aggregator_run_bytes,
     fragments,
+    frozen_elements,
     model_shapes,
     payload_bytes,
     run_bytes,
@@ -51,6 +52,9 @@ class Plan:
 
     config: RunConfig
     num_parameters: int
+    """Trained ones."""
+    num_frozen: int
+    """Those beneath an adapter."""
     tokens: int
     """Of all silos in the run."""
     budget_tokens: int
@@ -87,6 +91,7 @@ def make_plan(config: RunConfig, given: Given, *, budget_tokens: int | None = No
     vocab_size = vocabulary(config)
     check_shapes(config.model, vocab_size, config.sequence_tokens)
     shapes, hugging_face = model_shapes(config, vocab_size), model_config(config.model, vocab_size)
+    frozen = frozen_elements(config, vocab_size) if config.model.adapter.is_on else 0
     moved = {silo: traffic(config, shapes, silo) for silo in config.silos}
     in_run = {silo: run_bytes(config, of) for silo, of in moved.items()}
     pace = run_pace(config, shapes, given)
@@ -98,6 +103,7 @@ def make_plan(config: RunConfig, given: Given, *, budget_tokens: int | None = No
     return Plan(
         config=config,
         num_parameters=sum(shape.numel() for shape in shapes.values()),
+        num_frozen=frozen,
         tokens=tokens,
         budget_tokens=budget,
         budget_days=pace.seconds * budget / tokens / 86_400,
@@ -113,7 +119,7 @@ def make_plan(config: RunConfig, given: Given, *, budget_tokens: int | None = No
         aggregator_requests=aggregator_requests(config, shapes, pace) if is_store else Requests(),
         pace=pace,
         neighbours=better_neighbours(config, shapes, given, pace),
-        memory={name: silo_memory(config, name, shapes, hugging_face) for name in config.silos},
+        memory={name: silo_memory(config, name, shapes, hugging_face, frozen) for name in config.silos},
         aggregator_memory_bytes=aggregator_bytes(config, shapes) if is_store else 0,
         aggregator_disk_bytes=(state_disk_bytes(config, shapes), scratch_bytes(config, shapes, is_new=True))
         if is_store

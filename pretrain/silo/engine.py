@@ -22,9 +22,12 @@ from torch import Tensor, nn
 from pretrain.config.errors import ConfigError
 from pretrain.config.keys import InnerConfig, ModelConfig, SiloConfig
 from pretrain.silo.activations import checkpoint_activations
+from pretrain.silo.adapter import Turns
 from pretrain.silo.attention import DOCUMENTS
+from pretrain.silo.base import fill_base
 from pretrain.silo.batch import IGNORED, Batch
 from pretrain.silo.copies import HostCopies
+from pretrain.silo.deepspeed_settings import deepspeed_config, has_optimizer_on_host
 from pretrain.silo.extensions import load_extension
 from pretrain.silo.model import (
     build_empty,
@@ -46,35 +49,23 @@ from pretrain.silo.zero import begin_backward, forget_initial_step, fp32_masters
 STATE = "engine"  # the folder of a checkpoint
 
 
-def deepspeed_config(silo: SiloConfig, inner: InnerConfig) -> dict[str, Any]:
-    """The user's DeepSpeed section, completed by what our own keys decide; accumulation follows, on all ranks.
-
-    Without ZeRO and in fp32 DeepSpeed keeps no norm of the gradient: we take it, and clip by it.
-    """
-    is_plain = silo.precision == "fp32" and not silo.zero_stage
-    # A private silo adds up gradients itself.
-    batch = {"gradient_accumulation_steps": 1} if silo.is_private else {"train_batch_size": silo.global_batch_sequences}
-    return {
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 2**31,
-        "zero_force_ds_cpu_optimizer": inner.optimizer != "muon",  # its AdamW is DeepSpeed's, inside of ours
-        **silo.deepspeed,
-        **batch,
-        "train_micro_batch_size_per_gpu": silo.micro_batch_sequences,
-        "gradient_clipping": 0.0 if is_plain else inner.clip_norm,
-        "bf16": {"enabled": silo.precision == "bf16"},
-    }
-
-
-def _has_optimizer_on_host(settings: dict[str, Any]) -> bool:
-    """Whether DeepSpeed's settings offload it. Raises ConfigError for what would lie on a disk."""
-    devices = [
-        settings.get("zero_optimization", {}).get(part, {}).get("device")
-        for part in ("offload_optimizer", "offload_param")
-    ]
-    if "nvme" in devices:
-        raise ConfigError("deepspeed.zero_optimization: offload to nvme given; allowed: none, cpu")
-    return devices[0] == "cpu"
+def _build(
+    model: ModelConfig,
+    silo: SiloConfig,
+    vocab_size: int,
+    partitioned: AbstractContextManager[Any] | None,
+    attention: str,
+    *,
+    reads: bool,
+) -> nn.Module:
+    """What computes. Its trained parameters are about to be overwritten; what is frozen, the leader `reads`."""
+    dtype = torch.bfloat16 if silo.precision == "bf16" else torch.float32
+    module = build_empty(model, vocab_size, dtype=dtype, partitioned=partitioned, attention=attention)
+    if model.checkpoint and model.adapter.is_on:
+        fill_base(module, model.checkpoint, reads=reads, is_partitioned=partitioned is not None)
+    if silo.activation_checkpointing != "none":
+        checkpoint_activations(module, silo)
+    return module
 
 
 class Engine:
@@ -97,17 +88,15 @@ class Engine:
         """
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         settings = deepspeed_config(silo, inner)
-        offloaded = _has_optimizer_on_host(settings)
+        offloaded = has_optimizer_on_host(settings)
         self.stage = silo.zero_stage
         partitioned = deepspeed.zero.Init(config_dict_or_path=settings) if self.stage == 3 else None
-        dtype = torch.bfloat16 if silo.precision == "bf16" else torch.float32
         stated = silo.attention or (model.config or {}).get("attn_implementation")
         by_mask = stated or ranks.device.type != "cpu"
         self._by_documents = silo.attention == DOCUMENTS or (mask_at is not None and not by_mask)
         attention = "" if self._by_documents else silo.attention
-        module = build_empty(model, vocab_size, dtype=dtype, partitioned=partitioned, attention=attention)
-        if silo.activation_checkpointing != "none":
-            checkpoint_activations(module, silo)
+        module = _build(model, silo, vocab_size, partitioned, attention, reads=ranks.is_leader)
+        self.turns = Turns(module, model.adapter)
         self._cross_entropy = target_losses
         if silo.compile:
             compile_layers(module)
@@ -115,7 +104,12 @@ class Engine:
         if offloaded:
             load_extension("CPUAdamBuilder", ranks.waits_for)
         optimizer = build_optimizer(
-            module.named_parameters(), inner, on_cpu=offloaded, fused=silo.fused_adamw, sums_gradients=sums_gradients
+            module.named_parameters(),
+            inner,
+            on_cpu=offloaded,
+            fused=silo.fused_adamw,
+            sums_gradients=sums_gradients,
+            turns=self.turns.of,
         )
         self._deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self._deepspeed.module.train()
@@ -222,7 +216,7 @@ class Engine:
 
     def _set_lr(self, lr: float) -> None:
         for group in self._deepspeed.optimizer.param_groups:
-            group["lr"] = lr * group["lr_factor"]
+            group["lr"] = lr * group["lr_factor"] if self.turns.trains(group["turn"]) else 0.0
 
     def _use_gradient(self) -> float | None:
         """After a backward pass: what DeepSpeed does then; the norm as `_clip_own_gradient` says."""

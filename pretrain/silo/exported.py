@@ -65,10 +65,15 @@ def export(
         _lower_positions(model, trained_tokens)
     with _deepspeed_says_nothing():
         model.save_pretrained(directory)  # type: ignore[operator]
-    tokenizer.save_pretrained(directory)
-    shutil.copyfile(tokenizer_file, directory / "tokenizer.json")  # the very bytes that the contract's hash names
+    save_tokenizer(tokenizer, tokenizer_file, directory)
     for file in directory.iterdir():
         file.chmod((directory / "config.json").stat().st_mode)  # safetensors makes files that only their owner reads
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, tokenizer_file: Path, directory: Path) -> None:
+    """With the very bytes that the contract's hash names."""
+    tokenizer.save_pretrained(directory)
+    shutil.copyfile(tokenizer_file, directory / "tokenizer.json")
 
 
 @contextmanager

@@ -17,7 +17,7 @@ WINDOWS = {"full_attention": None, "sliding_attention": "sliding_window", "chunk
 
 
 def flops_per_token(model: nn.Module, sequence_tokens: int) -> int | None:
-    """Operations of the forward and backward pass for one token: 6 N + 12 L H Q T.
+    """Operations of the forward and backward pass for one token: 6 N + 12 L H Q T; 4 for each frozen parameter of N.
 
     That is appendix B of PaLM (https://arxiv.org/abs/2204.02311), as nanoGPT and torchtitan count, too. N: parameters
     that a token meets in a product; an embedding that is looked up does not count, unless the output layer is the same
@@ -32,23 +32,24 @@ def flops_per_token(model: nn.Module, sequence_tokens: int) -> int | None:
     heads = getattr(config, "num_attention_heads", None)
     if attended is None or not isinstance(heads, int):
         return None
-    num_parameters = 0.0
-    for name, num_elements in _multiplied(model):
+    trained = frozen = 0.0
+    for name, parameter in _multiplied(model):
         is_expert = "experts" in name.split(".")
         if is_expert and share is None:
             return None
-        num_parameters += num_elements * (share or 0.0 if is_expert else 1.0)
-    return round(6 * num_parameters + 6 * heads * _head_sizes(config) * attended)
+        met = getattr(parameter, "ds_shape", parameter.shape).numel() * (share or 0.0 if is_expert else 1.0)
+        trained, frozen = (trained + met, frozen) if parameter.requires_grad else (trained, frozen + met)
+    return round(6 * trained + 4 * frozen + 6 * heads * _head_sizes(config) * attended)
 
 
-def _multiplied(model: Any) -> Iterator[tuple[str, int]]:
-    """Name and elements of the parameters that a token meets in a product."""
+def _multiplied(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that a token meets in a product, by name."""
     head = model.get_output_embeddings()
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     looked_up.discard(id(getattr(head, "weight", None)))
     for name, parameter in model.named_parameters():
         if id(parameter) not in looked_up:
-            yield name, getattr(parameter, "ds_shape", parameter.shape).numel()
+            yield name, parameter
 
 
 def _share_of_experts(config: Any) -> float | None:

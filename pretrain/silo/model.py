@@ -20,6 +20,7 @@ from transformers.utils import logging
 from pretrain.config.errors import ConfigError
 from pretrain.config.keys import ModelConfig, RunConfig
 from pretrain.host.foreign import shown
+from pretrain.silo.adapter import add_adapter, initial_factors
 from pretrain.silo.architecture import model_config, one_line
 from pretrain.silo.attention import DOCUMENTS, check_type, document_lengths
 from pretrain.silo.batch import BY_TOKENS, IGNORED
@@ -89,13 +90,15 @@ def load_checkpoint(directory: Path, *, key: str = "model.checkpoint") -> PreTra
 
 
 def initial_parameters(config: RunConfig, place: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
-    """What version 0 holds: the trained parameters of `build_initial`, by name.
+    """What version 0 holds: the trained parameters of `build_initial`, or the factors of an adapter, by name.
 
     `place`, if given, makes a copy of each fp32 tensor where it shall lie, one after another: the model is never in
     memory as a whole. Raises ConfigError, too, for a model that sees the future, or that is more than its parameters
     say to others.
     """
     vocab_size = vocabulary_size(config.tokenizer_file)
+    if config.model.adapter.is_on:  # each party has the rest
+        return initial_factors(build_without_memory(config.model, vocab_size), config.model.seed, place or torch.clone)
     with _placed_by(place) if place else nullcontext():
         model = build_initial(config.model, vocab_size)
     _check_buffers(model, config.model, vocab_size)
@@ -130,7 +133,8 @@ def build_empty(
 ) -> nn.Module:
     """The model's structure with parameters that are about to be overwritten; `partitioned` is ZeRO-3's context.
 
-    `attention` is an implementation of `transformers`, or attention.py's. Raises ConfigError for one that is not here.
+    With an adapter, its factors are the trained ones, and the rest is frozen (base.py fills it). `attention` is an
+    implementation of `transformers`, or attention.py's. Raises ConfigError for one that is not here.
     """
     config = model_config(settings, vocab_size)
     config.use_cache = False
@@ -148,6 +152,8 @@ def build_empty(
             module.padding_idx = None  # packed text has no padding: whatever is looked up is trained
     if settings.checkpoint:
         _read_buffers(model, Path(settings.checkpoint))
+    if settings.adapter.is_on:  # after zero.Init has ended; DeepSpeed shares the factors out by itself
+        add_adapter(model, settings.adapter)
     return model
 
 

@@ -1,6 +1,6 @@
 """Inner optimizers and their learning rate."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,26 +39,31 @@ def build_optimizer(
     on_cpu: bool,
     fused: bool = True,
     sums_gradients: bool = False,
+    turns: Mapping[str, int] | None = None,
 ) -> torch.optim.Optimizer:
     """AdamW, SGD, or Muon beside AdamW; matrices are decayed, vectors are not.
 
     Each group's learning rate is the schedule's times the group's `lr_factor`. `on_cpu`: optimizer states are offloaded
-    to the host; `fused`: see SiloConfig.fused_adamw; `sums_gradients`: see MuonAdamW. Raises ConfigError if there is
-    nothing for Muon to train.
+    to the host; `fused`: see SiloConfig.fused_adamw; `sums_gradients`: see MuonAdamW. Parameters that take turns,
+    by `turns`, are in groups of their own. Raises ConfigError if there is nothing for Muon to train.
     """
     for_muon: list[nn.Parameter] = []
-    matrices: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
+    others: dict[tuple[bool, int], list[nn.Parameter]] = {}  # whether they are vectors, and their turn
     for name, parameter in named_parameters:
         shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 flattens the parameter itself
         if parameter.requires_grad and inner.optimizer == "muon" and is_muon_matrix(name, shape):
             for_muon.append(parameter)
         elif parameter.requires_grad:
-            (matrices if len(shape) >= 2 else vectors).append(parameter)
+            others.setdefault((len(shape) < 2, (turns or {}).get(name, 0)), []).append(parameter)
     groups: list[dict[str, Any]] = [
-        {"params": group, "weight_decay": decay, "lr_factor": 1.0, "muon": False}
-        for group, decay in ((matrices, inner.weight_decay), (vectors, 0.0))
-        if group
+        {
+            "params": others[is_vector, turn],
+            "weight_decay": 0.0 if is_vector else inner.weight_decay,
+            "lr_factor": 1.0,
+            "turn": turn,
+            "muon": False,
+        }
+        for is_vector, turn in sorted(others)
     ]
     if inner.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=inner.lr)
@@ -71,6 +76,7 @@ def build_optimizer(
         return adamw
     matrix_group = {
         "params": for_muon,
+        "turn": 0,
         "muon": True,
         "lr": inner.muon_lr,
         "lr_factor": inner.muon_lr / inner.lr,

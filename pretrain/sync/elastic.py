@@ -54,7 +54,7 @@ class ElasticSync(SiloSync):
 
         def deliver() -> None:
             engine.copies.wait()
-            self._exchange.deliver(self._code(version, local, moments, num_sequences, replace(progress)))
+            self._exchange.deliver(self._code(version, local, moments, replace(progress)))
 
         delivered = self._coder.submit(deliver) if is_leader else None
         self._poll(delivered, f"the delivery for version {version}", progress)

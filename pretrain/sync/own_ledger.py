@@ -31,7 +31,6 @@ from pretrain.exchange.payload import PARAMETER, Tensors, changed_tensors, keep_
 from pretrain.exchange.store import StoreExchange, file_payload, version_path
 from pretrain.merge.outcome import record_paths
 from pretrain.outer.digest import Row, digest_rows, tensor_rows
-from pretrain.outer.fragments import cut_fragments
 from pretrain.outer.pieces import Piece, cut_pieces
 from pretrain.outer.quantize import QUANTIZERS, Parts
 from pretrain.outer.state import OuterTensors, kept_at_start
@@ -92,7 +91,7 @@ class OwnLedger:
 
     def _cut(self, parameters: Mapping[str, Tensor]) -> list[list[str]]:
         try:
-            return cut_fragments({n: p.numel() for n, p in parameters.items()}, self._schedule.num_fragments)
+            return self._config.cut({n: p.numel() for n, p in parameters.items()})
         except ValueError as error:
             raise ConfigError(str(error)) from None
 

@@ -27,7 +27,6 @@ from pretrain.merge.terms import commit_record
 from pretrain.outer.blocks import Change, NotSentError, code
 from pretrain.outer.codec import FEEDBACK_DECAY, decoded
 from pretrain.outer.digest import Row, digest_rows, tensor_rows
-from pretrain.outer.fragments import cut_fragments
 from pretrain.outer.pieces import Piece
 from pretrain.outer.quantize import Parts
 from pretrain.silo.checkpoint import HostTensors, Progress
@@ -193,7 +192,8 @@ class SiloSync:
                 coded = self._coder.submit(self._code, version, local, moments, now)
                 progress.unsettled.append(version)
             self._take_off(version, names, coded, wait_seconds=seconds)
-        progress.was_sent([fragment])
+        others = range(self.schedule.num_fragments) if self.schedule.in_turns else ()  # they have rested
+        progress.was_sent({fragment, *others})
         progress.seconds_waiting += seconds
         progress.sent = version
 
@@ -210,7 +210,7 @@ class SiloSync:
     def _names(self, engine: Engine, version: int) -> list[str]:
         if not self._fragments:
             sizes = {name: shape.numel() for name, shape in engine.shapes.items()}
-            self._fragments = cut_fragments(sizes, self.schedule.num_fragments)
+            self._fragments = self.config.cut(sizes)
         return self._fragments[self.schedule.fragment(version)]
 
     def _take_off(self, version: int, names: Sequence[str], coded: Coded, *, wait_seconds: float = 0.0) -> None:

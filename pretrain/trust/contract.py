@@ -48,7 +48,7 @@ def build_contract(config: RunConfig) -> dict[str, Any]:
     public_keys(config)
     return {
         "format": FORMAT,
-        "model": _model_terms(config),
+        "model": model_terms(config),
         "tokenizer_sha256": tokenizer_sha256(config.tokenizer_file),
         **({TEMPLATE: template_sha256(config.template_file)} if config.template_file else {}),
         "num_versions": config.schedule.num_versions,
@@ -57,11 +57,14 @@ def build_contract(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _model_terms(config: RunConfig) -> dict[str, Any]:
+def model_terms(config: RunConfig) -> dict[str, Any]:
+    """What a contract says of the model; of a checkpoint, the sha256 of each of its files."""
     if not config.model.checkpoint:
         return {"config": config.model.config, "seed": config.model.seed}
     files = checkpoint_files(Path(config.model.checkpoint))
-    return {"checkpoint": {path.name: _file_sha256(path) for path in files}}
+    base = {"checkpoint": {path.name: _file_sha256(path) for path in files}}
+    adapter = config.model.adapter
+    return base | ({"adapter": dataclasses.asdict(adapter), "seed": config.model.seed} if adapter.is_on else {})
 
 
 def _file_sha256(path: Path) -> str:

@@ -22,7 +22,6 @@ from pretrain.config.keys import RunConfig
 from pretrain.host.journal import Journal
 from pretrain.outer.codec import apply_change, decoded, encode
 from pretrain.outer.digest import digest_tensors
-from pretrain.outer.fragments import cut_fragments
 from tests.conftest import TinyConfig
 from tests.waiting import PATIENCE_SECONDS, wait_for
 
@@ -62,8 +61,7 @@ def plus_noise(state: OuterState, seed: int = 0) -> Tensors:
 def fragment_names(config: RunConfig, state: OuterState, version: int) -> list[str]:
     """Names of what a version changes."""
     sizes = {name: value.numel() for name, value in state.parameters.items()}
-    num_fragments = config.outer.num_fragments
-    return cut_fragments(sizes, num_fragments)[version % num_fragments]
+    return config.cut(sizes)[version % config.outer.num_fragments]
 
 
 def commit_of(config: RunConfig, version: int) -> dict[str, Any]:

@@ -1,0 +1,57 @@
+"""What cannot be with an adapter. Imports no torch."""
+
+from pretrain.config.adapter import ALL_LINEAR, AdapterConfig
+from pretrain.config.errors import ConfigError, require
+from pretrain.config.keys import RunConfig
+
+READS_BASE = "it begins with factors of the base's weights, of which ZeRO-3 has no whole one, and changes the base"
+REFUSED = {
+    "dora": "it takes a norm of the whole matrix at every step, which ZeRO-3 does not have, and no mean of it is exact",
+    "qlora": "a base of 4 bits is not sharded by ZeRO-3 before it is loaded, and its adapters are saved empty",
+    **dict.fromkeys(("pissa", "olora", "loftq", "corda", "eva", "orthogonal", "lora_ga"), READS_BASE),
+}
+
+
+def check_kind(adapter: AdapterConfig) -> None:
+    """Refuse kinds that others have, with the reason. Raises ConfigError."""
+    if why := REFUSED.get(adapter.kind):
+        raise ConfigError(f"model.adapter.kind: {adapter.kind!r} given; allowed: none, lora, and not this: {why}")
+
+
+def check_adapter(config: RunConfig) -> None:
+    """Refuse what an adapter is not trained with, and, without one, keys that would do nothing. Raises ConfigError."""
+    adapter, key = config.model.adapter, "model.adapter"
+    if not adapter.is_on:
+        for name, default in vars(AdapterConfig()).items():
+            given = getattr(adapter, name)
+            require(given == default, f"{key}.{name}", given, f"{default} with {key}.kind=none")
+        return
+    base = config.model.checkpoint
+    require(bool(base), "model.checkpoint", base, f"a transformers directory with {key}.kind={adapter.kind}")
+    optimizer = config.inner.optimizer
+    allowed = f"adamw, sgd with {key}.kind={adapter.kind}: the rows of a factor are not to be made orthogonal"
+    require(optimizer != "muon", "inner.optimizer", optimizer, allowed)
+    targets = adapter.targets
+    fits = bool(targets) and all(targets) and (ALL_LINEAR not in targets or targets == [ALL_LINEAR])
+    require(fits, f"{key}.targets", targets, f"[{ALL_LINEAR}], or names of layers")
+    if adapter.takes_turns:
+        _check_turns(config)
+
+
+def _check_turns(config: RunConfig) -> None:
+    """While one factor is due, the other has to be the same in all silos, to the last bit, and all means linear."""
+    outer, key = config.outer, "model.adapter.merge=alternate"
+    apart = "a factor is merged before the other goes on from it"
+    linear = "a mean of products is one of factors only if all elements weigh alike"
+    for name, given, wanted, why in (
+        ("outer.num_fragments", outer.num_fragments, 2, "the factors A and B"),
+        ("outer.overlap_steps", outer.overlap_steps, 0, apart),
+        ("outer.mixing", outer.mixing, 0.0, apart),
+        ("membership.stale_weight", config.membership.stale_weight, 0.0, "a late factor was trained beside another"),
+        ("outer.merge", outer.merge, "mean", linear),
+        ("outer.second_moments", outer.second_moments, "local", "a factor at rest has no gradient"),
+    ):
+        require(given == wanted, name, given, f"{wanted} with {key}: {why}")
+    for name, silo in config.silos.items():
+        epsilon = silo.private.epsilon
+        require(epsilon is None, f"silos.{name}.private.epsilon", epsilon, f"null with {key}: noise would move both")

@@ -1,0 +1,37 @@
+"""An adapter as peft has it: adapter_config.json and adapter_model.safetensors."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pretrain.config.adapter import AdapterConfig
+from pretrain.outer.fragments import FACTORS
+from pretrain.silo.adapter import lora_settings
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX, NAME = "base_model.model.", ".default."  # peft's own wrapper; the adapter's name, which files do not have
+
+
+def save_adapter(directory: Path, factors: Mapping[str, Tensor], settings: AdapterConfig) -> None:
+    """Write the factors of a trained adapter. It names no base, which is a place: who loads it has that already."""
+    from peft import LoraConfig
+
+    targets = [name.partition(FACTORS[0])[0] for name in factors if FACTORS[0] in name]
+    found: dict[str, Any] = LoraConfig(**lora_settings(settings, targets), task_type="CAUSAL_LM").to_dict()
+    found |= {"target_modules": targets, "inference_mode": True}
+    (directory / CONFIG).write_text(json.dumps(found, indent=2, sort_keys=True) + "\n")
+    tensors = {f"{PREFIX}{name.replace(NAME, '.')}": value.contiguous() for name, value in factors.items()}
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+
+
+def read_factors(directory: Path) -> dict[str, Tensor]:
+    """The same factors, by the names that they are trained under."""
+    found = {}
+    for name, value in load_file(directory / WEIGHTS).items():
+        stem, _, last = name.removeprefix(PREFIX).rpartition(".")
+        found[f"{stem}{NAME}{last}"] = value
+    return found
