@@ -40,7 +40,8 @@ from pretrain.silo.engine import Engine
 from pretrain.silo.flops import flops_per_token
 from pretrain.silo.model import build_without_memory
 from pretrain.silo.ranks import Ranks
-from pretrain.silo.shards import SplitWriter, tokenizer_sha256
+from pretrain.silo.shards import tokenizer_sha256
+from pretrain.silo.writer import SplitWriter
 from pretrain.sync.elastic import ElasticSync
 from pretrain.train import prepare
 

@@ -266,7 +266,8 @@ def verify(
     """
     from data_tools.inspect import find_splits
     from data_tools.tokenizer import tokenizer_file
-    from pretrain.silo.shards import tokenizer_sha256, verify_shards, verify_tokens
+    from pretrain.silo.shards import tokenizer_sha256, verify_shards
+    from pretrain.silo.verify import verify_tokens
 
     expected = tokenizer_sha256(tokenizer_file(tokenizer), key="--tokenizer") if tokenizer else None
     for directory in find_splits(directories):

@@ -18,7 +18,8 @@ from data_tools.duplicates import Seen
 from data_tools.encode import Encoded
 from data_tools.formats import count_bad, nothing_bad
 from data_tools.quality import MEASURES, RULES
-from pretrain.silo.shards import Manifest, SplitWriter
+from pretrain.silo.shards import Manifest
+from pretrain.silo.writer import SplitWriter
 
 STATE_FILE = "state.sqlite"
 # Kibibytes; as SQLite counts, negative.

@@ -16,9 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
 
 from pretrain.silo.model import parameters_on_meta
-from pretrain.silo.shards import END_OF_TEXT_NAMES
-
-CHAT_TEMPLATE = "chat_template.jinja"  # the name that transformers gives it
+from pretrain.silo.shards import END_OF_TEXT_NAMES, TEMPLATE_FILE
 
 
 def with_tokenizer(model: nn.Module, tokenizer_file: Path) -> PreTrainedTokenizerFast:
@@ -32,7 +30,7 @@ def with_tokenizer(model: nn.Module, tokenizer_file: Path) -> PreTrainedTokenize
     vocabulary = tokenizer.get_vocab()
     name = next((name for name in END_OF_TEXT_NAMES if name in vocabulary), None)
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file), eos_token=name, bos_token=name)
-    if (template := tokenizer_file.with_name(CHAT_TEMPLATE)).is_file():
+    if (template := tokenizer_file.with_name(TEMPLATE_FILE)).is_file():
         tokenizer.chat_template = template.read_text()
     code = inspect.getsource(sys.modules[type(model).__module__])
     for part in (model.config, model.generation_config):

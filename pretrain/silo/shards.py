@@ -6,7 +6,14 @@ A packed split is a directory:
     shard-00000.bin, shard-00001.bin   little-endian unsigned tokens, nothing else
     documents.bin                      for each document, the tokens up to its end: little-endian 64 bit unsigned
 
-Documents stand one after another, each followed by the end-of-text token; a document may go on in the next shard.
+Of text, documents stand one after another, each followed by the end-of-text token; a document may go on in the next
+shard. Of conversations, the tokens are rows of `chat.sequence_tokens`, whole ones in each shard. A row holds whole
+conversations, each a document as the chat template renders it, and then end-of-text tokens up to its end, if any, which
+are one document. Beside each shard lies
+
+    shard-00000.mask                   one bit a token, the first in the lowest: 1 for one that is trained as a target
+
+The first token of a document is not trained, as nothing is there to predict it from, nor is what fills a row.
 Only JSON and raw integers are read, so a split from someone else can hold no code.
 """
 
@@ -34,11 +41,10 @@ FORMAT = 2
 END_OF_TEXT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 MANIFEST_FILE = "manifest.json"
 DOCUMENTS_FILE = "documents.bin"
+TEMPLATE_FILE = "chat_template.jinja"  # the name that transformers gives it
 DOCUMENT_END = np.dtype("<u8")
 # Large vocabularies have some tens of MB.
 LIMIT_BYTES = 1 << 29
-# Tokens that `verify_tokens` looks at together.
-VERIFY_TOKENS = 1 << 22
 TOKEN_TYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 
@@ -52,6 +58,25 @@ class Shard:
     """Tokens in the file, end-of-text tokens included."""
     sha256: str
     """Of the file's bytes, in hexadecimal."""
+    mask_sha256: str | None = None
+    """Of the bytes of its mask; None where all tokens are trained."""
+
+    @property
+    def mask_file(self) -> str:
+        """Name of the mask, where there is one."""
+        return self.file.removesuffix(".bin") + ".mask"
+
+
+@dataclass(kw_only=True, frozen=True)
+class Chat:
+    """What a split of conversations has beyond one of text."""
+
+    template_sha256: str
+    """`template_sha256` of the chat template that made text of them."""
+    sequence_tokens: int
+    """Tokens of a row; a run can have no other sequences of it."""
+    num_trained_tokens: int = 0
+    """Tokens that are trained as targets, of all shards."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -73,13 +98,20 @@ class Manifest:
     num_tokens: int
     """Tokens of all shards, end-of-text tokens included."""
     num_documents: int
-    """Documents, and so end-of-text tokens that the packing has put."""
+    """Documents: of text so many end-of-text tokens has the packing put; of conversations what fills rows counts."""
     num_bytes: int
     """UTF-8 bytes of the documents' text."""
     documents_sha256: str
     """Of documents.bin, in hexadecimal."""
     shards: tuple[Shard, ...]
     """In the order in which they are read."""
+    chat: Chat | None = None
+    """Of a split of conversations; None: one of text."""
+
+    @property
+    def num_trained_tokens(self) -> int:
+        """Tokens that are trained as targets."""
+        return self.chat.num_trained_tokens if self.chat else self.num_tokens
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -89,8 +121,15 @@ class Manifest:
 
 def text_sha256(manifest: Manifest) -> str:
     """What tells whether a split holds the same tokens, wherever it lies and whenever it was prepared."""
-    terms = [manifest.documents_sha256, *((shard.num_tokens, shard.sha256) for shard in manifest.shards)]
+    masks = [(shard.mask_sha256,) if manifest.chat else () for shard in manifest.shards]
+    shards = ((shard.num_tokens, shard.sha256, *mask) for shard, mask in zip(manifest.shards, masks, strict=True))
+    terms = [manifest.documents_sha256, *shards]
     return hashlib.sha256(json.dumps(terms).encode()).hexdigest()
+
+
+def mask_bytes(num_tokens: int) -> int:
+    """Bytes of the mask of so many tokens."""
+    return -(-num_tokens // 8)
 
 
 def token_type_for(vocab_size: int) -> str:
@@ -148,6 +187,19 @@ def tokenizer_sha256(file: Path, *, key: str = "tokenizer") -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+def template_sha256(file: Path, *, key: str = "chat_template") -> str:
+    """sha256 of a chat template's text in UTF-8, to the last space. Raises ConfigError, naming `key`."""
+    try:
+        if not (text := file.read_bytes().decode()).strip():
+            raise ConfigError(f"{key}: {str(file)!r} given, which is empty; allowed: a chat template (Jinja)")
+    except (OSError, UnicodeDecodeError) as error:
+        why = "it is no text in UTF-8" if isinstance(error, UnicodeDecodeError) else "there is no such file"
+        raise ConfigError(
+            f"{key}: {str(file)!r} given; {why}; allowed: a chat template (Jinja), or a folder with a {TEMPLATE_FILE}"
+        ) from None
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _read_json(file: Path, *, missing: str) -> dict[str, Any]:
     try:
         loaded = loads(file.read_bytes(), limit_bytes=LIMIT_BYTES)
@@ -161,7 +213,7 @@ def _read_json(file: Path, *, missing: str) -> dict[str, Any]:
 
 
 def read_manifest(directory: Path, *, key: str = "silo.data", tokenizer_sha256: str | None = None) -> Manifest:
-    """Read a split's manifest and check it, the shards' sizes and, when given, the tokenizer.
+    """Read a split's manifest and check it, the files' sizes and, when given, the tokenizer.
 
     `key` is the configuration key or option that named the directory. Costs one `stat` a shard; `verify_shards` reads
     the tokens too. Raises ConfigError.
@@ -177,6 +229,8 @@ def read_manifest(directory: Path, *, key: str = "silo.data", tokenizer_sha256: 
             f"{tokenizer_sha256[:12]}: prepare it again or change tokenizer"
         )
     sizes = {shard.file: shard.num_tokens * manifest.dtype.itemsize for shard in manifest.shards}
+    if manifest.chat:
+        sizes |= {shard.mask_file: mask_bytes(shard.num_tokens) for shard in manifest.shards}
     sizes[DOCUMENTS_FILE] = manifest.num_documents * DOCUMENT_END.itemsize
     for file_name, expected_bytes in sizes.items():
         path = directory / file_name
@@ -194,6 +248,7 @@ def verify_shards(directory: Path, *, key: str = "silo.data", tokenizer_sha256: 
     """`read_manifest`, and the sha256 of every file. Reads all bytes, in constant memory. Raises ConfigError."""
     manifest = read_manifest(directory, key=key, tokenizer_sha256=tokenizer_sha256)
     expected = {shard.file: shard.sha256 for shard in manifest.shards} | {DOCUMENTS_FILE: manifest.documents_sha256}
+    expected |= {shard.mask_file: shard.mask_sha256 for shard in manifest.shards if shard.mask_sha256}
     for file_name, sha256 in expected.items():
         found = file_sha256(directory / file_name)
         if found != sha256:
@@ -202,35 +257,6 @@ def verify_shards(directory: Path, *, key: str = "silo.data", tokenizer_sha256: 
                 "copy or prepare the split again"
             )
     return manifest
-
-
-def verify_tokens(directory: Path, manifest: Manifest, *, key: str = "silo.data") -> None:
-    """Check what the tokens say: each below vocab_size, and an end-of-text token where a document ends, nowhere else.
-
-    Reads all tokens, in constant memory. Raises ConfigError.
-    """
-    ends = open_documents(directory, manifest)
-    begin, num_documents = 0, 0
-    for shard in manifest.shards:
-        tokens = open_shard(directory, manifest, shard)
-        for first in range(0, shard.num_tokens, VERIFY_TOKENS):
-            piece = tokens[first : first + VERIFY_TOKENS]
-            if piece.max() >= manifest.vocab_size:
-                raise ConfigError(token_outside_vocabulary(key, directory / shard.file, piece.max(), manifest))
-            found = np.flatnonzero(piece == manifest.end_of_text_id) + (begin + first + 1)
-            listed = ends[num_documents : num_documents + len(found)]
-            if not np.array_equal(found.astype(DOCUMENT_END), listed):
-                raise ConfigError(
-                    f"{key}: {directory / shard.file} and {DOCUMENTS_FILE} disagree about where documents end: "
-                    "prepare the split again"
-                )
-            num_documents += len(found)
-        begin += shard.num_tokens
-    if num_documents != manifest.num_documents or (num_documents and ends[-1] != manifest.num_tokens):
-        raise ConfigError(
-            f"{key}: {directory} has {num_documents} ends of documents, {MANIFEST_FILE} says {manifest.num_documents}: "
-            "prepare the split again"
-        )
 
 
 def token_outside_vocabulary(key: str, file: Path, token: int, manifest: Manifest) -> str:
@@ -270,10 +296,11 @@ def _parse_manifest(loaded: dict[str, Any], file: Path) -> Manifest:
         raise ConfigError(f"{file}: format {loaded.get('format')!r} given; allowed: {FORMAT}: prepare the split again")
     try:
         shards = tuple(Shard(**shard) for shard in loaded["shards"])
-        manifest = Manifest(**{**loaded, "shards": shards})
+        chat = {"chat": Chat(**loaded["chat"])} if "chat" in loaded else {}
+        manifest = Manifest(**{**loaded, "shards": shards, **chat})
     except (TypeError, KeyError) as error:
         raise ConfigError(f"{file}: not a manifest of format {FORMAT} ({error}): prepare the split again") from None
-    records: tuple[Manifest | Shard, ...] = (manifest, *shards)
+    records: tuple[Manifest | Shard | Chat, ...] = (manifest, *shards, *chat.values())
     for record in records:
         for field in dataclasses.fields(record):
             value = getattr(record, field.name)
@@ -293,13 +320,37 @@ def _parse_manifest(loaded: dict[str, Any], file: Path) -> Manifest:
     )
     if not consistent:
         raise ConfigError(f"{file}: its end_of_text_id, num_tokens or shards disagree: prepare it again")
+    if not _has_its_masks(manifest):
+        raise ConfigError(f"{file}: its chat, num_documents or shards disagree: prepare it again")
     return manifest
+
+
+def _has_its_masks(manifest: Manifest) -> bool:
+    """Whether all shards have masks and whole rows, or, of text, none has a mask."""
+    if not (chat := manifest.chat):
+        return all(shard.mask_sha256 is None for shard in manifest.shards)
+    return (
+        chat.sequence_tokens > 1
+        and all(isinstance(shard.mask_sha256, str) for shard in manifest.shards)
+        and all(shard.num_tokens % chat.sequence_tokens == 0 for shard in manifest.shards)
+        and manifest.num_tokens // chat.sequence_tokens <= manifest.num_documents
+        and chat.num_trained_tokens <= manifest.num_tokens - manifest.num_documents
+    )
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write `manifest.json`, atomically."""
     with atomic_path(directory / MANIFEST_FILE) as temporary:
-        temporary.write_text(json.dumps(dataclasses.asdict(manifest), indent=2) + "\n")
+        temporary.write_text(json.dumps(without_none(manifest), indent=2) + "\n")
+
+
+def without_none(record: Manifest | Shard) -> dict[str, Any]:
+    """A record as JSON holds it: what a split of text does not have is left out."""
+
+    def given(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {name: value for name, value in items if value is not None}
+
+    return dataclasses.asdict(record, dict_factory=given)
 
 
 def open_shard(directory: Path, manifest: Manifest, shard: Shard) -> npt.NDArray[Any]:
@@ -307,144 +358,20 @@ def open_shard(directory: Path, manifest: Manifest, shard: Shard) -> npt.NDArray
     return np.memmap(directory / shard.file, dtype=manifest.dtype, mode="r", shape=(shard.num_tokens,))
 
 
+def open_mask(directory: Path, shard: Shard) -> npt.NDArray[np.uint8]:
+    """The mask of a shard, eight tokens a byte, memory-mapped and read-only. # (mask_bytes(shard.num_tokens),)"""
+    return np.memmap(directory / shard.mask_file, dtype=np.uint8, mode="r", shape=(mask_bytes(shard.num_tokens),))
+
+
+def trained(mask: npt.NDArray[np.uint8], begin: int, end: int) -> npt.NDArray[np.bool_]:
+    """Which of the tokens from `begin` to `end` are trained, of the mask of their shard. # (end - begin,)"""
+    first = begin // 8
+    bits = np.unpackbits(mask[first : mask_bytes(end)], bitorder="little")
+    return bits[begin - 8 * first : end - 8 * first].astype(np.bool_)
+
+
 def open_documents(directory: Path, manifest: Manifest) -> npt.NDArray[np.uint64]:
     """For each document the number of tokens up to its end, memory-mapped and read-only. # (num_documents,)"""
     if not manifest.num_documents:
         return np.empty(0, DOCUMENT_END)
     return np.memmap(directory / DOCUMENTS_FILE, dtype=DOCUMENT_END, mode="r", shape=(manifest.num_documents,))
-
-
-class SplitWriter:
-    """Writes a packed split, in constant memory, and can go on where a killed writer had last synced.
-
-    The bytes depend on the documents and `shard_tokens` only, never on how they were cut into calls of `write`.
-    """
-
-    def __init__(
-        self,
-        directory: Path,
-        *,
-        vocab_size: int,
-        end_of_text_id: int,
-        shard_tokens: int,
-        state: dict[str, Any] | None = None,
-    ) -> None:
-        """Start an empty split in `directory`, or go on from what `sync` returned; what was written after is cut off.
-
-        `shard_tokens` is the most that one shard takes.
-        """
-        assert shard_tokens > 0
-        self._directory = directory
-        self._vocab_size, self._end_of_text_id, self._shard_tokens = vocab_size, end_of_text_id, shard_tokens
-        self._dtype = TOKEN_TYPES[token_type_for(vocab_size)]
-        state = state or {"num_tokens": 0, "num_documents": 0, "num_bytes": 0, "shards": []}
-        self.num_tokens: int = state["num_tokens"]
-        self.num_documents: int = state["num_documents"]
-        self.num_bytes: int = state["num_bytes"]
-        self._shards = [Shard(**shard) for shard in state["shards"]]
-        directory.mkdir(parents=True, exist_ok=True)
-        for left_over in sorted(directory.glob("shard-*.bin"))[len(self._shards) + 1 :]:
-            left_over.unlink()
-        self._documents = HashedFile(directory / DOCUMENTS_FILE, self.num_documents * DOCUMENT_END.itemsize)
-        self._shard = self._open_shard()
-
-    def _open_shard(self) -> "HashedFile":
-        tokens_before = sum(shard.num_tokens for shard in self._shards)
-        path = self._directory / f"shard-{len(self._shards):05d}.bin"
-        return HashedFile(path, (self.num_tokens - tokens_before) * self._dtype.itemsize)
-
-    def write(self, tokens: npt.NDArray[Any], document_tokens: npt.NDArray[Any], num_bytes: int) -> None:
-        """Append whole documents.
-
-        tokens (num_tokens,) holds them all, each ended by the end-of-text token; document_tokens (num_documents,) says
-        how many of the tokens are whose; num_bytes are the UTF-8 bytes of their text.
-        """
-        assert document_tokens.sum() == len(tokens)
-        self._documents.write((self.num_tokens + np.cumsum(document_tokens)).astype(DOCUMENT_END).tobytes())
-        self.num_documents += len(document_tokens)
-        self.num_bytes += num_bytes
-        while len(tokens):
-            piece = tokens[: self._shard_tokens - self._shard.num_bytes // self._dtype.itemsize].astype(self._dtype)
-            self._shard.write(piece.tobytes())
-            self.num_tokens += len(piece)
-            tokens = tokens[len(piece) :]
-            if self._shard.num_bytes == self._shard_tokens * self._dtype.itemsize:
-                self._end_shard()
-                self._shard = self._open_shard()
-
-    def _end_shard(self) -> None:
-        path, num_tokens = self._shard.path, self._shard.num_bytes // self._dtype.itemsize
-        sha256 = self._shard.close()
-        if num_tokens:
-            self._shards.append(Shard(file=path.name, num_tokens=num_tokens, sha256=sha256))
-        else:
-            path.unlink()
-
-    def sync(self) -> dict[str, Any]:
-        """Bring all to the disk; returns the state, as JSON holds it, from which another writer goes on."""
-        self._shard.sync()
-        self._documents.sync()
-        return {
-            "num_tokens": self.num_tokens,
-            "num_documents": self.num_documents,
-            "num_bytes": self.num_bytes,
-            "shards": [dataclasses.asdict(shard) for shard in self._shards],
-        }
-
-    def finish(self, *, tokenizer_sha256: str, recipe_sha256: str) -> Manifest:
-        """Close the files and write the manifest."""
-        self._end_shard()
-        manifest = Manifest(
-            tokenizer_sha256=tokenizer_sha256,
-            recipe_sha256=recipe_sha256,
-            vocab_size=self._vocab_size,
-            token_type=token_type_for(self._vocab_size),
-            end_of_text_id=self._end_of_text_id,
-            num_tokens=self.num_tokens,
-            num_documents=self.num_documents,
-            num_bytes=self.num_bytes,
-            documents_sha256=self._documents.close(),
-            shards=tuple(self._shards),
-        )
-        write_manifest(self._directory, manifest)
-        return manifest
-
-    def close(self) -> None:
-        """Close the files as they are, for another writer to go on from what `sync` returned."""
-        self._shard.abandon()
-        self._documents.abandon()
-
-
-class HashedFile:
-    """A file that is appended to, and its sha256. Of an earlier one the first `num_bytes` are kept."""
-
-    def __init__(self, path: Path, num_bytes: int) -> None:
-        self.path, self.num_bytes = path, num_bytes
-        self._hash = hashlib.sha256()
-        self._file = path.open("r+b" if path.exists() else "w+b")
-        self._file.truncate(num_bytes)
-        while piece := self._file.read(1 << 20):
-            self._hash.update(piece)
-        assert self._file.tell() == num_bytes, f"{path} is shorter than it was"
-
-    def write(self, raw: bytes) -> None:
-        """Append bytes."""
-        self._file.write(raw)
-        self._hash.update(raw)
-        self.num_bytes += len(raw)
-
-    def sync(self) -> None:
-        """Bring all to the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> str:
-        """Bring all to the disk and close; returns the sha256, in hexadecimal."""
-        self.sync()
-        self._file.close()
-        return self._hash.hexdigest()
-
-    def abandon(self) -> None:
-        """Close, if it is still open; what was not synced may be lost."""
-        with contextlib.suppress(OSError):  # a full disk, which is known already
-            self._file.close()

@@ -168,11 +168,17 @@ SPLIT = shards.Manifest(
     documents_sha256="c" * 64,
     shards=(SHARD,),
 )
+CHAT_SPLIT = dataclasses.replace(
+    SPLIT,
+    shards=(dataclasses.replace(SHARD, mask_sha256="d" * 64),),
+    chat=shards.Chat(template_sha256="e" * 64, sequence_tokens=2, num_trained_tokens=1),
+)
 COUNTS = CountsHeader(kind="occurrences", min_count=1, min_documents=1, epsilon=None, delta=None, per_document=None)
 
 
 def read_split(file: Path) -> None:
     (file.parent / SHARD.file).write_bytes(bytes(2 * SHARD.num_tokens))
+    (file.parent / SHARD.mask_file).write_bytes(bytes(1))
     (file.parent / shards.DOCUMENTS_FILE).write_bytes(bytes(shards.DOCUMENT_END.itemsize))
     shards.read_manifest(file.parent)
 
@@ -287,7 +293,12 @@ READERS: dict[str, Reader] = {
     ),
     "packed split": Reader(
         read=from_file(read_split, "manifest.json"),
-        accepted=json.dumps(dataclasses.asdict(SPLIT)).encode(),
+        accepted=json.dumps(shards.without_none(SPLIT)).encode(),
+        refuses=ConfigError,
+    ),
+    "packed conversations": Reader(
+        read=from_file(read_split, "manifest.json"),
+        accepted=json.dumps(shards.without_none(CHAT_SPLIT)).encode(),
         refuses=ConfigError,
     ),
     "tokenizer": Reader(

@@ -17,8 +17,9 @@ from data_tools import inspect as inspect_module
 from data_tools.inspect import Inspection, find_splits, inspect_splits, print_inspections
 from data_tools.report import new_picture
 from data_tools.tokenizer import end_of_text_id, train_tokenizer
-from pretrain.silo.shards import SplitWriter, tokenizer_sha256
+from pretrain.silo.shards import tokenizer_sha256
 from pretrain.silo.vocabulary import vocab_size_of
+from pretrain.silo.writer import SplitWriter
 from tests.support import one_line_error
 
 TEXTS = [

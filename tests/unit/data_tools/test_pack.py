@@ -22,7 +22,8 @@ from data_tools.tokenizer import train_tokenizer
 from data_tools.workers import StoppedError
 from pretrain.config.load import load_config
 from pretrain.silo.data import PackedTokens
-from pretrain.silo.shards import Manifest, tokenizer_sha256, verify_shards, verify_tokens
+from pretrain.silo.shards import Manifest, tokenizer_sha256, verify_shards
+from pretrain.silo.verify import verify_tokens
 from tests.support import TinyText, mounted, one_line_error, packed_hashes, pseudo_text, tiny_settings
 from tests.text_files import TEXTS, save_dataset, write_csv, write_jsonl, write_parquet
 

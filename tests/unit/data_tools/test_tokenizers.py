@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from data_tools.pack import Recipe, prepare
 from data_tools.sources import Source
 from data_tools.tokenizer import PlainText, train_tokenizer
-from pretrain.silo.shards import read_manifest, tokenizer_sha256, verify_tokens
+from pretrain.silo.shards import read_manifest, tokenizer_sha256
+from pretrain.silo.verify import verify_tokens
 from pretrain.silo.vocabulary import read_tokenizer, vocab_size_of, vocabulary_size
 from tests.support import one_line_error, pseudo_text
 from tests.text_files import write_jsonl

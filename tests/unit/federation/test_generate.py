@@ -15,7 +15,7 @@ from pretrain.config.load import save_config
 from pretrain.federation.export import export_global_model
 from pretrain.federation.generate import Sampling, Speaker, open_speaker
 from pretrain.host.foreign import shown_lines
-from pretrain.silo.exported import CHAT_TEMPLATE
+from pretrain.silo.shards import TEMPLATE_FILE
 from tests.conftest import TinyConfig
 from tests.support import TinyText, one_line_error
 from tests.unit.test_aggregate import start
@@ -92,7 +92,7 @@ def test_stdout_has_the_text_alone_and_chat_says_its_form(
     folder = tmp_path / "tokenizer"
     folder.mkdir()
     shutil.copy(tiny_text.tokenizer, folder / "tokenizer.json")
-    (folder / CHAT_TEMPLATE).write_text(TEMPLATE)
+    (folder / TEMPLATE_FILE).write_text(TEMPLATE)
     run.tokenizer = str(folder)
     export_global_model(run, tmp_path / "talks")
     speaker = open_speaker(str(tmp_path / "talks"))

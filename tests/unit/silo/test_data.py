@@ -17,13 +17,13 @@ from pretrain.config.errors import ConfigError
 from pretrain.silo.data import Batches, Mixture, Order, PackedTokens, held_out_batches
 from pretrain.silo.shards import (
     MANIFEST_FILE,
-    SplitWriter,
     atomic_path,
     open_shard,
     read_manifest,
     verify_shards,
     write_manifest,
 )
+from pretrain.silo.writer import SplitWriter
 
 TOKENIZER = "a1" * 32
 OTHER_TOKENIZER = "b2" * 32

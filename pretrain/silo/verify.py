@@ -1,0 +1,105 @@
+"""What the tokens of a packed split say, beyond what its hashes do; imports no torch."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pretrain.config.errors import ConfigError
+from pretrain.silo.shards import (
+    DOCUMENT_END,
+    DOCUMENTS_FILE,
+    MANIFEST_FILE,
+    Manifest,
+    Shard,
+    open_documents,
+    open_mask,
+    open_shard,
+    token_outside_vocabulary,
+    trained,
+)
+
+# Tokens that are looked at together.
+VERIFY_TOKENS = 1 << 22
+
+
+def verify_tokens(directory: Path, manifest: Manifest, *, key: str = "silo.data") -> None:
+    """Check what the tokens say: each below vocab_size, documents where the index has them; of conversations the masks.
+
+    Reads all tokens, in constant memory. Raises ConfigError.
+    """
+    if manifest.chat:
+        _verify_rows(directory, manifest, manifest.chat.sequence_tokens, key)
+    else:
+        _verify_ends(directory, manifest, key)
+
+
+def _pieces(
+    directory: Path, manifest: Manifest, num_tokens: int, key: str
+) -> Iterator[tuple[Shard, int, npt.NDArray[Any]]]:
+    """Up to so many tokens of a shard at a time, all below vocab_size, and how many came before them in the shard."""
+    for shard in manifest.shards:
+        tokens = open_shard(directory, manifest, shard)
+        for first in range(0, shard.num_tokens, num_tokens):
+            piece = tokens[first : first + num_tokens]
+            if piece.max() >= manifest.vocab_size:
+                raise ConfigError(token_outside_vocabulary(key, directory / shard.file, piece.max(), manifest))
+            yield shard, first, piece
+
+
+def _verify_ends(directory: Path, manifest: Manifest, key: str) -> None:
+    """Of text: an end-of-text token where a document ends, nowhere else."""
+    ends = open_documents(directory, manifest)
+    before, num_documents = 0, 0
+    for shard, _, piece in _pieces(directory, manifest, VERIFY_TOKENS, key):
+        found = np.flatnonzero(piece == manifest.end_of_text_id) + (before + 1)
+        listed = ends[num_documents : num_documents + len(found)]
+        if not np.array_equal(found.astype(DOCUMENT_END), listed):
+            raise ConfigError(
+                f"{key}: {directory / shard.file} and {DOCUMENTS_FILE} disagree about where documents end: "
+                "prepare the split again"
+            )
+        num_documents += len(found)
+        before += len(piece)
+    if num_documents != manifest.num_documents or (num_documents and ends[-1] != manifest.num_tokens):
+        raise ConfigError(
+            f"{key}: {directory} has {num_documents} ends of documents, {MANIFEST_FILE} says {manifest.num_documents}: "
+            "prepare the split again"
+        )
+
+
+def _verify_rows(directory: Path, manifest: Manifest, row_tokens: int, key: str) -> None:
+    """Of conversations: each ends in its row; of a document not the first token is trained, of a filling none."""
+    ends = open_documents(directory, manifest)
+    before, num_documents, num_trained = 0, 0, 0
+    whole_rows = max(1, VERIFY_TOKENS // row_tokens) * row_tokens
+    for shard, first, piece in _pieces(directory, manifest, whole_rows, key):
+        listed = ends[num_documents : np.searchsorted(ends, before + len(piece), side="right")].astype(np.int64)
+        row_ends = np.arange(row_tokens, len(piece) + 1, row_tokens)
+        starts = np.concatenate([[0], listed - before])[:-1]
+        if not (len(listed) and (np.diff(starts) > 0).all() and np.isin(row_ends, listed - before).all()):
+            raise ConfigError(
+                f"{key}: {directory / shard.file} and {DOCUMENTS_FILE} disagree about where conversations end, as one "
+                f"does at the end of each row of {row_tokens} tokens: prepare the split again"
+            )
+        bits = trained(open_mask(directory, shard), first, first + len(piece))
+        # What fills a row is the last document in it, and has nothing but end-of-text tokens.
+        last_starts = np.repeat(starts[np.searchsorted(starts, row_ends) - 1], row_tokens)
+        in_last = np.arange(len(piece)) >= last_starts
+        text = np.add.reduceat(in_last & (piece != manifest.end_of_text_id), row_ends - row_tokens)
+        fills = in_last & np.repeat(text == 0, row_tokens)
+        if bits[starts].any() or bits[fills].any():
+            raise ConfigError(
+                f"{key}: {directory / shard.mask_file} trains the first token of a document, or what fills a row: "
+                "prepare the split again"
+            )
+        num_documents += len(listed)
+        num_trained += int(bits.sum())
+        before += len(piece)
+    if (num_documents, num_trained) != (manifest.num_documents, manifest.num_trained_tokens):
+        raise ConfigError(
+            f"{key}: {directory} has {num_documents} ends of documents and {num_trained} trained tokens, "
+            f"{MANIFEST_FILE} says {manifest.num_documents} and {manifest.num_trained_tokens}: prepare the split again"
+        )
