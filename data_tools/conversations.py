@@ -10,7 +10,7 @@ The one form: `content` is text in every message, `arguments` is an object, tool
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,11 +59,27 @@ class Conversation:
     untrained: frozenset[int] = field(default_factory=frozenset)
     """The assistant's messages, by their place, that are not to be learned."""
 
-    def digest(self) -> bytes:
-        """16 bytes of its sha256: what makes it a duplicate, and what decides whether it is held out."""
+    def canonical(self) -> str:
+        """It as JSON in ASCII, the same of equal conversations."""
         said = [self.messages, self.tools, sorted(self.untrained)]
-        canonical = json.dumps(said, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return json.dumps(said, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+    @staticmethod
+    def digest(canonical: str) -> bytes:
+        """16 bytes of the sha256: what makes it a duplicate, and what decides whether it is held out."""
         return hashlib.sha256(canonical.encode()).digest()[:16]
+
+    def with_texts(self, changed: Callable[[str], str]) -> "Conversation":
+        """The same with all text in it changed."""
+
+        def through(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {changed(key): through(inner) for key, inner in value.items()}
+            if isinstance(value, list):
+                return [through(inner) for inner in value]
+            return changed(value) if isinstance(value, str) else value
+
+        return Conversation(messages=through(self.messages), tools=through(self.tools), untrained=self.untrained)
 
 
 def parse_conversation(text: str) -> Conversation:

@@ -70,7 +70,7 @@ def test_all_forms_are_one(record: dict[str, Any]) -> None:
     assert found.messages == AS_OBJECT
     assert found.tools == TOOLS
     assert found == expected
-    assert found.digest() == expected.digest()
+    assert found.canonical() == expected.canonical()
 
 
 def test_a_system_text_beside_a_conversation_comes_first() -> None:
@@ -89,7 +89,7 @@ def test_of_a_prompt_nothing_is_learned() -> None:
     found = normalised({"prompt": prompt, "completion": [SAID | {"reasoning": "Hm."}]})
     assert found.untrained == {1}
     assert found.messages[3] == SAID | {"reasoning_content": "Hm."}
-    assert found.digest() != normalised({"messages": found.messages}).digest()
+    assert found.canonical() != normalised({"messages": found.messages}).canonical()
 
 
 USER = {"role": "user", "content": "Hi"}
