@@ -312,6 +312,24 @@ def inspect(
     print_reports(find_splits(directories), Console())
 
 
+@app.command()
+def show(
+    directories: Annotated[
+        list[Path], typer.Argument(help="Packed splits of conversations, or folders that hold some.")
+    ],
+    tokenizer: Annotated[Path | None, typer.Option(help="The tokenizer.json that packed them; required.")] = None,
+    samples: Annotated[int, typer.Option(help="Conversations of each split to show; private text!")] = 3,
+    seed: Annotated[int, typer.Option(help="Which conversations are shown.")] = 0,
+) -> None:
+    """Show packed conversations, and in colour (in a pipe or with NO_COLOR: in [[ ]]) what of them is learned.
+
+    [bold]Example:[/bold] atoll data show packed/train --tokenizer tokenizer
+    """
+    from data_tools.show import print_conversations
+
+    print_conversations(directories, _given(tokenizer), num_samples=samples, seed=seed, console=Console())
+
+
 def _parts(corpora: list[str], text_field: str, as_text: list[str] | None, on_bad: str = "") -> "list[Part]":
     """All parts of files, folders and globs; what is read and what is not is said before."""
     from data_tools.listing import check_listed

@@ -1,5 +1,6 @@
 """Conversations to packed rows: `atoll data prepare --chat`, its files, its stops, and what a user is told."""
 
+import io
 import json
 import random
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from rich.console import Console
 from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
@@ -17,6 +19,7 @@ from data_tools import rows
 from data_tools.clean import Cleaning
 from data_tools.cli import app
 from data_tools.pack import ChatRecipe, Recipe, prepare
+from data_tools.show import print_conversations
 from data_tools.sources import Source
 from data_tools.tokenizer import train_tokenizer
 from data_tools.workers import StoppedError
@@ -286,3 +289,34 @@ def test_from_a_tokenizer_to_verified_rows_by_commands_alone(tmp_path: Path) -> 
     code, output = run("verify", tmp_path / "packed", "--tokenizer", tmp_path / "tokenizer")
     assert (code, output.count("whole")) == (0, 2)
     assert "% trained" in output
+
+
+def test_conversations_are_shown_with_what_is_learned(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_records(tmp_path / "text.jsonl", [{"messages": [user("Hi \x1b[31m"), assistant("[Hello]")]}])
+    prepare(recipe(tokenizer, source, sequence_tokens=64), tmp_path / "packed")
+    for split in ("", "train"):
+        code, output = run("show", tmp_path / "packed" / split, "--tokenizer", tokenizer, "--samples", 5)
+        assert code == 0
+        assert output == (
+            "train, document 0, 34 tokens, 9 learned\n<|im_start|>user\nHi \\x1b[31m<|im_end|>\n<|im_start|>assistant\n"
+            "[[[Hello]<|im_end|>\n]]\n\n"
+        )
+    for no_color, expected_text in {"1": "[[[Hello]<|im_end|>\n]]", "": "\x1b[1;32m[Hello]<|im_end|>"}.items():
+        monkeypatch.setenv("NO_COLOR", no_color)
+        console = Console(file=(written := io.StringIO()), force_terminal=True, color_system="standard")
+        print_conversations([tmp_path / "packed"], tokenizer, num_samples=1, seed=0, console=console)
+        assert expected_text in written.getvalue()
+    code, output = run("show", tmp_path / "packed", "--samples", 0, "--tokenizer", tokenizer)
+    assert "--samples: 0 given; allowed: 1 or more" in output
+    assert "--tokenizer: nothing given" in run("show", tmp_path / "packed")[1]
+    text = Recipe(sources=(Source(path=str(source), as_text=("*.jsonl",)),), tokenizer=tokenizer, held_out=0.0)
+    prepare(text, tmp_path / "text")
+    assert (
+        "train given, which is of text; allowed: conversations"
+        in run("show", tmp_path / "text", "--tokenizer", tokenizer)[1]
+    )
+    code, output = run("inspect", tmp_path / "packed", tmp_path / "text", "--tokenizer", tokenizer)
+    assert code == 0
+    assert "14.1 %" in output
