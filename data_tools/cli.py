@@ -6,8 +6,9 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -53,6 +54,15 @@ QualityReport = Annotated[
 PersonalData = Annotated[
     str, typer.Option(help="count, mask or drop: e-mail addresses, numbers of accounts, cards, telephones; not names.")
 ]
+Chat = Annotated[
+    bool, typer.Option("--chat", help="The records are conversations: messages, ShareGPT, or prompt and completion.")
+]
+SequenceTokens = Annotated[int, typer.Option(help="With --chat: tokens of a row, the run's model.sequence_tokens.")]
+TooLong = Annotated[str, typer.Option(help="With --chat: stop at, or skip, what is longer than a row.")]
+ChatTemplate = Annotated[
+    Path | None, typer.Option(help="With --chat: a chat template (Jinja) instead of the tokenizer's own.")
+]
+ChatDate = Annotated[str, typer.Option(help="With --chat: YYYY-MM-DD, for a template that writes today's date.")]
 
 
 @app.command()
@@ -133,6 +143,9 @@ def tokenizer(
     text_field: Annotated[str, typer.Option(help="JSON key or column that holds the text.")] = "text",
     as_text: AsText = None,
     vocab_size: Annotated[int, typer.Option(help="Tokens of the vocabulary, bytes and end of text included.")] = 32_768,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Reserve <|im_start|>, <|im_end|>; write chat_template.jinja (ChatML).")
+    ] = False,
 ) -> None:
     """Train the byte-level BPE tokenizer that all silos share, from counts that each silo exported or from text.
 
@@ -154,9 +167,10 @@ def tokenizer(
     divisor, texts = 1, read_parts(_parts(corpora or [], text_field, as_text))
     with _waiting("training the tokenizer"):
         if counts:
-            file, divisor = train_from_counts(merge_counts(counts, warn=_warn), vocab_size=vocab_size, output=output)
+            merged = merge_counts(counts, warn=_warn)
+            file, divisor = train_from_counts(merged, vocab_size=vocab_size, output=output, chat=chat)
         else:
-            file = train_tokenizer(texts, vocab_size=vocab_size, output=output)
+            file = train_tokenizer(texts, vocab_size=vocab_size, output=output, chat=chat)
     scaled = f"  (counts divided by {divisor})" if divisor > 1 else ""
     _say(f"{file}  vocabulary {vocab_size:,}  sha256 {tokenizer_sha256(file)}{scaled}")
 
@@ -189,38 +203,41 @@ def prepare(
     quality_report: QualityReport = False,
     filter: Annotated[str, typer.Option(help="Your own, package.module:function, str -> bool or new str.")] = "",
     on_bad: OnBad = "stop",
+    chat: Chat = False,
+    sequence_tokens: SequenceTokens = 0,
+    too_long: TooLong = "stop",
+    chat_template: ChatTemplate = None,
+    chat_date: ChatDate = "",
     shard_tokens: Annotated[int, typer.Option(help="Most tokens in one shard file.")] = 100_000_000,
     workers: Annotated[int | None, typer.Option(help="Processes that clean and tokenize; default: one a core.")] = None,
 ) -> None:
-    """Clean, tokenize and pack text into shards that training reads, for any sequence length.
+    """Clean, tokenize and pack text into shards that training reads, for any sequence length; or conversations.
 
     OUTPUT/train is for silo.data and OUTPUT/valid for silo.valid; OUTPUT/silo.yaml says it as configuration, and
     OUTPUT/report.json and report.png what was dropped and why. Stop it or kill it whenever you like: the same command
     goes on. What has been prepared already is left as it is.
 
     [bold]Example:[/bold] atoll data prepare "raw/*.jsonl.zst" --tokenizer tokenizer --output packed --drop-duplicates
-    """
-    from data_tools.clean import Cleaning
-    from data_tools.pack import Recipe
 
+    [bold]Example:[/bold] atoll data prepare chats.jsonl --chat --sequence-tokens 2048 --tokenizer model --output packed
+    """
+    given = dict(locals())
     listed = _sources(corpora or [], dataset or [], sources, text_field, as_text or [])
-    cleaning = Cleaning(
-        normalize=normalize,
-        personal_data=personal_data,
-        min_characters=min_characters,
-        max_characters=max_characters,
-        drop_duplicates=drop_duplicates,
-        near_duplicates=near_duplicates,
-        drop_overlap=drop_overlap,
-        language_report=language_report,
-        keep_language=keep_language,
-        quality_report=quality_report,
-        filter=filter,
-    )
-    recipe = Recipe(
-        sources=listed, tokenizer=_given(tokenizer), cleaning=cleaning, held_out=held_out, shard_tokens=shard_tokens
-    )
+    recipe = _recipe(given, sources=listed, tokenizer=_given(tokenizer), held_out=held_out, shard_tokens=shard_tokens)
     _prepare(recipe, output, on_bad, workers)
+
+
+def _recipe(given: dict[str, Any], **recipe: Any) -> "Recipe":
+    """A recipe, with the options of cleaning and of conversations, which have the names that they are given by."""
+    from data_tools.clean import Cleaning
+    from data_tools.pack import ChatRecipe, Recipe
+    from pretrain.config.errors import ConfigError
+
+    cleaning, chat = ({one.name: given[one.name] for one in fields(kind)} for kind in (Cleaning, ChatRecipe))
+    for name, value in chat.items():
+        if value and value != "stop" and not given["chat"]:
+            raise ConfigError(f"--{name.replace('_', '-')}: {value} given; allowed: with --chat, for conversations")
+    return Recipe(cleaning=Cleaning(**cleaning), chat=ChatRecipe(**chat) if given["chat"] else None, **recipe)
 
 
 def _given(tokenizer: Path | None) -> Path:
@@ -295,6 +312,24 @@ def inspect(
     print_reports(find_splits(directories), Console())
 
 
+@app.command()
+def show(
+    directories: Annotated[
+        list[Path], typer.Argument(help="Packed splits of conversations, or folders that hold some.")
+    ],
+    tokenizer: Annotated[Path | None, typer.Option(help="The tokenizer.json that packed them; required.")] = None,
+    samples: Annotated[int, typer.Option(help="Conversations of each split to show; private text!")] = 3,
+    seed: Annotated[int, typer.Option(help="Which conversations are shown.")] = 0,
+) -> None:
+    """Show packed conversations, and in colour (in a pipe or with NO_COLOR: in [[ ]]) what of them is learned.
+
+    [bold]Example:[/bold] atoll data show packed/train --tokenizer tokenizer
+    """
+    from data_tools.show import print_conversations
+
+    print_conversations(directories, _given(tokenizer), num_samples=samples, seed=seed, console=Console())
+
+
 def _parts(corpora: list[str], text_field: str, as_text: list[str] | None, on_bad: str = "") -> "list[Part]":
     """All parts of files, folders and globs; what is read and what is not is said before."""
     from data_tools.listing import check_listed
@@ -311,9 +346,10 @@ def _parts(corpora: list[str], text_field: str, as_text: list[str] | None, on_ba
 
 
 def _summary(manifest: "Manifest") -> str:
+    masked = f"  {100 * manifest.num_trained_tokens / manifest.num_tokens:.1f} % trained" if manifest.chat else ""
     return (
         f"{manifest.num_documents:,} documents  {manifest.num_tokens:,} tokens  "
-        f"{manifest.num_bytes / manifest.num_tokens:.2f} bytes/token  {len(manifest.shards)} shards"
+        f"{manifest.num_bytes / manifest.num_tokens:.2f} bytes/token  {len(manifest.shards)} shards{masked}"
     )
 
 

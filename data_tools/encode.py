@@ -57,6 +57,8 @@ class Encoded:
     """Whether each of quality.RULES would drop it. # (num_documents or 0, num_rules)"""
     dropped: list[tuple[str, int]]
     """Reason and bytes of each document that was dropped."""
+    trained: npt.NDArray[np.bool_] | None = None
+    """Of conversations, which tokens are learned; None: of text. # (num_tokens,)"""
     bad: list[Bad] = field(default_factory=list)
     """Records that could not be used."""
     personal: Counter[tuple[str, str]] = field(default_factory=Counter)

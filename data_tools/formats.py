@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from data_tools.conversations import COLUMNS
 from data_tools.pieces import READ_BYTES, PartEnds, Pieces, one_line, suffix_of, unreadable
 from pretrain.config.errors import ConfigError
 
@@ -38,6 +39,9 @@ COLUMN_BYTES = 1 << 20
 COLUMN_ROWS = 2_000
 # More is not read of a .json to see whether it is JSON lines.
 MAX_FIRST_LINE_BYTES = 1 << 26
+# In place of the key or column of text: all of a record, as JSON.
+WHOLE = ""
+WHOLE_KINDS = ("jsonl", "parquet", "saved", "dataset")
 ON_BAD = ("stop", "skip")
 MAX_BAD_EXAMPLES = 20
 _SEPARATOR_LINE = re.compile(rb"(?m)^(?:\xef\xbb\xbf)?[ \t\r\f\v]*<\|endoftext\|>[ \t\r\f\v]*(?:\n|\Z)")
@@ -57,7 +61,7 @@ class Part:
     kind: Kind
     """How it is read."""
     text: str = "text"
-    """The JSON key or column that holds the text."""
+    """The JSON key or column that holds the text; WHOLE: the whole record, of columns `conversations.COLUMNS`."""
     split: str = ""
     """train or valid where the folder says so; empty: neither."""
     num_bytes: int = 0
@@ -187,13 +191,16 @@ def is_json_lines(path: str, text: str) -> bool:
         return True
     except (ValueError, RecursionError):
         return False
-    return isinstance(record, dict) and isinstance(record.get(text), str)
+    return isinstance(record, dict) and (text == WHOLE or isinstance(record.get(text), str))
 
 
 def _json_text(part: Part, line: bytes, number: int) -> str | Bad:
     where = f"{part.path}, line {number}"
     try:
-        record = json.loads(line.decode("utf-8"))
+        decoded = line.decode("utf-8")
+        if part.text == WHOLE:
+            return decoded  # whoever wants it parses it
+        record = json.loads(decoded)
     except UnicodeDecodeError as error:
         return Bad("not UTF-8", f"{where}: not UTF-8 ({error.reason}): convert the file")
     except (ValueError, RecursionError) as error:
@@ -317,27 +324,47 @@ def _name_not_utf8(error: UnicodeDecodeError) -> PartEnds:
     return PartEnds("not Parquet", f"the name of a column is not UTF-8 ({error.reason}): write it again")
 
 
-def _check_column(part: Part, schema: "pa.Schema") -> None:
+def _columns(part: Part, schema: "pa.Schema") -> list[str]:
+    """The columns to read. Raises PartEnds where there is none."""
     import pyarrow as pa
 
     try:
         columns = ", ".join(f"{one.name} ({one.type})" for one in schema)
     except UnicodeDecodeError as error:  # nobody has checked the names either
         raise _name_not_utf8(error) from None
+    if part.text == WHOLE:
+        if not (found := [name for name in COLUMNS if name in schema.names]):
+            raise PartEnds("no such column", f"no column of conversations; it has {one_line(columns)}: leave it out")
+        return found
     index = schema.get_field_index(part.text)
     if index < 0 or not (pa.types.is_string(schema.types[index]) or pa.types.is_large_string(schema.types[index])):
         raise _no_such_column(part, one_line(columns))
+    return [part.text]
 
 
-def _column_values(part: Part, batches: Iterator[Any]) -> Iterator[bytes | None]:
-    """The column's strings as bytes: nobody has checked that they are UTF-8."""
+def _column_values(part: Part, batches: Iterator[Any]) -> Iterator[bytes | str | Bad | None]:
+    """The column's strings as bytes: nobody has checked that they are UTF-8. Of whole records their JSON."""
     import pyarrow as pa
 
     try:
         for batch in batches:
+            if part.text == WHOLE:
+                yield from map(_record_json, batch.to_pylist())
+                continue
             yield from batch.column(part.text).cast(pa.large_binary()).to_pylist()
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise PartEnds("damaged file", f"damaged ({one_line(error)}): copy it again") from None
+
+
+def _record_json(record: Any) -> str:
+    """A row as JSON. What is null in a table is not there: all objects of a column have the keys of all others."""
+
+    def there(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: there(inner) for key, inner in value.items() if inner is not None}
+        return [there(inner) for inner in value] if isinstance(value, list) else value
+
+    return json.dumps(there(record), ensure_ascii=False, default=str)
 
 
 def _rows_at_once(num_bytes: int, num_rows: int) -> int:
@@ -361,7 +388,7 @@ def parquet_rows(part: Part, first: int) -> Iterator[Row]:
     except pa.ArrowException as error:
         raise PartEnds("not Parquet", f"not Parquet ({one_line(error)}): copy it again") from None
     with file:
-        _check_column(part, file.schema_arrow)
+        names = _columns(part, file.schema_arrow)
         end = 0
         for index in range(file.num_row_groups):
             group = file.metadata.row_group(index)
@@ -369,9 +396,9 @@ def parquet_rows(part: Part, first: int) -> Iterator[Row]:
             if first >= end:
                 continue
             columns = [group.column(number) for number in range(group.num_columns)]
-            num_bytes = sum(one.total_uncompressed_size for one in columns if one.path_in_schema == part.text)
-            num_rows = _rows_at_once(num_bytes, group.num_rows)
-            batches = file.iter_batches(num_rows, row_groups=[index], columns=[part.text])
+            read = [one for one in columns if one.path_in_schema.split(".")[0] in names or one.path_in_schema in names]
+            num_rows = _rows_at_once(sum(one.total_uncompressed_size for one in read), group.num_rows)
+            batches = file.iter_batches(num_rows, row_groups=[index], columns=names)
             for number, value in enumerate(_column_values(part, batches), start=begin + 1):
                 if number > first:
                     yield number, value, part.num_bytes * number // file.metadata.num_rows
@@ -380,8 +407,7 @@ def parquet_rows(part: Part, first: int) -> Iterator[Row]:
 def saved_rows(part: Part, first: int) -> Iterator[Row]:
     """The rows but for the `first` first ones, of a data set that `datasets` saved."""
     dataset = load_dataset(part)
-    _check_column(part, dataset.features.arrow_schema)
-    dataset = dataset.select_columns([part.text]).with_format("arrow")
+    dataset = dataset.select_columns(_columns(part, dataset.features.arrow_schema)).with_format("arrow")
     num_rows = _rows_at_once(dataset.data.nbytes, len(dataset))
     batches = (dataset[begin : begin + num_rows] for begin in range(first, len(dataset), num_rows))
     for number, value in enumerate(_column_values(part, batches), start=first + 1):
@@ -392,8 +418,7 @@ def streamed_rows(part: Part, first: int) -> Iterator[Row]:
     """The rows but for the `first` first ones, of a data set that is streamed."""
     dataset = load_dataset(part)
     if dataset.features is not None:
-        _check_column(part, dataset.features.arrow_schema)
-        dataset = dataset.select_columns([part.text])
+        dataset = dataset.select_columns(_columns(part, dataset.features.arrow_schema))
     rows = enumerate(dataset.skip(first), start=first + 1)
     while True:
         try:
@@ -402,7 +427,7 @@ def streamed_rows(part: Part, first: int) -> Iterator[Row]:
             raise PartEnds("unreadable", f"unreadable ({one_line(error)}): mend it, or try again later") from None
         if row is None:
             return
-        yield number, row.get(part.text), number
+        yield number, _record_json(row) if part.text == WHOLE else row.get(part.text), number
 
 
 def load_dataset(part: Part) -> Any:

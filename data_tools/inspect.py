@@ -129,6 +129,21 @@ def inspect_splits(
         raise ConfigError(f"--samples: {num_samples} given, and no tokenizer to decode with: add --tokenizer")
     if picture is not None and picture.suffix != ".png":
         raise ConfigError(f"--picture: {str(picture)!r} given; allowed: a name that ends in .png")
+    decoder, manifests = open_splits(directories, tokenizer)
+    found = [
+        _inspect(name, directory, manifest, decoder=decoder, num_samples=num_samples, seed=seed)
+        for directory, (name, manifest) in manifests.items()
+    ]
+    if picture is not None:
+        with new_picture(picture) as figure:
+            _draw(figure, found)
+    return found
+
+
+def open_splits(
+    directories: Sequence[Path], tokenizer: Path | None
+) -> tuple[Tokenizer | None, dict[Path, tuple[str, Manifest]]]:
+    """The tokenizer, if one was given, and the name and manifest of each split. Raises ConfigError as above."""
     decoder, sha256 = None, None
     if tokenizer is not None:
         file = tokenizer_file(tokenizer)
@@ -142,14 +157,7 @@ def inspect_splits(
                 f"{manifest.tokenizer_sha256[:12]}: name the tokenizer.json that packed it"
             )
         manifests[directory] = name, manifest
-    found = [
-        _inspect(name, directory, manifest, decoder=decoder, num_samples=num_samples, seed=seed)
-        for directory, (name, manifest) in manifests.items()
-    ]
-    if picture is not None:
-        with new_picture(picture) as figure:
-            _draw(figure, found)
-    return found
+    return decoder, manifests
 
 
 def find_splits(directories: Sequence[Path]) -> dict[Path, str]:
@@ -287,6 +295,7 @@ def print_inspections(found: Sequence[Inspection], console: Console) -> None:
         ("tokens", [format_count(manifest.num_tokens) for manifest in manifests]),
         ("text", [format_bytes(manifest.num_bytes) for manifest in manifests]),
         ("bytes per token", [format_ratio(manifest.num_bytes, manifest.num_tokens) for manifest in manifests]),
+        *_of_conversations(manifests),
         ("token type", [manifest.token_type for manifest in manifests]),
         ("vocabulary", [format_count(manifest.vocab_size) for manifest in manifests]),
         ("  used", [f"{one.vocabulary_used:.1%}".replace("%", " %") for one in found]),
@@ -311,6 +320,20 @@ def print_inspections(found: Sequence[Inspection], console: Console) -> None:
         for sample in one.samples:
             heading = f"{one.name}, document {sample.number:,}, {sample.num_tokens:,} tokens"
             console.print(Text(heading, style="bold"), Text(printable(sample.text)), Text(), sep="\n", soft_wrap=True)
+
+
+def _of_conversations(manifests: Sequence[Manifest]) -> list[tuple[str, list[str]]]:
+    """Rows and what of them is trained, where a split is of conversations; of these what fills a row is a document."""
+    chats = [manifest.chat for manifest in manifests]
+    if not any(chats):
+        return []
+    rows = [format_count(one.num_tokens // one.chat.sequence_tokens) if one.chat else "" for one in manifests]
+    shares = [f"{100 * one.num_trained_tokens / one.num_tokens:.1f} %" for one in manifests]
+    return [
+        ("rows", rows),
+        ("  of tokens", [format_count(chat.sequence_tokens) if chat else "" for chat in chats]),
+        ("  trained", shares),
+    ]
 
 
 def print_reports(splits: Iterable[Path], console: Console) -> None:

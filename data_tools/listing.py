@@ -19,8 +19,8 @@ from pathlib import Path, PurePath
 
 from data_tools import documents
 from data_tools.files import CHECK_ENTRIES, find_files
-from data_tools.formats import Kind, Part, is_json_lines
-from data_tools.pieces import DOCUMENTS, FORMATS, KINDS, PACKED, PartEnds, Pieces, suffix_of
+from data_tools.formats import WHOLE, WHOLE_KINDS, Kind, Part, is_json_lines
+from data_tools.pieces import DOCUMENTS, FORMATS, KINDS, PACKED, RECORD_FORMATS, PartEnds, Pieces, suffix_of
 from pretrain.config.errors import ConfigError
 from pretrain.host.foreign import shown
 
@@ -141,12 +141,13 @@ def list_files(path: str, text: str, as_text: tuple[str, ...], check: Callable[[
     if empty := [name for name, part in zip(read, parts, strict=True) if name in plain and not part.num_bytes]:
         left_out["empty"] = empty  # as a package's __init__.py; an empty file of text in its own right is a mistake
         parts = [part for name, part in zip(read, parts, strict=True) if name not in empty]
-    advice, unread = _advice(found.root, left_out), [ending for ending in DOCUMENTS if ending in left_out]
+    others = {} if text == WHOLE else left_out  # conversations are in no other files
+    advice, unread = _advice(found.root, others), [ending for ending in DOCUMENTS if ending in others]
     if not parts:
         there = f"; there are {named(left_out)}" if left_out else ""
         why = f", {len(found.unlisted)} cannot be listed: {_some(found.unlisted)}" if found.unlisted else ""
         raise ConfigError(
-            f"corpus: {path!r} given, which has no file to read{why}; allowed: {FORMATS}{there}"
+            f"corpus: {path!r} given, which has no file to read{why}; allowed: {_formats(text)}{there}"
             + (f": type {advice} to read such files as text" if advice else "")
             + (f": type {documents.EXTRA} to read {', '.join(unread)}" if unread else "")
         )
@@ -162,6 +163,11 @@ def list_files(path: str, text: str, as_text: tuple[str, ...], check: Callable[[
 def _list_file(path: Path, text: str, as_text: tuple[str, ...]) -> Listing:
     if _globs_of(str(path), as_text):
         return Listing(parts=[file_part(path, text, as_text=True)])
+    if text == WHOLE and _no_text(path, text):
+        array = "; of a .json with one list, jq -c '.[]' makes lines" if path.suffix == ".json" else ""
+        raise ConfigError(
+            f"corpus: {str(path)!r} given; allowed: conversations in {RECORD_FORMATS}, a line each{array}"
+        )
     part = file_part(path, text)
     if _no_text(path, text):
         line = f'{{{json.dumps(text, ensure_ascii=False)}: "..."}}'
@@ -208,7 +214,8 @@ def _no_text(file: Path, text: str) -> str:
     suffix = suffix_of(file.name)
     if suffix.startswith(".json") and not suffix.startswith(".jsonl") and not is_json_lines(str(file), text):
         return NO_JSON_LINES
-    if suffix and (suffix not in DOCUMENTS or documents.is_installed()):
+    is_known = bool(suffix) and (suffix not in DOCUMENTS or documents.is_installed())
+    if is_known and (text != WHOLE or _kind(suffix) in WHOLE_KINDS):
         return ""
     *stems, ending = file.name.lower().split(".")
     if not stems:
@@ -258,6 +265,15 @@ def file_part(path: Path, text: str, split: str = "", *, as_text: bool = False) 
         stat = path.stat()
     except OSError as error:
         raise ConfigError(f"corpus: {str(path)!r} given; {error.strerror}") from None
+    return Part(
+        path=str(path), kind=_kind(suffix), text=text, split=split, num_bytes=stat.st_size, mtime_ns=stat.st_mtime_ns
+    )
+
+
+def _kind(suffix: str) -> Kind:
     others: dict[str, Kind] = {".parquet": "parquet", **dict.fromkeys(DOCUMENTS, "document")}
-    kind = others.get(suffix) or KINDS[suffix.split(".")[1]]
-    return Part(path=str(path), kind=kind, text=text, split=split, num_bytes=stat.st_size, mtime_ns=stat.st_mtime_ns)
+    return others.get(suffix) or KINDS[suffix.split(".")[1]]
+
+
+def _formats(text: str) -> str:
+    return RECORD_FORMATS if text == WHOLE else FORMATS

@@ -22,11 +22,13 @@ import yaml
 from rich.console import Console
 from rich.text import Text
 
-from data_tools import encode, languages
+from data_tools import chat, encode, languages
+from data_tools.chat import TOO_LONG, ChatEncoder, ChatJob
+from data_tools.chat_template import find_template
 from data_tools.clean import Cleaning, told, write_grams
 from data_tools.documents import versions
 from data_tools.encode import Job
-from data_tools.formats import check_on_bad, stop_at_bad
+from data_tools.formats import WHOLE, check_on_bad, stop_at_bad
 from data_tools.listing import Listing, check_listed
 from data_tools.progress import Speed
 from data_tools.report import REPORT_FILE, write_report
@@ -36,7 +38,15 @@ from data_tools.work import Work
 from data_tools.workers import StoppedError, in_order, workers_for
 from pretrain.config.errors import ConfigError
 from pretrain.host.lock import lock_directory
-from pretrain.silo.shards import UNFINISHED, Manifest, atomic_path, read_manifest, tokenizer_sha256
+from pretrain.silo.shards import (
+    TEMPLATE_FILE,
+    UNFINISHED,
+    Chat,
+    Manifest,
+    atomic_path,
+    read_manifest,
+    tokenizer_sha256,
+)
 
 SHARD_TOKENS = 100_000_000
 # Time between two commits, and so the work that a kill can cost.
@@ -46,6 +56,28 @@ OVERLAY_FILE = "silo.yaml"
 ENOUGH_DOCUMENTS, ENOUGH_TOKENS = 100, 50 * 1024
 MOST_HELD_OUT = 0.2
 _NOTHING_KEPT = {"documents": 0, "tokens": 0}
+
+
+@dataclass(kw_only=True, frozen=True)
+class ChatRecipe:
+    """That conversations are packed, and how."""
+
+    sequence_tokens: int
+    """Tokens of a row: what the run's sequence_tokens has to be."""
+    too_long: str = "stop"
+    """What is done about a conversation of more tokens: stop, or skip it."""
+    chat_template: Path | None = None
+    """A chat template instead of the tokenizer's own."""
+    chat_date: str = ""
+    """The day, YYYY-MM-DD, for a template that writes today's date."""
+
+    def check(self) -> None:
+        """Raise ConfigError for what cannot be."""
+        if self.sequence_tokens < 2:
+            given = self.sequence_tokens or "nothing"
+            raise ConfigError(f"--sequence-tokens: {given} given; allowed with --chat: 2 or more, those of the run")
+        if self.too_long not in TOO_LONG:
+            raise ConfigError(f"--too-long: {self.too_long!r} given; allowed: {', '.join(TOO_LONG)}")
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -62,14 +94,29 @@ class Recipe:
     """Share of documents that go to the held-out split, by their hash; text that is split already stays so."""
     shard_tokens: int = SHARD_TOKENS
     """Most tokens in one shard file."""
+    chat: ChatRecipe | None = None
+    """How conversations are packed; None: the sources are text."""
 
-    def check(self) -> None:
-        """Raise ConfigError for what cannot be."""
+    def checked(self) -> "Recipe":
+        """The same, of conversations with whole records to read. Raises ConfigError for what cannot be."""
         if self.shard_tokens < 1:
             raise ConfigError(f"--shard-tokens: {self.shard_tokens} given; allowed: 1 or more")
         if not 0 <= self.held_out < 1:
             raise ConfigError(f"--held-out: {self.held_out} given; allowed: 0 to below 1")
         self.cleaning.check()
+        if not self.chat:
+            return self
+        self.chat.check()
+        given = dataclasses.asdict(dataclasses.replace(self.cleaning, drop_duplicates=False))
+        for name in (name for name, value in dataclasses.asdict(Cleaning()).items() if given[name] != value):
+            raise ConfigError(
+                f"--{name.replace('_', '-')}: {given[name]} given; allowed with --chat: --drop-duplicates alone, as "
+                "the other steps are of text"
+            )
+        if any(source.as_text for source in self.sources):
+            raise ConfigError("--as-text: given; allowed with --chat: conversations, which no text file holds")
+        sources = tuple(dataclasses.replace(one, text=WHOLE) for one in self.sources)
+        return dataclasses.replace(self, sources=sources)
 
 
 @dataclass(frozen=True)
@@ -101,12 +148,13 @@ def prepare(
     Raises ConfigError for a user's mistake, unusable text or a full disk, and StoppedError when `asked_to_stop`.
     """
     check_on_bad(on_bad)
-    recipe.check()
-    plain = PlainText(tokenizer_file(recipe.tokenizer))
+    recipe = recipe.checked()
+    job = _job(recipe)
+    vocabulary = ChatEncoder(job) if isinstance(job, ChatJob) else PlainText(job.tokenizer)
     console = console or Console(stderr=True)
     listings = _listings(recipe, on_bad, console, asked_to_stop)
     pieces = _pieces(listings)
-    terms = _terms(recipe, pieces)
+    terms = _terms(recipe, pieces, job)
     partial = output.with_name(output.name + ".partial")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         manifests = _already_there(output, terms)
@@ -117,8 +165,8 @@ def prepare(
     _remove_unfinished(partial)
     try:
         packing = _Packing(
-            recipe,
-            plain=plain,
+            job,
+            vocabulary=vocabulary,
             terms=terms,
             pieces=pieces,
             left_out={name: listing.num_left_out for name, listing in listings.items()},
@@ -182,12 +230,35 @@ def _pieces(listings: dict[str, Listing]) -> list[_Piece]:
     return sorted(pieces, key=lambda piece: piece.part.split != "valid")
 
 
-def _terms(recipe: Recipe, pieces: list[_Piece]) -> dict[str, Any]:
+def _job(recipe: Recipe) -> Job | ChatJob:
+    """What workers are told. Raises ConfigError."""
+    file = tokenizer_file(recipe.tokenizer)
+    if not (given := recipe.chat):
+        return Job(tokenizer=file, cleaning=recipe.cleaning, held_out=recipe.held_out)
+    return ChatJob(
+        tokenizer=file,
+        template=find_template(file, given.chat_template, given.chat_date),
+        sequence_tokens=given.sequence_tokens,
+        too_long=given.too_long,
+        held_out=recipe.held_out,
+    )
+
+
+def _terms(recipe: Recipe, pieces: list[_Piece], job: Job | ChatJob) -> dict[str, Any]:
     """All that decides about the bytes of the shards, as JSON holds it. A file is known by name, size and time."""
-    packages: dict[str, Any] = {"documents": versions()} if any(p.part.kind == "document" for p in pieces) else {}
+    extra: dict[str, Any] = {"documents": versions()} if any(p.part.kind == "document" for p in pieces) else {}
     if recipe.cleaning.asks_languages:
-        packages |= {"languages": {languages.PACKAGE: languages.version()}}
-    return packages | {
+        extra |= {"languages": {languages.PACKAGE: languages.version()}}
+    if isinstance(job, ChatJob):
+        template = job.template
+        extra["chat"] = {
+            "template_sha256": template.sha256,
+            "special_tokens": dict(template.special_tokens),
+            "date": template.date,
+            "sequence_tokens": job.sequence_tokens,
+            "too_long": job.too_long,
+        }
+    return extra | {
         "text": [[p.source, Path(p.part.path).name, *part_identity(p.part)[1:]] for p in pieces],
         "tokenizer_sha256": tokenizer_sha256(tokenizer_file(recipe.tokenizer), key="--tokenizer"),
         "cleaning": told(dataclasses.asdict(recipe.cleaning)),
@@ -224,9 +295,9 @@ class _Packing:
 
     def __init__(
         self,
-        recipe: Recipe,
+        job: Job | ChatJob,
         *,
-        plain: PlainText,
+        vocabulary: PlainText | ChatEncoder,
         terms: dict[str, Any],
         pieces: list[_Piece],
         left_out: dict[str, dict[str, int]],
@@ -236,13 +307,17 @@ class _Packing:
     ) -> None:
         self._pieces, self._left_out, self._partial = pieces, left_out, partial
         self._num_workers, self._on_bad = num_workers, on_bad
-        self._job = Job(tokenizer=tokenizer_file(recipe.tokenizer), cleaning=recipe.cleaning, held_out=recipe.held_out)
+        self._job = job
+        self._chat = None
+        if isinstance(job, ChatJob):
+            self._chat = Chat(template_sha256=job.template.sha256, sequence_tokens=job.sequence_tokens)
         self._work = Work(
             partial,
             terms,
-            vocab_size=plain.vocab_size,
-            end_of_text_id=plain.end_id,
-            near_duplicates=recipe.cleaning.near_duplicates,
+            vocab_size=vocabulary.vocab_size,
+            end_of_text_id=vocabulary.end_id,
+            near_duplicates=terms["cleaning"]["near_duplicates"],
+            chat=self._chat,
         )
         if differing := _differences(terms, self._work.terms):
             self._work.close()
@@ -253,12 +328,13 @@ class _Packing:
     def run(self, console: Console, asked_to_stop: Callable[[], bool], commit_seconds: float) -> dict[str, Manifest]:
         """Do what is left; returns the manifests."""
         work = self._work
-        if self._job.cleaning.drop_overlap:
+        if isinstance(self._job, Job) and self._job.cleaning.drop_overlap:
             self._job = dataclasses.replace(self._job, held_out_grams=self._held_out_grams(asked_to_stop))
         try:
             with Speed(console, "packing", [piece.part.num_bytes for piece in self._pieces]) as speed:
                 committed = time.monotonic()
-                for (index, block), encoded in self._each_block(encode.encode, work.place):
+                task = chat.encode if self._chat else encode.encode
+                for (index, block), encoded in self._each_block(task, work.place):
                     stop_at_bad(encoded.bad, self._on_bad)
                     piece = self._pieces[index]
                     work.take(encoded, piece.source, piece.folder, (index, *block.next))
@@ -297,8 +373,24 @@ class _Packing:
             "bytes_per_second": num_bytes / work.seconds,
             "tokens_per_second": work.num_tokens / work.seconds,
         }
+        if isinstance(self._job, ChatJob):
+            with atomic_path(work.output / TEMPLATE_FILE) as temporary:
+                temporary.write_bytes(self._job.template.source.encode())
+            report["rows"] = {split: self._filled(split, manifest) for split, manifest in manifests.items()}
         write_report(report, work.output)
         return manifests
+
+    def _filled(self, split: str, manifest: Manifest) -> dict[str, int]:
+        """How well a split's rows are filled, and what of them is trained."""
+        assert self._chat
+        source, _, name = split.rpartition("/")
+        counts = self._work.counts[source] if source else next(iter(self._work.counts.values()))
+        return {
+            "rows": manifest.num_tokens // self._chat.sequence_tokens,
+            "row_tokens": self._chat.sequence_tokens,
+            "trained_tokens": manifest.num_trained_tokens,
+            "padding_tokens": manifest.num_tokens - counts["kept"][name]["tokens"],
+        }
 
     def _too_little_held_out(self) -> list[str]:
         """A line for each source of whose documents too few were held out by their hash to measure a loss with."""
@@ -330,7 +422,8 @@ class _Packing:
                 start = (within[0], within[1]) if index == first else (0, 0)
                 yield from ((index, block) for block in read_blocks(piece.part, start))
 
-        return in_order(task, blocks(), num_workers=self._num_workers, start=encode.start, arguments=(self._job,))
+        start = chat.start if self._chat else encode.start
+        return in_order(task, blocks(), num_workers=self._num_workers, start=start, arguments=(self._job,))
 
     def _held_out_grams(self, asked_to_stop: Callable[[], bool]) -> Path:
         """A first reading: the 13-grams of all held-out documents, in a file that the workers map."""

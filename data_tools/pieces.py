@@ -27,6 +27,9 @@ DOCUMENTS = (".pdf", ".docx", ".html", ".htm")
 SUFFIXES = (*(f".{kind}{packed}" for kind in KINDS for packed in (*PACKED, "")), ".parquet", *DOCUMENTS)
 # As a user is told of them.
 FORMATS = f"{' '.join(f'.{kind}' for kind in KINDS)} [{' '.join(PACKED)}], .parquet, {' '.join(DOCUMENTS)}"
+RECORD_FORMATS = (
+    f"{' '.join(f'.{kind}' for kind, how in KINDS.items() if how == 'jsonl')} [{' '.join(PACKED)}], .parquet"
+)
 # What a plain file is read by.
 READ_BYTES = 1 << 20
 # What is unpacked at a time; so much text before the damage in an archive can be lost.

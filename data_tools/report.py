@@ -11,6 +11,8 @@ A report is what JSON holds, so that it is the same before and after it was writ
                      lengths_kept         documents by floor(log2(bytes of text)), 32 of them
                      lengths_dropped      the same of what was dropped
     left_out: name -> reason -> files     what was there and was not read
+    rows: split -> rows, row_tokens,      of conversations alone: how well rows are filled, and what of them is trained
+                   trained_tokens, padding_tokens
 
 How data tools draw and tabulate is here, too. No picture has a time or a version in it: equal data give equal files.
 """
@@ -39,7 +41,7 @@ PICTURE_FILE = "report.png"
 # In the order in which a document meets them; a report may hold others.
 REASONS = (
     *("blank", "filter", "personal data", "short", "long", "language"),
-    *("duplicate", "near duplicate", "overlap"),
+    *("duplicate", "near duplicate", "overlap", "too long"),
 )
 ALL_SOURCES = "all"
 # What a terminal shows of each source; report.json has more.
@@ -48,7 +50,18 @@ SHOWN_BAD_EXAMPLES = 5
 # Okabe and Ito's colours: distinguishable with every kind of colour vision.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c6d31")
 KEPT_COLORS = {"train": "#0b3c5d", "valid": "#56b4e9"}
-_DROPPED = ("#8a8a8a", "#cc79a7", "#5b3a8c", "#e69f00", "#8c6d31", "#56b4a0", "#d55e00", "#f3b391", "#009e73")
+_DROPPED = (
+    "#8a8a8a",
+    "#cc79a7",
+    "#5b3a8c",
+    "#e69f00",
+    "#8c6d31",
+    "#56b4a0",
+    "#d55e00",
+    "#f3b391",
+    "#009e73",
+    "#3e4c59",
+)
 DROPPED_COLORS = dict(zip(REASONS, _DROPPED, strict=True))
 DARK, LIGHT = "#1f2933", "#ffffff"
 WIDTH_INCHES = 10.5
@@ -122,6 +135,11 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
         f"{report['tokens_per_second']:,.0f} tokens/s",
         highlight=False,
     )
+    for split, filled in report.get("rows", {}).items():
+        num_tokens = filled["rows"] * filled["row_tokens"]
+        shares = [_percent(filled[f"{what}_tokens"], num_tokens) for what in ("trained", "padding")]
+        line = f"{split}: {filled['rows']:,} rows of {filled['row_tokens']:,} tokens, {shares[0]:.1f} % trained"
+        console.print(Text(f"{line}, {shares[1]:.2f} % padding"), soft_wrap=True)
     for name, left_out in report.get("left_out", {}).items():
         if left_out:
             listed = "; ".join(f"{number:,} {why}" for why, number in left_out.items())

@@ -3,17 +3,20 @@
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pretrain.config.errors import ConfigError
-from pretrain.silo.shards import END_OF_TEXT_NAMES, atomic_path, tokenizer_sha256
+from pretrain.silo.shards import END_OF_TEXT_NAMES, TEMPLATE_FILE, atomic_path, tokenizer_sha256
 from pretrain.silo.vocabulary import read_tokenizer, vocab_size_of
 
 TOKENIZER_FILE = "tokenizer.json"
 END_OF_TEXT = END_OF_TEXT_NAMES[0]
+# ChatML: what begins and ends a turn. https://github.com/openai/openai-python/blob/release-v0.28.0/chatml.md
+CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
 BYTE_ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 # Characters that few vocabularies have.
 UNUSUAL_TEXT = "a \u0378 \u2603 \U000e0fff \x00 \U0001f9ff"
@@ -22,27 +25,30 @@ MAX_OCCURRENCES = 20_000_000
 REPEATS_AT_ONCE = 10_000
 
 
-def train_tokenizer(texts: Iterable[str], *, vocab_size: int, output: Path) -> Path:
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int, output: Path, chat: bool = False) -> Path:
     """Train on `texts` and write `output`/tokenizer.json; returns that file. Equal texts give equal files.
 
-    Its vocabulary is the 256 bytes, the end-of-text token and merges, `vocab_size` in all. Raises ConfigError when
+    Its vocabulary is the 256 bytes, the end-of-text token and merges, `vocab_size` in all; with `chat` CHAT_TOKENS,
+    too, and a chat template that writes them lies beside it. Raises ConfigError when
     `vocab_size` is too small for the bytes or too large for the texts, or when another tokenizer is already there.
     """
-    tokenizer = _byte_level_bpe(texts, vocab_size, pre_tokenizers.ByteLevel(add_prefix_space=False))
-    return _save(tokenizer, vocab_size=vocab_size, output=output, enough="the text is enough")
+    tokenizer = _byte_level_bpe(texts, vocab_size, pre_tokenizers.ByteLevel(add_prefix_space=False), chat)
+    return _save(tokenizer, vocab_size=vocab_size, output=output, enough="the text is enough", chat=chat)
 
 
-def train_from_counts(counts: Mapping[str, int], *, vocab_size: int, output: Path) -> tuple[Path, int]:
+def train_from_counts(
+    counts: Mapping[str, int], *, vocab_size: int, output: Path, chat: bool = False
+) -> tuple[Path, int]:
     """Train on merged counts of pre-tokens and write `output`/tokenizer.json, as `train_tokenizer` does.
 
     Returns the file, and by what the counts were divided (1: not at all). From the counts of all pre-tokens of a text
     comes the same file as from the text. Raises ConfigError as `train_tokenizer` does.
     """
-    tokenizer, divisor = bpe_from_counts(counts, vocab_size=vocab_size)
-    return _save(tokenizer, vocab_size=vocab_size, output=output, enough="the counts are enough"), divisor
+    tokenizer, divisor = bpe_from_counts(counts, vocab_size=vocab_size, chat=chat)
+    return _save(tokenizer, vocab_size=vocab_size, output=output, enough="the counts are enough", chat=chat), divisor
 
 
-def bpe_from_counts(counts: Mapping[str, int], *, vocab_size: int) -> tuple[Tokenizer, int]:
+def bpe_from_counts(counts: Mapping[str, int], *, vocab_size: int, chat: bool = False) -> tuple[Tokenizer, int]:
     """The tokenizer of `train_from_counts`, smaller than `vocab_size` where the counts are not enough, and the divisor.
 
     The library learns from text only, so every pre-token is written down as often as it occurs. When that would be more
@@ -61,18 +67,20 @@ def bpe_from_counts(counts: Mapping[str, int], *, vocab_size: int) -> tuple[Toke
                 num_left -= REPEATS_AT_ONCE
 
     # None of the 256 symbols that stand for bytes is white space.
-    return _byte_level_bpe(texts(), vocab_size, pre_tokenizers.WhitespaceSplit()), divisor
+    return _byte_level_bpe(texts(), vocab_size, pre_tokenizers.WhitespaceSplit(), chat), divisor
 
 
-def _byte_level_bpe(texts: Iterable[str], vocab_size: int, learn_from: Any) -> Tokenizer:
+def _byte_level_bpe(texts: Iterable[str], vocab_size: int, learn_from: Any, chat: bool) -> Tokenizer:
     """Train on the pieces that the pre-tokenizer `learn_from` cuts `texts` into."""
-    smallest = len(BYTE_ALPHABET) + 1
+    special_tokens = [END_OF_TEXT, *(CHAT_TOKENS if chat else ())]
+    smallest = len(BYTE_ALPHABET) + len(special_tokens)
     if vocab_size < smallest:
-        raise ConfigError(f"--vocab-size: {vocab_size} given; allowed: {smallest} (all bytes, end of text) or more")
+        ends = "ends of text and turns" if chat else "end of text"
+        raise ConfigError(f"--vocab-size: {vocab_size} given; allowed: {smallest} (all bytes, {ends}) or more")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = learn_from
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=BYTE_ALPHABET, show_progress=False
+        vocab_size=vocab_size, special_tokens=special_tokens, initial_alphabet=BYTE_ALPHABET, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -80,7 +88,7 @@ def _byte_level_bpe(texts: Iterable[str], vocab_size: int, learn_from: Any) -> T
     return tokenizer
 
 
-def _save(tokenizer: Tokenizer, *, vocab_size: int, output: Path, enough: str) -> Path:
+def _save(tokenizer: Tokenizer, *, vocab_size: int, output: Path, enough: str, chat: bool) -> Path:
     if tokenizer.get_vocab_size() < vocab_size:
         raise ConfigError(
             f"--vocab-size: {vocab_size} given; {enough} for {tokenizer.get_vocab_size()}: "
@@ -91,6 +99,12 @@ def _save(tokenizer: Tokenizer, *, vocab_size: int, output: Path, enough: str) -
         tokenizer.save(str(temporary))
         if file.exists() and tokenizer_sha256(file) != tokenizer_sha256(temporary):
             raise ConfigError(f"--output: {file} is another tokenizer: delete it or choose another --output")
+    if chat:
+        with atomic_path(output / TEMPLATE_FILE) as temporary:
+            temporary.write_bytes((files("data_tools") / "chatml.j2").read_bytes())
+            there = output / TEMPLATE_FILE
+            if there.exists() and there.read_bytes() != temporary.read_bytes():
+                raise ConfigError(f"--output: {there} is another template: delete it or choose another --output")
     return file
 
 

@@ -18,7 +18,8 @@ from data_tools.duplicates import Seen
 from data_tools.encode import Encoded
 from data_tools.formats import count_bad, nothing_bad
 from data_tools.quality import MEASURES, RULES
-from pretrain.silo.shards import Manifest
+from data_tools.rows import Kept, Rows
+from pretrain.silo.shards import TOKEN_TYPES, Chat, Manifest, token_type_for
 from pretrain.silo.writer import SplitWriter
 
 STATE_FILE = "state.sqlite"
@@ -32,14 +33,25 @@ class Work:
     """Everything that one packing has done so far. `place` is where reading goes on."""
 
     def __init__(
-        self, directory: Path, terms: dict[str, Any], *, vocab_size: int, end_of_text_id: int, near_duplicates: float
+        self,
+        directory: Path,
+        terms: dict[str, Any],
+        *,
+        vocab_size: int,
+        end_of_text_id: int,
+        near_duplicates: float,
+        chat: Chat | None = None,
     ) -> None:
-        """Open what is in `directory`, or begin. `terms` are kept with it; `terms_differ` compares them."""
+        """Open what is in `directory`, or begin. `terms` are kept with it; `terms_differ` compares them.
+
+        With `chat` documents are conversations, and written in rows.
+        """
         self.output = directory / "output"
-        self._shards = {
+        self._shards: dict[str, Any] = {
             "vocab_size": vocab_size,
             "end_of_text_id": end_of_text_id,
             "shard_tokens": terms["shard_tokens"],
+            "chat": chat,
         }
         self._database = sqlite3.connect(directory / STATE_FILE)
         self._database.execute(f"PRAGMA cache_size = {DATABASE_CACHE}")
@@ -54,10 +66,15 @@ class Work:
         """Source name to what was read, kept, dropped and bad."""
         self._seconds_before: float = state.get("seconds", 0.0)
         self._began = time.monotonic()
-        self._writers = {
+        is_ours = all(self.terms.get(key) == terms.get(key) for key in ("chat", "tokenizer_sha256"))
+        self._writers = {  # of another recipe's, which the caller refuses, nothing is opened
             split: SplitWriter(self.output / split, **self._shards, state=writer)
-            for split, writer in state.get("writers", {}).items()
+            for split, writer in (state.get("writers", {}) if is_ours else {}).items()
         }
+        self._rows = {split: self._new_rows(split) for split in self._writers} if chat else {}
+        self._saved: dict[str, int] = {}  # of each split's pending conversations, how many the database has
+        if chat and is_ours:
+            self._load_pending()
 
     @property
     def seconds(self) -> float:
@@ -66,8 +83,9 @@ class Work:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens written so far, over all splits."""
-        return sum(writer.num_tokens for writer in self._writers.values())
+        """Tokens written so far, or waiting to be, over all splits."""
+        written = sum(writer.num_tokens for writer in self._writers.values())
+        return written + sum(rows.num_tokens for rows in self._rows.values())
 
     def take(self, encoded: Encoded, source: str, folder: str, place: tuple[int, int, int]) -> None:
         """Write a block's documents, those that are no duplicates, to `folder` of the output, and count them."""
@@ -119,10 +137,47 @@ class Work:
             self._writers[split] = SplitWriter(self.output / split, **self._shards)
         document_tokens = encoded.document_tokens[chosen]
         num_bytes = int(encoded.document_bytes[chosen].sum())
-        tokens = encoded.tokens[np.repeat(chosen, encoded.document_tokens)]
-        self._writers[split].write(tokens, document_tokens, num_bytes)
+        of_chosen = np.repeat(chosen, encoded.document_tokens)
+        tokens = encoded.tokens[of_chosen]
+        if encoded.trained is None:
+            self._writers[split].write(tokens, document_tokens, num_bytes)
+        else:
+            trained, ends = encoded.trained[of_chosen], np.cumsum(document_tokens)[:-1]
+            counts["trained"] = counts.get("trained", 0) + int(trained.sum())
+            rows = self._rows.setdefault(split, self._new_rows(split))
+            pieces = zip(np.split(tokens, ends), np.split(trained, ends), encoded.document_bytes[chosen], strict=True)
+            for piece, bits, size in pieces:
+                if rows.add(Kept(piece, bits, int(size))):
+                    self._saved.pop(split, None)
         _add(counts, len(document_tokens), num_bytes)
         counts["tokens"] += len(tokens)
+
+    # --- conversations that wait for a row ---
+
+    def _new_rows(self, split: str) -> Rows:
+        chat, writer = self._shards["chat"], self._writers[split]
+        return Rows(chat.sequence_tokens, self._shards["end_of_text_id"], writer.write)
+
+    def _load_pending(self) -> None:
+        columns = "split TEXT, tokens BLOB, trained BLOB, bytes INTEGER"
+        self._database.execute(f"CREATE TABLE IF NOT EXISTS pending ({columns})")
+        dtype = TOKEN_TYPES[token_type_for(self._shards["vocab_size"])]
+        for split, tokens, trained, size in self._database.execute(
+            "SELECT split, tokens, trained, bytes FROM pending ORDER BY rowid"
+        ):
+            self._rows[split].add(Kept(np.frombuffer(tokens, dtype), np.frombuffer(trained, np.bool_), size))
+        self._saved = {split: len(rows.pending) for split, rows in self._rows.items()}
+
+    def _save_pending(self) -> None:
+        for split, rows in self._rows.items():
+            if split not in self._saved:  # what was pending then has been written
+                self._database.execute("DELETE FROM pending WHERE split = ?", (split,))
+            new = rows.pending[self._saved.get(split, 0) :]
+            self._database.executemany(
+                "INSERT INTO pending VALUES (?, ?, ?, ?)",
+                ((split, one.tokens.tobytes(), one.trained.tobytes(), one.num_bytes) for one in new),
+            )
+            self._saved[split] = len(rows.pending)
 
     def commit(self) -> None:
         """Bring everything to the disk: from here the next process goes on."""
@@ -133,12 +188,16 @@ class Work:
             "seconds": self.seconds,
             "writers": {split: writer.sync() for split, writer in self._writers.items()},
         }
+        self._save_pending()
         self._database.execute("DELETE FROM state")
         self._database.execute("INSERT INTO state VALUES (?)", (json.dumps(state),))
         self._database.commit()
 
     def finish(self, *, tokenizer_sha256: str, recipe_sha256: str) -> dict[str, Manifest]:
         """Write the manifests; returns them by split, `train` or `NAME/train`."""
+        for rows in self._rows.values():
+            rows.flush()
+        self._saved.clear()
         self.commit()
         return {
             split: writer.finish(tokenizer_sha256=tokenizer_sha256, recipe_sha256=recipe_sha256)

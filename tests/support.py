@@ -204,5 +204,5 @@ def fill(directory: Path) -> Path:
 
 def packed_hashes(output: Path) -> dict[str, str]:
     """Of every file below `output` whose bytes a preparation promises: those of the packed splits."""
-    files = [*output.rglob("*.bin"), *output.rglob("manifest.json")]
+    files = [*output.rglob("*.bin"), *output.rglob("*.mask"), *output.rglob("manifest.json")]
     return {str(file.relative_to(output)): file_sha256(file) for file in files}

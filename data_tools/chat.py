@@ -1,0 +1,230 @@
+"""What a worker process does with a block of conversations: parse, render, tokenize, and say what is learned.
+
+A token is learned if its first character is one that the assistant says. Text within a conversation that spells a
+special token stays text: such text is cut in the middle of the name and encoded in parts.
+"""
+
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Encoding, processors
+
+from data_tools.chat_template import Renderer, Span, Template
+from data_tools.clean import is_held_out
+from data_tools.conversations import Conversation, NoConversationError, parse_conversation
+from data_tools.encode import BATCH_BYTES, Encoded
+from data_tools.quality import MEASURES, RULES
+from data_tools.sources import Bad, Block, parse_block
+from data_tools.tokenizer import end_of_text_id, load_tokenizer
+from pretrain.config.errors import ConfigError
+from pretrain.silo.shards import TOKEN_TYPES, token_type_for
+from pretrain.silo.vocabulary import vocab_size_of
+
+TOO_LONG = ("stop", "skip")
+# Private use; of these one is taken that is not in the text.
+CUTS = [chr(code) for code in range(0xE000, 0xE100)]
+
+
+@dataclass(kw_only=True, frozen=True)
+class ChatJob:
+    """What every worker is told at its start."""
+
+    tokenizer: Path
+    """The tokenizer.json."""
+    template: Template
+    """What makes text of a conversation."""
+    sequence_tokens: int
+    """The most that a conversation may have."""
+    too_long: str
+    """What is done about a longer one: stop, or skip."""
+    held_out: float
+    """Share of conversations that are held out, 0 to below 1."""
+
+
+@dataclass(kw_only=True)
+class _Text:
+    """A conversation as text."""
+
+    where: str
+    pieces: list[str]
+    learned: list[list[Span]]  # of each piece
+    digest: bytes
+    is_held_out: bool
+    num_bytes: int
+
+
+class ChatEncoder:
+    """Turns blocks of conversations into tokens; one a worker process."""
+
+    def __init__(self, job: ChatJob) -> None:
+        """Raises ConfigError for a tokenizer or a template that cannot be used."""
+        self._job = job
+        self._tokenizer = load_tokenizer(job.tokenizer)
+        self._tokenizer.encode_special_tokens = False
+        # Where a token begins is where its first character is, white space included.
+        self._tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+        self.end_id = end_of_text_id(self._tokenizer)
+        self.vocab_size = vocab_size_of(self._tokenizer)
+        self._dtype = TOKEN_TYPES[token_type_for(self.vocab_size)]
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        names = {token.content for token in added if token.special and token.content}
+        self._names = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"\Z")
+        in_json = (re.escape(json.dumps(name)[1:-1]) for name in sorted(names))
+        self._names_in_json = re.compile("|".join(in_json) or r"\Z")
+        self._renderer = Renderer(job.template, {token.content for token in added})
+
+    def encode(self, block: Block) -> Encoded:
+        """Parse, render and tokenize a block. Raises ConfigError for what ends the work."""
+        bad: list[Bad] = []
+        dropped: list[tuple[str, int]] = []
+        kept: list[tuple[_Text, npt.NDArray[Any], npt.NDArray[np.bool_]]] = []
+        for text, tokens, learned in self._tokens(self._texts(block, bad)):
+            if len(tokens) > self._job.sequence_tokens:
+                self._too_long(text, len(tokens))
+                dropped.append(("too long", text.num_bytes))
+            elif not learned.any():
+                bad.append(
+                    Bad("no trained token", f"{text.where}: its template leaves nothing of it to learn: drop it")
+                )
+            else:
+                kept.append((text, tokens, learned))
+        return Encoded(
+            tokens=np.concatenate([tokens for _, tokens, _ in kept]) if kept else np.empty(0, self._dtype),
+            trained=np.concatenate([learned for *_, learned in kept]) if kept else np.empty(0, np.bool_),
+            document_tokens=np.array([len(tokens) for _, tokens, _ in kept], dtype=np.int64),
+            document_bytes=np.array([text.num_bytes for text, *_ in kept], dtype=np.int64),
+            held_out=np.array([text.is_held_out for text, *_ in kept], dtype=np.bool_),
+            hashes=[text.digest for text, *_ in kept],
+            signatures=[],
+            languages=[],
+            quality=np.empty((0, len(MEASURES)), np.float64),
+            would_drop=np.empty((0, len(RULES)), np.bool_),
+            dropped=dropped,
+            bad=bad,
+        )
+
+    def _too_long(self, text: _Text, num_tokens: int) -> None:
+        if self._job.too_long != "skip":
+            raise ConfigError(
+                f"{text.where}: a conversation of {num_tokens:,} tokens given; allowed: --sequence-tokens "
+                f"{self._job.sequence_tokens:,}: raise it, shorten the conversation, or give --too-long skip"
+            )
+
+    def _texts(self, block: Block, bad: list[Bad]) -> Iterator[_Text]:
+        """Every conversation of the block as text; what is none goes to `bad`."""
+        for number, record in parse_block(block):
+            if isinstance(record, Bad):
+                bad.append(record)
+                continue
+            where = f"{block.part.path}, {block.part.unit} {number}"
+            try:
+                yield self._text(block, where, parse_conversation(record))
+            except NoConversationError as no:
+                bad.append(Bad(no.reason, f"{where}: {no.what}: mend or drop it"))
+            except UnicodeEncodeError:
+                bad.append(Bad("half a surrogate pair", f"{where}: half of a surrogate pair in text: mend or drop it"))
+            except ConfigError as error:
+                raise ConfigError(f"{where}: {error}") from None
+
+    def _text(self, block: Block, where: str, conversation: Conversation) -> _Text:
+        canonical = conversation.canonical()
+        digest = Conversation.digest(canonical)
+        cut = ""
+        if self._names_in_json.search(canonical):
+            cut = next(one for one in CUTS if json.dumps(one)[1:-1] not in canonical)
+            conversation = conversation.with_texts(
+                lambda text: self._names.sub(lambda name: _halved(name[0], cut), text)
+            )
+        rendered = self._renderer.render(conversation)
+        if cut and json.dumps(cut)[1:-1] in rendered.text:
+            raise NoConversationError(
+                "special token", "it spells a special token where its template writes JSON in ASCII"
+            )
+        pieces = rendered.text.split(cut) if cut else [rendered.text]
+        begins = [0, *itertools.accumulate(len(piece) + len(cut) for piece in pieces)]
+        split = block.part.split
+        return _Text(
+            where=where,
+            pieces=pieces,
+            learned=[
+                [(max(0, span[0] - begin), span[1] - begin) for span in rendered.learned if span[1] > begin]
+                for begin in begins[:-1]
+            ],
+            digest=digest,
+            num_bytes=sum(len(piece.encode()) for piece in pieces),
+            is_held_out=split == "valid" if split else is_held_out(digest, self._job.held_out),
+        )
+
+    def _tokens(
+        self, texts: Iterator[_Text]
+    ) -> Iterator[tuple[_Text, npt.NDArray[Any], npt.NDArray[np.bool_]]]:  # (num_tokens,) both
+        """Tokens of each conversation, and which of them are learned."""
+        batch: list[_Text] = []
+        num_characters = 0
+        for text in texts:
+            batch.append(text)
+            num_characters += sum(map(len, text.pieces))
+            if num_characters >= BATCH_BYTES:
+                yield from self._encoded(batch)
+                batch, num_characters = [], 0
+        yield from self._encoded(batch)
+
+    def _encoded(self, batch: list[_Text]) -> Iterator[tuple[_Text, npt.NDArray[Any], npt.NDArray[np.bool_]]]:
+        pieces = [piece for text in batch for piece in text.pieces]
+        encodings = iter(self._tokenizer.encode_batch(pieces, add_special_tokens=False))
+        for text in batch:
+            ids: list[int] = []
+            spans: list[Span] = []
+            for piece, learned in zip(text.pieces, text.learned, strict=True):
+                encoding = next(encodings)
+                spans += [
+                    (
+                        len(ids) + _first_token(encoding, begin, len(piece)),
+                        len(ids) + _first_token(encoding, end, len(piece)),
+                    )
+                    for begin, end in learned
+                ]
+                ids += encoding.ids
+            mask = np.zeros(len(ids), np.bool_)
+            for begin, end in spans:
+                mask[begin:end] = True
+            mask[:1] = False  # nothing is there to predict it from
+            yield text, np.array(ids, dtype=self._dtype), mask
+
+
+def _first_token(encoding: Encoding, character: int, num_characters: int) -> int:
+    """The first token that begins at a character or after it."""
+    while character < num_characters:
+        token = encoding.char_to_token(character)
+        if token is not None:
+            while token < len(encoding) and (encoding.token_to_chars(token) or (character, 0))[0] < character:
+                token += 1
+            return int(token)
+        character += 1
+    return len(encoding)
+
+
+def _halved(name: str, cut: str) -> str:
+    middle = len(name) // 2
+    return name[:middle] + cut + name[middle:]
+
+
+_encoder: ChatEncoder
+
+
+def start(job: ChatJob) -> None:
+    """Make this process's encoder."""
+    global _encoder
+    _encoder = ChatEncoder(job)
+
+
+def encode(item: tuple[int, Block]) -> Encoded:
+    """`ChatEncoder.encode` of a numbered block."""
+    return _encoder.encode(item[1])
