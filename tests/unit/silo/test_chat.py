@@ -12,11 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.config.errors import ConfigError
+from pretrain.config.keys import ModelConfig
 from pretrain.config.load import load_config
+from pretrain.federation.export import evaluate_model
 from pretrain.federation.preflight import check_silo
 from pretrain.silo.batch import BY_TOKENS, IGNORED
 from pretrain.silo.data import BadTokenError, Batches, Mixture, PackedTokens, held_out_batches
 from pretrain.silo.evaluate import held_out_loss
+from pretrain.silo.model import build_initial, token_losses
 from pretrain.silo.shards import (
     DOCUMENT_END,
     DOCUMENTS_FILE,
@@ -339,6 +342,21 @@ def test_an_evaluation_without_a_trained_token_is_said(tmp_path: Path) -> None:
         "silos.law.valid.law: of the sequences that are evaluated not one token is trained; allowed: more of them "
         "(silo.eval_sequences), or all (0)"
     )
+
+
+def test_a_model_is_evaluated_on_conversations_that_do_not_see_each_other(tmp_path: Path) -> None:
+    """Whatever it was trained on: its run did not keep documents apart."""
+    llama = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    settings = ModelConfig(config=llama | {"num_attention_heads": 2})
+    model, split = build_initial(settings, VOCAB_SIZE).eval(), write(tmp_path / "chat")
+    found = evaluate_model(lambda: model, {"chat": split}, {"sequence_tokens": 9}, TOKENIZER)["chat"]
+    losses = []
+    for tokens, bits in SMALL:
+        targets = torch.tensor([[t if bit else IGNORED for t, bit in zip(tokens[1:], bits[1:], strict=True)]])
+        with torch.no_grad():
+            losses.append(token_losses(model, torch.tensor([tokens[:-1]]), targets))
+    assert found.loss == pytest.approx(sum(one.sum().item() for one in losses) / 6, rel=1e-5)
+    assert (found.bits_per_byte, found.num_sequences) == (None, 2)
 
 
 # --- the run ---
