@@ -360,7 +360,8 @@ def _start(planned: Planned, children: Children) -> Child:
     atoll = [sys.executable, "-m", "launch.cli"]
     if planned.kind == "personalised" and not (origin := Path(str(planned.config.model.checkpoint))).exists():
         # A program of its own: this one stays without torch and its threads.
-        argv = [*atoll, "export", str(origin.parent), "--output", str(origin)]
+        form = ["--merged"] if planned.config.model.adapter.is_on else []  # a new adapter goes on beside that
+        argv = [*atoll, "export", str(origin.parent), "--output", str(origin), *form]
         export = children.start(ChildCommand(name="export", argv=argv), log)
         if export.process.wait():
             return export

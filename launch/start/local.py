@@ -366,7 +366,8 @@ class Attempt:
         lines = [f"finished: {self.config.inner.num_steps:,} steps in {silos}"]
         lines += [f"  {what:<8} {path}" for what, path in places.items()]
         if self.config.exchange.kind != "none":
-            lines += [f"  model    atoll export {shlex.quote(str(directory))} --output model"]
+            form = " --merged" if self.config.model.adapter.is_on else ""
+            lines += [f"  model    atoll export {shlex.quote(str(directory))} --output model{form}"]
         self.console.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
         return 0
 
