@@ -157,6 +157,7 @@ class Renderer:
         except NoConversationError as error:
             raise ConfigError(f"--chat: {template.name}: it renders no question and answer: {error.what}") from None
         headers = [text.rpartition(said)[2] for text, said in prompts if said in text]
+        self._whole_headers = tuple(filter(None, headers))
         self._headers = _pieces(headers, added_tokens, end_of_turn)
         self._check_tokens(set(added_tokens))
 
@@ -224,6 +225,8 @@ class Renderer:
         return tuple((begin, end) for begin, (_, end) in zip(begins, spans, strict=True) if begin < end)
 
     def _after_header(self, text: str, begin: int) -> int:
+        if text.endswith(self._whole_headers, 0, begin):  # nothing of a prompt comes after
+            return begin
         sizes = (
             (len(header), text.find(header, max(0, begin - len(header)), begin + len(header)))
             for header in self._headers

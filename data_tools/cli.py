@@ -57,7 +57,7 @@ PersonalData = Annotated[
 Chat = Annotated[
     bool, typer.Option("--chat", help="The records are conversations: messages, ShareGPT, or prompt and completion.")
 ]
-SequenceTokens = Annotated[int, typer.Option(help="With --chat: tokens of a row, the run's model.sequence_tokens.")]
+SequenceTokens = Annotated[int, typer.Option(help="With --chat: tokens of a row, which are the run's sequence_tokens.")]
 TooLong = Annotated[str, typer.Option(help="With --chat: stop at, or skip, what is longer than a row.")]
 ChatTemplate = Annotated[
     Path | None, typer.Option(help="With --chat: a chat template (Jinja) instead of the tokenizer's own.")
