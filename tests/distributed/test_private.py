@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import shutil
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +20,10 @@ from launch.show.status_reader import store_status
 from pretrain.config.budgets import PrivateConfig
 from pretrain.silo.model import build_initial
 from pretrain.silo.optim import is_muon_matrix
-from pretrain.silo.private import open_private
+from pretrain.silo.private import SECRET, open_private
 from pretrain.trust.ledger import Manifest
 from tests.conftest import TinyConfig
+from tests.distributed.federation import Outcome, assert_same_bits, federate
 from tests.distributed.private_worker import (
     CLIP_NORM,
     LR,
@@ -31,8 +34,9 @@ from tests.distributed.private_worker import (
     VOCAB_SIZE,
     brute_force,
 )
+from tests.distributed.test_collective import collective
 from tests.faults.scripted import federate_with
-from tests.support import TinyText, one_line_error, torchrun
+from tests.support import TWO_RANKS, TinyText, one_line_error, torchrun
 
 WORKER = Path(__file__).parent / "private_worker.py"
 Found = dict[str, dict[str, Tensor]]
@@ -118,6 +122,13 @@ def test_muon_gets_the_noised_sum_that_adamw_gets_at_the_same_price(found: Found
     check_trained(found, way)
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("way", ["offload", "compiled"])
+def test_a_private_step_offloaded_or_compiled(way: str, tmp_path: Path) -> None:
+    torchrun(WORKER, tmp_path, way, num_ranks=2, timeout=900)
+    check_trained({file.stem: load_file(file) for file in tmp_path.glob("*.safetensors")}, way)
+
+
 @cache
 def composed(noise_multiplier: float, num_epochs: int, *, delta: float) -> float:
     """Epsilon by another accountant than the silo's: privacy loss distributions, one epoch after another."""
@@ -154,6 +165,36 @@ def test_what_is_spent_is_what_the_accountant_says(found: Found) -> None:
     assert spent["noisy"].item() == spent["again"].item() == spent["elsewhere"].item()
     assert spent["elsewhere"].item() == pytest.approx(composed(1.0, 1, delta=1e-6), rel=1e-4)
     assert spent["rolled back"].item() == pytest.approx(composed(1.0, 2, delta=1e-6), rel=1e-4)
+
+
+@pytest.mark.soak
+def test_silos_among_themselves_come_to_the_same_and_say_the_same(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    """A private silo beside one that is not, through a store and in a collective, with the same secret."""
+
+    def run(name: str, exchange: dict[str, Any]) -> Outcome:
+        alpha = {"private": {"epsilon": 8.0, "delta": 1e-5}, **TWO_RANKS}
+        trust = {"metrics": {"loss": "member", "held_out": "member"}}
+        outer = {"codec": "int4", "second_moments": "shared", "merge": "importance", "control_variates": 0.5}
+        inner = {"optimizer": "muon"}
+        silos = {"alpha": alpha}
+        config = tiny_config(tmp_path / name, trust=trust, outer=outer, inner=inner, silos=silos, exchange=exchange)
+        if name == "among":
+            own = config.silo_directory("alpha") / "private"
+            own.mkdir(parents=True)
+            shutil.copy(tmp_path / "stored/run/silos/alpha/private" / SECRET, own)
+        return federate(config)
+
+    stored, among = run("stored", {}), run("among", collective())
+    last = among.config.schedule.num_versions
+    assert_same_bits(among.parameters(last), stored.parameters(last))
+    assert among.by_step("alpha", "epsilon") == stored.by_step("alpha", "epsilon")
+    assert summarize(among.config)["epsilon"] == summarize(stored.config)["epsilon"]
+    told = {}
+    for one in (stored, among):
+        data = next(Path(one.ledger).glob(f"silos/alpha/{last:06d}/manifest.json")).read_bytes()
+        told[one.config.exchange.kind] = Manifest.from_bytes(data).metrics
+    assert told["store"] == told["collective"]
+    assert told["store"].keys() == {"pseudo_gradient_norm", "epochs", "epsilon", "delta"}
 
 
 def test_a_killed_silo_accounts_on_stops_at_its_budget_to_the_step_and_leaves(

@@ -1,17 +1,21 @@
 """A launch whose aggregator learns sums alone, killed at every phase of one: the bits of one that was not."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from launch.show.report import summarize
 from pretrain.config.keys import RunConfig
+from pretrain.trust.member import member_budget
 from tests.conftest import TinyConfig
 from tests.distributed.federation import federate
 from tests.faults.scripted import Faults, federate_with
 from tests.faults.test_kills import check_same
 from tests.support import CORPORA, TinyText, tiny_silo
 from tests.unit.federation.test_verify import verified
+from tests.unit.test_member import KEPT, OUTER
 from tests.unit.test_secure_sum import SECURE, TIERS
 
 DEATHS: dict[str, Faults] = {
@@ -23,6 +27,7 @@ DEATHS: dict[str, Faults] = {
     },
 }
 STREAMING = {"num_fragments": 2, "overlap_steps": 1}
+NOISED = OUTER | STREAMING
 
 
 def make_config(tiny_config: TinyConfig, tiny_text: TinyText, directory: Path, **outer: Any) -> RunConfig:
@@ -31,7 +36,7 @@ def make_config(tiny_config: TinyConfig, tiny_text: TinyText, directory: Path, *
         directory,
         silos=silos,
         outer=SECURE | outer,
-        trust={"metrics": TIERS},
+        trust={"metrics": KEPT if "member_privacy" in outer else TIERS},
         inner={"num_steps": 8},
         silo={"checkpoint_interval_steps": 3, "eval_interval_rounds": 0},
     )
@@ -52,4 +57,21 @@ def test_killed_in_a_sum_equals_undisturbed(
     assert len(files) == (1 + 2 * 3) * run.config.schedule.num_versions
     for file in files:
         assert file.read_bytes() == (other / file.relative_to(store)).read_bytes(), file
+    assert not verified(run.config, tmp_path / "scratch").findings
+
+
+@pytest.mark.soak
+def test_killed_with_noise_equals_undisturbed(tmp_path: Path, tiny_config: TinyConfig, tiny_text: TinyText) -> None:
+    undisturbed = federate(make_config(tiny_config, tiny_text, tmp_path / "undisturbed", **NOISED))
+    config = make_config(tiny_config, tiny_text, tmp_path / "killed", **NOISED)
+    for silo in CORPORA:  # of whose secrets the noise is
+        there, here = (one.silo_directory(silo) / "private" for one in (undisturbed.config, config))
+        shutil.copytree(there, here)
+    run = federate_with(DEATHS["every phase"], config, tmp_path / "fired", max_restarts=20)
+    check_same(run, undisturbed)
+    budget = member_budget(config)
+    assert budget
+    spent = budget.epsilon(config.schedule.num_versions)
+    assert summarize(config)["member_epsilon"] == spent
+    assert f"{spent:.3g}</" in (Path(config.directory) / "report.html").read_text()
     assert not verified(run.config, tmp_path / "scratch").findings
