@@ -173,11 +173,10 @@ class Silo:
             self.sync.checkpointed(self.progress)
 
     def leave(self, error: BudgetSpentError) -> None:
-        """Save, deliver what was learned, and leave; raises the error where others cannot go on without the silo."""
+        """Save, and say that the silo takes part no more; raises the error where the others cannot go on without it."""
         self.save()
         if not (self.sync and self.config.membership.is_elastic):
             raise error
-        self.sync.hand_in(self.engine, self.progress)
         self.sync.leave(self.progress, str(error))
 
 

@@ -2,7 +2,6 @@
 
 import math
 import time
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from pretrain.silo.checkpoint import Progress
 from pretrain.silo.engine import Engine
 from pretrain.silo.steplog import count_seconds
 from pretrain.sync.flight import done
-from pretrain.sync.gradients import read_moments
 from pretrain.sync.silo_sync import SiloSync
 from pretrain.sync.through_store import ThroughStore
 
@@ -37,29 +35,6 @@ class ElasticSync(SiloSync):
         self.set_pace(progress)
         if self._store:
             self._store.announce(progress.version)
-
-    def hand_in(self, engine: Engine, progress: Progress) -> None:
-        """Deliver for the next version what was learned since the last delivery, after the last checkpoint.
-
-        Who comes back goes on from that, as after a kill: so nothing of this is kept here, and nothing is delivered
-        where error feedback would be, or where a version is a fragment, or one is under way.
-        """
-        outer, num_sequences = self.config.outer, progress.sequences_since(0)
-        if not num_sequences or self._decay or outer.num_fragments > 1 or outer.overlap_steps:
-            return
-        version, names = progress.sent + 1, list(engine.shapes)
-        num_steps = num_sequences // self.config.silos[self.silo].global_batch_sequences
-        local, is_leader = self._read(engine, names), self.ranks.is_leader
-        moments = read_moments(self.config, self.silo, engine, names, num_steps, is_leader=is_leader)
-
-        def deliver() -> None:
-            engine.copies.wait()
-            self._exchange.deliver(self._code(version, local, moments, replace(progress)))
-
-        delivered = self._coder.submit(deliver) if is_leader else None
-        self._poll(delivered, f"the delivery for version {version}", progress)
-        if delivered:
-            delivered.result()
 
     def leave(self, progress: Progress, why: str) -> None:
         """Say that we take part no more; what was delivered counts."""
