@@ -16,13 +16,15 @@ from pretrain.config.keys import RunConfig
 from pretrain.config.load import save_config
 from pretrain.exchange.store import StoreExchange
 from pretrain.federation.card import CARD
+from pretrain.federation.contract import Agreed, describe
 from pretrain.federation.export import describe_export, export_global_model, exported_digest, load_global_model
+from pretrain.federation.join import find_federation, joined_config, measure_size
 from pretrain.federation.verify import StoreVerifier
 from pretrain.outer.factors import pairs
 from pretrain.silo.model import load_checkpoint, token_losses
 from tests.adapters import adapter_model, save_base
 from tests.conftest import TinyConfig
-from tests.support import TinyText, one_line_error
+from tests.support import TinyText, one_line_error, tiny_settings, tiny_silo
 from tests.unit.test_aggregate import Hand, commit_of, one_version, plus_noise, start
 
 ROWS = torch.arange(32).reshape(2, 16) * 7 % 300
@@ -172,3 +174,25 @@ def test_a_run_without_adapter_has_no_forms(tmp_path: Path, tiny_config: TinyCon
     assert said == "--merged: given; this run trained all of its model; allowed: neither --merged nor --adapter"
     said = one_line_error(export_command, tmp_path, output=tmp_path / "out", merged=True, adapter=True)
     assert said == "--merged: given with --adapter; allowed: one of them"
+
+
+def test_whoever_joins_takes_over_the_adapter_and_has_a_base_of_its_own(
+    tmp_path: Path, tiny_config: TinyConfig, tiny_text: TinyText, base: Path
+) -> None:
+    agreed = tiny_config(
+        tmp_path, model=adapter_model(base, targets=["q_proj"], merge="alternate"), outer={"num_fragments": 2}
+    )
+    start(agreed)
+    settings = tiny_settings(tmp_path / "beta", tiny_text)
+    own = {key: settings[key] for key in ("directory", "tokenizer", "exchange", "silo", "wandb")}
+    path = tmp_path / "silo.yaml"
+    path.write_text(yaml.safe_dump(own | {"silos": {"beta": tiny_silo(tiny_text, "beta")}}))
+    federation = find_federation(agreed.store_url, [path], [])
+    assert dict(describe(Agreed.at(agreed.store_url)))["adapter"].startswith("lora of rank 2, alpha 4")
+    assert "allowed: a directory that has them" in one_line_error(joined_config, federation, [path], [])
+    joined = joined_config(federation, [path], [f"model.checkpoint={shutil.copytree(base, tmp_path / 'own')}"])
+    assert joined.model.adapter == agreed.model.adapter
+    assert measure_size(federation, joined, "beta", 0).num_parameters == 2 * 2 * 2 * 32
+    other = save_base(tmp_path / "other", tiny_text, seed=2)
+    said = one_line_error(joined_config, federation, [path], [f"model.checkpoint={other}"])
+    assert "model.checkpoint.model.safetensors is" in said
