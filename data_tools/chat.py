@@ -75,9 +75,10 @@ class ChatEncoder:
         self._dtype = TOKEN_TYPES[token_type_for(self.vocab_size)]
         added = self._tokenizer.get_added_tokens_decoder().values()
         names = {token.content for token in added if token.special and token.content}
-        self._names = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"\Z")
+        names.add(str(self._tokenizer.id_to_token(self.end_id)))  # which some have as a piece of text
+        self._names = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
         in_json = (re.escape(json.dumps(name)[1:-1]) for name in sorted(names))
-        self._names_in_json = re.compile("|".join(in_json) or r"\Z")
+        self._names_in_json = re.compile("|".join(in_json))
         self._renderer = Renderer(job.template, {token.content for token in added})
 
     def encode(self, block: Block) -> Encoded:
