@@ -1,16 +1,20 @@
 """Throughput and memory of `atoll data prepare --chat` against `tokenizers` alone, on the same rendered text.
 
     python -m benchmarks.prepare_chat CORPUS.jsonl.gz ... [--megabytes 100] [--vocab-size 32768] [--template FILE]
+    python -m benchmarks.prepare_chat CORPUS.jsonl.gz ... --worker
 
 The documents of the given corpora are cut into conversations: questions of 300 characters, answers of 900, four turns
 at most, numbered so that none comes twice. The reference is the time within `Tokenizer.encode_batch`, which also uses
 all cores, on batches of 1,000 conversations that have been rendered already; the mean of once before and once after.
 Beside the ratio of wall times is that of processor times, all processes together, for a machine that is not alone.
+With --worker it is one worker's whole task, from raw lines to tokens and masks, against `encode_batch` in the same
+thread on what that rendered: processor times of two blocks of a megabyte, the least of seven each, one after the other.
 """
 
 import argparse
 import itertools
 import json
+import os
 import resource
 import tempfile
 import time
@@ -22,13 +26,17 @@ from tokenizers import Tokenizer
 
 from benchmarks.memory import MIB
 from benchmarks.prepare import REFERENCE_DOCUMENTS, prepare_seconds
+from data_tools.chat import ChatEncoder, ChatJob
 from data_tools.chat_template import Renderer, find_template
 from data_tools.conversations import normalised
-from data_tools.sources import read_documents
+from data_tools.formats import WHOLE
+from data_tools.listing import file_part
+from data_tools.sources import parse_block, read_blocks, read_documents
 from data_tools.tokenizer import train_tokenizer
 
 QUESTION_CHARACTERS, ANSWER_CHARACTERS, MAX_TURNS = 300, 900, 4
 SEQUENCE_TOKENS = 4096
+REPEATS = 7
 
 Times = tuple[float, float]
 """Seconds on the clock, and of processors."""
@@ -83,6 +91,34 @@ def children_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
+def one_worker(file: Path, tokenizer: Path, template: Path | None) -> None:
+    """Print what a worker's task costs beside what tokenizing costs."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as workers have it
+    chosen = find_template(tokenizer, template, "")
+    job = ChatJob(tokenizer=tokenizer, template=chosen, sequence_tokens=SEQUENCE_TOKENS, too_long="stop", held_out=0.01)
+    encoder, alone = ChatEncoder(job), Tokenizer.from_file(str(tokenizer))
+    renderer = Renderer(chosen, {token.content for token in alone.get_added_tokens_decoder().values()})
+    blocks = list(itertools.islice(read_blocks(file_part(file, WHOLE)), 2))
+    texts = [
+        renderer.render(normalised(json.loads(str(one)))).text for block in blocks for _, one in parse_block(block)
+    ]
+    of_worker, of_library = [], []
+    for _ in range(REPEATS):
+        began = time.process_time()
+        num_tokens = sum(len(encoder.encode(block).tokens) for block in blocks)
+        of_worker.append(time.process_time() - began)
+        began = time.process_time()
+        found = alone.encode_batch(texts, add_special_tokens=False)
+        of_library.append(time.process_time() - began)
+    assert num_tokens == sum(len(one) for one in found)
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    print(
+        f"one worker: {len(texts):,} conversations, {megabytes:.2f} MB rendered, {num_tokens:,} tokens  "
+        f"encode_batch {min(of_library):.3f} s  worker {min(of_worker):.3f} s of a processor  "
+        f"ratio {min(of_library) / min(of_worker):.3f}"
+    )
+
+
 def main() -> None:
     """Print one line a size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -90,12 +126,17 @@ def main() -> None:
     parser.add_argument("--megabytes", nargs="+", type=int, default=[100])
     parser.add_argument("--vocab-size", type=int, default=32_768)
     parser.add_argument("--template", type=Path)
+    parser.add_argument("--worker", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
         texts = (text for corpus in arguments.corpora for text in read_documents(corpus))
         vocab_size = arguments.vocab_size
         tokenizer = train_tokenizer(texts, vocab_size=vocab_size, output=directory / "tokenizer", chat=True)
+        if arguments.worker:
+            write_conversations(arguments.corpora, directory / "worker.jsonl", 2_500_000)
+            one_worker(directory / "worker.jsonl", tokenizer, arguments.template)
+            return
         options = ["--chat", "--sequence-tokens", str(SEQUENCE_TOKENS)]
         options += ["--chat-template", str(arguments.template)] if arguments.template else []
         for megabytes in arguments.megabytes:

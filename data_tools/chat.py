@@ -7,6 +7,7 @@ special token stays text: such text is cut in the middle of the name and encoded
 import itertools
 import json
 import re
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Encoding, processors
+from tokenizers import Encoding, Tokenizer, processors
+from tokenizers.normalizers import NFC
 
 from data_tools.chat_template import Renderer, Span, Template
 from data_tools.clean import is_held_out
@@ -22,7 +24,7 @@ from data_tools.conversations import Conversation, NoConversationError, parse_co
 from data_tools.encode import BATCH_BYTES, Encoded
 from data_tools.quality import MEASURES, RULES
 from data_tools.sources import Bad, Block, parse_block
-from data_tools.tokenizer import end_of_text_id, load_tokenizer
+from data_tools.tokenizer import BYTE_ALPHABET, end_of_text_id, load_tokenizer
 from pretrain.config.errors import ConfigError
 from pretrain.silo.shards import TOKEN_TYPES, token_type_for
 from pretrain.silo.vocabulary import vocab_size_of
@@ -72,12 +74,15 @@ class ChatEncoder:
         self._tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
         self.end_id = end_of_text_id(self._tokenizer)
         self.vocab_size = vocab_size_of(self._tokenizer)
+        self._bytes_of = _token_bytes(self._tokenizer)
+        self._normalizes = self._tokenizer.normalizer is not None
         self._dtype = TOKEN_TYPES[token_type_for(self.vocab_size)]
         added = self._tokenizer.get_added_tokens_decoder().values()
         names = {token.content for token in added if token.special and token.content}
-        self._names = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"\Z")
+        names.add(str(self._tokenizer.id_to_token(self.end_id)))  # which some have as a piece of text
+        self._names = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
         in_json = (re.escape(json.dumps(name)[1:-1]) for name in sorted(names))
-        self._names_in_json = re.compile("|".join(in_json) or r"\Z")
+        self._names_in_json = re.compile("|".join(in_json))
         self._renderer = Renderer(job.template, {token.content for token in added})
 
     def encode(self, block: Block) -> Encoded:
@@ -178,18 +183,16 @@ class ChatEncoder:
 
     def _encoded(self, batch: list[_Text]) -> Iterator[tuple[_Text, npt.NDArray[Any], npt.NDArray[np.bool_]]]:
         pieces = [piece for text in batch for piece in text.pieces]
-        encodings = iter(self._tokenizer.encode_batch(pieces, add_special_tokens=False))
+        encode = self._tokenizer.encode_batch if self._bytes_of is None else self._tokenizer.encode_batch_fast
+        encodings = iter(encode(pieces, add_special_tokens=False))
         for text in batch:
             ids: list[int] = []
             spans: list[Span] = []
             for piece, learned in zip(text.pieces, text.learned, strict=True):
                 encoding = next(encodings)
+                first = self._first_tokens(piece, encoding, [edge for span in learned for edge in span])
                 spans += [
-                    (
-                        len(ids) + _first_token(encoding, begin, len(piece)),
-                        len(ids) + _first_token(encoding, end, len(piece)),
-                    )
-                    for begin, end in learned
+                    (len(ids) + begin, len(ids) + end) for begin, end in zip(first[::2], first[1::2], strict=True)
                 ]
                 ids += encoding.ids
             mask = np.zeros(len(ids), np.bool_)
@@ -197,6 +200,39 @@ class ChatEncoder:
                 mask[begin:end] = True
             mask[:1] = False  # nothing is there to predict it from
             yield text, np.array(ids, dtype=self._dtype), mask
+
+    def _first_tokens(self, piece: str, encoding: Encoding, characters: list[int]) -> list[int]:
+        """For each of some characters the first token that begins there or after it."""
+        if self._bytes_of is not None:
+            ends = np.cumsum(self._bytes_of[encoding.ids])
+            is_ascii = piece.isascii()
+            num_bytes = len(piece) if is_ascii else len(piece.encode())
+            is_as_given = is_ascii or not self._normalizes or unicodedata.is_normalized("NFC", piece)
+            if is_as_given and len(ends) and ends[-1] == num_bytes:
+                places = characters if is_ascii else [len(piece[:one].encode()) for one in characters]
+                # A token begins where the one before it ends.
+                found: list[int] = np.searchsorted(np.concatenate([[0], ends[:-1]]), places).tolist()
+                return found
+            encoding = self._tokenizer.encode(piece, add_special_tokens=False)
+        return [_first_token(encoding, one, len(piece)) for one in characters]
+
+
+def _token_bytes(tokenizer: Tokenizer) -> npt.NDArray[np.int64] | None:  # (vocab_size,)
+    """How many bytes each token stands for, where a vocabulary is of bytes, one character each; or else None.
+
+    The library takes longer where it has to say which characters a token is of.
+    """
+    added = {token.content: len(token.content.encode()) for token in tokenizer.get_added_tokens_decoder().values()}
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    alphabet = set(BYTE_ALPHABET)
+    if not all(alphabet.issuperset(token) for token in vocabulary.keys() - added.keys()):
+        return None
+    if not isinstance(tokenizer.normalizer, NFC | None):
+        return None
+    found = np.zeros(vocab_size_of(tokenizer), np.int64)
+    for token, number in vocabulary.items():
+        found[number] = added.get(token, len(token))
+    return found
 
 
 def _first_token(encoding: Encoding, character: int, num_characters: int) -> int:

@@ -164,7 +164,9 @@ def sentencepiece_like(folder: Path) -> Path:
 def both(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, ChatEncoder]]:
     other = sentencepiece_like(tmp_path_factory.mktemp("other"))
     plain = Template(source=own(tokenizer).source, name="t", special_tokens=())
-    return [(tokenizer, encoder(tokenizer, own(tokenizer))), (other, encoder(other, plain))]
+    with_offsets = encoder(tokenizer, own(tokenizer))
+    with_offsets._bytes_of = None
+    return [(tokenizer, encoder(tokenizer, own(tokenizer))), (other, encoder(other, plain)), (tokenizer, with_offsets)]
 
 
 CHARACTERS = st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]) | st.sampled_from(" eé🙂ö<|>\n")
@@ -177,10 +179,17 @@ TURNS = st.lists(st.tuples(SAID, SAID.filter(lambda one: bool(one.strip()))), mi
 def test_what_is_learned_is_what_is_said(both: list[tuple[Path, ChatEncoder]], turns: list[tuple[str, str]]) -> None:
     """Of any text: the learned tokens alone decode to the assistant's words and the ends of its turns."""
     record = {"messages": [one for asked, said in turns for one in (user(asked), assistant(said))]}
-    (byte_level, first), (normalising, second) = both
+    (byte_level, first), (normalising, second), (_, with_offsets) = both
     encoded = first.encode(block(record))
     assert not encoded.bad
     assert learned(encoded, byte_level) == [[f"{said}<|im_end|>\n" for _, said in turns]]
+    assert first._bytes_of is not None
+    assert encoded.trained is not None
+    encoded_by_offsets = with_offsets.encode(block(record))
+    assert encoded_by_offsets.trained is not None
+    assert encoded_by_offsets.tokens.tolist() == encoded.tokens.tolist()
+    assert encoded_by_offsets.trained.tolist() == encoded.trained.tolist()
+    assert second._bytes_of is None
     encoded = second.encode(block(record))
     assert not encoded.bad
     assert [one.count("<|im_end|>") for one in learned(encoded, normalising)[0]] == [1] * len(turns)
@@ -250,3 +259,13 @@ def test_a_conversation_of_which_no_token_is_learned_is_told(greedy: Path) -> No
     assert [one.message for one in encoded.bad] == [
         "chats.jsonl, line 1: its template leaves nothing of it to learn: drop it"
     ]
+
+
+def test_text_that_the_tokenizer_composes_is_learned_where_it_begins(tokenizer: Path, tmp_path: Path) -> None:
+    """Bytes of tokens say nothing of text that is normalised first (here e and an accent, three bytes, to two)."""
+    composing = Tokenizer.from_file(str(tokenizer))
+    composing.normalizer = normalizers.NFC()
+    composing.save(str(file := tmp_path / "tokenizer.json"))
+    record = {"messages": [user("cafe\u0301 " * 3), assistant("e\u0301a\u0308 yes"), user("a"), assistant("so \u00fc")]}
+    encoded = encoder(file, own(tokenizer)).encode(block(record, RECORDS["one turn"]))
+    assert learned(encoded, file) == [["éä yes<|im_end|>\n", "so ü<|im_end|>\n"], ["Hello.<|im_end|>\n"]]

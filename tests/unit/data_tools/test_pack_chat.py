@@ -134,6 +134,7 @@ def as_row(record: dict[str, Any]) -> dict[str, Any]:
 def test_every_format_gives_the_same_rows(tokenizer: Path, tmp_path: Path) -> None:
     records = [*talk("formats", 20), *CALLS]
     write_records(tmp_path / "a/text.jsonl", records)
+    (tmp_path / "a/readme.txt").write_text("No conversation.")
     write_records(tmp_path / "b/text.json.zst", records)
     table = pa.Table.from_pylist([as_row(record) for record in records])
     (tmp_path / "c").mkdir()
@@ -146,6 +147,7 @@ def test_every_format_gives_the_same_rows(tokenizer: Path, tmp_path: Path) -> No
         bytes_alone = {file: sha256 for file, sha256 in found.items() if "manifest" not in file}
         assert len(bytes_alone) == 3
         assert (expected_hashes := expected_hashes or bytes_alone) == bytes_alone
+    assert json.loads((tmp_path / "packed/a/report.json").read_text())["left_out"] == {"a": {".txt": 1}}
 
 
 def test_stopped_and_resumed_at_every_block(tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
