@@ -11,24 +11,30 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from benchmarks.leak_attacks import Floats
 from pretrain.config.errors import ConfigError
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.exchange.payload import Tensors, changed_tensors
 from pretrain.exchange.sealed import fetch_version, open_payload, take_group_key
 from pretrain.exchange.store import StoreExchange, delivery_path
 from pretrain.exchange.sums import Sums
+from pretrain.federation.export import empty_model
 from pretrain.federation.reading import found_configuration
 from pretrain.merge.terms import sum_factor, sum_share, summed_moments
 from pretrain.outer.codec import decoded
 from pretrain.outer.quantize import Parts
 from pretrain.outer.summed import in_stream
+from pretrain.silo.data import Mixture
+from pretrain.silo.vocabulary import vocabulary_size
+from pretrain.train import open_data
 from pretrain.trust.ledger import Manifest, RefusedError
 from pretrain.trust.masks import Stream, add
 from pretrain.trust.members import act_as
 
 Named = dict[str, Tensor]
+SEALED = "member, were it sealed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,3 +198,60 @@ def readable(run: Path, party: str, silo: str, version: int) -> bool:
     except RefusedError:
         return False
     return True
+
+
+class Attacked:
+    """One silo of a finished run, and what it really trained on."""
+
+    def __init__(self, config: RunConfig, silo: str, attacker: str) -> None:
+        """`attacker` is the silo that attacks."""
+        self.config, self.silo, self.attacker = config, silo, attacker
+        self.run, self.last = Path(config.directory), config.num_rounds
+        self.operator = Opened(self.run, OPERATOR)
+
+    @cached_property
+    def can_read(self) -> bool:
+        """Whether the attacking silo can open the other's deliveries."""
+        return readable(self.run, self.attacker, self.silo, self.last)
+
+    @cached_property
+    def _member(self) -> Opened:
+        return Opened(self.run, self.attacker)
+
+    def views(self, version: int) -> dict[str, View]:
+        """What aggregator and member have of the silo's delivery; of a secure sum the one has the mean of all."""
+        own = self.own(version)
+        if self.config.outer.secure_sum:
+            merged, moments = self.operator.merged(version), self.operator.versions[version].moments
+            delivered = View(base=own.base, pseudo_gradient=merged, moments=moments)
+        else:
+            delivered = self.operator.delivery(self.silo, version)
+        who = "aggregator, member" if self.can_read else "aggregator"
+        return {who: delivered, SEALED if self.can_read else "member": self._member.subtracted(version, own)}
+
+    def own(self, version: int) -> View:
+        """What the attacking silo delivered itself."""
+        party = self._member if self.config.outer.secure_sum else self.operator
+        return party.delivery(self.attacker, version)
+
+    def mixture(self, silo: str) -> Mixture:
+        """A silo's sequences in the order in which it reads them."""
+        return open_data(self.config, silo)[0]
+
+    def positions(self, silo: str, version: int) -> range:
+        """Which of them a round was trained on."""
+        num = self.config.outer.sync_interval_steps * self.config.silos[silo].global_batch_sequences
+        return range((version - 1) * num, version * num)
+
+    def counts(self, silo: str, version: int) -> Floats:
+        """How often each token of the vocabulary occurred in a round, as input or as target. # (V,)"""
+        batch = self.mixture(silo).batch(self.positions(silo, version))
+        tokens = torch.cat([batch.inputs, batch.targets], 1).flatten()
+        return np.bincount(tokens.numpy(), minlength=vocabulary_size(self.config.tokenizer_file)).astype(np.float64)
+
+    def model(self, parameters: Named) -> nn.Module:
+        """The model with these parameters."""
+        model, filled = empty_model(self.config)
+        for name, value in filled.items():
+            value.copy_(parameters[name])
+        return model.eval()

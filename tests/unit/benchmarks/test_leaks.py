@@ -1,27 +1,18 @@
 """What each party to a federation has, from real stores; and text and options of benchmarks/leaks.py."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks.leak_passages import Passages, attack_run, chance
+from benchmarks.leak_runs import Column, Text, corpora_in, parse_column
 from benchmarks.leak_texts import CODES, HELD_OUT, deal, make_canaries, write_texts
-from benchmarks.leak_views import Opened, check_readable, readable
-from benchmarks.leaks import (
-    TEXTS_HEAD,
-    Attacked,
-    Column,
-    Text,
-    attack_run,
-    attack_tokens,
-    chance,
-    make_text,
-    parse_column,
-    token_rows,
-)
+from benchmarks.leak_views import SEALED, Attacked, Opened, check_readable, readable
+from benchmarks.leaks import TEXTS_HEAD, TOKENS_HEAD, attack_tokens, token_cells
 from launch.start.local import write_resolved
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.trust.ledger import RefusedError
@@ -96,7 +87,7 @@ def attacked(tmp_path_factory: pytest.TempPathFactory, tiny_config: TinyConfig) 
 
 def test_the_rows_that_moved_are_the_tokens_of_the_round(attacked: Attacked) -> None:
     for version in (1, 2, 3):
-        (view,) = attacked.views(version).values()
+        view = attacked.views(version)["aggregator, member"]
         moved = (view.pseudo_gradient["model.embed_tokens.weight"] != 0).any(1).numpy()
         inputs, *_ = attacked.mixture("alpha").batch(attacked.positions("alpha", version))
         there = np.isin(np.arange(len(moved)), inputs.numpy())
@@ -141,14 +132,17 @@ def test_tables_of_a_real_run(attacked: Attacked, tiny_text: TinyText) -> None:
     text = Text(
         packed=packed, tokenizer=tiny_text.tokenizer, corpora=["alpha", "beta"], canaries=canaries, directory=Path()
     )
-    never_trained = attacked.operator.versions[0].parameters
-    rows = attack_run(attacked, text, never_trained, "tiny")
-    assert [row.split("|")[2].strip() for row in rows] == ["aggregator, member", "model's user"]
-    assert {row.count("|") for row in [*rows, TEXTS_HEAD]} == {10}
+    never_trained = attacked.model(attacked.operator.versions[0].parameters)
+    passages = Passages(attacked, text)
+    found = attack_run(attacked, passages, never_trained)
+    assert [*found] == ["aggregator, member", SEALED, "model's user"]
+    assert {2 + len(one.cells) for one in found.values()} == {TEXTS_HEAD.count("|") - 1}
     # alpha's text is of other words than gamma's, which the model has never seen.
-    assert float(rows[0].split("|")[3]) > 0.7
-    assert "tells" in chance(attacked, text, never_trained)
-    assert len(token_rows("tiny", attack_tokens(attacked))) == 1
+    assert found["aggregator, member"].auc > 0.7
+    assert "tells" in chance(passages, never_trained)
+    words = attack_tokens(attacked)
+    assert [*words] == ["aggregator, member", SEALED]
+    assert 2 + len(token_cells(words[SEALED])) == TOKENS_HEAD.count("|") - 1
 
 
 # ---- text
@@ -212,15 +206,14 @@ def test_what_the_attacks_cannot_read_is_refused(tmp_path: Path, tiny_config: Ti
     text = of_two(tiny_text, tmp_path)
     three = Column(name="three", num_silos=3)
     assert one_line_error(text.config, three) == "silos: 3 given; allowed: up to 2, one a corpus"
-    options: dict[str, Any] = {"num_characters": 10, "num_canaries": 1}
-    assert one_line_error(make_text, tmp_path / "none", tmp_path, "", **options) == (
+    assert one_line_error(corpora_in, tmp_path / "none", tmp_path, []) == (
         f"--corpora: '{tmp_path / 'none'}' given; allowed: a folder of two folders or more with train.jsonl"
     )
     for name in ("alpha", "beta"):
         (tmp_path / "corpora" / name).mkdir(parents=True)
-    assert one_line_error(make_text, tmp_path / "corpora", tmp_path, "delta", **options) == (
-        "--silo: 'delta' given; allowed: alpha, beta"
-    )
+    refused = one_line_error(corpora_in, tmp_path / "corpora", tmp_path, ["alpha", "delta"])
+    assert refused == "--silo: 'delta' given; allowed: alpha, beta"
+    assert corpora_in(tmp_path / "corpora", tmp_path, []) == (tmp_path / "corpora", ["alpha"])
 
 
 def test_other_settings_have_another_directory(tmp_path: Path, tiny_text: TinyText) -> None:
@@ -229,3 +222,7 @@ def test_other_settings_have_another_directory(tmp_path: Path, tiny_text: TinyTe
     first, second, third = (text.config(column).directory for column in columns)
     assert first != second == third
     assert Path(first).name.startswith("one-run-")
+    # Who is attacked changes no run of all silos; another seed does.
+    assert text.attacked("beta").config(columns[0]).directory == first
+    seeded = replace(text, seed=1).config(columns[0])
+    assert (seeded.model.seed, seeded.silos["alpha"].data_seed, seeded.silos["beta"].data_seed) == (1, 1, 1)
