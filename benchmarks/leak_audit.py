@@ -24,7 +24,8 @@ from torch import nn
 from benchmarks.leak_attacks import Floats
 from pretrain.silo.data import PackedTokens
 from pretrain.silo.model import token_losses
-from pretrain.silo.shards import MANIFEST_FILE, SplitWriter
+from pretrain.silo.shards import MANIFEST_FILE
+from pretrain.silo.writer import SplitWriter
 
 Ids = npt.NDArray[np.int64]
 EVERY = 2  # of a canary's tokens are its own one

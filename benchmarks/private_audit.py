@@ -22,6 +22,7 @@ from benchmarks.leak_attacks import auc, true_positives
 from benchmarks.leak_audit import EVERY, Scores, epsilon_bound, most_provable, pooled
 from pretrain.config.keys import InnerConfig, ModelConfig, PrivateConfig, SiloConfig
 from pretrain.silo.account import Plan
+from pretrain.silo.batch import Batch
 from pretrain.silo.checkpoint import Progress
 from pretrain.silo.engine import Engine
 from pretrain.silo.model import build_initial
@@ -65,7 +66,7 @@ class Audited:
     def _own_directions(self) -> Tensor:
         """Unit gradients of all canaries, less their mean. # (2 num, values)"""
         found = []
-        for _, gradients in self._engine.sequence_gradients(self._tokens[:, :-1], self._tokens[:, 1:]):
+        for _, gradients in self._engine.sequence_gradients(Batch(self._tokens[:, :-1], self._tokens[:, 1:])):
             flat = torch.cat([gradient.flatten() for gradient in gradients]).float()
             found.append(flat / flat.norm())
         units = torch.stack(found)
@@ -90,7 +91,7 @@ class Audited:
         self._engine.write(iter(self._initial.items()))
         with tempfile.TemporaryDirectory() as directory:
             private = Private(self._settings, plan, self._ranks, silo="own", directory=Path(directory), data={})
-            private.step(self._engine, [(some[:, :-1], some[:, 1:])], 1.0, Progress())
+            private.step(self._engine, [Batch(some[:, :-1], some[:, 1:])], 1.0, Progress())
         after = dict(self._engine.module.named_parameters())
         moved = torch.cat([(value - after[name].detach()).flatten() for name, value in self._initial.items()])
         along = (self._directions @ moved).double().numpy()
