@@ -53,11 +53,10 @@ def sync_turns(directory: Path, size: str, codec: str) -> Turn:
     class Still:
         """In an engine's place."""
 
-        def __init__(self) -> None:
+        def __init__(self, shapes: dict[str, torch.Size]) -> None:
             self.copies = HostCopies(torch.device("cpu"), of_gathered=False)
             self.values: dict[str, torch.Tensor] = {}
-            self.shapes: dict[str, torch.Size] = {}
-            self.noise = 0.0
+            self.shapes, self.noise = shapes, 0.0
 
         def write(self, values: Iterator[tuple[str, torch.Tensor]], names: list[str]) -> None:
             self.values |= {name: value.clone() for name, value in values}
@@ -70,17 +69,16 @@ def sync_turns(directory: Path, size: str, codec: str) -> Turn:
     codecs = [f"outer.{key}={codec}" for key in ("codec", "downlink_codec")]
     config = configuration(directory, model, ["alpha"], [f"inner.num_steps={MANY}", *codecs])
     aggregator = Aggregator(config, Journal(config, "aggregator", silo=None))
-    state, engine, progress = aggregator.start(), Still(), Progress()
-    engine.shapes = {name: value.shape for name, value in state.parameters.items()}
+    state, progress = aggregator.start(), Progress()
+    engine = Still({name: value.shape for name, value in state.parameters.items()})
     journal, through = Journal(config, "silos/alpha", silo="alpha"), ThroughStore(config, "alpha")
     sync: Any = SiloSync(config, "alpha", Ranks(), journal, through, asked_to_stop=lambda: False)
     sync.join()
     sync.start(engine, progress)
 
     def turn() -> dict[str, Any]:
-        version, began, found = progress.version + 1, time.process_time(), {}
-        engine.noise = 1e-3
-        progress.step += 1
+        version, began = progress.version + 1, time.process_time()
+        engine.noise, progress.step = 1e-3, version
         progress.position += config.silos["alpha"].global_batch_sequences
         sync.deliver(engine, progress, version)
         engine.noise = 0.0
@@ -92,9 +90,8 @@ def sync_turns(directory: Path, size: str, codec: str) -> Turn:
         committed = time.process_time()
         sync.wait(progress, version)
         sync.adopt(engine, progress, version)
-        found["aggregator"] = committed - delivered
-        found["silo"] = time.process_time() - committed + delivered - began
-        return found | {"digest": state.parameters_digest}
+        silo = time.process_time() - committed + delivered - began
+        return {"silo": silo, "aggregator": committed - delivered, "digest": state.parameters_digest}
 
     return turn
 
