@@ -122,8 +122,10 @@ def test_what_is_beyond_its_bound_is_refused_with_its_part(bad: float) -> None:
 
 def test_a_mean_gradient_beyond_its_bound_is_refused() -> None:
     moment = summed(MeanGradient(MATRIX))
-    with pytest.raises(OutOfRangeError, match=r"'values', 1\.3"):
+    with pytest.raises(OutOfRangeError) as caught:
         moment.whole(moment.moment.encode(torch.full(MATRIX, -1.3)), 1.0)
+    assert caught.value.args[0] == "values"
+    assert caught.value.args[1] == pytest.approx(1.3, rel=0.01)
 
 
 def test_bounds_follow_what_gradients_are_clipped_to() -> None:
