@@ -14,7 +14,7 @@ DELTA = 1e-5
 
 def test_what_an_attacker_proves_of_steps_is_less_than_they_promised() -> None:
     audited = Audited(64)
-    promised = 3.0
+    promised = 1.0
     noise = float(get_sigma_gaussian(promised, DELTA))
     kept, broken = (epsilon_bound(audited.scores(of, steps=4), DELTA) for of in (noise, noise / 20))
     assert kept < promised < broken < get_epsilon_gaussian(noise / 20, DELTA)
