@@ -8,11 +8,20 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.leak_audit import design
 from benchmarks.leak_passages import Passages, attack_run, chance
 from benchmarks.leak_runs import Column, Text, corpora_in, parse_column
 from benchmarks.leak_texts import CODES, HELD_OUT, deal, make_canaries, write_texts
 from benchmarks.leak_views import SEALED, Attacked, Opened, check_readable, readable
-from benchmarks.leaks import TEXTS_HEAD, TOKENS_HEAD, attack_tokens, token_cells
+from benchmarks.leaks import (
+    AUDIT_HEAD,
+    TEXTS_HEAD,
+    TOKENS_HEAD,
+    attack_designed,
+    attack_tokens,
+    audit_cells,
+    token_cells,
+)
 from launch.start.local import write_resolved
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.trust.ledger import RefusedError
@@ -143,6 +152,16 @@ def test_tables_of_a_real_run(attacked: Attacked, tiny_text: TinyText) -> None:
     words = attack_tokens(attacked)
     assert [*words] == ["aggregator, member", SEALED]
     assert 2 + len(token_cells(words[SEALED])) == TOKENS_HEAD.count("|") - 1
+
+
+def test_canaries_that_no_run_was_trained_on_prove_nothing(attacked: Attacked) -> None:
+    (own,) = attacked.mixture("alpha").corpora
+    found = attack_designed(attacked, design(own, own, 20, seed=0), attacked.model(attacked.own(1).base))
+    assert [*found] == ["aggregator, member", SEALED, "model's user"]
+    for score in found.values():
+        cells = audit_cells([score], attacked.config)
+        assert 2 + len(cells) == AUDIT_HEAD.count("|") - 1
+        assert cells[3].values == [0]
 
 
 # ---- text
