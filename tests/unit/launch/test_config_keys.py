@@ -39,7 +39,7 @@ def test_what_is_agreed_is_what_the_contract_has(tmp_path: Path, tiny_config: Ti
     }
     agreed = agreed - {MEMBER} | {f"{MEMBER}.{name}" for name in contract["outer"]["member_privacy"]}
     agreed |= {"name", "run_id", "sequence_tokens", "document_masking", "roster"} & contract.keys()
-    agreed |= {f"model.{name}" for name in (*contract["model"], "checkpoint")} | {"tokenizer"}
+    agreed |= {f"model.{name}" for name in (*contract["model"], "checkpoint")} | {"tokenizer", "chat_template"}
     agreed |= {f"model.adapter.{field.name}" for field in dataclasses.fields(AdapterConfig)}
     assert {name for name, key in KEYS.items() if key.is_agreed} == agreed
 
