@@ -455,5 +455,14 @@ def _write_overlay(directory: Path, output: Path, sources: tuple[Source, ...], m
         name: str(output / f"{folder}valid") for name, folder in folders.items() if f"{folder}valid" in manifests
     }
     with atomic_path(directory / OVERLAY_FILE) as temporary:
-        temporary.write_text(yaml.safe_dump({"silo": silo}, sort_keys=False))
+        temporary.write_text(yaml.safe_dump({"silo": silo} | _terms_of_rows(output, manifests), sort_keys=False))
         os.chmod(temporary, 0o644)
+
+
+def _terms_of_rows(output: Path, manifests: dict[str, Manifest]) -> dict[str, Any]:
+    """What a run has to have agreed on to train on rows of conversations; nothing for text."""
+    chat = next(iter(manifests.values())).chat
+    if chat is None:
+        return {}
+    terms = {"chat_template": str(output / TEMPLATE_FILE), "document_masking": True}
+    return terms | {"sequence_tokens": chat.sequence_tokens}

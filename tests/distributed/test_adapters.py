@@ -19,7 +19,7 @@ from tests.faults.test_kills import check_same
 from tests.faults.test_silo_deaths import DEATHS as SILO_DEATHS
 from tests.support import CORPORA, TWO_RANKS, TinyText, free_port, tiny_silo, torchrun, zero
 from tests.unit.federation.test_verify import verified
-from tests.unit.test_secure_sum import SECURE, TIERS
+from tests.unit.summing import SECURE, TIERS
 
 WORKER = Path(__file__).parent / "adapter_worker.py"
 KEEP_ALL = {"keep_versions": 100}
