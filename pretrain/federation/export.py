@@ -208,7 +208,8 @@ def _write_adapter(model: nn.Module, config: RunConfig, provenance: dict[str, An
     factors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     directory.mkdir()
     save_adapter(directory, factors, config.model.adapter)
-    save_tokenizer(with_tokenizer(model, config.tokenizer_file), config.tokenizer_file, directory)
+    tokenizer = with_tokenizer(model, config.tokenizer_file, config.template_file)
+    save_tokenizer(tokenizer, config.tokenizer_file, directory)
     told = provenance | {"base": model_terms(config)["checkpoint"]}
     (directory / PROVENANCE).write_text(json.dumps(told, indent=1) + "\n")
 

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import logging
 import os
 import shutil
 import sys
@@ -26,7 +27,7 @@ def with_tokenizer(
 
     Its end of text is the token that ended documents in training. It names no padding, as none was trained, and whoever
     goes on from it would freeze the embedding of a token that is padding. A chat template, or else one beside the
-    tokenizer's file, is taken over.
+    tokenizer's file, is taken over, and what the model says ends where a turn does, too.
     """
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file))
     vocabulary = tokenizer.get_vocab()
@@ -41,7 +42,22 @@ def with_tokenizer(
         settings.use_cache = True  # switched off for training
         if "create_position_ids_from_input_ids" not in code:  # roberta and its like count from there
             settings.pad_token_id = None
+    end, of_turns = model.generation_config.eos_token_id, _end_of_turns(tokenizer)  # type: ignore[union-attr]
+    if of_turns not in (None, end):
+        model.generation_config.eos_token_id = [of_turns] if end is None else [end, of_turns]  # type: ignore[union-attr]
     return tokenizer
+
+
+def _end_of_turns(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """The token with which the assistant's turns end in the chat template; None without one."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        said = tokenizer.apply_chat_template(turns, return_dict=False) if tokenizer.chat_template else []
+    except Exception as error:  # a template raises what it likes
+        logging.getLogger(__name__).debug("no end of turns: %s", error)
+        return None
+    added = {*tokenizer.get_added_vocab().values()}
+    return next((token for token in reversed(said) if token in added), None)
 
 
 def export(

@@ -13,6 +13,7 @@ import pyarrow.parquet
 import pytest
 from rich.console import Console
 from tokenizers import Tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from data_tools import rows
@@ -23,6 +24,7 @@ from data_tools.show import print_conversations
 from data_tools.sources import Source
 from data_tools.tokenizer import train_tokenizer
 from data_tools.workers import StoppedError
+from pretrain.silo.exported import with_tokenizer
 from pretrain.silo.shards import open_documents, open_mask, open_shard, template_sha256, trained, verify_shards
 from pretrain.silo.verify import verify_tokens
 from tests.conversations import RECORDS, assistant, user
@@ -322,3 +324,10 @@ def test_conversations_are_shown_with_what_is_learned(
     code, output = run("inspect", tmp_path / "packed", tmp_path / "text", "--tokenizer", tokenizer)
     assert code == 0
     assert "14.1 %" in output
+
+
+def test_what_a_model_says_ends_where_a_turn_does(tokenizer: Path) -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=290, **sizes))
+    vocabulary = with_tokenizer(model, tokenizer).get_vocab()
+    assert model.generation_config.eos_token_id == [vocabulary["<|endoftext|>"], vocabulary["<|im_end|>"]]
