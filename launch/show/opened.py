@@ -182,12 +182,12 @@ def _terms(stored: bytes | None, url: str) -> tuple[Json, RunConfig]:
 
 
 def _tiers(contract: Json) -> dict[str, str]:
-    """Who may see what silos tell. Raises ValueError."""
+    """Who may see what silos tell: as by default where the contract does not say. Raises ValueError."""
     trust = contract.get("trust")
-    found: Any = trust.get("metrics") if isinstance(trust, dict) else None
+    found: Any = trust.get("metrics", {}) if isinstance(trust, dict) else {}
     if not _fits(found, dict[str, str]):
         raise ValueError(f"trust.metrics: {shown(found, limit=60)} given")
-    return found  # type: ignore[no-any-return]
+    return TrustConfig().metrics | found
 
 
 def _section(kind: type[T], contract: Json, key: str) -> T:

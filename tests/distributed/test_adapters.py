@@ -48,6 +48,7 @@ def check_engine(row: dict[str, Any]) -> None:
     assert row["turns_norms"] == pytest.approx(row["all_norm"], rel=1e-4 if row["precision"] == "fp32" else 1e-2)
 
 
+@pytest.mark.soak
 def test_training_is_that_of_peft_and_deepspeed_alone_to_the_last_bit(tmp_path: Path) -> None:
     for row in engines(tmp_path, "3-bf16"):
         check_engine(row)

@@ -20,7 +20,7 @@ from tests.support import VOCAB_SIZE, TinyText, torchrun
 WORKER = Path(__file__).parent / "chat_worker.py"
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_a_packed_step_is_the_sum_of_its_conversations_alone(tmp_path: Path, num_ranks: int) -> None:
     (line,) = torchrun(WORKER, tmp_path, num_ranks=num_ranks, timeout=200).splitlines()[-1:]
     result = json.loads(line.removeprefix("RESULT"))

@@ -12,6 +12,7 @@ from benchmarks.private_audit import Audited
 DELTA = 1e-5
 
 
+@pytest.mark.soak  # an engine in this process changes what DeepSpeed is to tests that follow
 def test_what_an_attacker_proves_of_steps_is_less_than_they_promised() -> None:
     audited = Audited(64)
     promised = 1.0
