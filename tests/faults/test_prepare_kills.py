@@ -73,6 +73,7 @@ def start(text: Path, tokenizer: Path, output: Path, *, num_workers: int) -> sub
     return process
 
 
+@pytest.mark.soak
 def test_killed_again_and_again(text: Path, tokenizer: Path, tmp_path: Path) -> None:
     undisturbed = tmp_path / "undisturbed"
     began = time.monotonic()

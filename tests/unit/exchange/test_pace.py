@@ -92,8 +92,8 @@ def test_status_is_not_held_either(
 ) -> None:
     objects, url = stored(s3_url, tmp_path), f"{s3_url}/{tmp_path.name}"
     objects.write("contract.json", b"{}")
-    monkeypatch.setattr(ExchangeConfig, "stall_seconds", 0.2)
-    for what, limit in (("contract.json", "0.2"), (".", "2")):
+    monkeypatch.setattr(ExchangeConfig, "stall_seconds", 0.5)
+    for what, limit in (("contract.json", "0.5"), (".", "5")):
         line.drip(what)
         message = one_line_error(store_status, url)
         assert message == f"store: {url!r} given; it cannot be read: no answer in {limit} s (exchange.stall_seconds)"
