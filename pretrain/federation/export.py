@@ -39,6 +39,7 @@ from pretrain.silo.model import (
     go_by_documents,
     load_checkpoint,
     token_losses,
+    trained_parameters,
 )
 from pretrain.silo.peft_directory import CONFIG as ADAPTER_CONFIG
 from pretrain.silo.peft_directory import read_factors, save_adapter
@@ -75,7 +76,7 @@ def finished(model: nn.Module, config: RunConfig) -> nn.Module:
 def empty_model(config: RunConfig) -> tuple[nn.Module, dict[str, Tensor]]:
     """The fp32 model of a run, and its trained parameters by name, which are to be filled."""
     model = build_empty(config.model, vocabulary_size(config.tokenizer_file), dtype=torch.float32)
-    return model, {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return model, trained_parameters(model)
 
 
 def origin(config: RunConfig) -> dict[str, Any]:
@@ -199,15 +200,13 @@ def _load_adapter(config: RunConfig, version: int | None) -> tuple[nn.Module, di
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.requires_grad:
                 setattr(module, name, nn.Parameter(torch.zeros(parameter.shape)))
-    factors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    return model, origin(config) | _fill(config)(config, factors, version)
+    return model, origin(config) | _fill(config)(config, trained_parameters(model), version)
 
 
 def _write_adapter(model: nn.Module, config: RunConfig, provenance: dict[str, Any], directory: Path) -> None:
     """Write factors with the tokenizer, which base they belong to, and where they come from, to a new directory."""
-    factors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     directory.mkdir()
-    save_adapter(directory, factors, config.model.adapter)
+    save_adapter(directory, trained_parameters(model), config.model.adapter)
     tokenizer = with_tokenizer(model, config.tokenizer_file, config.template_file)
     save_tokenizer(tokenizer, config.tokenizer_file, directory)
     told = provenance | {"base": model_terms(config)["checkpoint"]}
@@ -270,8 +269,7 @@ def exported_digest(directory: Path) -> str:
     """Digest of the parameters of an exported directory, as commits have it. Raises ConfigError."""
     if (directory / ADAPTER_CONFIG).is_file():
         return digest_tensors(read_factors(directory).items())
-    named = load_checkpoint(directory, key="model").named_parameters()
-    return digest_tensors((name, parameter) for name, parameter in named if parameter.requires_grad)
+    return digest_tensors(trained_parameters(load_checkpoint(directory, key="model")).items())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -104,8 +104,12 @@ def initial_parameters(config: RunConfig, place: Callable[[Tensor], Tensor] | No
     _check_buffers(model, config.model, vocab_size)
     was_training = model.training
     check_causality(model.eval(), torch.device("cpu"))
-    named = model.train(was_training).named_parameters()
-    return {name: parameter.detach() for name, parameter in named if parameter.requires_grad}
+    return trained_parameters(model.train(was_training))
+
+
+def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Those that travel, by name, without gradients; in the model's own memory."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def _check_buffers(model: nn.Module, settings: ModelConfig, vocab_size: int) -> None:

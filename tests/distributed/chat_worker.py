@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from pretrain.config.keys import InnerConfig, ModelConfig, PrivateConfig, SiloConfig
+from pretrain.config.budgets import PrivateConfig
+from pretrain.config.keys import SiloConfig
 from pretrain.silo.account import Plan
 from pretrain.silo.batch import IGNORED, Batch
 from pretrain.silo.checkpoint import Progress
@@ -26,20 +27,9 @@ from pretrain.silo.model import build_initial
 from pretrain.silo.private import Private
 from pretrain.silo.ranks import Ranks
 from tests.chats import END, conversations, packed_rows, write_chat
+from tests.distributed.private_worker import INNER, MODEL, VOCAB_SIZE
 
-VOCAB_SIZE, ROW_TOKENS, NUM_ROWS = 97, 24, 8
-MODEL = ModelConfig(
-    config={
-        "model_type": "llama",
-        "hidden_size": 33,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 3,
-        "head_dim": 8,
-        "intermediate_size": 51,
-        "tie_word_embeddings": True,
-    }
-)
-INNER = InnerConfig(optimizer="sgd", lr=1.0, clip_norm=0.0, weight_decay=0.0, schedule="constant")
+ROW_TOKENS, NUM_ROWS = 24, 8
 TOKENIZER = "a1" * 32
 Gradients = dict[str, torch.Tensor]
 # Conversations of very unlike lengths, so that micro batches have unlike numbers of trained tokens.
