@@ -174,7 +174,7 @@ def open_speaker(
     model, origin = load_global_model(config, version)
     whose = f"version {origin['version']}" if "version" in origin else f"silo {origin['silo']}'s last"
     of_run = with_tokenizer(model, config.tokenizer_file, config.template_file)
-    return _speaker(model, of_run, f"{whose} of {config.name}", config.sequence_tokens)
+    return _speaker(model, of_run, f"{whose} of {config.name}", config.sequence_tokens - num_prompt_tokens(model))
 
 
 def _speaker(model: Any, tokenizer: PreTrainedTokenizerBase, name: str, trained_tokens: int | None) -> Speaker:

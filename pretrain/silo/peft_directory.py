@@ -35,11 +35,15 @@ def save_adapter(directory: Path, factors: Mapping[str, Tensor], settings: Adapt
 
 
 def _save_prompt(directory: Path, parameters: Mapping[str, Tensor]) -> None:
-    from peft import PromptTuningConfig
-
     ((name, rows),) = parameters.items()
-    sizes = {"num_virtual_tokens": rows.shape[0], "token_dim": rows.shape[1], "num_transformer_submodules": 1}
-    found: dict[str, Any] = PromptTuningConfig(**sizes, task_type="CAUSAL_LM", inference_mode=True).to_dict()
+    found = {  # the other keys of peft's PromptTuningConfig say how a prompt begins, or are the base's
+        "peft_type": "PROMPT_TUNING",
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "num_virtual_tokens": rows.shape[0],
+        "token_dim": rows.shape[1],
+        "num_transformer_submodules": 1,
+    }
     (directory / CONFIG).write_text(json.dumps(found, indent=2, sort_keys=True) + "\n")
     save_file({ROWS: rows.contiguous()}, directory / WEIGHTS, metadata={"format": "pt", "parameter": name})
 

@@ -154,9 +154,26 @@ def check_packed(
     engine.check_sight()
     options = {"micro_batch_sequences": micro, "accumulation_steps": num_micro}
     batches = Batches(mixture, **options, rank=ranks.rank, num_ranks=ranks.num_ranks)
-    loss, _ = engine.step(itertools.islice(batches, num_micro), 1.0)
+    of_step = list(itertools.islice(batches, num_micro))
+    one_by_one = expected if stage == 3 else by_sequence(engine, ranks, of_step)  # which private steps are made of
+    loss, _ = engine.step(of_step, 1.0)
     off = (INITIAL[NAME] - engine.read(NAME).cpu() - expected).abs().max().item()
-    return {"packed_off": off, "packed_loss": ranks.sum([loss / ranks.num_ranks])[0]}
+    sequences_off = (one_by_one - expected).abs().max().item()
+    return {
+        "packed_off": off,
+        "sequences_off": sequences_off,
+        "packed_loss": ranks.sum([loss / ranks.num_ranks])[0],
+    }
+
+
+def by_sequence(engine: Engine, ranks: Ranks, batches: list[Batch]) -> torch.Tensor:
+    """The same gradient, from those of the means of one sequence after another."""
+    total = torch.zeros(NUM_TOKENS, 33)
+    for batch in batches:
+        numbers = [number for number in (batch.targets != IGNORED).sum(1).tolist() if number]
+        for number, (_, (gradient,)) in zip(numbers, engine.sequence_gradients(batch), strict=True):
+            total += gradient * (number / batch.num_trained)
+    return torch.tensor(ranks.sum(total.flatten().tolist())).view_as(total)
 
 
 def main() -> None:

@@ -5,8 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from pretrain.federation.export import load_global_model
+from pretrain.silo.model import token_losses
 from pretrain.silo.shards import TEMPLATE_FILE, template_sha256, tokenizer_sha256
+from pretrain.train import open_data
 from tests.adapters import prompt_model, save_base
 from tests.chats import conversations, write_chat
 from tests.conftest import TinyConfig
@@ -36,6 +40,7 @@ def check_engines(directory: Path, cases: str, num_ranks: int = 2) -> None:
             assert row["num_trained"][0] == row["num_trained"][1] > 40
             assert row["largest"] > 0.01
             assert row["packed_off"] < 1e-7
+            assert row["sequences_off"] < 1e-7
             assert row["packed_loss"] == pytest.approx(row["expected_loss"], rel=1e-6)
 
 
@@ -72,8 +77,8 @@ def talking(tmp_path_factory: pytest.TempPathFactory, tiny_text: TinyText) -> di
         "silo": {"eval_sequences": 0, "checkpoint_interval_steps": 3},
         "exchange": {"keep_versions": 100},
         "silos": {
-            "alpha": {"data": [short], "valid": {"long": long}} | TWO_RANKS | zero(3),
-            "beta": {"data": [long], "valid": {"short": short}, "precision": "bf16"},
+            "alpha": {"data": [short], "valid": {"alpha": None, "long": long}} | TWO_RANKS | zero(3),
+            "beta": {"data": [long], "valid": {"beta": None, "short": short}, "precision": "bf16"},
         },
     }
 
@@ -97,8 +102,12 @@ def test_two_silos_and_kills_change_nothing(
     first, final = undisturbed.parameters(0), undisturbed.parameters(last)
     assert [*final] == [NAME]
     assert not (final[NAME] == first[NAME]).any()
-    losses = undisturbed.held_out("alpha")
-    assert losses[3]["long"] < losses[0]["long"]
+    model, split = load_global_model(undisturbed.config)[0], open_data(undisturbed.config, "alpha")[1]["long"]
+    batch = split.batch(range(split.num_sequences))
+    with torch.no_grad():
+        losses = token_losses(model, *batch[:2], 0, positions=batch.positions)
+    expected = losses.sum().item() / split.manifests[0].num_trained_tokens
+    assert undisturbed.held_out("alpha")[3]["long"] == pytest.approx(expected, rel=1e-5)
     killed = tiny_config(tmp_path / "killed", **talking, outer=outer)
     check_same(federate_with(DEATHS, killed, tmp_path / "fired", max_restarts=20), undisturbed)
 

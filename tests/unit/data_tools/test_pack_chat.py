@@ -332,9 +332,9 @@ def test_room_for_a_prompt_is_left_before_every_conversation(tokenizer: Path, tm
     long = {"messages": [user("Hi"), assistant("fire " * 12)]}
     records = [*talk("prompt", 40), long]
     source = write_records(tmp_path / "text.jsonl", records)
-    plain = prepare(recipe(tokenizer, source, sequence_tokens=512), tmp_path / "plain")["train"]
+    plain = prepare(recipe(tokenizer, source, sequence_tokens=512), tmp_path / "plain", num_workers=0)["train"]
     chat = ChatRecipe(sequence_tokens=512, prompt_tokens=7)
-    [manifest] = prepare(recipe(tokenizer, source, chat=chat), tmp_path / "packed").values()
+    [manifest] = prepare(recipe(tokenizer, source, chat=chat), tmp_path / "packed", num_workers=0).values()
     assert manifest.chat
     assert manifest.chat.prompt_tokens == 7
     assert plain.chat
@@ -360,13 +360,13 @@ def test_room_for_a_prompt_is_left_before_every_conversation(tokenizer: Path, tm
 def test_what_does_not_fit_behind_a_prompt_stops_or_is_counted(tokenizer: Path, tmp_path: Path) -> None:
     records = [*talk("fits", 10), {"messages": [user("Hi"), assistant("fire " * 100)]}]
     source = write_records(tmp_path / "text.jsonl", records)
-    prepare(recipe(tokenizer, source), tmp_path / "plain")
+    prepare(recipe(tokenizer, source), tmp_path / "plain", num_workers=0)
     stops, skips = (ChatRecipe(sequence_tokens=256, prompt_tokens=40, too_long=way) for way in ("stop", "skip"))
-    message = one_line_error(prepare, recipe(tokenizer, source, chat=stops), tmp_path / "packed")
+    message = one_line_error(prepare, recipe(tokenizer, source, chat=stops), tmp_path / "packed", num_workers=0)
     assert message.startswith(
         f"{source}, line 11: a conversation of 262 tokens, 40 of them of the prompt before it, given"
     )
-    prepare(recipe(tokenizer, source, chat=skips), tmp_path / "packed")
+    prepare(recipe(tokenizer, source, chat=skips), tmp_path / "packed", num_workers=0)
     counts = json.loads((tmp_path / "packed/report.json").read_text())["sources"]["text"]
     assert counts["dropped"]["too long"]["documents"] == 1
     assert len(conversations(tmp_path / "packed/train", tokenizer)) == 10
