@@ -48,6 +48,8 @@ class ChatJob:
     """What is done about a longer one: stop, or skip."""
     held_out: float
     """Share of conversations that are held out, 0 to below 1."""
+    prompt_tokens: int = 0
+    """Room before each conversation, of end-of-text tokens, whose places a prompt takes in training."""
 
 
 @dataclass(kw_only=True)
@@ -90,7 +92,8 @@ class ChatEncoder:
         bad: list[Bad] = []
         dropped: list[tuple[str, int]] = []
         kept: list[tuple[_Text, npt.NDArray[Any], npt.NDArray[np.bool_]]] = []
-        for text, tokens, learned in self._tokens(self._texts(block, bad)):
+        for text, *own in self._tokens(self._texts(block, bad)):
+            tokens, learned = self._with_room(*own)
             if len(tokens) > self._job.sequence_tokens:
                 self._too_long(text, len(tokens))
                 dropped.append(("too long", text.num_bytes))
@@ -115,10 +118,21 @@ class ChatEncoder:
             bad=bad,
         )
 
+    def _with_room(
+        self, tokens: npt.NDArray[Any], learned: npt.NDArray[np.bool_]
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
+        """The same with room for a prompt before it."""
+        if not (room := self._job.prompt_tokens):
+            return tokens, learned
+        before = np.full(room, self.end_id, tokens.dtype)
+        return np.concatenate([before, tokens]), np.concatenate([np.zeros(room, np.bool_), learned])
+
     def _too_long(self, text: _Text, num_tokens: int) -> None:
         if self._job.too_long != "skip":
+            prompt = self._job.prompt_tokens
+            of_prompt = f", {prompt:,} of them of the prompt before it," if prompt else ""
             raise ConfigError(
-                f"{text.where}: a conversation of {num_tokens:,} tokens given; allowed: --sequence-tokens "
+                f"{text.where}: a conversation of {num_tokens:,} tokens{of_prompt} given; allowed: --sequence-tokens "
                 f"{self._job.sequence_tokens:,}: raise it, shorten the conversation, or give --too-long skip"
             )
 

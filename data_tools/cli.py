@@ -62,6 +62,9 @@ TooLong = Annotated[str, typer.Option(help="With --chat: stop at, or skip, what 
 ChatTemplate = Annotated[
     Path | None, typer.Option(help="With --chat: a chat template (Jinja) instead of the tokenizer's own.")
 ]
+PromptTokens = Annotated[
+    int, typer.Option(help="With --chat: room before each for a prompt (model.adapter.kind=prompt) of so many tokens.")
+]
 ChatDate = Annotated[str, typer.Option(help="With --chat: YYYY-MM-DD, for a template that writes today's date.")]
 
 
@@ -208,6 +211,7 @@ def prepare(
     too_long: TooLong = "stop",
     chat_template: ChatTemplate = None,
     chat_date: ChatDate = "",
+    prompt_tokens: PromptTokens = 0,
     shard_tokens: Annotated[int, typer.Option(help="Most tokens in one shard file.")] = 100_000_000,
     workers: Annotated[int | None, typer.Option(help="Processes that clean and tokenize; default: one a core.")] = None,
 ) -> None:

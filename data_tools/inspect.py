@@ -329,11 +329,13 @@ def _of_conversations(manifests: Sequence[Manifest]) -> list[tuple[str, list[str
         return []
     rows = [format_count(one.num_tokens // one.chat.sequence_tokens) if one.chat else "" for one in manifests]
     shares = [f"{100 * one.num_trained_tokens / one.num_tokens:.1f} %" for one in manifests]
-    return [
+    found = [
         ("rows", rows),
         ("  of tokens", [format_count(chat.sequence_tokens) if chat else "" for chat in chats]),
         ("  trained", shares),
     ]
+    prompts = [chat.prompt_tokens if chat else None for chat in chats]
+    return [*found, ("  prompts of", [str(one or "") for one in prompts])] if any(prompts) else found
 
 
 def print_reports(splits: Iterable[Path], console: Console) -> None:

@@ -36,6 +36,7 @@ from data_tools.sources import Block, Part, Source, find_text, part_identity, re
 from data_tools.tokenizer import PlainText, tokenizer_file
 from data_tools.work import Work
 from data_tools.workers import StoppedError, in_order, workers_for
+from pretrain.config.adapter import PROMPT
 from pretrain.config.errors import ConfigError
 from pretrain.host.lock import lock_directory
 from pretrain.silo.shards import (
@@ -70,12 +71,20 @@ class ChatRecipe:
     """A chat template instead of the tokenizer's own."""
     chat_date: str = ""
     """The day, YYYY-MM-DD, for a template that writes today's date."""
+    prompt_tokens: int = 0
+    """Room before each conversation for a prompt of so many tokens: what the run's model.adapter.tokens has to be."""
 
     def check(self) -> None:
         """Raise ConfigError for what cannot be."""
         if self.sequence_tokens < 2:
             given = self.sequence_tokens or "nothing"
             raise ConfigError(f"--sequence-tokens: {given} given; allowed with --chat: 2 or more, those of the run")
+        if not 0 <= self.prompt_tokens <= self.sequence_tokens - 2:
+            most = self.sequence_tokens - 2
+            raise ConfigError(
+                f"--prompt-tokens: {self.prompt_tokens} given; allowed: 0 to {most}, so that two tokens are left of "
+                f"--sequence-tokens {self.sequence_tokens}"
+            )
         if self.too_long not in TOO_LONG:
             raise ConfigError(f"--too-long: {self.too_long!r} given; allowed: {', '.join(TOO_LONG)}")
 
@@ -241,6 +250,7 @@ def _job(recipe: Recipe) -> Job | ChatJob:
         sequence_tokens=given.sequence_tokens,
         too_long=given.too_long,
         held_out=recipe.held_out,
+        prompt_tokens=given.prompt_tokens,
     )
 
 
@@ -257,6 +267,7 @@ def _terms(recipe: Recipe, pieces: list[_Piece], job: Job | ChatJob) -> dict[str
             "date": template.date,
             "sequence_tokens": job.sequence_tokens,
             "too_long": job.too_long,
+            **({"prompt_tokens": job.prompt_tokens} if job.prompt_tokens else {}),
         }
     return extra | {
         "text": [[p.source, Path(p.part.path).name, *part_identity(p.part)[1:]] for p in pieces],
@@ -310,7 +321,11 @@ class _Packing:
         self._job = job
         self._chat = None
         if isinstance(job, ChatJob):
-            self._chat = Chat(template_sha256=job.template.sha256, sequence_tokens=job.sequence_tokens)
+            self._chat = Chat(
+                template_sha256=job.template.sha256,
+                sequence_tokens=job.sequence_tokens,
+                prompt_tokens=job.prompt_tokens or None,
+            )
         self._work = Work(
             partial,
             terms,
@@ -464,5 +479,7 @@ def _terms_of_rows(output: Path, manifests: dict[str, Manifest]) -> dict[str, An
     chat = next(iter(manifests.values())).chat
     if chat is None:
         return {}
-    terms = {"chat_template": str(output / TEMPLATE_FILE), "document_masking": True}
+    terms: dict[str, Any] = {"chat_template": str(output / TEMPLATE_FILE), "document_masking": True}
+    if chat.prompt_tokens:
+        terms["model"] = {"adapter": {"kind": PROMPT, "tokens": chat.prompt_tokens}}
     return terms | {"sequence_tokens": chat.sequence_tokens}

@@ -58,7 +58,8 @@ def _chosen(
     """Numbers, tokens and masks of some documents of which anything is learned, in their order."""
     ends = open_documents(directory, manifest)
     shard_ends = np.cumsum([shard.num_tokens for shard in manifest.shards])
-    found = {}
+    assert manifest.chat
+    found, room = {}, manifest.chat.prompt_tokens or 0  # of a prompt, which is no part of a conversation
     for number in random.Random(seed).sample(range(len(ends)), min(len(ends), LOOKED_AT * num_samples)):
         begin, end = int(ends[number - 1]) if number else 0, int(ends[number])
         index = int(np.searchsorted(shard_ends, begin, side="right"))
@@ -66,7 +67,8 @@ def _chosen(
         before = int(shard_ends[index]) - shard.num_tokens
         learned = trained(open_mask(directory, shard), begin - before, end - before)
         if learned.any():  # or else it fills a row
-            found[number] = open_shard(directory, manifest, shard)[begin - before : end - before], learned
+            tokens = open_shard(directory, manifest, shard)[begin - before : end - before]
+            found[number] = tokens[room:], learned[room:]
         if len(found) == num_samples:
             break
     yield from ((number, *found[number]) for number in sorted(found))

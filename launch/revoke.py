@@ -99,7 +99,7 @@ def _found(
             found = revoker.revoke(member, first, until, reason=reason)
         except RefusedError as error:
             raise ConfigError(f"store: {exchange.objects.url!r} given; {error}") from None
-        return found, losses(own, found, data, Path(scratch)) if data else {}
+        return found, losses(own, found, data) if data else {}
 
 
 def _open(exchange: "StoreExchange", own: RunConfig, key: Path, archive: str) -> None:

@@ -84,13 +84,8 @@ class Silo:
         if self.data_checked:
             return
         if self.journal and not self.reading.done():
-            waiting_for = "the shards' sha256"
-            self.journal.status(
-                "waiting",
-                step=self.progress.step,
-                round=self.config.round_at(self.progress.step),
-                waiting_for=waiting_for,
-            )
+            step, what = self.progress.step, "the shards' sha256"
+            self.journal.status("waiting", step=step, round=self.config.round_at(step), waiting_for=what)
         wrong = self.ranks.from_leader(self.reading.result() if self.ranks.is_leader else None)
         if wrong:
             raise ConfigError(wrong)
@@ -282,7 +277,7 @@ def prepare(
     mixture, held_out = open_data(config, name)
     _check_model(config, name, ranks)
     reading = _read_in_background(config, name) if ranks.is_leader else Future[str]()
-    contract_sha256 = sync.join(mixture.num_tokens) if sync else ""
+    contract_sha256 = sync.join(mixture.epoch_tokens) if sync else ""
     torch.manual_seed(zlib.crc32(f"{config.model.seed}/{name}/{ranks.rank}".encode()))  # dropout
     silo = Silo(
         config=config,
@@ -378,6 +373,8 @@ def open_data(config: RunConfig, name: str) -> tuple[Mixture, dict[str, PackedTo
             sequence_tokens=config.sequence_tokens,
             tokenizer_sha256=tokenizer,
             template_sha256=template,
+            prompt_tokens=config.model.adapter.prompt_tokens,
+            keeps_apart=config.document_masking,
             key=f"silos.{name}.{key}",
         )
 

@@ -15,6 +15,12 @@ def save_base(directory: Path, text: TinyText, *, seed: int = 1) -> Path:
     return directory
 
 
+def prompt_model(base: Path, **changes: Any) -> dict[str, Any]:
+    """The same with a prompt."""
+    adapter = {"kind": "prompt", "tokens": 3, "text": "bada gefi"}
+    return {"config": None, "checkpoint": str(base), "adapter": adapter | changes}
+
+
 def adapter_model(base: Path, **changes: Any) -> dict[str, Any]:
     """The section `model` of a run with a LoRA adapter."""
     return {"config": None, "checkpoint": str(base), "adapter": {"kind": "lora", "rank": 2, "alpha": 4.0, **changes}}

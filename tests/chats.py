@@ -51,14 +51,16 @@ def write_chat(
     template: str = TEMPLATE,
     shard_tokens: int = 1_000,
     documents_at_once: int = 1_000,
+    prompt_tokens: int = 0,
 ) -> Path:
-    """Pack conversations, so many documents at once."""
+    """Pack conversations, so many documents at once, each with room for a prompt before it."""
+    given = [([END] * prompt_tokens + tokens, [0] * prompt_tokens + bits) for tokens, bits in given]
     writer = SplitWriter(
         directory,
         vocab_size=vocab_size,
         end_of_text_id=END,
         shard_tokens=shard_tokens,
-        chat=Chat(template_sha256=template, sequence_tokens=row_tokens),
+        chat=Chat(template_sha256=template, sequence_tokens=row_tokens, prompt_tokens=prompt_tokens or None),
     )
     documents = [one for row in packed_rows(given, row_tokens) for one in row]
     for first in range(0, len(documents), documents_at_once):

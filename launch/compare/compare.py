@@ -20,8 +20,9 @@ from launch.show.display import format_seconds
 from launch.show.metrics import read_status
 from launch.start.local import GRACE_SECONDS, StopSignals
 from launch.start.processes import POLL_SECONDS, Child, ChildCommand, Children
+from pretrain.config.adapter import PROMPT
 from pretrain.config.check import check_config, check_has_silo
-from pretrain.config.errors import ConfigError
+from pretrain.config.errors import ConfigError, require
 from pretrain.config.keys import MembershipConfig, OuterConfig, RunConfig, SiloConfig
 from pretrain.config.load import load_config, load_run, load_typed, save_config
 from pretrain.config.paths import absolute, expand_home
@@ -204,7 +205,9 @@ def _runs_of(spec: CompareConfig, name: str, model: ModelSpec, seed: int) -> Ite
     if model.kind == "isolated":
         num_steps += max((m.steps for m in spec.models.values() if m.kind == "personalised"), default=0)
     if model.kind == "personalised":
-        num_steps = model.steps
+        num_steps, kind = model.steps, base.model.adapter.kind
+        allowed = "none, lora with kind personalised, which goes on from a whole model"
+        require(kind != PROMPT, f"models.{name}: model.adapter.kind", kind, allowed)
         origin = Path(spec.directory) / "runs" / model.of / f"seed-{seed}" / ORIGIN
         base = dataclasses.replace(base, model=dataclasses.replace(base.model, config={}, checkpoint=str(origin)))
     for silo_name, silo in base.silos.items():

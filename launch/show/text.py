@@ -7,7 +7,7 @@ from launch.show.report import format_count
 from pretrain.config.check import accumulation_steps
 from pretrain.config.errors import ConfigError
 from pretrain.config.keys import RunConfig
-from pretrain.silo.shards import read_manifest
+from pretrain.silo.shards import own_tokens, read_manifest
 
 
 def epochs(config: RunConfig, silo: str) -> tuple[int, float]:
@@ -15,8 +15,10 @@ def epochs(config: RunConfig, silo: str) -> tuple[int, float]:
     settings = config.silos[silo]
     if not settings.data:
         raise ConfigError(f"silos.{silo}.data: [] given; allowed: at least one directory of packed shards")
-    num_tokens = sum(read_manifest(Path(place), key=f"silos.{silo}.data").num_tokens for place in settings.data)
-    return num_tokens, config.inner.num_steps * settings.global_batch_sequences * config.sequence_tokens / num_tokens
+    manifests = [read_manifest(Path(place), key=f"silos.{silo}.data") for place in settings.data]
+    num_tokens, in_rows = sum(manifest.num_tokens for manifest in manifests), all(one.chat for one in manifests)
+    own = own_tokens(config.sequence_tokens, config.model.adapter.prompt_tokens, in_rows=in_rows)
+    return num_tokens, config.inner.num_steps * settings.global_batch_sequences * own / num_tokens
 
 
 def what_would_start(config: RunConfig, silos: Sequence[str], *, aggregator: bool) -> str:

@@ -21,6 +21,7 @@ from launch.show.metrics import MetricsReader, ProcessStatus, read_status
 from launch.start.gpus import gpus_here, share_gpus
 from launch.start.processes import POLL_SECONDS, STOP_SIGNALS, Child, ChildCommand, Children
 from launch.start.workers import SAVE_SECONDS, silo_command
+from pretrain.config.adapter import PROMPT
 from pretrain.config.errors import ConfigError, named
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import save_config
@@ -366,7 +367,8 @@ class Attempt:
         lines = [f"finished: {self.config.inner.num_steps:,} steps in {silos}"]
         lines += [f"  {what:<8} {path}" for what, path in places.items()]
         if self.config.exchange.kind != "none":
-            form = " --merged" if self.config.model.adapter.is_on else ""
+            adapter = self.config.model.adapter
+            form = " --adapter" if adapter.kind == PROMPT else " --merged" if adapter.is_on else ""
             lines += [f"  model    atoll export {shlex.quote(str(directory))} --output model{form}"]
         self.console.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
         return 0

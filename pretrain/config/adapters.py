@@ -1,13 +1,20 @@
 """What cannot be with an adapter. Imports no torch."""
 
-from pretrain.config.adapter import ALL_LINEAR, AdapterConfig
+from pretrain.config.adapter import ALL_LINEAR, PROMPT, AdapterConfig
 from pretrain.config.errors import ConfigError, require
 from pretrain.config.keys import RunConfig
 
+MAKES_ROWS = "a network makes its rows, of which no mean is the mean of the rows; prompt trains the rows themselves"
+IN_CACHE = (
+    "it is in a cache of keys and values, which training has none of and where nothing keeps documents of a sequence "
+    "apart; prompt stands before each document"
+)
 READS_BASE = "it begins with factors of the base's weights, of which ZeRO-3 has no whole one, and changes the base"
 REFUSED = {
     "dora": "it takes a norm of the whole matrix at every step, which ZeRO-3 does not have, and no mean of it is exact",
     "qlora": "a base of 4 bits is not sharded by ZeRO-3 before it is loaded, and its adapters are saved empty",
+    **dict.fromkeys(("prefix", "prefix_tuning"), IN_CACHE),
+    **dict.fromkeys(("p_tuning", "p-tuning", "ptuning"), MAKES_ROWS),
     **dict.fromkeys(("pissa", "olora", "loftq", "corda", "eva", "orthogonal", "lora_ga"), READS_BASE),
 }
 
@@ -15,27 +22,44 @@ REFUSED = {
 def check_kind(adapter: AdapterConfig) -> None:
     """Refuse kinds that others have, with the reason. Raises ConfigError."""
     if why := REFUSED.get(adapter.kind):
-        raise ConfigError(f"model.adapter.kind: {adapter.kind!r} given; allowed: none, lora, and not this: {why}")
+        raise ConfigError(
+            f"model.adapter.kind: {adapter.kind!r} given; allowed: none, lora, prompt, and not this: {why}"
+        )
 
 
 def check_adapter(config: RunConfig) -> None:
-    """Refuse what an adapter is not trained with, and, without one, keys that would do nothing. Raises ConfigError."""
+    """Refuse keys that would do nothing, and what an adapter is not trained with. Raises ConfigError."""
     adapter, key = config.model.adapter, "model.adapter"
+    for name, default in vars(AdapterConfig()).items():
+        given, fits = getattr(adapter, name), not adapter.is_of_another_kind(name)
+        require(fits or given == default, f"{key}.{name}", given, f"{default} with {key}.kind={adapter.kind}")
     if not adapter.is_on:
-        for name, default in vars(AdapterConfig()).items():
-            given = getattr(adapter, name)
-            require(given == default, f"{key}.{name}", given, f"{default} with {key}.kind=none")
         return
     base = config.model.checkpoint
     require(bool(base), "model.checkpoint", base, f"a transformers directory with {key}.kind={adapter.kind}")
     optimizer = config.inner.optimizer
-    allowed = f"adamw, sgd with {key}.kind={adapter.kind}: the rows of a factor are not to be made orthogonal"
+    what = "prompt" if adapter.kind == PROMPT else "factor"
+    allowed = f"adamw, sgd with {key}.kind={adapter.kind}: the rows of a {what} are not to be made orthogonal"
     require(optimizer != "muon", "inner.optimizer", optimizer, allowed)
+    if adapter.kind == PROMPT:
+        _check_prompt(config)
+        return
     targets = adapter.targets
     fits = bool(targets) and all(targets) and (ALL_LINEAR not in targets or targets == [ALL_LINEAR])
     require(fits, f"{key}.targets", targets, f"[{ALL_LINEAR}], or names of layers")
     if adapter.takes_turns:
         _check_turns(config)
+
+
+def _check_prompt(config: RunConfig) -> None:
+    """A prompt has something to begin as, and room."""
+    adapter, key = config.model.adapter, "model.adapter"
+    require(bool(adapter.text), f"{key}.text", adapter.text, f"what it begins as, with {key}.kind={PROMPT}")
+    most = config.sequence_tokens - 2
+    allowed = f"1 to {most}, so that two tokens are left of sequence_tokens={config.sequence_tokens}"
+    require(adapter.tokens <= most, f"{key}.tokens", adapter.tokens, allowed)
+    num_fragments = config.outer.num_fragments
+    require(num_fragments == 1, "outer.num_fragments", num_fragments, f"1 with {key}.kind={PROMPT}: it is one matrix")
 
 
 def _check_turns(config: RunConfig) -> None:

@@ -44,11 +44,12 @@ PROBABILITY = Numbers(most=1, without_least=True, without_most=True)
 
 ALLOWED: dict[str, tuple[str, ...] | Numbers] = {
     "sequence_tokens": Numbers(least=2),
-    "model.adapter.kind": ("none", "lora"),
+    "model.adapter.kind": ("none", "lora", "prompt"),
     "model.adapter.rank": ONE,
     "model.adapter.alpha": ABOVE,
     "model.adapter.dropout": BELOW_ONE,
     "model.adapter.merge": ("factors", "alternate"),
+    "model.adapter.tokens": ONE,
     "inner.num_steps": ONE,
     "inner.optimizer": ("adamw", "sgd", "muon"),
     "inner.lr": ABOVE,

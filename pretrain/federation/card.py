@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from pretrain.config.adapter import PROMPT
 from pretrain.config.errors import ConfigError, named
 from pretrain.config.keys import OuterConfig, RunConfig
 from pretrain.host.foreign import shown
@@ -75,6 +76,8 @@ def _adapter(config: RunConfig) -> dict[str, str]:
     adapter = config.model.adapter
     if not adapter.is_on:
         return {}
+    if adapter.kind == PROMPT:
+        return {"adapter": f"a prompt of {adapter.tokens} tokens before each document; the base was not trained"}
     size = f"{adapter.kind} of rank {adapter.rank}, alpha {adapter.alpha:g}"
     return {"adapter": f"{size}, beside {named(adapter.targets)}; merge: {adapter.merge}; the base was not trained"}
 

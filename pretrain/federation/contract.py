@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pretrain.config.adapter import PROMPT
 from pretrain.config.allowed import TIERS
 from pretrain.config.check import check_config
 from pretrain.config.errors import ConfigError, named
@@ -115,7 +116,9 @@ def describe(agreed: Agreed) -> Iterator[tuple[str, str]]:
     yield "contract", f"{config.name}, run {run}, sha256 {sha256_bytes(agreed.contract)[:12]}, in {agreed.url}"
     model = shown(config.model.config.get("model_type", "from a checkpoint"))
     yield "model", f"{model}, seed {config.model.seed}, sequences of {config.sequence_tokens:,} tokens"
-    if (adapter := config.model.adapter).is_on:
+    if (adapter := config.model.adapter).kind == PROMPT:
+        yield "adapter", f"a prompt of {adapter.tokens} tokens, which begins as {shown(adapter.text)!r}"
+    elif adapter.is_on:
         size = f"rank {adapter.rank}, alpha {adapter.alpha:g}, dropout {adapter.dropout:g}"
         beside = named([shown(name) for name in adapter.targets])
         yield "adapter", f"{adapter.kind} of {size}, beside {beside}; merge: {adapter.merge}"

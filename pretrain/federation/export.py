@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
+from pretrain.config.adapter import PROMPT
 from pretrain.config.errors import ConfigError
 from pretrain.config.keys import RunConfig, SiloConfig
 from pretrain.exchange.history import History
@@ -43,6 +44,7 @@ from pretrain.silo.model import (
 )
 from pretrain.silo.peft_directory import CONFIG as ADAPTER_CONFIG
 from pretrain.silo.peft_directory import read_factors, save_adapter
+from pretrain.silo.prompt import num_prompt_tokens
 from pretrain.silo.shards import atomic_path, tokenizer_sha256
 from pretrain.silo.vocabulary import vocabulary_size
 from pretrain.trust.contract import check_same_terms, model_terms, read_contract
@@ -50,6 +52,7 @@ from pretrain.trust.ledger import RefusedError
 from pretrain.trust.policy import is_public
 
 PROVENANCE = "atoll.json"
+PROMPT_TOKENS = "prompt_tokens"  # there, of a run that trained a prompt
 disable_progress_bar()  # transformers' bars for a single file are noise
 
 
@@ -66,10 +69,14 @@ def load_global_model(config: RunConfig, version: int | None = None) -> tuple[nn
 
 
 def finished(model: nn.Module, config: RunConfig) -> nn.Module:
-    """What others load, once its trained parameters are filled: with an adapter, that merged into its base."""
+    """What others load, once its trained parameters are filled: with an adapter, that merged into its base.
+
+    A prompt stays beside its base, as it is in no matrix of it.
+    """
     if config.model.checkpoint and config.model.adapter.is_on:
         fill_base(model, config.model.checkpoint)
-        merge_adapter(model)
+        if config.model.adapter.kind != PROMPT:
+            merge_adapter(model)
     return model.eval()
 
 
@@ -86,6 +93,7 @@ def origin(config: RunConfig) -> dict[str, Any]:
         "sequence_tokens": config.sequence_tokens,
         "document_masking": config.document_masking,
         "eval_sequences": _eval_sequences(config),
+        **({PROMPT_TOKENS: prompt_tokens} if (prompt_tokens := config.model.adapter.prompt_tokens) else {}),
     }
 
 
@@ -162,8 +170,9 @@ def export_global_model(
 ) -> dict[str, Any]:
     """Write a version as a `transformers` directory with tokenizer and model card; returns its provenance.
 
-    Of an adapter `form` says whether it is `merged` into its base, or, an `adapter`, a directory of peft. `held_out` is
-    asked what the card says of its loss: corpus to words. Raises ConfigError if `directory` is there.
+    Of an adapter `form` says whether it is `merged` into its base, or, an `adapter`, a directory of peft, as a prompt
+    always is. `held_out` is asked what the card says of its loss: corpus to words. Raises ConfigError if `directory` is
+    there.
     """
     _check_form(config, form)
     if directory.exists():
@@ -182,6 +191,11 @@ def export_global_model(
 
 
 def _check_form(config: RunConfig, form: str) -> None:
+    if config.model.adapter.kind == PROMPT and form != "adapter":
+        raise ConfigError(
+            f"{'--merged: given' if form else 'atoll export: no --adapter given'}; this run trained a prompt, which "
+            "stands before the text and is in no matrix of the base; allowed: --adapter (a peft directory, without it)"
+        )
     if config.model.adapter.is_on and not form:
         raise ConfigError(
             "atoll export: neither --merged nor --adapter given, and this run trained an adapter; allowed: --merged (a "
@@ -214,7 +228,10 @@ def _write_adapter(model: nn.Module, config: RunConfig, provenance: dict[str, An
 
 
 def write_export(model: nn.Module, config: RunConfig, provenance: dict[str, Any], directory: Path) -> None:
-    """Write a model with its tokenizer, and where it comes from, to a new directory."""
+    """Write a model with its tokenizer, and where it comes from, to a new directory; of a prompt, without its base."""
+    if config.model.adapter.kind == PROMPT:
+        _write_adapter(model, config, provenance, directory)
+        return
     is_fresh = not config.model.checkpoint
     export(
         model,
@@ -348,20 +365,24 @@ def evaluate_model(
     many. Conversations of one row are kept apart in any case. Raises ConfigError if the text was packed with another
     tokenizer.
     """
-    sequence_tokens = sequence_tokens or provenance.get("sequence_tokens")
-    if sequence_tokens is None:
-        raise ConfigError("--sequence-tokens: none given; this model was not exported by atoll, so say how many")
+    sequence_tokens, prompt_tokens = _sizes(sequence_tokens, provenance)
     if document_masking is None:
         document_masking = provenance.get("document_masking", False)
     if num_sequences is None:
         num_sequences = int(provenance.get("eval_sequences", SiloConfig().eval_sequences))
     corpora = {
-        name: PackedTokens([path], sequence_tokens=sequence_tokens, tokenizer_sha256=tokenizer, key="--data")
+        name: PackedTokens(
+            [path],
+            sequence_tokens=sequence_tokens,
+            tokenizer_sha256=tokenizer,
+            prompt_tokens=prompt_tokens,
+            keeps_apart=document_masking,
+            key="--data",
+        )
         for name, path in data.items()
     }
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load().eval().to(device)
-    check_causality(model, device)
+    model = _loaded(load, prompt_tokens, device)
     mask_at = next(iter(corpora.values())).manifests[0].end_of_text_id
     if document_masking or any(tokens.is_chat for tokens in corpora.values()):
         if device.type == "cpu":
@@ -382,6 +403,26 @@ def evaluate_model(
         tell=lambda split, num_done: tell(split, num_done, sequences[split][0]),
     )
     return {split: _split_loss(loss, corpora[split], sequences[split]) for split, loss in losses.items()}
+
+
+def _sizes(sequence_tokens: int | None, provenance: Mapping[str, Any]) -> tuple[int, int]:
+    """Tokens of a sequence, and of those the prompt's that stands before it. Raises ConfigError."""
+    sequence_tokens = sequence_tokens or provenance.get("sequence_tokens")
+    if sequence_tokens is None:
+        raise ConfigError("--sequence-tokens: none given; this model was not exported by atoll, so say how many")
+    prompt_tokens = int(provenance.get(PROMPT_TOKENS, 0))
+    if sequence_tokens < prompt_tokens + 2:
+        raise ConfigError(f"--sequence-tokens: {sequence_tokens} given; allowed: {prompt_tokens + 2} or more")
+    return sequence_tokens, prompt_tokens
+
+
+def _loaded(load: Callable[[], nn.Module], prompt_tokens: int, device: torch.device) -> nn.Module:
+    """A model on a device, checked. Raises ConfigError."""
+    model = load().eval().to(device)
+    if num_prompt_tokens(model) != prompt_tokens:
+        raise ConfigError(f"model: one without a prompt given, whose {PROVENANCE} names one; allowed: export it again")
+    check_causality(model, device)
+    return model
 
 
 def _split_loss(loss: float, tokens: PackedTokens, sequences: list[int]) -> SplitLoss:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
@@ -14,6 +15,7 @@ from pretrain.federation.export import load_global_model, provenance_of
 from pretrain.federation.reading import exported, found_configuration
 from pretrain.silo.exported import with_tokenizer
 from pretrain.silo.model import load_checkpoint
+from pretrain.silo.prompt import num_prompt_tokens, prompt_ids
 
 Message = dict[str, str]
 """`role` and `content`, as chat templates have it."""
@@ -114,8 +116,9 @@ class Speaker:
 
     @property
     def positions(self) -> float:
-        """The most tokens that the model can read, new ones included."""
-        return getattr(self.model.config, "max_position_embeddings", None) or math.inf
+        """The most tokens that the model can read, new ones included, after its prompt if it has one."""
+        most = getattr(self.model.config, "max_position_embeddings", None) or math.inf
+        return most - num_prompt_tokens(self.model)
 
     def _generate(self, tokens: list[int], sampling: Sampling, emit: Callable[[str], None]) -> Spoken:
         room = self.positions - len(tokens)
@@ -123,7 +126,9 @@ class Speaker:
             raise ConfigError(
                 f"--prompt: {len(tokens):,} tokens given; allowed: up to {self.positions - 1:,} with this model"
             )
-        rows, ends = torch.tensor([tokens], device=self.model.device), self.model.generation_config.eos_token_id
+        prompt = prompt_ids(np.arange(num_prompt_tokens(self.model))).tolist()
+        rows = torch.tensor([prompt + tokens], device=self.model.device)
+        ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         torch.manual_seed(sampling.seed)
         made = self.model.generate(
@@ -134,7 +139,7 @@ class Speaker:
             streamer=_Pieces(self.tokenizer, emit),
             **sampling.options(),
         )
-        new = made[0, len(tokens) :].tolist()
+        new = made[0, rows.shape[1] :].tolist()
         is_cut = len(new) < sampling.num_tokens and not {*new} & {*ends}
         return Spoken(num_given=len(tokens), num_tokens=len(new), is_cut=is_cut)
 
@@ -169,7 +174,7 @@ def open_speaker(
     model, origin = load_global_model(config, version)
     whose = f"version {origin['version']}" if "version" in origin else f"silo {origin['silo']}'s last"
     of_run = with_tokenizer(model, config.tokenizer_file, config.template_file)
-    return _speaker(model, of_run, f"{whose} of {config.name}", config.sequence_tokens)
+    return _speaker(model, of_run, f"{whose} of {config.name}", config.sequence_tokens - num_prompt_tokens(model))
 
 
 def _speaker(model: Any, tokenizer: PreTrainedTokenizerBase, name: str, trained_tokens: int | None) -> Speaker:

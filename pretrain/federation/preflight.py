@@ -25,6 +25,7 @@ from pretrain.silo.shards import (
     check_alike,
     check_enough,
     check_rows,
+    own_tokens,
     read_manifest,
     template_sha256,
     tokenizer_sha256,
@@ -90,13 +91,14 @@ def check_silo(config: RunConfig, name: str) -> None:
     check_tensorboard(config)
     silo, tokenizer = config.silos[name], tokenizer_sha256(config.tokenizer_file)
     template = template_sha256(config.template_file)
-    key = f"silos.{name}.data"
+    key, prompt_tokens = f"silos.{name}.data", config.model.adapter.prompt_tokens
     if not silo.data:
         raise ConfigError(f"{key}: [] given; allowed: at least one directory of packed shards")
 
     def read(place: Path, key: str) -> Manifest:
         manifest = read_manifest(place, key=key, tokenizer_sha256=tokenizer, template_sha256=template)
-        check_rows(manifest, place, config.sequence_tokens, key=key)
+        apart = config.document_masking
+        check_rows(manifest, place, config.sequence_tokens, key=key, prompt_tokens=prompt_tokens, keeps_apart=apart)
         return manifest
 
     manifests = [read(Path(directory), key) for directory in silo.data]
@@ -104,11 +106,13 @@ def check_silo(config: RunConfig, name: str) -> None:
     if silo.data_weights:  # each directory is a corpus of its own
         for directory, manifest in zip(silo.data, manifests, strict=True):
             each, has_rows = f"{key} ({directory})", bool(manifest.chat)
-            check_a_sequence(manifest.num_tokens, config.sequence_tokens, key=each, in_rows=has_rows)
+            own = own_tokens(config.sequence_tokens, prompt_tokens, in_rows=has_rows)
+            check_a_sequence(manifest.num_tokens, own, key=each, in_rows=has_rows)
     else:
         check_alike(manifests, key=key)
     num_tokens = sum(manifest.num_tokens for manifest in manifests)
-    check_enough(num_tokens, config.sequence_tokens, silo.global_batch_sequences, key=key, in_rows=in_rows)
+    own = own_tokens(config.sequence_tokens, prompt_tokens, in_rows=in_rows)
+    check_enough(num_tokens, own, silo.global_batch_sequences, key=key, in_rows=in_rows)
     if silo.is_private:
         plan(config, name, manifests)
         _check_withheld(config, name, policy)

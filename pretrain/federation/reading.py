@@ -12,6 +12,7 @@ from pretrain.exchange.options import reached, store_options
 from pretrain.exchange.store import StoreExchange
 from pretrain.federation.join import read_terms
 from pretrain.silo.shards import tokenizer_sha256
+from pretrain.silo.weights import ADAPTER
 from pretrain.trust.contract import build_contract, check_same_contract
 from pretrain.trust.members import with_keys
 
@@ -41,9 +42,15 @@ def configuration(where: str, contract: bytes, *, paths: Sequence[Path] = (), to
 def exported(where: str, *, options: Mapping[str, object]) -> Path | None:
     """The directory of an exported model, if `where` is one; None for a run or a store.
 
-    Raises ConfigError for one of the `options` that only these have, by name to whether it is given.
+    Raises ConfigError for an adapter, and for one of the `options` that only these have, by name to whether it is
+    given.
     """
     directory = Path(expand_home("model", where))
+    if (directory / ADAPTER).is_file():
+        raise ConfigError(
+            f"model: {where!r} given, which is an adapter without its base; allowed: the run directory or the store "
+            "that it is from, or a whole model"
+        )
     if not (directory / "config.json").is_file():
         return None
     if wrong := [name for name, is_given in options.items() if is_given]:

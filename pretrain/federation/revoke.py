@@ -10,11 +10,13 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from pretrain.config.adapter import PROMPT
 from pretrain.config.errors import ConfigError, named
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.revocation import Revocation
@@ -23,7 +25,7 @@ from pretrain.exchange.sums import check_no_sum
 from pretrain.federation.export import (
     SplitLoss,
     empty_model,
-    evaluate_directory,
+    evaluate_model,
     finished,
     origin,
     write_card,
@@ -35,6 +37,7 @@ from pretrain.merge.merger import Merger
 from pretrain.merge.snapshots import Snapshots
 from pretrain.outer.placing import InMemory
 from pretrain.outer.state import OuterState
+from pretrain.silo.shards import tokenizer_sha256
 from pretrain.trust.amendment import Governed
 from pretrain.trust.ledger import Commit, Contributor, RefusedError, sha256_bytes
 
@@ -262,28 +265,28 @@ def write_revoked(config: RunConfig, found: Revoked, directory: Path) -> None:
         "contract_sha256": record.contract_sha256,
     }
     with writing(directory) as temporary:
-        model = _export(config, found.parameters, told, temporary)
-        write_card(model, config, told, temporary)
+        model = _filled(config, found.parameters)
+        write_export(model, config, origin(config) | told, temporary)
+        write_card(model, config, told, temporary, is_adapter=config.model.adapter.kind == PROMPT)
         (temporary / REVOCATION).write_bytes(record.to_bytes())
 
 
-def losses(
-    config: RunConfig, found: Revoked, data: dict[str, Path], scratch: Path
-) -> dict[str, tuple[SplitLoss, SplitLoss]]:
+def losses(config: RunConfig, found: Revoked, data: dict[str, Path]) -> dict[str, tuple[SplitLoss, SplitLoss]]:
     """Of each packed split by corpus: the loss of the run's own model, and of the one without the member."""
-    of_both = []
-    for name, parameters in (("original", found.original), ("without", found.parameters)):
-        _export(config, parameters, {}, scratch / name)
-        of_both.append(evaluate_directory(scratch / name, [*data.values()]))
-    return {corpus: (of_both[0][str(place)], of_both[1][str(place)]) for corpus, place in data.items()}
+    options = data, origin(config), tokenizer_sha256(config.tokenizer_file)
+    original, without = (
+        evaluate_model(partial(_filled, config, parameters), *options)
+        for parameters in (found.original, found.parameters)
+    )
+    return {corpus: (original[corpus], without[corpus]) for corpus in data}
 
 
-def _export(config: RunConfig, values: Mapping[str, Tensor], told: dict[str, Any], directory: Path) -> nn.Module:
+def _filled(config: RunConfig, values: Mapping[str, Tensor]) -> nn.Module:
+    """The model as others load it."""
     model, parameters = empty_model(config)
     for name, value in values.items():
         parameters[name].copy_(value)
-    write_export(finished(model, config), config, origin(config) | told, directory)
-    return model
+    return finished(model, config)
 
 
 def _norm(tensors: Iterator[Tensor]) -> float:

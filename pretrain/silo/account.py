@@ -20,7 +20,7 @@ from typing import Any
 
 from pretrain.config.errors import ConfigError
 from pretrain.config.keys import RunConfig
-from pretrain.silo.shards import Manifest, count_sequences
+from pretrain.silo.shards import Manifest, count_sequences, own_tokens
 
 RELEASE = re.compile(r"([0-9]{1,15}) ([0-9a-f]{32})")
 ROUNDING = 1e-9  # of the noise that follows from a budget, so that it is never a rounding too small
@@ -61,7 +61,8 @@ def plan(config: RunConfig, name: str, manifests: list[Manifest]) -> Plan:
     private, batch, num_steps = silo.private, silo.global_batch_sequences, config.inner.num_steps
     assert private.epsilon is not None
     num_tokens, in_rows = sum(manifest.num_tokens for manifest in manifests), manifests[0].chat is not None
-    num_sequences = count_sequences(num_tokens, config.sequence_tokens, in_rows=in_rows)
+    own = own_tokens(config.sequence_tokens, config.model.adapter.prompt_tokens, in_rows=in_rows)
+    num_sequences = count_sequences(num_tokens, own, in_rows=in_rows)
     if private.delta * num_sequences >= 1:
         raise ConfigError(
             f"{key}.delta: {private.delta:g} given; allowed: below {1 / num_sequences:.3g}, 1 / the {num_sequences:,} "

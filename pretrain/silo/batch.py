@@ -2,7 +2,9 @@
 
 Shapes: T = sequence_tokens. Sequence i of text is tokens[i*T : i*T + T + 1]: T inputs, and the T tokens after them as
 targets. Sequence i of conversations is row i of their split: its T tokens are the inputs, and the target of each is the
-next one of the row, if that is trained, and else IGNORED, as the last one's is.
+next one of the row, if that is trained, and else IGNORED, as the last one's is. With a prompt (prompt.py), of n tokens,
+these stand before each conversation, in the room that its preparation has left, or before T - n tokens of text; their
+targets are IGNORED.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from pretrain.silo.prompt import prompt_ids
 
 IGNORED = -100  # a target that has no loss, as torch's cross-entropy has it
 BY_TOKENS = -1  # a position that is left to whoever knows which token begins a document
@@ -47,24 +51,39 @@ class Batch(NamedTuple):
         return [self.placed(lambda tensor, row=row: tensor[row : row + 1]) for row in rows]  # type: ignore[misc]
 
 
-def text_row(tokens: npt.NDArray[np.int64]) -> Row:
-    """The sequence of some tokens of text. # (T + 1,)"""
-    return Row(tokens[:-1], tokens[1:])
+def text_row(tokens: npt.NDArray[np.int64], prompt_tokens: int = 0) -> Row:
+    """The sequence of some tokens of text, after a prompt. # (T - prompt_tokens + 1,)"""
+    if not prompt_tokens:
+        return Row(tokens[:-1], tokens[1:])
+    prompt = prompt_ids(np.arange(prompt_tokens))
+    return Row(np.concatenate([prompt, tokens[:-1]]), np.concatenate([np.full_like(prompt, IGNORED), tokens[1:]]))
 
 
 def chat_row(
-    tokens: npt.NDArray[np.int64], is_trained: npt.NDArray[np.bool_], document_ends: npt.NDArray[np.int64]
+    tokens: npt.NDArray[np.int64],
+    is_trained: npt.NDArray[np.bool_],
+    document_ends: npt.NDArray[np.int64],
+    *,
+    prompt_tokens: int = 0,
+    room_id: int = 0,
 ) -> Row:
     """The sequence of a row of conversations. tokens, is_trained: (T,); document_ends: (num_documents,), the last is T.
 
-    Raises ValueError for documents that are not those of a row.
+    A prompt takes the place of the first `prompt_tokens` of each document, which are `room_id`. Raises ValueError for
+    documents that are not those of a row.
     """
     lengths = np.diff(document_ends, prepend=0)
     if (lengths <= 0).any() or lengths.sum() != len(tokens):
         raise ValueError("documents do not end with the row")
+    positions = np.arange(len(tokens)) - np.repeat(document_ends - lengths, lengths)
     targets = np.full_like(tokens, IGNORED)
     targets[:-1][is_trained[1:]] = tokens[1:][is_trained[1:]]
-    return Row(tokens, targets, np.arange(len(tokens)) - np.repeat(document_ends - lengths, lengths))
+    if not prompt_tokens:
+        return Row(tokens, targets, positions)
+    in_prompt = positions < prompt_tokens
+    if ((tokens != room_id) | is_trained)[in_prompt].any():
+        raise ValueError(f"a conversation has no room for a prompt of {prompt_tokens} tokens before it")
+    return Row(np.where(in_prompt, prompt_ids(positions), tokens), targets, positions)
 
 
 def stacked(rows: Sequence[Row], *, with_positions: bool) -> Batch:

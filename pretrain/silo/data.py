@@ -35,6 +35,7 @@ from pretrain.silo.shards import (
     open_documents,
     open_mask,
     open_shard,
+    own_tokens,
     read_manifest,
     text_sha256,
     token_outside_vocabulary,
@@ -62,12 +63,15 @@ class PackedTokens:
         sequence_tokens: int,
         tokenizer_sha256: str | None = None,
         template_sha256: str | None = None,
+        prompt_tokens: int = 0,
+        keeps_apart: bool = False,
         key: str = "silo.data",
     ) -> None:
         """Check the manifests and sizes of the splits, in the order given.
 
-        `key` is the configuration key that errors name; tokenizer and template are as of `read_manifest`. Raises
-        ConfigError for a missing, truncated or unknown split, or one that another tokenizer or template packed.
+        `key` is the configuration key that errors name; tokenizer and template are as of `read_manifest`, a prompt as
+        of `check_rows`. Raises ConfigError for a missing, truncated or unknown split, or one that another tokenizer or
+        template packed.
         """
         if not directories:
             raise ConfigError(f"{key}: nothing given; allowed: one or more directories of packed shards")
@@ -79,13 +83,22 @@ class PackedTokens:
             manifest = read_manifest(
                 directory, key=key, tokenizer_sha256=tokenizer_sha256, template_sha256=template_sha256
             )
-            check_rows(manifest, directory, sequence_tokens, key=key)
+            check_rows(
+                manifest,
+                directory,
+                sequence_tokens,
+                key=key,
+                prompt_tokens=prompt_tokens,
+                keeps_apart=keeps_apart,
+            )
             tokenizer_sha256 = manifest.tokenizer_sha256  # so that all splits agree, also where none was given
             if manifest.chat:
                 template_sha256 = manifest.chat.template_sha256
             self.manifests.append(manifest)
             self._shards += [(directory, manifest, shard) for shard in manifest.shards]
         check_alike(self.manifests, key=key)
+        self.prompt_tokens = prompt_tokens
+        self.own_tokens = own_tokens(sequence_tokens, prompt_tokens, in_rows=self.is_chat)
         self._ends = list(itertools.accumulate(shard.num_tokens for _, _, shard in self._shards))
         # How many tokens of its split lie before each shard, where the index of documents counts from.
         starts = [itertools.accumulate((s.num_tokens for s in m.shards[:-1]), initial=0) for m in self.manifests]
@@ -107,28 +120,34 @@ class PackedTokens:
 
     @property
     def num_sequences(self) -> int:
-        """Whole sequences; a rest of fewer than `sequence_tokens` predicted tokens at the very end is not used."""
-        return count_sequences(self.num_tokens, self.sequence_tokens, in_rows=self.is_chat)
+        """Whole sequences; a rest of fewer than `own_tokens` predicted tokens at the very end is not used."""
+        return count_sequences(self.num_tokens, self.own_tokens, in_rows=self.is_chat)
 
     def row(self, index: int) -> Row:
         """Sequence `index`. Raises BadTokenError as `sequence` does, and for documents that end elsewhere than rows."""
         tokens = self.sequence(index)
         if not self.is_chat:
-            return text_row(tokens)
+            return text_row(tokens, self.prompt_tokens)
         shard, begin = self._place(index)
         directory, end = self._shards[shard][0], begin + self.sequence_tokens
         in_split, ends = self._in_split[shard] + begin, self._documents(shard)
         bounds = np.searchsorted(ends, np.array([in_split, in_split + self.sequence_tokens], ends.dtype), side="right")
         listed = ends[slice(*bounds)].astype(np.int64) - in_split
         try:
-            return chat_row(tokens, trained(self._masks(shard), begin, end), listed)
+            return chat_row(
+                tokens,
+                trained(self._masks(shard), begin, end),
+                listed,
+                prompt_tokens=self.prompt_tokens,
+                room_id=self._shards[shard][1].end_of_text_id,
+            )
         except ValueError as error:
             raise BadTokenError(f"{self.key}: {directory}: {error}: copy or prepare the split again") from None
 
     def num_trained(self, index: int) -> int:
         """Targets of sequence `index` that have a loss."""
         if not self.is_chat:
-            return self.sequence_tokens
+            return self.own_tokens
         shard, begin = self._place(index)
         return int(trained(self._masks(shard), begin + 1, begin + self.sequence_tokens).sum())
 
@@ -139,13 +158,13 @@ class PackedTokens:
         return shard, begin - (self._ends[shard] - self._shards[shard][2].num_tokens)
 
     def sequence(self, index: int) -> npt.NDArray[np.int64]:
-        """The tokens of sequence `index`. # (sequence_tokens + 1,), of conversations (sequence_tokens,)
+        """The tokens of sequence `index`. # (own_tokens + 1,), of conversations (own_tokens,)
 
         Raises BadTokenError, naming the shard, when a token is not below the manifest's vocab_size.
         """
         assert 0 <= index < self.num_sequences, (index, self.num_sequences)
-        begin = index * self.sequence_tokens
-        end = begin + self.sequence_tokens + (not self.is_chat)
+        begin = index * self.own_tokens
+        end = begin + self.own_tokens + (not self.is_chat)
         tokens = np.empty(end - begin, dtype=np.int64)
         position = begin
         for shard_index in range(bisect.bisect_right(self._ends, begin), len(self._shards)):
@@ -230,7 +249,7 @@ class Mixture:
         weights = [1.0] * len(corpora) if weights is None else weights
         assert len(corpora) == len(weights) > 0
         for tokens in corpora:
-            check_a_sequence(tokens.num_tokens, tokens.sequence_tokens, key=tokens.key, in_rows=tokens.is_chat)
+            check_a_sequence(tokens.num_tokens, tokens.own_tokens, key=tokens.key, in_rows=tokens.is_chat)
         self.corpora = list(corpora)
         self._seed = [seed, silo]
         self._orders = [
@@ -254,6 +273,7 @@ class Mixture:
             "data_weights": [str(part) for part in self._parts],
             "data_seed": self._seed,
             "sequence_tokens": self.corpora[0].sequence_tokens,
+            **({"prompt_tokens": self.corpora[0].prompt_tokens} if self.corpora[0].prompt_tokens else {}),
         }
 
     @property
@@ -262,9 +282,19 @@ class Mixture:
         return sum(tokens.num_tokens for tokens in self.corpora)
 
     @property
+    def epoch_tokens(self) -> int:
+        """Tokens of the sequences that read all corpora once, a prompt before text counted in."""
+        return sum(one.num_tokens * one.sequence_tokens // one.own_tokens for one in self.corpora)
+
+    @property
     def has_chat(self) -> bool:
-        """Whether some of the corpora are conversations, so that not every target has a loss."""
+        """Whether some of the corpora are conversations."""
         return any(tokens.is_chat for tokens in self.corpora)
+
+    @property
+    def has_ignored(self) -> bool:
+        """Whether not every target has a loss."""
+        return self.has_chat or any(tokens.prompt_tokens for tokens in self.corpora)
 
     def draws(self, position: int) -> list[int]:
         """How many of the first `position` sequences come from each corpus."""
@@ -315,7 +345,7 @@ class Batches(Iterator[Batch]):
         first = mixture.corpora[0]
         check_enough(
             mixture.num_tokens,
-            first.sequence_tokens,
+            first.own_tokens,
             self.global_batch_sequences,
             key=first.key,
             in_rows=first.is_chat,
@@ -343,7 +373,7 @@ class Batches(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         """This rank's next micro batch."""
-        if self._micro_step == 0 and self._mixture.has_chat:
+        if self._micro_step == 0 and self._mixture.has_ignored:
             step = range(self._position, self._position + self.global_batch_sequences)
             self._num_trained = self._mixture.num_trained(step)
         num_trained = self._num_trained
@@ -413,7 +443,7 @@ def held_out_batches(
     ZeRO-3 gathers parameters in every forward pass; what pads the last ones is a repeated sequence of weight 0, and all
     others weigh 1. Raises ConfigError when the text is shorter than one sequence.
     """
-    check_a_sequence(tokens.num_tokens, tokens.sequence_tokens, key=tokens.key, in_rows=tokens.is_chat)
+    check_a_sequence(tokens.num_tokens, tokens.own_tokens, key=tokens.key, in_rows=tokens.is_chat)
     total = num_held_out(tokens, num_sequences)
     for first in range(0, total, micro_batch_sequences * num_ranks):
         begin = first + rank * micro_batch_sequences

@@ -43,6 +43,7 @@ from pretrain.silo.model import (
 from pretrain.silo.muon import MuonAdamW, Piece
 from pretrain.silo.named_state import PARAMETER, SavedState, save_pieces
 from pretrain.silo.optim import MEAN_STEPS, build_optimizer
+from pretrain.silo.prompt import check_prompt, num_prompt_tokens
 from pretrain.silo.ranks import Ranks
 from pretrain.silo.zero import begin_backward, forget_initial_step, fp32_masters, muon_pieces, own_piece, refresh_module
 
@@ -281,6 +282,8 @@ class Engine:
                 if self._by_documents and (why := go_by_documents(self._deepspeed, self._mask_at, self._ranks.device)):
                     self._use_a_mask(why)
                 check_document_masking(self._deepspeed, self._mask_at, self._ranks.device)
+            if num_prompt_tokens(self.module):
+                check_prompt(self._deepspeed, self._ranks.device)
             if self._chunk_tokens:
                 check_chunks(self._deepspeed, self._chunk_tokens, self._ranks.device)
         self.evaluating(False)

@@ -17,6 +17,7 @@ from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
+from pretrain.config.adapter import PROMPT
 from pretrain.config.errors import ConfigError
 from pretrain.config.keys import ModelConfig, RunConfig
 from pretrain.host.foreign import shown
@@ -24,7 +25,8 @@ from pretrain.silo.adapter import add_adapter, initial_factors
 from pretrain.silo.architecture import model_config, one_line
 from pretrain.silo.attention import DOCUMENTS, check_type, document_lengths
 from pretrain.silo.batch import BY_TOKENS, IGNORED
-from pretrain.silo.vocabulary import vocabulary_size
+from pretrain.silo.prompt import add_prompt, first_tokens, initial_prompt
+from pretrain.silo.vocabulary import read_tokenizer, vocabulary_size
 from pretrain.silo.weights import checkpoint_files, tensors_of
 
 # What masking may leave of the influence of the document before: 0, or a few roundings where experts take turns. Of the
@@ -90,13 +92,15 @@ def load_checkpoint(directory: Path, *, key: str = "model.checkpoint") -> PreTra
 
 
 def initial_parameters(config: RunConfig, place: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
-    """What version 0 holds: the trained parameters of `build_initial`, or the factors of an adapter, by name.
+    """What version 0 holds: the trained parameters of `build_initial`, or of an adapter, by name.
 
     `place`, if given, makes a copy of each fp32 tensor where it shall lie, one after another: the model is never in
     memory as a whole. Raises ConfigError, too, for a model that sees the future, or that is more than its parameters
     say to others.
     """
     vocab_size = vocabulary_size(config.tokenizer_file)
+    if config.model.adapter.kind == PROMPT:
+        return {name: (place or torch.clone)(value) for name, value in _initial_prompt(config, vocab_size).items()}
     if config.model.adapter.is_on:  # each party has the rest
         return initial_factors(build_without_memory(config.model, vocab_size), config.model.seed, place or torch.clone)
     with _placed_by(place) if place else nullcontext():
@@ -105,6 +109,20 @@ def initial_parameters(config: RunConfig, place: Callable[[Tensor], Tensor] | No
     was_training = model.training
     check_causality(model.eval(), torch.device("cpu"))
     return trained_parameters(model.train(was_training))
+
+
+def _initial_prompt(config: RunConfig, vocab_size: int) -> dict[str, Tensor]:
+    assert config.model.checkpoint
+    checkpoint = Path(config.model.checkpoint)
+    with parameters_on_meta():
+        model = build_empty(config.model, vocab_size, dtype=torch.float32)
+
+    def whole() -> Tensor:
+        embedding: Any = load_checkpoint(checkpoint).get_input_embeddings()
+        return embedding.weight
+
+    tokens = first_tokens(read_tokenizer(config.tokenizer_file), config.model.adapter)
+    return initial_prompt(model, tokens, checkpoint, whole)
 
 
 def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -137,7 +155,7 @@ def build_empty(
 ) -> nn.Module:
     """The model's structure with parameters that are about to be overwritten; `partitioned` is ZeRO-3's context.
 
-    With an adapter, its factors are the trained ones, and the rest is frozen (base.py fills it). `attention` is an
+    With an adapter, its parameters are the trained ones, and the rest is frozen (base.py fills it). `attention` is an
     implementation of `transformers`, or attention.py's. Raises ConfigError for one that is not here.
     """
     config = model_config(settings, vocab_size)
@@ -156,8 +174,8 @@ def build_empty(
             module.padding_idx = None  # packed text has no padding: whatever is looked up is trained
     if settings.checkpoint:
         _read_buffers(model, Path(settings.checkpoint))
-    if settings.adapter.is_on:  # after zero.Init has ended; DeepSpeed shares the factors out by itself
-        add_adapter(model, settings.adapter)
+    if settings.adapter.is_on:  # after zero.Init has ended; DeepSpeed shares what is added out by itself
+        (add_prompt if settings.adapter.kind == PROMPT else add_adapter)(model, settings.adapter)
     return model
 
 
@@ -327,10 +345,9 @@ def token_losses(
     finally:
         hook.remove()
     chunks = zip(found[0].flatten(0, 1).split(chunk_tokens), targets.flatten().split(chunk_tokens), strict=True)
-    losses = [
-        checkpoint(lambda hidden, target: losses_of(head(hidden), target), *chunk, use_reentrant=False)
-        for chunk in chunks
-    ]
+    # Of a frozen head ZeRO-3 has let go again when torch would compare the shape of what was kept with what is.
+    options: dict[str, Any] = {"use_reentrant": False, "determinism_check": "none"}
+    losses = [checkpoint(lambda hidden, target: losses_of(head(hidden), target), *chunk, **options) for chunk in chunks]
     return torch.cat(losses).view_as(targets)
 
 

@@ -9,7 +9,8 @@ A packed split is a directory:
 Of text, documents stand one after another, each followed by the end-of-text token; a document may go on in the next
 shard. Of conversations, the tokens are rows of `chat.sequence_tokens`, whole ones in each shard. A row holds whole
 conversations, each a document as the chat template renders it, and then end-of-text tokens up to its end, if any, which
-are one document. Beside each shard lies
+are one document. With `chat.prompt_tokens` each begins with so many end-of-text tokens, which no template has rendered.
+Beside each shard lies
 
     shard-00000.mask                   one bit a token, the first in the lowest: 1 for one that is trained as a target
 
@@ -77,6 +78,8 @@ class Chat:
     """Tokens of a row; a run can have no other sequences of it."""
     num_trained_tokens: int = 0
     """Tokens that are trained as targets, of all shards."""
+    prompt_tokens: int | None = None
+    """End-of-text tokens that each conversation begins with, whose places a prompt takes; None: there are none."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -264,9 +267,37 @@ def _check_template(chat: Chat, directory: Path, key: str, expected: str | None)
         )
 
 
-def check_rows(manifest: Manifest, directory: Path, sequence_tokens: int, *, key: str) -> None:
-    """Raise ConfigError where conversations lie in rows of another length than the run's sequences have."""
-    if manifest.chat and manifest.chat.sequence_tokens != sequence_tokens:
+def check_rows(
+    manifest: Manifest,
+    directory: Path,
+    sequence_tokens: int,
+    *,
+    key: str,
+    prompt_tokens: int = 0,
+    keeps_apart: bool = False,
+) -> None:
+    """Raise ConfigError where conversations lie in rows of another length than the run's sequences have.
+
+    Or where they have not the room that a prompt takes; or where text has documents that do not see each other
+    (`keeps_apart`), and so no one place for a prompt.
+    """
+    if not manifest.chat:
+        if prompt_tokens and keeps_apart:
+            raise ConfigError(
+                f"{key}: {directory} has text, and the run keeps documents apart and trains a prompt (model.adapter): "
+                "what is left of a document from the sequence before would have none; allowed: conversations, or text "
+                "with document_masking=false"
+            )
+        return
+    room = manifest.chat.prompt_tokens or 0
+    if room != prompt_tokens:
+        again = f"with --prompt-tokens {prompt_tokens}" if prompt_tokens else "without --prompt-tokens"
+        raise ConfigError(
+            f"{key}: {directory} has room for prompts of {room} tokens, and the run trains "
+            f"{f'one of {prompt_tokens} (model.adapter.tokens)' if prompt_tokens else 'none'}; allowed: the "
+            f"conversations prepared again {again}{f', or model.adapter.tokens={room}' * bool(room)}"
+        )
+    if manifest.chat.sequence_tokens != sequence_tokens:
         raise ConfigError(
             f"{key}: {directory} has rows of {manifest.chat.sequence_tokens} tokens, and sequence_tokens is "
             f"{sequence_tokens}; allowed: sequence_tokens={manifest.chat.sequence_tokens}, or the conversations "
@@ -294,6 +325,11 @@ def token_outside_vocabulary(key: str, file: Path, token: int, manifest: Manifes
     return (
         f"{key}: {file} holds token {token}, its vocab_size is {manifest.vocab_size}: copy or prepare the split again"
     )
+
+
+def own_tokens(sequence_tokens: int, prompt_tokens: int, *, in_rows: bool) -> int:
+    """Tokens of the corpus in a sequence: before text a prompt takes room, in rows of conversations it has its own."""
+    return sequence_tokens if in_rows else sequence_tokens - prompt_tokens
 
 
 def count_sequences(num_tokens: int, sequence_tokens: int, *, in_rows: bool = False) -> int:
@@ -372,8 +408,11 @@ def _has_its_masks(manifest: Manifest) -> bool:
     """Whether all shards have masks and whole rows, or, of text, none has a mask."""
     if not (chat := manifest.chat):
         return all(shard.mask_sha256 is None for shard in manifest.shards)
+    prompt_tokens = 0 if chat.prompt_tokens is None else chat.prompt_tokens
     return (
         chat.sequence_tokens > 1
+        and type(prompt_tokens) is int
+        and 0 <= prompt_tokens < chat.sequence_tokens
         and all(isinstance(shard.mask_sha256, str) for shard in manifest.shards)
         and all(shard.num_tokens % chat.sequence_tokens == 0 for shard in manifest.shards)
         and manifest.num_tokens // chat.sequence_tokens <= manifest.num_documents

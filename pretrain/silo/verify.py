@@ -54,8 +54,8 @@ def verify_tokens(directory: Path, manifest: Manifest, *, key: str = "silo.data"
 
     Reads all tokens, in constant memory. Raises ConfigError.
     """
-    if manifest.chat:
-        _verify_rows(directory, manifest, manifest.chat.sequence_tokens, key)
+    if chat := manifest.chat:
+        _verify_rows(directory, manifest, chat.sequence_tokens, key, room=chat.prompt_tokens or 0)
     else:
         _verify_ends(directory, manifest, key)
 
@@ -94,8 +94,14 @@ def _verify_ends(directory: Path, manifest: Manifest, key: str) -> None:
         )
 
 
-def _verify_rows(directory: Path, manifest: Manifest, row_tokens: int, key: str) -> None:
-    """Of conversations: each ends in its row; of a document not the first token is trained, of a filling none."""
+def _first_tokens(starts: npt.NDArray[np.int64], num_tokens: int, number: int) -> npt.NDArray[np.bool_]:
+    """Which of some tokens are among so many first ones of their documents, which begin there. # (num_tokens,)"""
+    return np.arange(num_tokens) - np.repeat(starts, np.diff(starts, append=num_tokens)) < number
+
+
+def _verify_rows(directory: Path, manifest: Manifest, row_tokens: int, key: str, *, room: int) -> None:
+    """Of conversations: each ends in its row, and has room for a prompt; of a document not the first token is trained,
+    of a filling none."""
     ends = open_documents(directory, manifest)
     before, num_documents, num_trained = 0, 0, 0
     whole_rows = max(1, VERIFY_TOKENS // row_tokens) * row_tokens
@@ -119,6 +125,11 @@ def _verify_rows(directory: Path, manifest: Manifest, row_tokens: int, key: str)
             raise ConfigError(
                 f"{key}: {directory / shard.mask_file} trains the first token of a document, or what fills a row: "
                 "prepare the split again"
+            )
+        if room and (bits | (piece != manifest.end_of_text_id))[_first_tokens(starts, len(piece), room)].any():
+            raise ConfigError(
+                f"{key}: {directory / shard.file} has a conversation without room for a prompt of {room} tokens before "
+                "it: prepare the split again"
             )
         num_documents += len(listed)
         num_trained += int(bits.sum())

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from pretrain.config.errors import ConfigError
 from pretrain.host.foreign import loads, shown
 
+ADAPTER = "adapter_config.json"  # by which a directory of peft is known
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 # Keys of config.json that make transformers load something else than the weights as they are.
 NOT_LOADED = {
@@ -30,7 +31,7 @@ def checkpoint_files(directory: Path, *, key: str = "model.checkpoint") -> list[
     for name, allowed in NOT_LOADED.items():
         if settings.get(name) is not None:
             _refuse(key, directory, f"its {CONFIG} has {name}; allowed: {allowed}")
-    if (directory / "adapter_config.json").exists():
+    if (directory / ADAPTER).exists():
         _refuse(key, directory, "it holds an adapter; allowed: a whole model, with the adapter merged into it")
     if (directory / SINGLE).is_file():
         files = [given, directory / SINGLE]

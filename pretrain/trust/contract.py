@@ -64,7 +64,7 @@ def model_terms(config: RunConfig) -> dict[str, Any]:
     files = checkpoint_files(Path(config.model.checkpoint))
     base = {"checkpoint": {path.name: _file_sha256(path) for path in files}}
     adapter = config.model.adapter
-    return base | ({"adapter": dataclasses.asdict(adapter), "seed": config.model.seed} if adapter.is_on else {})
+    return base | ({"adapter": adapter.terms, "seed": config.model.seed} if adapter.is_on else {})
 
 
 def _file_sha256(path: Path) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,25 @@ def reference(
     settings = LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS)
     model = get_peft_model(model, settings, autocast_adapter_dtype=False).train()
     trained = {n.removeprefix("base_model.model."): p for n, p in model.named_parameters() if p.requires_grad}
+
+    def loss_of(engine: Any, one: torch.Tensor) -> torch.Tensor:
+        logits = engine(input_ids=one[:, :-1], use_cache=False).logits.float()
+        return F.cross_entropy(logits.flatten(0, 1), one[:, 1:].flatten(), reduction="none").mean()
+
+    return by_deepspeed(model, trained, loss_of, stage=stage, dtype=dtype, ranks=ranks, initial=initial)
+
+
+def by_deepspeed(
+    model: Any,
+    trained: dict[str, torch.nn.Parameter],
+    loss_of: Callable[[Any, torch.Tensor], torch.Tensor],
+    *,
+    stage: int,
+    dtype: torch.dtype,
+    ranks: Ranks,
+    initial: dict[str, torch.Tensor],
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Steps of AdamW over the batches by DeepSpeed alone: this rank's losses, and what is trained in the end."""
     for name, parameter in trained.items():
         parameter.data.copy_(initial[name])
     optimizer = torch.optim.AdamW(trained.values(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
@@ -58,8 +78,7 @@ def reference(
     for batch in BATCHES:
         of_batch = []
         for one in batch.chunk(ranks.num_ranks)[ranks.rank].chunk(2):
-            logits = engine(input_ids=one[:, :-1], use_cache=False).logits.float()
-            loss = F.cross_entropy(logits.flatten(0, 1), one[:, 1:].flatten(), reduction="none").mean()
+            loss = loss_of(engine, one)
             engine.backward(loss)
             if is_plain and engine.is_gradient_accumulation_boundary():  # DeepSpeed's own rounds otherwise than torch's
                 torch.nn.utils.clip_grad_norm_(trained.values(), INNER.clip_norm)

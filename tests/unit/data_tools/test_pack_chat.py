@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import yaml
 from rich.console import Console
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -232,6 +233,7 @@ def test_options_that_cannot_be_are_said(tokenizer: Path, tmp_path: Path) -> Non
     given = ("prepare", source, "--tokenizer", tokenizer, "--output", tmp_path / "packed")
     for options, said in {
         ("--sequence-tokens", 8): "--sequence-tokens: 8 given; allowed: with --chat, for conversations",
+        ("--prompt-tokens", 8): "--prompt-tokens: 8 given; allowed: with --chat, for conversations",
         ("--too-long", "skip"): "--too-long: skip given; allowed: with --chat",
         ("--chat",): "--sequence-tokens: nothing given; allowed with --chat: 2 or more, those of the run",
         ("--chat", "--sequence-tokens", 1): "--sequence-tokens: 1 given",
@@ -324,6 +326,54 @@ def test_conversations_are_shown_with_what_is_learned(
     code, output = run("inspect", tmp_path / "packed", tmp_path / "text", "--tokenizer", tokenizer)
     assert code == 0
     assert "14.1 %" in output
+
+
+def test_room_for_a_prompt_is_left_before_every_conversation(tokenizer: Path, tmp_path: Path) -> None:
+    long = {"messages": [user("Hi"), assistant("fire " * 12)]}
+    records = [*talk("prompt", 40), long]
+    source = write_records(tmp_path / "text.jsonl", records)
+    plain = prepare(recipe(tokenizer, source, sequence_tokens=512), tmp_path / "plain", num_workers=0)["train"]
+    chat = ChatRecipe(sequence_tokens=512, prompt_tokens=7)
+    [manifest] = prepare(recipe(tokenizer, source, chat=chat), tmp_path / "packed", num_workers=0).values()
+    assert manifest.chat
+    assert manifest.chat.prompt_tokens == 7
+    assert plain.chat
+    assert plain.chat.prompt_tokens is None
+    assert "prompt_tokens" not in (tmp_path / "plain/train/manifest.json").read_text()
+    assert manifest.num_trained_tokens == plain.num_trained_tokens
+    room = "<|endoftext|>" * 7
+    found = conversations(tmp_path / "packed/train", tokenizer)
+    assert sorted(found) == sorted((room + text, said) for text, said in expected(records))
+    overlay = yaml.safe_load((tmp_path / "packed/silo.yaml").read_text())
+    assert overlay["model"] == {"adapter": {"kind": "prompt", "tokens": 7}}
+    code, output = run("show", tmp_path / "packed", "--tokenizer", tokenizer, "--samples", 2)
+    assert code == 0
+    assert "<|endoftext|>" not in output
+    code, output = run("inspect", tmp_path / "packed", "--tokenizer", tokenizer)
+    assert code == 0
+    assert "prompts of" in output
+    assert "was prepared with other chat" in one_line_error(
+        prepare, recipe(tokenizer, source, sequence_tokens=512), tmp_path / "packed"
+    )
+
+
+def test_what_does_not_fit_behind_a_prompt_stops_or_is_counted(tokenizer: Path, tmp_path: Path) -> None:
+    records = [*talk("fits", 10), {"messages": [user("Hi"), assistant("fire " * 100)]}]
+    source = write_records(tmp_path / "text.jsonl", records)
+    prepare(recipe(tokenizer, source), tmp_path / "plain", num_workers=0)
+    stops, skips = (ChatRecipe(sequence_tokens=256, prompt_tokens=40, too_long=way) for way in ("stop", "skip"))
+    message = one_line_error(prepare, recipe(tokenizer, source, chat=stops), tmp_path / "packed", num_workers=0)
+    assert message.startswith(
+        f"{source}, line 11: a conversation of 262 tokens, 40 of them of the prompt before it, given"
+    )
+    prepare(recipe(tokenizer, source, chat=skips), tmp_path / "packed", num_workers=0)
+    counts = json.loads((tmp_path / "packed/report.json").read_text())["sources"]["text"]
+    assert counts["dropped"]["too long"]["documents"] == 1
+    assert len(conversations(tmp_path / "packed/train", tokenizer)) == 10
+    for number in (-1, 255):
+        chat = ChatRecipe(sequence_tokens=256, prompt_tokens=number)
+        message = one_line_error(prepare, recipe(tokenizer, source, chat=chat), tmp_path / "other")
+        assert message.startswith(f"--prompt-tokens: {number} given; allowed: 0 to 254")
 
 
 def test_what_a_model_says_ends_where_a_turn_does(tokenizer: Path) -> None:

@@ -129,7 +129,7 @@ def test_another_base_is_one_line(tmp_path: Path, tiny_config: TinyConfig, tiny_
     other = save_base(tmp_path / "other", tiny_text, seed=2)
     agreed, theirs = (tiny_config(tmp_path / one.name, model=adapter_model(one)) for one in (base, other))
     contract = first_contract(build_contract(agreed))
-    assert build_contract(agreed)["model"]["adapter"] == dataclasses.asdict(agreed.model.adapter)
+    assert build_contract(agreed)["model"]["adapter"] == agreed.model.adapter.terms
     said = one_line_error(check_same_contract, build_contract(theirs), contract, "store")
     assert "model.checkpoint.model.safetensors is" in said
     theirs.model = dataclasses.replace(agreed.model, adapter=dataclasses.replace(agreed.model.adapter, rank=3))
@@ -145,15 +145,15 @@ ALTERNATE = {"model.adapter.merge": "alternate", "outer.num_fragments": 2}
     [
         (
             {"model.adapter.kind": "dora"},
-            "model.adapter.kind: 'dora' given; allowed: none, lora, and not this: it takes",
+            "model.adapter.kind: 'dora' given; allowed: none, lora, prompt, and not this: it takes",
         ),
         (
             {"model.adapter.kind": "qlora"},
-            "model.adapter.kind: 'qlora' given; allowed: none, lora, and not this: a base",
+            "model.adapter.kind: 'qlora' given; allowed: none, lora, prompt, and not this: a base",
         ),
         (
             {"model.adapter.kind": "pissa"},
-            "model.adapter.kind: 'pissa' given; allowed: none, lora, and not this: it beg",
+            "model.adapter.kind: 'pissa' given; allowed: none, lora, prompt, and not this: it beg",
         ),
         ({"model.adapter.kind": "ia3"}, "model.adapter.kind: 'ia3' given; allowed: none, lora"),
         ({"model.adapter.kind": "none"}, "model.adapter.rank: 2 given; allowed: 8 with model.adapter.kind=none"),

@@ -355,6 +355,17 @@ def test_mistakes(comparison: Path, overrides: list[str], message: str) -> None:
     assert message in one_line_error(lambda: plan_runs(load_comparison([comparison], overrides)))
 
 
+def test_no_model_goes_on_from_a_prompt(comparison: Path) -> None:
+    file = comparison.with_name("run.yaml")
+    model = {"checkpoint": "base", "adapter": {"kind": "prompt", "tokens": 3, "text": "a"}}
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"model": model}))
+    said = one_line_error(lambda: plan_runs(load_comparison([comparison])))
+    assert said == (
+        "models.personal: model.adapter.kind: 'prompt' given; allowed: none, lora with kind personalised, which goes "
+        "on from a whole model"
+    )
+
+
 def test_a_name_that_is_no_folder(comparison: Path) -> None:
     spec = yaml.safe_load(comparison.read_text())
     comparison.write_text(yaml.safe_dump(spec | {"models": {"a/b": {"kind": "central"}}, "reference": "a/b"}))
