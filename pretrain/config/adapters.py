@@ -3,6 +3,7 @@
 from pretrain.config.adapter import ALL_LINEAR, AdapterConfig
 from pretrain.config.errors import ConfigError, require
 from pretrain.config.keys import RunConfig
+from pretrain.config.personal import PersonalConfig
 
 READS_BASE = "it begins with factors of the base's weights, of which ZeRO-3 has no whole one, and changes the base"
 REFUSED = {
@@ -31,11 +32,14 @@ def check_adapter(config: RunConfig) -> None:
     optimizer = config.inner.optimizer
     allowed = f"adamw, sgd with {key}.kind={adapter.kind}: the rows of a factor are not to be made orthogonal"
     require(optimizer != "muon", "inner.optimizer", optimizer, allowed)
-    targets = adapter.targets
-    fits = bool(targets) and all(targets) and (ALL_LINEAR not in targets or targets == [ALL_LINEAR])
-    require(fits, f"{key}.targets", targets, f"[{ALL_LINEAR}], or names of layers")
+    _check_targets(adapter.targets, key)
     if adapter.takes_turns:
         _check_turns(config)
+
+
+def _check_targets(targets: list[str], key: str) -> None:
+    fits = bool(targets) and all(targets) and (ALL_LINEAR not in targets or targets == [ALL_LINEAR])
+    require(fits, f"{key}.targets", targets, f"[{ALL_LINEAR}], or names of layers")
 
 
 def _check_turns(config: RunConfig) -> None:
@@ -55,3 +59,28 @@ def _check_turns(config: RunConfig) -> None:
     for name, silo in config.silos.items():
         epsilon = silo.private.epsilon
         require(epsilon is None, f"silos.{name}.private.epsilon", epsilon, f"null with {key}: noise would move both")
+
+
+def check_personal(config: RunConfig) -> None:
+    """Refuse what a silo's own adapter cannot be with, and keys that would do nothing. Raises ConfigError."""
+    every = {f"silos.{name}.personal_adapter": silo.personal_adapter for name, silo in config.silos.items()}
+    for key, own in every.items() if not any(own.is_on for own in every.values()) else ():
+        for name, default in vars(PersonalConfig()).items():
+            given = getattr(own, name)
+            require(given == default, f"{key}.{name}", given, f"{default} with {key}.rank=0")
+    for name, silo in config.silos.items():
+        own, key = silo.personal_adapter, f"silos.{name}.personal_adapter"
+        if not own.is_on:
+            continue
+        _check_targets(own.targets, key)
+        kind = config.exchange.kind
+        allowed = "0 with exchange.kind=none: there is no shared model for it to be beside"
+        require(kind != "none", f"{key}.rank", own.rank, allowed)
+        unnoised = "gradients that leave would follow from what it has learned without noise"
+        for other, given, wanted, why in (
+            ("model.adapter.kind", config.model.adapter.kind, "lora", "it is trained beside the shared adapter"),
+            (f"silos.{name}.private.epsilon", silo.private.epsilon, None, unnoised),
+            ("membership.max_loss_rise", config.membership.max_loss_rise, None, "no version has it to go back to"),
+        ):
+            allowed = f"{'null' if wanted is None else wanted} with {key}.rank={own.rank}: {why}"
+            require(given == wanted, other, given, allowed)
