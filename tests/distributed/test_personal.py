@@ -30,7 +30,7 @@ OWN = {"rank": 3, "alpha": 6.0, "targets": ["q_proj", "down_proj"]}
 
 def engines(directory: Path, cases: str) -> None:
     """One torchrun of two ranks for stages and precisions, as 0-fp32,3-bf16: what holds at every one of them."""
-    lines = torchrun(WORKER, directory, cases, num_ranks=2, timeout=300).splitlines()
+    lines = torchrun(WORKER, directory, cases, num_ranks=2, timeout=500).splitlines()
     rows = [json.loads(line.removeprefix("RESULT")) for line in lines if line.startswith("RESULT")]
     assert len(rows) == len(cases.split(","))
     for row in rows:
