@@ -40,25 +40,39 @@ def export(
         bool, typer.Option("--merged", help="Of an adapter: a whole model, with it in its base.")
     ] = False,
     adapter: Annotated[bool, typer.Option("--adapter", help="Of an adapter: a peft directory, without base.")] = False,
+    personal: Annotated[
+        bool, typer.Option("--personal", help="A silo's own: with its personal adapter beside the shared one.")
+    ] = False,
+    silo: Annotated[str, typer.Option(help="With --personal: whose; default: the only one that has one.")] = "",
 ) -> None:
     """Write the global model as a transformers directory with tokenizer and model card, or an adapter for peft.
+
+    With --personal, a silo's own model from its newest checkpoint, which no other party has.
 
     [bold]Example:[/bold] atoll export runs/demo --output model --license apache-2.0
     """
     from launch.show.run import held_out_of
     from pretrain.config.load import load_run
     from pretrain.federation.export import describe_export, export_global_model
+    from pretrain.federation.personal import export_personal_model
 
     if merged and adapter:
         raise ConfigError("--merged: given with --adapter; allowed: one of them")
+    if personal and version is not None:
+        raise ConfigError(f"--version: {version} given with --personal; allowed: without it, as the newest counts")
+    if silo and not personal:
+        raise ConfigError("--silo: given without --personal; allowed: with it")
     output = Path(expand_home("--output", str(output)))
     config = load_run(directory)
-    provenance = export_global_model(
-        *(config, output, version),
-        form="merged" if merged else "adapter" if adapter else "",
-        license=license,
-        held_out=lambda found: held_out_of(config, found.get("version")),
-    )
+    options: dict[str, Any] = {
+        "form": "merged" if merged else "adapter" if adapter else "",
+        "license": license,
+        "held_out": lambda found: held_out_of(config, found.get("version"), found.get("personal")),
+    }
+    if personal:
+        provenance = export_personal_model(config, output, silo=silo, **options)
+    else:
+        provenance = export_global_model(config, output, version, **options)
     print(describe_export(config, output, provenance))
 
 

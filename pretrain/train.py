@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ from pretrain.silo.cards import check_precision
 from pretrain.silo.checkpoint import Checkpoints, Progress, save_parameters
 from pretrain.silo.data import BadTokenError, Batches, Mixture, PackedTokens, Prefetch
 from pretrain.silo.engine import Engine
-from pretrain.silo.evaluate import held_out_loss, sequences_evaluated
+from pretrain.silo.evaluate import held_out_loss, losses_in_words, sequences_evaluated
 from pretrain.silo.flops import peak_tokens_per_second
 from pretrain.silo.model import initial_parameters
 from pretrain.silo.optim import learning_rate
@@ -92,19 +93,24 @@ class Silo:
         self.data_checked = True
 
     def evaluate(self) -> None:
-        """Held-out loss of the global model; of a silo that trains alone, of its own."""
+        """Held-out loss of the global model, and with an adapter of our own; of a silo that trains alone, its own."""
         began, progress, settings = time.monotonic(), self.progress, self.config.silos[self.name]
+        personal = self.engine.personal
         if self.journal:
             self.journal.status("evaluating", step=progress.step, round=progress.round)
         self.engine.evaluating(True)
         with self.sync.global_model(self.engine) if self.sync else nullcontext():
-            losses = held_out_loss(
+            losses_of = partial(
+                held_out_loss,
                 self.engine.token_losses,
                 self.held_out,
                 num_sequences=settings.eval_sequences,
                 micro_batch_sequences=settings.micro_batch_sequences,
                 ranks=self.ranks,
             )
+            with personal.away():
+                losses = losses_of()
+            own = losses_of() if personal.names else None
         self.engine.evaluating(False)
         progress.seconds_evaluating += time.monotonic() - began
         if self.journal:
@@ -119,9 +125,11 @@ class Silo:
                 tokens=progress.position * self.config.sequence_tokens,
                 val_loss=losses,
                 sequences=sequences,
+                **({} if own is None else {"personal_loss": own}),  # which no tracker is told
             )
-            shown = "  ".join(f"{c} {loss:.4f} ({sequences[c][0]} of {sequences[c][1]})" for c, loss in losses.items())
-            print(f"round {progress.round:5d}  held-out {shown}", flush=True)
+            print(f"round {progress.round:5d}  held-out {losses_in_words(losses, sequences)}", flush=True)
+            if own is not None:
+                print(f"round {progress.round:5d}  with its own adapter {losses_in_words(own, sequences)}", flush=True)
 
     def end_round(self) -> None:
         """A round, or several that went on without us, has ended: evaluate if it is time."""
@@ -276,7 +284,7 @@ def prepare(
     settings.accumulation_steps = accumulation_steps(name, settings, ranks.num_ranks)
     mixture, held_out = open_data(config, name)
     _check_model(config, name, ranks)
-    reading = _read_in_background(config, name) if ranks.is_leader else Future[str]()
+    reading = verify_in_background(name, settings) if ranks.is_leader else Future[str]()
     contract_sha256 = sync.join(mixture.epoch_tokens) if sync else ""
     torch.manual_seed(zlib.crc32(f"{config.model.seed}/{name}/{ranks.rank}".encode()))  # dropout
     silo = Silo(
@@ -389,14 +397,6 @@ def open_data(config: RunConfig, name: str) -> tuple[Mixture, dict[str, PackedTo
         whole_batches_of=settings.global_batch_sequences if settings.is_private else 1,
     )
     return mixture, {corpus: packed([split], f"valid.{corpus}") for corpus, split in settings.valid.items()}
-
-
-def _read_in_background(config: RunConfig, name: str) -> Future[str]:
-    """Whether a silo's shards are what their manifests say: all bytes are read beside training."""
-    settings = config.silos[name]
-    splits = [(f"silos.{name}.data", directory) for directory in settings.data]
-    splits += [(f"silos.{name}.valid.{corpus}", directory) for corpus, directory in settings.valid.items()]
-    return verify_in_background(splits)
 
 
 def run(config: RunConfig, name: str, journal: Journal | None) -> int:

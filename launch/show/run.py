@@ -83,9 +83,10 @@ def evaluations(run: Run) -> list[Evaluation]:
     return [_evaluation(run, number, by_round[number]) for number in sorted(by_round)]
 
 
-def held_out_of(run: RunConfig, version: int | None) -> dict[str, str]:
+def held_out_of(run: RunConfig, version: int | None, personal: Record | None = None) -> dict[str, str]:
     """What this machine's silos have found a version's held-out loss to be (None: the last), in words for a model card.
 
+    Of a `personal` model, by its provenance: what its silo has found with its own adapter, at the step of the export.
     Empty where nothing was evaluated, and without what contract and site do not make public.
     """
     policy = read_policy(run)
@@ -93,6 +94,9 @@ def held_out_of(run: RunConfig, version: int | None) -> dict[str, str]:
         return {}
     found = Run.read(run)
     records = [one for one in found.records["eval"] if version is None or one.get("version") == version]
+    if personal:
+        of_silo = [one for one in records if (one.get("silo"), one["step"]) == (personal["silo"], personal["step"])]
+        records = [one | {"val_loss": one["personal_loss"]} for one in of_silo if "personal_loss" in one]
     if not records:
         return {}
     last = max(one["round"] for one in records)

@@ -3,6 +3,7 @@
 from pretrain.config.adapter import ALL_LINEAR, PROMPT, AdapterConfig
 from pretrain.config.errors import ConfigError, require
 from pretrain.config.keys import RunConfig
+from pretrain.config.personal import PersonalConfig
 
 MAKES_ROWS = "a network makes its rows, of which no mean is the mean of the rows; prompt trains the rows themselves"
 IN_CACHE = (
@@ -44,9 +45,7 @@ def check_adapter(config: RunConfig) -> None:
     if adapter.kind == PROMPT:
         _check_prompt(config)
         return
-    targets = adapter.targets
-    fits = bool(targets) and all(targets) and (ALL_LINEAR not in targets or targets == [ALL_LINEAR])
-    require(fits, f"{key}.targets", targets, f"[{ALL_LINEAR}], or names of layers")
+    _check_targets(adapter.targets, key)
     if adapter.takes_turns:
         _check_turns(config)
 
@@ -60,6 +59,9 @@ def _check_prompt(config: RunConfig) -> None:
     require(adapter.tokens <= most, f"{key}.tokens", adapter.tokens, allowed)
     num_fragments = config.outer.num_fragments
     require(num_fragments == 1, "outer.num_fragments", num_fragments, f"1 with {key}.kind={PROMPT}: it is one matrix")
+def _check_targets(targets: list[str], key: str) -> None:
+    fits = bool(targets) and all(targets) and (ALL_LINEAR not in targets or targets == [ALL_LINEAR])
+    require(fits, f"{key}.targets", targets, f"[{ALL_LINEAR}], or names of layers")
 
 
 def _check_turns(config: RunConfig) -> None:
@@ -79,3 +81,28 @@ def _check_turns(config: RunConfig) -> None:
     for name, silo in config.silos.items():
         epsilon = silo.private.epsilon
         require(epsilon is None, f"silos.{name}.private.epsilon", epsilon, f"null with {key}: noise would move both")
+
+
+def check_personal(config: RunConfig) -> None:
+    """Refuse what a silo's own adapter cannot be with, and keys that would do nothing. Raises ConfigError."""
+    every = {f"silos.{name}.personal_adapter": silo.personal_adapter for name, silo in config.silos.items()}
+    for key, own in every.items() if not any(own.is_on for own in every.values()) else ():
+        for name, default in vars(PersonalConfig()).items():
+            given = getattr(own, name)
+            require(given == default, f"{key}.{name}", given, f"{default} with {key}.rank=0")
+    for name, silo in config.silos.items():
+        own, key = silo.personal_adapter, f"silos.{name}.personal_adapter"
+        if not own.is_on:
+            continue
+        _check_targets(own.targets, key)
+        kind = config.exchange.kind
+        allowed = "0 with exchange.kind=none: there is no shared model for it to be beside"
+        require(kind != "none", f"{key}.rank", own.rank, allowed)
+        unnoised = "gradients that leave would follow from what it has learned without noise"
+        for other, given, wanted, why in (
+            ("model.adapter.kind", config.model.adapter.kind, "lora", "it is trained beside the shared adapter"),
+            (f"silos.{name}.private.epsilon", silo.private.epsilon, None, unnoised),
+            ("membership.max_loss_rise", config.membership.max_loss_rise, None, "no version has it to go back to"),
+        ):
+            allowed = f"{'null' if wanted is None else wanted} with {key}.rank={own.rank}: {why}"
+            require(given == wanted, other, given, allowed)

@@ -6,7 +6,7 @@ import re
 from difflib import get_close_matches
 from typing import Any
 
-from pretrain.config.adapters import check_adapter, check_kind
+from pretrain.config.adapters import check_adapter, check_kind, check_personal
 from pretrain.config.allowed import ALLOWED, METRICS, TIERS, Numbers
 from pretrain.config.deepspeed_keys import KNOWN, OWNED
 from pretrain.config.errors import ConfigError, named, require
@@ -54,6 +54,7 @@ def check_config(config: RunConfig) -> None:
         _check_muon,
         check_private,
         check_adapter,
+        check_personal,
     ):
         check(config)
 
@@ -66,6 +67,7 @@ def _check_each(config: RunConfig) -> None:
     sections: dict[str, list[tuple[str, Any]]] = {"": [("", config)], "silo": silos, "silo.private": private}
     sections[MEMBER] = [(f"{MEMBER}.", config.outer.member_privacy)]
     sections["model.adapter"] = [("model.adapter.", config.model.adapter)]
+    sections["silo.personal_adapter"] = [(f"{prefix}personal_adapter.", of.personal_adapter) for prefix, of in silos]
     for key, allowed in ALLOWED.items():
         section, _, name = key.rpartition(".")
         for prefix, settings in sections.get(section) or [(f"{section}.", getattr(config, section))]:

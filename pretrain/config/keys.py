@@ -14,6 +14,7 @@ from typing import Any
 from pretrain.config.adapter import AdapterConfig
 from pretrain.config.allowed import SUM32
 from pretrain.config.budgets import MemberPrivacyConfig, PrivateConfig
+from pretrain.config.personal import PersonalConfig
 from pretrain.outer.fragments import cut_factors, cut_fragments
 from pretrain.outer.learning_rate import scheduled_lr
 from pretrain.outer.schedule import Schedule
@@ -335,6 +336,8 @@ class SiloConfig:
     """
     private: PrivateConfig = field(default_factory=PrivateConfig)
     """Clipped, noised and accounted training."""
+    personal_adapter: PersonalConfig = field(default_factory=PersonalConfig)
+    """An adapter of its own."""
 
     @property
     def is_private(self) -> bool:

@@ -50,7 +50,7 @@ def model_card(
     kind = config.model.config.get("model_type", "continued from a checkpoint")
     rows = {
         "model": f"{kind}, {num_parameters:,} parameters",
-        **_adapter(config),
+        **_adapter(config, provenance),
         "training sequences": f"{config.sequence_tokens:,} tokens"
         + (", documents kept apart" if config.document_masking else ""),
         **_training(config, provenance),
@@ -71,7 +71,7 @@ def model_card(
     return "\n".join(lines) + "\n"
 
 
-def _adapter(config: RunConfig) -> dict[str, str]:
+def _adapter(config: RunConfig, provenance: Mapping[str, Any]) -> dict[str, str]:
     """Of which model it is, where not all of it was trained."""
     adapter = config.model.adapter
     if not adapter.is_on:
@@ -79,7 +79,10 @@ def _adapter(config: RunConfig) -> dict[str, str]:
     if adapter.kind == PROMPT:
         return {"adapter": f"a prompt of {adapter.tokens} tokens before each document; the base was not trained"}
     size = f"{adapter.kind} of rank {adapter.rank}, alpha {adapter.alpha:g}"
-    return {"adapter": f"{size}, beside {named(adapter.targets)}; merge: {adapter.merge}; the base was not trained"}
+    rows = {"adapter": f"{size}, beside {named(adapter.targets)}; merge: {adapter.merge}; the base was not trained"}
+    if own := provenance.get("personal"):
+        rows["personal adapter"] = f"{own['adapter']}; trained by {own['silo']} alone, at step {own['step']:,}"
+    return rows
 
 
 def _who(config: RunConfig) -> str:

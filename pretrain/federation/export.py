@@ -108,7 +108,8 @@ def _fill(config: RunConfig) -> Callable[[RunConfig, dict[str, Tensor], int | No
     return _fill_from_silo if config.exchange.kind == "none" else _fill_from_store
 
 
-def _fill_from_store(config: RunConfig, parameters: dict[str, Tensor], version: int | None) -> dict[str, Any]:
+def open_ledger(config: RunConfig) -> StoreExchange:
+    """Where a run's commits are. Raises ConfigError where no run is, or that of an adapter beside another base."""
     url = config.ledger_url(min(config.silos))
     exchange = StoreExchange(url, options=store_options(config.exchange, url))
     if (contract := exchange.read_contract()) is None:
@@ -116,6 +117,11 @@ def _fill_from_store(config: RunConfig, parameters: dict[str, Tensor], version: 
     if config.model.adapter.is_on:  # the base may be another by now
         terms, _ = read_contract(contract, url)
         check_same_terms({"model": model_terms(config)}, {"model": terms["model"]}, url)
+    return exchange
+
+
+def _fill_from_store(config: RunConfig, parameters: dict[str, Tensor], version: int | None) -> dict[str, Any]:
+    exchange = open_ledger(config)
     newest = exchange.newest_version()
     version = newest if version is None else version
     if not 0 <= version <= newest:
@@ -174,15 +180,12 @@ def export_global_model(
     always is. `held_out` is asked what the card says of its loss: corpus to words. Raises ConfigError if `directory` is
     there.
     """
-    _check_form(config, form)
-    if directory.exists():
-        raise ConfigError(f"--output: {str(directory)!r} given; it exists already, and nothing is overwritten")
-    check_license(license)
+    check_export(config, directory, form, license)
     is_adapter = form == "adapter"
     model, provenance = _load_adapter(config, version) if is_adapter else load_global_model(config, version)
     with writing(directory, key="--output") as temporary:
         if is_adapter:
-            _write_adapter(model, config, provenance, temporary)
+            write_adapter(model, config, provenance, temporary)
         else:
             write_export(model, config, provenance, temporary)
         told = held_out(provenance)
@@ -190,7 +193,8 @@ def export_global_model(
     return provenance
 
 
-def _check_form(config: RunConfig, form: str) -> None:
+def check_export(config: RunConfig, directory: Path, form: str, license: str) -> None:
+    """Raise ConfigError for a form that a run does not have, a directory that is there, a license that is no name."""
     if config.model.adapter.kind == PROMPT and form != "adapter":
         raise ConfigError(
             f"{'--merged: given' if form else 'atoll export: no --adapter given'}; this run trained a prompt, which "
@@ -205,19 +209,28 @@ def _check_form(config: RunConfig, form: str) -> None:
         raise ConfigError(
             f"--{form}: given; this run trained all of its model; allowed: neither --merged nor --adapter"
         )
+    if directory.exists():
+        raise ConfigError(f"--output: {str(directory)!r} given; it exists already, and nothing is overwritten")
+    check_license(license)
 
 
 def _load_adapter(config: RunConfig, version: int | None) -> tuple[nn.Module, dict[str, Any]]:
     """The factors of a version, beside a model without memory."""
+    model = empty_adapter(config)
+    return model, origin(config) | _fill(config)(config, trained_parameters(model), version)
+
+
+def empty_adapter(config: RunConfig) -> nn.Module:
+    """A model without memory, but for the factors beside it, which are to be filled."""
     model = build_without_memory(config.model, vocabulary_size(config.tokenizer_file))
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.requires_grad:
                 setattr(module, name, nn.Parameter(torch.zeros(parameter.shape)))
-    return model, origin(config) | _fill(config)(config, trained_parameters(model), version)
+    return model
 
 
-def _write_adapter(model: nn.Module, config: RunConfig, provenance: dict[str, Any], directory: Path) -> None:
+def write_adapter(model: nn.Module, config: RunConfig, provenance: dict[str, Any], directory: Path) -> None:
     """Write factors with the tokenizer, which base they belong to, and where they come from, to a new directory."""
     directory.mkdir()
     save_adapter(directory, trained_parameters(model), config.model.adapter)
@@ -316,6 +329,8 @@ class SplitLoss:
 def describe_export(config: RunConfig, directory: Path, provenance: dict[str, Any]) -> str:
     """Where an exported model is, of what length of text it has learned, and what to do next."""
     whose = f"version {provenance['version']}" if "version" in provenance else f"silo {provenance['silo']}'s last"
+    if own := provenance.get("personal"):
+        whose += f", with the personal adapter of {own['silo']} at step {own['step']},"
     if (directory / ADAPTER_CONFIG).is_file():
         return f"{directory}: {whose} of {config.name}, an adapter; peft loads it beside its base"
     trained, settings = config.sequence_tokens, json.loads((directory / "config.json").read_text())

@@ -147,11 +147,16 @@ def check_model(config: RunConfig) -> None:
     Takes no memory, but torch. Raises ConfigError.
     """
     from pretrain.silo.model import check_shapes
+    from pretrain.silo.personal import personal_shapes
     from pretrain.silo.vocabulary import vocabulary_size
 
     if config.model.checkpoint:
         checkpoint_files(Path(config.model.checkpoint))
-    check_shapes(config.model, vocabulary_size(config.tokenizer_file), config.sequence_tokens)
+    vocab_size = vocabulary_size(config.tokenizer_file)
+    check_shapes(config.model, vocab_size, config.sequence_tokens)
+    for name, silo in config.silos.items():
+        if silo.personal_adapter.is_on:
+            personal_shapes(config.model, vocab_size, silo.personal_adapter, f"silos.{name}.personal_adapter")
 
 
 def check_store(config: RunConfig, *, touch: bool = True) -> list[str]:

@@ -44,13 +44,15 @@ class SiloMemory:
     """Of the leader's process where the CPU is the device."""
 
 
-def silo_memory(config: RunConfig, name: str, shapes: Shapes, hugging_face: Any, frozen: int = 0) -> SiloMemory:
+def silo_memory(
+    config: RunConfig, name: str, shapes: Shapes, hugging_face: Any, *, frozen: int = 0, own: Shapes | None = None
+) -> SiloMemory:
     """Memory of a silo; `hugging_face` is the model's `transformers` configuration, `frozen` the elements beneath an
-    adapter."""
-    silo, stage = config.silos[name], config.silos[name].zero_stage
-    device = [_device_bytes(config, silo, stage, shapes, hugging_face, frozen=frozen) for stage in range(4)]
+    adapter, `own` what is trained here and travels nowhere."""
+    silo, stage, trained = config.silos[name], config.silos[name].zero_stage, {**shapes, **(own or {})}
+    device = [_device_bytes(config, silo, stage, trained, hugging_face, frozen=frozen) for stage in range(4)]
     leader, others = SILO_BYTES + _sync_bytes(config, shapes), silo.processes_per_node - 1
-    offloaded = _offloaded_bytes(config, silo, shapes)
+    offloaded = _offloaded_bytes(config, silo, trained)
     heap = round(HEAP_SHARE * activation_bytes(hugging_face, shapes, silo, config.sequence_tokens))
     return SiloMemory(
         stage=stage,

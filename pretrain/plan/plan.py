@@ -30,6 +30,7 @@ from pretrain.plan.requests import Requests, aggregator_requests, silo_requests
 from pretrain.plan.seconds import Given, Pace, run_pace, step_seconds
 from pretrain.silo.architecture import model_config
 from pretrain.silo.model import check_shapes
+from pretrain.silo.personal import personal_shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +93,8 @@ def make_plan(config: RunConfig, given: Given, *, budget_tokens: int | None = No
     check_shapes(config.model, vocab_size, config.sequence_tokens)
     shapes, hugging_face = model_shapes(config, vocab_size), model_config(config.model, vocab_size)
     frozen = frozen_elements(config, vocab_size) if config.model.adapter.is_on else 0
+    adapters = {name: silo.personal_adapter for name, silo in config.silos.items() if silo.personal_adapter.is_on}
+    own = {name: personal_shapes(config.model, vocab_size, adapter) for name, adapter in adapters.items()}
     moved = {silo: traffic(config, shapes, silo) for silo in config.silos}
     in_run = {silo: run_bytes(config, of) for silo, of in moved.items()}
     pace = run_pace(config, shapes, given)
@@ -119,7 +122,10 @@ def make_plan(config: RunConfig, given: Given, *, budget_tokens: int | None = No
         aggregator_requests=aggregator_requests(config, shapes, pace) if is_store else Requests(),
         pace=pace,
         neighbours=better_neighbours(config, shapes, given, pace),
-        memory={name: silo_memory(config, name, shapes, hugging_face, frozen) for name in config.silos},
+        memory={
+            name: silo_memory(config, name, shapes, hugging_face, frozen=frozen, own=own.get(name))
+            for name in config.silos
+        },
         aggregator_memory_bytes=aggregator_bytes(config, shapes) if is_store else 0,
         aggregator_disk_bytes=(state_disk_bytes(config, shapes), scratch_bytes(config, shapes, is_new=True))
         if is_store

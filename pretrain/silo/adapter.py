@@ -13,9 +13,11 @@ from transformers.pytorch_utils import Conv1D
 
 from pretrain.config.adapter import ALL_LINEAR, AdapterConfig
 from pretrain.config.errors import ConfigError, named
+from pretrain.config.personal import PersonalConfig
 from pretrain.host.foreign import shown
 from pretrain.outer.fragments import FACTORS, cut_factors
 
+ALWAYS = -1  # the turn of what takes none
 BASE = ".base_layer."  # what peft puts into the names of a targeted layer's own parameters
 
 
@@ -30,13 +32,13 @@ def add_adapter(model: nn.Module, settings: AdapterConfig) -> None:
         raise ConfigError(
             f"model.adapter.kind: {settings.kind!r} given; peft is not installed: pip install 'atoll[adapters]'"
         ) from None
-    targets = _targets(model, settings)
+    targets = find_targets(model, settings.targets)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it finds out by itself on which side GPT-2's layers multiply
         inject_adapter_in_model(LoraConfig(**lora_settings(settings, targets)), model)
 
 
-def lora_settings(settings: AdapterConfig, targets: list[str]) -> dict[str, Any]:
+def lora_settings(settings: AdapterConfig | PersonalConfig, targets: list[str]) -> dict[str, Any]:
     """The same as peft says it."""
     return {
         "r": settings.rank,
@@ -46,31 +48,30 @@ def lora_settings(settings: AdapterConfig, targets: list[str]) -> dict[str, Any]
     }
 
 
-def _targets(model: Any, settings: AdapterConfig) -> list[str]:
-    """Names of the targeted layers. Raises ConfigError."""
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+def find_targets(model: Any, targets: list[str], key: str = "model.adapter.targets") -> list[str]:
+    """Names of the targeted layers, which may have an adapter beside them already. Raises ConfigError, naming `key`."""
+    multiply = (name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D))
+    linear = [name.removesuffix(BASE.rstrip(".")) for name in multiply if not any(of in name for of in FACTORS)]
     last = model.get_output_embeddings()
-    if settings.targets == [ALL_LINEAR]:
+    if targets == [ALL_LINEAR]:
         found = [name for name in linear if model.get_submodule(name) is not last]
     else:
         found = []
-        for target in settings.targets:
+        for target in targets:
             of_one = [name for name in linear if name == target or name.endswith(f".{target}")]
             if not of_one:
                 ends = list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
                 raise ConfigError(
-                    f"model.adapter.targets: {shown(target)!r} given; no layer that multiplies by a matrix is "
+                    f"{key}: {shown(target)!r} given; no layer that multiplies by a matrix is "
                     f"called so; allowed: {ALL_LINEAR}, {named(ends)}"
                 )
             found += of_one
     if not found:
-        raise ConfigError(f"model.adapter.targets: {settings.targets} given; this model has no such layer")
+        raise ConfigError(f"{key}: {targets} given; this model has no such layer")
     if last is not None and last.weight is model.get_input_embeddings().weight:
         tied = [name for name in found if model.get_submodule(name) is last]
         if tied:
-            raise ConfigError(
-                f"model.adapter.targets: {tied[0]!r} given; its matrix is the embedding, too; allowed: other layers"
-            )
+            raise ConfigError(f"{key}: {tied[0]!r} given; its matrix is the embedding, too; allowed: other layers")
     return list(dict.fromkeys(found))
 
 
@@ -91,17 +92,18 @@ def initial_factors(
 
     A follows from the seed and its name alone. `model` may be without memory.
     """
-    found = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        value = torch.zeros(parameter.shape)
-        if FACTORS[0] in name:
-            drawn = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big") >> 1
-            bound = 1 / math.sqrt(parameter.shape[1])
-            value.uniform_(-bound, bound, generator=torch.Generator().manual_seed(drawn))
-        found[name] = place(value)
-    return found
+    trained = ((name, parameter.shape) for name, parameter in model.named_parameters() if parameter.requires_grad)
+    return {name: place(initial_factor(name, shape, seed)) for name, shape in trained}
+
+
+def initial_factor(name: str, shape: torch.Size, seed: int) -> Tensor:
+    """One of them."""
+    value = torch.zeros(shape)
+    if FACTORS[0] in name:
+        drawn = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big") >> 1
+        bound = 1 / math.sqrt(shape[1])
+        value.uniform_(-bound, bound, generator=torch.Generator().manual_seed(drawn))
+    return value
 
 
 class Turns:
@@ -120,7 +122,7 @@ class Turns:
 
     def trains(self, fragment: int) -> bool:
         """Whether it is a fragment's turn."""
-        return self.now is None or self.now == fragment
+        return self.now is None or fragment in (self.now, ALWAYS)
 
     def _gradient(self, fragment: int, gradient: Tensor) -> Tensor:
         return gradient if self.trains(fragment) else torch.zeros_like(gradient)

@@ -29,6 +29,8 @@ from torch import Tensor
 
 from pretrain.config.errors import ConfigError
 from pretrain.silo.engine import Engine
+from pretrain.silo.named_state import complete_checkpoints
+from pretrain.silo.personal import KEY as PERSONAL
 from pretrain.silo.ranks import Ranks
 
 SECONDS = ("seconds_training", "seconds_waiting", "seconds_evaluating")
@@ -129,7 +131,7 @@ class Checkpoints:
 
     def all(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
-        return sorted(path for path in self._directory.glob("step-*") if (path / "state.json").is_file())
+        return complete_checkpoints(self._directory)
 
     @property
     def newest(self) -> Path | None:
@@ -163,6 +165,7 @@ class Checkpoints:
                     save_file(tensors, temporary / f"{name}.safetensors")
             state = dataclasses.asdict(progress) | {
                 **engine.terms,
+                **({PERSONAL: engine.personal.words} if engine.personal.names else {}),
                 "layout": engine.layout,
                 "contract_sha256": self._contract_sha256,
                 "data": self._data,
@@ -192,11 +195,7 @@ class Checkpoints:
         state: dict[str, Any] = json.loads((directory / "state.json").read_text())
         if (layout := state.pop("layout", None)) is None:
             raise ConfigError(f"{directory}: it was written by an earlier version of Atoll; {self._ways()}")
-        for key, ours in {**engine.terms, "contract_sha256": self._contract_sha256}.items():
-            if (theirs := state.pop(key, ours)) != ours:
-                raise ConfigError(
-                    f"{directory}: it was written with {key} {theirs}, and this is {ours}; {self._ways()}"
-                )
+        self._check_terms(directory, state, engine, ranks)
         changed = other_data(state.pop("data", None), self._data)
         if changed:
             meaning = (
@@ -221,6 +220,19 @@ class Checkpoints:
             if (directory / f"{name}.safetensors").is_file():
                 tensors.update(load_file(directory / f"{name}.safetensors"))
         return Progress(**state)
+
+    def _check_terms(self, directory: Path, state: dict[str, Any], engine: Engine, ranks: Ranks) -> None:
+        """Take what a checkpoint can only be loaded with out of its `state`. Raises ConfigError where it is other."""
+        terms = engine.terms | {"contract_sha256": self._contract_sha256}
+        if PERSONAL in state:
+            terms[PERSONAL] = engine.personal.words
+        elif engine.personal.names and ranks.is_leader:
+            print(f"{PERSONAL}: it begins at {directory.name}", flush=True)
+        for key, ours in terms.items():
+            if (theirs := state.pop(key, ours)) != ours:
+                raise ConfigError(
+                    f"{directory}: it was written with {key} {theirs}, and this is {ours}; {self._ways()}"
+                )
 
     def _ways(self) -> str:
         """What leads on where a checkpoint is of other settings."""

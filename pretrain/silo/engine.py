@@ -41,13 +41,12 @@ from pretrain.silo.model import (
     token_losses,
 )
 from pretrain.silo.muon import MuonAdamW, Piece
-from pretrain.silo.named_state import PARAMETER, SavedState, save_pieces
+from pretrain.silo.named_state import PARAMETER, STATE, SavedState, save_pieces
 from pretrain.silo.optim import MEAN_STEPS, build_optimizer
+from pretrain.silo.personal import Personal
 from pretrain.silo.prompt import check_prompt, num_prompt_tokens
 from pretrain.silo.ranks import Ranks
 from pretrain.silo.zero import begin_backward, forget_initial_step, fp32_masters, muon_pieces, own_piece, refresh_module
-
-STATE = "engine"  # the folder of a checkpoint
 
 
 def _build(
@@ -97,7 +96,7 @@ class Engine:
         self._by_documents = silo.attention == DOCUMENTS or (mask_at is not None and not by_mask)
         attention = "" if self._by_documents else silo.attention
         module = _build(model, silo, vocab_size, partitioned, attention, reads=ranks.is_leader)
-        self.turns = Turns(module, model.adapter)
+        self.turns, self.personal = Turns(module, model.adapter), Personal(module, silo.personal_adapter)
         self._cross_entropy = target_losses
         if silo.compile:
             compile_layers(module)
@@ -110,7 +109,7 @@ class Engine:
             on_cpu=offloaded,
             fused=silo.fused_adamw,
             sums_gradients=sums_gradients,
-            turns=self.turns.of,
+            turns=self.turns.of | self.personal.turns,
         )
         self._deepspeed, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self._deepspeed.module.train()
@@ -128,6 +127,8 @@ class Engine:
         forget_initial_step(optimizer)
         if isinstance(optimizer, MuonAdamW):
             optimizer.place(muon_pieces(self._deepspeed, optimizer, self.stage) if self.stage else {}, ranks.device)
+        if own := {name: self._shape(name) for name in self._parameters if name in self.personal.names}:
+            self.write(self.personal.initial(own, model.seed) if ranks.is_leader else None, list(own))
 
     @property
     def module(self) -> nn.Module:
@@ -150,8 +151,12 @@ class Engine:
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
-        """Name to shape of every trained parameter, in model order."""
-        return {name: getattr(p, "ds_shape", p.shape) for name, p in self._parameters.items()}
+        """Name to shape of every trained parameter that others know, in model order: not of the silo's own adapter."""
+        return {name: self._shape(name) for name in self._parameters if name not in self.personal.names}
+
+    def _shape(self, name: str) -> torch.Size:
+        parameter = self._parameters[name]
+        return getattr(parameter, "ds_shape", parameter.shape)
 
     def step(
         self,
@@ -307,10 +312,9 @@ class Engine:
 
         Writes the fp32 masters and then the module that computes: DeepSpeed's own setter leaves the latter stale.
         """
-        shapes = self.shapes
         self.copies.hold()
-        for name in shapes if names is None else names:
-            shape = shapes[name]
+        for name in self.shapes if names is None else names:
+            shape = self._shape(name)
             if values is not None:
                 given_name, given = next(values)
                 assert (given_name, given.shape) == (name, shape)
@@ -402,7 +406,7 @@ class Engine:
 
     def _partition_of(self, name: str) -> tuple[Tensor, Piece]:
         """This rank's fp32 values, and which piece of a parameter they hold."""
-        parameter, shape = self._parameters[name], self.shapes[name]
+        parameter, shape = self._parameters[name], self._shape(name)
         if self.stage:
             return own_piece(self._deepspeed, parameter, self.stage)
         piece = Piece(shape=shape, start=0, offset=0, num_elements=shape.numel())
@@ -464,6 +468,8 @@ class Engine:
         saved = SavedState(directory / STATE)
         self.forget_optimizer()
         for name, parameter in self._parameters.items():
+            if name in self.personal.names and not saved.holds(name):
+                continue  # it begins here
             partition, piece = self._partition_of(name)
 
             def fill(value: Tensor, kind: str, name: str = name, piece: Piece = piece) -> None:

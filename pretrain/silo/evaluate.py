@@ -75,3 +75,8 @@ def held_out_loss(
 def sequences_evaluated(corpora: dict[str, PackedTokens], num_sequences: int) -> dict[str, list[int]]:
     """Corpus name to how many of its sequences an evaluation takes, and of how many."""
     return {name: [num_held_out(tokens, num_sequences), tokens.num_sequences] for name, tokens in corpora.items()}
+
+
+def losses_in_words(losses: dict[str, float], sequences: dict[str, list[int]]) -> str:
+    """For a silo's log: each corpus, its loss, and of how many of its sequences that is."""
+    return "  ".join(f"{c} {loss:.4f} ({sequences[c][0]} of {sequences[c][1]})" for c, loss in losses.items())

@@ -19,6 +19,12 @@ from torch import Tensor
 from pretrain.config.errors import ConfigError
 
 PARAMETER = "parameter"  # the kind that is there of all tensors
+STATE = "engine"  # the folder of a checkpoint
+
+
+def complete_checkpoints(directory: Path) -> list[Path]:
+    """Those of a silo's folder of checkpoints, oldest first; one that is not complete does not count."""
+    return sorted(path for path in directory.glob("step-*") if (path / "state.json").is_file())
 
 
 def save_pieces(
@@ -63,6 +69,10 @@ class SavedState:
                         self._pieces.setdefault(name, {}).setdefault(kind, []).append((start, stop, path))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._damaged(str(error)) from None
+
+    def holds(self, name: str) -> bool:
+        """Whether anything is there of a tensor."""
+        return name in self._pieces
 
     def kinds(self, name: str) -> list[str]:
         """Kinds of state that are there of a tensor, without its values."""

@@ -1,7 +1,7 @@
 """Reads packed splits whole: their hashes beside other work, and what their tokens say; imports no torch."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain.config.errors import ConfigError
+from pretrain.config.keys import SiloConfig
 from pretrain.silo.shards import (
     DOCUMENT_END,
     DOCUMENTS_FILE,
@@ -28,11 +29,13 @@ from pretrain.silo.shards import (
 VERIFY_TOKENS = 1 << 22
 
 
-def verify_in_background(splits: Sequence[tuple[str, str]]) -> Future[str]:
-    """Compare every byte of splits, (key, directory), with their sha256, beside other work.
+def verify_in_background(name: str, silo: SiloConfig) -> Future[str]:
+    """Compare every byte of a silo's shards with their sha256, beside other work.
 
     The result is what is wrong, or "".
     """
+    splits = [(f"silos.{name}.data", directory) for directory in silo.data]
+    splits += [(f"silos.{name}.valid.{corpus}", directory) for corpus, directory in silo.valid.items()]
     found = Future[str]()
 
     def read() -> None:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from pretrain.config.adapter import AdapterConfig
 from pretrain.config.keys import InnerConfig, ModelConfig, SiloConfig
+from pretrain.config.personal import PersonalConfig
 from pretrain.silo.adapter import initial_factors
 from pretrain.silo.checkpoint import Checkpoints, Progress
 from pretrain.silo.engine import Engine
@@ -28,12 +29,26 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
 def reference(
-    base: Path, stage: int, dtype: torch.dtype, ranks: Ranks, initial: dict[str, torch.Tensor]
+    base: Path,
+    stage: int,
+    dtype: torch.dtype,
+    ranks: Ranks,
+    initial: dict[str, torch.Tensor],
+    *,
+    own: PersonalConfig | None = None,
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """What peft and DeepSpeed alone make of the batches: this rank's losses, and the factors by Atoll's names."""
+    """What peft and DeepSpeed alone make of the batches: this rank's losses, and the factors by Atoll's names.
+
+    With a second adapter, `own`, both are trained at once.
+    """
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     settings = LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS)
-    model = get_peft_model(model, settings, autocast_adapter_dtype=False).train()
+    model = get_peft_model(model, settings, autocast_adapter_dtype=False)
+    if own:
+        settings = LoraConfig(r=own.rank, lora_alpha=own.alpha, target_modules=own.targets)  # type: ignore[arg-type]
+        model.add_adapter("personal", settings, autocast_adapter_dtype=False)
+        model.base_model.set_adapter(["default", "personal"])
+    model = model.train()
     trained = {n.removeprefix("base_model.model."): p for n, p in model.named_parameters() if p.requires_grad}
 
     def loss_of(engine: Any, one: torch.Tensor) -> torch.Tensor:
@@ -56,7 +71,9 @@ def by_deepspeed(
     """Steps of AdamW over the batches by DeepSpeed alone: this rank's losses, and what is trained in the end."""
     for name, parameter in trained.items():
         parameter.data.copy_(initial[name])
-    optimizer = torch.optim.AdamW(trained.values(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    groups = [[p for n, p in trained.items() if (".personal." in n) == is_own] for is_own in (True, False)]
+    by_group = [{"params": group} for group in groups if group]
+    optimizer = torch.optim.AdamW(by_group, lr=0.0, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     sequences, is_plain = 4 // ranks.num_ranks // 2, not stage and dtype == torch.float32
     engine, *_ = deepspeed.initialize(
         model=model,

@@ -10,6 +10,7 @@ from pretrain.config.adapter import AdapterConfig
 from pretrain.config.allowed import ALLOWED
 from pretrain.config.budgets import PrivateConfig
 from pretrain.config.keys import SiloConfig
+from pretrain.config.personal import PersonalConfig
 from pretrain.config.privacy import MEMBER
 from pretrain.trust.contract import build_contract
 from tests.conftest import TinyConfig
@@ -25,8 +26,10 @@ def test_the_page_is_made_from_the_dataclasses() -> None:
 def test_every_key_has_a_sentence_and_what_is_allowed_is_of_a_key() -> None:
     assert [name for name, key in KEYS.items() if not key.text] == []
     assert ALLOWED.keys() <= KEYS.keys()
-    own = {f"silo.{field.name}" for field in dataclasses.fields(SiloConfig)} - {"silo.private"}
-    assert own | {f"silo.private.{field.name}" for field in dataclasses.fields(PrivateConfig)} <= KEYS.keys()
+    sections = {"silo.private": PrivateConfig, "silo.personal_adapter": PersonalConfig}
+    own = {f"silo.{field.name}" for field in dataclasses.fields(SiloConfig)} - sections.keys()
+    own |= {f"{name}.{field.name}" for name, kind in sections.items() for field in dataclasses.fields(kind)}
+    assert own <= KEYS.keys()
     lr = KEYS["inner.warmup_steps"]
     assert (lr.kind, lr.default, lr.unit, lr.allowed, lr.is_agreed) == ("integer", "0", "steps", "0 or more", True)
     assert KEYS["membership.quorum"].kind == "integer or null"
