@@ -51,10 +51,11 @@ class ChatJob:
 
 
 @dataclass(kw_only=True)
-class _Text:
+class Text:
     """A conversation as text."""
 
     where: str
+    kind: str
     pieces: list[str]
     learned: list[list[Span]]  # of each piece
     digest: bytes
@@ -89,17 +90,7 @@ class ChatEncoder:
         """Parse, render and tokenize a block. Raises ConfigError for what ends the work."""
         bad: list[Bad] = []
         dropped: list[tuple[str, int]] = []
-        kept: list[tuple[_Text, npt.NDArray[Any], npt.NDArray[np.bool_]]] = []
-        for text, tokens, learned in self._tokens(self._texts(block, bad)):
-            if len(tokens) > self._job.sequence_tokens:
-                self._too_long(text, len(tokens))
-                dropped.append(("too long", text.num_bytes))
-            elif not learned.any():
-                bad.append(
-                    Bad("no trained token", f"{text.where}: its template leaves nothing of it to learn: drop it")
-                )
-            else:
-                kept.append((text, tokens, learned))
+        kept = list(self.each(block, bad, dropped))
         return Encoded(
             tokens=np.concatenate([tokens for _, tokens, _ in kept]) if kept else np.empty(0, self._dtype),
             trained=np.concatenate([learned for *_, learned in kept]) if kept else np.empty(0, np.bool_),
@@ -115,14 +106,33 @@ class ChatEncoder:
             bad=bad,
         )
 
-    def _too_long(self, text: _Text, num_tokens: int) -> None:
+    def each(
+        self, block: Block, bad: list[Bad], dropped: list[tuple[str, int]]
+    ) -> Iterator[tuple[Text, npt.NDArray[Any], npt.NDArray[np.bool_]]]:  # (num_tokens,) both
+        """Of every conversation that is kept its text, its tokens, and which of them are learned.
+
+        What cannot be used goes to `bad`; of what is left out the reason and bytes go to `dropped`. Raises ConfigError
+        as `encode` does.
+        """
+        for text, tokens, learned in self._tokens(self._texts(block, bad)):
+            if len(tokens) > self._job.sequence_tokens:
+                self._too_long(text, len(tokens))
+                dropped.append(("too long", text.num_bytes))
+            elif not learned.any():
+                bad.append(
+                    Bad("no trained token", f"{text.where}: its template leaves nothing of it to learn: drop it")
+                )
+            else:
+                yield text, tokens, learned
+
+    def _too_long(self, text: Text, num_tokens: int) -> None:
         if self._job.too_long != "skip":
             raise ConfigError(
                 f"{text.where}: a conversation of {num_tokens:,} tokens given; allowed: --sequence-tokens "
                 f"{self._job.sequence_tokens:,}: raise it, shorten the conversation, or give --too-long skip"
             )
 
-    def _texts(self, block: Block, bad: list[Bad]) -> Iterator[_Text]:
+    def _texts(self, block: Block, bad: list[Bad]) -> Iterator[Text]:
         """Every conversation of the block as text; what is none goes to `bad`."""
         for number, record in parse_block(block):
             if isinstance(record, Bad):
@@ -138,7 +148,7 @@ class ChatEncoder:
             except ConfigError as error:
                 raise ConfigError(f"{where}: {error}") from None
 
-    def _text(self, block: Block, where: str, conversation: Conversation) -> _Text:
+    def _text(self, block: Block, where: str, conversation: Conversation) -> Text:
         canonical = conversation.canonical()
         digest = Conversation.digest(canonical)
         cut = ""
@@ -155,8 +165,9 @@ class ChatEncoder:
         pieces = rendered.text.split(cut) if cut else [rendered.text]
         begins = [0, *itertools.accumulate(len(piece) + len(cut) for piece in pieces)]
         split = block.part.split
-        return _Text(
+        return Text(
             where=where,
+            kind=conversation.kind,
             pieces=pieces,
             learned=[
                 [(max(0, span[0] - begin), span[1] - begin) for span in rendered.learned if span[1] > begin]
@@ -168,10 +179,10 @@ class ChatEncoder:
         )
 
     def _tokens(
-        self, texts: Iterator[_Text]
-    ) -> Iterator[tuple[_Text, npt.NDArray[Any], npt.NDArray[np.bool_]]]:  # (num_tokens,) both
+        self, texts: Iterator[Text]
+    ) -> Iterator[tuple[Text, npt.NDArray[Any], npt.NDArray[np.bool_]]]:  # (num_tokens,) both
         """Tokens of each conversation, and which of them are learned."""
-        batch: list[_Text] = []
+        batch: list[Text] = []
         num_characters = 0
         for text in texts:
             batch.append(text)
@@ -181,7 +192,7 @@ class ChatEncoder:
                 batch, num_characters = [], 0
         yield from self._encoded(batch)
 
-    def _encoded(self, batch: list[_Text]) -> Iterator[tuple[_Text, npt.NDArray[Any], npt.NDArray[np.bool_]]]:
+    def _encoded(self, batch: list[Text]) -> Iterator[tuple[Text, npt.NDArray[Any], npt.NDArray[np.bool_]]]:
         pieces = [piece for text in batch for piece in text.pieces]
         encode = self._tokenizer.encode_batch if self._bytes_of is None else self._tokenizer.encode_batch_fast
         encodings = iter(encode(pieces, add_special_tokens=False))

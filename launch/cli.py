@@ -11,13 +11,14 @@ from data_tools.cli import app as data_app
 from launch.config import app as config_app
 from launch.contract import app as contract_app
 from launch.egress import app as egress_app
+from launch.evaluate import evaluate
 from launch.exit import leave_with_proof
 from launch.given import Config, DryRun, Overrides, loaded
 from launch.init import init
 from launch.keys import app as keys_app
 from launch.launch import app as launch_app
 from launch.metrics import metrics
-from launch.model import chat, evaluate, export, generate
+from launch.model import chat, export, generate
 from launch.plan import plan
 from launch.presets import presets
 from launch.report import report, serve, watch

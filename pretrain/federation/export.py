@@ -4,9 +4,10 @@ import json
 import math
 import shlex
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
 from pretrain.config.errors import ConfigError
-from pretrain.config.keys import RunConfig, SiloConfig
+from pretrain.config.keys import ModelConfig, RunConfig, SiloConfig
 from pretrain.exchange.history import History
 from pretrain.exchange.options import store_options
 from pretrain.exchange.payload import read_parameters
@@ -29,7 +30,7 @@ from pretrain.silo.adapter import merge_adapter
 from pretrain.silo.base import fill_base
 from pretrain.silo.batch import Batch
 from pretrain.silo.data import PackedTokens
-from pretrain.silo.evaluate import held_out_loss, sequences_evaluated
+from pretrain.silo.evaluate import held_out_sums, sequences_evaluated
 from pretrain.silo.exported import export, save_tokenizer, with_tokenizer
 from pretrain.silo.model import (
     build_empty,
@@ -38,13 +39,16 @@ from pretrain.silo.model import (
     check_document_masking,
     go_by_documents,
     load_checkpoint,
+    target_losses,
     token_losses,
     trained_parameters,
 )
 from pretrain.silo.peft_directory import CONFIG as ADAPTER_CONFIG
-from pretrain.silo.peft_directory import read_factors, save_adapter
-from pretrain.silo.shards import atomic_path, tokenizer_sha256
+from pretrain.silo.peft_directory import read_factors, read_settings, save_adapter
+from pretrain.silo.shards import atomic_path, file_sha256, read_manifest, tokenizer_sha256
+from pretrain.silo.template import own_template, sha256_of
 from pretrain.silo.vocabulary import vocabulary_size
+from pretrain.silo.weights import checkpoint_files
 from pretrain.trust.contract import check_same_terms, model_terms, read_contract
 from pretrain.trust.ledger import RefusedError
 from pretrain.trust.policy import is_public
@@ -203,6 +207,21 @@ def _load_adapter(config: RunConfig, version: int | None) -> tuple[nn.Module, di
     return model, origin(config) | _fill(config)(config, trained_parameters(model), version)
 
 
+def load_exported_adapter(directory: Path, base: Path) -> nn.Module:
+    """The model of an adapter's directory, merged into its base. Raises ConfigError without that very base."""
+    settings = ModelConfig(checkpoint=str(base), adapter=read_settings(directory))
+    ours, theirs = {p.name: file_sha256(p) for p in checkpoint_files(base)}, provenance_of(directory).get("base")
+    if theirs not in (None, ours):
+        raise ConfigError(f"--base: {str(base)!r} given; {directory} was trained beside another (atoll.json: base)")
+    model = build_empty(settings, vocabulary_size(directory / "tokenizer.json"), dtype=torch.float32)
+    factors, found = trained_parameters(model), read_factors(directory)
+    if {name: one.shape for name, one in factors.items()} != {name: one.shape for name, one in found.items()}:
+        raise ConfigError(f"--base: {str(base)!r} given; the adapter in {directory} does not fit it")
+    for name, value in found.items():
+        factors[name].data.copy_(value)
+    return finished(model, RunConfig(model=settings))
+
+
 def _write_adapter(model: nn.Module, config: RunConfig, provenance: dict[str, Any], directory: Path) -> None:
     """Write factors with the tokenizer, which base they belong to, and where they come from, to a new directory."""
     directory.mkdir()
@@ -282,8 +301,17 @@ class SplitLoss:
     """Sequences that were evaluated, evenly spread over the split, ..."""
     of_sequences: int
     """... and how many it has."""
-    bytes_per_token: float | None
+    num_tokens: int
+    """Tokens of those sequences that have a loss; of conversations, what the assistant says."""
+    num_right: int | None = None
+    """Of conversations: how many of these tokens are the likeliest, after the true ones before them."""
+    bytes_per_token: float | None = None
     """UTF-8 bytes of text a token, of the whole split; None of conversations, where some tokens have no loss."""
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether it is of conversations."""
+        return self.num_right is not None
 
     @property
     def perplexity(self) -> float:
@@ -294,6 +322,23 @@ class SplitLoss:
     def bits_per_byte(self) -> float | None:
         """Comparable between tokenizers."""
         return self.loss / math.log(2) / self.bytes_per_token if self.bytes_per_token else None
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of the tokens that greedy decoding gets right with the true ones before it; None of text."""
+        return self.num_right / self.num_tokens if self.num_right is not None else None
+
+
+def together(splits: Sequence[SplitLoss]) -> SplitLoss:
+    """Of several splits of conversations as one: each token weighs the same."""
+    num_tokens = sum(split.num_tokens for split in splits)
+    return SplitLoss(
+        loss=sum(split.loss * split.num_tokens for split in splits) / num_tokens,
+        num_sequences=sum(split.num_sequences for split in splits),
+        of_sequences=sum(split.of_sequences for split in splits),
+        num_tokens=num_tokens,
+        num_right=sum(split.num_right or 0 for split in splits),
+    )
 
 
 def describe_export(config: RunConfig, directory: Path, provenance: dict[str, Any]) -> str:
@@ -309,7 +354,8 @@ def describe_export(config: RunConfig, directory: Path, provenance: dict[str, An
     split = next((split for silo in config.silos.values() for split in silo.valid.values()), "PACKED/valid")
     return (
         f"{directory}: {whose} of {config.name}, trained on sequences of {trained:,} tokens{untried}\n"
-        f"next: atoll eval {shlex.quote(str(directory))} --data {shlex.quote(split)}"
+        f"next: atoll eval {shlex.quote(str(directory))} {'--chat ' if config.chat_template else ''}--data "
+        f"{shlex.quote(split)}"
     )
 
 
@@ -321,11 +367,13 @@ def evaluate_directory(directory: Path, data: Sequence[Path], **options: Any) ->
     if not (directory / "config.json").is_file():
         raise ConfigError(f"model: {str(directory)!r} given; allowed: a transformers directory (see atoll export)")
     tokenizer, splits = tokenizer_sha256(directory / "tokenizer.json"), {str(path): path for path in data}
+    template = own_template(directory / "tokenizer.json")
 
     def load() -> nn.Module:
         return load_checkpoint(directory, key="model")
 
-    return evaluate_model(load, splits, provenance_of(directory), tokenizer, **options)
+    known = sha256_of(template[0]) if template else None
+    return evaluate_model(load, splits, provenance_of(directory), tokenizer, template=known, **options)
 
 
 def evaluate_model(
@@ -334,31 +382,29 @@ def evaluate_model(
     provenance: Mapping[str, Any],
     tokenizer: str,
     *,
+    template: str | None = None,
     sequence_tokens: int | None = None,
     document_masking: bool | None = None,
     num_sequences: int | None = None,
     batch_sequences: int = 8,
+    whole: Collection[str] = (),
     tell: Callable[[str, int, int], None] = lambda split, num_done, num_sequences: None,
 ) -> dict[str, SplitLoss]:
-    """Loss of a model on packed splits by name, which are of the tokenizer with this sha256; on a GPU where there is
-    one.
+    """Loss of a model on packed splits by name, which are of the tokenizer with this sha256, and conversations of the
+    template with that one (None: of any); on a GPU where there is one.
 
     `sequence_tokens`, `document_masking` and `num_sequences` (0: all) are those of the run that it is from, as
-    `provenance` has them, unless they are given. `tell` is called after each batch: split, sequences done, and of how
-    many. Conversations of one row are kept apart in any case. Raises ConfigError if the text was packed with another
-    tokenizer.
+    `provenance` has them, unless they are given; of the splits in `whole` are all. `tell` is called after each batch:
+    split, sequences done, and of how many. Conversations of one row are kept apart in any case. Raises ConfigError if
+    the text was packed with another tokenizer, or conversations with another template.
     """
-    sequence_tokens = sequence_tokens or provenance.get("sequence_tokens")
-    if sequence_tokens is None:
-        raise ConfigError("--sequence-tokens: none given; this model was not exported by atoll, so say how many")
+    sequence_tokens = sequence_tokens or provenance.get("sequence_tokens") or _rows_of(data.values())
     if document_masking is None:
         document_masking = provenance.get("document_masking", False)
     if num_sequences is None:
         num_sequences = int(provenance.get("eval_sequences", SiloConfig().eval_sequences))
-    corpora = {
-        name: PackedTokens([path], sequence_tokens=sequence_tokens, tokenizer_sha256=tokenizer, key="--data")
-        for name, path in data.items()
-    }
+    read = {"sequence_tokens": sequence_tokens, "tokenizer_sha256": tokenizer, "template_sha256": template}
+    corpora = {name: PackedTokens([path], key="--data", **read) for name, path in data.items()}  # type: ignore[arg-type]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load().eval().to(device)
     check_causality(model, device)
@@ -367,29 +413,60 @@ def evaluate_model(
         if device.type == "cpu":
             go_by_documents(model, mask_at, device)  # where the type of model allows it; else there is a mask
         check_document_masking(model, mask_at, device)
-    sequences = sequences_evaluated(corpora, num_sequences)
+    found = {}
+    for name, tokens in corpora.items():
+        values_of = partial(_values, model, device, mask_at if document_masking or tokens.is_chat else None)
+        chosen = 0 if name in whole else num_sequences
+        sequences = sequences_evaluated({name: tokens}, chosen)[name]
+        sums = held_out_sums(
+            values_of,
+            {name: tokens},
+            num_sequences=chosen,
+            micro_batch_sequences=batch_sequences,
+            tell=lambda split, num_done, of=sequences[0]: tell(split, num_done, of),  # type: ignore[misc]
+        )
+        found[name] = _split_loss(sums[name], tokens, sequences)
+    return found
 
-    def losses_of(batch: Batch) -> Tensor:
-        placed = batch.placed(lambda tensor: tensor.to(device))
-        keeps_apart = document_masking or placed.positions is not None  # conversations are, whatever text is
-        return token_losses(model, *placed[:2], mask_at if keeps_apart else None, positions=placed.positions)
 
-    losses = held_out_loss(
-        losses_of,
-        corpora,
-        num_sequences=num_sequences,
-        micro_batch_sequences=batch_sequences,
-        tell=lambda split, num_done: tell(split, num_done, sequences[split][0]),
+def _rows_of(data: Iterable[Path]) -> int:
+    """The length of the first conversations' rows. Raises ConfigError where there are none to go by."""
+    manifests = (read_manifest(path, key="--data") for path in data)
+    found = next((manifest.chat.sequence_tokens for manifest in manifests if manifest.chat), None)
+    if found is None:
+        raise ConfigError("--sequence-tokens: none given; this model was not exported by atoll, so say how many")
+    return found
+
+
+def _values(model: nn.Module, device: torch.device, mask_at: int | None, batch: Batch) -> tuple[Tensor, ...]:
+    """Of every target its loss and, of conversations, whether it is the likeliest token; documents are kept apart with
+    `mask_at`."""
+    placed, right = batch.placed(lambda tensor: tensor.to(device)), list[Tensor]()
+
+    def compared(logits: Tensor, targets: Tensor) -> Tensor:
+        right.append(logits.argmax(-1) == targets)  # never of an ignored one, which no token is
+        return target_losses(logits, targets)
+
+    is_chat = placed.positions is not None
+    losses = token_losses(
+        model,
+        *placed[:2],
+        mask_at,
+        positions=placed.positions,
+        cross_entropy=compared if is_chat else target_losses,
     )
-    return {split: _split_loss(loss, corpora[split], sequences[split]) for split, loss in losses.items()}
+    return losses, *(one.view_as(losses) for one in right)
 
 
-def _split_loss(loss: float, tokens: PackedTokens, sequences: list[int]) -> SplitLoss:
+def _split_loss(sums: list[float], tokens: PackedTokens, sequences: list[int]) -> SplitLoss:
+    loss, *right, num_tokens = sums
     num_bytes = sum(manifest.num_bytes for manifest in tokens.manifests)
     num_sequences, of_sequences = sequences
     return SplitLoss(
-        loss=loss,
+        loss=loss / num_tokens,
         num_sequences=num_sequences,
         of_sequences=of_sequences,
+        num_tokens=round(num_tokens),
+        num_right=round(right[0]) if right else None,
         bytes_per_token=None if tokens.is_chat else num_bytes / tokens.num_tokens,
     )

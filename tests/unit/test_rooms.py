@@ -19,6 +19,7 @@ FLOORS = (
         "launch.cli",
         "launch.demo",
         "launch.egress",
+        "launch.evaluate",
         "launch.exit",
         "launch.init",
         "launch.launch",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.model import evaluate
+from launch.evaluate import evaluate
 from launch.show.page import Federation
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import save_config
