@@ -5,10 +5,13 @@ BIN = .venv/bin
 CONSTRAINTS ?= constraints.txt
 PIP_FLAGS ?=
 
-.PHONY: demo test soak fuzz check lint docs config-docs clean
+.PHONY: demo demo-chat test soak fuzz check lint docs config-docs clean
 
 demo: .venv/installed
 	$(BIN)/atoll demo $(ARGS)
+
+demo-chat: .venv/installed
+	$(BIN)/atoll demo --chat $(ARGS)
 
 # One for all that starts processes, which is first in line, one for the rest (tests/conftest.py). One that a test's time
 # limit ends is not replaced, so that the test is named.

@@ -53,10 +53,11 @@ class ChatJob:
 
 
 @dataclass(kw_only=True)
-class _Text:
+class Text:
     """A conversation as text."""
 
     where: str
+    kind: str
     pieces: list[str]
     learned: list[list[Span]]  # of each piece
     digest: bytes
@@ -91,18 +92,7 @@ class ChatEncoder:
         """Parse, render and tokenize a block. Raises ConfigError for what ends the work."""
         bad: list[Bad] = []
         dropped: list[tuple[str, int]] = []
-        kept: list[tuple[_Text, npt.NDArray[Any], npt.NDArray[np.bool_]]] = []
-        for text, *own in self._tokens(self._texts(block, bad)):
-            tokens, learned = self._with_room(*own)
-            if len(tokens) > self._job.sequence_tokens:
-                self._too_long(text, len(tokens))
-                dropped.append(("too long", text.num_bytes))
-            elif not learned.any():
-                bad.append(
-                    Bad("no trained token", f"{text.where}: its template leaves nothing of it to learn: drop it")
-                )
-            else:
-                kept.append((text, tokens, learned))
+        kept = list(self.each(block, bad, dropped))
         return Encoded(
             tokens=np.concatenate([tokens for _, tokens, _ in kept]) if kept else np.empty(0, self._dtype),
             trained=np.concatenate([learned for *_, learned in kept]) if kept else np.empty(0, np.bool_),
@@ -127,7 +117,27 @@ class ChatEncoder:
         before = np.full(room, self.end_id, tokens.dtype)
         return np.concatenate([before, tokens]), np.concatenate([np.zeros(room, np.bool_), learned])
 
-    def _too_long(self, text: _Text, num_tokens: int) -> None:
+    def each(
+        self, block: Block, bad: list[Bad], dropped: list[tuple[str, int]]
+    ) -> Iterator[tuple[Text, npt.NDArray[Any], npt.NDArray[np.bool_]]]:  # (num_tokens,) both
+        """Of every conversation that is kept its text, its tokens, and which of them are learned.
+
+        What cannot be used goes to `bad`; of what is left out the reason and bytes go to `dropped`. Raises ConfigError
+        as `encode` does.
+        """
+        for text, *own in self._tokens(self._texts(block, bad)):
+            tokens, learned = self._with_room(*own)
+            if len(tokens) > self._job.sequence_tokens:
+                self._too_long(text, len(tokens))
+                dropped.append(("too long", text.num_bytes))
+            elif not learned.any():
+                bad.append(
+                    Bad("no trained token", f"{text.where}: its template leaves nothing of it to learn: drop it")
+                )
+            else:
+                yield text, tokens, learned
+
+    def _too_long(self, text: Text, num_tokens: int) -> None:
         if self._job.too_long != "skip":
             prompt = self._job.prompt_tokens
             of_prompt = f", {prompt:,} of them of the prompt before it," if prompt else ""
@@ -136,7 +146,7 @@ class ChatEncoder:
                 f"{self._job.sequence_tokens:,}: raise it, shorten the conversation, or give --too-long skip"
             )
 
-    def _texts(self, block: Block, bad: list[Bad]) -> Iterator[_Text]:
+    def _texts(self, block: Block, bad: list[Bad]) -> Iterator[Text]:
         """Every conversation of the block as text; what is none goes to `bad`."""
         for number, record in parse_block(block):
             if isinstance(record, Bad):
@@ -152,7 +162,7 @@ class ChatEncoder:
             except ConfigError as error:
                 raise ConfigError(f"{where}: {error}") from None
 
-    def _text(self, block: Block, where: str, conversation: Conversation) -> _Text:
+    def _text(self, block: Block, where: str, conversation: Conversation) -> Text:
         canonical = conversation.canonical()
         digest = Conversation.digest(canonical)
         cut = ""
@@ -169,8 +179,9 @@ class ChatEncoder:
         pieces = rendered.text.split(cut) if cut else [rendered.text]
         begins = [0, *itertools.accumulate(len(piece) + len(cut) for piece in pieces)]
         split = block.part.split
-        return _Text(
+        return Text(
             where=where,
+            kind=conversation.kind,
             pieces=pieces,
             learned=[
                 [(max(0, span[0] - begin), span[1] - begin) for span in rendered.learned if span[1] > begin]
@@ -182,10 +193,10 @@ class ChatEncoder:
         )
 
     def _tokens(
-        self, texts: Iterator[_Text]
-    ) -> Iterator[tuple[_Text, npt.NDArray[Any], npt.NDArray[np.bool_]]]:  # (num_tokens,) both
+        self, texts: Iterator[Text]
+    ) -> Iterator[tuple[Text, npt.NDArray[Any], npt.NDArray[np.bool_]]]:  # (num_tokens,) both
         """Tokens of each conversation, and which of them are learned."""
-        batch: list[_Text] = []
+        batch: list[Text] = []
         num_characters = 0
         for text in texts:
             batch.append(text)
@@ -195,7 +206,7 @@ class ChatEncoder:
                 batch, num_characters = [], 0
         yield from self._encoded(batch)
 
-    def _encoded(self, batch: list[_Text]) -> Iterator[tuple[_Text, npt.NDArray[Any], npt.NDArray[np.bool_]]]:
+    def _encoded(self, batch: list[Text]) -> Iterator[tuple[Text, npt.NDArray[Any], npt.NDArray[np.bool_]]]:
         pieces = [piece for text in batch for piece in text.pieces]
         encode = self._tokenizer.encode_batch if self._bytes_of is None else self._tokenizer.encode_batch_fast
         encodings = iter(encode(pieces, add_special_tokens=False))

@@ -6,7 +6,6 @@ How every turn begins ("<|im_start|>assistant") stands in every prompt and is ne
 """
 
 import datetime
-import hashlib
 import itertools
 import json
 import re
@@ -18,11 +17,9 @@ from typing import Any
 from data_tools.conversations import Conversation, Message, NoConversationError
 from data_tools.pieces import one_line
 from pretrain.config.errors import ConfigError
-from pretrain.host.foreign import loads
-from pretrain.silo.shards import END_OF_TEXT_NAMES, TEMPLATE_FILE
-from pretrain.silo.vocabulary import read_tokenizer
+from pretrain.silo.shards import TEMPLATE_FILE
+from pretrain.silo.template import CONFIG_FILE, own_template, read_template, sha256_of, special_tokens
 
-CONFIG_FILE = "tokenizer_config.json"
 MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # As "<|im_end|>", also with the wide bars that some have.
 TOKEN = re.compile(r"<[|\uff5c][^\s<>]{1,40}[|\uff5c]>")
@@ -69,7 +66,7 @@ class Template:
     @property
     def sha256(self) -> str:
         """Of its text, in hexadecimal."""
-        return hashlib.sha256(self.source.encode()).hexdigest()
+        return sha256_of(self.source)
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -88,16 +85,11 @@ def find_template(tokenizer_file: Path, given: Path | None, date: str) -> Templa
     `date` is the day for templates that write today's: without one these are refused, as no two days would give the
     same bytes.
     """
-    special, of_config = _tokenizer_config(tokenizer_file)
-    beside = tokenizer_file.with_name(TEMPLATE_FILE)
-    file = given or (beside if beside.is_file() else None)
-    if file:
-        try:
-            source, name = file.read_bytes().decode("utf-8"), str(file)
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--chat-template: {str(file)!r} given; {one_line(error)}; allowed: a file") from None
-    elif of_config:
-        source, name = of_config, str(tokenizer_file.with_name(CONFIG_FILE))
+    special = tuple(special_tokens(tokenizer_file, key="--tokenizer").items())
+    if given:
+        source, name = read_template(given, key="--chat-template"), str(given)
+    elif own := own_template(tokenizer_file, key="--tokenizer"):
+        source, name = own[0], str(own[1])
     else:
         raise ConfigError(
             f"--chat: {tokenizer_file.parent} has no chat template ({TEMPLATE_FILE}, or chat_template in "
@@ -115,27 +107,6 @@ def find_template(tokenizer_file: Path, given: Path | None, date: str) -> Templa
             "allowed: a day as YYYY-MM-DD"
         )
     return Template(source=source, name=name, special_tokens=special, date=date if TODAY in source else "")
-
-
-def _tokenizer_config(tokenizer_file: Path) -> tuple[tuple[tuple[str, str], ...], str]:
-    """The special tokens that a template may name, and the template in the tokenizer's configuration, if any."""
-    file = tokenizer_file.with_name(CONFIG_FILE)
-    if not file.is_file():  # as an exported model has them
-        vocabulary = read_tokenizer(tokenizer_file, key="--tokenizer").get_vocab()
-        name = next((one for one in END_OF_TEXT_NAMES if one in vocabulary), "")
-        return (("bos_token", name), ("eos_token", name)), ""
-    try:
-        config = loads(file.read_bytes())
-        found = {
-            key: value if isinstance(value, str) else value["content"]
-            for key, value in config.items()
-            if re.fullmatch(r"(bos|eos|pad|unk|sep|cls|mask)_token", key) and value is not None
-        }
-        given = config.get("chat_template") or ""
-        template = given if isinstance(given, str) else {one["name"]: one["template"] for one in given}["default"]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ConfigError(f"--tokenizer: {file} is no tokenizer's configuration ({one_line(error)})") from None
-    return tuple(sorted(found.items())), str(template)
 
 
 class Renderer:

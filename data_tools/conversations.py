@@ -59,6 +59,16 @@ class Conversation:
     untrained: frozenset[int] = field(default_factory=frozenset)
     """The assistant's messages, by their place, that are not to be learned."""
 
+    @property
+    def kind(self) -> str:
+        """What the assistant does in it: calls functions, or else reasons, or else answers more than once, or once."""
+        said = [message for message in self.messages if message["role"] == "assistant"]
+        if any(message.get("tool_calls") for message in said):
+            return "with calls"
+        if any(message.get(REASONING[0]) for message in said):
+            return "with reasoning"
+        return "several turns" if len(said) > 1 else "one turn"
+
     def canonical(self) -> str:
         """It as JSON in ASCII, the same of equal conversations."""
         said = [self.messages, self.tools, sorted(self.untrained)]

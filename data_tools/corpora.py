@@ -10,7 +10,7 @@ import re
 import sysconfig
 import tokenize
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 from data_tools.sources import SPLITS, split_file
@@ -31,23 +31,28 @@ NOT_LETTER = re.compile(r"[\W\d_]")
 INTERPRETER_PROMPTS = (">>>", "...")
 
 
-def write_python_corpora(output: Path) -> dict[str, Path]:
-    """Make the corpora `library`, `tests` and `prose` in `output`, from text that any installed CPython has.
+def write_python_corpora(
+    output: Path,
+    names: Collection[str] = ("library", "tests", "prose"),
+    max_bytes: Mapping[str, int] = MAX_BYTES,
+) -> dict[str, Path]:
+    """Make the corpora `library`, `tests` and `prose`, or some, in `output`, from text that any installed CPython has.
 
     library is the standard library's source without its docstrings, tests the source of its tests (filled up from
     installed packages' tests, as some distributions leave the standard ones out), prose the language reference,
-    docstrings and package descriptions. Each has at most 6 MB to train on and 0.3 MB held out, no document twice.
+    docstrings and package descriptions. Each has at most `max_bytes` of a split (6 MB, 0.3 MB held out), no document
+    twice.
     Equal installations give equal bytes; a corpus that is already there is left as it is. Returns name -> folder.
     Raises ConfigError when there is not enough text, or a folder of that name that is no corpus.
     """
     sources: dict[str, Callable[[], Iterator[str]]] = {"library": _library, "tests": _tests, "prose": _prose}
-    folders = {name: output / name for name in sources}
+    folders = {name: output / name for name in sources if name in names}
     for name, folder in folders.items():
         if folder.exists():
             for split in SPLITS:
                 split_file(folder, split)
             continue
-        selected = _select(sources[name]())
+        selected = _select(sources[name](), max_bytes)
         for split, texts in selected.items():
             if not texts:
                 raise ConfigError(f"corpora: the installed Python has no text for {name}/{split}: use your own text")
@@ -58,7 +63,7 @@ def write_python_corpora(output: Path) -> dict[str, Path]:
     return folders
 
 
-def _select(texts: Iterator[str]) -> dict[str, list[str]]:
+def _select(texts: Iterator[str], max_bytes: Mapping[str, int]) -> dict[str, list[str]]:
     """Deal texts out to train and valid, cut, without duplicates, until both are full."""
     selected: dict[str, list[str]] = {split: [] for split in SPLITS}
     num_bytes = dict.fromkeys(SPLITS, 0)
@@ -74,7 +79,7 @@ def _select(texts: Iterator[str]) -> dict[str, list[str]]:
             digest = hashlib.sha256(encoded).digest()
             if digest in seen or len(piece) < MIN_DOCUMENT_CHARACTERS:
                 continue
-            if num_bytes[split] + len(encoded) > MAX_BYTES[split]:
+            if num_bytes[split] + len(encoded) > max_bytes[split]:
                 full.add(split)
                 break
             seen.add(digest)
@@ -108,15 +113,15 @@ def _write_jsonl_gz(path: Path, texts: list[str]) -> None:
             packed.write(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n")
 
 
-def _standard_library() -> Path:
+def standard_library() -> Path:
     return Path(sysconfig.get_path("stdlib"))
 
 
-def _site_packages() -> list[Path]:
+def site_packages() -> list[Path]:
     return sorted({Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")})
 
 
-def _python_files(root: Path, *, excluded_folders: set[str]) -> Iterator[Path]:
+def python_files(root: Path, *, excluded_folders: set[str]) -> Iterator[Path]:
     """Python files below `root` in an order that mixes packages and depends on relative paths only."""
     files = [(str(path.relative_to(root)), path) for path in root.rglob("*.py")]
     for relative, path in sorted(files, key=lambda pair: hashlib.sha256(pair[0].encode()).digest()):
@@ -125,7 +130,7 @@ def _python_files(root: Path, *, excluded_folders: set[str]) -> Iterator[Path]:
             yield path
 
 
-def _read_source(path: Path) -> str:
+def read_source(path: Path) -> str:
     """A Python file's text; empty when it cannot be decoded, as some of CPython's own test files cannot."""
     try:
         with tokenize.open(path) as file:
@@ -137,7 +142,7 @@ def _read_source(path: Path) -> str:
 @functools.cache
 def _code_and_docstrings(path: Path) -> tuple[str, str]:
     """A Python file's source without its docstrings, and its docstrings; both empty when it does not parse."""
-    source = _read_source(path)
+    source = read_source(path)
     try:
         with warnings.catch_warnings(action="ignore"):
             tree = ast.parse(source)
@@ -158,28 +163,28 @@ def _code_and_docstrings(path: Path) -> tuple[str, str]:
 
 
 def _library() -> Iterator[str]:
-    for path in _python_files(_standard_library(), excluded_folders=NOT_SOURCE_FOLDERS | TEST_FOLDERS):
+    for path in python_files(standard_library(), excluded_folders=NOT_SOURCE_FOLDERS | TEST_FOLDERS):
         yield _code_and_docstrings(path)[0]
 
 
 def _tests() -> Iterator[str]:
-    for root in (_standard_library(), *_site_packages()):
-        for path in _python_files(root, excluded_folders=NOT_SOURCE_FOLDERS):
+    for root in (standard_library(), *site_packages()):
+        for path in python_files(root, excluded_folders=NOT_SOURCE_FOLDERS):
             if TEST_FOLDERS & set(path.relative_to(root).parts):
-                yield _read_source(path)
+                yield read_source(path)
 
 
 def _prose() -> Iterator[str]:
-    yield from _reference_topics()
-    for path in _python_files(_standard_library(), excluded_folders=NOT_SOURCE_FOLDERS | TEST_FOLDERS):
+    yield from reference_topics()
+    for path in python_files(standard_library(), excluded_folders=NOT_SOURCE_FOLDERS | TEST_FOLDERS):
         yield _prose_lines(_code_and_docstrings(path)[1])
-    roots = [str(root) for root in _site_packages()]
+    roots = [str(root) for root in site_packages()]
     # A half-removed package has a folder without METADATA, and so no name.
     whole = (found for found in importlib.metadata.distributions(path=roots) if found.read_text("METADATA"))
     for distribution in sorted(whole, key=lambda found: found.name):
         yield _prose_lines(str(distribution.metadata.json.get("description", "")))
-    for root in _site_packages():
-        for path in _python_files(root, excluded_folders=NOT_SOURCE_FOLDERS | TEST_FOLDERS):
+    for root in site_packages():
+        for path in python_files(root, excluded_folders=NOT_SOURCE_FOLDERS | TEST_FOLDERS):
             yield _prose_lines(_code_and_docstrings(path)[1])
 
 
@@ -193,7 +198,7 @@ def _prose_lines(text: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip() + "\n"
 
 
-def _reference_topics() -> Iterator[str]:
+def reference_topics() -> Iterator[str]:
     """The chapters of the language reference that `help()` shows."""
     try:
         from pydoc_data.topics import topics

@@ -11,13 +11,14 @@ from data_tools.cli import app as data_app
 from launch.config import app as config_app
 from launch.contract import app as contract_app
 from launch.egress import app as egress_app
+from launch.evaluate import evaluate
 from launch.exit import leave_with_proof
 from launch.given import Config, DryRun, Overrides, loaded
 from launch.init import init
 from launch.keys import app as keys_app
 from launch.launch import app as launch_app
 from launch.metrics import metrics
-from launch.model import chat, evaluate, export, generate
+from launch.model import chat, export, generate
 from launch.plan import plan
 from launch.presets import presets
 from launch.report import report, serve, watch
@@ -62,21 +63,33 @@ RunDirectory = Annotated[Path, typer.Argument(help="Run directory.")]
 @app.command()
 def demo(
     overrides: Overrides = None,
-    directory: Annotated[Path, typer.Option(help="Run directory; an unfinished run in it goes on.")] = Path(
-        "runs/demo"
-    ),
+    *,
+    directory: Annotated[
+        Path | None, typer.Option(help="Run directory; an unfinished run in it goes on; default: runs/demo[-chat].")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Conversations in place of text, and adapters (LoRA) beside a small base.")
+    ] = False,
     corpora: Annotated[
         Path | None, typer.Option(help="Folders of train.jsonl.gz and valid.jsonl.gz instead of the installed Python.")
     ] = None,
     compare: Annotated[bool, typer.Option(help="Also train one central model and each silo alone.")] = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Train three silos together on this machine, on text that is already on it.
+    """Train three silos together on this machine, on text that is already on it; with --chat on conversations.
 
     [bold]Example:[/bold] atoll demo --compare
     """
     from launch.demo import run_demo
+    from launch.demo_chat import run_demo_chat
 
+    if chat and (corpora or compare):
+        name, allowed = ("--corpora", "its own conversations") if corpora else ("--compare", "it always compares")
+        raise ConfigError(f"{name}: given with --chat; allowed: without, {allowed}")
+    if chat:
+        directory = directory or Path("runs/demo-chat")
+        raise typer.Exit(run_demo_chat(directory, overrides=overrides or [], dry_run=dry_run))
+    directory = directory or Path("runs/demo")
     code = run_demo(directory, corpora=corpora, compare=compare, overrides=overrides or [], dry_run=dry_run)
     raise typer.Exit(code)
 

@@ -34,6 +34,7 @@ def run_demo(
     """Prepare text, train the silos together, show what came of it; returns the exit code."""
     console = Console()
     os.environ |= ON_CPUS
+    check_overrides(overrides)
     checked = load_config([SETTINGS], ["silos.any={}", *overrides])  # a mistake must not cost the preparation
     if dry_run:
         of = f"the folders of {corpora}" if corpora else "the installed Python"
@@ -62,6 +63,14 @@ def run_demo(
     show_sample(console, model, packed, corpora)
     console.print(f"\nreport   {report}\nsummary  {directory / 'summary.json'}\nmodel    {model}")
     return 0
+
+
+def check_overrides(overrides: list[str]) -> None:
+    """Raise ConfigError for a place that the demo chooses: what comes after training would look elsewhere."""
+    for one in overrides:
+        key, _, given = one.partition("=")
+        if key.strip() == "directory":
+            raise ConfigError(f"directory: {given!r} given; allowed: --directory {given or 'DIRECTORY'}")
 
 
 def prepare_text(directory: Path, corpora: Path | None) -> tuple[dict[str, Path], Path]:

@@ -1,4 +1,4 @@
-"""`atoll export`, `eval`, `generate`, `chat`: what becomes of a model when it is trained."""
+"""`atoll export`, `generate`, `chat`: what becomes of a model when it is trained."""
 
 import sys
 import time
@@ -10,11 +10,9 @@ import typer
 
 from pretrain.config.errors import ConfigError
 from pretrain.config.paths import expand_home
-from pretrain.host.foreign import shown, shown_lines
+from pretrain.host.foreign import shown_lines
 
 if TYPE_CHECKING:
-    from pretrain.federation.evaluation import Subject
-    from pretrain.federation.export import SplitLoss
     from pretrain.federation.generate import Message, Sampling, Speaker, Spoken
 
 Where = Annotated[str, typer.Argument(help="Exported directory, run directory, or URL of a store.")]
@@ -74,100 +72,6 @@ def export(
     else:
         provenance = export_global_model(config, output, version, **options)
     print(describe_export(config, output, provenance))
-
-
-def evaluate(
-    where: Where,
-    *,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(metavar="[CORPUS=]SPLIT", help="Packed split, several times, too; default of a run: its silos'."),
-    ] = None,
-    tasks: Annotated[
-        list[Path] | None,
-        typer.Option(help="Task of lm-evaluation-harness: a YAML file whose data are local; several times, too."),
-    ] = None,
-    version: Version = None,
-    config: Config = None,
-    tokenizer: Tokenizer = None,
-    publish: Annotated[bool, typer.Option("--publish", help="Sign the losses as a silo, into its store.")] = False,
-    label: Annotated[str, typer.Option(help="With --publish: what a model beside the run is called.")] = "",
-    silo: Annotated[str, typer.Option(help="With --publish: who signs; default: the only one.")] = "",
-    sequence_tokens: Annotated[int | None, typer.Option(help="Tokens of a sequence; default: as trained.")] = None,
-    num_sequences: Annotated[
-        int | None,
-        typer.Option(min=0, help="Sequences, evenly spread over each split; 0: all; default: as the run did."),
-    ] = None,
-    num_examples: Annotated[int | None, typer.Option(min=1, help="First examples of each task; default: all.")] = None,
-    batch_sequences: Annotated[int, typer.Option(min=1, help="Sequences of one forward pass.")] = 8,
-    document_masking: Annotated[
-        bool | None, typer.Option(help="Keep the documents of a sequence apart; default: as trained.")
-    ] = None,
-) -> None:
-    """Loss of a model on packed text in nats per token, its perplexity, and bits per byte of text; scores of tasks.
-
-    By default of the sequences that the run's own evaluations are of, so that the numbers are the same. With --publish
-    they are on the federation's page, too (atoll report).
-
-    [bold]Example:[/bold] atoll eval model --data runs/demo/packed/prose/valid
-    """
-    if tasks:  # first, as it must be the first to import what could look into a network
-        _print_scores(Path(expand_home("model", str(where))), tasks, batch_sequences, num_examples)
-        if not (data or publish):
-            return
-    if (label or silo) and not publish:
-        raise ConfigError(f"{'--label' if label else '--silo'}: given without --publish; allowed: with it")
-    from pretrain.federation.evaluation import Publisher, open_subject
-
-    where, paths = str(where), config or []
-    publisher = Publisher(where, silo, label, paths) if publish else None
-    subject = open_subject(where, version=version, paths=paths, tokenizer=tokenizer, publishes=publish)
-    if publisher:
-        publisher.take(subject)
-    splits = _splits(data, publisher.held_out if publisher else subject.held_out, must_be_named=publish)
-    options = {"sequence_tokens": sequence_tokens, "document_masking": document_masking, "num_sequences": num_sequences}
-    found = _print_losses(subject, splits, options | {"batch_sequences": batch_sequences})
-    if publisher:
-        print(f"published: {publisher.publish(found)}")
-
-
-def _splits(data: list[str] | None, held_out: dict[str, Path], *, must_be_named: bool) -> dict[str, Path]:
-    """Packed splits by corpus, or by their place where that is not known. Raises ConfigError."""
-    if not data and not held_out:
-        raise ConfigError("--data, --tasks: none given; allowed: one at least")
-    found, known = dict[str, Path](), {place.resolve(): corpus for corpus, place in held_out.items()}
-    for given in data or []:
-        corpus, equals, place = given.partition("=")
-        if not equals or Path(given).exists():
-            corpus, place = known.get(Path(given).resolve(), "") if must_be_named else given, given
-        if not corpus or not place or corpus in found:
-            raise ConfigError(f"--data: {given!r} given; allowed: CORPUS=SPLIT, each corpus once")
-        found[corpus] = Path(expand_home("--data", place))
-    return found or held_out
-
-
-def _print_losses(subject: "Subject", splits: dict[str, Path], options: dict[str, Any]) -> "dict[str, SplitLoss]":
-    from launch.show.evaluating import Evaluating
-    from pretrain.federation.export import evaluate_model
-
-    with Evaluating() as evaluating:
-        origin = subject.load, splits, subject.provenance, subject.tokenizer_sha256
-        found = evaluate_model(*origin, **options, tell=evaluating.tell)
-    for name, split in found.items():
-        bits = "" if split.bits_per_byte is None else f"{split.bits_per_byte:.4f} bits/byte  "
-        print(
-            f"{split.loss:.4f} nats  perplexity {split.perplexity:.2f}  {bits}"
-            f"{split.num_sequences} of {split.of_sequences} sequences  {name}"
-        )
-    return found
-
-
-def _print_scores(model: Path, tasks: list[Path], batch_sequences: int, num_examples: int | None) -> None:
-    from pretrain.federation.tasks import evaluate_tasks
-
-    for score in evaluate_tasks(model, tasks, batch_sequences=batch_sequences, num_examples=num_examples):
-        error = "" if score.stderr is None else f" ± {score.stderr:.4f}"
-        print(f"{score.value:.4f}{error}  {score.metric}  {score.num_examples} examples  {shown(score.task)}")
 
 
 def generate(

@@ -17,7 +17,7 @@ from pretrain.host.foreign import shown
 if TYPE_CHECKING:
     from pretrain.exchange.revocation import Revocation
     from pretrain.exchange.store import StoreExchange
-    from pretrain.federation.export import SplitLoss
+    from pretrain.federation.held_out import SplitLoss
     from pretrain.federation.revoke import Revoked
     from pretrain.trust.keys import Signer
 

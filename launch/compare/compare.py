@@ -243,8 +243,10 @@ def _alone(config: RunConfig, name: str, silo: SiloConfig, *, num_steps: int) ->
     inner = dataclasses.replace(
         config.inner, num_steps=num_steps, warmup_steps=min(config.inner.warmup_steps, num_steps)
     )
+    adapter = dataclasses.replace(config.model.adapter, merge="factors")  # which take turns only to be merged
     return dataclasses.replace(
         config,
+        model=dataclasses.replace(config.model, adapter=adapter),
         exchange=dataclasses.replace(config.exchange, kind="none", url=""),
         outer=OuterConfig(sync_interval_steps=interval),
         membership=MembershipConfig(),

@@ -10,7 +10,7 @@ from launch.show.display import format_bytes
 from launch.show.plan import format_seconds
 from launch.show.report import format_count
 from launch.show.status_reader import StoreStatus, store_status
-from launch.show.text import epochs
+from launch.show.text import epochs, num_sequences
 from launch.start.gpus import check_gpus
 from launch.start.local import launch_silo, write_resolved
 from launch.start.site import SiteConfig, load_site
@@ -25,7 +25,6 @@ from pretrain.federation.preflight import check_silo
 from pretrain.federation.room import check_silo_room
 from pretrain.host.foreign import shown
 from pretrain.host.software import differences, installed
-from pretrain.silo.shards import count_sequences
 from pretrain.trust.ledger import sha256_bytes
 
 
@@ -173,7 +172,7 @@ class Says:
         self.line("tokenizer", "the contract's")
         self.line(
             "shards",
-            f"{format_count(num_tokens)} tokens, {count_sequences(num_tokens, config.sequence_tokens):,} sequences; a "
+            f"{format_count(num_tokens)} tokens, {num_sequences(config, silo):,} sequences; a "
             f"whole run reads {format_count(round(times * num_tokens))}, {times:.2f} times the text",
         )
 

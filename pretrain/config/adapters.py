@@ -59,6 +59,8 @@ def _check_prompt(config: RunConfig) -> None:
     require(adapter.tokens <= most, f"{key}.tokens", adapter.tokens, allowed)
     num_fragments = config.outer.num_fragments
     require(num_fragments == 1, "outer.num_fragments", num_fragments, f"1 with {key}.kind={PROMPT}: it is one matrix")
+
+
 def _check_targets(targets: list[str], key: str) -> None:
     fits = bool(targets) and all(targets) and (ALL_LINEAR not in targets or targets == [ALL_LINEAR])
     require(fits, f"{key}.targets", targets, f"[{ALL_LINEAR}], or names of layers")

@@ -2,24 +2,37 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from pretrain.config.errors import ConfigError, named
+from pretrain.config.keys import RunConfig
 from pretrain.config.load import CONFIG_FILE, load_config
 from pretrain.config.paths import expand_home
+from pretrain.exchange.options import store_options
 from pretrain.exchange.store import StoreExchange
 from pretrain.exchange.words import LABEL, Evaluation
-from pretrain.federation.export import SplitLoss, exported_digest, load_global_model, provenance_of
+from pretrain.federation.export import (
+    exported_digest,
+    load_exported_adapter,
+    load_global_model,
+    provenance_of,
+)
+from pretrain.federation.held_out import SplitLoss
 from pretrain.federation.preflight import check_policy
-from pretrain.federation.reading import exported, found_configuration
+from pretrain.federation.reading import MODEL_CONFIG, check_not_given, exported, found_configuration
 from pretrain.silo.model import load_checkpoint
-from pretrain.silo.shards import tokenizer_sha256
-from pretrain.trust.contract import build_contract, check_same_contract
+from pretrain.silo.peft_directory import CONFIG as ADAPTER_CONFIG
+from pretrain.silo.shards import template_sha256
+from pretrain.silo.template import own_template, sha256_of
+from pretrain.trust.contract import TEMPLATE, build_contract, check_same_contract, read_contract
 from pretrain.trust.ledger import RefusedError
 from pretrain.trust.members import with_keys
+
+TOKENIZER_FILE = "tokenizer.json"
 
 
 @dataclass(kw_only=True)
@@ -28,12 +41,18 @@ class Subject:
 
     provenance: dict[str, Any]
     """Where it comes from; see export.py."""
-    tokenizer_sha256: str
     load: Callable[[], nn.Module]
     digest: Callable[[], str]
     """Of its parameters, as a commit has it."""
+    sequence_tokens: int | None
+    """Of its training sequences, if that is known."""
+    tokenizer_file: Path
+    template_file: Path | None = None
+    """Its chat template, where that is another file than the tokenizer's folder has."""
+    template: str | None = None
+    """sha256 of its chat template's text; None: it has none."""
     held_out: dict[str, Path] = field(default_factory=dict)
-    """Corpus to the packed split of this machine's silos, if it is a run's."""
+    """Corpus to the packed split of this machine's silos, if it is a run's; SILO/CORPUS where several have one."""
 
 
 def open_subject(
@@ -42,22 +61,25 @@ def open_subject(
     version: int | None = None,
     paths: Sequence[Path] = (),
     tokenizer: Path | None = None,
+    base: Path | None = None,
     publishes: bool = False,
 ) -> Subject:
-    """The model of an exported directory, of a run directory, or of the store at a URL.
+    """The model of an exported directory, of a run directory, or of the store at a URL; of an adapter with its `base`.
 
     `paths` are of the reader's own configuration, or with `publishes` of the silo's that will sign. Raises ConfigError.
     """
     is_unused = paths and not publishes
     options = {"--version": version is not None, "--config": is_unused, "--tokenizer": tokenizer}
-    if directory := exported(where, options=options):
-        return Subject(
-            provenance=provenance_of(directory),
-            tokenizer_sha256=tokenizer_sha256(directory / "tokenizer.json"),
-            load=lambda: load_checkpoint(directory, key="model"),
-            digest=lambda: exported_digest(directory),
-        )
     run = Path(expand_home("model", where))
+    if (run / ADAPTER_CONFIG).is_file() and not (run / MODEL_CONFIG).is_file():
+        check_not_given(where, options)
+        if base is None:
+            raise ConfigError(f"--base: none given, and {where!r} is an adapter; allowed: its base's directory")
+        return _of_directory(run, partial(load_exported_adapter, run, Path(expand_home("--base", str(base)))))
+    if base:
+        raise ConfigError(f"--base: given with {where!r}; allowed: with an adapter (atoll export --adapter)")
+    if directory := exported(where, options=options):
+        return _of_directory(directory, partial(load_checkpoint, directory, key="model"))
     own = () if publishes and (run / CONFIG_FILE).is_file() else paths
     try:
         config = found_configuration(where, paths=own, tokenizer=tokenizer)
@@ -69,11 +91,44 @@ def open_subject(
     model, provenance = load_global_model(config, version)
     return Subject(
         provenance=provenance,
-        tokenizer_sha256=tokenizer_sha256(config.tokenizer_file),
         load=lambda: model,
         digest=lambda: str(provenance["parameters_digest"]),
-        held_out={corpus: Path(place) for silo in config.silos.values() for corpus, place in silo.valid.items()},
+        sequence_tokens=config.sequence_tokens,
+        tokenizer_file=config.tokenizer_file,
+        template_file=config.template_file,
+        template=_template_of(config),
+        held_out=_held_out(config),
     )
+
+
+def _template_of(config: RunConfig) -> str | None:
+    """sha256 of a run's template: its own file's, or what the contract says, where the store alone is known."""
+    if config.template_file:
+        return template_sha256(config.template_file)
+    if config.exchange.kind == "none":
+        return None
+    url = config.ledger_url(min(config.silos))
+    contract = StoreExchange(url, options=store_options(config.exchange, url)).read_contract()
+    return read_contract(contract, url)[0].get(TEMPLATE) if contract else None
+
+
+def _of_directory(directory: Path, load: Callable[[], nn.Module]) -> Subject:
+    provenance, template = provenance_of(directory), own_template(directory / TOKENIZER_FILE, key="model")
+    return Subject(
+        provenance=provenance,
+        load=load,
+        digest=lambda: exported_digest(directory),
+        sequence_tokens=provenance.get("sequence_tokens"),
+        tokenizer_file=directory / TOKENIZER_FILE,
+        template=sha256_of(template[0]) if template else None,
+    )
+
+
+def _held_out(config: RunConfig) -> dict[str, Path]:
+    """Corpus to split, of all silos of this machine."""
+    places = [(silo, *one) for silo, found in config.silos.items() for one in found.valid.items()]
+    several = {c for _, c, place in places if any(c == other and place != there for _, other, there in places)}
+    return {f"{silo}/{corpus}" if corpus in several else corpus: Path(place) for silo, corpus, place in places}
 
 
 class Publisher:

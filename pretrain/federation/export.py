@@ -1,12 +1,10 @@
-"""The global model of a run as a `transformers` directory, and the loss of such a directory on packed text."""
+"""The global model of a run as a `transformers` directory."""
 
 import json
-import math
 import shlex
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from pretrain.config.adapter import PROMPT
 from pretrain.config.errors import ConfigError
-from pretrain.config.keys import RunConfig, SiloConfig
+from pretrain.config.keys import ModelConfig, RunConfig
 from pretrain.exchange.history import History
 from pretrain.exchange.options import store_options
 from pretrain.exchange.payload import read_parameters
@@ -28,25 +26,18 @@ from pretrain.host.foreign import loads
 from pretrain.outer.digest import digest_tensors
 from pretrain.silo.adapter import merge_adapter
 from pretrain.silo.base import fill_base
-from pretrain.silo.batch import Batch
-from pretrain.silo.data import PackedTokens
-from pretrain.silo.evaluate import held_out_loss, sequences_evaluated
 from pretrain.silo.exported import export, save_tokenizer, with_tokenizer
 from pretrain.silo.model import (
     build_empty,
     build_without_memory,
-    check_causality,
-    check_document_masking,
-    go_by_documents,
     load_checkpoint,
-    token_losses,
     trained_parameters,
 )
 from pretrain.silo.peft_directory import CONFIG as ADAPTER_CONFIG
-from pretrain.silo.peft_directory import read_factors, save_adapter
-from pretrain.silo.prompt import num_prompt_tokens
-from pretrain.silo.shards import atomic_path, tokenizer_sha256
+from pretrain.silo.peft_directory import read_factors, read_settings, save_adapter
+from pretrain.silo.shards import atomic_path, file_sha256
 from pretrain.silo.vocabulary import vocabulary_size
+from pretrain.silo.weights import checkpoint_files
 from pretrain.trust.contract import check_same_terms, model_terms, read_contract
 from pretrain.trust.ledger import RefusedError
 from pretrain.trust.policy import is_public
@@ -230,6 +221,21 @@ def empty_adapter(config: RunConfig) -> nn.Module:
     return model
 
 
+def load_exported_adapter(directory: Path, base: Path) -> nn.Module:
+    """The model of an adapter's directory, merged into its base. Raises ConfigError without that very base."""
+    settings = ModelConfig(checkpoint=str(base), adapter=read_settings(directory))
+    ours, theirs = {p.name: file_sha256(p) for p in checkpoint_files(base)}, provenance_of(directory).get("base")
+    if theirs not in (None, ours):
+        raise ConfigError(f"--base: {str(base)!r} given; {directory} was trained beside another (atoll.json: base)")
+    model = build_empty(settings, vocabulary_size(directory / "tokenizer.json"), dtype=torch.float32)
+    factors, found = trained_parameters(model), read_factors(directory)
+    if {name: one.shape for name, one in factors.items()} != {name: one.shape for name, one in found.items()}:
+        raise ConfigError(f"--base: {str(base)!r} given; the adapter in {directory} does not fit it")
+    for name, value in found.items():
+        factors[name].data.copy_(value)
+    return finished(model, RunConfig(model=settings))
+
+
 def write_adapter(model: nn.Module, config: RunConfig, provenance: dict[str, Any], directory: Path) -> None:
     """Write factors with the tokenizer, which base they belong to, and where they come from, to a new directory."""
     directory.mkdir()
@@ -243,7 +249,7 @@ def write_adapter(model: nn.Module, config: RunConfig, provenance: dict[str, Any
 def write_export(model: nn.Module, config: RunConfig, provenance: dict[str, Any], directory: Path) -> None:
     """Write a model with its tokenizer, and where it comes from, to a new directory; of a prompt, without its base."""
     if config.model.adapter.kind == PROMPT:
-        _write_adapter(model, config, provenance, directory)
+        write_adapter(model, config, provenance, directory)
         return
     is_fresh = not config.model.checkpoint
     export(
@@ -302,30 +308,6 @@ def exported_digest(directory: Path) -> str:
     return digest_tensors(trained_parameters(load_checkpoint(directory, key="model")).items())
 
 
-@dataclass(frozen=True, kw_only=True)
-class SplitLoss:
-    """Held-out loss of a model on one split."""
-
-    loss: float
-    """Nats per token."""
-    num_sequences: int
-    """Sequences that were evaluated, evenly spread over the split, ..."""
-    of_sequences: int
-    """... and how many it has."""
-    bytes_per_token: float | None
-    """UTF-8 bytes of text a token, of the whole split; None of conversations, where some tokens have no loss."""
-
-    @property
-    def perplexity(self) -> float:
-        """Of a token."""
-        return math.exp(self.loss)
-
-    @property
-    def bits_per_byte(self) -> float | None:
-        """Comparable between tokenizers."""
-        return self.loss / math.log(2) / self.bytes_per_token if self.bytes_per_token else None
-
-
 def describe_export(config: RunConfig, directory: Path, provenance: dict[str, Any]) -> str:
     """Where an exported model is, of what length of text it has learned, and what to do next."""
     whose = f"version {provenance['version']}" if "version" in provenance else f"silo {provenance['silo']}'s last"
@@ -341,111 +323,6 @@ def describe_export(config: RunConfig, directory: Path, provenance: dict[str, An
     split = next((split for silo in config.silos.values() for split in silo.valid.values()), "PACKED/valid")
     return (
         f"{directory}: {whose} of {config.name}, trained on sequences of {trained:,} tokens{untried}\n"
-        f"next: atoll eval {shlex.quote(str(directory))} --data {shlex.quote(split)}"
-    )
-
-
-def evaluate_directory(directory: Path, data: Sequence[Path], **options: Any) -> dict[str, SplitLoss]:
-    """Loss of a `transformers` directory on packed splits, each named by its path.
-
-    See `evaluate_model` for `options`. Raises ConfigError if there is no model, too.
-    """
-    if not (directory / "config.json").is_file():
-        raise ConfigError(f"model: {str(directory)!r} given; allowed: a transformers directory (see atoll export)")
-    tokenizer, splits = tokenizer_sha256(directory / "tokenizer.json"), {str(path): path for path in data}
-
-    def load() -> nn.Module:
-        return load_checkpoint(directory, key="model")
-
-    return evaluate_model(load, splits, provenance_of(directory), tokenizer, **options)
-
-
-def evaluate_model(
-    load: Callable[[], nn.Module],
-    data: Mapping[str, Path],
-    provenance: Mapping[str, Any],
-    tokenizer: str,
-    *,
-    sequence_tokens: int | None = None,
-    document_masking: bool | None = None,
-    num_sequences: int | None = None,
-    batch_sequences: int = 8,
-    tell: Callable[[str, int, int], None] = lambda split, num_done, num_sequences: None,
-) -> dict[str, SplitLoss]:
-    """Loss of a model on packed splits by name, which are of the tokenizer with this sha256; on a GPU where there is
-    one.
-
-    `sequence_tokens`, `document_masking` and `num_sequences` (0: all) are those of the run that it is from, as
-    `provenance` has them, unless they are given. `tell` is called after each batch: split, sequences done, and of how
-    many. Conversations of one row are kept apart in any case. Raises ConfigError if the text was packed with another
-    tokenizer.
-    """
-    sequence_tokens, prompt_tokens = _sizes(sequence_tokens, provenance)
-    if document_masking is None:
-        document_masking = provenance.get("document_masking", False)
-    if num_sequences is None:
-        num_sequences = int(provenance.get("eval_sequences", SiloConfig().eval_sequences))
-    corpora = {
-        name: PackedTokens(
-            [path],
-            sequence_tokens=sequence_tokens,
-            tokenizer_sha256=tokenizer,
-            prompt_tokens=prompt_tokens,
-            keeps_apart=document_masking,
-            key="--data",
-        )
-        for name, path in data.items()
-    }
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = _loaded(load, prompt_tokens, device)
-    mask_at = next(iter(corpora.values())).manifests[0].end_of_text_id
-    if document_masking or any(tokens.is_chat for tokens in corpora.values()):
-        if device.type == "cpu":
-            go_by_documents(model, mask_at, device)  # where the type of model allows it; else there is a mask
-        check_document_masking(model, mask_at, device)
-    sequences = sequences_evaluated(corpora, num_sequences)
-
-    def losses_of(batch: Batch) -> Tensor:
-        placed = batch.placed(lambda tensor: tensor.to(device))
-        keeps_apart = document_masking or placed.positions is not None  # conversations are, whatever text is
-        return token_losses(model, *placed[:2], mask_at if keeps_apart else None, positions=placed.positions)
-
-    losses = held_out_loss(
-        losses_of,
-        corpora,
-        num_sequences=num_sequences,
-        micro_batch_sequences=batch_sequences,
-        tell=lambda split, num_done: tell(split, num_done, sequences[split][0]),
-    )
-    return {split: _split_loss(loss, corpora[split], sequences[split]) for split, loss in losses.items()}
-
-
-def _sizes(sequence_tokens: int | None, provenance: Mapping[str, Any]) -> tuple[int, int]:
-    """Tokens of a sequence, and of those the prompt's that stands before it. Raises ConfigError."""
-    sequence_tokens = sequence_tokens or provenance.get("sequence_tokens")
-    if sequence_tokens is None:
-        raise ConfigError("--sequence-tokens: none given; this model was not exported by atoll, so say how many")
-    prompt_tokens = int(provenance.get(PROMPT_TOKENS, 0))
-    if sequence_tokens < prompt_tokens + 2:
-        raise ConfigError(f"--sequence-tokens: {sequence_tokens} given; allowed: {prompt_tokens + 2} or more")
-    return sequence_tokens, prompt_tokens
-
-
-def _loaded(load: Callable[[], nn.Module], prompt_tokens: int, device: torch.device) -> nn.Module:
-    """A model on a device, checked. Raises ConfigError."""
-    model = load().eval().to(device)
-    if num_prompt_tokens(model) != prompt_tokens:
-        raise ConfigError(f"model: one without a prompt given, whose {PROVENANCE} names one; allowed: export it again")
-    check_causality(model, device)
-    return model
-
-
-def _split_loss(loss: float, tokens: PackedTokens, sequences: list[int]) -> SplitLoss:
-    num_bytes = sum(manifest.num_bytes for manifest in tokens.manifests)
-    num_sequences, of_sequences = sequences
-    return SplitLoss(
-        loss=loss,
-        num_sequences=num_sequences,
-        of_sequences=of_sequences,
-        bytes_per_token=None if tokens.is_chat else num_bytes / tokens.num_tokens,
+        f"next: atoll eval {shlex.quote(str(directory))} {'--chat ' if config.chat_template else ''}--data "
+        f"{shlex.quote(split)}"
     )

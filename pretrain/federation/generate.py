@@ -77,6 +77,8 @@ class Speaker:
     """Whose it is, in words."""
     trained_tokens: int | None
     """Length of its training sequences, if that is known."""
+    begins_with: int | None
+    """The token that texts began after in training; None: there is none."""
 
     @property
     def has_template(self) -> bool:
@@ -90,9 +92,8 @@ class Speaker:
         that is longer than the model can read.
         """
         found = self.tokenizer(text, verbose=False)["input_ids"]
-        begin = self.tokenizer.bos_token_id
-        if begin is not None and found[:1] != [begin]:
-            found = [begin, *found]
+        if self.begins_with is not None and found[:1] != [self.begins_with]:
+            found = [self.begins_with, *found]
         if not found:
             raise ConfigError("--prompt: no text given, and this tokenizer has no token to begin with; allowed: a text")
         return self._generate(found, sampling, emit)
@@ -165,18 +166,24 @@ def open_speaker(
     A store alone needs the tokenizer, or with `paths` a configuration. Raises ConfigError.
     """
     options = {"--version": version is not None, "--config": paths, "--tokenizer": tokenizer}
+    model: Any
     if directory := exported(where, options=options):
         model = load_checkpoint(directory, key="model").eval()
         found = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        trained = provenance_of(directory).get("sequence_tokens")
-        return _speaker(model, found, str(directory), trained)
+        origin = provenance_of(directory)
+        # Of ours the tokenizer's is what a chat template begins with, which need not be what texts began after.
+        begins_with = model.config.bos_token_id if origin else found.bos_token_id
+        return _speaker(model, found, str(directory), origin.get("sequence_tokens"), begins_with)
     config = found_configuration(where, paths=paths or [], tokenizer=tokenizer)
     model, origin = load_global_model(config, version)
     whose = f"version {origin['version']}" if "version" in origin else f"silo {origin['silo']}'s last"
     of_run = with_tokenizer(model, config.tokenizer_file, config.template_file)
-    return _speaker(model, of_run, f"{whose} of {config.name}", config.sequence_tokens - num_prompt_tokens(model))
+    own_tokens = config.sequence_tokens - num_prompt_tokens(model)
+    return _speaker(model, of_run, f"{whose} of {config.name}", own_tokens, model.config.bos_token_id)
 
 
-def _speaker(model: Any, tokenizer: PreTrainedTokenizerBase, name: str, trained_tokens: int | None) -> Speaker:
+def _speaker(
+    model: Any, tokenizer: PreTrainedTokenizerBase, name: str, trained_tokens: int | None, begins_with: int | None
+) -> Speaker:
     model = model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    return Speaker(model=model, tokenizer=tokenizer, name=name, trained_tokens=trained_tokens)
+    return Speaker(model=model, tokenizer=tokenizer, name=name, trained_tokens=trained_tokens, begins_with=begins_with)

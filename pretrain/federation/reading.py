@@ -16,6 +16,8 @@ from pretrain.silo.weights import ADAPTER
 from pretrain.trust.contract import build_contract, check_same_contract
 from pretrain.trust.members import with_keys
 
+MODEL_CONFIG = "config.json"  # what a `transformers` directory has
+
 
 def configuration(where: str, contract: bytes, *, paths: Sequence[Path] = (), tokenizer: Path | None) -> RunConfig:
     """The run's, from the run directory, from files, or from the contract and a tokenizer. Raises ConfigError."""
@@ -51,11 +53,16 @@ def exported(where: str, *, options: Mapping[str, object]) -> Path | None:
             f"model: {where!r} given, which is an adapter without its base; allowed: the run directory or the store "
             "that it is from, or a whole model"
         )
-    if not (directory / "config.json").is_file():
+    if not (directory / MODEL_CONFIG).is_file():
         return None
+    check_not_given(where, options)
+    return directory
+
+
+def check_not_given(where: str, options: Mapping[str, object]) -> None:
+    """Raise ConfigError for one of the `options`, by name to whether it is given, that a model takes none of."""
     if wrong := [name for name, is_given in options.items() if is_given]:
         raise ConfigError(f"{wrong[0]}: given with {where!r}, which is a model; allowed: with a run or a store")
-    return directory
 
 
 def found_configuration(where: str, *, paths: Sequence[Path] = (), tokenizer: Path | None = None) -> RunConfig:

@@ -23,15 +23,14 @@ from pretrain.exchange.revocation import Revocation
 from pretrain.exchange.store import StoreExchange, delivery_path, version_path
 from pretrain.exchange.sums import check_no_sum
 from pretrain.federation.export import (
-    SplitLoss,
     empty_model,
-    evaluate_model,
     finished,
     origin,
     write_card,
     write_export,
     writing,
 )
+from pretrain.federation.held_out import SplitLoss, evaluate_model
 from pretrain.merge.collect import Delivery
 from pretrain.merge.merger import Merger
 from pretrain.merge.snapshots import Snapshots

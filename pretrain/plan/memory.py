@@ -11,6 +11,7 @@ from typing import Any
 from pretrain.config.keys import RunConfig, SiloConfig
 from pretrain.merge.terms import snapshot_kinds
 from pretrain.outer.codec import FEEDBACK_DECAY
+from pretrain.outer.fragments import FACTORS
 from pretrain.outer.quantize import QUANTIZERS
 from pretrain.outer.state import kept_kinds
 from pretrain.plan.bytes import Shapes, fragments
@@ -154,6 +155,7 @@ def activation_bytes(hugging_face: Any, shapes: Shapes, silo: SiloConfig, sequen
         normed = 2 * hidden + (head * (heads + key_values) if any(".q_norm." in name for name in shapes) else 0)
         attention = width * (hidden + 2 * head * (heads + key_values)) + 4 * heads
         layer = norm * normed + 8 + attention + width * (hidden + 4 * of.intermediate_size)
+        layer -= _spared_bytes(of, shapes, width, norm * normed - 4 * normed)
         results = attention + 2 * width * (hidden + of.intermediate_size)
     else:
         layer = 34 * hidden if width == 2 else 66 * hidden
@@ -166,7 +168,31 @@ def activation_bytes(hugging_face: Any, shapes: Shapes, silo: SiloConfig, sequen
     loss = of.vocab_size * (4 + (4 if width == 4 else 6))  # log-probabilities; gradients of them, and in bf16
     tokens = silo.micro_batch_sequences * sequence_tokens
     whole = min(tokens, silo.loss_chunk_tokens or tokens)  # of which there are logits at once
-    return tokens * (kept + (norm + width) * hidden) + whole * loss + width * hidden * of.vocab_size
+    # The last norm and what goes into the head, and the head's gradient. Beside an adapter these are frozen; and the
+    # first norm's input, which is about as much as the last one's, has no gradient.
+    ends = 0 if _factors(shapes) else tokens * (norm + width) * hidden + width * hidden * of.vocab_size
+    return tokens * kept + whole * loss + ends
+
+
+def _factors(shapes: Shapes) -> list[str]:
+    """The names of an adapter's factors A."""
+    return [name for name in shapes if FACTORS[0] in name]
+
+
+def _spared_bytes(of: Any, shapes: Shapes, width: int, scaled: int) -> int:
+    """What a layer beneath an adapter keeps less a token, of a model with RMSNorm and a gated MLP: what is `scaled` by
+    frozen norms, and what goes into layers without factors (but for attention's output, which attention keeps). Of each
+    factor A it keeps the results."""
+    if not (factors := _factors(shapes)):
+        return 0
+    inputs = (
+        (of.hidden_size, ("q_proj", "k_proj", "v_proj")),
+        (of.hidden_size, ("gate_proj", "up_proj")),
+        (of.intermediate_size, ("down_proj",)),
+    )
+    spared = sum(size for size, into in inputs if not any(f".{name}." in one for name in into for one in factors))
+    ranks = sum(shapes[name][0] for name in factors) / of.num_hidden_layers
+    return scaled + round(width * (spared - ranks))
 
 
 # ---- hosts

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,36 +16,47 @@ if TYPE_CHECKING:  # evaluating an exported model needs no DeepSpeed
 
 
 @torch.no_grad()
-def summed_loss(
-    token_losses: Callable[[Batch], Tensor],
+def summed(
+    values_of: Callable[[Batch], tuple[Tensor, ...]],
     batches: Iterable[tuple[Batch, Tensor]],
     tell: Callable[[int], None] = lambda num_done: None,
-) -> tuple[float, float]:
-    """Sum of the losses of all targets and their number, over batches and the weights of their sequences.
+) -> list[float]:
+    """The sum of each value over all targets, and last the number of these, over batches and their sequences' weights.
 
-    `token_losses` gives the loss of every target, 0 of IGNORED ones, which do not count; weights: (num_sequences,).
-    `tell` is called after each batch, with how many sequences are done.
+    `values_of` gives one or more values of every target, as its loss, each 0 of IGNORED ones, which do not count;
+    weights: (num_sequences,). `tell` is called after each batch, with how many sequences are done.
     """
-    total, num_tokens, num_done = 0.0, 0.0, 0
+    totals, num_done = list[float](), 0
     for batch, weights in batches:
-        losses = token_losses(batch).double().cpu()
-        total += (losses * weights[:, None]).sum().item()
-        num_tokens += ((batch.targets != IGNORED).sum(1) * weights).sum().item()
+        values = [*values_of(batch), batch.targets != IGNORED]
+        found = [(value.double().cpu() * weights[:, None]).sum().item() for value in values]
+        totals = [before + one for before, one in zip(totals or [0.0] * len(found), found, strict=True)]
         num_done += int(weights.sum().item())
         tell(num_done)
-    return total, num_tokens
+    return totals
 
 
 def held_out_loss(
-    token_losses: Callable[[Batch], Tensor],
+    token_losses: Callable[[Batch], Tensor], corpora: dict[str, PackedTokens], **options: Any
+) -> dict[str, float]:
+    """Corpus name to mean loss per trained token; `options` are those of `held_out_sums`, which raises what this does.
+
+    `token_losses` gives the loss of every target.
+    """
+    sums = held_out_sums(lambda batch: (token_losses(batch),), corpora, **options)
+    return {corpus: total / num_tokens for corpus, (total, num_tokens) in sums.items()}
+
+
+def held_out_sums(
+    values_of: Callable[[Batch], tuple[Tensor, ...]],
     corpora: dict[str, PackedTokens],
     *,
     num_sequences: int,
     micro_batch_sequences: int,
     ranks: "Ranks | None" = None,
     tell: Callable[[str, int], None] = lambda corpus, num_done: None,
-) -> dict[str, float]:
-    """Corpus name to mean loss per trained token of `num_sequences` (0: all) spread over it, shared out over the ranks.
+) -> dict[str, list[float]]:
+    """Corpus name to what `summed` gives of `num_sequences` (0: all) spread over it, shared out over the ranks.
 
     `tell` is called after each batch of this rank, with the corpus and how many of its sequences are done. Raises
     ConfigError, on all ranks alike, where not one token of them is trained.
@@ -60,15 +71,15 @@ def held_out_loss(
             rank=rank,
             num_ranks=num_ranks,
         )
-        total, num_tokens = summed_loss(token_losses, batches, partial(tell, corpus))
+        sums = summed(values_of, batches, partial(tell, corpus))
         if ranks:
-            total, num_tokens = ranks.sum([total, num_tokens])
-        if not num_tokens:
+            sums = ranks.sum(sums)
+        if not sums[-1]:
             raise ConfigError(
                 f"{tokens.key}: of the sequences that are evaluated not one token is trained; allowed: more of them "
                 "(silo.eval_sequences), or all (0)"
             )
-        result[corpus] = total / num_tokens
+        result[corpus] = sums
     return result
 
 

@@ -18,6 +18,7 @@ from transformers.initialization import no_init_weights
 
 from pretrain.silo.model import parameters_on_meta
 from pretrain.silo.shards import END_OF_TEXT_NAMES, TEMPLATE_FILE
+from pretrain.silo.template import read_template, special_tokens
 
 
 def with_tokenizer(
@@ -27,14 +28,19 @@ def with_tokenizer(
 
     Its end of text is the token that ended documents in training. It names no padding, as none was trained, and whoever
     goes on from it would freeze the embedding of a token that is padding. A chat template, or else one beside the
-    tokenizer's file, is taken over, and what the model says ends where a turn does, too.
+    tokenizer's file, is taken over, with the special tokens that it was given when conversations were prepared, and
+    what the model says ends where a turn does, too.
     """
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file))
     vocabulary = tokenizer.get_vocab()
     name = next((name for name in END_OF_TEXT_NAMES if name in vocabulary), None)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file), eos_token=name, bos_token=name)
-    if (template := template_file or tokenizer_file.with_name(TEMPLATE_FILE)).is_file():
-        tokenizer.chat_template = template.read_bytes().decode()  # to the last byte, as the contract's hash names it
+    template, named = template_file or tokenizer_file.with_name(TEMPLATE_FILE), {"eos_token": name, "bos_token": name}
+    if template.is_file():
+        given = special_tokens(tokenizer_file)
+        named = {kind: token for kind, token in given.items() if token in vocabulary}  # another would have no embedding
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file), **named)
+    if template.is_file():
+        tokenizer.chat_template = read_template(template, key="chat_template")  # as the contract's hash names it
     code = inspect.getsource(sys.modules[type(model).__module__])
     for part in (model.config, model.generation_config):
         settings: Any = part

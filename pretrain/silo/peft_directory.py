@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pretrain.config.adapter import PROMPT, AdapterConfig
+from pretrain.config.errors import ConfigError
+from pretrain.host.foreign import loads, shown
 from pretrain.outer.fragments import FACTORS
 from pretrain.silo.adapter import lora_settings
 from pretrain.silo.weights import ADAPTER
@@ -58,3 +60,18 @@ def read_factors(directory: Path) -> dict[str, Tensor]:
         stem, _, last = name.removeprefix(PREFIX).rpartition(".")
         found[f"{stem}{NAME}{last}"] = value
     return found
+
+
+def read_settings(directory: Path) -> AdapterConfig:
+    """What an adapter is. Raises ConfigError for what is none of ours."""
+    try:
+        found = loads((directory / CONFIG).read_bytes())
+        if "num_virtual_tokens" in found:
+            return AdapterConfig(kind=PROMPT, tokens=found["num_virtual_tokens"])
+        return AdapterConfig(
+            kind="lora", rank=found["r"], alpha=float(found["lora_alpha"]), targets=list(found["target_modules"])
+        )
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ConfigError(
+            f"model: {str(directory)!r} given; its {CONFIG} is not one of atoll's: {shown(error)}"
+        ) from None

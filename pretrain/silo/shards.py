@@ -261,9 +261,10 @@ def _check_template(chat: Chat, directory: Path, key: str, expected: str | None)
             "were prepared with, as chat_template, or text"
         )
     if expected not in (None, chat.template_sha256):
+        whose, theirs = ("model's", "the model's") if key.startswith("--") else ("contract's", "chat_template")
         raise ConfigError(
-            f"{key}: {directory} was prepared with another template than the contract's: "
-            f"{chat.template_sha256[:12]}, and chat_template is {expected[:12]}: prepare it again with that one"  # type: ignore[index]
+            f"{key}: {directory} was prepared with another template than the {whose}: "
+            f"{chat.template_sha256[:12]}, and {theirs} is {expected[:12]}: prepare it again with that one"  # type: ignore[index]
         )
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from pretrain.config.keys import RunConfig
-from pretrain.federation.export import evaluate_directory, export_global_model
+from pretrain.federation.export import export_global_model
+from pretrain.federation.held_out import evaluate_directory
 from pretrain.silo.data import Order, PackedTokens
 from pretrain.silo.model import build_initial, token_losses
 from pretrain.silo.shards import file_sha256, open_shard, read_manifest, write_manifest

@@ -20,7 +20,8 @@ from launch.show.page import Federation
 from launch.show.status_reader import store_status
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import load_run, save_config
-from pretrain.federation.export import evaluate_directory, export_global_model
+from pretrain.federation.export import export_global_model
+from pretrain.federation.held_out import evaluate_directory
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, assert_same_bits, federate, launched
 from tests.support import ROOT, zero

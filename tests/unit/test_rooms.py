@@ -17,8 +17,10 @@ ALL_FILES = sorted(path for folder in OURS for path in (ROOT / folder).rglob("*.
 FLOORS = (
     *(
         "launch.cli",
+        "launch.demo_chat",
         "launch.demo",
         "launch.egress",
+        "launch.evaluate",
         "launch.exit",
         "launch.init",
         "launch.launch",

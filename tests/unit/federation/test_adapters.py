@@ -17,6 +17,7 @@ from pretrain.config.load import save_config
 from pretrain.exchange.store import StoreExchange
 from pretrain.federation.card import CARD
 from pretrain.federation.contract import Agreed, describe
+from pretrain.federation.evaluation import open_subject
 from pretrain.federation.export import describe_export, export_global_model, exported_digest, load_global_model
 from pretrain.federation.join import find_federation, joined_config, measure_size
 from pretrain.federation.verify import StoreVerifier
@@ -125,7 +126,9 @@ def loss(model: torch.nn.Module) -> float:
         return token_losses(model.eval(), ROWS, ROWS).mean().item()
 
 
-def test_an_adapter_is_handed_on_merged_or_for_peft(tmp_path: Path, tiny_config: TinyConfig, base: Path) -> None:
+def test_an_adapter_is_handed_on_merged_or_for_peft(
+    tmp_path: Path, tiny_config: TinyConfig, tiny_text: TinyText, base: Path
+) -> None:
     config = tiny_config(tmp_path, model=adapter_model(base), outer=PLAIN_AVERAGING)
     ((_, now),) = committed(config, 1)
     whole, alone = tmp_path / "whole", tmp_path / "alone"
@@ -147,8 +150,13 @@ def test_an_adapter_is_handed_on_merged_or_for_peft(tmp_path: Path, tiny_config:
     expected = loss(by_hand)
     assert abs(expected - loss(plain)) > 1e-4
     beside: torch.nn.Module = PeftModel.from_pretrained(plain, alone)
-    for model in (AutoModelForCausalLM.from_pretrained(whole), beside, load_global_model(config)[0]):
+    evaluated = open_subject(str(alone), base=base).load()
+    for model in (AutoModelForCausalLM.from_pretrained(whole), beside, load_global_model(config)[0], evaluated):
         assert loss(model) == pytest.approx(expected, abs=1e-6)
+    assert one_line_error(open_subject, str(alone)).startswith("--base: none given, and ")
+    assert one_line_error(open_subject, str(whole), base=base).startswith("--base: given with ")
+    other = open_subject(str(alone), base=save_base(tmp_path / "other", tiny_text, seed=2))
+    assert one_line_error(other.load).endswith("alone was trained beside another (atoll.json: base)")
     assert AutoTokenizer.from_pretrained(alone).model_max_length
     cards = [(place / CARD).read_text() for place in (whole, alone)]
     assert [yaml.safe_load(card.split("---")[1])["library_name"] for card in cards] == ["transformers", "peft"]

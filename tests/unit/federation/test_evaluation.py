@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from launch.model import evaluate
+from launch.evaluate import evaluate
 from launch.show.page import Federation
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import save_config
 from pretrain.exchange.store import StoreExchange
-from pretrain.federation.export import evaluate_directory, export_global_model
+from pretrain.federation.export import export_global_model
+from pretrain.federation.held_out import evaluate_directory
 from pretrain.federation.verify import StoreVerifier
 from pretrain.trust.egress import egress_file, read_lines
 from tests.support import TinyText, one_line_error

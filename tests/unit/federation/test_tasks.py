@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.model import evaluate
+from launch.evaluate import evaluate
 from pretrain.config.keys import ModelConfig
 from pretrain.federation.tasks import evaluate_tasks
 from pretrain.silo.exported import export

@@ -8,19 +8,23 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+from pretrain.config.adapter import AdapterConfig
 from pretrain.config.keys import RunConfig
 from pretrain.plan.bytes import model_shapes
 from pretrain.plan.memory import activation_bytes, silo_memory
 from pretrain.silo.activations import checkpoint_activations
+from pretrain.silo.adapter import add_adapter
 from pretrain.silo.architecture import model_config
 from tests.unit.plan.test_plan import LLAMA, written
 
 
-def saved_bytes(config: RunConfig, dtype: torch.dtype) -> int:
+def saved_bytes(config: RunConfig, dtype: torch.dtype, adapter: AdapterConfig | None = None) -> int:
     """What a forward pass and its loss really keep for the backward pass."""
     silo, of = config.silos["one"], model_config(config.model, 0)
     of.use_cache = False
     model = AutoModelForCausalLM.from_config(of, dtype=dtype).train()
+    if adapter:
+        add_adapter(model, adapter)
     if silo.activation_checkpointing != "none":
         checkpoint_activations(model, silo)
     own, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
@@ -63,6 +67,20 @@ def test_activations_are_what_autograd_keeps(model: dict[str, Any], precision: s
     less = activation_bytes(of, shapes, again, 64) - loss_after - one_layer
     kept = saved_bytes(dataclasses.replace(config, silos={"one": again}), dtype)
     assert less == pytest.approx(kept, rel=tolerance)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize("targets", [["all-linear"], ["q_proj", "v_proj"], ["k_proj", "up_proj", "down_proj"]], ids=str)
+def test_beneath_an_adapter_less_is_kept(targets: list[str], precision: str, dtype: torch.dtype) -> None:
+    config = written(LLAMA | {"num_key_value_heads": 2}, "sequence_tokens=64", f"silo.precision={precision}")
+    adapter, of = AdapterConfig(kind="lora", rank=16, targets=targets), model_config(config.model, 0)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(of)
+        add_adapter(model, adapter)
+    factors = {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
+    gradients = 4096 * 8 * 64 * (4 if precision == "fp32" else 6)  # of the logits; the head has none
+    planned = activation_bytes(of, factors, config.silos["one"], 64) - gradients
+    assert planned == pytest.approx(saved_bytes(config, dtype, adapter), rel=0.01)
 
 
 def test_zero_shares_out_and_offload_moves() -> None:

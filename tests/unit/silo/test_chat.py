@@ -11,10 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launch.show.text import num_sequences
 from pretrain.config.errors import ConfigError
 from pretrain.config.keys import ModelConfig
 from pretrain.config.load import load_config
-from pretrain.federation.export import evaluate_model
+from pretrain.federation.held_out import evaluate_model
 from pretrain.federation.preflight import check_silo
 from pretrain.silo.batch import BY_TOKENS, IGNORED
 from pretrain.silo.data import BadTokenError, Batches, Mixture, PackedTokens, held_out_batches
@@ -379,6 +380,7 @@ def test_the_template_is_a_term_of_the_contract(tmp_path: Path, tiny_config: Tin
     terms = {"document_masking": True, "silos": alpha}
     ours = tiny_config(tmp_path / "ours", chat_template=str(tmp_path / "a.jinja"), **terms)
     check_silo(ours, "alpha")
+    assert num_sequences(ours, "alpha") == read_manifest(split).num_tokens // 16  # each row is one
     contract = first_contract(build_contract(ours))
     check_same_contract(build_contract(ours), contract, "store")
     theirs = tiny_config(tmp_path / "theirs", chat_template=str(tmp_path / "b.jinja"), **terms)

@@ -14,7 +14,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pretrain.config.keys import ModelConfig, RunConfig
-from pretrain.federation.export import describe_export, evaluate_directory, export_global_model
+from pretrain.federation.export import describe_export, export_global_model
+from pretrain.federation.held_out import evaluate_directory
 from pretrain.federation.preflight import check_run
 from pretrain.silo.exported import export
 from pretrain.silo.model import (

@@ -23,7 +23,7 @@ from pretrain.config.keys import ModelConfig
 from pretrain.silo.attention import DOCUMENTS, document_lengths
 from pretrain.silo.checkpoint import other_data
 from pretrain.silo.data import BadTokenError, Batches, Mixture, Order, PackedTokens, Prefetch, held_out_batches
-from pretrain.silo.evaluate import summed_loss
+from pretrain.silo.evaluate import summed
 from pretrain.silo.model import (
     build_initial,
     check_document_masking,
@@ -374,7 +374,7 @@ def test_a_document_in_a_packed_sequence_has_its_loss_alone(tmp_path: Path, kind
     torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
     assert (packed - open_).abs().max() > 0.01
     batches = held_out_batches(tokens, num_sequences=3, micro_batch_sequences=2, rank=0, num_ranks=1)
-    total, num_tokens = summed_loss(lambda batch: token_losses(model, *batch[:2], END), batches)
+    total, num_tokens = summed(lambda batch: (token_losses(model, *batch[:2], END),), batches)
     assert (total, num_tokens) == (pytest.approx(alone.sum().item(), rel=1e-5), 3 * 24)
     check_document_masking(model, END, CPU)
 

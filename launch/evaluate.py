@@ -1,0 +1,238 @@
+"""`atoll eval`: what a model is worth on text or conversations that it has not seen."""
+
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from launch.model import Config, Tokenizer, Version, Where
+from pretrain.config.errors import ConfigError
+from pretrain.config.paths import expand_home
+from pretrain.host.foreign import shown
+
+if TYPE_CHECKING:
+    from data_tools.chat_template import Template
+    from pretrain.federation.evaluation import Subject
+    from pretrain.federation.held_out import SplitLoss
+
+
+Data = Annotated[
+    list[str] | None,
+    typer.Option(metavar="[CORPUS=]SPLIT", help="Packed split, several times, too; default of a run: its silos'."),
+]
+Chat = Annotated[bool, typer.Option("--chat", help="The data are conversations: packed splits, or JSON lines.")]
+ChatTemplate = Annotated[
+    Path | None, typer.Option(help="With --chat: for files, where the model has no template, as a base may be.")
+]
+ChatDate = Annotated[str, typer.Option(help="With --chat: YYYY-MM-DD, for a template that writes today's date.")]
+Tasks = Annotated[
+    list[Path] | None,
+    typer.Option(help="Task of lm-evaluation-harness: a YAML file whose data are local; several times, too."),
+]
+NumSequences = Annotated[
+    int | None,
+    typer.Option(min=0, help="Sequences, evenly spread over each split; 0: all; default: as the run did."),
+]
+DocumentMasking = Annotated[
+    bool | None, typer.Option(help="Keep the documents of a sequence apart; default: as trained.")
+]
+
+
+def evaluate(
+    where: Where,
+    *,
+    data: Data = None,
+    chat: Chat = False,
+    chat_template: ChatTemplate = None,
+    chat_date: ChatDate = "",
+    tasks: Tasks = None,
+    version: Version = None,
+    base: Annotated[Path | None, typer.Option(help="Of an adapter's directory: the model that it belongs to.")] = None,
+    config: Config = None,
+    tokenizer: Tokenizer = None,
+    publish: Annotated[bool, typer.Option("--publish", help="Sign the losses as a silo, into its store.")] = False,
+    label: Annotated[str, typer.Option(help="With --publish: what a model beside the run is called.")] = "",
+    silo: Annotated[str, typer.Option(help="With --publish: who signs; default: the only one.")] = "",
+    sequence_tokens: Annotated[int | None, typer.Option(help="Tokens of a sequence; default: as trained.")] = None,
+    num_sequences: NumSequences = None,
+    num_examples: Annotated[int | None, typer.Option(min=1, help="First examples of each task; default: all.")] = None,
+    batch_sequences: Annotated[int, typer.Option(min=1, help="Sequences of one forward pass.")] = 8,
+    document_masking: DocumentMasking = None,
+) -> None:
+    """Loss of a model on packed text in nats per token, its perplexity, and bits per byte of text; scores of tasks.
+
+    Of conversations the tokens are those that the assistant says, and "right" is the share of them that is the model's
+    likeliest with the true ones before it. By default of the sequences that the run's own evaluations are of, so that
+    the numbers are the same. With --publish they are on the federation's page, too (atoll report).
+
+    [bold]Example:[/bold] atoll eval model --data runs/demo/packed/prose/valid
+
+    [bold]Example:[/bold] atoll eval model --chat --data packed/valid --data questions.jsonl
+    """
+    _check_options(chat, publish, {"--chat-template": chat_template, "--chat-date": chat_date}, label, silo)
+    if tasks:  # first, as it must be the first to import what could look into a network
+        _print_scores(Path(expand_home("model", str(where))), tasks, batch_sequences, num_examples)
+        if not (data or publish):
+            return
+    from pretrain.federation.evaluation import Publisher, open_subject
+
+    where, paths = str(where), config or []
+    publisher = Publisher(where, silo, label, paths) if publish else None
+    subject = open_subject(where, version=version, paths=paths, tokenizer=tokenizer, base=base, publishes=publish)
+    if publisher:
+        publisher.take(subject)
+    splits = _splits(data, publisher.held_out if publisher else subject.held_out, must_be_named=publish)
+    options = {"sequence_tokens": sequence_tokens, "document_masking": document_masking, "num_sequences": num_sequences}
+    options |= {"batch_sequences": batch_sequences}
+    with tempfile.TemporaryDirectory() as scratch:
+        chosen = _Chosen(splits=splits, template=subject.template)
+        if chat:
+            form = _Form(subject, chat_template, chat_date, sequence_tokens, Path(scratch))
+            chosen = form.conversations(splits, is_given=bool(data))
+        found = _print_losses(subject, chosen, options)
+    if publisher:
+        print(f"published: {publisher.publish(found)}")
+
+
+def _check_options(chat: bool, publish: bool, of_chat: dict[str, object], label: str, silo: str) -> None:
+    for name, given in of_chat.items():
+        if given and not chat:
+            raise ConfigError(f"{name}: given without --chat; allowed: with it")
+    if (label or silo) and not publish:
+        raise ConfigError(f"{'--label' if label else '--silo'}: given without --publish; allowed: with it")
+
+
+def _splits(data: list[str] | None, held_out: dict[str, Path], *, must_be_named: bool) -> dict[str, Path]:
+    """Packed splits by corpus, or by their place where that is not known. Raises ConfigError."""
+    if not data and not held_out:
+        raise ConfigError("--data, --tasks: none given; allowed: one at least")
+    found, known = dict[str, Path](), {place.resolve(): corpus for corpus, place in held_out.items()}
+    for given in data or []:
+        corpus, equals, place = given.partition("=")
+        if not equals or Path(given).exists():
+            corpus, place = known.get(Path(given).resolve(), "") if must_be_named else given, given
+        if not corpus or not place or corpus in found:
+            raise ConfigError(f"--data: {given!r} given; allowed: CORPUS=SPLIT, each corpus once")
+        found[corpus] = Path(expand_home("--data", place))
+    return found or held_out
+
+
+@dataclass(kw_only=True)
+class _Chosen:
+    """What is evaluated."""
+
+    splits: dict[str, Path]
+    """Packed, by name."""
+    template: str | None
+    """sha256 of the template that conversations have to be of; None: of any."""
+    of_files: dict[str, list[str]] = field(default_factory=dict)
+    """A file to the names of its kinds of conversations among `splits`, which are evaluated to their end."""
+
+
+class _Form:
+    """How conversations look to a model."""
+
+    def __init__(
+        self, subject: "Subject", template: Path | None, date: str, sequence_tokens: int | None, scratch: Path
+    ) -> None:
+        self._subject, self._template, self._date, self._scratch = subject, template, date, scratch
+        self._sequence_tokens = sequence_tokens or subject.sequence_tokens
+
+    def conversations(self, splits: dict[str, Path], *, is_given: bool) -> _Chosen:
+        """The same with files packed, and without text, which is refused if it `is_given`. Raises ConfigError."""
+        from pretrain.silo.shards import read_manifest
+
+        expected = self.template.sha256 if self._template else self._subject.template
+        if expected is None:
+            _tell("this model has no chat template: conversations are evaluated as they were prepared")
+        found = _Chosen(splits={}, template=expected)
+        for name, place in splits.items():
+            if place.is_file():
+                self._pack(name, place, found)
+            elif read_manifest(place, key="--data").chat:
+                found.splits[name] = place
+            elif is_given:
+                raise ConfigError(f"--data: {str(place)!r} given, which is text; allowed with --chat: conversations")
+        if not found.splits:
+            raise ConfigError("--chat: given, and the run evaluates on text alone; allowed: --data with conversations")
+        return found
+
+    def _pack(self, name: str, file: Path, found: _Chosen) -> None:
+        from data_tools.chat_file import pack_file
+
+        if self._sequence_tokens is None:
+            raise ConfigError("--sequence-tokens: none given; this model was not exported by atoll, so say how many")
+        packed = pack_file(
+            file,
+            self._scratch / str(len(found.of_files)),
+            tokenizer=self._subject.tokenizer_file,
+            template=self.template,
+            sequence_tokens=self._sequence_tokens,
+            prompt_tokens=self._subject.provenance.get("prompt_tokens", 0),
+        )
+        if packed.num_too_long:
+            longer = f"{packed.num_too_long:,} conversations of more than {self._sequence_tokens:,} tokens"
+            _tell(f"{name}: {longer} are left out (--sequence-tokens)")
+        named = {f"{name}: {kind}" if len(packed.kinds) > 1 else name: place for kind, place in packed.kinds.items()}
+        found.splits |= named
+        found.of_files[name] = [*named]
+
+    @property
+    def template(self) -> "Template":
+        """The model's own template, or what is given for one that has none. Raises ConfigError."""
+        from data_tools.chat_template import find_template
+
+        subject = self._subject
+        found = find_template(subject.tokenizer_file, self._template or subject.template_file, self._date)
+        if subject.template not in (None, found.sha256):
+            raise ConfigError(
+                f"--chat-template: {str(self._template)!r} given, {found.sha256[:12]}, which is another template than "
+                f"the model's, {str(subject.template)[:12]}; allowed: none, as the model's own is taken"
+            )
+        return found
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _print_losses(subject: "Subject", chosen: _Chosen, options: dict[str, Any]) -> "dict[str, SplitLoss]":
+    """Print the loss on each split, on each file, and on all conversations; returns those that were asked for."""
+    from launch.show.evaluating import Evaluating
+    from pretrain.federation.held_out import evaluate_model, together
+    from pretrain.silo.shards import tokenizer_sha256
+
+    in_files = {name for names in chosen.of_files.values() for name in names}
+    options |= {"template": chosen.template, "whole": in_files if options["num_sequences"] is None else ()}
+    with Evaluating() as evaluating:
+        origin = subject.load, chosen.splits, subject.provenance, tokenizer_sha256(subject.tokenizer_file)
+        found = evaluate_model(*origin, **options, tell=evaluating.tell)
+    for name, split in found.items():
+        _print_loss(name, split)
+    for file, names in chosen.of_files.items():
+        if file not in found:
+            found[file] = together([found.pop(name) for name in names])
+            _print_loss(file, found[file])
+    if len(talks := [split for split in found.values() if split.is_chat]) > 1:
+        _print_loss("all conversations", together(talks))
+    return found
+
+
+def _print_loss(name: str, split: "SplitLoss") -> None:
+    bits = "" if split.bits_per_byte is None else f"{split.bits_per_byte:.4f} bits/byte  "
+    right = "" if split.accuracy is None else f"{split.accuracy:.2%} right  {split.num_tokens:,} tokens  "
+    print(
+        f"{split.loss:.4f} nats  perplexity {split.perplexity:.2f}  {bits}{right}"
+        f"{split.num_sequences} of {split.of_sequences} sequences  {name}"
+    )
+
+
+def _print_scores(model: Path, tasks: list[Path], batch_sequences: int, num_examples: int | None) -> None:
+    from pretrain.federation.tasks import evaluate_tasks
+
+    for score in evaluate_tasks(model, tasks, batch_sequences=batch_sequences, num_examples=num_examples):
+        error = "" if score.stderr is None else f" ± {score.stderr:.4f}"
+        print(f"{score.value:.4f}{error}  {score.metric}  {score.num_examples} examples  {shown(score.task)}")

@@ -1,0 +1,42 @@
+"""`atoll demo` and `atoll demo --chat`: what is wrong is said at the start, and each silo alone can train."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from launch import cli
+from launch.compare.compare import central_config, isolated_config
+from launch.demo import run_demo
+from launch.demo_chat import adapters_config, run_demo_chat
+from pretrain.config.check import check_config
+from pretrain.config.errors import ConfigError
+from tests.support import TinyText, one_line_error
+
+
+def test_another_place_is_refused_before_anything_is_prepared(tmp_path: Path) -> None:
+    said = "directory: 'elsewhere' given; allowed: --directory elsewhere"
+    place = tmp_path / "demo"
+    assert one_line_error(run_demo, place, corpora=None, compare=False, overrides=["directory=elsewhere"]) == said
+    assert one_line_error(run_demo_chat, place, overrides=["directory=elsewhere"]) == said
+    assert not place.exists()
+
+
+def test_options_of_the_other_demo_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for option in (["--compare"], ["--corpora", "texts"]):
+        found = CliRunner().invoke(cli.app, ["demo", "--chat", *option])
+        assert isinstance(found.exception, ConfigError)
+        assert str(found.exception).startswith(f"{option[0]}: given with --chat; allowed: without")
+    shown = CliRunner().invoke(cli.app, ["demo", "--chat", "--dry-run"])
+    assert shown.exit_code == 0
+    assert "runs/demo-chat" in shown.output
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_adapter_of_two_turns_is_trained_alone_at_once(tmp_path: Path, tiny_text: TinyText) -> None:
+    config = adapters_config(tmp_path, tiny_text.packed, tiny_text.tokenizer, tmp_path / "base", [])
+    assert config.model.adapter.takes_turns
+    for other in (isolated_config(config, "alpha"), central_config(config)):
+        check_config(other)
+        assert not other.model.adapter.takes_turns
