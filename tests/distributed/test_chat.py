@@ -20,7 +20,7 @@ from tests.support import VOCAB_SIZE, TinyText, torchrun
 WORKER = Path(__file__).parent / "chat_worker.py"
 
 
-@pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=pytest.mark.soak), 2])
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.soak)])
 def test_a_packed_step_is_the_sum_of_its_conversations_alone(tmp_path: Path, num_ranks: int) -> None:
     (line,) = torchrun(WORKER, tmp_path, num_ranks=num_ranks, timeout=200).splitlines()[-1:]
     result = json.loads(line.removeprefix("RESULT"))
@@ -68,6 +68,7 @@ def silos(tmp_path_factory: pytest.TempPathFactory, tiny_text: TinyText) -> dict
     }
 
 
+@pytest.mark.soak
 def test_silos_weigh_by_their_trained_tokens_and_go_on_after_a_kill_bit_by_bit(
     tmp_path: Path, tiny_config: TinyConfig, silos: dict[str, Any]
 ) -> None:

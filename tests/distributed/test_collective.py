@@ -39,7 +39,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("way", "num_lanes"), [("fp32", 2), ("streaming int4", 1)])
+@pytest.mark.parametrize(("way", "num_lanes"), [pytest.param("fp32", 2, marks=pytest.mark.soak), ("streaming int4", 1)])
 def test_the_same_bits_as_through_a_store(tmp_path: Path, tiny_config: TinyConfig, way: str, num_lanes: int) -> None:
     def run(directory: Path, exchange: dict[str, Any]) -> Outcome:
         silos = dict.fromkeys(("alpha", "beta"), TWO_RANKS | zero(2)) if num_lanes == 2 else {}

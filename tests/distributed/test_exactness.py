@@ -32,7 +32,9 @@ def one_silo(tiny_config: TinyConfig, directory: Path, **changes: object) -> Run
     return tiny_config(directory, silos={"beta": None, "alpha": {"data_seed": 7}}, **changes)
 
 
-@pytest.mark.parametrize(("sync_interval_steps", "num_fragments"), [(1, 1), (6, 1), (6, 3)])
+@pytest.mark.parametrize(
+    ("sync_interval_steps", "num_fragments"), [(1, 1), pytest.param(6, 1, marks=pytest.mark.soak), (6, 3)]
+)
 def test_one_silo_with_outer_sgd_is_plain_training(
     plain: Outcome, tmp_path: Path, tiny_config: TinyConfig, sync_interval_steps: int, num_fragments: int
 ) -> None:
@@ -43,6 +45,7 @@ def test_one_silo_with_outer_sgd_is_plain_training(
     assert run.by_step("alpha", "lr") == plain.by_step("alpha", "lr")  # never depends on H or syncs
 
 
+@pytest.mark.soak
 def test_one_silo_is_plain_training_at_zero_3_in_bf16_too(tmp_path: Path, tiny_config: TinyConfig) -> None:
     layout = TWO_RANKS | {"precision": "bf16"} | zero(3)
     outer = PLAIN_AVERAGING | {"sync_interval_steps": 3}
@@ -52,6 +55,7 @@ def test_one_silo_is_plain_training_at_zero_3_in_bf16_too(tmp_path: Path, tiny_c
     assert run.by_step("alpha", "loss") == alone.by_step("alpha", "loss")
 
 
+@pytest.mark.soak
 def test_a_silo_alone_is_not_corrected_by_control_variates(tmp_path: Path, tiny_config: TinyConfig) -> None:
     outer, inner = PLAIN_AVERAGING | {"num_fragments": 3, "overlap_steps": 1}, {"optimizer": "muon"}
     free = federate(one_silo(tiny_config, tmp_path / "free", inner=inner, outer=outer))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from launch.show.logs import read_logs
 from launch.show.metrics import read_status
@@ -94,6 +95,7 @@ def spoken(port: int, directory: Path) -> list[str]:
     return said
 
 
+@pytest.mark.soak
 def test_a_collective_does_not_notice_strangers(tmp_path: Path, tiny_config: TinyConfig) -> None:
     port = free_port()
     exchange = {"kind": "collective", "url": f"tcp://{LOOPBACK}:{port}", "dead_seconds": 10.0}

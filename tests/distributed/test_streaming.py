@@ -19,6 +19,7 @@ def sent(run: Outcome, silo: str) -> list[dict[str, int]]:
     return [record for record in run.records if record["kind"] == "sync" and record["silo"] == silo]
 
 
+@pytest.mark.soak
 def test_mixing_1_is_never_syncing(tmp_path: Path, tiny_config: TinyConfig) -> None:
     alone = federate(tiny_config(tmp_path / "alone", silos={"beta": None}, exchange={"kind": "none"}))
     outer = {"num_fragments": 2, "overlap_steps": 1, "mixing": 1.0}

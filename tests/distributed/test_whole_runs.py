@@ -184,7 +184,9 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["gpt2", pytest.param("gpt_neox", marks=pytest.mark.soak), "qwen3"])
+@pytest.mark.parametrize(
+    "kind", ["gpt2", *(pytest.param(kind, marks=pytest.mark.soak) for kind in ("gpt_neox", "qwen3"))]
+)
 def test_other_kinds_of_model_take_part(tmp_path: Path, tiny_config: TinyConfig, kind: str) -> None:
     settings = tiny_config(
         tmp_path,

@@ -30,6 +30,7 @@ def tokens_read(run: Outcome, silo: str) -> list[int]:
     return [*(begin for begin, _ in parts), parts[-1][1]]
 
 
+@pytest.mark.soak
 def test_after_a_rollback_without_checkpoints_as_old(tmp_path: Path, tiny_config: TinyConfig) -> None:
     config = tiny_config(
         tmp_path,
@@ -112,6 +113,7 @@ def test_one_whose_checkpoint_is_older_than_its_part_and_one_that_has_none(
     assert_evaluated_last(run)
 
 
+@pytest.mark.soak
 def test_one_of_a_collective_goes_on_from_its_own_ledger(tmp_path: Path, tiny_config: TinyConfig) -> None:
     config = tiny_config(tmp_path, exchange={"kind": "collective", "url": f"tcp://127.0.0.1:{free_port()}"})
     first = federate(config)

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from launch.show.status_reader import store_status
 from pretrain.config.load import load_run
 from tests.conftest import TinyConfig
@@ -14,6 +16,7 @@ STORE: Years = {"aggregator": (2126, 1926), "alpha": (1926,), "beta": (2126,)}
 COLLECTIVE: Years = {"alpha": (2126, 1926), "beta": (2026,)}
 
 
+@pytest.mark.soak
 def test_clocks_of_another_century_change_no_bit(tmp_path: Path, tiny_config: TinyConfig) -> None:
     """Signed, and in the collective over TLS: each silo has another clock in one than in the other."""
 

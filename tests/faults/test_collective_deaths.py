@@ -86,7 +86,10 @@ def wait_for_words(path: Path, words: str) -> None:
     wait_for(lambda: words in content(), seconds=120, poll_seconds=0.02, tells=lambda: f"{path}: {content()[-3000:]}")
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["dead", "hung"])
+HOW = [pytest.param(signal.SIGKILL, id="dead"), pytest.param(signal.SIGSTOP, id="hung", marks=pytest.mark.soak)]
+
+
+@pytest.mark.parametrize("how", HOW)
 def test_the_others_stop_in_time_with_a_name_and_a_checkpoint(
     undisturbed: Outcome, tmp_path: Path, tiny_config: TinyConfig, how: signal.Signals
 ) -> None:
@@ -110,7 +113,10 @@ def test_the_others_stop_in_time_with_a_name_and_a_checkpoint(
     check_same(federate(config), undisturbed)
 
 
-@pytest.mark.parametrize("exchange", [{}, collective()], ids=["store", "collective"])
+WAITS = [pytest.param({}, id="store", marks=pytest.mark.soak), pytest.param(collective(), id="collective")]
+
+
+@pytest.mark.parametrize("exchange", WAITS)
 def test_a_silo_that_waits_for_the_others_stops_when_asked(
     tmp_path: Path, tiny_config: TinyConfig, exchange: dict[str, Any]
 ) -> None:

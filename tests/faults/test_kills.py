@@ -96,8 +96,9 @@ STREAMING_DEATHS: dict[str, Faults] = {
 }
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("where", ["in flight", pytest.param("anywhere", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("where", STREAMING_DEATHS)
 def test_streaming_with_a_fragment_in_flight_resumes_exactly(
     tmp_path: Path, tiny_config: TinyConfig, where: str
 ) -> None:

@@ -41,6 +41,7 @@ def log_of(run: Outcome, name: str) -> str:
     return (Path(run.config.directory) / "logs" / "latest" / f"{name}.log").read_text()
 
 
+@pytest.mark.soak
 def test_the_honest_ones_learn_as_without_the_liar(
     tmp_path: Path, tiny_config: TinyConfig, tiny_text: TinyText
 ) -> None:

@@ -413,6 +413,7 @@ def test_settings_that_cannot_be_are_said(tokenizer: Path, tmp_path: Path) -> No
     assert one_line_error(prepare, all_dropped, output) == "corpus: no document to train on is left of 3 that were read"
 
 
+@pytest.mark.soak
 def test_a_full_disk_is_said_and_the_work_goes_on_after_room_is_made(tokenizer: Path, tmp_path: Path) -> None:
     source = write_jsonl(
         tmp_path / "text.jsonl", [f"{i} {text}" for i in range(20) for text in pseudo_text("disk", 70_000)]

@@ -252,7 +252,12 @@ def assert_committed_versions_are_whole(found: Files, whole: Files) -> None:
     assert versions == set(range(len(versions))), "a chain without gaps"
 
 
-def test_interrupted_anywhere_it_comes_to_the_same_store(run: RunConfig, store: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.soak)])
+def test_interrupted_anywhere_it_comes_to_the_same_store(
+    run: RunConfig, store: Path, tmp_path: Path, stride: int
+) -> None:
+    """At every use of an object, or at every seventh."""
+
     def action(exchange: StoreExchange) -> None:
         roll_back(exchange, run.outer.num_fragments, to=2, reason="why")
 
@@ -281,8 +286,8 @@ def test_interrupted_anywhere_it_comes_to_the_same_store(run: RunConfig, store: 
         shutil.rmtree(copy)
         if not was_interrupted:
             break
-        num_uses += 1
-    assert num_begun > 60
+        num_uses += stride
+    assert num_begun * stride > 60
 
 
 def test_the_same_command_again_completes_it(run: RunConfig, store: Path, capsys: Any) -> None:

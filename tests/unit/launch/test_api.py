@@ -50,6 +50,7 @@ def test_the_example_of_the_docs(run: RunConfig) -> None:
     assert found["text"].startswith("The court")
 
 
+@pytest.mark.soak
 def test_the_notebook_in_a_jupyter_kernel(run: RunConfig) -> None:
     notebook = nbformat.read(ROOT / "docs/notebook.ipynb", as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
