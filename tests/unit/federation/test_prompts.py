@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from launch.model import evaluate
+from launch.evaluate import evaluate
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import save_config
 from pretrain.exchange.store import StoreExchange
@@ -20,15 +20,16 @@ from pretrain.federation.contract import Agreed, describe
 from pretrain.federation.evaluation import open_subject
 from pretrain.federation.export import (
     describe_export,
-    evaluate_model,
     export_global_model,
     exported_digest,
     load_global_model,
 )
 from pretrain.federation.generate import Sampling, open_speaker
+from pretrain.federation.held_out import evaluate_model
 from pretrain.federation.join import find_federation, joined_config, measure_size
 from pretrain.federation.revoke import REVOCATION, Revoker, losses, write_revoked
 from pretrain.silo.data import PackedTokens
+from pretrain.silo.shards import tokenizer_sha256
 from tests.adapters import prompt_model, save_base
 from tests.conftest import TinyConfig
 from tests.support import TinyText, one_line_error, tiny_settings, tiny_silo
@@ -121,26 +122,26 @@ def test_a_run_speaks_and_is_evaluated_behind_its_prompt(
     evaluate(run.directory, data=[str(split)], num_sequences=2)
     assert " 2 of " in capsys.readouterr().out
     subject = open_subject(run.directory)
-    found = evaluate_model(
-        subject.load, {"alpha": split}, subject.provenance, subject.tokenizer_sha256, num_sequences=1
-    )
+    tokenizer_hash = tokenizer_sha256(subject.tokenizer_file)
+    found = evaluate_model(subject.load, {"alpha": split}, subject.provenance, tokenizer_hash, num_sequences=1)
     assert found["alpha"].num_sequences == 1
     first = torch.from_numpy(PackedTokens([split], sequence_tokens=13).sequence(0))
     behind = logits(model, torch.cat([PROMPT[:1], first[None, :-1]], 1))[0, 3:]
     expected = torch.nn.functional.cross_entropy(behind, first[1:]).item()
     assert found["alpha"].loss == pytest.approx(expected, rel=1e-5)
-    options = subject.load, {"alpha": split}, subject.provenance, subject.tokenizer_sha256
+    options = subject.load, {"alpha": split}, subject.provenance, tokenizer_hash
     assert one_line_error(evaluate_model, *options, sequence_tokens=4) == (
         "--sequence-tokens: 4 given; allowed: 5 or more"
     )
 
     export_global_model(run, tmp_path / "alone", form="adapter")
-    for opened in (open_speaker, open_subject):
-        said = one_line_error(opened, str(tmp_path / "alone"))
-        assert said.endswith(
-            "given, which is an adapter without its base; allowed: the run directory or the store that it is from, or "
-            "a whole model"
-        )
+    assert one_line_error(open_speaker, str(tmp_path / "alone")).endswith(
+        "given, which is an adapter without its base; allowed: the run directory or the store that it is from, or a "
+        "whole model"
+    )
+    beside = open_subject(str(tmp_path / "alone"), base=base)
+    options = beside.load, {"alpha": split}, beside.provenance, tokenizer_hash
+    assert evaluate_model(*options, num_sequences=1) == found
 
 
 def test_without_a_member_it_is_a_prompt_too(tmp_path: Path, run: RunConfig, tiny_text: TinyText) -> None:
