@@ -17,7 +17,8 @@ from tests.conftest import TinyConfig
 from tests.distributed.federation import assert_same_bits, federate
 from tests.faults.scripted import Faults, federate_with
 from tests.faults.test_kills import check_same
-from tests.support import TWO_RANKS, VOCAB_SIZE, TinyText, torchrun, zero
+from tests.support import CORPORA, TWO_RANKS, VOCAB_SIZE, TinyText, free_port, tiny_silo, torchrun, zero
+from tests.unit.summing import SECURE, TIERS
 
 WORKER = Path(__file__).parent / "prompt_worker.py"
 NAME = "model.embed_tokens.prompt.weight"
@@ -83,6 +84,7 @@ def talking(tmp_path_factory: pytest.TempPathFactory, tiny_text: TinyText) -> di
     }
 
 
+AVERAGING = {"optimizer": "sgd", "lr": 1.0}
 STREAMING = {"overlap_steps": 1, "mixing": 0.25, "codec": "int4", "downlink_codec": "int8", "second_moments": "shared"}
 DEATHS: Faults = {
     "alpha": [("step", 5), ("after_manifest", 2)],
@@ -118,8 +120,27 @@ def test_one_silo_with_outer_sgd_is_plain_training_on_text(
 ) -> None:
     settings = {"model": prompt_model(save_base(tmp_path / "base", tiny_text)), "silos": {"beta": None}}
     alone = federate(tiny_config(tmp_path / "alone", **settings, exchange={"kind": "none"}))
-    run = federate(tiny_config(tmp_path / "federated", **settings, outer={"optimizer": "sgd", "lr": 1.0}))
+    run = federate(tiny_config(tmp_path / "federated", **settings, outer=AVERAGING))
     assert_same_bits(run.parameters(3), alone.alone("alpha"))
     assert run.by_step("alpha", "loss") == alone.by_step("alpha", "loss")
     assert run.by_step("alpha", "trained_tokens")[12] == 12 * 4 * (16 - 3)
     assert {one.tokens for one in run.commit(1).contributors} == {4 * 4 * (16 - 3)}
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_in_a_secure_sum_and_among_silos_it_is_merged_as_in_the_store(
+    tmp_path: Path, tiny_config: TinyConfig, tiny_text: TinyText
+) -> None:
+    settings: dict[str, Any] = {
+        "model": prompt_model(save_base(tmp_path / "base", tiny_text)),
+        "silos": {name: tiny_silo(tiny_text, name) for name in CORPORA},
+        "inner": {"num_steps": 8},
+    }
+    plain = federate(tiny_config(tmp_path / "plain", **settings, outer=AVERAGING, exchange={"keep_versions": 100}))
+    trust, exchange = {"metrics": TIERS}, {"kind": "collective", "url": f"tcp://127.0.0.1:{free_port()}"}
+    among = federate(tiny_config(tmp_path / "among", **settings, outer=AVERAGING, exchange=exchange))
+    assert_same_bits(among.parameters(2), plain.parameters(2))
+    summed = federate(tiny_config(tmp_path / "sum", **settings, outer=SECURE | AVERAGING, trust=trust))
+    way = plain.parameters(2)[NAME] - plain.parameters(0)[NAME]
+    assert (summed.parameters(2)[NAME] - plain.parameters(2)[NAME]).norm() < 1e-2 * way.norm()
