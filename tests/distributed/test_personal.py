@@ -1,7 +1,9 @@
 """A silo's own adapter: trained beside the shared one to the bits of peft, kept through kills, and only at home."""
 
 import json
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from launch.model import export as export_command
+from pretrain.config.keys import RunConfig
 from pretrain.federation.export import export_global_model
 from pretrain.federation.personal import export_personal_model
 from pretrain.silo.data import PackedTokens
@@ -22,7 +25,9 @@ from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, assert_same_bits, federate
 from tests.faults.scripted import Faults, federate_with
 from tests.faults.test_kills import check_same
-from tests.support import TWO_RANKS, TinyText, one_line_error, torchrun, zero
+from tests.support import CORPORA, TWO_RANKS, TinyText, one_line_error, tiny_silo, torchrun, zero
+from tests.unit.federation.test_verify import verified
+from tests.unit.summing import SECURE, TIERS
 
 WORKER = Path(__file__).parent / "personal_worker.py"
 OWN = {"rank": 3, "alpha": 6.0, "targets": ["q_proj", "down_proj"]}
@@ -166,6 +171,34 @@ def test_an_export_that_cannot_be_is_one_line(run: Outcome, tmp_path: Path) -> N
     assert not out.exists()
 
 
+def test_a_checkpoint_that_is_not_as_it_should_be_is_one_line(run: Outcome, tmp_path: Path) -> None:
+    copied = replace(run.config, exchange=replace(run.config.exchange, url=run.config.store_url))
+    copied.directory = str(shutil.copytree(run.config.directory, tmp_path / "copy"))
+
+    def said(config: RunConfig, **own: Any) -> str:
+        alpha = config.silos["alpha"]
+        alpha = replace(alpha, personal_adapter=replace(alpha.personal_adapter, **own))
+        config = replace(config, silos=config.silos | {"alpha": alpha})
+        return one_line_error(export_personal_model, config, tmp_path / "out", form="adapter")
+
+    assert said(copied, rank=0) == (
+        "--personal: given; no silo of this run directory has a personal_adapter; allowed: without it"
+    )
+    assert said(copied, rank=2).endswith(
+        "step-00000012: it was written with personal_adapter of rank 3, alpha 6, beside q_proj, down_proj, and this is "
+        "of rank 2, alpha 6, beside q_proj, down_proj; allowed: the same"
+    )
+    newest = complete_checkpoints(copied.silo_directory("alpha") / "checkpoints")[-1]
+    older = newest.with_name("step-00000008") / "global.safetensors"
+    shutil.copy(older, newest / older.name)
+    assert said(copied).endswith(
+        "step-00000012: its shared adapter is not that of version 3; delete it, and an older one counts"
+    )
+    copied.directory = str(tmp_path / "nothing")
+    assert said(copied).startswith("--personal: given; there is no checkpoint in ")
+    assert not (tmp_path / "out").exists()
+
+
 IN_FLIGHT = {"num_fragments": 2, "overlap_steps": 1, "mixing": 0.25, "codec": "int4", "downlink_codec": "int4"}
 DEATHS: Faults = {
     "alpha": [("step", 2), ("after_manifest", 2), ("step", 7, 1), ("saving", 9, 1), ("adopting", 5)],
@@ -174,7 +207,7 @@ DEATHS: Faults = {
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("merge", ["factors", "alternate"])
 def test_kills_change_nothing(tmp_path: Path, tiny_config: TinyConfig, base: Path, merge: str) -> None:
     settings = {
@@ -192,3 +225,16 @@ def test_kills_change_nothing(tmp_path: Path, tiny_config: TinyConfig, base: Pat
         for one in (killed, undisturbed)
     ]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_beside_a_secure_sum(tmp_path: Path, tiny_config: TinyConfig, tiny_text: TinyText, base: Path) -> None:
+    silos = {name: tiny_silo(tiny_text, name) for name in CORPORA}
+    silos["alpha"] |= {"personal_adapter": OWN}
+    settings = {"silos": silos, "model": adapter_model(base), "exchange": {"keep_versions": 100}}
+    run = federate(tiny_config(tmp_path / "sum", **settings, outer=SECURE, trust={"metrics": TIERS}))
+    assert not verified(run.config, tmp_path / "scratch").findings
+    assert not [name for name in run.parameters(3) if "personal" in name]
+    (last,) = [one for one in run.records if one["kind"] == "eval" and one["round"] == 3 and "personal_loss" in one]
+    assert last["personal_loss"] != last["val_loss"]
