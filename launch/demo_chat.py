@@ -1,6 +1,5 @@
 """`atoll demo --chat`: three institutions teach a small base to answer, from conversations made on the spot."""
 
-import dataclasses
 import importlib.util
 import json
 import os
@@ -11,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from launch.compare.compare import central_config, isolated_config
+from launch.compare.compare import CompareConfig, ModelSpec, Planned, compare, plan_runs
 from launch.demo import ON_CPUS, check_overrides
 from launch.show.report import write_report
 from launch.start.local import launch_local
 from pretrain.config.errors import ConfigError
 from pretrain.config.keys import RunConfig
-from pretrain.config.load import load_config
+from pretrain.config.load import load_config, save_config
 
 if TYPE_CHECKING:
     from pretrain.federation.held_out import SplitLoss
@@ -60,29 +59,37 @@ def run_demo_chat(directory: Path, *, overrides: list[str], dry_run: bool = Fals
     institutions = {name: place for name, place in packed.items() if name not in (*TEXTS, "reference")}
     config = adapters_config(directory, institutions, tokenizer, base, overrides)
     say(3, f"{len(institutions)} institutions train one adapter together, {config.num_rounds} rounds")
-    if code := launch_local(config):
+    if code := launched(config):
         return code
-    others = {"central": central_config(config)}
-    others = {f"{name} alone": isolated_config(config, name) for name in institutions} | others
-    say(4, "for comparison: each institution alone, and all conversations in one place")
-    runs = {"federated": config}
-    for label, other in others.items():
-        name = label.replace(" ", "-")
-        silos = {one: dataclasses.replace(silo, num_threads=2) for one, silo in other.silos.items()}  # none beside it
-        own = f"{config.directory}/compare/{name}"
-        runs[label] = dataclasses.replace(other, directory=own, name=name, silos=silos)
-        if code := launch_local(runs[label]):
-            return code
+    say(4, "for comparison: all conversations in one place, and each institution alone, two runs at a time")
+    spec = comparison(config)
+    if code := compare(spec, jobs=2, console=console):
+        return code
+    others = {f"{one.silo} alone" if one.silo else one.model: one.config for one in plan_runs(spec)}
     say(5, "what came of it\n")
     model = export_merged(config)
-    report = write_report(directory, comparisons={label: Path(runs[label].directory) for label in others})
-    show_table(console, evaluated(base, runs, institutions))
+    report = write_report(directory, comparisons={label: Path(other.directory) for label, other in others.items()})
+    show_table(console, evaluated(base, {"federated": config} | others, institutions))
     show_conversation(console, {"before": base, "after": model})
     lines = [f"report   {report}", f"model    {model}", f"next     atoll chat {model}"]
     lines += [f"         atoll eval {model} --chat --data {institutions['docs'] / 'valid'}"]
     lines += ["         docs/finetuning.md, with conversations of your own"]
     console.print("\n" + "\n".join(lines), soft_wrap=True, markup=False, highlight=False)
     return 0
+
+
+def comparison(config: RunConfig) -> CompareConfig:
+    """One central model, and each silo alone, at the same steps."""
+    place = Path(config.directory) / "compare"
+    save_config(config, place / "run.yaml")
+    models = {"central": ModelSpec(kind="central"), "alone": ModelSpec(kind="isolated")}
+    return CompareConfig(directory=str(place), run=[str(place / "run.yaml")], models=models)
+
+
+def launched(config: RunConfig) -> int:
+    """The exit code of a run on this machine; one that has finished is left as it is."""
+    planned = Planned(model=config.name, kind="federated", seed=0, silo="", config=config)
+    return 0 if planned.is_finished else launch_local(config)
 
 
 def prepare_conversations(directory: Path) -> tuple[dict[str, Path], Path]:

@@ -88,10 +88,8 @@ def evaluate(
     options = {"sequence_tokens": sequence_tokens, "document_masking": document_masking, "num_sequences": num_sequences}
     options |= {"batch_sequences": batch_sequences}
     with tempfile.TemporaryDirectory() as scratch:
-        chosen = _Chosen(splits=splits, template=subject.template)
-        if chat:
-            form = _Form(subject, chat_template, chat_date, sequence_tokens, Path(scratch))
-            chosen = form.conversations(splits, is_given=bool(data))
+        form = _Form(subject, chat_template, chat_date, sequence_tokens, Path(scratch))
+        chosen = form.conversations(splits, is_given=bool(data)) if chat else _packed(splits, subject.template)
         found = _print_losses(subject, chosen, options)
     if publisher:
         print(f"published: {publisher.publish(found)}")
@@ -130,6 +128,15 @@ class _Chosen:
     """sha256 of the template that conversations have to be of; None: of any."""
     of_files: dict[str, list[str]] = field(default_factory=dict)
     """A file to the names of its kinds of conversations among `splits`, which are evaluated to their end."""
+
+
+def _packed(splits: dict[str, Path], template: str | None) -> _Chosen:
+    """The splits as they are. Raises ConfigError for a file."""
+    for place in splits.values():
+        if place.is_file():
+            allowed = "a packed split (atoll data prepare), or with --chat a file of conversations"
+            raise ConfigError(f"--data: {str(place)!r} given, which is a file; allowed: {allowed}")
+    return _Chosen(splits=splits, template=template)
 
 
 class _Form:

@@ -161,6 +161,7 @@ def test_another_template_than_the_models_is_refused(
         f"--data: {text!r} given, which is text; allowed with --chat: conversations"
     )
     assert one_line_error(evaluate, str(model), data=[split], chat_date="2026-01-02").startswith("--chat-date: given ")
+    assert one_line_error(evaluate, str(model), data=[str(file)]).endswith("or with --chat a file of conversations")
 
     base = Path(shutil.copytree(model, tmp_path / "base"))
     (base / "chat_template.jinja").unlink()

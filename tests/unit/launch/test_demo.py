@@ -6,12 +6,11 @@ import pytest
 from typer.testing import CliRunner
 
 from launch import cli
-from launch.compare.compare import central_config, isolated_config
+from launch.compare.compare import plan_runs
 from launch.demo import run_demo
-from launch.demo_chat import adapters_config, run_demo_chat
-from pretrain.config.check import check_config
+from launch.demo_chat import adapters_config, comparison, run_demo_chat
 from pretrain.config.errors import ConfigError
-from tests.support import TinyText, one_line_error
+from tests.support import CORPORA, TinyText, one_line_error
 
 
 def test_another_place_is_refused_before_anything_is_prepared(tmp_path: Path) -> None:
@@ -34,9 +33,12 @@ def test_options_of_the_other_demo_are_refused(tmp_path: Path, monkeypatch: pyte
     assert not any(tmp_path.iterdir())
 
 
-def test_an_adapter_of_two_turns_is_trained_alone_at_once(tmp_path: Path, tiny_text: TinyText) -> None:
+def test_what_is_compared_trains_both_factors_at_once(tmp_path: Path, tiny_text: TinyText) -> None:
     config = adapters_config(tmp_path, tiny_text.packed, tiny_text.tokenizer, tmp_path / "base", [])
     assert config.model.adapter.takes_turns
-    for other in (isolated_config(config, "alpha"), central_config(config)):
-        check_config(other)
-        assert not other.model.adapter.takes_turns
+    runs = plan_runs(comparison(config))
+    assert [(one.model, one.silo) for one in runs] == [("central", ""), *(("alone", name) for name in CORPORA)]
+    for one in runs:
+        assert not one.config.model.adapter.takes_turns
+        assert one.config.model.checkpoint == str(tmp_path / "base")
+        assert one.config.inner.num_steps == config.inner.num_steps
