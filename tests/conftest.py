@@ -6,6 +6,7 @@
 makes a one-silo run in tmp_path/run; the YAML that was loaded is tmp_path/tiny.yaml. See support.py for the values.
 """
 
+import gc
 import signal
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,6 +33,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return nodeid.partition("::")[0] if nodeid.startswith(("tests/unit/", "tests/fuzz/")) else "processes"
 
     return ProcessesTogether(config, log)
+
+
+def pytest_collection_finish() -> None:
+    """What is there to stay, a million objects, is not looked through again and again for what can go."""
+    gc.collect()
+    gc.freeze()
 
 
 class TinyConfig(Protocol):

@@ -49,7 +49,7 @@ def test_fragments_split_the_bytes_and_not_more(tmp_path: Path, tiny_config: Tin
     ]
 
 
-# The one that has least in common with the others, which all take the same way; int4 is in test_kills.py, too.
+# The one that has least in common with the others, which all take the same way; int4 is in test_collective.py, too.
 FIRST = "topk"
 
 

@@ -18,9 +18,10 @@ OF_A_MACHINE = (
 ALPHA = TWO_RANKS | zero(2) | {"attention": "documents", "activation_checkpointing": "selective"}
 BETA = {"precision": "bf16", "attention": "eager", "fused_adamw": False, "loss_chunk_tokens": 16}
 COMPILED = {"compile": True, "attention": "sdpa", "activation_checkpointing": "layers"}
-KINDS = [zero(3), pytest.param(zero(1) | COMPILED, marks=[pytest.mark.soak, pytest.mark.timeout(500)])]
+KINDS = [zero(3), pytest.param(zero(1) | COMPILED, marks=pytest.mark.timeout(500))]
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("changes", KINDS, ids=["eager", "compiled"])
 def test_silos_that_compute_in_different_ways_agree(
     tmp_path: Path, tiny_config: TinyConfig, changes: dict[str, Any]

@@ -23,7 +23,7 @@ def make_config(
     return tiny_config(
         directory,
         inner={"optimizer": "muon"},
-        outer={"optimizer": "nesterov", "downlink_codec": "bf16", "second_moments": "shared", "merge": "importance"}
+        outer={"optimizer": "nesterov", "downlink_codec": "e3m0", "second_moments": "shared", "merge": "importance"}
         | {"control_variates": 0.5}
         | outer,
         silo={"checkpoint_interval_steps": 3},

@@ -97,6 +97,12 @@ def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(), filename=str(path))
 
 
+@cache
+def arrows_at_once() -> dict[str, set[str]]:
+    """Every module to what it imports when it is imported."""
+    return {module_name(path): set(imports(at_once(parsed(path)))) for path in PRODUCT}
+
+
 def reached(module: str, arrows: Mapping[str, set[str]]) -> set[str]:
     """All that a module leads to."""
     found: set[str] = set()
@@ -135,7 +141,7 @@ def test_no_import_goes_in_a_circle() -> None:
     "module", sorted(name for name in MODULES if any(is_below(name, room) for room in WITHOUT_TORCH))
 )
 def test_what_a_login_node_runs_imports_no_torch(module: str) -> None:
-    arrows = {module_name(path): set(imports(at_once(parsed(path)))) for path in PRODUCT}
+    arrows = arrows_at_once()
     found = arrows[module] if module in COUNT_A_MODEL else reached(module, arrows)
     heavy = {name for name in found if name.split(".")[0] in HEAVY}
     assert not heavy

@@ -94,6 +94,7 @@ def attacked(tmp_path_factory: pytest.TempPathFactory, tiny_config: TinyConfig) 
     return Attacked(config, "alpha", "beta")
 
 
+@pytest.mark.soak
 def test_the_rows_that_moved_are_the_tokens_of_the_round(attacked: Attacked) -> None:
     for version in (1, 2, 3):
         view = attacked.views(version)["aggregator, member"]
@@ -135,6 +136,7 @@ def test_of_a_secure_sum_the_aggregator_has_the_mean_of_all(
         found.operator.delivery("alpha", 2)
 
 
+@pytest.mark.soak
 def test_tables_of_a_real_run(attacked: Attacked, tiny_text: TinyText) -> None:
     packed = tiny_text.packed | {f"alpha-{HELD_OUT}": tiny_text.packed["gamma"]}
     canaries = {"alpha": make_canaries(1)}
@@ -154,6 +156,7 @@ def test_tables_of_a_real_run(attacked: Attacked, tiny_text: TinyText) -> None:
     assert 2 + len(token_cells(words[SEALED])) == TOKENS_HEAD.count("|") - 1
 
 
+@pytest.mark.soak
 def test_canaries_that_no_run_was_trained_on_prove_nothing(attacked: Attacked) -> None:
     (own,) = attacked.mixture("alpha").corpora
     found = attack_designed(attacked, design(own, own, 20, seed=0), attacked.model(attacked.own(1).base))

@@ -402,7 +402,7 @@ def pieces_of_secret(tokenizer: Tokenizer) -> set[str]:
 @pytest.mark.parametrize(
     ("epsilon", "num_documents"),
     # With noise, a string of min_documents documents is hidden by the threshold, too.
-    [(None, 1), (None, 2), (1.0, 1), (1.0, 3)],
+    [(None, 1), (None, 2), pytest.param(1.0, 1, marks=pytest.mark.soak), (1.0, 3)],
 )
 def test_a_secret_of_one_silo_does_not_leave(tmp_path: Path, epsilon: float | None, num_documents: int) -> None:
     silos = {name: made_texts(500, seed=seed) for seed, name in enumerate(("law", "medicine"))}

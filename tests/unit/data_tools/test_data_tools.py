@@ -63,6 +63,7 @@ def test_tokenizer_errors(tokenizer: Path, tmp_path: Path) -> None:
 # --- the Python corpora ---
 
 
+@pytest.mark.soak
 def test_python_corpora_are_deterministic_disjoint_and_of_three_kinds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

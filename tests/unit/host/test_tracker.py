@@ -83,7 +83,7 @@ def server(kind: str) -> Iterator[str]:
     ("kind", "key", "said"),
     [
         ("none", "", "no login was found (wandb login, or WANDB_API_KEY)"),
-        ("none", "0" * 40, ""),
+        pytest.param("none", "0" * 40, "", marks=pytest.mark.soak),
         ("silent", "0" * 40, ""),
         ("answers", "0" * 40, None),
     ],

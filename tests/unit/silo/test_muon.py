@@ -34,7 +34,10 @@ def test_factors_are_torch_s_and_orthogonal() -> None:
         assert (singular < 1.3).all()
 
 
-@pytest.mark.parametrize("shape", [(7, 5), (16, 48), (48, 16), (64, 64), (130, 70), (300, 300)])
+LARGEST = pytest.param((300, 300), marks=pytest.mark.soak)
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (16, 48), (48, 16), (64, 64), (130, 70), LARGEST])
 def test_no_bit_depends_on_how_many_there_are_at_once(shape: tuple[int, int]) -> None:
     given = matrices(*[shape] * 5)
     together, alone = orthogonalized(given), [orthogonalized([one])[0] for one in given]

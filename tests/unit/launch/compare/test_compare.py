@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from launch.cli import app
 from launch.compare.compare import CompareConfig, Planned, compare, load_comparison, plan_runs
 from launch.compare.pace import Followed, Pace
-from launch.compare.table import Interval, read_results, t_quantile, write_results
+from launch.compare.table import Interval, Table, read_results, t_quantile, write_results
 from launch.show import figures
 from launch.show.display import format_seconds
 from pretrain.config.load import save_config
@@ -34,7 +34,12 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def comparison(tmp_path: Path, tiny_text: TinyText) -> Path:
-    """A comparison's YAML file: two silos, of which the second has three times the batch."""
+    """A comparison's YAML file."""
+    return make_comparison(tmp_path, tiny_text)
+
+
+def make_comparison(tmp_path: Path, tiny_text: TinyText) -> Path:
+    """Two silos, of which the second has three times the batch."""
     run = tiny_settings(tmp_path, tiny_text)
     larger = tiny_silo(tiny_text, "beta") | {"global_batch_sequences": 12, "micro_batch_sequences": 12}
     run["silos"] = {"alpha": tiny_silo(tiny_text, "alpha"), "beta": larger}
@@ -130,9 +135,22 @@ def write_all(spec: CompareConfig) -> None:
         finish(planned, {c: base * (2 if planned.silo not in ("", c) else 1) for c in ("alpha", "beta")}, worst=2.0)
 
 
-def test_the_table(comparison: Path) -> None:
-    spec = load_comparison([comparison], ["choice=best"])
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_text: TinyText) -> CompareConfig:
+    """One whose runs are all there: nothing but its results may be written into it."""
+    spec = load_comparison([make_comparison(tmp_path_factory.mktemp("finished"), tiny_text)])
     write_all(spec)
+    return spec
+
+
+@pytest.fixture(scope="module")
+def tables(finished: CompareConfig) -> list[Table]:
+    """Its results, of the last evaluations; they are written, too."""
+    return write_results(finished)
+
+
+def test_the_table(finished: CompareConfig) -> None:
+    spec = dataclasses.replace(finished, choice="best")
     table = "\n".join(map(str, write_results(spec)))
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if "|" in line]
     rows = {name: cells for name, *cells in lines}
@@ -152,10 +170,7 @@ def test_the_table(comparison: Path) -> None:
 
 
 @pytest.mark.parametrize("width", [80, 200])
-def test_tables_fit_the_terminal_and_lose_nothing(comparison: Path, width: int) -> None:
-    spec = load_comparison([comparison])
-    write_all(spec)
-    tables = write_results(spec)
+def test_tables_fit_the_terminal_and_lose_nothing(tables: list[Table], width: int) -> None:
     console = Console(record=True, width=width, file=open(os.devnull, "w"))  # noqa: SIM115
     for table in tables:
         table.show(console)
@@ -213,11 +228,9 @@ def test_no_two_models_look_alike_in_the_plots() -> None:
     assert len(set(styles)) == len(set(looks)) == len(names)
 
 
-def test_results_have_bytes_and_seconds_of_every_silo(comparison: Path) -> None:
-    spec = load_comparison([comparison])
-    write_all(spec)
-    write_results(spec)
-    results = json.loads((Path(spec.directory) / "results.json").read_text())
+def test_results_have_bytes_and_seconds_of_every_silo(finished: CompareConfig) -> None:
+    write_results(finished)
+    results = json.loads((Path(finished.directory) / "results.json").read_text())
     for model in ("averaged", "isolated"):  # of one run, and of one run a silo
         assert results[model]["3"]["sent_bytes_by_silo"] == {"alpha": 5_000_000, "beta": 5_000_000}
         assert results[model]["3"]["received_bytes_by_silo"] == {"alpha": 3_000_000, "beta": 3_000_000}
@@ -229,10 +242,8 @@ def test_results_have_bytes_and_seconds_of_every_silo(comparison: Path) -> None:
     assert results["personal"]["3"]["seconds"]["training"] == 2 * 60.0
 
 
-def test_the_last_evaluation_counts_unless_the_best_is_asked_for(comparison: Path) -> None:
-    spec = load_comparison([comparison])
-    write_all(spec)
-    last, best = read_results(spec), read_results(dataclasses.replace(spec, choice="best"))
+def test_the_last_evaluation_counts_unless_the_best_is_asked_for(finished: CompareConfig) -> None:
+    last, best = read_results(finished), read_results(dataclasses.replace(finished, choice="best"))
     assert last["central"][3].all_text - best["central"][3].all_text == pytest.approx(0.5)
     assert last["central"][3].curve[0][1] - last["central"][3].curve[1][1] == pytest.approx(2.0)
 
@@ -296,10 +307,8 @@ def test_the_documented_comparison(tmp_path: Path) -> None:
     assert len(load_comparison([file]).models) == 5
 
 
-def test_nothing_is_left_to_do(comparison: Path) -> None:
-    spec = load_comparison([comparison])
-    write_all(spec)
-    assert compare(spec) == 0  # starts nothing: it would fail without the metrics of real runs
+def test_nothing_is_left_to_do(finished: CompareConfig) -> None:
+    assert compare(finished) == 0  # starts nothing: it would fail without the metrics of real runs
 
 
 def test_intervals() -> None:
@@ -376,13 +385,13 @@ USES: dict[str, Callable[[CompareConfig], object]] = {"run": compare, "show": pl
 
 
 @pytest.mark.parametrize("use", USES.values(), ids=USES)
-def test_runs_with_other_settings_stay_what_they_are(comparison: Path, use: Callable[[CompareConfig], object]) -> None:
-    spec = load_comparison([comparison])
-    write_all(spec)
-    before = {path: path.read_bytes() for path in Path(spec.directory).rglob("*") if path.is_file()}
-    message = one_line_error(use, dataclasses.replace(spec, settings=["inner.lr=0.1"]))
+def test_runs_with_other_settings_stay_what_they_are(
+    finished: CompareConfig, use: Callable[[CompareConfig], object]
+) -> None:
+    before = {path: path.read_bytes() for path in Path(finished.directory).rglob("*") if path.is_file()}
+    message = one_line_error(use, dataclasses.replace(finished, settings=["inner.lr=0.1"]))
     assert message.endswith("holds a run with another inner.lr; delete it, or name another directory")
-    assert {path: path.read_bytes() for path in Path(spec.directory).rglob("*") if path.is_file()} == before
+    assert {path: path.read_bytes() for path in Path(finished.directory).rglob("*") if path.is_file()} == before
 
 
 def test_what_a_run_has_no_more_is_another_setting_too(comparison: Path) -> None:
