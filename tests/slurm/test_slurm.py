@@ -250,10 +250,16 @@ def test_what_sbatch_would_not_take_is_one_line_and_nothing_is_submitted(
 CONFIGS = Path("configs").absolute()
 # A job does not depend on the model's size.
 OVERLAYS = [None, *sorted(path for path in CONFIGS.glob("*/*.yaml") if path.parent.name not in ("site", "model"))]
+SITES = sorted((CONFIGS / "site").glob("*.yaml"))
+# By default every site with the run alone, and one of them with every overlay.
+PAIRS = [
+    pytest.param(overlay, site, marks=[pytest.mark.soak] if overlay and site != SITES[0] else [])
+    for site in SITES
+    for overlay in OVERLAYS
+]
 
 
-@pytest.mark.parametrize("site", sorted((CONFIGS / "site").glob("*.yaml")), ids=lambda path: path.stem)
-@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path and path.stem)
+@pytest.mark.parametrize(("overlay", "site"), PAIRS, ids=lambda path: path and path.stem)
 def test_every_shipped_configuration_makes_jobs_that_sbatch_takes(
     slurm: Cluster,
     tmp_path: Path,

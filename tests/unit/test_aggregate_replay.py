@@ -88,7 +88,10 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+LONGER = {"three fragments, fp32", "clip, bf16", "sgd, krum, int8 down"}
+
+
+@pytest.mark.parametrize("way", [pytest.param(w, marks=[pytest.mark.soak] if w in LONGER else []) for w in WAYS])
 def test_an_aggregator_that_starts_again_at_every_version_comes_to_the_same_bytes(
     way: str, tmp_path: Path, tiny_config: TinyConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -133,7 +133,7 @@ def test_who_gives_what_was_not_signed_is_named(config: RunConfig) -> None:
         found["beta"].result()
 
 
-@pytest.mark.parametrize("codec", ["int4", "topk"])
+@pytest.mark.parametrize("codec", [pytest.param("int4", marks=pytest.mark.soak), "topk"])
 def test_a_ledger_has_changes_and_now_and_then_all(tmp_path: Path, tiny_config: TinyConfig, codec: str) -> None:
     outer, every = OUTER | {"downlink_codec": codec}, whole_versions(codec)
     num_versions = 2 * every + 2  # the parameters of both fragments are written whole two versions before
