@@ -176,10 +176,13 @@ def evaluated(
     base: Path, runs: Mapping[str, RunConfig], institutions: Mapping[str, Path]
 ) -> "dict[str, dict[str, SplitLoss]]":
     """Of the base and of every run's model what it is worth on each institution's held-out conversations."""
+    import torch
+
     from pretrain.federation.evaluation import open_subject
     from pretrain.federation.held_out import evaluate_model
     from pretrain.silo.shards import tokenizer_sha256
 
+    torch.set_num_threads(1)  # several wait for each other on a machine that has more to do
     found, splits = {}, {name: place / "valid" for name, place in institutions.items()}
     for label, where in {"base, before": str(base), **{label: run.directory for label, run in runs.items()}}.items():
         subject = open_subject(where)
@@ -216,7 +219,8 @@ def show_conversation(console: Console, models: Mapping[str, Path]) -> None:
         for question in ASKED:
             pieces: list[str] = []
             messages.append({"role": "user", "content": question})
-            speaker.answer(messages, Sampling(num_tokens=48, temperature=0), pieces.append)
+            speaker.answer(messages, Sampling(num_tokens=32, temperature=0), pieces.append)
             messages.append({"role": "assistant", "content": "".join(pieces)})
             console.print(f"  user       {question}", markup=False, highlight=False, style="dim")
-            console.print(f"  assistant  {repr(''.join(pieces))[1:-1]}", markup=False, highlight=False)
+            answer = repr("".join(pieces))[1:-1]
+            console.print(f"  assistant  {answer}", soft_wrap=True, markup=False, highlight=False)
