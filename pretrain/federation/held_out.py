@@ -123,18 +123,16 @@ def evaluate_model(
         document_masking = provenance.get("document_masking", False)
     if num_sequences is None:
         num_sequences = int(provenance.get("eval_sequences", SiloConfig().eval_sequences))
-    corpora = {
-        name: PackedTokens(
-            [path],
-            sequence_tokens=sequence_tokens,
-            tokenizer_sha256=tokenizer,
-            template_sha256=template,
-            prompt_tokens=prompt_tokens,
-            keeps_apart=document_masking,
-            key="--data",
-        )
-        for name, path in data.items()
-    }
+    opened = partial(
+        PackedTokens,
+        sequence_tokens=sequence_tokens,
+        tokenizer_sha256=tokenizer,
+        template_sha256=template,
+        prompt_tokens=prompt_tokens,
+        keeps_apart=document_masking,
+        key="--data",
+    )
+    corpora = {name: opened([path]) for name, path in data.items()}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = _loaded(load, prompt_tokens, device)
     mask_at = next(iter(corpora.values())).manifests[0].end_of_text_id

@@ -130,7 +130,9 @@ def test_a_plan_holds_it_and_sends_nothing_of_it(tmp_path: Path, tiny_config: Ti
     assert plan.sent_bytes == without.sent_bytes
     assert plan.num_parameters == without.num_parameters
     more = {silo: plan.memory[silo].device_bytes[0] - without.memory[silo].device_bytes[0] for silo in plan.memory}
-    assert more == {"alpha": 12 * 2 * 2 * 4 * 32, "beta": 0}  # parameters and two moments; two layers, two factors
+    factors = 12 * 2 * 2 * 4 * 32  # parameters and two moments; two layers, two factors
+    kept = 4 * 2 * 4 * (4 * 16)  # for the backward pass what each A makes of 64 tokens
+    assert more == {"alpha": factors + kept, "beta": 0}
 
 
 def loaded(tiny_config: TinyConfig, directory: Path, base: Path, changes: dict[str, Any]) -> RunConfig:
