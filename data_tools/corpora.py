@@ -139,14 +139,20 @@ def read_source(path: Path) -> str:
         return ""
 
 
+def parsed(source: str) -> ast.Module | None:
+    """A Python file's syntax tree; None when it has none."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError):
+        return None
+
+
 @functools.cache
 def _code_and_docstrings(path: Path) -> tuple[str, str]:
     """A Python file's source without its docstrings, and its docstrings; both empty when it does not parse."""
     source = read_source(path)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            tree = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError):
+    if (tree := parsed(source)) is None:
         return "", ""
     docstrings: list[str] = []
     docstring_lines: set[int] = set()

@@ -10,7 +10,6 @@ import hashlib
 import json
 import random
 import re
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 from data_tools.corpora import (
     NOT_SOURCE_FOLDERS,
     TEST_FOLDERS,
+    parsed,
     python_files,
     read_source,
     reference_topics,
@@ -170,10 +170,7 @@ def _functions() -> Iterator[Function]:
 def functions_of(path: Path) -> Iterator[Function]:
     """The public functions and methods of a file that have a docstring to quote; none if it does not parse."""
     source = read_source(path)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            tree = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError):
+    if (tree := parsed(source)) is None:
         return
     module = path.parent.name if path.name == "__init__.py" else path.stem
     lines = source.splitlines()

@@ -81,12 +81,13 @@ def demo(
     [bold]Example:[/bold] atoll demo --compare
     """
     from launch.demo import run_demo
-    from launch.demo_chat import run_demo_chat
 
     if chat and (corpora or compare):
         name, allowed = ("--corpora", "its own conversations") if corpora else ("--compare", "it always compares")
         raise ConfigError(f"{name}: given with --chat; allowed: without, {allowed}")
     if chat:
+        from launch.demo_chat import run_demo_chat
+
         directory = directory or Path("runs/demo-chat")
         raise typer.Exit(run_demo_chat(directory, overrides=overrides or [], dry_run=dry_run))
     directory = directory or Path("runs/demo")

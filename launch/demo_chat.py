@@ -179,16 +179,11 @@ def evaluated(
     import torch
 
     from pretrain.federation.evaluation import open_subject
-    from pretrain.federation.held_out import evaluate_model
-    from pretrain.silo.shards import tokenizer_sha256
 
     torch.set_num_threads(1)  # several wait for each other on a machine that has more to do
     found, splits = {}, {name: place / "valid" for name, place in institutions.items()}
     for label, where in {"base, before": str(base), **{label: run.directory for label, run in runs.items()}}.items():
-        subject = open_subject(where)
-        tokenizer = tokenizer_sha256(subject.tokenizer_file)
-        origin = subject.load, splits, subject.provenance, tokenizer
-        found[label] = evaluate_model(*origin, template=subject.template, num_sequences=0)
+        found[label] = open_subject(where).losses(splits, num_sequences=0)
     return found
 
 

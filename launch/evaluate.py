@@ -3,6 +3,7 @@
 import sys
 import tempfile
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -169,6 +170,7 @@ class _Form:
 
     def _pack(self, name: str, file: Path, found: _Chosen) -> None:
         from data_tools.chat_file import pack_file
+        from pretrain.federation.export import PROMPT_TOKENS
 
         if self._sequence_tokens is None:
             raise ConfigError("--sequence-tokens: none given; this model was not exported by atoll, so say how many")
@@ -178,7 +180,7 @@ class _Form:
             tokenizer=self._subject.tokenizer_file,
             template=self.template,
             sequence_tokens=self._sequence_tokens,
-            prompt_tokens=self._subject.provenance.get("prompt_tokens", 0),
+            prompt_tokens=self._subject.provenance.get(PROMPT_TOKENS, 0),
         )
         if packed.num_too_long:
             longer = f"{packed.num_too_long:,} conversations of more than {self._sequence_tokens:,} tokens"
@@ -187,7 +189,7 @@ class _Form:
         found.splits |= named
         found.of_files[name] = [*named]
 
-    @property
+    @cached_property
     def template(self) -> "Template":
         """The model's own template, or what is given for one that has none. Raises ConfigError."""
         from data_tools.chat_template import find_template
@@ -209,14 +211,12 @@ def _tell(line: str) -> None:
 def _print_losses(subject: "Subject", chosen: _Chosen, options: dict[str, Any]) -> "dict[str, SplitLoss]":
     """Print the loss on each split, on each file, and on all conversations; returns those that were asked for."""
     from launch.show.evaluating import Evaluating
-    from pretrain.federation.held_out import evaluate_model, together
-    from pretrain.silo.shards import tokenizer_sha256
+    from pretrain.federation.held_out import together
 
     in_files = {name for names in chosen.of_files.values() for name in names}
     options |= {"template": chosen.template, "whole": in_files if options["num_sequences"] is None else ()}
     with Evaluating() as evaluating:
-        origin = subject.load, chosen.splits, subject.provenance, tokenizer_sha256(subject.tokenizer_file)
-        found = evaluate_model(*origin, **options, tell=evaluating.tell)
+        found = subject.losses(chosen.splits, **options, tell=evaluating.tell)
     for name, split in found.items():
         _print_loss(name, split)
     for file, names in chosen.of_files.items():

@@ -1,11 +1,12 @@
 """Packed splits of made-up conversations."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from pretrain.silo.shards import Chat
+from pretrain.silo.shards import TEMPLATE_FILE, Chat, template_sha256
 from pretrain.silo.writer import SplitWriter
 
 TEMPLATE = "ce" * 32
@@ -39,6 +40,27 @@ def packed_rows(given: Sequence[Conversation], row_tokens: int) -> list[list[Con
         if rest := row_tokens - sum(len(tokens) for tokens, _ in row):
             row.append(([END] * rest, [0] * rest))
     return rows
+
+
+def packer(
+    directory: Path, *, vocab_size: int, tokenizer: str, prompt_tokens: int = 0
+) -> Callable[[str, int, int, int, int], str]:
+    """What packs conversations below a directory with a template, by name, number, seed, least and most tokens."""
+    template = directory / TEMPLATE_FILE
+    template.write_text("{{ messages }}")
+    options: dict[str, Any] = {
+        "row_tokens": 16,
+        "vocab_size": vocab_size,
+        "tokenizer": tokenizer,
+        "template": template_sha256(template),
+        "prompt_tokens": prompt_tokens,
+    }
+
+    def packed(name: str, number: int, seed: int, shortest: int, longest: int) -> str:
+        made = conversations(number, vocab_size=vocab_size, seed=seed, shortest=shortest, longest=longest)
+        return str(write_chat(directory / name, made, **options))
+
+    return packed
 
 
 def write_chat(

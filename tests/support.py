@@ -145,6 +145,17 @@ def merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
     return result
 
 
+def with_keys(sections: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections with values set by key, as "outer.lr"; they are changed in place."""
+    for key, value in values.items():
+        section = sections
+        *path, last = key.split(".")
+        for part in path:
+            section = section.setdefault(part, {})
+        section[last] = value
+    return sections
+
+
 def write_settings(directory: Path, text: TinyText, **changes: Any) -> Path:
     """Write the tiny settings with `changes` as `directory`/tiny.yaml; returns its path."""
     directory.mkdir(parents=True, exist_ok=True)

@@ -21,12 +21,12 @@ from pretrain.federation.export import (
     load_global_model,
     provenance_of,
 )
-from pretrain.federation.held_out import SplitLoss
+from pretrain.federation.held_out import SplitLoss, evaluate_model
 from pretrain.federation.preflight import check_policy
 from pretrain.federation.reading import MODEL_CONFIG, check_not_given, exported, found_configuration
 from pretrain.silo.model import load_checkpoint
 from pretrain.silo.peft_directory import CONFIG as ADAPTER_CONFIG
-from pretrain.silo.shards import template_sha256
+from pretrain.silo.shards import template_sha256, tokenizer_sha256
 from pretrain.silo.template import own_template, sha256_of
 from pretrain.trust.contract import TEMPLATE, build_contract, check_same_contract, read_contract
 from pretrain.trust.ledger import RefusedError
@@ -53,6 +53,11 @@ class Subject:
     """sha256 of its chat template's text; None: it has none."""
     held_out: dict[str, Path] = field(default_factory=dict)
     """Corpus to the packed split of this machine's silos, if it is a run's; SILO/CORPUS where several have one."""
+
+    def losses(self, splits: Mapping[str, Path], **options: Any) -> dict[str, SplitLoss]:
+        """`evaluate_model` of it; conversations are of its own template, unless `options` have another one's sha256."""
+        options = {"template": self.template} | options
+        return evaluate_model(self.load, splits, self.provenance, tokenizer_sha256(self.tokenizer_file), **options)
 
 
 def open_subject(

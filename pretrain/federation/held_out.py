@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pretrain.config.errors import ConfigError
 from pretrain.config.keys import SiloConfig
-from pretrain.federation.export import PROMPT_TOKENS, PROVENANCE, provenance_of
+from pretrain.federation.export import PROMPT_TOKENS, PROVENANCE
 from pretrain.silo.batch import Batch
 from pretrain.silo.data import PackedTokens
 from pretrain.silo.evaluate import held_out_sums, sequences_evaluated
@@ -20,13 +20,11 @@ from pretrain.silo.model import (
     check_causality,
     check_document_masking,
     go_by_documents,
-    load_checkpoint,
     target_losses,
     token_losses,
 )
 from pretrain.silo.prompt import num_prompt_tokens
-from pretrain.silo.shards import read_manifest, tokenizer_sha256
-from pretrain.silo.template import own_template, sha256_of
+from pretrain.silo.shards import read_manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,23 +75,6 @@ def together(splits: Sequence[SplitLoss]) -> SplitLoss:
         num_tokens=num_tokens,
         num_right=sum(split.num_right or 0 for split in splits),
     )
-
-
-def evaluate_directory(directory: Path, data: Sequence[Path], **options: Any) -> dict[str, SplitLoss]:
-    """Loss of a `transformers` directory on packed splits, each named by its path.
-
-    See `evaluate_model` for `options`. Raises ConfigError if there is no model, too.
-    """
-    if not (directory / "config.json").is_file():
-        raise ConfigError(f"model: {str(directory)!r} given; allowed: a transformers directory (see atoll export)")
-    tokenizer, splits = tokenizer_sha256(directory / "tokenizer.json"), {str(path): path for path in data}
-    template = own_template(directory / "tokenizer.json")
-
-    def load() -> nn.Module:
-        return load_checkpoint(directory, key="model")
-
-    known = sha256_of(template[0]) if template else None
-    return evaluate_model(load, splits, provenance_of(directory), tokenizer, template=known, **options)
 
 
 def evaluate_model(

@@ -105,10 +105,8 @@ def by_deepspeed(
     return losses, {n: (safe_get_full_fp32_param(p) if stage else p).detach().float() for n, p in trained.items()}
 
 
-def check(stage: int, precision: str, model: ModelConfig, ranks: Ranks, directory: Path) -> dict[str, object]:
-    """What the test asserts for one stage and precision."""
-    assert model.checkpoint
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+def silo_of(stage: int, precision: str, ranks: Ranks) -> tuple[SiloConfig, torch.dtype]:
+    """A silo of two micro batches a step, in bf16 with activations recomputed, and the type that it computes in."""
     silo = SiloConfig(
         global_batch_sequences=4,
         micro_batch_sequences=4 // ranks.num_ranks // 2,
@@ -116,6 +114,40 @@ def check(stage: int, precision: str, model: ModelConfig, ranks: Ranks, director
         activation_checkpointing="layers" if precision == "bf16" else "none",
         deepspeed={"zero_optimization": {"stage": stage}} if stage else {},
     )
+    return silo, torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+Steps = Callable[[Engine, Ranks, range], list[float]]
+
+
+def synced_and_resumed(
+    engine: Engine, resumed: Callable[[], Engine], take: Steps, ranks: Ranks, checkpoints: Checkpoints
+) -> tuple[list[float], Engine, list[float]]:
+    """Losses of six steps with a sync and a checkpoint in the middle; an engine that resumed there, and its losses."""
+    losses = take(engine, ranks, range(3))
+    merged = read_all(engine)  # a sync: what is read is written
+    engine.write(iter(merged.items()) if ranks.is_leader else None)
+    checkpoints.save(Progress(step=3, position=12), engine, ranks, {})
+    losses += take(engine, ranks, range(3, 6))
+    other = resumed()
+    checkpoints.load(other, ranks, {})
+    return losses, other, take(other, ranks, range(3, 6))
+
+
+def print_each(ranks: Ranks, check: Callable[[int, str], dict[str, Any]]) -> None:
+    """What is found of each stage and precision of the command line, and the end of the worker."""
+    for case in sys.argv[2].split(","):
+        stage, precision = case.split("-")
+        row = check(int(stage), precision)
+        if ranks.is_leader:
+            print("RESULT", json.dumps(row), flush=True)
+    ranks.close()
+
+
+def check(stage: int, precision: str, model: ModelConfig, ranks: Ranks, directory: Path) -> dict[str, object]:
+    """What the test asserts for one stage and precision."""
+    assert model.checkpoint
+    silo, dtype = silo_of(stage, precision, ranks)
     initial = initial_factors(build_without_memory(model, VOCAB_SIZE), 0)
     initial = {name: value.to(dtype).float() for name, value in initial.items()}  # peft's are in the model's precision
 
@@ -125,16 +157,9 @@ def check(stage: int, precision: str, model: ModelConfig, ranks: Ranks, director
     expected_losses, expected = reference(Path(model.checkpoint), stage, dtype, ranks, initial)
     engine = build()
     engine.write(iter(initial.items()) if ranks.is_leader else None)
-    losses = steps(engine, ranks, range(3))
-    merged = read_all(engine)  # a sync: what is read is written
-    engine.write(iter(merged.items()) if ranks.is_leader else None)
     checkpoints = Checkpoints(directory / f"{stage}-{precision}", keep=1, contract_sha256="c")
-    checkpoints.save(Progress(step=3, position=12), engine, ranks, {})
-    losses += steps(engine, ranks, range(3, 6))
+    losses, resumed, again = synced_and_resumed(engine, build, steps, ranks, checkpoints)
     found = read_all(engine)
-    resumed = build()
-    checkpoints.load(resumed, ranks, {})
-    again = steps(resumed, ranks, range(3, 6))
     newest = checkpoints.newest
     assert newest
     base_bytes = sum(file.stat().st_size for file in Path(model.checkpoint).glob("*.safetensors"))
@@ -182,12 +207,7 @@ def main() -> None:
     ranks.barrier()
     adapter = AdapterConfig(kind="lora", rank=4, alpha=8.0, targets=TARGETS)
     model = ModelConfig(checkpoint=str(base), adapter=adapter)
-    for case in sys.argv[2].split(","):
-        stage, precision = case.split("-")
-        row = check(int(stage), precision, model, ranks, directory)
-        if ranks.is_leader:
-            print("RESULT", json.dumps(row), flush=True)
-    ranks.close()
+    print_each(ranks, lambda stage, precision: check(stage, precision, model, ranks, directory))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Run by torchrun: a silo's own adapter at every ZeRO stage beside peft and DeepSpeed alone; prints JSON objects."""
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from pretrain.silo.engine import Engine
 from pretrain.silo.model import build_initial, build_without_memory
 from pretrain.silo.personal import Personal
 from pretrain.silo.ranks import Ranks
-from tests.distributed.adapter_worker import INNER, TARGETS, reference
+from tests.distributed.adapter_worker import INNER, TARGETS, print_each, reference, silo_of, synced_and_resumed
 from tests.distributed.engine_worker import BATCHES, MODEL, VOCAB_SIZE, read_all, steps
 
 OWN = PersonalConfig(rank=3, alpha=6.0, targets=["v_proj", "o_proj"])
@@ -42,15 +41,8 @@ def loss_of(engine: Engine) -> float:
 def check(stage: int, precision: str, model: ModelConfig, ranks: Ranks, directory: Path) -> dict[str, object]:
     """What the test asserts for one stage and precision."""
     assert model.checkpoint
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    silo = SiloConfig(
-        global_batch_sequences=4,
-        micro_batch_sequences=4 // ranks.num_ranks // 2,
-        precision=precision,
-        deepspeed={"zero_optimization": {"stage": stage}} if stage else {},
-        personal_adapter=OWN,
-    )
-    without = dataclasses.replace(silo, personal_adapter=PersonalConfig())
+    without, dtype = silo_of(stage, precision, ranks)
+    silo = dataclasses.replace(without, personal_adapter=OWN)
     module = build_without_memory(model, VOCAB_SIZE)
     shared = initial_factors(module, 0)
     Personal(module, OWN)
@@ -65,16 +57,9 @@ def check(stage: int, precision: str, model: ModelConfig, ranks: Ranks, director
     own_names = sorted(engine.personal.names)  # rounded, as peft's are in the model's precision
     engine.write(iter((name, initial[name]) for name in own_names) if ranks.is_leader else None, own_names)
     begins = loss_of(engine)
-    losses = steps(engine, ranks, range(3))
-    merged = read_all(engine)  # a sync: what is read is written, and the own adapter is not asked
-    engine.write(iter(merged.items()) if ranks.is_leader else None)
     checkpoints = Checkpoints(directory / f"{stage}-{precision}", keep=1, contract_sha256="c")
-    checkpoints.save(Progress(step=3, position=12), engine, ranks, {})
-    losses += steps(engine, ranks, range(3, 6))
+    losses, resumed, again = synced_and_resumed(engine, lambda: build(silo), steps, ranks, checkpoints)
     found, own = read_all(engine), read_own(engine)
-    resumed = build(silo)
-    checkpoints.load(resumed, ranks, {})
-    again = steps(resumed, ranks, range(3, 6))
     plain = build(without)
     plain.write(iter(found.items()) if ranks.is_leader else None)
     with engine.personal.away():
@@ -123,12 +108,7 @@ def main() -> None:
         build_initial(MODEL, VOCAB_SIZE).save_pretrained(base)  # type: ignore[operator]
     ranks.barrier()
     model = ModelConfig(checkpoint=str(base), adapter=AdapterConfig(kind="lora", rank=4, alpha=8.0, targets=TARGETS))
-    for case in sys.argv[2].split(","):
-        stage, precision = case.split("-")
-        row = check(int(stage), precision, model, ranks, directory)
-        if ranks.is_leader:
-            print("RESULT", json.dumps(row), flush=True)
-    ranks.close()
+    print_each(ranks, lambda stage, precision: check(stage, precision, model, ranks, directory))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ prompt_worker.py DIRECTORY CASES     CASES: 0-fp32,3-bf16, ...
 """
 
 import itertools
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,13 @@ from transformers import AutoModelForCausalLM
 from pretrain.config.adapter import AdapterConfig
 from pretrain.config.keys import ModelConfig, SiloConfig
 from pretrain.silo.batch import IGNORED, Batch
-from pretrain.silo.checkpoint import Checkpoints, Progress
+from pretrain.silo.checkpoint import Checkpoints
 from pretrain.silo.data import Batches, Mixture, PackedTokens
 from pretrain.silo.engine import Engine
 from pretrain.silo.model import build_initial
 from pretrain.silo.ranks import Ranks
 from tests.chats import END, Conversation, conversations, packed_rows, write_chat
-from tests.distributed.adapter_worker import INNER, by_deepspeed
+from tests.distributed.adapter_worker import INNER, by_deepspeed, print_each, silo_of, synced_and_resumed
 from tests.distributed.engine_worker import BATCHES, MODEL, VOCAB_SIZE, read_all
 from tests.distributed.private_worker import INNER as SGD
 
@@ -70,14 +69,7 @@ def steps(engine: Engine, ranks: Ranks, numbers: range) -> list[float]:
 def check_training(model: ModelConfig, stage: int, precision: str, ranks: Ranks, directory: Path) -> dict[str, Any]:
     """Steps of AdamW on text, a sync and a resume in the middle of them, beside DeepSpeed alone."""
     assert model.checkpoint
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    silo = SiloConfig(
-        global_batch_sequences=4,
-        micro_batch_sequences=4 // ranks.num_ranks // 2,
-        precision=precision,
-        activation_checkpointing="layers" if precision == "bf16" else "none",
-        deepspeed={"zero_optimization": {"stage": stage}} if stage else {},
-    )
+    silo, dtype = silo_of(stage, precision, ranks)
     initial = {name: value.to(dtype).float() for name, value in INITIAL.items()}
     by_hand, num_parts = InFront(Path(model.checkpoint), dtype), 2 * ranks.num_ranks
 
@@ -95,16 +87,9 @@ def check_training(model: ModelConfig, stage: int, precision: str, ranks: Ranks,
     engine = build()
     engine.write(iter(initial.items()) if ranks.is_leader else None)
     engine.check_sight()
-    losses = steps(engine, ranks, range(3))
-    merged = read_all(engine)  # a sync: what is read is written
-    engine.write(iter(merged.items()) if ranks.is_leader else None)
     checkpoints = Checkpoints(directory / f"{stage}-{precision}", keep=1, contract_sha256="c")
-    checkpoints.save(Progress(step=3, position=12), engine, ranks, {})
-    losses += steps(engine, ranks, range(3, 6))
+    losses, resumed, again = synced_and_resumed(engine, build, steps, ranks, checkpoints)
     found = read_all(engine)
-    resumed = build()
-    checkpoints.load(resumed, ranks, {})
-    again = steps(resumed, ranks, range(3, 6))
     rounded = {name: value.to(dtype).float() if stage == 0 else value for name, value in found.items()}
     newest = checkpoints.newest
     assert newest
@@ -192,16 +177,16 @@ def main() -> None:
     rows = packed_rows(longer, ROW_TOKENS)
     chosen = [one for position in range(NUM_ROWS) for one in rows[mixture.locate(position)[1]]]
     expected_loss, gradient, number = alone(base, [(t[NUM_TOKENS:], b[NUM_TOKENS:]) for t, b in chosen])
-    for case in sys.argv[2].split(","):
-        stage, precision = case.split("-")
-        row = check_training(model, int(stage), precision, ranks, directory)
+
+    def check(stage: int, precision: str) -> dict[str, Any]:
+        row = check_training(model, stage, precision, ranks, directory)
         if precision == "fp32":
-            row |= check_packed(model, int(stage), ranks, mixture, gradient)
+            row |= check_packed(model, stage, ranks, mixture, gradient)
             row |= {"expected_loss": expected_loss, "largest": gradient.abs().max().item()}
             row |= {"num_trained": [number, mixture.num_trained(range(NUM_ROWS))]}
-        if ranks.is_leader:
-            print("RESULT", json.dumps(row), flush=True)
-    ranks.close()
+        return row
+
+    print_each(ranks, check)
 
 
 if __name__ == "__main__":

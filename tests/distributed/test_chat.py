@@ -9,9 +9,9 @@ import torch
 
 from pretrain.silo.batch import IGNORED
 from pretrain.silo.model import build_initial, token_losses
-from pretrain.silo.shards import TEMPLATE_FILE, template_sha256, tokenizer_sha256
+from pretrain.silo.shards import tokenizer_sha256
 from pretrain.train import open_data
-from tests.chats import conversations, write_chat
+from tests.chats import packer
 from tests.conftest import TinyConfig
 from tests.distributed.federation import assert_same_bits, federate
 from tests.faults.scripted import federate_with
@@ -42,20 +42,8 @@ def test_a_packed_step_is_the_sum_of_its_conversations_alone(tmp_path: Path, num
 def silos(tmp_path_factory: pytest.TempPathFactory, tiny_text: TinyText) -> dict[str, Any]:
     """Sections of a run: alpha has conversations alone, beta text, too."""
     directory = tmp_path_factory.mktemp("chat")
-    template = directory / TEMPLATE_FILE
-    template.write_text("{{ messages }}")
-    options: dict[str, Any] = {
-        "row_tokens": 16,
-        "vocab_size": VOCAB_SIZE,
-        "tokenizer": tokenizer_sha256(tiny_text.tokenizer),
-        "template": template_sha256(template),
-    }
-
-    def packed(name: str, number: int, seed: int, **lengths: int) -> str:
-        made = conversations(number, vocab_size=VOCAB_SIZE, seed=seed, **lengths)
-        return str(write_chat(directory / name, made, **options))
-
-    short, long = packed("short", 60, 1, shortest=3, longest=6), packed("long", 40, 2, shortest=9, longest=16)
+    packed = packer(directory, vocab_size=VOCAB_SIZE, tokenizer=tokenizer_sha256(tiny_text.tokenizer))
+    short, long = packed("short", 60, 1, 3, 6), packed("long", 40, 2, 9, 16)
     beta = {"data": [long, str(tiny_text.packed["beta"] / "train")], "data_weights": [0.5, 0.5]}
     return {
         "chat_template": str(directory),

@@ -9,10 +9,10 @@ import torch
 
 from pretrain.federation.export import load_global_model
 from pretrain.silo.model import token_losses
-from pretrain.silo.shards import TEMPLATE_FILE, template_sha256, tokenizer_sha256
+from pretrain.silo.shards import tokenizer_sha256
 from pretrain.train import open_data
 from tests.adapters import prompt_model, save_base
-from tests.chats import conversations, write_chat
+from tests.chats import packer
 from tests.conftest import TinyConfig
 from tests.distributed.federation import assert_same_bits, federate
 from tests.faults.scripted import Faults, federate_with
@@ -56,21 +56,9 @@ def talking(tmp_path_factory: pytest.TempPathFactory, tiny_text: TinyText) -> di
     """Sections of a run: two unlike silos with conversations of their own, and a prompt before each."""
     directory = tmp_path_factory.mktemp("chat")
     base = save_base(directory / "base", tiny_text)
-    template = directory / TEMPLATE_FILE
-    template.write_text("{{ messages }}")
-    options: dict[str, Any] = {
-        "row_tokens": 16,
-        "vocab_size": VOCAB_SIZE,
-        "tokenizer": tokenizer_sha256(tiny_text.tokenizer),
-        "template": template_sha256(template),
-        "prompt_tokens": 3,
-    }
-
-    def packed(name: str, seed: int, **lengths: int) -> str:
-        made = conversations(60, vocab_size=VOCAB_SIZE, seed=seed, **lengths)
-        return str(write_chat(directory / name, made, **options))
-
-    short, long = packed("short", 1, shortest=3, longest=6), packed("long", 2, shortest=7, longest=13)
+    tokenizer = tokenizer_sha256(tiny_text.tokenizer)
+    packed = packer(directory, vocab_size=VOCAB_SIZE, tokenizer=tokenizer, prompt_tokens=3)
+    short, long = packed("short", 60, 1, 3, 6), packed("long", 60, 2, 7, 13)
     return {
         "model": prompt_model(base),
         "chat_template": str(directory),

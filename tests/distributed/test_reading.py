@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from pretrain.config.keys import RunConfig
+from pretrain.federation.evaluation import open_subject
 from pretrain.federation.export import export_global_model
-from pretrain.federation.held_out import evaluate_directory
 from pretrain.silo.data import Order, PackedTokens
 from pretrain.silo.model import build_initial, token_losses
 from pretrain.silo.shards import file_sha256, open_shard, read_manifest, write_manifest
@@ -89,9 +89,8 @@ def test_weights_and_masking_in_a_whole_run(tmp_path: Path, tiny_config: TinyCon
     assert provenance["document_masking"] is True
     split = Path(config.silos["alpha"].valid["alpha"])
     of_run = run.held_out("alpha")[3]["alpha"]
-    assert evaluate_directory(tmp_path / "model", [split], num_sequences=8)[str(split)].loss == pytest.approx(
-        of_run, 1e-6
-    )
+    found = open_subject(str(tmp_path / "model")).losses({"alpha": split}, num_sequences=8)
+    assert found["alpha"].loss == pytest.approx(of_run, 1e-6)
     model = build_initial(config.model, VOCAB_SIZE)
     for name, parameter in model.named_parameters():
         parameter.data.copy_(run.parameters(3)[name])

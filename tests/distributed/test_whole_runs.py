@@ -20,8 +20,8 @@ from launch.show.page import Federation
 from launch.show.status_reader import store_status
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import load_run, save_config
+from pretrain.federation.evaluation import open_subject
 from pretrain.federation.export import export_global_model
-from pretrain.federation.held_out import evaluate_directory
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, assert_same_bits, federate, launched
 from tests.support import ROOT, zero
@@ -141,7 +141,7 @@ def test_the_exported_model_loads_generates_and_has_the_loss_of_eval(
     assert_same_bits({n: p.detach() for n, p in model.named_parameters()}, finished.parameters(3))
 
     split = Path(finished.config.silos["alpha"].valid["alpha"])
-    found = evaluate_directory(tmp_path / "model", [split])[str(split)]  # as many as the silo has evaluated
+    found = open_subject(str(tmp_path / "model")).losses({"alpha": split})["alpha"]  # as many as the silo has evaluated
     tokens = torch.frombuffer(bytearray((split / "shard-00000.bin").read_bytes()), dtype=torch.uint16).long()
     all_sequences = (len(tokens) - 1) // 16
     assert (found.num_sequences, found.of_sequences) == (8, all_sequences)

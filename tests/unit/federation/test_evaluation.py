@@ -12,8 +12,8 @@ from launch.show.page import Federation
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import save_config
 from pretrain.exchange.store import StoreExchange
+from pretrain.federation.evaluation import open_subject
 from pretrain.federation.export import export_global_model
-from pretrain.federation.held_out import evaluate_directory
 from pretrain.federation.verify import StoreVerifier
 from pretrain.trust.egress import egress_file, read_lines
 from tests.support import TinyText, one_line_error
@@ -53,7 +53,7 @@ def test_what_a_member_publishes_is_on_the_page(run: RunConfig, tmp_path: Path, 
     assert [line for line in said().splitlines() if "published" in line] == [
         f"published: silos/{name}.json" for name in names
     ]
-    found = evaluate_directory(tmp_path / "model", [Path(split)])[split]
+    found = open_subject(str(tmp_path / "model")).losses({corpus: Path(split)})[corpus]
     held_out = Federation(run.store_url).history.held_out
     assert held_out.versions == {0: {"both": pytest.approx(held_out.curve("beta")[0][1])}, 1: {corpus: found.loss}}
     assert held_out.of_silos["alpha"][1].sequences == {corpus: found.num_sequences}

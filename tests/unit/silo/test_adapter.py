@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from pretrain.config.adapter import AdapterConfig
-from pretrain.config.keys import ModelConfig, RunConfig
+from pretrain.config.keys import ModelConfig
 from pretrain.plan.plan import make_plan
 from pretrain.plan.seconds import Given
 from pretrain.silo.adapter import frozen_parameters
@@ -27,7 +27,7 @@ from pretrain.silo.model import (
 from pretrain.trust.contract import build_contract, check_same_contract, first_contract
 from tests.adapters import adapter_model, save_base
 from tests.conftest import TinyConfig
-from tests.support import VOCAB_SIZE, TinyText, one_line_error
+from tests.support import VOCAB_SIZE, TinyText, one_line_error, with_keys
 
 ROWS = torch.arange(24).reshape(2, 12) % 7
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
@@ -194,18 +194,8 @@ ALTERNATE = {"model.adapter.merge": "alternate", "outer.num_fragments": 2}
 def test_what_cannot_be_with_an_adapter_is_one_line(
     tmp_path: Path, tiny_config: TinyConfig, base: Path, changes: dict[str, Any], said: str
 ) -> None:
-    sections: dict[str, Any] = {"model": adapter_model(base)}
-    for key, value in changes.items():
-        section = sections
-        *path, last = key.split(".")
-        for part in path:
-            section = section.setdefault(part, {})
-        section[last] = value
-
-    def load() -> RunConfig:
-        return tiny_config(tmp_path, **sections)
-
-    assert one_line_error(load).startswith(said)
+    sections = with_keys({"model": adapter_model(base)}, changes)
+    assert one_line_error(tiny_config, tmp_path, **sections).startswith(said)
 
 
 def test_a_plan_counts_what_travels_and_holds_the_base(tmp_path: Path, tiny_config: TinyConfig, base: Path) -> None:

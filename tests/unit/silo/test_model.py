@@ -14,8 +14,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pretrain.config.keys import ModelConfig, RunConfig
+from pretrain.federation.evaluation import open_subject
 from pretrain.federation.export import describe_export, export_global_model
-from pretrain.federation.held_out import evaluate_directory
 from pretrain.federation.preflight import check_run
 from pretrain.silo.exported import export
 from pretrain.silo.model import (
@@ -342,8 +342,9 @@ def test_what_export_and_eval_print(tmp_path: Path, tiny_config: TinyConfig, tin
     encoder: nn.Module = build_initial(settings_of(BERT), VOCAB_SIZE)
     export(encoder, tiny_text.tokenizer, tmp_path / "encoder")
     split = tiny_text.packed["alpha"] / "valid"
-    assert one_line_error(evaluate_directory, tmp_path / "encoder", [split], sequence_tokens=16).startswith(FUTURE)
+    sees_all = open_subject(str(tmp_path / "encoder"))
+    assert one_line_error(sees_all.losses, {"alpha": split}, sequence_tokens=16).startswith(FUTURE)
     damaged = Path(shutil.copytree(good, tmp_path / "cut"))
     cut(damaged)
-    said = one_line_error(evaluate_directory, damaged, [split], sequence_tokens=16)
+    said = one_line_error(open_subject(str(damaged)).losses, {"alpha": split}, sequence_tokens=16)
     assert said.startswith(f"model: '{damaged}' given; model.safetensors is damaged or cut (")

@@ -20,7 +20,7 @@ from pretrain.silo.model import build_empty, token_losses, trained_parameters
 from pretrain.silo.personal import NAME, Personal, both_in_one, personal_shapes
 from tests.adapters import adapter_model, save_base
 from tests.conftest import TinyConfig
-from tests.support import VOCAB_SIZE, TinyText, one_line_error
+from tests.support import VOCAB_SIZE, TinyText, one_line_error, with_keys
 
 ROWS = torch.arange(24).reshape(2, 12) % 7
 OWN = PersonalConfig(rank=3, alpha=6.0, targets=["v_proj", "down_proj"])
@@ -138,13 +138,7 @@ def test_a_plan_holds_it_and_sends_nothing_of_it(tmp_path: Path, tiny_config: Ti
 def loaded(tiny_config: TinyConfig, directory: Path, base: Path, changes: dict[str, Any]) -> RunConfig:
     """A run whose silo alpha has an adapter of its own, with changes by key."""
     sections: dict[str, Any] = {"model": adapter_model(base), "silos": {"alpha": {"personal_adapter": {"rank": 2}}}}
-    for key, value in changes.items():
-        section = sections
-        *path, last = key.split(".")
-        for part in path:
-            section = section.setdefault(part, {})
-        section[last] = value
-    return tiny_config(directory, **sections)
+    return tiny_config(directory, **with_keys(sections, changes))
 
 
 RANK = "silos.alpha.personal_adapter.rank"

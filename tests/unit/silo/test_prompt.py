@@ -33,7 +33,7 @@ from pretrain.trust.contract import build_contract, check_same_contract, first_c
 from tests.adapters import adapter_model, prompt_model, save_base
 from tests.chats import Conversation, write_chat
 from tests.conftest import TinyConfig
-from tests.support import VOCAB_SIZE, TinyText, one_line_error
+from tests.support import VOCAB_SIZE, TinyText, one_line_error, with_keys
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
 # As Gemma scales what it looks up within the embedding, and as files of Mixtral have other names than its model.
@@ -278,18 +278,8 @@ def test_a_plan_counts_what_travels(tmp_path: Path, tiny_config: TinyConfig, bas
 def test_what_cannot_be_with_a_prompt_is_one_line(
     tmp_path: Path, tiny_config: TinyConfig, base: Path, changes: dict[str, Any], said: str
 ) -> None:
-    sections: dict[str, Any] = {"model": prompt_model(base)}
-    for key, value in changes.items():
-        section = sections
-        *path, last = key.split(".")
-        for part in path:
-            section = section.setdefault(part, {})
-        section[last] = value
-
-    def load() -> RunConfig:
-        return tiny_config(tmp_path, **sections)
-
-    assert one_line_error(load).startswith(said)
+    sections = with_keys({"model": prompt_model(base)}, changes)
+    assert one_line_error(tiny_config, tmp_path, **sections).startswith(said)
 
 
 def test_a_text_of_no_token_is_one_line(tmp_path: Path, tiny_config: TinyConfig, base: Path) -> None:
