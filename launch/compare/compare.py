@@ -6,11 +6,13 @@ Every run is an ordinary run with a directory of its own, so an interrupted comp
 import dataclasses
 import json
 import math
+import shutil
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from rich.console import Console
@@ -69,6 +71,12 @@ class CompareConfig:
     """The model that the others are compared with."""
     choice: str = "last"
     """last: every model as it is at the end; best: where its held-out loss is lowest, a silo's own on its own text."""
+    choose_on: list[str] = field(default_factory=list)
+    """Names of held-out corpora by which the best is chosen (`*` stands for any letters); empty means all."""
+    report_on: list[str] = field(default_factory=list)
+    """Names of those of which tables and plots tell; empty means all."""
+    keep_checkpoints: bool = False
+    """Keep the checkpoints of runs that are finished; the models at their end stay in any case."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +143,18 @@ def load_comparison(paths: Sequence[str | Path], overrides: Sequence[str] = ()) 
         raise ConfigError(f"reference: {spec.reference!r} given; allowed: {', '.join(spec.models) or 'one of models'}")
     for name, model in spec.models.items():
         _check_model(spec, name, model)
+    if spec.choose_on and spec.choice == "last":
+        raise ConfigError(f"choose_on: {spec.choose_on} given; allowed: [] with choice: last, which chooses nothing")
     return spec
+
+
+def named_by(key: str, patterns: Sequence[str], corpora: Iterable[str], silo: str) -> list[str]:
+    """Those corpora of a silo that `patterns` name, all without any. Raises ConfigError if there are none of it."""
+    every = list(corpora)
+    found = [corpus for corpus in every if not patterns or any(fnmatchcase(corpus, one) for one in patterns)]
+    if not found:
+        raise ConfigError(f"{key}: {list(patterns)} given; allowed: names of {', '.join(every)}, one of silo {silo}'s")
+    return found
 
 
 def _check_model(spec: CompareConfig, name: str, model: ModelSpec) -> None:
@@ -213,6 +232,8 @@ def _runs_of(spec: CompareConfig, name: str, model: ModelSpec, seed: int) -> Ite
     for silo_name, silo in base.silos.items():
         if silo.num_nodes != 1:
             raise ConfigError(f"silos.{silo_name}.num_nodes: {silo.num_nodes} given; allowed: 1 in a comparison")
+        for key, patterns in (("choose_on", spec.choose_on), ("report_on", spec.report_on)) if silo.valid else ():
+            named_by(key, patterns, silo.valid, silo_name)
         if not silo.valid:
             raise ConfigError(f"silos.{silo_name}.valid: {{}} given; allowed: held-out text of its own in a comparison")
         more = "/personalised" if model.kind == "personalised" else ""  # not the sequences that it began with again
@@ -316,6 +337,8 @@ def compare(spec: CompareConfig, *, jobs: int = 1, console: Console | None = Non
     console = console or Console()
     runs = plan_runs(spec)
     waiting = [planned for planned in runs if not planned.is_finished]
+    for planned in () if spec.keep_checkpoints else [one for one in runs if one not in waiting]:
+        drop_checkpoints(planned)
     followed = {planned.directory: Followed(name=planned.name, config=planned.config) for planned in runs}
     pace = Pace(list(followed.values()))
 
@@ -338,6 +361,8 @@ def compare(spec: CompareConfig, *, jobs: int = 1, console: Console | None = Non
                 say(_outcome(planned, child))
                 if not planned.is_finished:
                     return child.returncode if child.returncode in (1, 2) else 1
+                if not spec.keep_checkpoints:
+                    drop_checkpoints(planned)
             if line := pace.due():
                 say(line)
             time.sleep(POLL_SECONDS)
@@ -347,6 +372,12 @@ def compare(spec: CompareConfig, *, jobs: int = 1, console: Console | None = Non
             children.stop(lambda: signals.count > count)
             return 128 + signals.first
     return 0
+
+
+def drop_checkpoints(planned: Planned) -> None:
+    """Delete what a finished run would only resume from; its model is in the store, or beside the checkpoints."""
+    for silo in planned.config.silos:
+        shutil.rmtree(planned.config.silo_directory(silo) / "checkpoints", ignore_errors=True)
 
 
 def _is_ready(planned: Planned, runs: Sequence[Planned]) -> bool:

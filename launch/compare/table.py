@@ -5,6 +5,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import rich.table
 from rich.console import Console
 from rich.text import Text
 
-from launch.compare.compare import CompareConfig, Planned, plan_runs
+from launch.compare.compare import CompareConfig, Planned, named_by, plan_runs
 from launch.show.report import summary_of
 from launch.show.run import Evaluation, Run, evaluations
 from pretrain.config.load import load_config
@@ -86,7 +87,9 @@ Results = dict[str, dict[int, Result]]
 
 def read_results(spec: CompareConfig) -> Results:
     """Model to seed to what it came to, of those of which every run is finished. Raises ConfigError."""
-    own = {name: list(silo.valid) for name, silo in load_config(spec.run, spec.settings).silos.items()}
+    held_out = {name: silo.valid for name, silo in load_config(spec.run, spec.settings).silos.items()}
+    own = {name: named_by("report_on", spec.report_on, corpora, name) for name, corpora in held_out.items()}
+    judges = {name: named_by("choose_on", spec.choose_on, corpora, name) for name, corpora in held_out.items()}
     runs: dict[tuple[str, int], list[Planned]] = defaultdict(list)
     for planned in plan_runs(spec):
         runs[planned.model, planned.seed].append(planned)
@@ -94,11 +97,17 @@ def read_results(spec: CompareConfig) -> Results:
     for (model, seed), found in runs.items():  # a personalised model after the one that it goes on from
         if all(planned.is_finished for planned in found):
             origin = results.get(spec.models[model].of, {}).get(seed)
-            results[model][seed] = _result(found, own, spec.choice, origin)
+            results[model][seed] = _result(found, own, judges if spec.choice == "best" else None, origin)
     return {model: seeds for model, seeds in results.items() if seeds}
 
 
-def _result(runs: Sequence[Planned], own: Mapping[str, list[str]], choice: str, origin: Result | None) -> Result:
+def _result(
+    runs: Sequence[Planned],
+    own: Mapping[str, list[str]],
+    judges: Mapping[str, list[str]] | None,
+    origin: Result | None,
+) -> Result:
+    """Of corpora in `own`, by silo; the evaluation is the best on those in `judges`, or the last one."""
     corpora, own_text, curves = {}, {}, []
     tokens = origin.tokens if origin else 0
     sent = defaultdict[str, int](int, origin.sent_bytes_by_silo if origin else {})
@@ -106,10 +115,10 @@ def _result(runs: Sequence[Planned], own: Mapping[str, list[str]], choice: str, 
     seconds = dict(origin.seconds) if origin else dict.fromkeys(("training", "waiting", "evaluating"), 0.0)
     for planned in runs:
         run = Run.read(planned.directory)
-        matter = own[planned.silo] if planned.silo else sorted({corpus for found in own.values() for corpus in found})
-        found = evaluations(run)
-        chosen = min(found, key=lambda one: mean_of(one, matter)) if choice == "best" else found[-1]
-        corpora[planned.silo] = chosen.val_loss
+        matter, found = _of(own, planned.silo), evaluations(run)
+        judged = partial(mean_of, corpora=_of(judges, planned.silo)) if judges else None
+        chosen = min(found, key=judged) if judged else found[-1]
+        corpora[planned.silo] = {corpus: chosen.val_loss[corpus] for corpus in _of(own)}
         for silo in [planned.silo] if planned.silo else own:
             own_text[silo] = mean_of(chosen, own[silo])
         curves.append([(one.tokens, mean_of(one, matter)) for one in found])
@@ -132,6 +141,11 @@ def _result(runs: Sequence[Planned], own: Mapping[str, list[str]], choice: str, 
         received_bytes_by_silo=received,
         seconds=seconds,
     )
+
+
+def _of(corpora: Mapping[str, list[str]], silo: str = "") -> list[str]:
+    """A silo's, or everybody's."""
+    return corpora[silo] if silo else sorted({corpus for found in corpora.values() for corpus in found})
 
 
 def mean_of(evaluation: Evaluation, corpora: Iterable[str]) -> float:

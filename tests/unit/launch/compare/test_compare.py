@@ -248,6 +248,51 @@ def test_the_last_evaluation_counts_unless_the_best_is_asked_for(finished: Compa
     assert last["central"][3].curve[0][1] - last["central"][3].curve[1][1] == pytest.approx(2.0)
 
 
+def with_tests(comparison: Path) -> Path:
+    """The same, whose silos hold out a second text each, with `-test` to its name."""
+    file = comparison.with_name("run.yaml")
+    run = yaml.safe_load(file.read_text())
+    for name, silo in run["silos"].items():
+        silo["valid"][f"{name}-test"] = silo["valid"][name]
+    file.write_text(yaml.safe_dump(run))
+    return comparison
+
+
+def test_what_is_reported_had_no_part_in_the_choice(comparison: Path) -> None:
+    file = with_tests(comparison)
+    apart = ["choice=best", "choose_on=[alpha,beta]", "report_on=['*-test']"]
+    spec = load_comparison([file], apart)
+    for planned in plan_runs(spec):  # the second evaluation is the best on valid, the third on test
+        finish(planned, {"alpha": 4.0, "beta": 4.0, "alpha-test": 5.0, "beta-test": 6.0}, worst=1.0)
+        metrics = planned.directory / "metrics.jsonl"
+        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+        for line in (line for line in lines if line["kind"] == "eval" and line["round"] == 2):
+            line["val_loss"] |= {"alpha-test": 1.0, "beta-test": 1.0}
+        metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    results = read_results(spec)
+    assert results["central"][3].corpora == {"": {"alpha-test": 5.0, "beta-test": 6.0}}
+    assert results["isolated"][3].own_text == {"alpha": 5.0, "beta": 6.0}
+    assert results["averaged"][3].all_text == 5.5
+    assert "| averaged | 5.5000 ± 0.0000 |" in str(write_results(spec)[0])
+    # chosen by what is reported, it would be 1.0
+    same = dataclasses.replace(spec, choose_on=["*-test"])
+    assert read_results(same)["averaged"][3].all_text == 1.0
+
+
+def test_checkpoints_of_finished_runs_go_unless_they_are_to_stay(comparison: Path) -> None:
+    spec = load_comparison([comparison])
+    write_all(spec)
+    folders = [p.config.silo_directory(silo) for p in plan_runs(spec) for silo in p.config.silos]
+    for folder in folders:
+        (folder / "checkpoints" / "000012").mkdir(parents=True)
+        (folder / "final.safetensors").write_text("the model")
+    assert compare(dataclasses.replace(spec, keep_checkpoints=True)) == 0
+    assert all((folder / "checkpoints" / "000012").is_dir() for folder in folders)
+    assert compare(spec) == 0
+    assert not any((folder / "checkpoints").exists() for folder in folders)
+    assert all((folder / "final.safetensors").is_file() for folder in folders)
+
+
 def test_a_model_counts_when_all_its_runs_are_finished(comparison: Path) -> None:
     spec = load_comparison([comparison])
     for planned in plan_runs(spec)[:3]:
@@ -326,6 +371,11 @@ REFUSED = {
     "no seed": (["seeds=[]"], "seeds: [] given; allowed: one or more, each once"),
     "twice": (["seeds=[1,1]"], "seeds: [1, 1] given; allowed: one or more, each once"),
     "choice": (["choice=first"], "choice: 'first' given; allowed: last, best"),
+    "choose on": (["choose_on=[alpha]"], "choose_on: ['alpha'] given; allowed: [] with choice: last, which chooses"),
+    "report on": (
+        ["report_on=[alpha]"],
+        "report_on: ['alpha'] given; allowed: names of beta, one of silo beta's",
+    ),
     "reference": (["reference=centre"], "reference: 'centre' given; allowed: central, averaged, isolated, personal"),
     "kind": (
         ["models.central.kind=pooled"],
