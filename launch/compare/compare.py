@@ -417,9 +417,10 @@ def _check_begun(planned: Planned, runs: Sequence[Planned]) -> None:
     stored = planned.directory / "config.yaml"
     if not stored.is_file():
         return
-    theirs, ours = (
-        _leaves(dataclasses.asdict(absolute(config))) for config in (load_run(planned.directory), planned.config)
-    )
+    begun = load_run(planned.directory)
+    if not planned.config.trust.keys:  # a launch of all silos has made some
+        begun = dataclasses.replace(begun, trust=dataclasses.replace(begun.trust, keys={}))
+    theirs, ours = (_leaves(dataclasses.asdict(absolute(config))) for config in (begun, planned.config))
     different = sorted(key for key in theirs | ours if (key in theirs, theirs.get(key)) != (key in ours, ours.get(key)))
     if different:
         more = f" and {len(different) - 4} more" if len(different) > 4 else ""

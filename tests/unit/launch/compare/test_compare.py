@@ -22,6 +22,7 @@ from launch.compare.table import Interval, Table, read_results, t_quantile, writ
 from launch.show import figures
 from launch.show.display import format_seconds
 from pretrain.config.load import save_config
+from pretrain.trust.members import with_keys
 from tests.support import ROOT, TinyText, one_line_error, tiny_settings, tiny_silo
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -119,7 +120,7 @@ def finish(planned: Planned, losses: dict[str, float], worst: float) -> None:
         (planned.config.silo_directory(silo) / "status.json").write_text('{"phase": "finished"}')
     (planned.directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (planned.directory / "summary.json").write_text(json.dumps({"steps": steps}))
-    save_config(planned.config, planned.directory / "config.yaml")
+    save_config(with_keys(planned.config, make=True), planned.directory / "config.yaml")  # as a launch does
 
 
 def write_all(spec: CompareConfig) -> None:
