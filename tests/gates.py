@@ -2,6 +2,10 @@
 
 from pathlib import Path
 
+from typer.testing import CliRunner
+
+from launch.cli import app
+from pretrain.config.errors import ConfigError
 from pretrain.config.keys import RunConfig
 from pretrain.exchange.gated import Gated
 from pretrain.exchange.store import StoreExchange
@@ -18,6 +22,14 @@ def split_sha256(directory: Path) -> str:
 def gate_data(text: TinyText, *silos: str) -> dict[str, str]:
     """`gate.data` of silos that are called as their corpora."""
     return {f"{silo}/{silo}": split_sha256(text.packed[silo] / "valid") for silo in silos}
+
+
+def commanded(*arguments: object) -> tuple[int, str]:
+    """What a command prints, and its exit code; a user's mistake as its main says it."""
+    run = CliRunner().invoke(app, [*map(str, arguments)], env={"COLUMNS": "300"})
+    if isinstance(run.exception, ConfigError):
+        return 2, str(run.exception)
+    return run.exit_code, run.output
 
 
 def decisions(config: RunConfig) -> list[Decision]:

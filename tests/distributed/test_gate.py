@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from launch.cli import app
 from launch.show.report import summarize, write_report
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.exchange.gated import judged_path
@@ -17,18 +15,18 @@ from pretrain.exchange.words import Evaluation
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, assert_same_bits, federate
 from tests.faults.scripted import Faults, federate_with
-from tests.gates import decisions, gate_data, split_sha256
+from tests.gates import commanded, decisions, gate_data, split_sha256
 from tests.support import TinyText, tiny_silo
 
-pytestmark = pytest.mark.soak
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(600)]
 RULE = {"every_versions": 1, "max_mean_rise": 0.1, "max_silo_rise": 0.2, "eval_sequences": 32}
 
 
 def said_by(*arguments: object, code: int = 0) -> str:
     """What a command prints."""
-    run = CliRunner().invoke(app, [*map(str, arguments)], env={"COLUMNS": "300"})
-    assert run.exit_code == code, run.output
-    return run.output
+    found, said = commanded(*arguments)
+    assert found == code, said
+    return said
 
 
 def result(config: RunConfig, judge: str, version: int) -> Evaluation:

@@ -68,9 +68,6 @@ SILO_POINTS: dict[str, Point] = {
     "joining": (THROUGH_STORE, "ThroughStore.join", "before", lambda self: 0),
     "named": (STORE, "StoreExchange.claim_name", "after", lambda self, silo, identity: 0),
     "step": ("pretrain.train", "learning_rate", "before", lambda step, inner: step),
-    "reading": (DATA, "Batches.__next__", "after", lambda self: self.state() // self.global_batch_sequences),
-    "judging": (ELASTIC, "ElasticSync.judged", "before", lambda self, version, *found: version),
-    "judged": (ELASTIC, "ElasticSync.judged", "after", lambda self, version, *found: version),
     "gathering": (SILO_SYNC, "SiloSync.deliver", "before", lambda self, engine, progress, version: version),
     "sending": (SILO_SYNC, "SiloSync._code", "before", lambda self, version, *facts: version),
     "coded": (SILO_SYNC, "save_tensors", "after", lambda coded, file, **_: int(file.stem)),
@@ -149,8 +146,6 @@ AGGREGATOR_POINTS: dict[str, Point] = {  # as its loop comes to them
     "before_commit": (OBJECTS, "Objects.write", "before", lambda self, name, data: commit(name)),
     "committing": ("os", "link", "before", lambda written, final, **more: commit(linked(final, **more))),
     "after_commit": (OBJECTS, "Objects.write", "after", lambda self, name, data: commit(name)),
-    "before_decision": (OBJECTS, "Objects.write", "before", lambda self, name, data: decision(name)),
-    "after_decision": (OBJECTS, "Objects.write", "after", lambda self, name, data: decision(name)),
     "noted": (AGGREGATE, "Aggregator._publish", "after", lambda self, commit, payloads: commit.version),
     "before_pruning": (HISTORY, "History.prune", "before", lambda self, roster, newest, most, **settings: newest),
     "delivery_pruned": (OBJECTS, "Objects.delete", "after", lambda self, name: pruned(self, name, delivery(name))),
@@ -165,7 +160,16 @@ AGGREGATOR_POINTS: dict[str, Point] = {  # as its loop comes to them
     ),
 }
 
-POINTS = SILO_POINTS | AGGREGATOR_POINTS
+# Where a contract has a gate, and where a silo's text is spoiled.
+GATE_POINTS: dict[str, Point] = {
+    "reading": (DATA, "Batches.__next__", "after", lambda self: self.state() // self.global_batch_sequences),
+    "judging": (ELASTIC, "ElasticSync.judged", "before", lambda self, version, *found: version),
+    "judged": (ELASTIC, "ElasticSync.judged", "after", lambda self, version, *found: version),
+    "before_decision": (OBJECTS, "Objects.write", "before", lambda self, name, data: decision(name)),
+    "after_decision": (OBJECTS, "Objects.write", "after", lambda self, name, data: decision(name)),
+}
+
+POINTS = SILO_POINTS | AGGREGATOR_POINTS | GATE_POINTS
 
 
 def scripted(module: str, faults: Sequence[tuple[Any, ...]], directory: Path) -> list[str]:
