@@ -28,8 +28,8 @@ from pretrain.outer.codec import decoded
 from pretrain.outer.quantize import Parts
 from pretrain.outer.summed import in_stream
 from pretrain.silo.data import Mixture
+from pretrain.silo.texts import open_data
 from pretrain.silo.vocabulary import vocabulary_size
-from pretrain.train import open_data
 from pretrain.trust.ledger import Manifest, RefusedError
 from pretrain.trust.masks import Stream, add
 from pretrain.trust.members import act_as

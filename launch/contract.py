@@ -96,6 +96,22 @@ def propose(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def gate(config: Config, overrides: Overrides = None) -> None:
+    """Print what goes into `gate` of every member's configuration: the sha256 of the text of each held-out split here.
+
+    [bold]Example:[/bold] atoll contract gate --config law.yaml
+    """
+    from pretrain.config.load import load_unchecked
+    from pretrain.federation.preflight import gate_splits
+
+    data, public = gate_splits(load_unchecked(config, overrides or []))
+    print("gate:")
+    for key, found in (("data", data), ("public", public)):
+        if found:
+            print("\n".join([f"  {key}:", *(f"    {name}: {digest}" for name, digest in found.items())]))
+
+
+@app.command()
 def amend(
     store: Store,
     config: Config,

@@ -33,6 +33,9 @@ def export(
     *,
     output: Annotated[Path, typer.Option(help="Directory to make; must not exist.")],
     version: Annotated[int | None, typer.Option(help="Version of the global parameters; default: the newest.")] = None,
+    current: Annotated[
+        bool, typer.Option("--current", help="The current version, by the contract's gate, instead of the newest.")
+    ] = False,
     license: Annotated[str, typer.Option(help="For the model card, as model hubs name it: apache-2.0.")] = "",
     merged: Annotated[
         bool, typer.Option("--merged", help="Of an adapter: a whole model, with it in its base.")
@@ -51,17 +54,22 @@ def export(
     """
     from launch.show.run import held_out_of
     from pretrain.config.load import load_run
-    from pretrain.federation.export import describe_export, export_global_model
+    from pretrain.federation.current import current_version
+    from pretrain.federation.export import describe_export, export_global_model, open_ledger
     from pretrain.federation.personal import export_personal_model
 
     if merged and adapter:
         raise ConfigError("--merged: given with --adapter; allowed: one of them")
     if personal and version is not None:
         raise ConfigError(f"--version: {version} given with --personal; allowed: without it, as the newest counts")
+    if current and (personal or version is not None):
+        raise ConfigError("--current: given with --version or --personal; allowed: without them")
     if silo and not personal:
         raise ConfigError("--silo: given without --personal; allowed: with it")
     output = Path(expand_home("--output", str(output)))
     config = load_run(directory)
+    if current:
+        version = current_version(config, open_ledger(config))
     options: dict[str, Any] = {
         "form": "merged" if merged else "adapter" if adapter else "",
         "license": license,

@@ -82,6 +82,8 @@ def _lines(found: "Verified | VerifiedBundle") -> list[str]:
             again += "a collective keeps no deliveries"
         lines.append(f"versions    {store.num_versions} in one chain, {again}")
         lines.append(f"deliveries  {store.num_manifests} manifests; {store.num_payloads} files have their hash{pruned}")
+        if store.num_decisions:
+            lines.append(f"gate        {store.num_decisions} decisions recomputed; version {store.current} is current")
         if store.num_words:
             past = f", {store.num_past_words} by keys that count no more" if store.num_past_words else ""
             lines.append(f"words       {store.num_words}{', each by its author' if store.is_signed else ''}{past}")

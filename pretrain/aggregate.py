@@ -28,10 +28,10 @@ from pretrain.exchange.archive import Archive
 from pretrain.exchange.lease import Lease
 from pretrain.exchange.objects import StoreTroubleError
 from pretrain.exchange.payload import PARAMETER, save_tensors
-from pretrain.exchange.rollback import check_held, explain, finish_rollbacks, foreign, rollback_records
+from pretrain.exchange.rollback import check_held, explain, finish_rollbacks, foreign, roll_back, rollback_records
 from pretrain.exchange.sealed import give_group_key, seal_payload
 from pretrain.exchange.store import StoreExchange, version_path
-from pretrain.federation.preflight import check_model
+from pretrain.federation.preflight import check_model, check_public
 from pretrain.federation.room import check_aggregator_room
 from pretrain.host.disk import full_disk
 from pretrain.host.foreign import loads
@@ -39,6 +39,7 @@ from pretrain.host.journal import Journal
 from pretrain.host.lock import lock_directory
 from pretrain.host.stopping import STOPPED, StopRequested, raise_at_signals
 from pretrain.merge.collect import POLLS_PER_LOOK, Collector, Delivery
+from pretrain.merge.gatekeeper import Gatekeeper
 from pretrain.merge.merger import Merged, Merger
 from pretrain.merge.snapshots import Snapshots
 from pretrain.merge.terms import commit_record, contributor
@@ -84,6 +85,9 @@ class Aggregator:
             config, self._exchange, self._scratch, check_lease=self._check_lease, let_go=self._merger.let_go
         )
         self._collector = Collector(config, self._exchange, journal)
+        self._gatekeeper: Gatekeeper | None = None
+        if config.gate.is_on:
+            self._gatekeeper = Gatekeeper(config, self._exchange, journal, check_lease=self._check_lease)
 
     # ---- start
 
@@ -96,6 +100,7 @@ class Aggregator:
         if self._archive:
             self._archive.check()
         check_model(self._config)
+        check_public(self._own)
         newest = self._exchange.newest_version()
         check_aggregator_room(self._config, is_new=newest < 0)
         initial: dict[str, Tensor] = {}
@@ -119,7 +124,11 @@ class Aggregator:
                 f"exchange.url: {self._config.store_url} given; version {newest + 1} is missing there, and the newest "
                 f"that this aggregator has made is {known}; restore {version_path(newest + 1)}/commit.json"
             )
-        return self._load(newest) if newest >= 0 else self._create(initial or self._initial())
+        if newest < 0:
+            return self._create(initial or self._initial())
+        if self._gatekeeper:
+            self._gatekeeper.start(newest)
+        return self._load(newest)
 
     def _go_to(self, version: int) -> None:
         """From here on the configuration says what holds at a version that is made, or made again."""
@@ -231,6 +240,8 @@ class Aggregator:
             return
         self._next_look = time.monotonic() + POLLS_PER_LOOK * self._config.exchange.poll_seconds
         self._check_held()
+        if self._gatekeeper:
+            self._gatekeeper.look(self._newest.version)
         if not self._exchange.hear_damaged(self._config.full_roster, self._newest.version):
             return
         self._collector.put_back(check=self._check_lease)
@@ -252,6 +263,27 @@ class Aggregator:
                 self._exchange.write_over(name, self._newest.to_bytes(), lambda: self._exchange.has_commit(version))
                 print(f"version {version}: somebody has replaced its commit; it was written again", flush=True)
         return commit_sha256
+
+    # ---- the gate
+
+    def judge(self, state: OuterState, *, is_last: bool = False) -> None:
+        """Judge the newest version by the public splits, and decide about candidates, as the contract's gate asks for.
+
+        Raises ConfigError where the run goes back by it; of the last version it waits for all results.
+        """
+        keeper, config = self._gatekeeper, self._config
+        if not keeper:
+            return
+        if config.gate.public and config.gate.is_candidate(state.version):
+            from pretrain.federation.public import judge_public  # whoever judges nothing needs no transformers
+
+            judge_public(config, self._exchange, state)
+        keeper.wait(state.version) if is_last else keeper.look(state.version)
+        if decision := keeper.goes_back:
+            self.finish()
+            why = f"gate: version {decision.version} has not become the current one: {'; '.join(decision.reasons)}"
+            roll_back(self._exchange, config.outer.num_fragments, to=decision.current, reason=why)
+            raise ConfigError(f"{why}; the run was taken back to version {decision.current}; start it again")
 
     def merge(self, state: OuterState, deliveries: list[Delivery]) -> Merged:
         """Merge and take the outer step in place, as soon as what is done beside training is done."""
@@ -288,6 +320,8 @@ class Aggregator:
         self._journal.record("commit", **commit_record(self._config, commit))
         merged_again = self._config.trust.keep_deliveries + 1  # from the version before them
         keep = max(self._config.exchange.keep_versions, merged_again)
+        if self._gatekeeper:  # what may be exported, or gone back to
+            keep = max(keep, state.version - self._gatekeeper.current + 1)
         late = self._config.membership.stale_weight > 0
         prune = self._archive.begin if self._archive else self.snapshots.history.prune
         prune(self._collector.members(), state.version, keep, late=late)
@@ -374,14 +408,18 @@ def aggregate(config: RunConfig, journal: Journal) -> None:
     aggregator = Aggregator(config, journal, take_lease=partial(Lease, seconds=exchange.lease_seconds))
     try:
         state = aggregator.start()
+        aggregator.judge(state)
         gc.collect()
         gc.freeze()  # what was loaded to start stays: no later collection has to go through it
         while state.version < config.schedule.num_versions:
             deliveries = aggregator.collect(state)
+            aggregator.judge(state)
             journal.status("merging", round=config.round_of(state.version + 1))
             merged = aggregator.merge(state, deliveries)
             aggregator.commit(state, deliveries, merged)
+            aggregator.judge(state)
             del deliveries, merged  # before the next ones come
+        aggregator.judge(state, is_last=True)
         aggregator.finish()
     finally:
         aggregator.stop()

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,8 +44,9 @@ from pretrain.silo.optim import learning_rate
 from pretrain.silo.private import Private, open_private
 from pretrain.silo.profile import RoundProfile
 from pretrain.silo.ranks import Ranks
-from pretrain.silo.shards import Manifest, template_sha256, tokenizer_sha256
+from pretrain.silo.shards import Manifest
 from pretrain.silo.steplog import StepLog, go_on_without_checkpoint
+from pretrain.silo.texts import open_data
 from pretrain.silo.verify import verify_in_background
 from pretrain.sync.among_silos import AmongSilos
 from pretrain.sync.elastic import ElasticSync
@@ -100,17 +100,9 @@ class Silo:
             self.journal.status("evaluating", step=progress.step, round=progress.round)
         self.engine.evaluating(True)
         with self.sync.global_model(self.engine) if self.sync else nullcontext():
-            losses_of = partial(
-                held_out_loss,
-                self.engine.token_losses,
-                self.held_out,
-                num_sequences=settings.eval_sequences,
-                micro_batch_sequences=settings.micro_batch_sequences,
-                ranks=self.ranks,
-            )
             with personal.away():
-                losses = losses_of()
-            own = losses_of() if personal.names else None
+                losses = self.losses_of(self.held_out, settings.eval_sequences)
+            own = self.losses_of(self.held_out, settings.eval_sequences) if personal.names else None
         self.engine.evaluating(False)
         progress.seconds_evaluating += time.monotonic() - began
         if self.journal:
@@ -130,6 +122,34 @@ class Silo:
             print(f"round {progress.round:5d}  held-out {losses_in_words(losses, sequences)}", flush=True)
             if own is not None:
                 print(f"round {progress.round:5d}  with its own adapter {losses_in_words(own, sequences)}", flush=True)
+
+    def losses_of(self, corpora: dict[str, PackedTokens], num_sequences: int) -> dict[str, float]:
+        """What the engine, as it is, comes to on so many sequences of each corpus."""
+        return held_out_loss(
+            self.engine.token_losses,
+            corpora,
+            num_sequences=num_sequences,
+            micro_batch_sequences=self.config.silos[self.name].micro_batch_sequences,
+            ranks=self.ranks,
+        )
+
+    def judge(self) -> None:
+        """Tell the contract's gate the held-out loss of the newest version, where that is a candidate."""
+        gate, progress, sync, began = self.config.gate, self.progress, self.sync, time.monotonic()
+        if not (sync and sync.must_judge(progress.version)):
+            return
+        self.check_data()
+        corpora = {corpus: self.held_out[corpus] for corpus in gate.silos[self.name]}
+        self.engine.evaluating(True)
+        has_trained = progress.step != (self.config.schedule.adopted(progress.version) if progress.version else 0)
+        with sync.global_model(self.engine, has_trained=has_trained), self.engine.personal.away():
+            losses = self.losses_of(corpora, gate.eval_sequences)
+        self.engine.evaluating(False)
+        progress.seconds_evaluating += time.monotonic() - began
+        sequences = sequences_evaluated(corpora, gate.eval_sequences)
+        sync.judged(progress.version, losses, sequences)
+        if self.journal:
+            print(f"judged version {progress.version}: {losses_in_words(losses, sequences)}", flush=True)
 
     def end_round(self) -> None:
         """A round, or several that went on without us, has ended: evaluate if it is time."""
@@ -196,6 +216,7 @@ def train(silo: Silo) -> None:
     log = StepLog(config, silo.name, silo.journal, progress, peak)
     if sync:
         sync.catch_up(engine, progress)
+        silo.judge()
         silo.read_from_position()
     log.start()
     log.resume_training()
@@ -213,7 +234,9 @@ def train(silo: Silo) -> None:
                         sync.wait(progress, version)  # for the aggregator's commit
                     with profile.part("sync"):
                         sync.adopt(engine, progress, version)  # what was merged, checked against the commit's digest
+                    silo.judge()  # if the contract's gate asks for it
             sync.catch_up(engine, progress)  # if others have gone on without us
+            silo.judge()
             silo.read_from_position()
             log.resume_training()
         if progress.step // schedule.sync_interval_steps > progress.round:
@@ -282,8 +305,8 @@ def prepare(
     """Check the data, join the federation, build the engine; resume from the newest checkpoint, or start anew."""
     settings = config.silos[name]
     settings.accumulation_steps = accumulation_steps(name, settings, ranks.num_ranks)
+    _check(config, name, ranks)
     mixture, held_out = open_data(config, name)
-    _check_model(config, name, ranks)
     reading = verify_in_background(name, settings) if ranks.is_leader else Future[str]()
     contract_sha256 = sync.join(mixture.epoch_tokens) if sync else ""
     torch.manual_seed(zlib.crc32(f"{config.model.seed}/{name}/{ranks.rank}".encode()))  # dropout
@@ -331,8 +354,9 @@ def prepare(
     return silo
 
 
-def _check_model(config: RunConfig, name: str, ranks: Ranks) -> None:
-    """That there is one, a card that computes in its precision, and room for checkpoints. Raises ConfigError."""
+def _check(config: RunConfig, name: str, ranks: Ranks) -> None:
+    """Text, model, a card that computes in its precision, and room for checkpoints. Raises ConfigError."""
+    check_silo(config, name)
     check_model(config)
     check_precision(name, config.silos[name].precision, ranks)
     if ranks.is_leader:
@@ -367,36 +391,6 @@ def _batches(settings: SiloConfig, mixture: Mixture, ranks: Ranks) -> Prefetch:
         num_ranks=ranks.num_ranks,
     )
     return Prefetch(batches, num_batches=settings.prefetch_batches, device=ranks.device)
-
-
-def open_data(config: RunConfig, name: str) -> tuple[Mixture, dict[str, PackedTokens]]:
-    """Training text and held-out text, by their manifests and sizes: no token is read, however large they are."""
-    check_silo(config, name)
-    settings, tokenizer = config.silos[name], tokenizer_sha256(config.tokenizer_file)
-    template = template_sha256(config.template_file)
-
-    def packed(directories: list[str], key: str) -> PackedTokens:
-        return PackedTokens(
-            directories,
-            sequence_tokens=config.sequence_tokens,
-            tokenizer_sha256=tokenizer,
-            template_sha256=template,
-            prompt_tokens=config.model.adapter.prompt_tokens,
-            keeps_apart=config.document_masking,
-            key=f"silos.{name}.{key}",
-        )
-
-    # A stated seed gives the same order in every silo that states it; otherwise each silo has its own.
-    seed, salt = (settings.data_seed, "") if settings.data_seed is not None else (0, name)
-    corpora = [[directory] for directory in settings.data] if settings.data_weights else [settings.data]
-    mixture = Mixture(
-        [packed(corpus, "data") for corpus in corpora],
-        weights=settings.data_weights or None,
-        seed=seed,
-        silo=salt,
-        whole_batches_of=settings.global_batch_sequences if settings.is_private else 1,
-    )
-    return mixture, {corpus: packed([split], f"valid.{corpus}") for corpus, split in settings.valid.items()}
 
 
 def run(config: RunConfig, name: str, journal: Journal | None) -> int:

@@ -25,6 +25,7 @@ from launch.start.processes import POLL_SECONDS, Child, ChildCommand, Children
 from pretrain.config.adapter import PROMPT
 from pretrain.config.check import check_config, check_has_silo
 from pretrain.config.errors import ConfigError, require
+from pretrain.config.gate import GateConfig
 from pretrain.config.keys import MembershipConfig, OuterConfig, RunConfig, SiloConfig
 from pretrain.config.load import load_config, load_run, load_typed, save_config
 from pretrain.config.paths import absolute, expand_home
@@ -249,7 +250,7 @@ def _runs_of(spec: CompareConfig, name: str, model: ModelSpec, seed: int) -> Ite
         first = min(base.silos)  # all silos hold the same global model: one evaluates it
         valid = {first: all_held_out(base)}
         silos = {n: dataclasses.replace(silo, valid=valid.get(n, {})) for n, silo in base.silos.items()}
-        yield planned(dataclasses.replace(base, silos=silos))
+        yield planned(dataclasses.replace(base, silos=silos, gate=GateConfig()))
     elif model.kind == "central":
         yield planned(central_config(base, seed=seed))
     else:
@@ -271,6 +272,7 @@ def _alone(config: RunConfig, name: str, silo: SiloConfig, *, num_steps: int) ->
         exchange=dataclasses.replace(config.exchange, kind="none", url=""),
         outer=OuterConfig(sync_interval_steps=interval),
         membership=MembershipConfig(),
+        gate=GateConfig(),
         inner=inner,
         silos={name: dataclasses.replace(silo, eval_interval_rounds=rounds)},
         roster=[],

@@ -49,6 +49,7 @@ IDENTITY = {
     "profile": ("silo", "step"),
     "start": ("silo", "version"),
     "rollback": ("number",),
+    "gate": ("version",),
 }
 
 
@@ -78,7 +79,7 @@ def _takes_back(record: Record, earlier: Record) -> bool:
     """
     kind = earlier["kind"]
     if record["kind"] == "rollback":
-        return kind == "commit" and int(earlier["version"]) > int(record["to_version"])
+        return kind in ("commit", "gate") and int(earlier["version"]) > int(record["to_version"])
     if earlier.get("silo") != record.get("silo"):
         return False
     if kind in ("step", "eval", "profile"):

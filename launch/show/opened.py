@@ -14,6 +14,7 @@ from launch.show.listed import LIMIT_BYTES, Listed, cannot_be_read
 from launch.show.voices import Voices
 from pretrain.config.check import check_config
 from pretrain.config.errors import ConfigError
+from pretrain.config.gate import GateConfig
 from pretrain.config.keys import (
     InnerConfig,
     MembershipConfig,
@@ -25,6 +26,7 @@ from pretrain.config.keys import (
 )
 from pretrain.exchange.signed import SignedStore
 from pretrain.host.foreign import loads, shown
+from pretrain.trust.contract import GATE
 from pretrain.trust.ledger import Commit, RefusedError, sha256_bytes
 
 # The layout is in pretrain/exchange/store.py; # is the number that tells objects of a kind apart.
@@ -169,6 +171,7 @@ def _terms(stored: bytes | None, url: str) -> tuple[Json, RunConfig]:
             inner=inner,
             outer=outer,
             membership=membership,
+            gate=_section(GateConfig, contract, GATE) if GATE in contract else GateConfig(),
             model=ModelConfig(config={"model_type": "any"}),
             silos={name: SiloConfig() for name in roster},
             roster=roster,

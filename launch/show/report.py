@@ -82,6 +82,7 @@ def summary_of(run: Run) -> dict[str, Any]:
         "rollbacks": [
             {key: record[key] for key in ("from_version", "to_version", "reason")} for record in run.records["rollback"]
         ],
+        **({"gate": candidates} if (candidates := _candidate_rows(run)) else {}),
         "peak_memory_bytes": {silo: end.get("peak_memory_bytes") for silo, end in ends.items()},
         **({"epsilon": spent} if (spent := _values(last_steps, "epsilon")) else {}),
         **({"member_epsilon": whole["epsilon"]} if (whole := _spent_by_all(run)) else {}),
@@ -131,6 +132,7 @@ def write_report(
         has_mfu=any(silo["mfu"] for silo in silos),
         has_device=any(silo["peak_device_memory_bytes"] for silo in silos),
         commits=_commit_rows(main),
+        candidates=_candidate_rows(main),
         settings=describe_settings(main.config),
         kept=[name for name, tier in main.config.trust.metrics.items() if tier != "public"],
         figures=figures.draw_all(main, evaluated),
@@ -258,6 +260,20 @@ def _commit_rows(run: Run) -> list[dict[str, Any]]:
         }
         # All fragments of a version are one outer step.
         for commit in {commit["version"]: commit for commit in run.records["commit"]}.values()
+    ]
+
+
+def _candidate_rows(run: Run) -> list[dict[str, Any]]:
+    """What the contract's gate has decided about its candidates, where the aggregator ran here."""
+    return [
+        {
+            "version": record["version"],
+            "losses": {judge: f"{loss:.4f}" for judge, loss in record["losses"].items()},
+            "decision": "current from then on"
+            if record["is_current"]
+            else f"version {record['current']} stays: {'; '.join(record['reasons'])}",
+        }
+        for record in run.records["gate"]
     ]
 
 

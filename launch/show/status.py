@@ -44,6 +44,8 @@ def show_status(status: StoreStatus, console: Console) -> None:
             console.print(Text(words))
     if status.spent:
         console.print(Text(f"differential privacy for all that a silo delivers; spent: {_numbers(status.spent)}"))
+    for words in status.gate:
+        console.print(Text(words), soft_wrap=True)
     for words in remarks(status):
         console.print(Text(words, style="red"))
     silos = status.silos.values()

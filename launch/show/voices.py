@@ -7,6 +7,7 @@ from pretrain.exchange.rollback import Rollback
 from pretrain.exchange.signed import SignedStore
 from pretrain.exchange.words import (
     Beat,
+    Decision,
     Done,
     Evaluation,
     Holder,
@@ -26,6 +27,8 @@ KINDS: tuple[tuple[str, type[Word] | type[Record]], ...] = (
     (r"aggregator/[0-9]+\.json", Holder),
     (r"aggregator/[0-9]+\.(?:ended|beat-[0-9]+)", TermSign),
     (r"global/[0-9]+/commit\.json", Commit),
+    (r"global/[0-9]+/gate\.json", Decision),
+    (r"global/[0-9]+/judged\.json", Evaluation),
     (r"rollbacks/[0-9]+\.json", Rollback),
     (r"rollbacks/[0-9]+\.done", Done),
     (r"signatures/([^/]+)\.json", Agreement),
@@ -33,6 +36,7 @@ KINDS: tuple[tuple[str, type[Word] | type[Record]], ...] = (
     (r"silos/([^/]+)/evaluations/[0-9]+\.json", Evaluation),
     (r"silos/([^/]+)/identity\.json", Identity),
     (r"silos/([^/]+)/membership/[0-9]+\.json", Membership),
+    (r"silos/([^/]+)/[0-9]+/judged\.json", Evaluation),
     (r"silos/([^/]+)/[0-9]+/manifest\.json", Manifest),
     (r"silos/[^/]+/[0-9]+/refused-[0-9]+\.json", Refusal),
     (r"waiting/[0-9]+\.json", Waiting),

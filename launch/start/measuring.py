@@ -13,6 +13,7 @@ from launch.show.metrics import MetricsReader
 from launch.start.local import log_tail, new_attempt, silo_child
 from launch.start.processes import POLL_SECONDS, Child
 from pretrain.config.errors import ConfigError
+from pretrain.config.gate import GateConfig
 from pretrain.config.keys import ExchangeConfig, MembershipConfig, OuterConfig, RunConfig, TrustConfig, WandbConfig
 from pretrain.config.load import CONFIG_FILE, save_config
 from pretrain.federation.preflight import check_model, check_silo
@@ -94,6 +95,7 @@ def _alone(config: RunConfig, name: str, directory: str) -> RunConfig:
         inner=dataclasses.replace(config.inner, num_steps=FOR_EVER),
         outer=OuterConfig(sync_interval_steps=FOR_EVER),
         membership=MembershipConfig(),
+        gate=GateConfig(),
         exchange=ExchangeConfig(kind="none"),
         trust=TrustConfig(),
         wandb=WandbConfig(mode="disabled"),

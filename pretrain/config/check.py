@@ -10,6 +10,7 @@ from pretrain.config.adapters import check_adapter, check_kind, check_personal
 from pretrain.config.allowed import ALLOWED, METRICS, TIERS, Numbers
 from pretrain.config.deepspeed_keys import KNOWN, OWNED
 from pretrain.config.errors import ConfigError, named, require
+from pretrain.config.gates import check_gate
 from pretrain.config.keys import OPERATOR, ModelConfig, OuterConfig, RunConfig, SiloConfig
 from pretrain.config.privacy import MEMBER, check_member, check_private, check_secure_sum
 
@@ -55,6 +56,7 @@ def check_config(config: RunConfig) -> None:
         check_private,
         check_adapter,
         check_personal,
+        check_gate,
     ):
         check(config)
 

@@ -14,6 +14,7 @@ from typing import Any
 from pretrain.config.adapter import AdapterConfig
 from pretrain.config.allowed import SUM32
 from pretrain.config.budgets import MemberPrivacyConfig, PrivateConfig
+from pretrain.config.gate import GateConfig
 from pretrain.config.personal import PersonalConfig
 from pretrain.outer.fragments import cut_factors, cut_fragments
 from pretrain.outer.learning_rate import scheduled_lr
@@ -392,6 +393,7 @@ class RunConfig:
     inner: InnerConfig = field(default_factory=InnerConfig)
     outer: OuterConfig = field(default_factory=OuterConfig)
     membership: MembershipConfig = field(default_factory=MembershipConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
     silo: SiloConfig = field(default_factory=SiloConfig)
     """Defaults of every silo of this file."""

@@ -59,6 +59,7 @@ def _changed(config: RunConfig, change: Change) -> RunConfig:
     config.trust.directory = at("trust.directory", config.trust.directory)
     config.trust.archive = at("trust.archive", config.trust.archive)
     config.trust.policy = at("trust.policy", config.trust.policy)
+    config.gate.places = {name: at(f"gate.places.{name}", place) for name, place in config.gate.places.items()}
     if config.exchange.kind == "store":
         config.exchange.url = at("exchange.url", config.exchange.url)
     for key, silo in [("silo", config.silo), *((f"silos.{name}", silo) for name, silo in config.silos.items())]:

@@ -12,6 +12,7 @@
     silos/NAME/000017/manifest.json          written last: the delivery is there when this is
     silos/NAME/000017/refused-0.json         why the aggregator did not take it; the silo delivers again, unless final
     silos/NAME/evaluations/000003.json       what the silo has found a model's held-out loss to be
+    silos/NAME/000008/judged.json            and of a candidate of the gate; global/000008/gate.json (gated.py)
     silos/NAME/membership/000003.json        the silo has joined or left, and which version was the newest then
     waiting/000017.json                      whom the aggregator waits for, and how long at most; gone when it commits
     silos/NAME/beats/000017                  the silo's newest sign of life; gone when it ends (beats.py)

@@ -161,6 +161,41 @@ class Evaluation(Word):
         return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class Decision(Word):
+    """Whether a version has become the run's current model, by the contract's gate (`gated.py`)."""
+
+    version: int
+    parameters_digest: str
+    is_current: bool
+    """Whether it is the current one from then on; else that which it was compared with stays."""
+    compared_with: int
+    """The current one before; of version 0, which is the first, itself."""
+    previous: str | None
+    """sha256 of the decision before, as it was written."""
+    judges: list[str]
+    """Whose results were there, silos and operator, sorted, ..."""
+    results: list[str]
+    """... and the sha256 of each, as it was written."""
+    reasons: list[str]
+    """Why it has not become the current one."""
+
+    @property
+    def current(self) -> int:
+        """The current version after it."""
+        return self.version if self.is_current else self.compared_with
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """The same."""
+        found = super().from_bytes(data)
+        if found.compared_with > found.version or len(found.judges) != len(found.results):
+            raise RefusedError("it is compared with a later version, or does not name the result of every judge")
+        if found.is_current == bool(found.reasons):
+            raise RefusedError("it does not say why it has not become the current one, or says why it has not")
+        return found
+
+
 def number(name: str, *, before: str = "", after: str = "") -> int | None:
     """The number in a name such as 000017 or 000017.json, written just so; None if it is another name."""
     if not (name.startswith(before) and name.endswith(after)):

@@ -54,6 +54,7 @@ def model_card(
         "training sequences": f"{config.sequence_tokens:,} tokens"
         + (", documents kept apart" if config.document_masking else ""),
         **_training(config, provenance),
+        **_record(provenance),
         "parameters_digest": f"`{provenance['parameters_digest']}`",
     }
     lines = ["---", yaml.safe_dump(about, sort_keys=False).rstrip(), "---", f"# {shown(config.name)}", ""]
@@ -62,6 +63,7 @@ def model_card(
     if held_out:
         lines += ["", "## Held-out loss", "", "| text | nats per token |", "|---|---|"]
         lines += [f"| {_cell(corpus)} | {_cell(loss)} |" for corpus, loss in sorted(held_out.items())]
+    lines += _gate(provenance)
     lines += [
         *("", "## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""),
         *(USE_ADAPTER if is_adapter else ['model = AutoModelForCausalLM.from_pretrained("PATH")']),
@@ -109,6 +111,28 @@ def _training(config: RunConfig, provenance: Mapping[str, Any]) -> dict[str, str
     if without := provenance.get("without"):
         rows["without"] = f"what {without['member']} contributed from version {without['from_version']} on"
     return rows
+
+
+def _record(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """By which anybody who has the run's store can tell that it is this one."""
+    rows = {"contract": "contract_sha256", "commit": "commit_sha256"}
+    return {what: f"sha256 `{provenance[key]}`" for what, key in rows.items() if provenance.get(key)}
+
+
+def _gate(provenance: Mapping[str, Any]) -> list[str]:
+    """How the contract's gate has judged it."""
+    if not (found := provenance.get("gate")):
+        return []
+    version, current = provenance["version"], found["current"]
+    which = "is the run's current one" if version == current else "is not the run's current one"
+    other = "" if version == current else f", which is version {current}" if current is not None else "; none is yet"
+    lines = ["", "## Gate", "", f"Version {version} {which}{other}, by the rule that was agreed before the run:", ""]
+    lines += [f"- {name} {limit:g}" for name, limit in found["rule"].items()]
+    lines += [f"- not kept: {_cell(why)}" for why in found.get("reasons", [])]
+    if losses := found.get("losses"):
+        lines += ["", "| judge | nats per token |", "|---|---|"]
+        lines += [f"| {_cell(judge)} | {loss:.4f} |" for judge, loss in sorted(losses.items())]
+    return lines
 
 
 def _merged(outer: OuterConfig) -> str:

@@ -8,6 +8,7 @@ from pretrain.config.adapter import PROMPT
 from pretrain.config.allowed import TIERS
 from pretrain.config.check import check_config
 from pretrain.config.errors import ConfigError, named
+from pretrain.config.gate import GateConfig
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.config.load import load_unchecked
 from pretrain.exchange.agreement import (
@@ -71,7 +72,7 @@ class Agreed:
         """A line for each term that a member's own configuration has otherwise. Raises ConfigError."""
         terms, config = read_contract(self.contract, self.url)[0], self.own(paths, overrides)
         agreed = agreed_settings(config)
-        if found := different_terms(agreed, {key: terms[key] for key in agreed}):
+        if found := different_terms(agreed, {key: terms.get(key) for key in agreed}):
             return found  # a wrong value would only blame a right one
         check_config(config)
         ours = build_contract(config)
@@ -144,6 +145,7 @@ def describe(agreed: Agreed) -> Iterator[tuple[str, str]]:
         f"{rules.deadline_floor_seconds:g} to {rules.deadline_ceiling_seconds:g} s after the commit before"
     )
     yield "quorum", enough
+    yield from told_of_gate(config.gate)
     yield from told_of_silos(config)
     software = read_contract(agreed.contract, agreed.url)[1]
     versions = named([f"{package} {version}" for package, version in software.items()]) or "none recorded"
@@ -163,6 +165,20 @@ def describe(agreed: Agreed) -> Iterator[tuple[str, str]]:
         yield name, f"{keys[name].fingerprint}  {has}{_since(agreed, name)}"
     for proposal in agreed.proposals():
         yield f"amendment {proposal.amendment.number}", describe_amendment(agreed, proposal)
+
+
+def told_of_gate(gate: GateConfig) -> Iterator[tuple[str, str]]:
+    """By which rule a version becomes the current one, if there is such a rule."""
+    if not gate.is_on:
+        return
+    limits = ", ".join(f"{name} {limit:g}" for name, limit in gate.limits.items())
+    judges = named(sorted(gate.data)) or "none"
+    waits = "" if gate.deadline_seconds is None else f", for {gate.deadline_seconds:g} s at most"
+    yield (
+        "gate",
+        f"every {gate.every_versions} versions one is a candidate: {limits}; else the run is to {gate.otherwise}",
+    )
+    yield "judged by", f"{judges}{waits}; by the operator: {named(sorted(gate.public)) or 'nothing'}"
 
 
 def told_of_silos(config: RunConfig) -> Iterator[tuple[str, str]]:

@@ -10,10 +10,11 @@ from importlib import metadata
 from pathlib import Path
 
 from pretrain.config.errors import ConfigError, named
-from pretrain.config.keys import RunConfig
+from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.exchange.agreement import SIGNATURES
 from pretrain.exchange.amended import FOLDER as AMENDMENTS
 from pretrain.exchange.archive import read_archive
+from pretrain.exchange.gated import JUDGED, decision_path, judged_path
 from pretrain.exchange.objects import Objects
 from pretrain.exchange.revocation import FOLDER as REVOCATIONS
 from pretrain.exchange.rollback import FOLDER as ROLLBACKS
@@ -222,8 +223,11 @@ class _BundleWriter:
             folders = [delivery_path(silo, version) for version in self._exchange.numbers(f"silos/{silo}")]
             for folder, found in zip(folders, in_threads(self._names, folders, REQUESTS_AT_ONCE), strict=True):
                 for name in found:
-                    if REFUSED.fullmatch(name):
+                    if REFUSED.fullmatch(name) or name == JUDGED:
                         self._copy(f"{folder}/{name}")
+        for version in range(0, self._newest + 1, self._config.gate.every_versions) if self._config.gate.is_on else ():
+            self._copy(judged_path(OPERATOR, version))
+            self._copy(decision_path(version))
 
     def _copy_own(self, bundle: Path) -> None:
         """What the silo delivered, as far as it is still there: in the store, and in its run directory."""

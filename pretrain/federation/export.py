@@ -22,6 +22,7 @@ from pretrain.exchange.payload import read_parameters
 from pretrain.exchange.sealed import read_as_a_member
 from pretrain.exchange.store import StoreExchange
 from pretrain.federation.card import CARD, check_license, model_card
+from pretrain.federation.current import about_gate
 from pretrain.host.foreign import loads
 from pretrain.outer.digest import digest_tensors
 from pretrain.silo.adapter import merge_adapter
@@ -39,7 +40,7 @@ from pretrain.silo.shards import atomic_path, file_sha256
 from pretrain.silo.vocabulary import vocabulary_size
 from pretrain.silo.weights import checkpoint_files
 from pretrain.trust.contract import check_same_terms, model_terms, read_contract
-from pretrain.trust.ledger import RefusedError
+from pretrain.trust.ledger import RefusedError, sha256_bytes
 from pretrain.trust.policy import is_public
 
 PROVENANCE = "atoll.json"
@@ -120,7 +121,7 @@ def _fill_from_store(config: RunConfig, parameters: dict[str, Tensor], version: 
     history = History(exchange, config.outer.num_fragments)
     try:
         read_as_a_member(exchange, config)
-        commit = exchange.read_commit(version)
+        commit, gate = exchange.read_commit(version), about_gate(config, exchange, version)
         with tempfile.TemporaryDirectory() as scratch:
             for fragment in range(config.outer.num_fragments):
                 made = history.parameters(version, fragment)
@@ -134,10 +135,11 @@ def _fill_from_store(config: RunConfig, parameters: dict[str, Tensor], version: 
         "version": version,
         "parameters_digest": commit.parameters_digest,
         "contract_sha256": commit.contract_sha256,
+        "commit_sha256": sha256_bytes(commit.to_bytes()),
     }
     if is_public(config, "tokens"):
         found["tokens"] = {silo: exchange.tokens_total(silo, version) for silo in config.full_roster}
-    return found
+    return found | gate
 
 
 def _fill_from_silo(config: RunConfig, parameters: dict[str, Tensor], version: int | None) -> dict[str, Any]:

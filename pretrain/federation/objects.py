@@ -35,6 +35,9 @@ WORDS: tuple[tuple[str, type[Word]], ...] = (
     (rf"{SILO}/membership/{N}\.json", words.Membership),
     (rf"{SILO}/beats/{N}", words.Beat),
     (rf"{SILO}/evaluations/{N}\.json", words.Evaluation),
+    (rf"{SILO}/{N}/judged\.json", words.Evaluation),
+    (rf"global/{N}/judged\.json", words.Evaluation),
+    (rf"global/{N}/gate\.json", words.Decision),
     (rf"{SILO}/resumable/{N}", words.Resumable),
     (rf"{SILO}/{N}/{REFUSED}", words.Refusal),
     (rf"damaged/{N}/(?P<silo>[^/]+)", words.Damaged),
@@ -99,6 +102,8 @@ class ObjectsVerifier:
             (rf"rolled-back/{folder}/global/{N}/commit\.json", self._check_discarded),
             (rf"rolled-back/{folder}/{SILO}/{N}/manifest\.json", self._check_manifest),
             (rf"rolled-back/{folder}/(?P<name>{SILO}/{N}/{REFUSED})", self._check_word(words.Refusal)),
+            (rf"rolled-back/{folder}/(?P<name>(?:{SILO}|global)/{N}/judged\.json)", self._check_word(words.Evaluation)),
+            (rf"rolled-back/{folder}/(?P<name>global/{N}/gate\.json)", self._check_word(words.Decision)),
         ]
         self._checks = [(re.compile(pattern), check) for pattern, check in checks]
 
@@ -150,7 +155,7 @@ class ObjectsVerifier:
     def _check_word(self, kind: type[Word]) -> Check:
         def check(name: str, match: re.Match[str]) -> None:
             found = match.groupdict()
-            author = self._silo(match) if "silo" in found else OPERATOR
+            author = self._silo(match) if found.get("silo") else OPERATOR
             word = self._word(kind, name, found.get("name") or name, OPERATOR if kind is words.Refusal else author)
             if isinstance(word, words.TermSign):
                 term = f"aggregator/{match['term']}.json"

@@ -28,6 +28,7 @@ from pretrain.silo.shards import (
     own_tokens,
     read_manifest,
     template_sha256,
+    text_sha256,
     tokenizer_sha256,
 )
 from pretrain.silo.weights import checkpoint_files
@@ -47,6 +48,8 @@ def check_run(config: RunConfig, silos: Sequence[str] | None = None, *, touch: b
     for name in config.silos if silos is None else silos:
         check_silo(config, name)
         check_collective(config, name)
+    if silos is None and config.gate.places:  # who has none may be no operator; the aggregator looks again
+        check_public(config)
     check_model(config)
     announce_store(config)
     for difference in check_store(config, touch=touch):
@@ -116,6 +119,7 @@ def check_silo(config: RunConfig, name: str) -> None:
     if silo.is_private:
         plan(config, name, manifests)
         _check_withheld(config, name, policy)
+    _check_gate(config, name, policy)
     for corpus, directory in silo.valid.items():
         key, place = f"silos.{name}.valid.{corpus}", Path(directory)
         if not place.exists() and str(place.parent / "train") in silo.data:
@@ -124,6 +128,69 @@ def check_silo(config: RunConfig, name: str) -> None:
                 f"packed split, or no silos.{name}.valid: split the text into more documents, or leave the key out"
             )
         read(place, key)
+
+
+def _check_gate(config: RunConfig, name: str, policy: Policy) -> None:
+    """What the contract's gate asks of a silo: that its splits are here, and that it may tell what it finds."""
+    valid, corpora = config.silos[name].valid, config.gate.silos.get(name, [])
+    if corpora and not policy.allows_metric("held_out"):
+        raise ConfigError(
+            f"trust.policy: {policy.file} given; it keeps held_out with its silo, and the contract's gate.data asks "
+            f"silo {name} for it; change either, or take no part"
+        )
+    for corpus in corpora:
+        key, wanted = f"silos.{name}.valid.{corpus}", config.gate.data[f"{name}/{corpus}"]
+        if corpus not in valid:
+            raise ConfigError(
+                f"{key}: none given, and the contract's gate.data has {name}/{corpus}; allowed: the directory of the "
+                f"packed split whose text is {wanted[:12]}"
+            )
+        check_gate_split(config, Path(valid[corpus]), wanted, key)
+
+
+def gate_splits(config: RunConfig) -> tuple[dict[str, str], dict[str, str]]:
+    """What `gate.data` and `gate.public` would have of a configuration's splits: name to the sha256 of its text.
+
+    Raises ConfigError.
+    """
+    data = {
+        f"{name}/{corpus}": text_sha256(read_manifest(Path(place), key=f"silos.{name}.valid.{corpus}"))
+        for name, silo in sorted(config.silos.items())
+        for corpus, place in sorted(silo.valid.items())
+    }
+    places = sorted(config.gate.places.items())
+    public = {name: text_sha256(read_manifest(Path(place), key=f"gate.places.{name}")) for name, place in places}
+    if not data and not public:
+        raise ConfigError("--config: given without silos.NAME.valid and gate.places; allowed: one with held-out splits")
+    return data, public
+
+
+def check_gate_split(config: RunConfig, place: Path, wanted: str, key: str) -> None:
+    """A split by which the contract's gate judges is on this disk, and has the text that was agreed.
+
+    Raises ConfigError.
+    """
+    if not place.is_dir():
+        raise ConfigError(
+            f"{key}: {str(place)!r} given; it is not on this disk, and the contract's gate judges by it; allowed: the "
+            f"directory of the packed split whose text is {wanted[:12]}"
+        )
+    tokenizer, template = tokenizer_sha256(config.tokenizer_file), template_sha256(config.template_file)
+    found = text_sha256(read_manifest(place, key=key, tokenizer_sha256=tokenizer, template_sha256=template))
+    if found != wanted:
+        raise ConfigError(
+            f"{key}: {str(place)!r} given, whose text is {found[:12]}; allowed: the one of the contract's gate, "
+            f"{wanted[:12]}"
+        )
+
+
+def check_public(config: RunConfig) -> None:
+    """Every public split is on this machine, with the text that the contract names. Raises ConfigError."""
+    for name, wanted in config.gate.public.items():
+        key = f"gate.places.{name}"
+        if name not in config.gate.places:
+            raise ConfigError(f"{key}: none given; allowed: the directory of this split of the contract's gate.public")
+        check_gate_split(config, Path(config.gate.places[name]), wanted, key)
 
 
 def _check_withheld(config: RunConfig, name: str, policy: Policy) -> None:

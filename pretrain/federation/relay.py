@@ -26,6 +26,7 @@ from pretrain.exchange.agreement import SIGNATURES
 from pretrain.exchange.amended import FOLDER as AMENDMENTS
 from pretrain.exchange.amended import acceptance_path, amendment_path
 from pretrain.exchange.beats import BEATS_PER_LEASE
+from pretrain.exchange.gated import judged_path
 from pretrain.exchange.history import History
 from pretrain.exchange.objects import Objects
 from pretrain.exchange.options import is_directory, store_options
@@ -159,6 +160,7 @@ class Relay:
                 self._copy_words(silo)
             self._copy_new(Evaluation, silo, "evaluations", self._here, self._there)
             self._mirror(Resumable, silo, "resumable")
+            self._copy_judged(silo)
             self._copy_deliveries(silo)
 
     # ---- down
@@ -182,6 +184,7 @@ class Relay:
                 take_back(self._here, version, f"rolled-back/{n:06d}")
         if done:
             self._newest, self._is_checked = self._here.newest_version(), False
+            self._handed_on.clear()  # what is said of a version that was made anew is said anew
             self._history = History(self._here, self._config.outer.num_fragments)  # which forgets what it was
             self._copy_made_of()
         for n in done:
@@ -348,6 +351,14 @@ class Relay:
         for name in sorted(found - wanted):
             there.objects.delete(name)
             self._handed_on.discard((there.objects.url, name))
+
+    def _copy_judged(self, silo: str) -> None:
+        """What it has found candidates of the contract's gate to be; once a version is decided, nobody asks."""
+        gate = self._config.gate
+        for version in range(0, self._newest + 1, gate.every_versions) if gate.is_on else ():
+            name = judged_path(silo, version)
+            if (self._there.objects.url, name) not in self._handed_on:
+                self._hand_on(Evaluation, name, silo, self._here, self._there)
 
     def _copy_deliveries(self, silo: str) -> None:
         """Those for versions to come; where late ones count, for each fragment's newest, too."""

@@ -15,6 +15,7 @@ from pretrain.config.errors import ConfigError
 from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.exchange.agreement import agreement_path, not_signed
 from pretrain.exchange.amended import FOLDER
+from pretrain.exchange.gated import Gated, decision_path
 from pretrain.exchange.payload import save_tensors
 from pretrain.exchange.sealed import seal_payload
 from pretrain.exchange.store import StoreExchange, delivery_path, snapshot_path, version_path
@@ -66,6 +67,10 @@ class Verified:
     """Small words of silos and operator, each by its author where things are signed, ..."""
     num_past_words: int = 0
     """... of them by a key that was replaced or taken away since."""
+    num_decisions: int = 0
+    """About candidates of the contract's gate, each as it follows from the results that it names, ..."""
+    current: int | None = None
+    """... and the version that is the current one by the last; None where there is none."""
     is_sealed: bool = False
     """Deliveries are sealed, and there is no key here to open them: no version was merged again."""
     is_collective: bool = False
@@ -129,6 +134,7 @@ class StoreVerifier:
             self._check_deliveries(commit)
         self._merge_again()
         self._check_kept()
+        self._check_gate()
         self._check_others()
         return self._found
 
@@ -260,6 +266,19 @@ class StoreVerifier:
         if gone and not self._found.findings and not self._found.is_sealed:
             what = f"cannot be merged again, but trust.keep_deliveries in the contract is {keep}"
             self._note(gone[-1], "deliveries", f"version {gone[0]}{f' to {gone[-1]}' if len(gone) > 1 else ''} {what}")
+
+    def _check_gate(self) -> None:
+        """Whether each decision of the contract's gate follows from the results that it names, and the one before."""
+        if not self._config.gate.is_on:
+            return
+        gated, before = Gated(self._exchange, self._config.gate), None
+        for version in range(0, max(self._commits, default=-1) + 1, self._config.gate.every_versions):
+            with self._noting(version, decision_path(version)):
+                if decision := gated.decision(version):
+                    gated.check(decision, before)
+                    self._found.num_decisions += 1
+                    self._found.current = decision.current
+                    before = decision
 
     def _check_others(self) -> None:
         """All objects that the chain does not name; what was found already is not said again."""

@@ -2,10 +2,15 @@
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from pretrain.exchange.gated import Gated, told_losses
+from pretrain.exchange.objects import StopWaitingError
+from pretrain.exchange.words import Evaluation
+from pretrain.host.stopping import StopRequested
 from pretrain.outer.rounds import steps_of_round
 from pretrain.silo.checkpoint import Progress
 from pretrain.silo.engine import Engine
@@ -28,6 +33,7 @@ class ElasticSync(SiloSync):
         mine = self._may_miss and self.ranks.is_leader and isinstance(self._exchange, ThroughStore)
         self._store: ThroughStore | None = self._exchange if mine else None  # type: ignore[assignment]
         self._has_started, self._num_skipped = False, 0
+        self._judged = -1  # the candidate that we were asked for last
 
     def start(self, engine: Engine, progress: Progress) -> None:
         """Take over version 0, or the newest, and say that we take part."""
@@ -35,6 +41,41 @@ class ElasticSync(SiloSync):
         self.set_pace(progress)
         if self._store:
             self._store.announce(progress.version)
+
+    def must_judge(self, version: int) -> bool:
+        """Whether the contract's gate waits for our held-out loss of the newest version; all ranks must call this."""
+        gate = self.config.gate
+        if version == self._judged or not gate.is_candidate(version) or self.silo not in gate.silos:
+            return False
+        self._judged = version
+        return not self._with_gate(lambda gated: gated.result(self.silo, version, self.digest) is not None)
+
+    def judged(self, version: int, losses: dict[str, float], sequences: dict[str, list[int]]) -> None:
+        """Tell it, before anything else: whoever goes on has said it."""
+        counts = {corpus: float(found[0]) for corpus, found in sequences.items()}
+        self._with_gate(
+            lambda gated: gated.tell(
+                self.silo,
+                Evaluation(
+                    version=version, parameters_digest=self.digest, losses=told_losses(losses), sequences=counts
+                ),
+            )
+        )
+
+    def _with_gate(self, ask: Callable[[Gated], bool | None]) -> bool | None:
+        """What the leader is told; StopRequested, on all ranks, where the store is away."""
+        found, is_away = None, False
+        if self.ranks.is_leader:
+            assert isinstance(self._exchange, ThroughStore)
+            try:
+                with self._exchange.gated() as gated:
+                    found = ask(gated)
+            except StopWaitingError:
+                is_away = True
+        found, is_away = self.ranks.from_leader([found, is_away])
+        if is_away:
+            raise StopRequested
+        return found
 
     def leave(self, progress: Progress, why: str) -> None:
         """Say that we take part no more; what was delivered counts."""

@@ -78,6 +78,11 @@ class SiloSync:
         """What of the leader's memory a checkpoint must hold."""
         return {"global": self.global_parameters, "residual": self.residuals}
 
+    @property
+    def digest(self) -> str:
+        """Of the leader's copy of the global parameters, as a commit has it."""
+        return digest_rows(self._rows.values())
+
     def asked_to_stop(self) -> bool:
         """Whether this rank knows a reason to stop; the main loop asks as it goes on."""
         if self.ranks.is_leader:
@@ -365,10 +370,14 @@ class SiloSync:
             del found
 
     @contextmanager
-    def global_model(self, engine: Engine) -> Iterator[None]:
-        """Within, the engine computes with the global parameters; afterwards it has its own back, to the last bit."""
-        if self.schedule.num_fragments == 1 and not self.schedule.overlap_steps and not self.config.outer.mixing:
-            yield  # it has them already: this is called after a sync of everything
+    def global_model(self, engine: Engine, *, has_trained: bool = False) -> Iterator[None]:
+        """Within, the engine computes with the global parameters; afterwards it has its own back, to the last bit.
+
+        `has_trained`: since the last sync.
+        """
+        is_whole = self.schedule.num_fragments == 1 and not self.schedule.overlap_steps and not self.config.outer.mixing
+        if is_whole and not has_trained:
+            yield  # it has them already: this was called after a sync of everything
             return
         names, file = list(engine.shapes), self._directory / "local.safetensors"
         local = self._read(engine, names)
@@ -417,8 +426,8 @@ class SiloSync:
 
         Nothing is told before `wrong` says that nothing is wrong with the text; it may take its time.
         """
-        digest, counts = digest_rows(self._rows.values()), {name: float(found[0]) for name, found in sequences.items()}
-        found = Evaluation(version=version, parameters_digest=digest, losses=losses, sequences=counts)
+        counts = {name: float(found[0]) for name, found in sequences.items()}
+        found = Evaluation(version=version, parameters_digest=self.digest, losses=losses, sequences=counts)
         self._exchange.evaluated(found, wrong)
 
     def _go_on_from(self, progress: Progress, newest: int) -> None:

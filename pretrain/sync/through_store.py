@@ -18,6 +18,7 @@ from pretrain.config.keys import RunConfig
 from pretrain.exchange.agreement import agree
 from pretrain.exchange.base import Outgoing, Received
 from pretrain.exchange.beats import Beats
+from pretrain.exchange.gated import Gated
 from pretrain.exchange.history import History
 from pretrain.exchange.objects import StopWaitingError, StoreTroubleError
 from pretrain.exchange.payload import Tensors, changed_tensors, check_header, read_parameters
@@ -35,6 +36,7 @@ from pretrain.outer.quantize import Parts
 from pretrain.outer.rounds import participants
 from pretrain.sync.delivered import Delivered
 from pretrain.sync.masked import MaskedSum
+from pretrain.sync.publishing import tell
 from pretrain.trust.contract import build_contract, check_same_contract, other_software
 from pretrain.trust.ledger import Commit, Contributor, Manifest, Payload, RefusedError, check_cosigned, sha256_bytes
 from pretrain.trust.policy import in_one_value, read_policy
@@ -477,15 +479,13 @@ class ThroughStore:
     def evaluated(self, evaluation: Evaluation, wrong: Callable[[], str]) -> None:
         """Say so in the store, unless contract or policy keeps it here; training goes on meanwhile."""
         if evaluation.losses and self._policy.allows_metric("held_out"):
-            self._marking.submit(self._tell, evaluation, wrong)
+            self._marking.submit(tell, self._store, self._silo, evaluation, wrong)
 
-    def _tell(self, evaluation: Evaluation, wrong: Callable[[], str]) -> None:
-        if wrong():
-            return  # the loop says what
-        try:
-            self._store.tell_evaluation(self._silo, evaluation)
-        except (RefusedError, ConfigError) as error:
-            print(f"version {evaluation.version}: its held-out loss is not published: {error}", flush=True)
+    @contextmanager
+    def gated(self) -> Iterator[Gated]:
+        """What the store has of the contract's gate."""
+        with self._noticing_the_end(), self._readable("the gate's results"):
+            yield Gated(self._store, self._config.gate)
 
     def moved(self) -> None:
         """Nobody waits for us without end: the aggregator does not ask."""

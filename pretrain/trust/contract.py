@@ -25,6 +25,7 @@ MOST_PACKAGES = 100
 LOCAL_OUTER = ("state",)  # what of `outer` is each machine's own affair
 LOCAL_TRUST = ("added", "archive", "directory", "key_command", "policy")
 RUN = "run_id"
+GATE = "gate"  # where there is one
 TEMPLATE = "chat_template_sha256"  # where silos train on conversations
 
 
@@ -39,6 +40,7 @@ def agreed_settings(config: RunConfig) -> dict[str, Any]:
         "outer": {key: value for key, value in outer.items() if key not in LOCAL_OUTER},
         "membership": dataclasses.asdict(config.membership),
         "roster": config.agreed_roster,
+        **({GATE: config.gate.terms} if config.gate.is_on else {}),
         "trust": {key: value for key, value in trust.items() if key not in LOCAL_TRUST},
     }
 

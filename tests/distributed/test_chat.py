@@ -10,7 +10,7 @@ import torch
 from pretrain.silo.batch import IGNORED
 from pretrain.silo.model import build_initial, token_losses
 from pretrain.silo.shards import tokenizer_sha256
-from pretrain.train import open_data
+from pretrain.silo.texts import open_data
 from tests.chats import packer
 from tests.conftest import TinyConfig
 from tests.distributed.federation import assert_same_bits, federate

@@ -10,7 +10,7 @@ import torch
 from pretrain.federation.export import load_global_model
 from pretrain.silo.model import token_losses
 from pretrain.silo.shards import tokenizer_sha256
-from pretrain.train import open_data
+from pretrain.silo.texts import open_data
 from tests.adapters import prompt_model, save_base
 from tests.chats import packer
 from tests.conftest import TinyConfig

@@ -15,6 +15,8 @@ action and its amount; rank 0 and "kill" are meant where it ends before. The act
     flip     the silo sends the opposite of its pseudo-gradient, there and at every larger number
     scale    and this sends a multiple of it
     noise    and this adds normal noise to it, of a multiple of its size
+    shuffle  the tokens of what the silo trains on are in a random order, there and at every larger number; for the
+             point `reading`
 
 Two points have a fault of their own: `corrupt_payload` flips a bit in what was just delivered, `corrupt_version`
 changes a value in what was just merged. A fault leaves an empty file DIRECTORY/POINT-NUMBER before it strikes, so that
@@ -47,7 +49,7 @@ if TYPE_CHECKING:
 Faults = dict[str, list[tuple[Any, ...]]]
 """Silo, or `aggregator`, to its faults."""
 FILLER = "filler"
-LASTING = ("slow", "flip", "scale", "noise")
+LASTING = ("slow", "flip", "scale", "noise", "shuffle")
 
 # point: (module, attribute, before or after the call, number of the round, version or step from the call's arguments)
 Point = tuple[str, str, str, Callable[..., int | None]]
@@ -57,6 +59,7 @@ HISTORY = "pretrain.exchange.history"
 AGGREGATE, MERGER = "pretrain.aggregate", "pretrain.merge.merger"
 SILO_SYNC = "pretrain.sync.silo_sync"
 THROUGH_STORE = "pretrain.sync.through_store"
+ELASTIC, DATA = "pretrain.sync.elastic", "pretrain.silo.data"
 OWN_LEDGER = "pretrain.sync.own_ledger"
 
 SIGNING: Point = (OBJECTS, "Objects.write", "before", lambda self, name, data: signature(name))
@@ -157,7 +160,16 @@ AGGREGATOR_POINTS: dict[str, Point] = {  # as its loop comes to them
     ),
 }
 
-POINTS = SILO_POINTS | AGGREGATOR_POINTS
+# Where a contract has a gate, and where a silo's text is spoiled.
+GATE_POINTS: dict[str, Point] = {
+    "reading": (DATA, "Batches.__next__", "after", lambda self: self.state() // self.global_batch_sequences),
+    "judging": (ELASTIC, "ElasticSync.judged", "before", lambda self, version, *found: version),
+    "judged": (ELASTIC, "ElasticSync.judged", "after", lambda self, version, *found: version),
+    "before_decision": (OBJECTS, "Objects.write", "before", lambda self, name, data: decision(name)),
+    "after_decision": (OBJECTS, "Objects.write", "after", lambda self, name, data: decision(name)),
+}
+
+POINTS = SILO_POINTS | AGGREGATOR_POINTS | GATE_POINTS
 
 
 def scripted(module: str, faults: Sequence[tuple[Any, ...]], directory: Path) -> list[str]:
@@ -232,6 +244,10 @@ def commit(name: str) -> int | None:
     return number(r"global/(\d{6})/commit\.json", name)
 
 
+def decision(name: str) -> int | None:
+    return number(r"global/(\d{6})/gate\.json", name)
+
+
 def signature(name: str) -> int | None:
     return 0 if name.startswith("signatures/") else None
 
@@ -287,6 +303,9 @@ def arm(point: str, when: int, fired: Path, action: str, amount: Any) -> None:
         elif due and action == "times":
             fired.touch()
             return result * amount
+        elif due and action == "shuffle":
+            fired.touch()
+            return shuffled(result)
         elif due and side == "after":
             strike(action, amount, fired, args)
         return result
@@ -313,6 +332,16 @@ def strike(action: str, amount: Any, fired: Path, args: tuple[Any, ...]) -> None
         sync, _, local, *_ = args  # of SiloSync._code
         for name, value in local.items():
             spoil(action, amount, value, sync.global_parameters[name])
+
+
+def shuffled(batch: Any) -> Any:
+    """The tokens of each sequence in another order, the same whenever it is read."""
+    import torch
+
+    tokens = torch.cat([batch.inputs[:, :1], batch.targets], dim=1)
+    generator = torch.Generator().manual_seed(int(tokens.sum()))
+    tokens = tokens[:, torch.randperm(tokens.shape[1], generator=generator)]
+    return batch._replace(inputs=tokens[:, :-1].contiguous(), targets=tokens[:, 1:].contiguous())
 
 
 def lie(about: str, args: tuple[Any, ...]) -> None:

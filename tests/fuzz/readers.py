@@ -132,6 +132,16 @@ WORDS = {
     "evaluation": words.Evaluation(
         version=None, label="central", parameters_digest="a" * 64, losses={"law": 2.5}, sequences={"law": 64}, tokens=9
     ),
+    "decision": words.Decision(
+        version=2,
+        parameters_digest="a" * 64,
+        is_current=False,
+        compared_with=1,
+        previous="b" * 64,
+        judges=["alpha"],
+        results=["c" * 64],
+        reasons=["its mean"],
+    ),
     "sign of a term": words.TermSign(nonce="n"),
 }
 REVOCATION = Revocation(

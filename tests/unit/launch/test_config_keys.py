@@ -9,6 +9,7 @@ from launch.show.config_keys import all_keys, as_markdown, find_keys, in_termina
 from pretrain.config.adapter import AdapterConfig
 from pretrain.config.allowed import ALLOWED
 from pretrain.config.budgets import PrivateConfig
+from pretrain.config.gate import GateConfig
 from pretrain.config.keys import SiloConfig
 from pretrain.config.personal import PersonalConfig
 from pretrain.config.privacy import MEMBER
@@ -44,6 +45,7 @@ def test_what_is_agreed_is_what_the_contract_has(tmp_path: Path, tiny_config: Ti
     agreed |= {"name", "run_id", "sequence_tokens", "document_masking", "roster"} & contract.keys()
     agreed |= {f"model.{name}" for name in (*contract["model"], "checkpoint")} | {"tokenizer", "chat_template"}
     agreed |= {f"model.adapter.{field.name}" for field in dataclasses.fields(AdapterConfig)}
+    agreed |= {f"gate.{name}" for name in GateConfig().terms}  # where there is one
     assert {name for name, key in KEYS.items() if key.is_agreed} == agreed
 
 

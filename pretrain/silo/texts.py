@@ -1,0 +1,34 @@
+"""A silo's text as it is opened: what it trains on, and what it is judged by."""
+
+from pretrain.config.keys import RunConfig
+from pretrain.silo.data import Mixture, PackedTokens
+from pretrain.silo.shards import template_sha256, tokenizer_sha256
+
+
+def open_data(config: RunConfig, name: str) -> tuple[Mixture, dict[str, PackedTokens]]:
+    """Training text and held-out text, by their manifests and sizes: no token is read, however large they are."""
+    settings, tokenizer = config.silos[name], tokenizer_sha256(config.tokenizer_file)
+    template = template_sha256(config.template_file)
+
+    def packed(directories: list[str], key: str) -> PackedTokens:
+        return PackedTokens(
+            directories,
+            sequence_tokens=config.sequence_tokens,
+            tokenizer_sha256=tokenizer,
+            template_sha256=template,
+            prompt_tokens=config.model.adapter.prompt_tokens,
+            keeps_apart=config.document_masking,
+            key=f"silos.{name}.{key}",
+        )
+
+    # A stated seed gives the same order in every silo that states it; otherwise each silo has its own.
+    seed, salt = (settings.data_seed, "") if settings.data_seed is not None else (0, name)
+    corpora = [[directory] for directory in settings.data] if settings.data_weights else [settings.data]
+    mixture = Mixture(
+        [packed(corpus, "data") for corpus in corpora],
+        weights=settings.data_weights or None,
+        seed=seed,
+        silo=salt,
+        whole_batches_of=settings.global_batch_sequences if settings.is_private else 1,
+    )
+    return mixture, {corpus: packed([split], f"valid.{corpus}") for corpus, split in settings.valid.items()}
