@@ -10,7 +10,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -210,20 +210,10 @@ class ChatEncoder:
 
     def _text(self, where: str, given: Conversation) -> Text:
         """A conversation as text; whether it is held out is for the caller to say."""
-        conversation, canonical = given, given.canonical()
-        digest = Conversation.digest(canonical)
-        cut = ""
-        if self._names_in_json.search(canonical):
-            cut = next(one for one in CUTS if json.dumps(one)[1:-1] not in canonical)
-            conversation = conversation.with_texts(
-                lambda text: self._names.sub(lambda name: _halved(name[0], cut), text)
-            )
+        canonical = given.canonical()
+        conversation, cut = self._shielded(given, canonical)
         rendered = self._renderer.render(conversation)
-        if cut and json.dumps(cut)[1:-1] in rendered.text:
-            raise NoConversationError(
-                "special token", "it spells a special token where its template writes JSON in ASCII"
-            )
-        pieces = rendered.text.split(cut) if cut else [rendered.text]
+        pieces = _parted(rendered.text, cut)
         begins = [0, *itertools.accumulate(len(piece) + len(cut) for piece in pieces)]
         return Text(
             where=where,
@@ -234,10 +224,42 @@ class ChatEncoder:
                 [(max(0, span[0] - begin), span[1] - begin) for span in rendered.learned if span[1] > begin]
                 for begin in begins[:-1]
             ],
-            digest=digest,
+            digest=Conversation.digest(canonical),
             num_bytes=sum(len(piece.encode()) for piece in pieces),
             is_held_out=False,
         )
+
+    def _shielded(self, given: Conversation, canonical: str) -> tuple[Conversation, str]:
+        """The same with a mark within all that spells a special token, and the mark; none if nothing does."""
+        if not self._names_in_json.search(canonical):
+            return given, ""
+        cut = next(one for one in CUTS if json.dumps(one)[1:-1] not in canonical)
+        return given.with_texts(lambda text: self._names.sub(lambda name: _halved(name[0], cut), text)), cut
+
+    def prompt(self, begun: Conversation) -> list[int]:
+        """Tokens of a conversation up to where the assistant is to speak, as they are in training.
+
+        Raises NoConversationError where the template refuses it, and ConfigError where it leaves something out.
+        """
+        conversation, cut = self._shielded(begun, begun.canonical())
+        pieces = _parted(self._renderer.prompt(conversation), cut)
+        encodings = self._tokenizer.encode_batch(pieces, add_special_tokens=False)
+        return [one for encoding in encodings for one in encoding.ids]
+
+    def spelled(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, special ones, too."""
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=False))
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Tokens that end what the assistant says: a turn's, and a text's."""
+        return frozenset({self.end_id, self._tokenizer.token_to_id(self._renderer.end_of_turn) or 0})
+
+    def written(self, conversation: Conversation) -> str:
+        """What a template writes of a conversation's last turn, all that is learned of it. Raises as `prompt` does."""
+        rendered = self._renderer.render(conversation)
+        begin, end = rendered.learned[-1]
+        return rendered.text[begin:end].rstrip().removesuffix(self._renderer.end_of_turn)
 
     def _tokens(
         self, texts: Iterator[Text]
@@ -317,6 +339,13 @@ def _first_token(encoding: Encoding, character: int, num_characters: int) -> int
             return int(token)
         character += 1
     return len(encoding)
+
+
+def _parted(text: str, cut: str) -> list[str]:
+    """What is rendered, parted at the marks. Raises NoConversationError where the template has spelled them out."""
+    if cut and json.dumps(cut)[1:-1] in text:
+        raise NoConversationError("special token", "it spells a special token where its template writes JSON in ASCII")
+    return text.split(cut) if cut else [text]
 
 
 def _halved(name: str, cut: str) -> str:

@@ -134,7 +134,29 @@ def normalised(record: Any) -> Conversation:
     return Conversation(messages=messages, tools=tools, untrained=frozenset(untrained))
 
 
+def begun(record: Any) -> Conversation:
+    """A conversation up to where the assistant is asked. Raises NoConversationError."""
+    if not isinstance(record, dict):
+        raise NoConversationError("no conversation", f"{kind_of(record)} given; allowed: an object with messages")
+    tools = parse_tools(record["tools"]) if record.get("tools") else None
+    messages = _messages(record.get("messages"), "messages", set())
+    _check_order(messages)
+    if not messages or messages[-1]["role"] not in ("user", "tool"):
+        last = f"{messages[-1]['role']} given last" if messages else "no message given"
+        raise NoConversationError("mixed-up order", f"{last}; allowed: a user's words, or a tool's result")
+    check_declared(messages, tools)
+    return Conversation(messages=messages, tools=tools)
+
+
 def _check(messages: list[Message], untrained: set[int]) -> None:
+    _check_order(messages)
+    if not any(one["role"] == "assistant" and place not in untrained for place, one in enumerate(messages)):
+        raise NoConversationError(
+            "no assistant turn", "no turn of the assistant to learn from, so not one token would be trained"
+        )
+
+
+def _check_order(messages: list[Message]) -> None:
     before = ""
     for place, message in enumerate(messages):
         role = message["role"]
@@ -151,10 +173,6 @@ def _check(messages: list[Message], untrained: set[int]) -> None:
                 "empty assistant turn", f"message {place + 1} of the assistant has neither text nor calls"
             )
         before = role
-    if not any(one["role"] == "assistant" and place not in untrained for place, one in enumerate(messages)):
-        raise NoConversationError(
-            "no assistant turn", "no turn of the assistant to learn from, so not one token would be trained"
-        )
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------
@@ -252,7 +270,7 @@ def parse_tools(given: Any) -> list[dict[str, Any]] | None:
     listed = _json(given, "tools", reason="tools") if isinstance(given, str) else given
     if not isinstance(listed, list):
         raise NoConversationError("tools", f"tools: {kind_of(listed)} given; allowed: a list of tools, or its JSON")
-    tools = []
+    tools: list[dict[str, Any]] = []
     for place, one in enumerate(listed):
         function = one.get("function", one) if isinstance(one, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
