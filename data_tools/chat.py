@@ -4,11 +4,13 @@ A token is learned if its first character is one that the assistant says. Text w
 special token stays text: such text is cut in the middle of the name and encoded in parts.
 """
 
+import dataclasses
 import itertools
 import json
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +26,13 @@ from data_tools.conversations import Conversation, NoConversationError, parse_co
 from data_tools.encode import BATCH_BYTES, Encoded
 from data_tools.quality import MEASURES, RULES
 from data_tools.sources import Bad, Block, parse_block
+from data_tools.split import split_at_turns
 from data_tools.tokenizer import BYTE_ALPHABET, end_of_text_id, load_tokenizer
 from pretrain.config.errors import ConfigError
 from pretrain.silo.shards import TOKEN_TYPES, token_type_for
 from pretrain.silo.vocabulary import vocab_size_of
 
-TOO_LONG = ("stop", "skip")
+TOO_LONG = ("stop", "skip", "split")
 # Private use; of these one is taken that is not in the text.
 CUTS = [chr(code) for code in range(0xE000, 0xE100)]
 
@@ -45,7 +48,7 @@ class ChatJob:
     sequence_tokens: int
     """The most that a conversation may have."""
     too_long: str
-    """What is done about a longer one: stop, or skip."""
+    """What is done about a longer one: stop, skip, or split it between turns."""
     held_out: float
     """Share of conversations that are held out, 0 to below 1."""
     prompt_tokens: int = 0
@@ -57,6 +60,7 @@ class Text:
     """A conversation as text."""
 
     where: str
+    conversation: Conversation
     kind: str
     pieces: list[str]
     learned: list[list[Span]]  # of each piece
@@ -87,11 +91,14 @@ class ChatEncoder:
         in_json = (re.escape(json.dumps(name)[1:-1]) for name in sorted(names))
         self._names_in_json = re.compile("|".join(in_json))
         self._renderer = Renderer(job.template, {token.content for token in added})
+        self.split: Counter[str] = Counter()
+        """What became of those that were split, of all since it was emptied; see `Encoded`."""
 
     def encode(self, block: Block) -> Encoded:
         """Parse, render and tokenize a block. Raises ConfigError for what ends the work."""
         bad: list[Bad] = []
         dropped: list[tuple[str, int]] = []
+        self.split.clear()
         kept = list(self.each(block, bad, dropped))
         return Encoded(
             tokens=np.concatenate([tokens for _, tokens, _ in kept]) if kept else np.empty(0, self._dtype),
@@ -106,6 +113,7 @@ class ChatEncoder:
             would_drop=np.empty((0, len(RULES)), np.bool_),
             dropped=dropped,
             bad=bad,
+            split=self.split.copy(),
         )
 
     def _with_room(
@@ -128,8 +136,10 @@ class ChatEncoder:
         for text, *own in self._tokens(self._texts(block, bad)):
             tokens, learned = self._with_room(*own)
             if len(tokens) > self._job.sequence_tokens:
-                self._too_long(text, len(tokens))
-                dropped.append(("too long", text.num_bytes))
+                pieces = self._too_long(text, tokens, learned)
+                yield from pieces
+                if not pieces:
+                    dropped.append(("too long", text.num_bytes))
             elif not learned.any():
                 bad.append(
                     Bad("no trained token", f"{text.where}: its template leaves nothing of it to learn: drop it")
@@ -137,14 +147,47 @@ class ChatEncoder:
             else:
                 yield text, tokens, learned
 
-    def _too_long(self, text: Text, num_tokens: int) -> None:
-        if self._job.too_long != "skip":
+    def _too_long(
+        self, text: Text, tokens: npt.NDArray[Any], learned: npt.NDArray[np.bool_]
+    ) -> list[tuple[Text, npt.NDArray[Any], npt.NDArray[np.bool_]]]:
+        """What is kept of it: nothing, or its pieces. Raises ConfigError where the work shall stop."""
+        if self._job.too_long == "skip":
+            return []
+        if self._job.too_long == "stop":
             prompt = self._job.prompt_tokens
             of_prompt = f", {prompt:,} of them of the prompt before it," if prompt else ""
             raise ConfigError(
-                f"{text.where}: a conversation of {num_tokens:,} tokens{of_prompt} given; allowed: --sequence-tokens "
-                f"{self._job.sequence_tokens:,}: raise it, shorten the conversation, or give --too-long skip"
+                f"{text.where}: a conversation of {len(tokens):,} tokens{of_prompt} given; allowed: --sequence-tokens "
+                f"{self._job.sequence_tokens:,}: raise it, shorten the conversation, or give --too-long split or skip"
             )
+        found = split_at_turns(
+            text.conversation, lambda one: len(self._piece(text, one)[1]) <= self._job.sequence_tokens
+        )
+        pieces = [self._piece(text, one) for one in found.pieces]
+        self.split.update(
+            conversations=1,
+            pieces=len(pieces),
+            turns_cut=found.num_cut,
+            tokens=len(tokens),
+            piece_tokens=sum(len(one) for _, one, _ in pieces),
+            trained_tokens=int(learned.sum()),
+            piece_trained_tokens=sum(int(one.sum()) for *_, one in pieces),
+        )
+        return pieces
+
+    def _piece(
+        self, text: Text, piece: Conversation
+    ) -> tuple[Text, npt.NDArray[Any], npt.NDArray[np.bool_]]:  # (num_tokens,) both
+        """A part of a conversation, held out if all of it is."""
+        try:
+            part = dataclasses.replace(self._text(text.where, piece), is_held_out=text.is_held_out)
+        except NoConversationError as no:
+            raise ConfigError(f"{text.where}: {no.what}") from None
+        except ConfigError as error:
+            raise ConfigError(f"{text.where}: {error}") from None
+        [(_, *own)] = self._encoded([part])
+        tokens, learned = self._with_room(*own)
+        return part, tokens, learned
 
     def _texts(self, block: Block, bad: list[Bad]) -> Iterator[Text]:
         """Every conversation of the block as text; what is none goes to `bad`."""
@@ -154,7 +197,10 @@ class ChatEncoder:
                 continue
             where = f"{block.part.path}, {block.part.unit} {number}"
             try:
-                yield self._text(block, where, parse_conversation(record))
+                text = self._text(where, parse_conversation(record))
+                split = block.part.split
+                text.is_held_out = split == "valid" if split else is_held_out(text.digest, self._job.held_out)
+                yield text
             except NoConversationError as no:
                 bad.append(Bad(no.reason, f"{where}: {no.what}: mend or drop it"))
             except UnicodeEncodeError:
@@ -162,35 +208,58 @@ class ChatEncoder:
             except ConfigError as error:
                 raise ConfigError(f"{where}: {error}") from None
 
-    def _text(self, block: Block, where: str, conversation: Conversation) -> Text:
-        canonical = conversation.canonical()
-        digest = Conversation.digest(canonical)
-        cut = ""
-        if self._names_in_json.search(canonical):
-            cut = next(one for one in CUTS if json.dumps(one)[1:-1] not in canonical)
-            conversation = conversation.with_texts(
-                lambda text: self._names.sub(lambda name: _halved(name[0], cut), text)
-            )
+    def _text(self, where: str, given: Conversation) -> Text:
+        """A conversation as text; whether it is held out is for the caller to say."""
+        canonical = given.canonical()
+        conversation, cut = self._shielded(given, canonical)
         rendered = self._renderer.render(conversation)
-        if cut and json.dumps(cut)[1:-1] in rendered.text:
-            raise NoConversationError(
-                "special token", "it spells a special token where its template writes JSON in ASCII"
-            )
-        pieces = rendered.text.split(cut) if cut else [rendered.text]
+        pieces = _parted(rendered.text, cut)
         begins = [0, *itertools.accumulate(len(piece) + len(cut) for piece in pieces)]
-        split = block.part.split
         return Text(
             where=where,
-            kind=conversation.kind,
+            conversation=given,
+            kind=given.kind,
             pieces=pieces,
             learned=[
                 [(max(0, span[0] - begin), span[1] - begin) for span in rendered.learned if span[1] > begin]
                 for begin in begins[:-1]
             ],
-            digest=digest,
+            digest=Conversation.digest(canonical),
             num_bytes=sum(len(piece.encode()) for piece in pieces),
-            is_held_out=split == "valid" if split else is_held_out(digest, self._job.held_out),
+            is_held_out=False,
         )
+
+    def _shielded(self, given: Conversation, canonical: str) -> tuple[Conversation, str]:
+        """The same with a mark within all that spells a special token, and the mark; none if nothing does."""
+        if not self._names_in_json.search(canonical):
+            return given, ""
+        cut = next(one for one in CUTS if json.dumps(one)[1:-1] not in canonical)
+        return given.with_texts(lambda text: self._names.sub(lambda name: _halved(name[0], cut), text)), cut
+
+    def prompt(self, begun: Conversation) -> list[int]:
+        """Tokens of a conversation up to where the assistant is to speak, as they are in training.
+
+        Raises NoConversationError where the template refuses it, and ConfigError where it leaves something out.
+        """
+        conversation, cut = self._shielded(begun, begun.canonical())
+        pieces = _parted(self._renderer.prompt(conversation), cut)
+        encodings = self._tokenizer.encode_batch(pieces, add_special_tokens=False)
+        return [one for encoding in encodings for one in encoding.ids]
+
+    def spelled(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, special ones, too."""
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=False))
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Tokens that end what the assistant says: a turn's, and a text's."""
+        return frozenset({self.end_id, self._tokenizer.token_to_id(self._renderer.end_of_turn) or 0})
+
+    def written(self, conversation: Conversation) -> str:
+        """What a template writes of a conversation's last turn, all that is learned of it. Raises as `prompt` does."""
+        rendered = self._renderer.render(conversation)
+        begin, end = rendered.learned[-1]
+        return rendered.text[begin:end].rstrip().removesuffix(self._renderer.end_of_turn)
 
     def _tokens(
         self, texts: Iterator[Text]
@@ -270,6 +339,13 @@ def _first_token(encoding: Encoding, character: int, num_characters: int) -> int
             return int(token)
         character += 1
     return len(encoding)
+
+
+def _parted(text: str, cut: str) -> list[str]:
+    """What is rendered, parted at the marks. Raises NoConversationError where the template has spelled them out."""
+    if cut and json.dumps(cut)[1:-1] in text:
+        raise NoConversationError("special token", "it spells a special token where its template writes JSON in ASCII")
+    return text.split(cut) if cut else [text]
 
 
 def _halved(name: str, cut: str) -> str:

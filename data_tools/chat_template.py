@@ -143,7 +143,8 @@ class Renderer:
                 )
         begin, end = rendered.learned[-1] if rendered.learned else (0, 0)
         ending = rendered.text[begin:end].strip().rpartition(_SAID)[2]
-        if not any(ending.endswith(one) for one in added_tokens if one):
+        self.end_of_turn = max((one for one in added_tokens if one and ending.endswith(one)), key=len, default="")
+        if not self.end_of_turn:
             what = f"ends the assistant's turn with {ending!r}, which is no token" if ending else "does not end a turn"
             raise ConfigError(f"--chat: {name}: it {what}, so that the model would not learn to stop; {advice}")
 
@@ -156,6 +157,12 @@ class Renderer:
         rendered = (self.by_marks if self.has_marks else self.by_prefixes)(conversation)
         self._check_nothing_dropped(conversation, rendered)
         return rendered
+
+    def prompt(self, conversation: Conversation) -> str:
+        """What stands before the assistant's next turn. Raises as `render` does."""
+        text, _ = self._render(conversation.messages, conversation.tools, prompt=True)
+        self._check_tools(conversation, text)
+        return text
 
     def by_marks(self, conversation: Conversation) -> Rendered:
         """The same from the template's marks."""
@@ -207,9 +214,7 @@ class Renderer:
     def _check_nothing_dropped(self, conversation: Conversation, rendered: Rendered) -> None:
         """Some templates leave out what they do not know, and nothing would be learned of it."""
         learned = "".join(rendered.text[begin:end] for begin, end in rendered.learned)
-        for tool in conversation.tools or ():
-            if tool["function"]["name"] not in rendered.text:
-                raise self._refused(f"it leaves out the tools, as {one_line(tool['function']['name'])!r}", _ALL)
+        self._check_tools(conversation, rendered.text)
         for place, message in enumerate(conversation.messages):
             role, text = message["role"], rendered.text if place in conversation.untrained else learned
             for call in message.get("tool_calls", ()):
@@ -220,6 +225,11 @@ class Renderer:
                 if words and words[-1] not in (text if role == "assistant" else rendered.text):
                     what = "the reasoning" if said != "content" else f"what {role} says"
                     raise self._refused(f"it leaves out {what}, as {one_line(words[-1])[:40]!r}", _ALL)
+
+    def _check_tools(self, conversation: Conversation, text: str) -> None:
+        for tool in conversation.tools or ():
+            if tool["function"]["name"] not in text:
+                raise self._refused(f"it leaves out the tools, as {one_line(tool['function']['name'])!r}", _ALL)
 
     def _refused(self, why: str, allowed: str) -> ConfigError:
         return ConfigError(f"--chat: {self.template.name}: {why}; allowed: {allowed}: name one with --chat-template")

@@ -58,7 +58,7 @@ Chat = Annotated[
     bool, typer.Option("--chat", help="The records are conversations: messages, ShareGPT, or prompt and completion.")
 ]
 SequenceTokens = Annotated[int, typer.Option(help="With --chat: tokens of a row, which are the run's sequence_tokens.")]
-TooLong = Annotated[str, typer.Option(help="With --chat: stop at, or skip, what is longer than a row.")]
+TooLong = Annotated[str, typer.Option(help="With --chat: stop at, skip, or split at turns, what is longer.")]
 ChatTemplate = Annotated[
     Path | None, typer.Option(help="With --chat: a chat template (Jinja) instead of the tokenizer's own.")
 ]

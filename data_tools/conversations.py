@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_tools.pieces import one_line
+from data_tools.schemas import kind_of, named, quoted, wrong_with_tool
 
 Message = dict[str, Any]
 
@@ -104,12 +105,12 @@ def parse_conversation(text: str) -> Conversation:
 def normalised(record: Any) -> Conversation:
     """A conversation from one record. Raises NoConversationError."""
     if not isinstance(record, dict):
-        raise NoConversationError("no conversation", f"{_kind(record)} given; allowed: an object with {ALLOWED}")
+        raise NoConversationError("no conversation", f"{kind_of(record)} given; allowed: an object with {ALLOWED}")
     record = {key: value for key, value in record.items() if value is not None}
     if "chosen" in record or "rejected" in record:
         raise NoConversationError("preference pair", "chosen and rejected given; preference pairs are kept for later")
     given = record.get("tools", record.get("functions"))
-    tools = _tools(given) if given else None
+    tools = parse_tools(given) if given else None
     untrained: set[int] = set()
     if "messages" in record:
         messages = _messages(record["messages"], "messages", untrained)
@@ -128,10 +129,34 @@ def normalised(record: Any) -> Conversation:
         keys = one_line(", ".join(map(str, record))) or "no key"
         raise NoConversationError("no conversation", f"{keys} given; allowed: {ALLOWED}")
     _check(messages, untrained)
+    if given is not None:
+        check_declared(messages, tools)
     return Conversation(messages=messages, tools=tools, untrained=frozenset(untrained))
 
 
+def begun(record: Any) -> Conversation:
+    """A conversation up to where the assistant is asked. Raises NoConversationError."""
+    if not isinstance(record, dict):
+        raise NoConversationError("no conversation", f"{kind_of(record)} given; allowed: an object with messages")
+    tools = parse_tools(record["tools"]) if record.get("tools") else None
+    messages = _messages(record.get("messages"), "messages", set())
+    _check_order(messages)
+    if not messages or messages[-1]["role"] not in ("user", "tool"):
+        last = f"{messages[-1]['role']} given last" if messages else "no message given"
+        raise NoConversationError("mixed-up order", f"{last}; allowed: a user's words, or a tool's result")
+    check_declared(messages, tools)
+    return Conversation(messages=messages, tools=tools)
+
+
 def _check(messages: list[Message], untrained: set[int]) -> None:
+    _check_order(messages)
+    if not any(one["role"] == "assistant" and place not in untrained for place, one in enumerate(messages)):
+        raise NoConversationError(
+            "no assistant turn", "no turn of the assistant to learn from, so not one token would be trained"
+        )
+
+
+def _check_order(messages: list[Message]) -> None:
     before = ""
     for place, message in enumerate(messages):
         role = message["role"]
@@ -148,10 +173,6 @@ def _check(messages: list[Message], untrained: set[int]) -> None:
                 "empty assistant turn", f"message {place + 1} of the assistant has neither text nor calls"
             )
         before = role
-    if not any(one["role"] == "assistant" and place not in untrained for place, one in enumerate(messages)):
-        raise NoConversationError(
-            "no assistant turn", "no turn of the assistant to learn from, so not one token would be trained"
-        )
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------
@@ -165,12 +186,12 @@ def _half(given: Any, key: str, role: str, untrained: set[int]) -> list[Message]
 def _messages(given: Any, key: str, untrained: set[int]) -> list[Message]:
     """Messages of either form; the places of those that say they are not to be learned go to `untrained`."""
     if not isinstance(given, list):
-        raise NoConversationError("no conversation", f"{key}: {_kind(given)} given; allowed: a list of messages")
+        raise NoConversationError("no conversation", f"{key}: {kind_of(given)} given; allowed: a list of messages")
     messages = []
     for place, one in enumerate(given):
         where = f"{key}[{place}]"
         if not isinstance(one, dict):
-            raise NoConversationError("no conversation", f"{where}: {_kind(one)} given; allowed: an object")
+            raise NoConversationError("no conversation", f"{where}: {kind_of(one)} given; allowed: an object")
         present = {name: value for name, value in one.items() if value is not None}
         is_sharegpt = "from" in present and "role" not in present
         messages.append((_sharegpt_message if is_sharegpt else _openai_message)(present, where))
@@ -203,14 +224,14 @@ def _sharegpt_message(given: Mapping[str, Any], where: str) -> Message:
 
 def _role(given: Any, roles: Mapping[str, str], where: str) -> str:
     if not isinstance(given, str) or given not in roles:
-        raise NoConversationError("unknown role", f"{where}: {_quoted(given)} given; allowed: {', '.join(roles)}")
+        raise NoConversationError("unknown role", f"{where}: {quoted(given)} given; allowed: {', '.join(roles)}")
     return roles[given]
 
 
 def _weight(given: Any, where: str) -> int:
     if given not in (0, 1):
         raise NoConversationError(
-            "weight", f"{where}.weight: {_quoted(given)} given; allowed: 0 (not to be learned) or 1"
+            "weight", f"{where}.weight: {quoted(given)} given; allowed: 0 (not to be learned) or 1"
         )
     return int(given)
 
@@ -222,7 +243,7 @@ def _calls(given: Any, role: str, where: str) -> list[dict[str, Any]]:
     if role != "assistant":
         raise NoConversationError("mixed-up order", f"{where}: calls given of {role}; allowed: of the assistant")
     if not isinstance(given, list):
-        raise NoConversationError("no arguments", f"{where}: {_kind(given)} given; allowed: a list of calls")
+        raise NoConversationError("no arguments", f"{where}: {kind_of(given)} given; allowed: a list of calls")
     return [_call(one, f"{where}[{place}]") for place, one in enumerate(given)]
 
 
@@ -230,7 +251,7 @@ def _call(given: Any, where: str) -> dict[str, Any]:
     function = given.get("function", given) if isinstance(given, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
         raise NoConversationError(
-            "no arguments", f'{where}: {_kind(given)} given; allowed: {{"name": "...", "arguments": {{...}}}}'
+            "no arguments", f'{where}: {kind_of(given)} given; allowed: {{"name": "...", "arguments": {{...}}}}'
         )
     arguments = function.get("arguments")
     if isinstance(arguments, str):
@@ -238,26 +259,41 @@ def _call(given: Any, where: str) -> dict[str, Any]:
     if not isinstance(arguments, dict):
         twice = " in JSON (encoded twice?)" if isinstance(function.get("arguments"), str) else ""
         raise NoConversationError(
-            "no arguments", f"{where}.arguments: {_kind(arguments)}{twice} given; allowed: an object, or its JSON"
+            "no arguments", f"{where}.arguments: {kind_of(arguments)}{twice} given; allowed: an object, or its JSON"
         )
     call = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     return call | ({"id": _string(given["id"], f"{where}.id")} if given.get("id") is not None else {})
 
 
-def _tools(given: Any) -> list[dict[str, Any]] | None:
-    """Tools as a list, or the JSON of one."""
+def parse_tools(given: Any) -> list[dict[str, Any]] | None:
+    """Tools from a list, or the JSON of one. Raises NoConversationError."""
     listed = _json(given, "tools", reason="tools") if isinstance(given, str) else given
     if not isinstance(listed, list):
-        raise NoConversationError("tools", f"tools: {_kind(listed)} given; allowed: a list of tools, or its JSON")
-    tools = []
+        raise NoConversationError("tools", f"tools: {kind_of(listed)} given; allowed: a list of tools, or its JSON")
+    tools: list[dict[str, Any]] = []
     for place, one in enumerate(listed):
         function = one.get("function", one) if isinstance(one, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise NoConversationError(
-                "tools", f'tools[{place}]: {_kind(one)} given; allowed: {{"name": "...", "parameters": {{...}}}}'
+                "tools", f'tools[{place}]: {kind_of(one)} given; allowed: {{"name": "...", "parameters": {{...}}}}'
             )
+        others = [tool["function"]["name"] for tool in tools]
+        if wrong := wrong_with_tool(function, others, f"tools[{place}]"):
+            raise NoConversationError("tools", wrong)
         tools.append({"type": "function", "function": function})
     return tools or None
+
+
+def check_declared(messages: list[Message], tools: list[dict[str, Any]] | None) -> None:
+    """Raise NoConversationError for a call to what is not among the tools."""
+    declared = [tool["function"]["name"] for tool in tools or ()]
+    for place, message in enumerate(messages):
+        for call in message.get("tool_calls", ()):
+            if (name := call["function"]["name"]) not in declared:
+                allowed = named(declared) or "no call, as it has no tools"
+                raise NoConversationError(
+                    "undeclared tool", f"message {place + 1} calls {quoted(name)}; allowed: {allowed} (its tools)"
+                )
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
@@ -265,7 +301,7 @@ def _tools(given: Any) -> list[dict[str, Any]] | None:
 
 def _string(given: Any, where: str) -> str:
     if not isinstance(given, str):
-        raise NoConversationError("content is no text", f"{where}: {_kind(given)} given; allowed: text")
+        raise NoConversationError("content is no text", f"{where}: {kind_of(given)} given; allowed: text")
     return given
 
 
@@ -274,14 +310,5 @@ def _json(given: str, where: str, *, reason: str = "no arguments") -> Any:
         return json.loads(given)
     except (ValueError, RecursionError) as error:
         raise NoConversationError(
-            reason, f"{where}: {_quoted(given)} given, which is not JSON ({one_line(error)})"
+            reason, f"{where}: {quoted(given)} given, which is not JSON ({one_line(error)})"
         ) from None
-
-
-def _kind(given: Any) -> str:
-    names: dict[type, str] = {dict: "an object", list: "a list", str: "text", bool: "a truth value", type(None): "null"}
-    return names.get(type(given), "a number")
-
-
-def _quoted(given: Any) -> str:
-    return one_line(repr(given))[:80]

@@ -63,6 +63,9 @@ class Encoded:
     """Records that could not be used."""
     personal: Counter[tuple[str, str]] = field(default_factory=Counter)
     """What there was of personal data, as `Cleaner` counts it."""
+    split: Counter[str] = field(default_factory=Counter)
+    """Of conversations too long for a row that were split: `conversations`, their `tokens` and `trained_tokens`; the
+    `pieces`, their `piece_tokens` and `piece_trained_tokens`; and `turns_cut`, those that are in none."""
 
 
 class Encoder:

@@ -66,7 +66,7 @@ class ChatRecipe:
     sequence_tokens: int
     """Tokens of a row: what the run's sequence_tokens has to be."""
     too_long: str = "stop"
-    """What is done about a conversation of more tokens: stop, or skip it."""
+    """What is done about a conversation of more tokens: stop, skip it, or split it between turns."""
     chat_template: Path | None = None
     """A chat template instead of the tokenizer's own."""
     chat_date: str = ""

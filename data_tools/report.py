@@ -10,6 +10,7 @@ A report is what JSON holds, so that it is the same before and after it was writ
                      bad, bad_examples    reason -> records that could not be used, and the first of them
                      lengths_kept         documents by floor(log2(bytes of text)), 32 of them
                      lengths_dropped      the same of what was dropped
+                     split                of conversations that were split, if any were; see encode.py
     left_out: name -> reason -> files     what was there and was not read
     rows: split -> rows, row_tokens,      of conversations alone: how well rows are filled, and what of them is trained
                    trained_tokens, padding_tokens
@@ -140,11 +141,25 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
         shares = [_percent(filled[f"{what}_tokens"], num_tokens) for what in ("trained", "padding")]
         line = f"{split}: {filled['rows']:,} rows of {filled['row_tokens']:,} tokens, {shares[0]:.1f} % trained"
         console.print(Text(f"{line}, {shares[1]:.2f} % padding"), soft_wrap=True)
+    for name, source in report["sources"].items():
+        if split := source.get("split"):
+            console.print(Text(f"{name}: {_split_line(split)}"), soft_wrap=True)
     for name, left_out in report.get("left_out", {}).items():
         if left_out:
             listed = "; ".join(f"{number:,} {why}" for why, number in left_out.items())
             console.print(Text(f"left out of {name}: {listed}"), soft_wrap=True)
     _print_bad_examples(report["sources"], console)
+
+
+def _split_line(split: Mapping[str, int]) -> str:
+    """What became of conversations that were too long for a row."""
+    cut = split["trained_tokens"] - split["piece_trained_tokens"]
+    share = _percent(cut, split["trained_tokens"])
+    return (
+        f"{split['conversations']:,} conversations too long for a row split into {split['pieces']:,} pieces, each with "
+        f"system text and tools again ({split['tokens']:,} tokens became {split['piece_tokens']:,}); "
+        f"{split['turns_cut']:,} turns too long even so cut, {share:.2f} % of what was to be learned"
+    )
 
 
 def _language_rows(columns: Sequence[Source]) -> list[tuple[str, list[str]]]:

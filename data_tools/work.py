@@ -112,6 +112,9 @@ class Work:
         count_bad(counts, encoded.bad)
         for (kind, what), number in encoded.personal.items():
             counts["personal"].setdefault(kind, {"found": 0, "documents": 0})[what] += number
+        for what, number in encoded.split.items():
+            split = counts.setdefault("split", {})
+            split[what] = split.get(what, 0) + number
         self.place = place
 
     @staticmethod

@@ -26,9 +26,16 @@ Data = Annotated[
 ]
 Chat = Annotated[bool, typer.Option("--chat", help="The data are conversations: packed splits, or JSON lines.")]
 ChatTemplate = Annotated[
-    Path | None, typer.Option(help="With --chat: for files, where the model has no template, as a base may be.")
+    Path | None,
+    typer.Option(help="Of files, where the model has no template, as a base may be."),
 ]
-ChatDate = Annotated[str, typer.Option(help="With --chat: YYYY-MM-DD, for a template that writes today's date.")]
+ChatDate = Annotated[str, typer.Option(help="YYYY-MM-DD, for a template that writes today's date.")]
+Tools = Annotated[
+    list[str] | None,
+    typer.Option(metavar="[SILO=]FILE", help="Questions whose right calls are known, JSON lines; several times, too."),
+]
+Answers = Annotated[Path | None, typer.Option(help="With --tools: keep what is answered there, and go on from it.")]
+NumTokens = Annotated[int, typer.Option(min=1, help="With --tools: tokens of an answer, at most.")]
 Tasks = Annotated[
     list[Path] | None,
     typer.Option(help="Task of lm-evaluation-harness: a YAML file whose data are local; several times, too."),
@@ -50,6 +57,9 @@ def evaluate(
     chat_template: ChatTemplate = None,
     chat_date: ChatDate = "",
     tasks: Tasks = None,
+    tools: Tools = None,
+    answers: Answers = None,
+    num_tokens: NumTokens = 256,
     version: Version = None,
     base: Annotated[Path | None, typer.Option(help="Of an adapter's directory: the model that it belongs to.")] = None,
     config: Config = None,
@@ -72,17 +82,29 @@ def evaluate(
     [bold]Example:[/bold] atoll eval model --data runs/demo/packed/prose/valid
 
     [bold]Example:[/bold] atoll eval model --chat --data packed/valid --data questions.jsonl
+
+    [bold]Example:[/bold] atoll eval model --tools bank=bank.jsonl --tools court=court.jsonl --answers answers.jsonl
     """
-    _check_options(chat, publish, {"--chat-template": chat_template, "--chat-date": chat_date}, label, silo)
+    if answers and not tools:
+        raise ConfigError("--answers: given without --tools; allowed: with it")
+    _check_options(
+        chat or bool(tools), publish, {"--chat-template": chat_template, "--chat-date": chat_date}, label, silo
+    )
     if tasks:  # first, as it must be the first to import what could look into a network
         _print_scores(Path(expand_home("model", str(where))), tasks, batch_sequences, num_examples)
-        if not (data or publish):
+        if not (data or publish or tools):
             return
     from pretrain.federation.evaluation import Publisher, open_subject
 
     where, paths = str(where), config or []
     publisher = Publisher(where, silo, label, paths) if publish else None
     subject = open_subject(where, version=version, paths=paths, tokenizer=tokenizer, base=base, publishes=publish)
+    if tools:
+        template = _Form(subject, chat_template, chat_date, None, Path()).template
+        asking = {"num_tokens": num_tokens, "batch_sequences": batch_sequences, "answers": answers}
+        _print_calls(subject, template, _files(tools), asking)
+        if not (data or publish or chat):
+            return
     if publisher:
         publisher.take(subject)
     splits = _splits(data, publisher.held_out if publisher else subject.held_out, must_be_named=publish)
@@ -99,7 +121,7 @@ def evaluate(
 def _check_options(chat: bool, publish: bool, of_chat: dict[str, object], label: str, silo: str) -> None:
     for name, given in of_chat.items():
         if given and not chat:
-            raise ConfigError(f"{name}: given without --chat; allowed: with it")
+            raise ConfigError(f"{name}: given without --chat or --tools; allowed: with one of them")
     if (label or silo) and not publish:
         raise ConfigError(f"{'--label' if label else '--silo'}: given without --publish; allowed: with it")
 
@@ -107,7 +129,7 @@ def _check_options(chat: bool, publish: bool, of_chat: dict[str, object], label:
 def _splits(data: list[str] | None, held_out: dict[str, Path], *, must_be_named: bool) -> dict[str, Path]:
     """Packed splits by corpus, or by their place where that is not known. Raises ConfigError."""
     if not data and not held_out:
-        raise ConfigError("--data, --tasks: none given; allowed: one at least")
+        raise ConfigError("--data, --tasks, --tools: none given; allowed: one at least")
     found, known = dict[str, Path](), {place.resolve(): corpus for corpus, place in held_out.items()}
     for given in data or []:
         corpus, equals, place = given.partition("=")
@@ -243,3 +265,26 @@ def _print_scores(model: Path, tasks: list[Path], batch_sequences: int, num_exam
     for score in evaluate_tasks(model, tasks, batch_sequences=batch_sequences, num_examples=num_examples):
         error = "" if score.stderr is None else f" ± {score.stderr:.4f}"
         print(f"{score.value:.4f}{error}  {score.metric}  {score.num_examples} examples  {shown(score.task)}")
+
+
+def _files(tools: list[str]) -> dict[str, Path]:
+    """Files of questions by the name of a silo, or by their own. Raises ConfigError."""
+    found = dict[str, Path]()
+    for given in tools:
+        silo, equals, place = given.partition("=")
+        if not equals or Path(given).exists():
+            silo, place = Path(given).name, given
+        file = Path(expand_home("--tools", place))
+        if not silo or silo in found or not file.is_file():
+            raise ConfigError(f"--tools: {given!r} given; allowed: [SILO=]FILE, a file, each silo once")
+        found[silo] = file
+    return found
+
+
+def _print_calls(subject: "Subject", template: "Template", files: dict[str, Path], options: dict[str, Any]) -> None:
+    from launch.calling import evaluate_calls, print_calls
+    from launch.show.evaluating import Evaluating
+
+    with Evaluating() as evaluating:
+        found = evaluate_calls(subject, template, files, **options, tell=evaluating.tell)
+    print_calls(found)

@@ -51,6 +51,8 @@ class Subject:
     """Its chat template, where that is another file than the tokenizer's folder has."""
     template: str | None = None
     """sha256 of its chat template's text; None: it has none."""
+    knows_ends: bool = False
+    """Whether its generation config says what ends an answer, as an exported directory's does."""
     held_out: dict[str, Path] = field(default_factory=dict)
     """Corpus to the packed split of this machine's silos, if it is a run's; SILO/CORPUS where several have one."""
 
@@ -126,6 +128,7 @@ def _of_directory(directory: Path, load: Callable[[], nn.Module]) -> Subject:
         sequence_tokens=provenance.get("sequence_tokens"),
         tokenizer_file=directory / TOKENIZER_FILE,
         template=sha256_of(template[0]) if template else None,
+        knows_ends=True,
     )
 
 

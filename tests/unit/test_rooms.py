@@ -21,6 +21,7 @@ FLOORS = (
         "launch.demo",
         "launch.egress",
         "launch.evaluate",
+        "launch.calling",
         "launch.exit",
         "launch.init",
         "launch.launch",

@@ -200,7 +200,7 @@ def test_a_conversation_that_is_too_long_stops_or_is_counted(tokenizer: Path) ->
     with pytest.raises(ConfigError) as stopped:
         encoder(tokenizer, own(tokenizer), sequence_tokens=30).encode(block(*records))
     assert str(stopped.value).startswith("chats.jsonl, line 2: a conversation of ")
-    assert "allowed: --sequence-tokens 30: raise it, shorten the conversation, or give --too-long skip" in str(
+    assert "allowed: --sequence-tokens 30: raise it, shorten the conversation, or give --too-long split or skip" in str(
         stopped.value
     )
     encoded = encoder(tokenizer, own(tokenizer), sequence_tokens=30, too_long="skip").encode(block(*records))

@@ -87,7 +87,7 @@ def test_a_task_that_is_not_of_this_machine_is_one_line(model: Path, tmp_path: P
 
 
 def test_something_must_be_given(model: Path) -> None:
-    assert one_line_error(evaluate, model) == "--data, --tasks: none given; allowed: one at least"
+    assert one_line_error(evaluate, model) == "--data, --tasks, --tools: none given; allowed: one at least"
 
 
 def test_without_the_library_it_says_how_to_install_it(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,249 @@
+"""`atoll eval --tools`: how often a model makes exactly the calls that are right, of each silo and of each tool.
+
+What it answered is kept in a file, if one is named, so that an evaluation that was interrupted goes on.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pretrain.config.errors import ConfigError, printable
+from pretrain.host.foreign import shown
+
+if TYPE_CHECKING:
+    from data_tools.asked import Question
+    from data_tools.chat import ChatEncoder
+    from data_tools.chat_template import Template
+    from pretrain.federation.evaluation import Subject
+
+FORMAT = 1
+NO_CALL = "(no call)"
+Tell = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """One question with what a model answered."""
+
+    silo: str
+    """The file's name."""
+    line: int
+    tools: tuple[str, ...]
+    """Those that are to be called."""
+    text: str
+    verdict: str
+    """`right`, or what is wrong (see data_tools/calls.py)."""
+    has_names: bool
+    """Whether the right functions were called, whatever with."""
+
+    @property
+    def is_right(self) -> bool:
+        """Whether it makes exactly the right calls."""
+        return self.verdict == "right"
+
+
+@dataclass(kw_only=True)
+class Asked:
+    """A question, ready to be asked."""
+
+    silo: str
+    question: "Question"
+    prompt: list[int]
+
+    def judged(self, text: str, *, is_cut: bool, verdict: str = "") -> Judged:
+        """With an answer; a `verdict` that is given holds."""
+        from data_tools.calls import names_are_right
+        from data_tools.calls import verdict as verdict_of
+
+        expected, declared = self.question.expected, self.question.declared
+        return Judged(
+            silo=self.silo,
+            line=self.question.line,
+            tools=tuple(sorted({one.name for one in expected})),
+            text=text,
+            verdict=verdict or verdict_of(text, expected, declared, is_cut=is_cut),
+            has_names=not is_cut and not verdict and names_are_right(text, expected),
+        )
+
+
+def evaluate_calls(
+    subject: "Subject",
+    template: "Template",
+    files: Mapping[str, Path],
+    *,
+    num_tokens: int,
+    batch_sequences: int,
+    answers: Path | None = None,
+    tell: Tell = lambda name, done, of: None,
+) -> list[Judged]:
+    """Ask a model all questions of some files, by the name of a silo; those in the file `answers` are not asked again.
+
+    An answer has `num_tokens` at most. Raises ConfigError for questions that are none, for a template whose calls
+    cannot be read, and for answers of something else.
+    """
+    from data_tools.chat import ChatEncoder, ChatJob
+    from pretrain.federation.answers import Answering
+
+    job = ChatJob(tokenizer=subject.tokenizer_file, template=template, sequence_tokens=2, too_long="stop", held_out=0.0)
+    encoder = ChatEncoder(job)
+    _check_readable(encoder, template.name)
+    asked = [one for name, file in files.items() for one in _asked(name, file, encoder)]
+    kept = _Kept(answers, _terms(subject, template, files, num_tokens)) if answers else None
+    found = {place: asked[place].judged(**answer) for place, answer in kept.read(asked)} if kept else {}
+    left = [place for place in range(len(asked)) if place not in found]
+    if left:
+        model: Any = subject.load()
+        own = model.generation_config.eos_token_id if subject.knows_ends else []
+        ends = encoder.ends | {*(own if isinstance(own, list) else [own])} - {None}
+        answering = Answering(model, ends, num_tokens=num_tokens, batch_sequences=batch_sequences)
+        for place in left:
+            if answering.room(asked[place].prompt) < 1:
+                found[place] = asked[place].judged("", is_cut=True, verdict="prompt too long")
+        left = [place for place in left if place not in found]
+        prompts = [asked[place].prompt for place in left]
+        for batch in answering.answers(prompts):
+            for answer in batch:
+                place, text = left[answer.prompt], encoder.spelled(answer.tokens)
+                found[place] = asked[place].judged(text, is_cut=answer.is_cut)
+                if kept:
+                    kept.add(found[place], is_cut=answer.is_cut)
+            tell("questions", len(found), len(asked))
+    return [found[place] for place in range(len(asked))]
+
+
+def _asked(silo: str, file: Path, encoder: "ChatEncoder") -> Iterator[Asked]:
+    from data_tools.asked import read_questions
+    from data_tools.conversations import NoConversationError
+
+    for question in read_questions(file):
+        try:
+            yield Asked(silo=silo, question=question, prompt=encoder.prompt(question.begun))
+        except NoConversationError as no:
+            raise ConfigError(f"{file}, line {question.line}: {no.what}: mend or drop it") from None
+
+
+def _check_readable(encoder: "ChatEncoder", name: str) -> None:
+    """Raise ConfigError for a template that writes calls in a form that is not read, so that none would be right."""
+    from data_tools.calls import UnreadableError, calls_in
+    from data_tools.conversations import NoConversationError, normalised
+
+    call = {"name": "get_weather", "arguments": {"city": "Bonn", "days": 2}}
+    turns = [{"role": "user", "content": "Is it cold?"}, {"role": "assistant", "tool_calls": [call]}]
+    schema = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}
+    tool = {"name": "get_weather", "description": "Tells it.", "parameters": schema}
+    written = "nothing"
+    try:
+        written = encoder.written(normalised({"messages": turns, "tools": [tool]}))
+        if [{"name": one.name, "arguments": one.arguments} for one in calls_in(written)] == [call]:
+            return
+    except (NoConversationError, UnreadableError):
+        pass
+    raise ConfigError(
+        f"--tools: given, and {name} writes a call as {written[:120]!r}; allowed: a template that writes it as "
+        '<tool_call>{"name": ..., "arguments": {...}}</tool_call> or as JSON alone'
+    )
+
+
+# --- what is kept -----------------------------------------------------------------------------------------------------
+
+
+def _terms(subject: "Subject", template: "Template", files: Mapping[str, Path], num_tokens: int) -> dict[str, Any]:
+    """What answers depend on."""
+    from pretrain.silo.shards import file_sha256, tokenizer_sha256
+
+    return {
+        "format": FORMAT,
+        "model": subject.digest(),
+        "tokenizer": tokenizer_sha256(subject.tokenizer_file),
+        "template": template.sha256,
+        "files": {name: file_sha256(file) for name, file in files.items()},
+        "num_tokens": num_tokens,
+    }
+
+
+class _Kept:
+    """Answers in a file: a line that says of what they are, then a line each, as they come."""
+
+    def __init__(self, file: Path, terms: Mapping[str, Any]) -> None:
+        """Raises ConfigError for a file that holds answers of something else, or something else."""
+        self._file, self._lines = file, list[dict[str, Any]]()
+        raw = file.read_bytes() if file.exists() else b""
+        whole = raw[: raw.rfind(b"\n") + 1]  # a process that was killed may have left a part of a line
+        try:
+            first, *self._lines = map(json.loads, whole.splitlines()) if whole else [dict(terms)]
+            differing = [key for key in terms if first[key] != terms[key]]
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(f"--answers: {str(file)!r} given, which holds no answers; allowed: a new file") from None
+        if differing:
+            raise ConfigError(
+                f"--answers: {str(file)!r} given, whose answers are of other {', '.join(differing)}; allowed: a new "
+                "file, or what it was begun with"
+            )
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            self._stream = file.open("ab")
+        except OSError as error:
+            raise ConfigError(f"--answers: {str(file)!r} given; {error.strerror}; allowed: a new file") from None
+        os.truncate(file, len(whole))
+        if not whole:
+            self._write(dict(terms))
+
+    def read(self, asked: Sequence[Asked]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Of each answer that is there the place of its question, its text, and whether it was cut."""
+        places = {(one.silo, one.question.line): place for place, one in enumerate(asked)}
+        for line in self._lines:
+            try:
+                yield places[line["silo"], line["line"]], {"text": line["text"], "is_cut": line["is_cut"]}
+            except (KeyError, TypeError):
+                what = "which holds more than answers"
+                raise ConfigError(f"--answers: {str(self._file)!r} given, {what}; allowed: a new file") from None
+
+    def add(self, judged: Judged, *, is_cut: bool) -> None:
+        """Keep one more."""
+        told = {"silo": judged.silo, "line": judged.line, "verdict": judged.verdict, "text": judged.text}
+        self._write(told | {"is_cut": is_cut})
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        try:
+            self._stream.write((json.dumps(line) + "\n").encode())
+            self._stream.flush()
+        except OSError as error:
+            raise ConfigError(f"--answers: {str(self._file)!r} given; {error.strerror}; mend it (make room)") from None
+
+
+# --- what is shown ----------------------------------------------------------------------------------------------------
+
+
+def print_calls(found: Sequence[Judged]) -> None:
+    """A line for each tool of each silo, for each silo, and for all; then what was wrong, the most frequent first."""
+    silos = {one.silo: [] for one in found}  # type: dict[str, list[Judged]]
+    for one in found:
+        silos[one.silo].append(one)
+    for silo, of_silo in silos.items():
+        of_tool: dict[str, list[Judged]] = {}
+        for one in of_silo:
+            for tool in one.tools or (NO_CALL,):
+                of_tool.setdefault(tool, []).append(one)
+        for tool in sorted(of_tool):
+            _print_line(of_tool[tool], f"{silo}: {tool}")
+    for silo, of_silo in silos.items() if len(silos) > 1 else ():
+        _print_line(of_silo, silo)
+    _print_line(found, "all questions" if len(silos) > 1 else next(iter(silos)))
+    wrong = Counter(one.verdict for one in found if not one.is_right)
+    if wrong:
+        told = ", ".join(f"{number:,} {what}" for what, number in wrong.most_common())
+        print(f"wrong: {told}")
+
+
+def _print_line(found: Iterable[Judged], name: str) -> None:
+    exact, names = share_right(found := list(found)), sum(one.has_names for one in found) / len(found)
+    print(f"{exact:8.2%} exact {names:8.2%} right functions  {len(found):,} questions  {shown(printable(name))}")
+
+
+def share_right(found: Sequence[Judged]) -> float:
+    """Exact-call accuracy."""
+    return sum(one.is_right for one in found) / len(found)
