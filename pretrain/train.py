@@ -31,7 +31,7 @@ from pretrain.host.journal import Journal
 from pretrain.host.lock import lock_directory
 from pretrain.host.stopping import STOPPED, StopRequested, note_signals
 from pretrain.outer.blocks import slower
-from pretrain.outer.rounds import next_step
+from pretrain.outer.rounds import next_step, passes
 from pretrain.silo.account import BudgetSpentError
 from pretrain.silo.batch import Batch
 from pretrain.silo.cards import check_precision
@@ -42,6 +42,7 @@ from pretrain.silo.evaluate import held_out_loss, losses_in_words, sequences_eva
 from pretrain.silo.flops import peak_tokens_per_second
 from pretrain.silo.model import initial_parameters
 from pretrain.silo.optim import learning_rate
+from pretrain.silo.practised import Practised
 from pretrain.silo.private import Private, open_private
 from pretrain.silo.profile import RoundProfile
 from pretrain.silo.ranks import Ranks
@@ -50,6 +51,7 @@ from pretrain.silo.steplog import StepLog, go_on_without_checkpoint
 from pretrain.silo.verify import verify_in_background
 from pretrain.sync.among_silos import AmongSilos
 from pretrain.sync.elastic import ElasticSync
+from pretrain.sync.practice import Practice
 from pretrain.sync.through_store import ThroughStore
 from pretrain.trust.egress import tracked
 from pretrain.trust.ledger import RefusedError
@@ -71,6 +73,7 @@ class Silo:
     held_out: dict[str, PackedTokens]
     checkpoints: Checkpoints
     sync: ElasticSync | None  # None: trains alone
+    practice: Practice
     asked_to_stop: Callable[[], bool]
     progress: Progress = field(default_factory=Progress)
     profile: RoundProfile
@@ -183,11 +186,6 @@ class Silo:
         self.sync.leave(self.progress, str(error))
 
 
-def passes(before: int, step: int, interval_steps: int) -> bool:
-    """Whether a multiple of an interval lies after one step, up to another."""
-    return step // interval_steps > before // interval_steps
-
-
 def train(silo: Silo) -> None:
     """Train to the end of the run. Raises StopRequested on all ranks alike; ConfigError when the loss is not finite."""
     config, progress, engine, sync = silo.config, silo.progress, silo.engine, silo.sync
@@ -227,6 +225,8 @@ def train(silo: Silo) -> None:
             log.resume_training()
         if finished:
             break
+        if silo.practice.practise(engine, progress, silo.batches, sync, silo.asked_to_stop):
+            log.resume_training()
         inner_step(silo, log)
 
     log.summary(engine, silo.ranks, silo.mixture)
@@ -306,6 +306,7 @@ def prepare(
             accept_other_data=settings.accept_other_data,
         ),
         sync=sync,
+        practice=Practice(config, name, ranks, journal, mixture),
         asked_to_stop=asked_to_stop,
         profile=RoundProfile(config.silo_directory(name), journal, settings.profile_rounds),
         reading=reading,
@@ -324,6 +325,7 @@ def prepare(
     else:
         silo.engine.write(iter(initial_parameters(config).items()) if ranks.is_leader else None)
         silo.progress.version = 0
+    silo.practice.resume(silo.progress)
     silo.read_from_position()
     silo.engine.check_sight()
     if not resumed:
@@ -389,7 +391,7 @@ def open_data(config: RunConfig, name: str) -> tuple[Mixture, dict[str, PackedTo
     # A stated seed gives the same order in every silo that states it; otherwise each silo has its own.
     seed, salt = (settings.data_seed, "") if settings.data_seed is not None else (0, name)
     corpora = [[directory] for directory in settings.data] if settings.data_weights else [settings.data]
-    mixture = Mixture(
+    mixture = (Practised if settings.practice.is_on else Mixture)(
         [packed(corpus, "data") for corpus in corpora],
         weights=settings.data_weights or None,
         seed=seed,

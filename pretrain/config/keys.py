@@ -15,6 +15,7 @@ from pretrain.config.adapter import AdapterConfig
 from pretrain.config.allowed import SUM32
 from pretrain.config.budgets import MemberPrivacyConfig, PrivateConfig
 from pretrain.config.personal import PersonalConfig
+from pretrain.config.practice import PracticeConfig, TasksConfig
 from pretrain.outer.fragments import cut_factors, cut_fragments
 from pretrain.outer.learning_rate import scheduled_lr
 from pretrain.outer.schedule import Schedule
@@ -338,6 +339,8 @@ class SiloConfig:
     """Clipped, noised and accounted training."""
     personal_adapter: PersonalConfig = field(default_factory=PersonalConfig)
     """An adapter of its own."""
+    practice: TasksConfig = field(default_factory=TasksConfig)
+    """What it tries itself."""
 
     @property
     def is_private(self) -> bool:
@@ -392,6 +395,7 @@ class RunConfig:
     inner: InnerConfig = field(default_factory=InnerConfig)
     outer: OuterConfig = field(default_factory=OuterConfig)
     membership: MembershipConfig = field(default_factory=MembershipConfig)
+    practice: PracticeConfig = field(default_factory=PracticeConfig)
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
     silo: SiloConfig = field(default_factory=SiloConfig)
     """Defaults of every silo of this file."""

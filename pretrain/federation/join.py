@@ -25,6 +25,7 @@ from pretrain.host.foreign import shown
 from pretrain.host.identity import known_identity
 from pretrain.silo.shards import template_sha256, tokenizer_sha256
 from pretrain.trust.contract import (
+    PRACTICE,
     RUN,
     SOFTWARE,
     TEMPLATE,
@@ -184,7 +185,7 @@ def _settings(terms: dict[str, Any], url: str) -> Section:
     """The contract as a section of a configuration. Raises ConfigError if it lacks a term."""
     try:
         model, _ = terms["model"], terms["tokenizer_sha256"]
-        settings = {key: terms[key] for key in agreed_settings(RunConfig())}
+        settings = {key: terms[key] for key in (*agreed_settings(RunConfig()), *({PRACTICE} & terms.keys()))}
         given = ("adapter", "seed") if "adapter" in model else () if "checkpoint" in model else ("config", "seed")
         ours = {key: model[key] for key in given}
     except (KeyError, TypeError) as error:

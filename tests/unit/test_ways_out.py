@@ -47,6 +47,7 @@ WAYS_OUT = {
     # Programs that a user has named, nvidia-smi, and our own processes.
     "pretrain.trust.keys": {"subprocess"},
     "pretrain.practice.verifier": {"subprocess"},
+    "pretrain.sync.practice": {"subprocess"},
     "launch.start.gpus": {"subprocess"},
     **{f"launch.start.{name}": {"subprocess"} for name in ("node", "processes", "slurm", "ssh", "stop", "workers")},
 }

@@ -79,3 +79,8 @@ def without_messages(task: Record) -> bool:
 
 
 not_callable = 3
+
+
+def never(task: Record, messages: list[Record]) -> bool:
+    """Nothing is right."""
+    return False
