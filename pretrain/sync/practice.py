@@ -131,12 +131,9 @@ class Practice:
         (self._directory / PARAMETERS).unlink(missing_ok=True)
         if process.returncode == 0:
             return self._found(place)
-        why = (
-            error.read_text().strip()
-            if error.is_file()
-            else f"its process ended with {process.returncode}; see the log"
-        )
-        return {"error": f"after {point} rounds: {why}"}
+        if error.is_file():
+            return {"error": error.read_text().strip()}
+        return {"error": f"{self._key}: its process ended with exit code {process.returncode}; its log says why"}
 
     def _begin(self, practice: list[dict[str, Any]]) -> None:
         """Read the newest of these, with those before it that count. Raises ConfigError on all ranks alike."""

@@ -13,6 +13,8 @@ from data_tools.tokenizer import train_tokenizer
 from pretrain.config.keys import ModelConfig, RunConfig
 from pretrain.federation.contract import Agreed, describe
 from pretrain.federation.join import read_terms
+from pretrain.outer.digest import digest_tensors
+from pretrain.practice.rollout import TRIES, open_trier
 from pretrain.silo.model import build_initial
 from pretrain.silo.shards import Manifest, read_manifest
 from pretrain.trust.contract import read_contract
@@ -106,6 +108,12 @@ def test_silos_practise_between_rounds_and_go_on_after_kills_bit_by_bit(
         factors = sum(value.numel() for value in run.parameters(3).values())
         assert left["payload"]["num_bytes"] < 4 * factors + 4096  # an adapter's delivery, and no more
         assert {*left} <= {"agreement", "claim", "beat", "evaluation", "payload", "manifest", "mark", "requests"}
+    for version in (1, 2):  # what was tried, was tried by the global model of that time
+        model = open_trier(config.directory, version=version).speaker.model
+        digest = digest_tensors((name, value.detach()) for name, value in model.named_parameters())
+        for name in config.silos:
+            (place,) = (config.silo_directory(name) / "practice").glob(f"round-{version:06d}-*")
+            assert json.loads((place / TRIES).read_text().splitlines()[0])["parameters_digest"] == digest
     killed = federate_with(
         {"alpha": [("practising", 1), ("step", 10)], "beta": [("practised", 2)]},
         tiny_config(tmp_path / "killed", **settings),
@@ -145,5 +153,5 @@ def test_one_that_trains_alone_and_what_ends_it(
     config.silos["alpha"].practice.verifier = f"{NAUGHTY}:never"
     code, said = launched(config)
     assert code == 2
-    assert "silos.alpha.practice: after 1 rounds: silos.alpha.practice.tasks" in said
+    assert f"silos.alpha.practice.tasks: {config.silos['alpha'].practice.tasks} given; none kept" in said
     assert "none kept of what was tried: silo alpha after 1 rounds: 0 of 192 tries right (0.0%)" in said
