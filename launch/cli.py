@@ -23,6 +23,7 @@ from launch.plan import plan
 from launch.presets import presets
 from launch.report import report, serve, watch
 from launch.revoke import revoke
+from launch.rollout import rollout
 from launch.verify import verify
 from launch.version import with_version
 from pretrain.config.check import check_url
@@ -56,6 +57,7 @@ app.command()(export)
 app.command("eval")(evaluate)
 app.command()(generate)
 app.command()(chat)
+app.command()(rollout)
 
 RunDirectory = Annotated[Path, typer.Argument(help="Run directory.")]
 

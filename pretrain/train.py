@@ -30,7 +30,7 @@ from pretrain.host.journal import Journal
 from pretrain.host.lock import lock_directory
 from pretrain.host.stopping import STOPPED, StopRequested, note_signals
 from pretrain.outer.blocks import slower
-from pretrain.outer.rounds import next_step
+from pretrain.outer.rounds import next_step, passes
 from pretrain.silo.account import BudgetSpentError
 from pretrain.silo.batch import Batch
 from pretrain.silo.cards import check_precision
@@ -50,6 +50,7 @@ from pretrain.silo.texts import open_data
 from pretrain.silo.verify import verify_in_background
 from pretrain.sync.among_silos import AmongSilos
 from pretrain.sync.elastic import ElasticSync
+from pretrain.sync.practice import Practice
 from pretrain.sync.through_store import ThroughStore
 from pretrain.trust.egress import tracked
 from pretrain.trust.ledger import RefusedError
@@ -71,6 +72,7 @@ class Silo:
     held_out: dict[str, PackedTokens]
     checkpoints: Checkpoints
     sync: ElasticSync | None  # None: trains alone
+    practice: Practice
     asked_to_stop: Callable[[], bool]
     progress: Progress = field(default_factory=Progress)
     profile: RoundProfile
@@ -203,11 +205,6 @@ class Silo:
         self.sync.leave(self.progress, str(error))
 
 
-def passes(before: int, step: int, interval_steps: int) -> bool:
-    """Whether a multiple of an interval lies after one step, up to another."""
-    return step // interval_steps > before // interval_steps
-
-
 def train(silo: Silo) -> None:
     """Train to the end of the run. Raises StopRequested on all ranks alike; ConfigError when the loss is not finite."""
     config, progress, engine, sync = silo.config, silo.progress, silo.engine, silo.sync
@@ -250,6 +247,8 @@ def train(silo: Silo) -> None:
             log.resume_training()
         if finished:
             break
+        if silo.practice.practise(engine, progress, silo.batches, sync, silo.asked_to_stop):
+            log.resume_training()
         inner_step(silo, log)
 
     log.summary(engine, silo.ranks, silo.mixture)
@@ -329,6 +328,7 @@ def prepare(
             accept_other_data=settings.accept_other_data,
         ),
         sync=sync,
+        practice=Practice(config, name, ranks, journal, mixture),
         asked_to_stop=asked_to_stop,
         profile=RoundProfile(config.silo_directory(name), journal, settings.profile_rounds),
         reading=reading,
@@ -347,6 +347,7 @@ def prepare(
     else:
         silo.engine.write(iter(initial_parameters(config).items()) if ranks.is_leader else None)
         silo.progress.version = 0
+    silo.practice.resume(silo.progress)
     silo.read_from_position()
     silo.engine.check_sight()
     if not resumed:

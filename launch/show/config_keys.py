@@ -19,6 +19,7 @@ from pretrain.config.allowed import ALLOWED, Numbers
 from pretrain.config.errors import ConfigError
 from pretrain.config.gate import GateConfig
 from pretrain.config.keys import RunConfig
+from pretrain.config.practice import PracticeConfig
 from pretrain.trust.contract import RUN, agreed_settings
 
 UNITS = ("tokens", "steps", "seconds", "sequences", "rounds", "versions", "nodes", "fragments", "threads", "mads")
@@ -28,6 +29,7 @@ TYPES = {int: "integer", float: "number", str: "text", bool: "true or false", An
 ALSO_AGREED = {"model.config", "model.checkpoint", "model.seed", "tokenizer", "chat_template", RUN}
 ALSO_AGREED |= {f"model.adapter.{field.name}" for field in dataclasses.fields(AdapterConfig)}
 ALSO_AGREED |= {f"gate.{name}" for name in GateConfig().terms}
+ALSO_AGREED |= {f"practice.{field.name}" for field in dataclasses.fields(PracticeConfig)}
 INTRODUCTION = """# Configuration
 
 All keys of a run, made from [`pretrain/config/keys.py`](../pretrain/config/keys.py) by `make config-docs`; in a

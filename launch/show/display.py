@@ -22,6 +22,7 @@ PHASE_STYLES = {
     "training": "green",
     "waiting": "yellow",
     "evaluating": "cyan",
+    "practising": "cyan",
     "merging": "cyan",
     "finished": "bold green",
     "stopped": "bold yellow",

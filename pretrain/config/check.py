@@ -12,6 +12,7 @@ from pretrain.config.deepspeed_keys import KNOWN, OWNED
 from pretrain.config.errors import ConfigError, named, require
 from pretrain.config.gates import check_gate
 from pretrain.config.keys import OPERATOR, ModelConfig, OuterConfig, RunConfig, SiloConfig
+from pretrain.config.practising import check_practice
 from pretrain.config.privacy import MEMBER, check_member, check_private, check_secure_sum
 
 MOST_TOGETHER = 380  # silos of a collective: each one's record of a version has a number for every two of them
@@ -57,6 +58,7 @@ def check_config(config: RunConfig) -> None:
         check_adapter,
         check_personal,
         check_gate,
+        check_practice,
     ):
         check(config)
 
@@ -70,6 +72,7 @@ def _check_each(config: RunConfig) -> None:
     sections[MEMBER] = [(f"{MEMBER}.", config.outer.member_privacy)]
     sections["model.adapter"] = [("model.adapter.", config.model.adapter)]
     sections["silo.personal_adapter"] = [(f"{prefix}personal_adapter.", of.personal_adapter) for prefix, of in silos]
+    sections["silo.practice"] = [(f"{prefix}practice.", of.practice) for prefix, of in silos]
     for key, allowed in ALLOWED.items():
         section, _, name = key.rpartition(".")
         for prefix, settings in sections.get(section) or [(f"{section}.", getattr(config, section))]:

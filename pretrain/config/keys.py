@@ -16,6 +16,7 @@ from pretrain.config.allowed import SUM32
 from pretrain.config.budgets import MemberPrivacyConfig, PrivateConfig
 from pretrain.config.gate import GateConfig
 from pretrain.config.personal import PersonalConfig
+from pretrain.config.practice import PracticeConfig, TasksConfig
 from pretrain.outer.fragments import cut_factors, cut_fragments
 from pretrain.outer.learning_rate import scheduled_lr
 from pretrain.outer.schedule import Schedule
@@ -339,6 +340,8 @@ class SiloConfig:
     """Clipped, noised and accounted training."""
     personal_adapter: PersonalConfig = field(default_factory=PersonalConfig)
     """An adapter of its own."""
+    practice: TasksConfig = field(default_factory=TasksConfig)
+    """What it tries itself."""
 
     @property
     def is_private(self) -> bool:
@@ -394,6 +397,7 @@ class RunConfig:
     outer: OuterConfig = field(default_factory=OuterConfig)
     membership: MembershipConfig = field(default_factory=MembershipConfig)
     gate: GateConfig = field(default_factory=GateConfig)
+    practice: PracticeConfig = field(default_factory=PracticeConfig)
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
     silo: SiloConfig = field(default_factory=SiloConfig)
     """Defaults of every silo of this file."""

@@ -64,5 +64,6 @@ def _changed(config: RunConfig, change: Change) -> RunConfig:
         config.exchange.url = at("exchange.url", config.exchange.url)
     for key, silo in [("silo", config.silo), *((f"silos.{name}", silo) for name, silo in config.silos.items())]:
         silo.data = [at(f"{key}.data", place) for place in silo.data]
+        silo.practice.tasks = at(f"{key}.practice.tasks", silo.practice.tasks)
         silo.valid = {corpus: at(f"{key}.valid.{corpus}", place) for corpus, place in silo.valid.items()}
     return config

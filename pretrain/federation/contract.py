@@ -128,6 +128,8 @@ def describe(agreed: Agreed) -> Iterator[tuple[str, str]]:
         f"{inner.num_steps:,} steps of {inner.optimizer}, lr {inner.lr:g}: {config.num_rounds:,} rounds of H = "
         f"{outer.sync_interval_steps:,}",
     )
+    if every := config.practice.every_rounds:
+        yield "practice", f"after {config.practice.after_rounds:,} rounds and every {every:,} from then on"
     yield (
         "syncs",
         f"{outer.sent_codec} up, {outer.downlink_codec} down; fragments: {outer.num_fragments}, "

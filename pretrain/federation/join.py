@@ -26,6 +26,7 @@ from pretrain.host.identity import known_identity
 from pretrain.silo.shards import template_sha256, tokenizer_sha256
 from pretrain.trust.contract import (
     GATE,
+    PRACTICE,
     RUN,
     SOFTWARE,
     TEMPLATE,
@@ -185,7 +186,7 @@ def _settings(terms: dict[str, Any], url: str) -> Section:
     """The contract as a section of a configuration. Raises ConfigError if it lacks a term."""
     try:
         model, _ = terms["model"], terms["tokenizer_sha256"]
-        settings = {key: terms[key] for key in (*agreed_settings(RunConfig()), *({GATE} & terms.keys()))}
+        settings = {key: terms[key] for key in (*agreed_settings(RunConfig()), *({GATE, PRACTICE} & terms.keys()))}
         given = ("adapter", "seed") if "adapter" in model else () if "checkpoint" in model else ("config", "seed")
         ours = {key: model[key] for key in given}
     except (KeyError, TypeError) as error:

@@ -46,3 +46,8 @@ def next_step(step: int, sync_interval_steps: int, round_steps: int) -> int:
     begin = step - step % sync_interval_steps
     done = -(-(step - begin) * round_steps // sync_interval_steps)
     return begin + (done + 1) * sync_interval_steps // round_steps
+
+
+def passes(before: int, step: int, interval_steps: int) -> bool:
+    """Whether a multiple of an interval lies after one step, up to another."""
+    return step // interval_steps > before // interval_steps

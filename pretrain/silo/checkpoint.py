@@ -76,6 +76,8 @@ class Progress:
     """What a private silo has spent, ..."""
     delta: float = 0.0
     """... with this delta; 0 for one that is not private, or before its first step."""
+    practice: list[dict[str, Any]] = field(default_factory=list)
+    """What the silo has practised: after how many rounds, from which position on, which directory, what it holds."""
     seconds_training: float = 0.0
     seconds_waiting: float = 0.0
     seconds_evaluating: float = 0.0

@@ -304,6 +304,10 @@ class Mixture:
             left -= result[-1]
         return result
 
+    def read(self, position: int) -> list[int]:
+        """The same, of all that the silo reads (see practised.py)."""
+        return self.draws(position)
+
     def locate(self, position: int) -> tuple[int, int]:
         """Corpus at `position`, and which of its sequences."""
         before, after = self.draws(position), self.draws(position + 1)

@@ -131,7 +131,7 @@ class StepLog:
             self._journal.record(
                 "summary",
                 tokens_by_corpus=[
-                    draws * self._config.sequence_tokens for draws in mixture.draws(self._progress.position)
+                    draws * self._config.sequence_tokens for draws in mixture.read(self._progress.position)
                 ],
                 parameters=sum(shape.numel() for shape in engine.shapes.values()),
                 **self._progress.seconds,

@@ -2,6 +2,7 @@
 
 from pretrain.config.keys import RunConfig
 from pretrain.silo.data import Mixture, PackedTokens
+from pretrain.silo.practised import Practised
 from pretrain.silo.shards import template_sha256, tokenizer_sha256
 
 
@@ -24,7 +25,7 @@ def open_data(config: RunConfig, name: str) -> tuple[Mixture, dict[str, PackedTo
     # A stated seed gives the same order in every silo that states it; otherwise each silo has its own.
     seed, salt = (settings.data_seed, "") if settings.data_seed is not None else (0, name)
     corpora = [[directory] for directory in settings.data] if settings.data_weights else [settings.data]
-    mixture = Mixture(
+    mixture = (Practised if settings.practice.is_on else Mixture)(
         [packed(corpus, "data") for corpus in corpora],
         weights=settings.data_weights or None,
         seed=seed,

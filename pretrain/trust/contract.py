@@ -27,6 +27,7 @@ LOCAL_TRUST = ("added", "archive", "directory", "key_command", "policy")
 RUN = "run_id"
 GATE = "gate"  # where there is one
 TEMPLATE = "chat_template_sha256"  # where silos train on conversations
+PRACTICE = "practice"  # where silos practise
 
 
 def agreed_settings(config: RunConfig) -> dict[str, Any]:
@@ -53,6 +54,7 @@ def build_contract(config: RunConfig) -> dict[str, Any]:
         "model": model_terms(config),
         "tokenizer_sha256": tokenizer_sha256(config.tokenizer_file),
         **({TEMPLATE: template_sha256(config.template_file)} if config.template_file else {}),
+        **({PRACTICE: dataclasses.asdict(config.practice)} if config.practice.every_rounds else {}),
         "num_versions": config.schedule.num_versions,
         RUN: config.run_id,
         **agreed_settings(config),

@@ -57,7 +57,7 @@ OBJECTS = "pretrain.exchange.objects"
 STORE = "pretrain.exchange.store"
 HISTORY = "pretrain.exchange.history"
 AGGREGATE, MERGER = "pretrain.aggregate", "pretrain.merge.merger"
-SILO_SYNC = "pretrain.sync.silo_sync"
+SILO_SYNC, PRACTICE = "pretrain.sync.silo_sync", "pretrain.sync.practice"
 THROUGH_STORE = "pretrain.sync.through_store"
 ELASTIC, DATA = "pretrain.sync.elastic", "pretrain.silo.data"
 OWN_LEDGER = "pretrain.sync.own_ledger"
@@ -70,6 +70,8 @@ SILO_POINTS: dict[str, Point] = {
     "step": ("pretrain.train", "learning_rate", "before", lambda step, inner: step),
     "gathering": (SILO_SYNC, "SiloSync.deliver", "before", lambda self, engine, progress, version: version),
     "sending": (SILO_SYNC, "SiloSync._code", "before", lambda self, version, *facts: version),
+    "practising": (PRACTICE, "Practice._tried", "before", lambda self, place, point, asked: point),
+    "practised": (PRACTICE, "Practice._begin", "before", lambda self, practice: practice[-1]["rounds"]),
     "coded": (SILO_SYNC, "save_tensors", "after", lambda coded, file, **_: int(file.stem)),
     "delivering": (THROUGH_STORE, "ThroughStore.deliver", "before", lambda self, sent: sent.manifest.version),
     "before_payload": (OBJECTS, "Objects.upload", "before", lambda self, file, name: delivery(name)),

@@ -46,6 +46,8 @@ WAYS_OUT = {
     "launch.show.serve": {"http"},
     # Programs that a user has named, nvidia-smi, and our own processes.
     "pretrain.trust.keys": {"subprocess"},
+    "pretrain.practice.verifier": {"subprocess"},
+    "pretrain.sync.practice": {"subprocess"},
     "launch.start.gpus": {"subprocess"},
     **{f"launch.start.{name}": {"subprocess"} for name in ("node", "processes", "slurm", "ssh", "stop", "workers")},
 }

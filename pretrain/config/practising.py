@@ -1,0 +1,20 @@
+"""What practice goes with, and what not. Imports no torch."""
+
+from pretrain.config.errors import require
+from pretrain.config.keys import RunConfig
+
+
+def check_practice(config: RunConfig) -> None:
+    """Raise ConfigError for practice without conversations, or that nobody has agreed to, or of a private silo."""
+    every, after = config.practice.every_rounds, config.practice.after_rounds
+    require(bool(every) or not after, "practice.after_rounds", after, "0 with practice.every_rounds=0")
+    for name, silo in config.silos.items():
+        key, own = f"silos.{name}.practice", silo.practice
+        own.check(key)
+        allowed = "empty with practice.every_rounds=0, which the contract says"
+        require(bool(every) or not own.is_on, f"{key}.tasks", own.tasks, allowed)
+        allowed = f"a chat template with {key}.tasks, as what is tried is a conversation"
+        require(bool(config.chat_template) or not own.is_on, "chat_template", config.chat_template, allowed)
+        epsilon = silo.private.epsilon
+        allowed = f"null with {key}.tasks: what was right would be trained on, and no noise is counted for the tasks"
+        require(epsilon is None or not own.is_on, f"silos.{name}.private.epsilon", epsilon, allowed)
