@@ -12,7 +12,6 @@ import typer
 from launch.model import Config, Tokenizer, Version, Where
 from pretrain.config.errors import ConfigError
 from pretrain.config.paths import expand_home
-from pretrain.host.foreign import shown
 
 if TYPE_CHECKING:
     from data_tools.chat_template import Template
@@ -30,9 +29,17 @@ ChatTemplate = Annotated[
 ]
 ChatDate = Annotated[str, typer.Option(help="With --chat: YYYY-MM-DD, for a template that writes today's date.")]
 Tasks = Annotated[
-    list[Path] | None,
-    typer.Option(help="Task of lm-evaluation-harness: a YAML file whose data are local; several times, too."),
+    list[str] | None,
+    typer.Option(help="Task of lm-evaluation-harness: a YAML file, or a name below --include-path; several, too."),
 ]
+IncludePath = Annotated[Path | None, typer.Option(help="With --tasks: a folder of tasks, which then have names.")]
+Results = Annotated[
+    Path | None,
+    typer.Option(
+        help="With --tasks: folder of what is finished, which goes on there; default: RUN/tasks, MODEL.tasks."
+    ),
+]
+Network = Annotated[bool, typer.Option("--network", help="With --tasks: data may come from where a task says.")]
 NumSequences = Annotated[
     int | None,
     typer.Option(min=0, help="Sequences, evenly spread over each split; 0: all; default: as the run did."),
@@ -50,6 +57,9 @@ def evaluate(
     chat_template: ChatTemplate = None,
     chat_date: ChatDate = "",
     tasks: Tasks = None,
+    include_path: IncludePath = None,
+    results: Results = None,
+    network: Network = False,
     version: Version = None,
     base: Annotated[Path | None, typer.Option(help="Of an adapter's directory: the model that it belongs to.")] = None,
     config: Config = None,
@@ -72,36 +82,69 @@ def evaluate(
     [bold]Example:[/bold] atoll eval model --data runs/demo/packed/prose/valid
 
     [bold]Example:[/bold] atoll eval model --chat --data packed/valid --data questions.jsonl
+
+    [bold]Example:[/bold] atoll eval runs/run --tasks exam --include-path tasks
     """
-    _check_options(chat, publish, {"--chat-template": chat_template, "--chat-date": chat_date}, label, silo)
+    where, paths = str(where), config or []
+    of_tasks: dict[str, Any] = {
+        "--include-path": include_path,
+        "--results": results,
+        "--network": network,
+        "--num-examples": num_examples,
+    }
+    _check_options({"--chat": chat}, {"--chat-template": chat_template, "--chat-date": chat_date})
+    _check_options({"--tasks": tasks}, of_tasks)
+    _check_options({"--publish": publish}, {"--label": label, "--silo": silo})
+    of_model: dict[str, Any] = {"version": version, "paths": paths, "tokenizer": tokenizer, "base": base}
+    options: dict[str, Any] = {"batch_sequences": batch_sequences}
     if tasks:  # first, as it must be the first to import what could look into a network
-        _print_scores(Path(expand_home("model", str(where))), tasks, batch_sequences, num_examples)
+        from launch.show.scores import score
+
+        of_tasks = {"results": results, "network": network, "include_path": include_path, "num_examples": num_examples}
+        score(where, tasks, of_model=of_model, **of_tasks, **options)
         if not (data or publish):
             return
+    options |= {"sequence_tokens": sequence_tokens, "document_masking": document_masking}
+    options |= {"num_sequences": num_sequences}
+    form, signer = (chat_template, chat_date) if chat else None, (silo, label) if publish else None
+    _evaluate_splits(where, data, of_model, options, form=form, signer=signer)
+
+
+def _evaluate_splits(
+    where: str,
+    data: list[str] | None,
+    of_model: dict[str, Any],
+    options: dict[str, Any],
+    *,
+    form: tuple[Path | None, str] | None,
+    signer: tuple[str, str] | None,
+) -> None:
+    """Print losses; of conversations with a `form`, template and date; signed by a silo, with a label, if given."""
     from pretrain.federation.evaluation import Publisher, open_subject
 
-    where, paths = str(where), config or []
-    publisher = Publisher(where, silo, label, paths) if publish else None
-    subject = open_subject(where, version=version, paths=paths, tokenizer=tokenizer, base=base, publishes=publish)
+    publisher = Publisher(where, *signer, of_model["paths"]) if signer else None
+    subject = open_subject(where, **of_model, publishes=signer is not None)
     if publisher:
         publisher.take(subject)
-    splits = _splits(data, publisher.held_out if publisher else subject.held_out, must_be_named=publish)
-    options = {"sequence_tokens": sequence_tokens, "document_masking": document_masking, "num_sequences": num_sequences}
-    options |= {"batch_sequences": batch_sequences}
+    held_out = publisher.held_out if publisher else subject.held_out
+    splits = _splits(data, held_out, must_be_named=signer is not None)
     with tempfile.TemporaryDirectory() as scratch:
-        form = _Form(subject, chat_template, chat_date, sequence_tokens, Path(scratch))
-        chosen = form.conversations(splits, is_given=bool(data)) if chat else _packed(splits, subject.template)
+        if form:
+            looks = _Form(subject, *form, options["sequence_tokens"], Path(scratch))
+            chosen = looks.conversations(splits, is_given=bool(data))
+        else:
+            chosen = _packed(splits, subject.template)
         found = _print_losses(subject, chosen, options)
     if publisher:
         print(f"published: {publisher.publish(found)}")
 
 
-def _check_options(chat: bool, publish: bool, of_chat: dict[str, object], label: str, silo: str) -> None:
-    for name, given in of_chat.items():
-        if given and not chat:
-            raise ConfigError(f"{name}: given without --chat; allowed: with it")
-    if (label or silo) and not publish:
-        raise ConfigError(f"{'--label' if label else '--silo'}: given without --publish; allowed: with it")
+def _check_options(needed: dict[str, object], options: dict[str, object]) -> None:
+    """Raise ConfigError for one of the `options` that is given without the one that it belongs to."""
+    ((option, is_there),) = needed.items()
+    for name, given in options.items():
+        if given and not is_there:
+            raise ConfigError(f"{name}: given without {option}; allowed: with it")
 
 
 def _splits(data: list[str] | None, held_out: dict[str, Path], *, must_be_named: bool) -> dict[str, Path]:
@@ -235,11 +278,3 @@ def _print_loss(name: str, split: "SplitLoss") -> None:
         f"{split.loss:.4f} nats  perplexity {split.perplexity:.2f}  {bits}{right}"
         f"{split.num_sequences} of {split.of_sequences} sequences  {name}"
     )
-
-
-def _print_scores(model: Path, tasks: list[Path], batch_sequences: int, num_examples: int | None) -> None:
-    from pretrain.federation.tasks import evaluate_tasks
-
-    for score in evaluate_tasks(model, tasks, batch_sequences=batch_sequences, num_examples=num_examples):
-        error = "" if score.stderr is None else f" ± {score.stderr:.4f}"
-        print(f"{score.value:.4f}{error}  {score.metric}  {score.num_examples} examples  {shown(score.task)}")

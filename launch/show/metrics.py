@@ -49,6 +49,7 @@ IDENTITY = {
     "profile": ("silo", "step"),
     "start": ("silo", "version"),
     "rollback": ("number",),
+    "tasks": ("task", "task_sha256", "model_sha256", "examples"),
 }
 
 
