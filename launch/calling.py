@@ -97,7 +97,7 @@ def evaluate_calls(
     left = [place for place in range(len(asked)) if place not in found]
     if left:
         model: Any = subject.load()
-        own = model.generation_config.eos_token_id if subject.knows_ends else []
+        own = model.generation_config.eos_token_id if subject.directory else []
         ends = encoder.ends | {*(own if isinstance(own, list) else [own])} - {None}
         answering = Answering(model, ends, num_tokens=num_tokens, batch_sequences=batch_sequences)
         for place in left:

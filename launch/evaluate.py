@@ -12,7 +12,6 @@ import typer
 from launch.model import Config, Tokenizer, Version, Where
 from pretrain.config.errors import ConfigError
 from pretrain.config.paths import expand_home
-from pretrain.host.foreign import shown
 
 if TYPE_CHECKING:
     from data_tools.chat_template import Template
@@ -37,9 +36,17 @@ Tools = Annotated[
 Answers = Annotated[Path | None, typer.Option(help="With --tools: keep what is answered there, and go on from it.")]
 NumTokens = Annotated[int, typer.Option(min=1, help="With --tools: tokens of an answer, at most.")]
 Tasks = Annotated[
-    list[Path] | None,
-    typer.Option(help="Task of lm-evaluation-harness: a YAML file whose data are local; several times, too."),
+    list[str] | None,
+    typer.Option(help="Task of lm-evaluation-harness: a YAML file, or a name below --include-path; several, too."),
 ]
+IncludePath = Annotated[Path | None, typer.Option(help="With --tasks: a folder of tasks, which then have names.")]
+Results = Annotated[
+    Path | None,
+    typer.Option(
+        help="With --tasks: folder of what is finished, which goes on there; default: RUN/tasks, MODEL.tasks."
+    ),
+]
+Network = Annotated[bool, typer.Option("--network", help="With --tasks: data may come from where a task says.")]
 NumSequences = Annotated[
     int | None,
     typer.Option(min=0, help="Sequences, evenly spread over each split; 0: all; default: as the run did."),
@@ -57,6 +64,9 @@ def evaluate(
     chat_template: ChatTemplate = None,
     chat_date: ChatDate = "",
     tasks: Tasks = None,
+    include_path: IncludePath = None,
+    results: Results = None,
+    network: Network = False,
     tools: Tools = None,
     answers: Answers = None,
     num_tokens: NumTokens = 256,
@@ -83,47 +93,77 @@ def evaluate(
 
     [bold]Example:[/bold] atoll eval model --chat --data packed/valid --data questions.jsonl
 
+    [bold]Example:[/bold] atoll eval runs/run --tasks exam --include-path tasks
+
     [bold]Example:[/bold] atoll eval model --tools bank=bank.jsonl --tools court=court.jsonl --answers answers.jsonl
     """
-    if answers and not tools:
-        raise ConfigError("--answers: given without --tools; allowed: with it")
-    _check_options(
-        chat or bool(tools), publish, {"--chat-template": chat_template, "--chat-date": chat_date}, label, silo
-    )
+    where, paths = str(where), config or []
+    of_tasks: dict[str, Any] = {
+        "--include-path": include_path,
+        "--results": results,
+        "--network": network,
+        "--num-examples": num_examples,
+    }
+    by_template = "--tools" if tools else "--chat"
+    _check_options({by_template: chat or tools}, {"--chat-template": chat_template, "--chat-date": chat_date})
+    _check_options({"--tasks": tasks}, of_tasks)
+    _check_options({"--tools": tools}, {"--answers": answers})
+    _check_options({"--publish": publish}, {"--label": label, "--silo": silo})
+    of_model: dict[str, Any] = {"version": version, "paths": paths, "tokenizer": tokenizer, "base": base}
+    options: dict[str, Any] = {"batch_sequences": batch_sequences}
     if tasks:  # first, as it must be the first to import what could look into a network
-        _print_scores(Path(expand_home("model", str(where))), tasks, batch_sequences, num_examples)
+        from launch.show.scores import score
+
+        of_tasks = {"results": results, "network": network, "include_path": include_path, "num_examples": num_examples}
+        score(where, tasks, of_model=of_model, **of_tasks, **options)
         if not (data or publish or tools):
             return
-    from pretrain.federation.evaluation import Publisher, open_subject
-
-    where, paths = str(where), config or []
-    publisher = Publisher(where, silo, label, paths) if publish else None
-    subject = open_subject(where, version=version, paths=paths, tokenizer=tokenizer, base=base, publishes=publish)
     if tools:
-        template = _Form(subject, chat_template, chat_date, None, Path()).template
-        asking = {"num_tokens": num_tokens, "batch_sequences": batch_sequences, "answers": answers}
-        _print_calls(subject, template, _files(tools), asking)
+        asking = options | {"num_tokens": num_tokens, "answers": answers}
+        _evaluate_calls(where, tools, of_model, (chat_template, chat_date), asking)
         if not (data or publish or chat):
             return
+    options |= {"sequence_tokens": sequence_tokens, "document_masking": document_masking}
+    options |= {"num_sequences": num_sequences}
+    form, signer = (chat_template, chat_date) if chat else None, (silo, label) if publish else None
+    _evaluate_splits(where, data, of_model, options, form=form, signer=signer)
+
+
+def _evaluate_splits(
+    where: str,
+    data: list[str] | None,
+    of_model: dict[str, Any],
+    options: dict[str, Any],
+    *,
+    form: tuple[Path | None, str] | None,
+    signer: tuple[str, str] | None,
+) -> None:
+    """Print losses; of conversations with a `form`, template and date; signed by a silo, with a label, if given."""
+    from pretrain.federation.evaluation import Publisher, open_subject
+
+    publisher = Publisher(where, *signer, of_model["paths"]) if signer else None
+    subject = open_subject(where, **of_model, publishes=signer is not None)
     if publisher:
         publisher.take(subject)
-    splits = _splits(data, publisher.held_out if publisher else subject.held_out, must_be_named=publish)
-    options = {"sequence_tokens": sequence_tokens, "document_masking": document_masking, "num_sequences": num_sequences}
-    options |= {"batch_sequences": batch_sequences}
+    held_out = publisher.held_out if publisher else subject.held_out
+    splits = _splits(data, held_out, must_be_named=signer is not None)
     with tempfile.TemporaryDirectory() as scratch:
-        form = _Form(subject, chat_template, chat_date, sequence_tokens, Path(scratch))
-        chosen = form.conversations(splits, is_given=bool(data)) if chat else _packed(splits, subject.template)
+        if form:
+            looks = _Form(subject, *form, options["sequence_tokens"], Path(scratch))
+            chosen = looks.conversations(splits, is_given=bool(data))
+        else:
+            chosen = _packed(splits, subject.template)
         found = _print_losses(subject, chosen, options)
     if publisher:
         print(f"published: {publisher.publish(found)}")
 
 
-def _check_options(chat: bool, publish: bool, of_chat: dict[str, object], label: str, silo: str) -> None:
-    for name, given in of_chat.items():
-        if given and not chat:
-            raise ConfigError(f"{name}: given without --chat or --tools; allowed: with one of them")
-    if (label or silo) and not publish:
-        raise ConfigError(f"{'--label' if label else '--silo'}: given without --publish; allowed: with it")
+def _check_options(needed: dict[str, object], options: dict[str, object]) -> None:
+    """Raise ConfigError for one of the `options` that is given without the one that it belongs to."""
+    ((option, is_there),) = needed.items()
+    for name, given in options.items():
+        if given and not is_there:
+            raise ConfigError(f"{name}: given without {option}; allowed: with it")
 
 
 def _splits(data: list[str] | None, held_out: dict[str, Path], *, must_be_named: bool) -> dict[str, Path]:
@@ -259,14 +299,6 @@ def _print_loss(name: str, split: "SplitLoss") -> None:
     )
 
 
-def _print_scores(model: Path, tasks: list[Path], batch_sequences: int, num_examples: int | None) -> None:
-    from pretrain.federation.tasks import evaluate_tasks
-
-    for score in evaluate_tasks(model, tasks, batch_sequences=batch_sequences, num_examples=num_examples):
-        error = "" if score.stderr is None else f" ± {score.stderr:.4f}"
-        print(f"{score.value:.4f}{error}  {score.metric}  {score.num_examples} examples  {shown(score.task)}")
-
-
 def _files(tools: list[str]) -> dict[str, Path]:
     """Files of questions by the name of a silo, or by their own. Raises ConfigError."""
     found = dict[str, Path]()
@@ -281,10 +313,16 @@ def _files(tools: list[str]) -> dict[str, Path]:
     return found
 
 
-def _print_calls(subject: "Subject", template: "Template", files: dict[str, Path], options: dict[str, Any]) -> None:
+def _evaluate_calls(
+    where: str, tools: list[str], of_model: dict[str, Any], form: tuple[Path | None, str], options: dict[str, Any]
+) -> None:
+    """Print how many calls are right; rendered by a template and date, if given, else by the model's own."""
     from launch.calling import evaluate_calls, print_calls
     from launch.show.evaluating import Evaluating
+    from pretrain.federation.evaluation import open_subject
 
+    files, subject = _files(tools), open_subject(where, **of_model)
+    template = _Form(subject, *form, None, Path()).template
     with Evaluating() as evaluating:
         found = evaluate_calls(subject, template, files, **options, tell=evaluating.tell)
     print_calls(found)

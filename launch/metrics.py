@@ -9,7 +9,7 @@ import typer
 
 def metrics(
     directory: Annotated[Path, typer.Argument(help="Run directory.")],
-    kind: Annotated[str, typer.Option(help="step, sync, eval, commit, start, rollback or summary.")] = "step",
+    kind: Annotated[str, typer.Option(help="step, sync, eval, commit, start, rollback, tasks or summary.")] = "step",
 ) -> None:
     """Print one kind of record of a run as CSV, a record a line; one that was done again after a restart counts once.
 

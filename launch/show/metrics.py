@@ -50,6 +50,7 @@ IDENTITY = {
     "start": ("silo", "version"),
     "rollback": ("number",),
     "gate": ("version",),
+    "tasks": ("task", "task_sha256", "model_sha256", "examples"),
 }
 
 

@@ -83,10 +83,17 @@ def summary_of(run: Run) -> dict[str, Any]:
             {key: record[key] for key in ("from_version", "to_version", "reason")} for record in run.records["rollback"]
         ],
         **({"gate": candidates} if (candidates := _candidate_rows(run)) else {}),
+        **({"tasks": tasks} if (tasks := [_of_task(record) for record in run.records["tasks"]]) else {}),
         "peak_memory_bytes": {silo: end.get("peak_memory_bytes") for silo, end in ends.items()},
         **({"epsilon": spent} if (spent := _values(last_steps, "epsilon")) else {}),
         **({"member_epsilon": whole["epsilon"]} if (whole := _spent_by_all(run)) else {}),
     }
+
+
+def _of_task(record: Record) -> Record:
+    """What `atoll eval --tasks` has found, with what it takes to find it again."""
+    names = ("task", "version", "scores", "stderr", "examples", "lm_eval", "model_sha256", "task_sha256")
+    return {name: record.get(name) for name in names}
 
 
 def _values(last_steps: Mapping[str, Record], name: str) -> dict[str, float]:

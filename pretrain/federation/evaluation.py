@@ -51,8 +51,10 @@ class Subject:
     """Its chat template, where that is another file than the tokenizer's folder has."""
     template: str | None = None
     """sha256 of its chat template's text; None: it has none."""
-    knows_ends: bool = False
-    """Whether its generation config says what ends an answer, as an exported directory's does."""
+    directory: Path | None = None
+    """Where it lies, if it was exported."""
+    is_fresh: bool = False
+    """Whether its run began with fresh weights, if it is a run's."""
     held_out: dict[str, Path] = field(default_factory=dict)
     """Corpus to the packed split of this machine's silos, if it is a run's; SILO/CORPUS where several have one."""
 
@@ -104,6 +106,7 @@ def open_subject(
         tokenizer_file=config.tokenizer_file,
         template_file=config.template_file,
         template=_template_of(config),
+        is_fresh=not config.model.checkpoint,
         held_out=_held_out(config),
     )
 
@@ -128,7 +131,7 @@ def _of_directory(directory: Path, load: Callable[[], nn.Module]) -> Subject:
         sequence_tokens=provenance.get("sequence_tokens"),
         tokenizer_file=directory / TOKENIZER_FILE,
         template=sha256_of(template[0]) if template else None,
-        knows_ends=True,
+        directory=directory,
     )
 
 

@@ -45,9 +45,10 @@ def server_host() -> str:
 
 
 def numbers(kind: str, values: dict[str, Any]) -> dict[str, int | float]:
-    """What of a record can be drawn, by its name in every tracker: step/loss, eval/CORPUS."""
+    """What of a record can be drawn, by its name in every tracker: step/loss, eval/CORPUS, tasks/TASK/METRIC."""
     found = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
-    return found | {f"{kind}/{corpus}": loss for corpus, loss in values.get("val_loss", {}).items()}
+    inner = values.get("val_loss", {}) | values.get("scores", {})
+    return found | {f"{kind}/{name}": value for name, value in inner.items()}
 
 
 def told_of(config: RunConfig, silo: str | None, *, only_agreed: bool) -> dict[str, Any]:

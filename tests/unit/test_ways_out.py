@@ -38,6 +38,7 @@ WAYS_OUT = {
     "launch.show.listed": {"fsspec"},
     # Scores a finished model on local files, with all that the library could look for in a network switched off.
     "pretrain.federation.tasks": {"lm_eval"},
+    "pretrain.federation.task_files": {"lm_eval"},  # reads its form of YAML
     # A name of this machine, and whether a port of it is free.
     "pretrain.exchange.lease": {"socket"},
     "pretrain.federation.preflight": {"socket", "fsspec"},
