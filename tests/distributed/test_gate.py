@@ -15,11 +15,10 @@ from pretrain.exchange.words import Evaluation
 from tests.conftest import TinyConfig
 from tests.distributed.federation import Outcome, assert_same_bits, federate
 from tests.faults.scripted import Faults, federate_with
-from tests.gates import commanded, decisions, gate_data, split_sha256
-from tests.support import TinyText, tiny_silo
+from tests.gates import RULE, commanded, decisions, gate_data, poisoned, split_sha256
+from tests.support import TinyText
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(600)]
-RULE = {"every_versions": 1, "max_mean_rise": 0.1, "max_silo_rise": 0.2, "eval_sequences": 32}
 
 
 def said_by(*arguments: object, code: int = 0) -> str:
@@ -82,35 +81,18 @@ def test_candidates_results_and_decisions_are_shown(
     assert_same_bits(run.parameters(2), ungated.parameters(2))  # who is judged learns nothing by it
 
 
-def three(directory: Path, tiny_config: TinyConfig, text: TinyText, *, is_gated: bool = True) -> RunConfig:
-    """Three silos, the last with two thirds of the tokens, eight versions."""
-    silos = {name: tiny_silo(text, name) for name in ("alpha", "beta", "gamma")}
-    silos["gamma"] |= {"global_batch_sequences": 16, "micro_batch_sequences": 16}
-    gate = RULE | {"data": gate_data(text, *silos)} if is_gated else {}
-    return tiny_config(
-        directory,
-        silos=silos,
-        gate=gate,
-        inner={"num_steps": 8 * 20, "lr": 0.006},
-        outer={"sync_interval_steps": 20, "optimizer": "sgd", "lr": 1.0},
-    )
-
-
-def test_a_silo_that_is_poisoned_from_version_5_on(
-    tmp_path: Path, tiny_config: TinyConfig, tiny_text: TinyText
-) -> None:
+def test_a_silo_that_is_poisoned_from_version_5_on(tmp_path: Path, tiny_text: TinyText) -> None:
     """Its text is shuffled from the step on that makes version 5; without a gate what is exported is the bad one."""
-    poisoned: Faults = {"gamma": [("reading", 4 * 20, 0, "shuffle", 0)]}
-    gated = federate_with(poisoned, three(tmp_path / "gated", tiny_config, tiny_text), tmp_path / "fired")
+    config, faults = poisoned(tmp_path / "gated", tiny_text, is_gated=True)
+    gated = federate_with(faults, config, tmp_path / "fired")
     found = decisions(gated.config)
     assert [one.current for one in found] == [0, 1, 2, 3, 4, 4, 4, 4, 4]
     for one in found[5:]:
         assert any(why.startswith("silo alpha finds ") for why in one.reasons)
-    kept = exported(gated.config, tmp_path / "kept", "--current")
-    assert kept["version"] == 4
+    assert exported(gated.config, tmp_path / "kept", "--current")["version"] == 4
 
-    config = three(tmp_path / "off", tiny_config, tiny_text, is_gated=False)
-    free = federate_with(poisoned, config, tmp_path / "fired-off")
+    config, faults = poisoned(tmp_path / "off", tiny_text, is_gated=False)
+    free = federate_with(faults, config, tmp_path / "fired-off")
     assert_same_bits(free.parameters(8), gated.parameters(8))
     bad = exported(free.config, tmp_path / "bad")
     assert bad["version"] == 8

@@ -14,6 +14,7 @@ from pretrain.config.keys import OPERATOR, RunConfig
 from pretrain.exchange.gated import Gated, decision_path, judged_path
 from pretrain.exchange.words import Decision, Evaluation
 from pretrain.federation.current import current_version
+from pretrain.federation.export import export_global_model
 from pretrain.federation.verify import StoreVerifier
 from pretrain.trust.contract import build_contract, check_same_contract
 from pretrain.trust.gate import faults
@@ -53,6 +54,8 @@ def make_version(config: RunConfig, aggregator: Aggregator, state: OuterState, *
     aggregator.commit(state, deliveries, merged)
     aggregator.finish()
     tell_all(config, state.version, **losses)
+    for silo in config.full_roster:
+        as_member(config, silo).mark_resumable(silo, state.version)
     aggregator.judge(state)
 
 
@@ -87,17 +90,23 @@ def test_a_candidate_that_breaks_the_rule_does_not_become_current(
     assert [r["is_current"] for r in records if r["kind"] == "gate"] == [True, True, True, False, False]
 
 
-def test_all_of_the_current_version_is_kept(config: RunConfig) -> None:
-    """However many have come since, and a restart finds what was decided."""
-    aggregator, _ = run_of_four(config)
-    assert config.exchange.keep_versions == 2
+def test_all_of_the_current_version_is_kept(make: Make, tiny_text: TinyText, tmp_path: Path) -> None:
+    """However many have come since, and nothing older; a restart finds what was decided."""
+    gate = RULE | {"data": gate_data(tiny_text, "alpha", "beta")}
+    config = make(gate=gate, exchange={"snapshot_versions": 1, "keep_versions": 1})
+    aggregator, state = run_of_four(config)
     store = Path(config.store_url)
     kept = sorted(int(path.parent.name) for path in store.glob("global/*/parameter-*.safetensors"))
-    assert 2 in kept
+    assert kept == [2, 3, 4]
+    exported = export_global_model(config, tmp_path / "model", current_version(config, as_member(config, OPERATOR)))
+    assert (exported["version"], exported["gate"]["current"]) == (2, 2)
+    assert exported["gate"]["losses"] == {"alpha": 4.0, "beta": 4.55}
     aggregator.stop()
     again = Aggregator(config, aggregator._journal)
     before = sorted((str(p), p.stat().st_mtime_ns) for p in store.rglob("*") if p.is_file())
-    again.judge(again.start(), is_last=True)
+    found = again.start()
+    again.judge(found, is_last=True)
+    assert found.version == state.version
     assert sorted((str(p), p.stat().st_mtime_ns) for p in store.rglob("*") if p.is_file()) == before
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from pretrain.exchange.gated import Gated, judged_path
 from pretrain.exchange.history import History
 from pretrain.exchange.objects import Objects
 from pretrain.exchange.rollback import explain, finish_rollbacks, is_rolling_back, roll_back
@@ -178,6 +179,31 @@ def test_signs_of_life_and_words(tmp_path: Path, tiny_config: TinyConfig) -> Non
     words = here.objects.names("silos/alpha/membership")
     assert words == there.objects.names("silos/alpha/membership") == ["000000.json", "000001.json", "000002.json"]
     assert there.membership("alpha") == here.membership("alpha")
+
+
+def test_results_for_the_gate_go(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    """Each once."""
+    gate = {"every_versions": 2, "max_worst": 9.0, "data": {"alpha/law": "a" * 64, "beta/law": "b" * 64}}
+    site = Site(tmp_path, tiny_config, gate=gate)
+    relay, here, there = site.relay(), site.here, site.there
+    here.claim_name("alpha", "identity")
+    for version in range(3):
+        publish(there, version, tmp_path)
+    relay.copy()
+    results = {judged_path("alpha", version) for version in (0, 2)}
+    for version in (0, 2):
+        Gated(here, site.config.gate).tell("alpha", dataclasses.replace(EVALUATION, version=version))
+        relay.copy()
+    assert {name for name in files(there) if name.endswith("judged.json")} == results
+    for name in results:
+        assert there.objects.read(name) == here.objects.read(name)
+    before = files(there)
+    relay.copy()
+    site.relay().copy()
+    assert files(there) == before
+    there.objects.delete(judged_path("alpha", 2))
+    relay.copy()
+    assert judged_path("alpha", 2) not in files(there)  # what was handed on is not looked for again
 
 
 def test_what_comes_too_late_does_not_go_unless_it_counts(tmp_path: Path, tiny_config: TinyConfig) -> None:
