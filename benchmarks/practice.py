@@ -152,7 +152,7 @@ def practise(
     directory: Path, name: str, silos: list[str], *, tasks: Tasks, base: Path, data: Path, seed: int
 ) -> RunConfig:
     """A federation of some silos; one that has finished is left as it is."""
-    settings = settings_of(directory, name, base) | {
+    settings = settings_of(directory, name, base / "tokenizer.json") | {
         "model": {
             "checkpoint": str(base),
             "seed": seed,

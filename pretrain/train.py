@@ -72,7 +72,6 @@ class Silo:
     held_out: dict[str, PackedTokens]
     checkpoints: Checkpoints
     sync: ElasticSync | None  # None: trains alone
-    practice: Practice
     asked_to_stop: Callable[[], bool]
     progress: Progress = field(default_factory=Progress)
     profile: RoundProfile
@@ -211,6 +210,7 @@ def train(silo: Silo) -> None:
     schedule, interval_steps = config.schedule, config.silos[silo.name].checkpoint_interval_steps
     profile, peak = silo.profile, peak_tokens_per_second(engine.module, config.sequence_tokens, silo.ranks)
     log = StepLog(config, silo.name, silo.journal, progress, peak)
+    practice = Practice(config, silo.name, silo.ranks, silo.journal, mixture=silo.mixture, progress=progress)
     if sync:
         sync.catch_up(engine, progress)
         silo.judge()
@@ -247,7 +247,7 @@ def train(silo: Silo) -> None:
             log.resume_training()
         if finished:
             break
-        if silo.practice.practise(engine, progress, silo.batches, sync, silo.asked_to_stop):
+        if practice.practise(engine, progress, silo.batches, sync, silo.asked_to_stop):
             log.resume_training()
         inner_step(silo, log)
 
@@ -328,7 +328,6 @@ def prepare(
             accept_other_data=settings.accept_other_data,
         ),
         sync=sync,
-        practice=Practice(config, name, ranks, journal, mixture),
         asked_to_stop=asked_to_stop,
         profile=RoundProfile(config.silo_directory(name), journal, settings.profile_rounds),
         reading=reading,
@@ -347,7 +346,6 @@ def prepare(
     else:
         silo.engine.write(iter(initial_parameters(config).items()) if ranks.is_leader else None)
         silo.progress.version = 0
-    silo.practice.resume(silo.progress)
     silo.read_from_position()
     silo.engine.check_sight()
     if not resumed:

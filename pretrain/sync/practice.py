@@ -37,14 +37,21 @@ AskedToStop = Callable[[], bool]
 class Practice:
     """Of one silo; without tasks, nothing."""
 
-    def __init__(self, config: RunConfig, name: str, ranks: Ranks, journal: Journal | None, mixture: Mixture) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        name: str,
+        ranks: Ranks,
+        journal: Journal | None,
+        *,
+        mixture: Mixture,
+        progress: Progress,
+    ) -> None:
+        """Read what was practised before a checkpoint. Raises ConfigError if it is not what it was."""
         self._config, self._name, self._ranks, self._journal = config, name, ranks, journal
         self._own, self._key = config.silos[name].practice, f"silos.{name}.practice"
         self._mixture = mixture if isinstance(mixture, Practised) else None
         self._directory = config.silo_directory(name) / "practice"
-
-    def resume(self, progress: Progress) -> None:
-        """Read what was practised before a checkpoint. Raises ConfigError if it is not what it was."""
         if progress.practice and not self._mixture:
             raise ConfigError(
                 f"{self._key}.tasks: {self._own.tasks!r} given; the newest checkpoint has practised, and its sequences "

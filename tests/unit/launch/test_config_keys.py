@@ -12,6 +12,7 @@ from pretrain.config.budgets import PrivateConfig
 from pretrain.config.gate import GateConfig
 from pretrain.config.keys import SiloConfig
 from pretrain.config.personal import PersonalConfig
+from pretrain.config.practice import TasksConfig
 from pretrain.config.privacy import MEMBER
 from pretrain.trust.contract import build_contract
 from tests.conftest import TinyConfig
@@ -27,7 +28,11 @@ def test_the_page_is_made_from_the_dataclasses() -> None:
 def test_every_key_has_a_sentence_and_what_is_allowed_is_of_a_key() -> None:
     assert [name for name, key in KEYS.items() if not key.text] == []
     assert ALLOWED.keys() <= KEYS.keys()
-    sections = {"silo.private": PrivateConfig, "silo.personal_adapter": PersonalConfig}
+    sections = {
+        "silo.private": PrivateConfig,
+        "silo.personal_adapter": PersonalConfig,
+        "silo.practice": TasksConfig,
+    }
     own = {f"silo.{field.name}" for field in dataclasses.fields(SiloConfig)} - sections.keys()
     own |= {f"{name}.{field.name}" for name, kind in sections.items() for field in dataclasses.fields(kind)}
     assert own <= KEYS.keys()
@@ -37,10 +42,9 @@ def test_every_key_has_a_sentence_and_what_is_allowed_is_of_a_key() -> None:
 
 
 def test_what_is_agreed_is_what_the_contract_has(tmp_path: Path, tiny_config: TinyConfig) -> None:
-    contract = build_contract(tiny_config(tmp_path))
-    agreed = {
-        f"{section}.{name}" for section in ("inner", "outer", "membership", "trust") for name in contract[section]
-    }
+    contract = build_contract(tiny_config(tmp_path, practice={"every_rounds": 1}))
+    sections = ("inner", "outer", "membership", "trust", "practice")
+    agreed = {f"{section}.{name}" for section in sections for name in contract[section]}
     agreed = agreed - {MEMBER} | {f"{MEMBER}.{name}" for name in contract["outer"]["member_privacy"]}
     agreed |= {"name", "run_id", "sequence_tokens", "document_masking", "roster"} & contract.keys()
     agreed |= {f"model.{name}" for name in (*contract["model"], "checkpoint")} | {"tokenizer", "chat_template"}
