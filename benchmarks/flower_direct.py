@@ -9,6 +9,7 @@ bit; no process starts anew in each round, and none is given up because the mach
 """
 
 import multiprocessing
+import os
 import sys
 import tomllib
 from collections.abc import Iterable
@@ -30,6 +31,7 @@ def context(place: Path, data: str = "") -> SimpleNamespace:
 
 def serve(pipe: Connection, place: Path, data: str) -> None:
     """One client: answer messages until the server has ended."""
+    os.setsid()  # as a silo, and a SuperNode: the kernel shares a busy machine between sessions
     told = context(place, data)
     import flower_peer  # type: ignore[import-not-found]
 
