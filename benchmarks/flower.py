@@ -2,11 +2,12 @@
 
     python -m venv flwr
     flwr/bin/pip install torch==2.13.0 flwr==1.42.0 transformers==5.23.0 peft==0.21.2 accelerate==1.15.0
-    python -m benchmarks.flower runs/flower --flower-python flwr/bin/python [--turns 3] [--only WAY ...]
+    python -m benchmarks.flower runs/flower --flower-python flwr/bin/python [--directly] [--turns 3]
 
 Conversations, base, template and held-out conversations are those of `atoll demo --chat`, made in the directory unless
 they are there. All ways train as many steps of one base, each in real processes on this machine: an aggregator and
-three silos, or a SuperLink and three SuperNodes (flower_peer.py says what the recipe does). Flower comes with the
+three silos, or a SuperLink and three SuperNodes (flower_peer.py says what the recipe does), or with --directly three
+clients of flower_direct.py, for a machine on which others run: what is trained is the same. Flower comes with the
 recipe's own settings, with those but for the learning rate, and with Atoll's: its rank, layers, learning rate, AdamW,
 and the same rows of conversations in the same order. Ways take turns, each turn from another seed; what was measured is
 kept in the directory, and not measured again. Every result is evaluated by the code of `atoll eval`, Flower's as the
@@ -44,6 +45,7 @@ from pretrain.config.keys import RunConfig
 from pretrain.silo.shards import TEMPLATE_FILE
 
 PEER = Path(__file__).parent / "flower_peer.py"
+DIRECT = Path(__file__).parent / "flower_direct.py"
 ATOLL = {
     "Atoll, alternate": [],
     "Atoll, factors": ["model.adapter.merge=factors", "outer.num_fragments=1"],
@@ -60,7 +62,7 @@ FLOWER = (ITS, "Flower, its settings, our lr", OURS)
 WAYS = (*ATOLL, *FLOWER)
 IGNORED = -100  # a label that has no loss
 LOSSES, MEASURED = "losses.json", "measured.json"
-PATIENCE_SECONDS = 1800
+PATIENCE_SECONDS = 7200
 ADOPT_ORPHANS = 36  # PR_SET_CHILD_SUBREAPER (https://man7.org/linux/man-pages/man2/prctl.2.html)
 Found = dict[str, float]
 
@@ -70,6 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--flower-python", type=Path, required=True, help="a Python that has Flower")
+    parser.add_argument("--directly", action="store_true", help="Flower's app without SuperLink and SuperNodes")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--only", nargs="+", default=WAYS, choices=WAYS)
     parser.add_argument("overrides", nargs="*", help="key=value of Atoll's runs, as inner.num_steps=20")
@@ -90,7 +93,7 @@ def main() -> None:
     runs = [(way, configured(way, turn)) for turn in range(arguments.turns) for way in arguments.only]
     for way, config in runs:
         if not (Path(config.directory) / MEASURED).is_file():
-            measure(way, config, arguments.flower_python)
+            measure(way, config, arguments.flower_python, directly=arguments.directly)
     held_out = {name: place / "valid" for name, place in institutions.items()}
     of_base = losses(directory / LOSSES, str(base), held_out)
     print(f"RESULT {'base, before':<29} {told_losses([of_base])}", flush=True)
@@ -145,7 +148,7 @@ def losses(kept: Path, where: str, held_out: dict[str, Path], base: Path | None 
 # ---- one run
 
 
-def measure(way: str, config: RunConfig, python: Path) -> None:
+def measure(way: str, config: RunConfig, python: Path, *, directly: bool) -> None:
     """Train in one of the ways, from nothing, and keep what it took. Raises SystemExit if it fails."""
     place = Path(config.directory)
     shutil.rmtree(place, ignore_errors=True)
@@ -153,7 +156,8 @@ def measure(way: str, config: RunConfig, python: Path) -> None:
     data = examples(config, in_rows=way == OURS) if way in FLOWER else {}
     with counted_processors() as seconds_processors:
         began = time.perf_counter()
-        found = of_flower(way, config, python, data) if way in FLOWER else of_atoll(config)
+        is_flower = way in FLOWER
+        found = of_flower(way, config, python, data, directly=directly) if is_flower else of_atoll(config)
     found = found | {"seconds_processors": seconds_processors()}
     found.setdefault("seconds", time.perf_counter() - began)
     print(f"{place}: {found['seconds']:.1f} s, {found['seconds_processors']:.1f} s of processors", flush=True)
@@ -245,47 +249,61 @@ def settings_of(way: str, config: RunConfig) -> dict[str, Any]:
     return settings
 
 
-def of_flower(way: str, config: RunConfig, python: Path, data: dict[str, Any]) -> Found:
-    """A SuperLink, a SuperNode for each silo, and the app. Raises SystemExit if it fails."""
-    place, programs = Path(config.directory), python.absolute().parent
+def of_flower(way: str, config: RunConfig, python: Path, data: dict[str, Any], *, directly: bool) -> Found:
+    """Run the app with a client for each silo. Raises SystemExit if it fails."""
+    place = Path(config.directory)
     write_app(place / "app", settings_of(way, config))
     for name, found in data.items():
         (place / f"{name}.json").write_text(json.dumps(found))
-    link, *ports = free_ports(1 + len(data))
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | KEEP_FREED_MEMORY
+    environment |= {"FLWR_HOME": str(place / "home"), "PATH": f"{python.absolute().parent}:{environment['PATH']}"}
+    environment |= {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "HF_HUB_OFFLINE": "1"}
+    environment |= {"OMP_NUM_THREADS": "1"}
+    began = time.perf_counter()
+    if directly:
+        with (place / "direct.log").open("wb") as log:
+            argv = [str(python), str(DIRECT), str(place)]
+            if subprocess.run(argv, stdout=log, stderr=log, env=environment, check=False).returncode:
+                raise SystemExit(f"Flower failed: see {log.name}")
+    else:
+        deployed(place, python.absolute().parent, [*data], environment)
+    seconds = time.perf_counter() - began
+    for file in ("tokenizer.json", "tokenizer_config.json", TEMPLATE_FILE):
+        shutil.copy(Path(str(config.model.checkpoint)) / file, place / "adapter" / file)
+    told = json.loads((place / "result").read_text())
+    of_all = {key: told[key] for key in ("bytes_sent", "bytes_received")}
+    of_all["seconds_training"] = sum(one["training-seconds"] for clients in told["rounds"] for one in clients)
+    return {key: value / len(data) for key, value in of_all.items()} | {"seconds": seconds}
+
+
+def deployed(place: Path, programs: Path, names: list[str], environment: dict[str, str]) -> None:
+    """A SuperLink, SuperNodes, and the app until it has its result. Raises SystemExit if it fails."""
+    link, *ports = free_ports(1 + len(names))
     (place / "home").mkdir()
     (place / "home" / "config.toml").write_text(
         f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "127.0.0.1:{link}"\ninsecure = true\n'
     )
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | KEEP_FREED_MEMORY
-    environment |= {"FLWR_HOME": str(place / "home"), "PATH": f"{programs}:{environment['PATH']}"}
-    environment |= {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "HF_HUB_OFFLINE": "1"}
-    environment |= {"OMP_NUM_THREADS": "1"}
-    began = time.perf_counter()
     with ExitStack() as running:
 
         def started(name: str, program: str, *argv: str) -> "subprocess.Popen[bytes]":
             with (place / f"{name}.log").open("wb") as log:
                 argv = (str(programs / program), *argv)
-                process = subprocess.Popen(argv, stdout=log, stderr=log, env=environment, cwd=place)
+                # In a session of its own, as silos are: the kernel shares a busy machine between sessions.
+                process = subprocess.Popen(
+                    argv, stdout=log, stderr=log, env=environment, cwd=place, start_new_session=True
+                )
             running.callback(ended, process)
             return process
 
         processes = [started("superlink", "flower-superlink", "--insecure", f"--port={link}", NO_INSTALLING)]
         wait_for_port(link, processes)
-        for (name, _), port in zip(data.items(), ports, strict=True):
+        for name, port in zip(names, ports, strict=True):
             node = ["--insecure", f"--superlink=127.0.0.1:{link}", f"--port={port}"]
             node += ["--node-config", f'data="{place / name}.json"']
             processes.append(started(name, "flower-supernode", *node))
         if started("run", "flwr", "run", str(place / "app"), "here").wait(timeout=120):
             raise SystemExit(f"Flower failed: see {place}")
-        wait_for(place / "result.json", processes)
-        seconds = time.perf_counter() - began
-    for file in ("tokenizer.json", "tokenizer_config.json", TEMPLATE_FILE):
-        shutil.copy(Path(str(config.model.checkpoint)) / file, place / "adapter" / file)
-    told = json.loads((place / "result.json").read_text())
-    of_all = {key: told[key] for key in ("bytes_sent", "bytes_received")}
-    of_all["seconds_training"] = sum(one["training-seconds"] for clients in told["rounds"] for one in clients)
-    return {key: value / len(data) for key, value in of_all.items()} | {"seconds": seconds}
+        wait_for(place / "result", processes)
 
 
 NO_INSTALLING = "--disable-runtime-dependency-installation"

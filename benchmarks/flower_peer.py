@@ -15,7 +15,6 @@ batch has one to a line, filled up to the longest, as in the recipe.
 
 import json
 import math
-import os
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -164,7 +163,7 @@ def count_bytes(messages: Iterable[Message]) -> int:
 
 @server.main()
 def main(grid: Any, context: Context) -> None:
-    """All rounds; leaves the adapter as a peft directory, and result.json beside it."""
+    """All rounds; leaves the adapter as a peft directory, and a file `result` beside it."""
     settings = context.run_config
     torch.manual_seed(settings["seed"])
     model = adapted(settings)
@@ -181,5 +180,5 @@ def main(grid: Any, context: Context) -> None:
         "seconds": seconds,
         "rounds": strategy.rounds,
     }
-    (output / "result.tmp").write_text(json.dumps(told))
-    os.replace(output / "result.tmp", output / "result.json")
+    (output / "result.part").write_text(json.dumps(told))
+    (output / "result.part").replace(output / "result")

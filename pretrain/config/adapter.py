@@ -26,7 +26,7 @@ class AdapterConfig:
     """Share of what goes into A that is left out in a training step."""
     merge: str = "factors"
     """factors: both factors are averaged, and the error of it is in every commit; alternate: they are trained in turns,
-    so that the mean of the silos' products is exact, and half the bytes travel (arXiv 2502.01755)."""
+    so that the mean of the silos' products is exact, and each sync has half the bytes (arXiv 2502.01755)."""
     tokens: int = 20
     """Of a prompt: how many; so many positions of a sequence are its own."""
     text: str = ""
