@@ -9,7 +9,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from tokenizers.normalizers import NFC
 
 from data_tools.chat_template import Renderer, Span, Template
 from data_tools.clean import is_held_out
-from data_tools.conversations import Conversation, NoConversationError, parse_conversation
+from data_tools.conversations import Conversation, NoConversationError, parse_conversation, parse_pair
 from data_tools.encode import BATCH_BYTES, Encoded
 from data_tools.quality import MEASURES, RULES
 from data_tools.sources import Bad, Block, parse_block
@@ -50,6 +50,8 @@ class ChatJob:
     """Share of conversations that are held out, 0 to below 1."""
     prompt_tokens: int = 0
     """Room before each conversation, of end-of-text tokens, whose places a prompt takes in training."""
+    pairs: bool = False
+    """Whether the records are preference pairs, each of which is two documents, the chosen one first."""
 
 
 @dataclass(kw_only=True)
@@ -63,6 +65,8 @@ class Text:
     digest: bytes
     is_held_out: bool
     num_bytes: int
+    parts: tuple[int, ...] = ()
+    """Of a pair, which is one text: the tokens of each of its documents."""
 
 
 class ChatEncoder:
@@ -99,6 +103,7 @@ class ChatEncoder:
             document_tokens=np.array([len(tokens) for _, tokens, _ in kept], dtype=np.int64),
             document_bytes=np.array([text.num_bytes for text, *_ in kept], dtype=np.int64),
             held_out=np.array([text.is_held_out for text, *_ in kept], dtype=np.bool_),
+            chosen_tokens=np.array([text.parts[0] for text, *_ in kept], np.int64) if self._job.pairs else None,
             hashes=[text.digest for text, *_ in kept],
             signatures=[],
             languages=[],
@@ -125,12 +130,13 @@ class ChatEncoder:
         What cannot be used goes to `bad`; of what is left out the reason and bytes go to `dropped`. Raises ConfigError
         as `encode` does.
         """
-        for text, *own in self._tokens(self._texts(block, bad)):
+        found = self._tokens(self._texts(block, bad))
+        for text, *own in _paired(found) if self._job.pairs else found:
             tokens, learned = self._with_room(*own)
             if len(tokens) > self._job.sequence_tokens:
                 self._too_long(text, len(tokens))
                 dropped.append(("too long", text.num_bytes))
-            elif not learned.any():
+            elif not all(part.any() for part in np.split(learned, np.cumsum(text.parts)[:-1])):
                 bad.append(
                     Bad("no trained token", f"{text.where}: its template leaves nothing of it to learn: drop it")
                 )
@@ -139,10 +145,10 @@ class ChatEncoder:
 
     def _too_long(self, text: Text, num_tokens: int) -> None:
         if self._job.too_long != "skip":
-            prompt = self._job.prompt_tokens
+            prompt, what = self._job.prompt_tokens, "a pair" if text.parts else "a conversation"
             of_prompt = f", {prompt:,} of them of the prompt before it," if prompt else ""
             raise ConfigError(
-                f"{text.where}: a conversation of {num_tokens:,} tokens{of_prompt} given; allowed: --sequence-tokens "
+                f"{text.where}: {what} of {num_tokens:,} tokens{of_prompt} given; allowed: --sequence-tokens "
                 f"{self._job.sequence_tokens:,}: raise it, shorten the conversation, or give --too-long skip"
             )
 
@@ -154,7 +160,7 @@ class ChatEncoder:
                 continue
             where = f"{block.part.path}, {block.part.unit} {number}"
             try:
-                yield self._text(block, where, parse_conversation(record))
+                yield from self._of_record(block, where, record)
             except NoConversationError as no:
                 bad.append(Bad(no.reason, f"{where}: {no.what}: mend or drop it"))
             except UnicodeEncodeError:
@@ -162,9 +168,17 @@ class ChatEncoder:
             except ConfigError as error:
                 raise ConfigError(f"{where}: {error}") from None
 
-    def _text(self, block: Block, where: str, conversation: Conversation) -> Text:
+    def _of_record(self, block: Block, where: str, record: str) -> list[Text]:
+        """The conversation of a record, or both of a pair, known by the pair."""
+        if not self._job.pairs:
+            conversation = parse_conversation(record)
+            return [self._text(block, where, conversation, Conversation.digest(conversation.canonical()))]
+        pair = parse_pair(record)
+        digest = Conversation.digest(f"[{','.join(one.canonical() for one in pair)}]")
+        return [self._text(block, where, one, digest) for one in pair]
+
+    def _text(self, block: Block, where: str, conversation: Conversation, digest: bytes) -> Text:
         canonical = conversation.canonical()
-        digest = Conversation.digest(canonical)
         cut = ""
         if self._names_in_json.search(canonical):
             cut = next(one for one in CUTS if json.dumps(one)[1:-1] not in canonical)
@@ -240,6 +254,16 @@ class ChatEncoder:
                 return found
             encoding = self._tokenizer.encode(piece, add_special_tokens=False)
         return [_first_token(encoding, one, len(piece)) for one in characters]
+
+
+def _paired(
+    found: Iterator[tuple[Text, npt.NDArray[Any], npt.NDArray[np.bool_]]],
+) -> Iterator[tuple[Text, npt.NDArray[Any], npt.NDArray[np.bool_]]]:  # (num_tokens,) both
+    """Two by two as one text, the chosen one first."""
+    for (text, *chosen), (other, *rejected) in zip(found, found, strict=True):
+        tokens, learned = (np.concatenate(both) for both in zip(chosen, rejected, strict=True))
+        parts = (len(chosen[0]), len(rejected[0]))
+        yield replace(text, num_bytes=text.num_bytes + other.num_bytes, parts=parts), tokens, learned
 
 
 def _token_bytes(tokenizer: Tokenizer) -> npt.NDArray[np.int64] | None:  # (vocab_size,)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from pretrain.config.allowed import DPO
 from pretrain.config.check import accumulation_steps
 from pretrain.config.errors import ConfigError, named
 from pretrain.config.keys import RunConfig, SiloConfig
@@ -38,7 +39,7 @@ from pretrain.silo.cards import check_precision
 from pretrain.silo.checkpoint import Checkpoints, Progress, save_parameters
 from pretrain.silo.data import BadTokenError, Batches, Mixture, PackedTokens, Prefetch
 from pretrain.silo.engine import Engine
-from pretrain.silo.evaluate import held_out_loss, losses_in_words, sequences_evaluated
+from pretrain.silo.evaluate import held_out_means, losses_in_words, sequences_evaluated
 from pretrain.silo.flops import peak_tokens_per_second
 from pretrain.silo.model import initial_parameters
 from pretrain.silo.optim import learning_rate
@@ -101,16 +102,16 @@ class Silo:
         self.engine.evaluating(True)
         with self.sync.global_model(self.engine) if self.sync else nullcontext():
             losses_of = partial(
-                held_out_loss,
-                self.engine.token_losses,
+                held_out_means,
+                self.engine.values,
                 self.held_out,
                 num_sequences=settings.eval_sequences,
                 micro_batch_sequences=settings.micro_batch_sequences,
                 ranks=self.ranks,
             )
             with personal.away():
-                losses = losses_of()
-            own = losses_of() if personal.names else None
+                losses, of_pairs = losses_of()
+            own = losses_of()[0] if personal.names else None
         self.engine.evaluating(False)
         progress.seconds_evaluating += time.monotonic() - began
         if self.journal:
@@ -125,9 +126,10 @@ class Silo:
                 tokens=progress.position * self.config.sequence_tokens,
                 val_loss=losses,
                 sequences=sequences,
+                **of_pairs,
                 **({} if own is None else {"personal_loss": own}),  # which no tracker is told
             )
-            print(f"round {progress.round:5d}  held-out {losses_in_words(losses, sequences)}", flush=True)
+            print(f"round {progress.round:5d}  held-out {losses_in_words(losses, sequences, of_pairs)}", flush=True)
             if own is not None:
                 print(f"round {progress.round:5d}  with its own adapter {losses_in_words(own, sequences)}", flush=True)
 
@@ -261,8 +263,8 @@ def inner_step(silo: Silo, log: StepLog) -> None:
     if num_trained == 0:
         loss = progress.loss  # there is none: the one before stands
     if silo.agreement_due(before):
-        asked = sync.asked_to_stop() if sync else silo.asked_to_stop()
-        progress.loss, stop = silo.ranks.sum([loss / silo.ranks.num_ranks, float(asked)])
+        told = [loss / silo.ranks.num_ranks, float((sync or silo).asked_to_stop()), *engine.objective.take()]
+        progress.loss, stop, *log.of_pairs = silo.ranks.sum(told)
         if not (sync and sync.went_back(engine, progress)):
             log.check_finite(engine.num_skipped_steps, silo.checkpoints.newest)
     log.step(lr, grad_norm)
@@ -383,6 +385,7 @@ def open_data(config: RunConfig, name: str) -> tuple[Mixture, dict[str, PackedTo
             template_sha256=template,
             prompt_tokens=config.model.adapter.prompt_tokens,
             keeps_apart=config.document_masking,
+            of_pairs=config.inner.loss == DPO,
             key=f"silos.{name}.{key}",
         )
 

@@ -11,6 +11,7 @@ from pretrain.config.allowed import ALLOWED, METRICS, TIERS, Numbers
 from pretrain.config.deepspeed_keys import KNOWN, OWNED
 from pretrain.config.errors import ConfigError, named, require
 from pretrain.config.keys import OPERATOR, ModelConfig, OuterConfig, RunConfig, SiloConfig
+from pretrain.config.preference import check_preference
 from pretrain.config.privacy import MEMBER, check_member, check_private, check_secure_sum
 
 MOST_TOGETHER = 380  # silos of a collective: each one's record of a version has a number for every two of them
@@ -55,6 +56,7 @@ def check_config(config: RunConfig) -> None:
         check_private,
         check_adapter,
         check_personal,
+        check_preference,
     ):
         check(config)
 
