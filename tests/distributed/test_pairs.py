@@ -39,7 +39,7 @@ def test_a_step_is_the_one_of_trl(packed: Path, num_ranks: int) -> None:
     assert given == counted == sum(expected["by_row"])
     assert in_all == 40
     assert len(set(expected["by_row"])) > 1  # so that a mean of micro batches' means would be another
-    assert expected["largest"] > 0.1
+    assert expected["largest"] > 0.05
     (line,) = torchrun(WORKER, packed, num_ranks=num_ranks, timeout=230).splitlines()[-1:]
     result = json.loads(line.removeprefix("RESULT"))
     for case in result["cases"]:
@@ -63,6 +63,23 @@ def preferring(number: int, seed: int) -> list[Pair]:
     return [(some(1, VOCAB_SIZE), some(1, 150), some(150, VOCAB_SIZE)) for _ in range(number)]
 
 
+def packed_silos(folder: Path, tokenizer: str, template: str) -> dict[str, Any]:
+    """Sections of two silos, each with pairs of its own."""
+    silos: dict[str, Any] = {}
+    for seed, name in enumerate(("alpha", "beta")):
+        for split, number in (("train", 120), ("valid", 30)):
+            write_pairs(
+                folder / name / split,
+                preferring(number, 2 * seed + (split == "valid")),
+                row_tokens=32,
+                vocab_size=VOCAB_SIZE,
+                tokenizer=tokenizer,
+                template=template,
+            )
+        silos[name] = {"data": [str(folder / name / "train")], "valid": {name: str(folder / name / "valid")}}
+    return silos
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("adapter", [{}, {"kind": "lora", "rank": 4, "alpha": 8}], ids=["whole", "adapter"])
 def test_margins_rise_in_a_federation(
@@ -72,18 +89,7 @@ def test_margins_rise_in_a_federation(
     base, template = tmp_path / "base", tmp_path / TEMPLATE_FILE
     export(build_initial(ModelConfig(config=settings["model"]["config"]), VOCAB_SIZE), tiny_text.tokenizer, base)
     template.write_text("{{ messages }}")
-    silos: dict[str, Any] = {}
-    for seed, name in enumerate(("alpha", "beta")):
-        for split, number in (("train", 120), ("valid", 30)):
-            write_pairs(
-                tmp_path / name / split,
-                preferring(number, 2 * seed + (split == "valid")),
-                row_tokens=32,
-                vocab_size=VOCAB_SIZE,
-                tokenizer=tokenizer_sha256(tiny_text.tokenizer),
-                template=template_sha256(template),
-            )
-        silos[name] = {"data": [str(tmp_path / name / "train")], "valid": {name: str(tmp_path / name / "valid")}}
+    silos = packed_silos(tmp_path, tokenizer_sha256(tiny_text.tokenizer), template_sha256(template))
     silos["beta"] |= {"micro_batch_sequences": 2} | {"deepspeed": {"zero_optimization": {"stage": 3}}}
     changes: dict[str, Any] = {
         "sequence_tokens": 32,
