@@ -22,7 +22,7 @@ from tokenizers.normalizers import NFC
 
 from data_tools.chat_template import Renderer, Span, Template
 from data_tools.clean import is_held_out
-from data_tools.conversations import Conversation, NoConversationError, parse_conversation
+from data_tools.conversations import Conversation, NoConversationError, parse_conversation, parse_pair
 from data_tools.encode import BATCH_BYTES, Encoded
 from data_tools.quality import MEASURES, RULES
 from data_tools.sources import Bad, Block, parse_block
@@ -53,6 +53,8 @@ class ChatJob:
     """Share of conversations that are held out, 0 to below 1."""
     prompt_tokens: int = 0
     """Room before each conversation, of end-of-text tokens, whose places a prompt takes in training."""
+    pairs: bool = False
+    """Whether the records are preference pairs, each of which is two documents, the chosen one first."""
 
 
 @dataclass(kw_only=True)
@@ -67,6 +69,8 @@ class Text:
     digest: bytes
     is_held_out: bool
     num_bytes: int
+    parts: tuple[int, ...] = ()
+    """Of a pair, which is one text: the tokens of each of its documents."""
 
 
 class ChatEncoder:
@@ -106,6 +110,7 @@ class ChatEncoder:
             document_tokens=np.array([len(tokens) for _, tokens, _ in kept], dtype=np.int64),
             document_bytes=np.array([text.num_bytes for text, *_ in kept], dtype=np.int64),
             held_out=np.array([text.is_held_out for text, *_ in kept], dtype=np.bool_),
+            chosen_tokens=np.array([text.parts[0] for text, *_ in kept], np.int64) if self._job.pairs else None,
             hashes=[text.digest for text, *_ in kept],
             signatures=[],
             languages=[],
@@ -133,14 +138,15 @@ class ChatEncoder:
         What cannot be used goes to `bad`; of what is left out the reason and bytes go to `dropped`. Raises ConfigError
         as `encode` does.
         """
-        for text, *own in self._tokens(self._texts(block, bad)):
+        found = self._tokens(self._texts(block, bad))
+        for text, *own in _paired(found) if self._job.pairs else found:
             tokens, learned = self._with_room(*own)
             if len(tokens) > self._job.sequence_tokens:
                 pieces = self._too_long(text, tokens, learned)
                 yield from pieces
                 if not pieces:
                     dropped.append(("too long", text.num_bytes))
-            elif not learned.any():
+            elif not all(part.any() for part in np.split(learned, np.cumsum(text.parts)[:-1])):
                 bad.append(
                     Bad("no trained token", f"{text.where}: its template leaves nothing of it to learn: drop it")
                 )
@@ -156,9 +162,10 @@ class ChatEncoder:
         if self._job.too_long == "stop":
             prompt = self._job.prompt_tokens
             of_prompt = f", {prompt:,} of them of the prompt before it," if prompt else ""
+            what, others = ("a pair", "skip") if text.parts else ("a conversation", "split or skip")
             raise ConfigError(
-                f"{text.where}: a conversation of {len(tokens):,} tokens{of_prompt} given; allowed: --sequence-tokens "
-                f"{self._job.sequence_tokens:,}: raise it, shorten the conversation, or give --too-long split or skip"
+                f"{text.where}: {what} of {len(tokens):,} tokens{of_prompt} given; allowed: --sequence-tokens "
+                f"{self._job.sequence_tokens:,}: raise it, shorten the conversation, or give --too-long {others}"
             )
         found = split_at_turns(
             text.conversation, lambda one: len(self._piece(text, one)[1]) <= self._job.sequence_tokens
@@ -197,16 +204,26 @@ class ChatEncoder:
                 continue
             where = f"{block.part.path}, {block.part.unit} {number}"
             try:
-                text = self._text(where, parse_conversation(record))
-                split = block.part.split
-                text.is_held_out = split == "valid" if split else is_held_out(text.digest, self._job.held_out)
-                yield text
+                yield from self._of_record(block, where, record)
             except NoConversationError as no:
                 bad.append(Bad(no.reason, f"{where}: {no.what}: mend or drop it"))
             except UnicodeEncodeError:
                 bad.append(Bad("half a surrogate pair", f"{where}: half of a surrogate pair in text: mend or drop it"))
             except ConfigError as error:
                 raise ConfigError(f"{where}: {error}") from None
+
+    def _of_record(self, block: Block, where: str, record: str) -> list[Text]:
+        """The conversation of a record, or both of a pair, known by the pair."""
+        if self._job.pairs:
+            pair = parse_pair(record)
+            digest = Conversation.digest(f"[{','.join(one.canonical() for one in pair)}]")
+            found = [dataclasses.replace(self._text(where, one), digest=digest) for one in pair]
+        else:
+            found = [self._text(where, parse_conversation(record))]
+        split = block.part.split
+        for text in found:
+            text.is_held_out = split == "valid" if split else is_held_out(text.digest, self._job.held_out)
+        return found
 
     def _text(self, where: str, given: Conversation) -> Text:
         """A conversation as text; whether it is held out is for the caller to say."""
@@ -309,6 +326,16 @@ class ChatEncoder:
                 return found
             encoding = self._tokenizer.encode(piece, add_special_tokens=False)
         return [_first_token(encoding, one, len(piece)) for one in characters]
+
+
+def _paired(
+    found: Iterator[tuple[Text, npt.NDArray[Any], npt.NDArray[np.bool_]]],
+) -> Iterator[tuple[Text, npt.NDArray[Any], npt.NDArray[np.bool_]]]:  # (num_tokens,) both
+    """Two by two as one text, the chosen one first."""
+    for (text, *chosen), (other, *rejected) in zip(found, found, strict=True):
+        tokens, learned = (np.concatenate(both) for both in zip(chosen, rejected, strict=True))
+        parts = (len(chosen[0]), len(rejected[0]))
+        yield dataclasses.replace(text, num_bytes=text.num_bytes + other.num_bytes, parts=parts), tokens, learned
 
 
 def _token_bytes(tokenizer: Tokenizer) -> npt.NDArray[np.int64] | None:  # (vocab_size,)

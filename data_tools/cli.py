@@ -65,6 +65,7 @@ ChatTemplate = Annotated[
 PromptTokens = Annotated[
     int, typer.Option(help="With --chat: room before each for a prompt (model.adapter.kind=prompt) of so many tokens.")
 ]
+Pairs = Annotated[bool, typer.Option("--pairs", help="With --chat: preference pairs, chosen and rejected (DPO).")]
 ChatDate = Annotated[str, typer.Option(help="With --chat: YYYY-MM-DD, for a template that writes today's date.")]
 
 
@@ -212,6 +213,7 @@ def prepare(
     chat_template: ChatTemplate = None,
     chat_date: ChatDate = "",
     prompt_tokens: PromptTokens = 0,
+    pairs: Pairs = False,
     shard_tokens: Annotated[int, typer.Option(help="Most tokens in one shard file.")] = 100_000_000,
     workers: Annotated[int | None, typer.Option(help="Processes that clean and tokenize; default: one a core.")] = None,
 ) -> None:
@@ -332,6 +334,25 @@ def show(
     from data_tools.show import print_conversations
 
     print_conversations(directories, _given(tokenizer), num_samples=samples, seed=seed, console=Console())
+
+
+@app.command()
+def reference(
+    directories: Annotated[list[Path], typer.Argument(help="Packed splits of pairs, or folders that hold some.")],
+    base: Annotated[Path | None, typer.Option(help="The checkpoint that the run goes on from; required.")] = None,
+    precision: Annotated[str, typer.Option(help="fp32 or bf16: that of the silo that trains on them.")] = "fp32",
+    batch_sequences: Annotated[int, typer.Option(min=1, help="Rows of one forward pass.")] = 8,
+) -> None:
+    """Compute once what a base says of preference pairs, beside their shards: what DPO compares the model with.
+
+    What is there already of the same base, precision and tokens is left as it is.
+
+    [bold]Example:[/bold] atoll data reference packed/train packed/valid --base base
+    """
+    from data_tools.reference import refer
+
+    for line in refer(directories, base, precision=precision, batch_sequences=batch_sequences):
+        _say(line)
 
 
 def _parts(corpora: list[str], text_field: str, as_text: list[str] | None, on_bad: str = "") -> "list[Part]":

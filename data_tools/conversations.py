@@ -3,6 +3,7 @@
     messages, tools          OpenAI: role and content, tool_calls with arguments as JSON or as an object
     conversations, tools     ShareGPT: from (human, gpt, system, function_call, observation) and value
     prompt, completion       text or messages; of these the completion's turns alone are trained
+    prompt, chosen, rejected a preference pair: two conversations that begin alike, of which one answers better
 
 The one form: `content` is text in every message, `arguments` is an object, tools are {"type": "function", "function":
 {...}}, and what is null is left out. Nothing is guessed: what is not clear is refused with what is wrong.
@@ -22,6 +23,8 @@ Message = dict[str, Any]
 # Columns of a table that hold a conversation.
 COLUMNS = ("messages", "conversations", "prompt", "completion", "tools", "functions", "system", "chosen", "rejected")
 ALLOWED = "messages (OpenAI), conversations (ShareGPT), or prompt and completion"
+PAIR = ("chosen", "rejected")
+BEFORE_PAIR = ("prompt", "messages", "conversations")  # what both sides of a pair begin with, if they do not say it
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 OLD_ROLES = {"function": "tool"}
 SHAREGPT_ROLES = {
@@ -95,20 +98,71 @@ class Conversation:
 
 def parse_conversation(text: str) -> Conversation:
     """A conversation from the JSON of one record. Raises NoConversationError."""
+    return normalised(_parsed(text))
+
+
+def parse_pair(text: str) -> tuple[Conversation, Conversation]:
+    """The chosen and the rejected conversation of the JSON of one record. Raises NoConversationError.
+
+    What they begin with alike is not learned: it is as likely in both.
+    """
+    record = _present(_parsed(text))
+    for side in PAIR:
+        if side not in record:
+            raise NoConversationError("half a pair", f"{side}: nothing given; allowed: {' and '.join(PAIR)}, both")
+    given = record.get("tools", record.get("functions"))
+    tools = parse_tools(given) if given else None
+    key = next((key for key in BEFORE_PAIR if key in record), None)
+    before = _half(record[key], key, "user", set()) if key else []
+    if record.get("system"):
+        before = [{"role": "system", "content": _string(record["system"], "system")}, *before]
+    untrained: tuple[set[int], set[int]] = (set(), set())
+    sides = [_side(record[side], side, before, places) for side, places in zip(PAIR, untrained, strict=True)]
+    if sides[0] == sides[1]:
+        raise NoConversationError("equal sides", "chosen and rejected are the same; allowed: two that differ")
+    num_shared = next(
+        place for place in range(max(map(len, sides))) if sides[0][place : place + 1] != sides[1][place : place + 1]
+    )
+    found = []
+    for messages, places in zip(sides, untrained, strict=True):
+        places |= {place for place, one in enumerate(messages[:num_shared]) if one["role"] == "assistant"}
+        _check(messages, places)
+        found.append(Conversation(messages=messages, tools=tools, untrained=frozenset(places)))
+    return found[0], found[1]
+
+
+def _side(given: Any, key: str, before: list[Message], untrained: set[int]) -> list[Message]:
+    """One side of a pair, whole; it may be one message, or say again what was before."""
+    after = _half([given] if isinstance(given, dict) else given, key, "assistant", untrained)
+    if before and after[: len(before)] == before:
+        return after
+    moved = {place + len(before) for place in untrained}
+    untrained.clear()
+    untrained |= moved
+    return before + after
+
+
+def _parsed(text: str) -> Any:
     try:
-        record = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise NoConversationError("not JSON", f"not JSON ({one_line(error)})") from None
-    return normalised(record)
+
+
+def _present(record: Any) -> dict[str, Any]:
+    """A record without what is null. Raises NoConversationError."""
+    if not isinstance(record, dict):
+        raise NoConversationError("no conversation", f"{kind_of(record)} given; allowed: an object with {ALLOWED}")
+    return {key: value for key, value in record.items() if value is not None}
 
 
 def normalised(record: Any) -> Conversation:
     """A conversation from one record. Raises NoConversationError."""
-    if not isinstance(record, dict):
-        raise NoConversationError("no conversation", f"{kind_of(record)} given; allowed: an object with {ALLOWED}")
-    record = {key: value for key, value in record.items() if value is not None}
+    record = _present(record)
     if "chosen" in record or "rejected" in record:
-        raise NoConversationError("preference pair", "chosen and rejected given; preference pairs are kept for later")
+        raise NoConversationError(
+            "preference pair", "chosen and rejected given; allowed with --pairs (atoll data prepare), of which all are"
+        )
     given = record.get("tools", record.get("functions"))
     tools = parse_tools(given) if given else None
     untrained: set[int] = set()

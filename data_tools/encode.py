@@ -59,6 +59,8 @@ class Encoded:
     """Reason and bytes of each document that was dropped."""
     trained: npt.NDArray[np.bool_] | None = None
     """Of conversations, which tokens are learned; None: of text. # (num_tokens,)"""
+    chosen_tokens: npt.NDArray[np.int64] | None = None
+    """Of preference pairs, how many tokens of each are the chosen side's, the first; else None. # (num_documents,)"""
     bad: list[Bad] = field(default_factory=list)
     """Records that could not be used."""
     personal: Counter[tuple[str, str]] = field(default_factory=Counter)

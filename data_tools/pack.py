@@ -73,6 +73,8 @@ class ChatRecipe:
     """The day, YYYY-MM-DD, for a template that writes today's date."""
     prompt_tokens: int = 0
     """Room before each conversation for a prompt of so many tokens: what the run's model.adapter.tokens has to be."""
+    pairs: bool = False
+    """Whether the records are preference pairs, both sides of which lie in one row."""
 
     def check(self) -> None:
         """Raise ConfigError for what cannot be."""
@@ -84,6 +86,14 @@ class ChatRecipe:
             raise ConfigError(
                 f"--prompt-tokens: {self.prompt_tokens} given; allowed: 0 to {most}, so that two tokens are left of "
                 f"--sequence-tokens {self.sequence_tokens}"
+            )
+        if self.pairs and self.prompt_tokens:
+            given = f"--prompt-tokens: {self.prompt_tokens} given with --pairs"
+            raise ConfigError(f"{given}; allowed: 0, as the model that pairs are compared with knows no prompt")
+        if self.pairs and self.too_long == "split":
+            given = "--too-long: 'split' given with --pairs"
+            raise ConfigError(f"{given}; allowed: stop, skip, as no part of an answer is the better one")
+                "--too-long: 'split' given with --pairs; allowed: stop, skip: no part of an answer is better"
             )
         if self.too_long not in TOO_LONG:
             raise ConfigError(f"--too-long: {self.too_long!r} given; allowed: {', '.join(TOO_LONG)}")
@@ -251,6 +261,7 @@ def _job(recipe: Recipe) -> Job | ChatJob:
         too_long=given.too_long,
         held_out=recipe.held_out,
         prompt_tokens=given.prompt_tokens,
+        pairs=given.pairs,
     )
 
 
@@ -268,6 +279,7 @@ def _terms(recipe: Recipe, pieces: list[_Piece], job: Job | ChatJob) -> dict[str
             "sequence_tokens": job.sequence_tokens,
             "too_long": job.too_long,
             **({"prompt_tokens": job.prompt_tokens} if job.prompt_tokens else {}),
+            **({"pairs": True} if job.pairs else {}),
         }
     return extra | {
         "text": [[p.source, Path(p.part.path).name, *part_identity(p.part)[1:]] for p in pieces],
@@ -325,6 +337,7 @@ class _Packing:
                 template_sha256=job.template.sha256,
                 sequence_tokens=job.sequence_tokens,
                 prompt_tokens=job.prompt_tokens or None,
+                num_pairs=0 if job.pairs else None,
             )
         self._work = Work(
             partial,
@@ -480,6 +493,8 @@ def _terms_of_rows(output: Path, manifests: dict[str, Manifest]) -> dict[str, An
     if chat is None:
         return {}
     terms: dict[str, Any] = {"chat_template": str(output / TEMPLATE_FILE), "document_masking": True}
+    if chat.num_pairs is not None:
+        terms["inner"] = {"loss": "dpo"}
     if chat.prompt_tokens:
         terms["model"] = {"adapter": {"kind": PROMPT, "tokens": chat.prompt_tokens}}
     return terms | {"sequence_tokens": chat.sequence_tokens}

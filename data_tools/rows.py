@@ -24,6 +24,8 @@ class Kept:
     tokens: npt.NDArray[Any]
     trained: npt.NDArray[np.bool_]
     num_bytes: int
+    parts: tuple[int, ...] = ()
+    """Tokens of each of its documents, which stay together in a row, as those of a pair; empty: it is one."""
 
 
 def best_fit(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
@@ -77,7 +79,7 @@ class Rows:
                 padding = np.full(rest, self._padding_id, chosen[0].tokens.dtype)
                 chosen.append(Kept(padding, np.zeros(rest, np.bool_), 0))
             pieces += chosen
-            lengths += [len(one.tokens) for one in chosen]
+            lengths += [length for one in chosen for length in one.parts or (len(one.tokens),)]
         self._write(
             np.concatenate([one.tokens for one in pieces]),
             np.array(lengths, np.int64),

@@ -149,8 +149,10 @@ class Work:
             counts["trained"] = counts.get("trained", 0) + int(trained.sum())
             rows = self._rows.setdefault(split, self._new_rows(split))
             pieces = zip(np.split(tokens, ends), np.split(trained, ends), encoded.document_bytes[chosen], strict=True)
-            for piece, bits, size in pieces:
-                if rows.add(Kept(piece, bits, int(size))):
+            firsts = None if encoded.chosen_tokens is None else encoded.chosen_tokens[chosen].tolist()
+            for number, (piece, bits, size) in enumerate(pieces):
+                parts = (firsts[number], len(piece) - firsts[number]) if firsts else ()
+                if rows.add(Kept(piece, bits, int(size), parts)):
                     self._saved.pop(split, None)
         _add(counts, len(document_tokens), num_bytes)
         counts["tokens"] += len(tokens)
@@ -163,12 +165,13 @@ class Work:
 
     def _load_pending(self) -> None:
         columns = "split TEXT, tokens BLOB, trained BLOB, bytes INTEGER"
+        if self._shards["chat"].num_pairs is not None:
+            columns += ", chosen INTEGER"
         self._database.execute(f"CREATE TABLE IF NOT EXISTS pending ({columns})")
         dtype = TOKEN_TYPES[token_type_for(self._shards["vocab_size"])]
-        for split, tokens, trained, size in self._database.execute(
-            "SELECT split, tokens, trained, bytes FROM pending ORDER BY rowid"
-        ):
-            self._rows[split].add(Kept(np.frombuffer(tokens, dtype), np.frombuffer(trained, np.bool_), size))
+        for split, tokens, trained, size, *chosen in self._database.execute("SELECT * FROM pending ORDER BY rowid"):
+            piece, bits = np.frombuffer(tokens, dtype), np.frombuffer(trained, np.bool_)
+            self._rows[split].add(Kept(piece, bits, size, (*chosen, len(piece) - chosen[0]) if chosen else ()))
         self._saved = {split: len(rows.pending) for split, rows in self._rows.items()}
 
     def _save_pending(self) -> None:
@@ -176,10 +179,9 @@ class Work:
             if split not in self._saved:  # what was pending then has been written
                 self._database.execute("DELETE FROM pending WHERE split = ?", (split,))
             new = rows.pending[self._saved.get(split, 0) :]
-            self._database.executemany(
-                "INSERT INTO pending VALUES (?, ?, ?, ?)",
-                ((split, one.tokens.tobytes(), one.trained.tobytes(), one.num_bytes) for one in new),
-            )
+            for one in new:
+                values = (split, one.tokens.tobytes(), one.trained.tobytes(), one.num_bytes, *one.parts[:1])
+                self._database.execute(f"INSERT INTO pending VALUES ({', '.join('?' * len(values))})", values)
             self._saved[split] = len(rows.pending)
 
     def commit(self) -> None:

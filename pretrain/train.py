@@ -37,7 +37,7 @@ from pretrain.silo.cards import check_precision
 from pretrain.silo.checkpoint import Checkpoints, Progress, save_parameters
 from pretrain.silo.data import BadTokenError, Batches, Mixture, PackedTokens, Prefetch
 from pretrain.silo.engine import Engine
-from pretrain.silo.evaluate import held_out_loss, losses_in_words, sequences_evaluated
+from pretrain.silo.evaluate import held_out_means, losses_in_words, sequences_evaluated
 from pretrain.silo.flops import peak_tokens_per_second
 from pretrain.silo.model import initial_parameters
 from pretrain.silo.optim import learning_rate
@@ -102,8 +102,8 @@ class Silo:
         self.engine.evaluating(True)
         with self.sync.global_model(self.engine) if self.sync else nullcontext():
             with personal.away():
-                losses = self.losses_of(self.held_out, settings.eval_sequences)
-            own = self.losses_of(self.held_out, settings.eval_sequences) if personal.names else None
+                losses, of_pairs = self.losses_of(self.held_out, settings.eval_sequences)
+            own = self.losses_of(self.held_out, settings.eval_sequences)[0] if personal.names else None
         self.engine.evaluating(False)
         progress.seconds_evaluating += time.monotonic() - began
         if self.journal:
@@ -118,16 +118,19 @@ class Silo:
                 tokens=progress.position * self.config.sequence_tokens,
                 val_loss=losses,
                 sequences=sequences,
+                **of_pairs,
                 **({} if own is None else {"personal_loss": own}),  # which no tracker is told
             )
-            print(f"round {progress.round:5d}  held-out {losses_in_words(losses, sequences)}", flush=True)
+            print(f"round {progress.round:5d}  held-out {losses_in_words(losses, sequences, of_pairs)}", flush=True)
             if own is not None:
                 print(f"round {progress.round:5d}  with its own adapter {losses_in_words(own, sequences)}", flush=True)
 
-    def losses_of(self, corpora: dict[str, PackedTokens], num_sequences: int) -> dict[str, float]:
-        """What the engine, as it is, comes to on so many sequences of each corpus."""
-        return held_out_loss(
-            self.engine.token_losses,
+    def losses_of(
+        self, corpora: dict[str, PackedTokens], num_sequences: int
+    ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+        """What the engine, as it is, comes to on so many sequences of each corpus, as `held_out_means` has it."""
+        return held_out_means(
+            self.engine.values,
             corpora,
             num_sequences=num_sequences,
             micro_batch_sequences=self.config.silos[self.name].micro_batch_sequences,
@@ -144,7 +147,7 @@ class Silo:
         self.engine.evaluating(True)
         has_trained = progress.step != (self.config.schedule.adopted(progress.version) if progress.version else 0)
         with sync.global_model(self.engine, has_trained=has_trained), self.engine.personal.away():
-            losses = self.losses_of(corpora, gate.eval_sequences)
+            losses, _ = self.losses_of(corpora, gate.eval_sequences)
         self.engine.evaluating(False)
         progress.seconds_evaluating += time.monotonic() - began
         sequences = sequences_evaluated(corpora, gate.eval_sequences)
@@ -283,8 +286,8 @@ def inner_step(silo: Silo, log: StepLog) -> None:
     if num_trained == 0:
         loss = progress.loss  # there is none: the one before stands
     if silo.agreement_due(before):
-        asked = sync.asked_to_stop() if sync else silo.asked_to_stop()
-        progress.loss, stop = silo.ranks.sum([loss / silo.ranks.num_ranks, float(asked)])
+        told = [loss / silo.ranks.num_ranks, float((sync or silo).asked_to_stop()), *engine.objective.take()]
+        progress.loss, stop, *log.of_pairs = silo.ranks.sum(told)
         if not (sync and sync.went_back(engine, progress)):
             log.check_finite(engine.num_skipped_steps, silo.checkpoints.newest)
     log.step(lr, grad_norm)

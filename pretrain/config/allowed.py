@@ -10,6 +10,8 @@ SCHEDULES = ("cosine", "wsd", "constant")
 MERGES = ("mean", "importance", "clip", "trimmed_mean", "median", "krum")
 TIERS = ("public", "consortium", "member")
 METRICS = ("loss", "held_out", "pseudo_gradient_norm", "seconds_per_step", "tokens", "epochs")
+PRECISIONS = ("fp32", "bf16")
+DPO = "dpo"  # the loss of preference pairs
 SPENT = ("epsilon", "delta")  # of a private silo's budget, or of all silos': they tell of steps, and nothing of text
 SUM32 = "sum32"  # what a secure sum is of; no codec that a key may name
 CODECS = ("fp32", "bf16", "int8", "int4", "e3m0", "topk")
@@ -62,6 +64,8 @@ ALLOWED: dict[str, tuple[str, ...] | Numbers] = {
     "inner.decay_steps": NONE_LESS,
     "inner.min_lr_ratio": SHARE,
     "inner.clip_norm": NONE_LESS,
+    "inner.loss": ("masked", DPO),
+    "inner.dpo_beta": ABOVE,
     "outer.sync_interval_steps": ONE,
     "outer.optimizer": ("nesterov", "sgd", "adam"),
     "outer.lr": ABOVE,
@@ -128,7 +132,7 @@ ALLOWED: dict[str, tuple[str, ...] | Numbers] = {
     "silo.global_batch_sequences": ONE,
     "silo.micro_batch_sequences": ONE,
     "silo.accumulation_steps": NONE_LESS,
-    "silo.precision": ("fp32", "bf16"),
+    "silo.precision": PRECISIONS,
     "silo.activation_checkpointing_every": ONE,
     "silo.loss_chunk_tokens": NONE_LESS,
     "silo.prefetch_batches": NONE_LESS,

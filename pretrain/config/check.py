@@ -13,6 +13,7 @@ from pretrain.config.errors import ConfigError, named, require
 from pretrain.config.gates import check_gate
 from pretrain.config.keys import OPERATOR, ModelConfig, OuterConfig, RunConfig, SiloConfig
 from pretrain.config.practising import check_practice
+from pretrain.config.preference import check_preference
 from pretrain.config.privacy import MEMBER, check_member, check_private, check_secure_sum
 
 MOST_TOGETHER = 380  # silos of a collective: each one's record of a version has a number for every two of them
@@ -59,6 +60,7 @@ def check_config(config: RunConfig) -> None:
         check_personal,
         check_gate,
         check_practice,
+        check_preference,
     ):
         check(config)
 

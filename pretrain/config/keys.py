@@ -66,6 +66,10 @@ class InnerConfig:
     """Length of wsd's decay at the end, in inner steps."""
     min_lr_ratio: float = 0.1
     """Final learning rate divided by `lr` (cosine and wsd)."""
+    loss: str = "masked"
+    """masked: of every token that is trained; dpo: of preference pairs, against `model.checkpoint`."""
+    dpo_beta: float = 0.1
+    """How much the log-odds of a pair against the checkpoint count; a small one goes further from it."""
     clip_norm: float = 1.0
     """Gradients are scaled down to this global L2 norm; 0 does not clip. What a secure sum has of gradients is rounded
     by it."""

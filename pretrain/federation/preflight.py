@@ -19,6 +19,7 @@ from pretrain.exchange.store import StoreExchange
 from pretrain.host.tensorboard import check_tensorboard
 from pretrain.host.tracker import server_host
 from pretrain.silo.account import plan
+from pretrain.silo.reference import check_loss
 from pretrain.silo.shards import (
     Manifest,
     check_a_sequence,
@@ -102,6 +103,7 @@ def check_silo(config: RunConfig, name: str) -> None:
         manifest = read_manifest(place, key=key, tokenizer_sha256=tokenizer, template_sha256=template)
         apart = config.document_masking
         check_rows(manifest, place, config.sequence_tokens, key=key, prompt_tokens=prompt_tokens, keeps_apart=apart)
+        check_loss(config, name, place, manifest, key=key)
         return manifest
 
     manifests = [read(Path(directory), key) for directory in silo.data]

@@ -28,6 +28,8 @@ class Row(NamedTuple):
     targets: npt.NDArray[np.int64]
     positions: npt.NDArray[np.int64] | None = None
     """Of each token in its document; None: documents begin where end-of-text tokens are."""
+    reference: npt.NDArray[np.float64] | None = None
+    """Of preference pairs, at the first token of each document: its log-probability by the base; None: no pairs."""
 
 
 class Batch(NamedTuple):
@@ -39,11 +41,17 @@ class Batch(NamedTuple):
     """As of a row, where there are conversations in the corpora; BY_TOKENS throughout a sequence of text then."""
     num_trained: int | None = None
     """Targets of the whole inner step, of all its micro batches and ranks, that have a loss; None: every target has."""
+    reference: Tensor | None = None
+    """As of a row. # float64 (num_sequences, T)"""
+    num_pairs: int | None = None
+    """Preference pairs of the whole inner step; None: it has none."""
 
     def placed(self, place: Callable[[Tensor], Tensor]) -> "Batch":
         """With every tensor where `place` puts it."""
         positions = None if self.positions is None else place(self.positions)
-        return Batch(place(self.inputs), place(self.targets), positions, self.num_trained)
+        reference = None if self.reference is None else place(self.reference)
+        placed = self._replace(inputs=place(self.inputs), targets=place(self.targets))
+        return placed._replace(positions=positions, reference=reference)
 
     def split(self) -> "list[Batch]":
         """One sequence at a time."""
@@ -93,4 +101,6 @@ def stacked(rows: Sequence[Row], *, with_positions: bool) -> Batch:
         return Batch(inputs, targets)
     by_tokens = np.full_like(rows[0].inputs, BY_TOKENS)
     positions = [by_tokens if row.positions is None else row.positions for row in rows]
-    return Batch(inputs, targets, torch.from_numpy(np.stack(positions)))
+    batch = Batch(inputs, targets, torch.from_numpy(np.stack(positions)))
+    references = [row.reference for row in rows if row.reference is not None]
+    return batch._replace(reference=torch.from_numpy(np.stack(references))) if references else batch

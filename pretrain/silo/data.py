@@ -24,6 +24,7 @@ import torch
 
 from pretrain.config.errors import ConfigError
 from pretrain.silo.batch import Batch, Row, chat_row, stacked, text_row
+from pretrain.silo.reference import open_reference
 from pretrain.silo.shards import (
     Manifest,
     Shard,
@@ -65,13 +66,14 @@ class PackedTokens:
         template_sha256: str | None = None,
         prompt_tokens: int = 0,
         keeps_apart: bool = False,
+        of_pairs: bool = False,
         key: str = "silo.data",
     ) -> None:
         """Check the manifests and sizes of the splits, in the order given.
 
         `key` is the configuration key that errors name; tokenizer and template are as of `read_manifest`, a prompt as
-        of `check_rows`. Raises ConfigError for a missing, truncated or unknown split, or one that another tokenizer or
-        template packed.
+        of `check_rows`; `of_pairs`: they are preference pairs, and what their base says of them is read, too. Raises
+        ConfigError for a missing, truncated or unknown split, or one that another tokenizer or template packed.
         """
         if not directories:
             raise ConfigError(f"{key}: nothing given; allowed: one or more directories of packed shards")
@@ -107,6 +109,7 @@ class PackedTokens:
         self._mapped = keep(lambda index: open_shard(*self._shards[index]))
         self._masks = keep(lambda index: open_mask(self._shards[index][0], self._shards[index][2]))
         self._documents = keep(lambda index: open_documents(*self._shards[index][:2]))
+        self.of_pairs, self._references = of_pairs, keep(lambda index: open_reference(*self._shards[index][:2]))
 
     @property
     def num_tokens(self) -> int:
@@ -130,11 +133,10 @@ class PackedTokens:
             return text_row(tokens, self.prompt_tokens)
         shard, begin = self._place(index)
         directory, end = self._shards[shard][0], begin + self.sequence_tokens
-        in_split, ends = self._in_split[shard] + begin, self._documents(shard)
-        bounds = np.searchsorted(ends, np.array([in_split, in_split + self.sequence_tokens], ends.dtype), side="right")
-        listed = ends[slice(*bounds)].astype(np.int64) - in_split
+        documents = self.documents_of(index)
+        listed = self._documents(shard)[documents].astype(np.int64) - (self._in_split[shard] + begin)
         try:
-            return chat_row(
+            row = chat_row(
                 tokens,
                 trained(self._masks(shard), begin, end),
                 listed,
@@ -143,6 +145,23 @@ class PackedTokens:
             )
         except ValueError as error:
             raise BadTokenError(f"{self.key}: {directory}: {error}: copy or prepare the split again") from None
+        if not self.of_pairs:
+            return row
+        reference = np.zeros(len(tokens))
+        reference[np.concatenate([[0], listed[:-1]])] = self._references(shard)[documents]
+        return row._replace(reference=reference)
+
+    def documents_of(self, index: int) -> slice:
+        """Which documents of their split row `index` holds."""
+        shard, begin = self._place(index)
+        in_split, ends = self._in_split[shard] + begin, self._documents(shard)
+        bounds = np.searchsorted(ends, np.array([in_split, in_split + self.sequence_tokens], ends.dtype), side="right")
+        return slice(*bounds.tolist())
+
+    def num_pairs(self, index: int) -> int:
+        """Preference pairs of row `index`."""
+        documents = self.documents_of(index)
+        return (documents.stop - documents.start) // 2
 
     def num_trained(self, index: int) -> int:
         """Targets of sequence `index` that have a loss."""
@@ -296,6 +315,11 @@ class Mixture:
         """Whether not every target has a loss."""
         return self.has_chat or any(tokens.prompt_tokens for tokens in self.corpora)
 
+    @property
+    def has_pairs(self) -> bool:
+        """Whether the corpora are preference pairs, with what their base says of them."""
+        return self.corpora[0].of_pairs
+
     def draws(self, position: int) -> list[int]:
         """How many of the first `position` sequences come from each corpus."""
         result, left = [], position
@@ -324,6 +348,11 @@ class Mixture:
         """Targets of the sequences at some positions that have a loss."""
         places = (self.locate(position) for position in positions)
         return sum(self.corpora[corpus].num_trained(index) for corpus, index in places)
+
+    def num_pairs(self, positions: Iterable[int]) -> int:
+        """Preference pairs of the sequences at some positions."""
+        places = (self.locate(position) for position in positions)
+        return sum(self.corpora[corpus].num_pairs(index) for corpus, index in places)
 
 
 class Batches(Iterator[Batch]):
@@ -373,21 +402,23 @@ class Batches(Iterator[Batch]):
         assert position >= 0
         self._position = position
         self._micro_step = 0
-        self._num_trained: int | None = None  # of the step that is being read
+        self._num_trained: int | None = None  # of the step that is being read, ...
+        self._num_pairs: int | None = None  # ... both
 
     def __next__(self) -> Batch:
         """This rank's next micro batch."""
         if self._micro_step == 0 and self._mixture.has_ignored:
             step = range(self._position, self._position + self.global_batch_sequences)
             self._num_trained = self._mixture.num_trained(step)
-        num_trained = self._num_trained
+            self._num_pairs = self._mixture.num_pairs(step) if self._mixture.has_pairs else None
+        num_trained, num_pairs = self._num_trained, self._num_pairs
         offset = (self._micro_step * self._num_ranks + self._rank) * self._micro_batch_sequences
         begin = self._position + offset
         self._micro_step += 1
         if self._micro_step == self._accumulation_steps:
             self.restore(self._position + self.global_batch_sequences)
         found = self._mixture.batch(range(begin, begin + self._micro_batch_sequences))
-        return found._replace(num_trained=num_trained)
+        return found._replace(num_trained=num_trained, num_pairs=num_pairs)
 
 
 class Prefetch(Iterator[Batch]):

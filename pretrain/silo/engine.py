@@ -44,6 +44,7 @@ from pretrain.silo.muon import MuonAdamW, Piece
 from pretrain.silo.named_state import PARAMETER, STATE, SavedState, save_pieces
 from pretrain.silo.optim import MEAN_STEPS, build_optimizer
 from pretrain.silo.personal import Personal
+from pretrain.silo.preference import Objective
 from pretrain.silo.prompt import check_prompt, num_prompt_tokens
 from pretrain.silo.ranks import Ranks
 from pretrain.silo.zero import begin_backward, forget_initial_step, fp32_masters, muon_pieces, own_piece, refresh_module
@@ -121,7 +122,7 @@ class Engine:
         self.copies = HostCopies(ranks.device, of_gathered=self.stage > 0)
         self._precision, self._optimizer_name, self._clip_norm = silo.precision, inner.optimizer, inner.clip_norm
         self._mask_at, self._chunk_tokens, self._asked = mask_at, silo.loss_chunk_tokens, bool(silo.attention)
-        self._optimizer = optimizer
+        self._optimizer, self.objective = optimizer, Objective(inner)
         self._counts_in_numbers = offloaded  # DeepSpeed's AdamW; torch's has a tensor
         self._count_device = ranks.device if silo.fused_adamw else torch.device("cpu")  # where the kernel wants it
         forget_initial_step(optimizer)
@@ -175,7 +176,7 @@ class Engine:
         losses = []
         for batch in micro_batches:
             with part("forward"):
-                loss = self._part_of_mean(self.token_losses(batch), batch.num_trained)
+                loss = self._part_of_mean(*self.objective.of_step(self.token_losses(batch), batch))
             with part("backward"):
                 self._deepspeed.backward(loss)
             losses.append(loss.detach())
@@ -261,6 +262,10 @@ class Engine:
     def token_losses(self, batch: Batch) -> Tensor:
         """Cross-entropy in nats of every target, 0 of IGNORED ones, (num_sequences, sequence_tokens)."""
         return self._token_losses(self._deepspeed, batch)
+
+    def values(self, batch: Batch) -> tuple[Tensor, ...]:
+        """What evaluations are means of: see Objective."""
+        return self.objective.values(self.token_losses(batch), batch)
 
     def _token_losses(self, model: nn.Module, batch: Batch) -> Tensor:
         placed = batch.placed(lambda tensor: tensor.to(self._ranks.device))

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from pretrain.config.errors import ConfigError
-from pretrain.silo.batch import IGNORED, Batch
+from pretrain.silo.batch import Batch
 from pretrain.silo.data import PackedTokens, held_out_batches, num_held_out
+from pretrain.silo.preference import num_counted
+
+OF_PAIRS = ((1, "val_margin"), (2, "val_right"))  # where they are among the values of pairs
 
 if TYPE_CHECKING:  # evaluating an exported model needs no DeepSpeed
     from pretrain.silo.ranks import Ranks
@@ -23,12 +26,13 @@ def summed(
 ) -> list[float]:
     """The sum of each value over all targets, and last the number of these, over batches and their sequences' weights.
 
-    `values_of` gives one or more values of every target, as its loss, each 0 of IGNORED ones, which do not count;
-    weights: (num_sequences,). `tell` is called after each batch, with how many sequences are done.
+    `values_of` gives one or more values of every target, as its loss, each 0 of IGNORED ones, which do not count, or of
+    every place for a preference pair; weights: (num_sequences,). `tell` is called after each batch, with how many
+    sequences are done.
     """
     totals, num_done = list[float](), 0
     for batch, weights in batches:
-        values = [*values_of(batch), batch.targets != IGNORED]
+        values = [*values_of(batch), num_counted(batch)]
         found = [(value.double().cpu() * weights[:, None]).sum().item() for value in values]
         totals = [before + one for before, one in zip(totals or [0.0] * len(found), found, strict=True)]
         num_done += int(weights.sum().item())
@@ -45,6 +49,19 @@ def held_out_loss(
     """
     sums = held_out_sums(lambda batch: (token_losses(batch),), corpora, **options)
     return {corpus: total / num_tokens for corpus, (total, num_tokens) in sums.items()}
+
+
+def held_out_means(
+    values_of: Callable[[Batch], tuple[Tensor, ...]], corpora: dict[str, PackedTokens], **options: Any
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Corpus name to mean loss; and of preference pairs what a record has of them besides, by corpus, too."""
+    sums = held_out_sums(values_of, corpora, **options)
+    means = {corpus: [total / found[-1] for total in found[:-1]] for corpus, found in sums.items()}
+    losses = {corpus: found[0] for corpus, found in means.items()}
+    pairs = {corpus: found for corpus, found in means.items() if len(found) > 1}
+    if not pairs:
+        return losses, {}
+    return losses, {name: {corpus: found[place] for corpus, found in pairs.items()} for place, name in OF_PAIRS}
 
 
 def held_out_sums(
@@ -88,6 +105,15 @@ def sequences_evaluated(corpora: dict[str, PackedTokens], num_sequences: int) ->
     return {name: [num_held_out(tokens, num_sequences), tokens.num_sequences] for name, tokens in corpora.items()}
 
 
-def losses_in_words(losses: dict[str, float], sequences: dict[str, list[int]]) -> str:
-    """For a silo's log: each corpus, its loss, and of how many of its sequences that is."""
-    return "  ".join(f"{c} {loss:.4f} ({sequences[c][0]} of {sequences[c][1]})" for c, loss in losses.items())
+def losses_in_words(
+    losses: dict[str, float], sequences: dict[str, list[int]], of_pairs: dict[str, dict[str, float]] | None = None
+) -> str:
+    """For a silo's log: each corpus, its loss, of how many of its sequences, and what else there is of pairs."""
+    pairs = {
+        c: f", margin {of_pairs['val_margin'][c]:.3f}, {of_pairs['val_right'][c]:.0%} right"
+        for c in (of_pairs or {}).get("val_right", {})
+        if of_pairs
+    }
+    return "  ".join(
+        f"{c} {loss:.4f}{pairs.get(c, '')} ({sequences[c][0]} of {sequences[c][1]})" for c, loss in losses.items()
+    )

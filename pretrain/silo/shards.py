@@ -10,6 +10,8 @@ Of text, documents stand one after another, each followed by the end-of-text tok
 shard. Of conversations, the tokens are rows of `chat.sequence_tokens`, whole ones in each shard. A row holds whole
 conversations, each a document as the chat template renders it, and then end-of-text tokens up to its end, if any, which
 are one document. With `chat.prompt_tokens` each begins with so many end-of-text tokens, which no template has rendered.
+With `chat.num_pairs` they are preference pairs: the first document of a row is a chosen one, the next what was rejected
+for it, and so on; a last one without a partner is what fills the row.
 Beside each shard lies
 
     shard-00000.mask                   one bit a token, the first in the lowest: 1 for one that is trained as a target
@@ -80,6 +82,8 @@ class Chat:
     """Tokens that are trained as targets, of all shards."""
     prompt_tokens: int | None = None
     """End-of-text tokens that each conversation begins with, whose places a prompt takes; None: there are none."""
+    num_pairs: int | None = None
+    """Preference pairs, whose sides are documents one after another in a row, the chosen one first; None: no pairs."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -410,8 +414,11 @@ def _has_its_masks(manifest: Manifest) -> bool:
     if not (chat := manifest.chat):
         return all(shard.mask_sha256 is None for shard in manifest.shards)
     prompt_tokens = 0 if chat.prompt_tokens is None else chat.prompt_tokens
+    num_pairs = 0 if chat.num_pairs is None else chat.num_pairs
     return (
-        chat.sequence_tokens > 1
+        type(num_pairs) is int
+        and 0 <= num_pairs <= manifest.num_documents // 2
+        and chat.sequence_tokens > 1
         and type(prompt_tokens) is int
         and 0 <= prompt_tokens < chat.sequence_tokens
         and all(isinstance(shard.mask_sha256, str) for shard in manifest.shards)
@@ -458,3 +465,8 @@ def open_documents(directory: Path, manifest: Manifest) -> npt.NDArray[np.uint64
     if not manifest.num_documents:
         return np.empty(0, DOCUMENT_END)
     return np.memmap(directory / DOCUMENTS_FILE, dtype=DOCUMENT_END, mode="r", shape=(manifest.num_documents,))
+
+
+def pairs_of_rows(document_ends: npt.NDArray[Any], row_tokens: int) -> npt.NDArray[np.int64]:
+    """How many preference pairs each of some rows has, by the ends of their documents. # (num_rows,)"""
+    return np.bincount((document_ends.astype(np.int64) - 1) // row_tokens) // 2

@@ -54,6 +54,8 @@ class StepLog:
         self._trained_logged = progress.trained_tokens or 0
         self._since = self._logged = time.monotonic()
         self._step = progress.step
+        self.of_pairs: list[float] = []
+        """Since the ranks last talked: number of preference pairs, the sum of their margins, and of right ones."""
 
     def start(self) -> None:
         """Record where the silo starts: what it recorded of later steps before is done again, or was discarded."""
@@ -87,10 +89,13 @@ class StepLog:
         tokens_per_second = num_new / max(now - self._logged, 1e-9)
         share = None if trained is None else (trained - self._trained_logged) / max(1, num_new)
         self._tokens_logged, self._trained_logged, self._logged = tokens, trained or 0, now
+        number, *sums = self.of_pairs or [0.0]
+        pairs = dict(zip(("reward_margin", "reward_right"), (one / max(1, number) for one in sums), strict=False))
         mfu = tokens_per_second / self._peak if self._peak else None
         print(
             f"step {progress.step:7d}/{self._config.inner.num_steps}  round {round:5d}  loss {progress.loss:8.4f}  "
             f"lr {lr:.3e}  grad {grad_norm:8.3f}  {tokens_per_second:9.0f} tok/s  {tokens / 1e6:9.3f} Mtok"
+            + ("" if not pairs else f"  margin {pairs['reward_margin']:7.3f}  {pairs['reward_right']:4.0%} right")
             + ("" if share is None else f"  {share:4.0%} trained")
             + ("" if mfu is None else f"  {mfu:6.1%} MFU")
             + (f"  epsilon {progress.epsilon:.3f}" if progress.spent else ""),
@@ -105,6 +110,7 @@ class StepLog:
             tokens=tokens,
             tokens_per_second=tokens_per_second,
             grad_norm=grad_norm,
+            **pairs,
             **({} if trained is None else {"trained_tokens": trained}),
             **({} if mfu is None else {"mfu": mfu}),
             **progress.spent,

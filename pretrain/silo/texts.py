@@ -1,5 +1,6 @@
 """A silo's text as it is opened: what it trains on, and what it is judged by."""
 
+from pretrain.config.allowed import DPO
 from pretrain.config.keys import RunConfig
 from pretrain.silo.data import Mixture, PackedTokens
 from pretrain.silo.practised import Practised
@@ -19,6 +20,7 @@ def open_data(config: RunConfig, name: str) -> tuple[Mixture, dict[str, PackedTo
             template_sha256=template,
             prompt_tokens=config.model.adapter.prompt_tokens,
             keeps_apart=config.document_masking,
+            of_pairs=config.inner.loss == DPO,
             key=f"silos.{name}.{key}",
         )
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from pretrain.config.errors import ConfigError
 from pretrain.config.keys import SiloConfig
+from pretrain.silo.reference import verify_reference
 from pretrain.silo.shards import (
     DOCUMENT_END,
     DOCUMENTS_FILE,
@@ -20,6 +21,7 @@ from pretrain.silo.shards import (
     open_documents,
     open_mask,
     open_shard,
+    pairs_of_rows,
     token_outside_vocabulary,
     trained,
     verify_shards,
@@ -41,7 +43,7 @@ def verify_in_background(name: str, silo: SiloConfig) -> Future[str]:
     def read() -> None:
         try:
             for key, directory in splits:
-                verify_shards(Path(directory), key=key)
+                verify_reference(Path(directory), verify_shards(Path(directory), key=key), key=key)
             found.set_result("")
         except (ConfigError, OSError) as error:
             found.set_result(str(error))
@@ -106,7 +108,7 @@ def _verify_rows(directory: Path, manifest: Manifest, row_tokens: int, key: str,
     """Of conversations: each ends in its row, and has room for a prompt; of a document not the first token is trained,
     of a filling none."""
     ends = open_documents(directory, manifest)
-    before, num_documents, num_trained = 0, 0, 0
+    before, num_documents, num_trained, num_pairs = 0, 0, 0, 0
     whole_rows = max(1, VERIFY_TOKENS // row_tokens) * row_tokens
     for shard, first, piece in _pieces(directory, manifest, whole_rows, key):
         last = np.searchsorted(ends, np.uint64(before + len(piece)), side="right")  # of another type it would copy them
@@ -136,9 +138,15 @@ def _verify_rows(directory: Path, manifest: Manifest, row_tokens: int, key: str,
             )
         num_documents += len(listed)
         num_trained += int(bits.sum())
+        num_pairs += int(pairs_of_rows(listed - before, row_tokens).sum())
         before += len(piece)
     if (num_documents, num_trained) != (manifest.num_documents, manifest.num_trained_tokens):
         raise ConfigError(
             f"{key}: {directory} has {num_documents} ends of documents and {num_trained} trained tokens, "
             f"{MANIFEST_FILE} says {manifest.num_documents} and {manifest.num_trained_tokens}: prepare the split again"
+        )
+    if manifest.chat and manifest.chat.num_pairs not in (None, num_pairs):
+        raise ConfigError(
+            f"{key}: {directory} has {num_pairs} preference pairs, {MANIFEST_FILE} says {manifest.chat.num_pairs}: "
+            "prepare the split again"
         )

@@ -17,6 +17,8 @@ from pretrain.silo.shards import (
     Chat,
     Manifest,
     Shard,
+    open_documents,
+    pairs_of_rows,
     token_type_for,
     without_none,
     write_manifest,
@@ -159,6 +161,11 @@ class SplitWriter:
             shards=tuple(self._shards),
             chat=replace(self._chat, num_trained_tokens=self.num_trained_tokens) if self._chat else None,
         )
+        if manifest.chat and manifest.chat.num_pairs is not None:
+            num_pairs = int(
+                pairs_of_rows(open_documents(self._directory, manifest), manifest.chat.sequence_tokens).sum()
+            )
+            manifest = replace(manifest, chat=replace(manifest.chat, num_pairs=num_pairs))
         write_manifest(self._directory, manifest)
         return manifest
 

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from pretrain.config.allowed import DPO
 from pretrain.config.check import RUN_ID
 from pretrain.config.errors import ConfigError
 from pretrain.config.keys import OPERATOR, RunConfig
@@ -23,6 +24,7 @@ FORMAT = 3
 SOFTWARE = "software"
 MOST_PACKAGES = 100
 LOCAL_OUTER = ("state",)  # what of `outer` is each machine's own affair
+OF_PAIRS = ("loss", "dpo_beta")  # what of `inner` is said only where the loss is of preference pairs
 LOCAL_TRUST = ("added", "archive", "directory", "key_command", "policy")
 RUN = "run_id"
 GATE = "gate"  # where there is one
@@ -33,11 +35,14 @@ PRACTICE = "practice"  # where silos practise
 def agreed_settings(config: RunConfig) -> dict[str, Any]:
     """Terms that are keys of the configuration, under their own names."""
     outer, trust = dataclasses.asdict(config.outer), dataclasses.asdict(config.trust)
+    inner = dataclasses.asdict(config.inner)
+    if config.inner.loss != DPO:  # the contract of a run without preference pairs is what it was
+        inner = {key: value for key, value in inner.items() if key not in OF_PAIRS}
     return {
         "name": config.name,
         "sequence_tokens": config.sequence_tokens,
         "document_masking": config.document_masking,
-        "inner": dataclasses.asdict(config.inner),
+        "inner": inner,
         "outer": {key: value for key, value in outer.items() if key not in LOCAL_OUTER},
         "membership": dataclasses.asdict(config.membership),
         "roster": config.agreed_roster,

@@ -26,7 +26,7 @@ NO_POLICY = "no policy"
 WANDB = (False, "offline", "online")  # each allows what is before it, too
 # What the numbers of records are called that tell a number of a manifest, or from which it follows.
 TELLS = {
-    "loss": ("*/loss", "*/loss/*"),
+    "loss": ("*/loss", "*/loss/*", "step/reward_*"),
     "held_out": ("eval/*",),
     "pseudo_gradient_norm": ("*/pseudo_gradient_norm", "*/norm/*"),
     "seconds_per_step": ("*/seconds_per_step/*", "*/tokens_per_second", "*/mfu", "*/seconds_training"),

@@ -97,7 +97,7 @@ BAD: dict[str, tuple[Any, str, str]] = {
     "a list": ([1], "no conversation", "a list given; allowed: an object with messages"),
     "other keys": ({"text": "Hi"}, "no conversation", "text given; allowed: messages (OpenAI), conversations"),
     "half": ({"prompt": "Hi"}, "no conversation", "prompt given"),
-    "pairs": ({"prompt": "Hi", "chosen": "A", "rejected": "B"}, "preference pair", "kept for later"),
+    "pairs": ({"prompt": "Hi", "chosen": "A", "rejected": "B"}, "preference pair", "allowed with --pairs (atoll data"),
     "role": ({"messages": [USER, {"role": "bot", "content": "A"}]}, "unknown role", "messages[1].role: 'bot' given"),
     "from": ({"conversations": [{"from": "me", "value": "A"}]}, "unknown role", "allowed: system, human"),
     "no role": ({"messages": [{"content": "A"}]}, "unknown role", "messages[0].role: None given"),
