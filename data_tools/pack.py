@@ -93,8 +93,6 @@ class ChatRecipe:
         if self.pairs and self.too_long == "split":
             given = "--too-long: 'split' given with --pairs"
             raise ConfigError(f"{given}; allowed: stop, skip, as no part of an answer is the better one")
-                "--too-long: 'split' given with --pairs; allowed: stop, skip: no part of an answer is better"
-            )
         if self.too_long not in TOO_LONG:
             raise ConfigError(f"--too-long: {self.too_long!r} given; allowed: {', '.join(TOO_LONG)}")
 

@@ -22,8 +22,8 @@ from pretrain.config.keys import (
     OuterConfig,
     RunConfig,
     SiloConfig,
-    TrustConfig,
 )
+from pretrain.config.trust import TrustConfig
 from pretrain.exchange.signed import SignedStore
 from pretrain.host.foreign import loads, shown
 from pretrain.trust.contract import GATE

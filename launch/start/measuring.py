@@ -14,8 +14,9 @@ from launch.start.local import log_tail, new_attempt, silo_child
 from launch.start.processes import POLL_SECONDS, Child
 from pretrain.config.errors import ConfigError
 from pretrain.config.gate import GateConfig
-from pretrain.config.keys import ExchangeConfig, MembershipConfig, OuterConfig, RunConfig, TrustConfig, WandbConfig
+from pretrain.config.keys import ExchangeConfig, MembershipConfig, OuterConfig, RunConfig, WandbConfig
 from pretrain.config.load import CONFIG_FILE, save_config
+from pretrain.config.trust import TrustConfig
 from pretrain.federation.preflight import check_model, check_silo
 
 NUM_STEPS = 20

@@ -12,7 +12,8 @@ import pytest
 
 from launch.show.report import write_report
 from pretrain.config.allowed import METRICS
-from pretrain.config.keys import RunConfig, TrustConfig, WandbConfig
+from pretrain.config.keys import RunConfig, WandbConfig
+from pretrain.config.trust import TrustConfig
 from pretrain.exchange.store import StoreExchange
 from pretrain.federation.contract import Agreed, describe, propose
 from pretrain.federation.preflight import check_silo
