@@ -47,6 +47,10 @@ Results = Annotated[
     ),
 ]
 Network = Annotated[bool, typer.Option("--network", help="With --tasks: data may come from where a task says.")]
+Base = Annotated[Path | None, typer.Option(help="Of an adapter's directory: the model that it belongs to.")]
+Label = Annotated[str, typer.Option(help="With --publish: what a model beside the run is called.")]
+Silo = Annotated[str, typer.Option(help="With --publish: who signs; default: the only one.")]
+SequenceTokens = Annotated[int | None, typer.Option(help="Tokens of a sequence; default: as trained.")]
 NumSequences = Annotated[
     int | None,
     typer.Option(min=0, help="Sequences, evenly spread over each split; 0: all; default: as the run did."),
@@ -71,13 +75,13 @@ def evaluate(
     answers: Answers = None,
     num_tokens: NumTokens = 256,
     version: Version = None,
-    base: Annotated[Path | None, typer.Option(help="Of an adapter's directory: the model that it belongs to.")] = None,
+    base: Base = None,
     config: Config = None,
     tokenizer: Tokenizer = None,
     publish: Annotated[bool, typer.Option("--publish", help="Sign the losses as a silo, into its store.")] = False,
-    label: Annotated[str, typer.Option(help="With --publish: what a model beside the run is called.")] = "",
-    silo: Annotated[str, typer.Option(help="With --publish: who signs; default: the only one.")] = "",
-    sequence_tokens: Annotated[int | None, typer.Option(help="Tokens of a sequence; default: as trained.")] = None,
+    label: Label = "",
+    silo: Silo = "",
+    sequence_tokens: SequenceTokens = None,
     num_sequences: NumSequences = None,
     num_examples: Annotated[int | None, typer.Option(min=1, help="First examples of each task; default: all.")] = None,
     batch_sequences: Annotated[int, typer.Option(min=1, help="Sequences of one forward pass.")] = 8,
@@ -93,40 +97,33 @@ def evaluate(
 
     [bold]Example:[/bold] atoll eval model --chat --data packed/valid --data questions.jsonl
 
-    [bold]Example:[/bold] atoll eval runs/run --tasks exam --include-path tasks
-
     [bold]Example:[/bold] atoll eval model --tools bank=bank.jsonl --tools court=court.jsonl --answers answers.jsonl
     """
     where, paths = str(where), config or []
-    of_tasks: dict[str, Any] = {
-        "--include-path": include_path,
-        "--results": results,
-        "--network": network,
-        "--num-examples": num_examples,
-    }
+    of_tasks = {"results": results, "network": network, "include_path": include_path, "num_examples": num_examples}
     by_template = "--tools" if tools else "--chat"
     _check_options({by_template: chat or tools}, {"--chat-template": chat_template, "--chat-date": chat_date})
-    _check_options({"--tasks": tasks}, of_tasks)
+    _check_options({"--tasks": tasks}, {f"--{name.replace('_', '-')}": given for name, given in of_tasks.items()})
     _check_options({"--tools": tools}, {"--answers": answers})
     _check_options({"--publish": publish}, {"--label": label, "--silo": silo})
     of_model: dict[str, Any] = {"version": version, "paths": paths, "tokenizer": tokenizer, "base": base}
     options: dict[str, Any] = {"batch_sequences": batch_sequences}
     if tasks:  # first, as it must be the first to import what could look into a network
-        from launch.show.scores import score
-
-        of_tasks = {"results": results, "network": network, "include_path": include_path, "num_examples": num_examples}
-        score(where, tasks, of_model=of_model, **of_tasks, **options)
-        if not (data or publish or tools):
-            return
+        _score_tasks(where, tasks, of_model, of_tasks | options)
     if tools:
         asking = options | {"num_tokens": num_tokens, "answers": answers}
         _evaluate_calls(where, tools, of_model, (chat_template, chat_date), asking)
-        if not (data or publish or chat):
-            return
-    options |= {"sequence_tokens": sequence_tokens, "document_masking": document_masking}
-    options |= {"num_sequences": num_sequences}
+    if (tasks or tools) and not (data or publish or chat):
+        return
+    of_rows = {"sequence_tokens": sequence_tokens, "document_masking": document_masking, "num_sequences": num_sequences}
     form, signer = (chat_template, chat_date) if chat else None, (silo, label) if publish else None
-    _evaluate_splits(where, data, of_model, options, form=form, signer=signer)
+    _evaluate_splits(where, data, of_model, options | of_rows, form=form, signer=signer)
+
+
+def _score_tasks(where: str, tasks: list[str], of_model: dict[str, Any], options: dict[str, Any]) -> None:
+    from launch.show.scores import score
+
+    score(where, tasks, of_model=of_model, **options)
 
 
 def _evaluate_splits(

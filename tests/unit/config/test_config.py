@@ -33,7 +33,7 @@ silos: {alpha: {}, beta: {}}
 MISTAKES: list[tuple[list[str], list[str]]] = [
     # unknown keys
     (["inner.lrr=1"], ["inner.lrr: unknown key given; allowed: num_steps, ", "did you mean inner.lr?"]),
-    (["data=[a]"], ["data: unknown key given", "; type silo.data=... or silos.NAME.data=..."]),
+    (["data=[a]"], ["data: unknown key given", "; type gate.data=... or silo.data=... or silos.NAME.data=..."]),
     (["silos.alpha.data=a"], ["silos.alpha.data: 'a' given; allowed: a list: type silos.alpha.data=[a]"]),
     (["trust.keys={alpha: a, beta: b}"], ["trust.keys: none given of aggregator; allowed: one of every silo of the"]),
     (["trust.added={gamma: d}"], ["trust.added: ['gamma'] given; allowed: none without trust.keys and a store"]),
