@@ -85,11 +85,7 @@ def evaluate(
 
     [bold]Example:[/bold] atoll eval model --tools bank=bank.jsonl --tools court=court.jsonl --answers answers.jsonl
     """
-    if answers and not tools:
-        raise ConfigError("--answers: given without --tools; allowed: with it")
-    _check_options(
-        chat or bool(tools), publish, {"--chat-template": chat_template, "--chat-date": chat_date}, label, silo
-    )
+    _check_options(locals())
     if tasks:  # first, as it must be the first to import what could look into a network
         _print_scores(Path(expand_home("model", str(where))), tasks, batch_sequences, num_examples)
         if not (data or publish or tools):
@@ -100,9 +96,7 @@ def evaluate(
     publisher = Publisher(where, silo, label, paths) if publish else None
     subject = open_subject(where, version=version, paths=paths, tokenizer=tokenizer, base=base, publishes=publish)
     if tools:
-        template = _Form(subject, chat_template, chat_date, None, Path()).template
-        asking = {"num_tokens": num_tokens, "batch_sequences": batch_sequences, "answers": answers}
-        _print_calls(subject, template, _files(tools), asking)
+        _print_calls(_Form(subject, chat_template, chat_date, None), tools, num_tokens, batch_sequences, answers)
         if not (data or publish or chat):
             return
     if publisher:
@@ -110,20 +104,33 @@ def evaluate(
     splits = _splits(data, publisher.held_out if publisher else subject.held_out, must_be_named=publish)
     options = {"sequence_tokens": sequence_tokens, "document_masking": document_masking, "num_sequences": num_sequences}
     options |= {"batch_sequences": batch_sequences}
-    with tempfile.TemporaryDirectory() as scratch:
-        form = _Form(subject, chat_template, chat_date, sequence_tokens, Path(scratch))
-        chosen = form.conversations(splits, is_given=bool(data)) if chat else _packed(splits, subject.template)
-        found = _print_losses(subject, chosen, options)
+    form = _Form(subject, chat_template, chat_date, sequence_tokens) if chat else None
+    found = _of_splits(subject, splits, form, options, is_given=bool(data))
     if publisher:
         print(f"published: {publisher.publish(found)}")
 
 
-def _check_options(chat: bool, publish: bool, of_chat: dict[str, object], label: str, silo: str) -> None:
-    for name, given in of_chat.items():
-        if given and not chat:
-            raise ConfigError(f"{name}: given without --chat or --tools; allowed: with one of them")
-    if (label or silo) and not publish:
-        raise ConfigError(f"{'--label' if label else '--silo'}: given without --publish; allowed: with it")
+def _of_splits(
+    subject: "Subject", splits: dict[str, Path], form: "_Form | None", options: dict[str, Any], *, is_given: bool
+) -> "dict[str, SplitLoss]":
+    """Losses on text, or of a `form` on conversations; printed, too. Raises ConfigError."""
+    with tempfile.TemporaryDirectory() as scratch:
+        conversations = form and form.conversations(splits, Path(scratch), is_given=is_given)
+        return _print_losses(subject, conversations or _packed(splits, subject.template), options)
+
+
+def _check_options(given: dict[str, Any]) -> None:
+    """Raise ConfigError for an option without the one that it belongs to."""
+    for name, needed in {
+        "chat_template": ("chat", "tools"),
+        "chat_date": ("chat", "tools"),
+        "answers": ("tools",),
+        "label": ("publish",),
+        "silo": ("publish",),
+    }.items():
+        if given[name] and not any(given[one] for one in needed):
+            without = " or ".join(f"--{one}" for one in needed)
+            raise ConfigError(f"--{name.replace('_', '-')}: given without {without}; allowed: with it")
 
 
 def _splits(data: list[str] | None, held_out: dict[str, Path], *, must_be_named: bool) -> dict[str, Path]:
@@ -165,23 +172,24 @@ def _packed(splits: dict[str, Path], template: str | None) -> _Chosen:
 class _Form:
     """How conversations look to a model."""
 
-    def __init__(
-        self, subject: "Subject", template: Path | None, date: str, sequence_tokens: int | None, scratch: Path
-    ) -> None:
-        self._subject, self._template, self._date, self._scratch = subject, template, date, scratch
+    def __init__(self, subject: "Subject", template: Path | None, date: str, sequence_tokens: int | None) -> None:
+        self.subject, self._template, self._date = subject, template, date
         self._sequence_tokens = sequence_tokens or subject.sequence_tokens
 
-    def conversations(self, splits: dict[str, Path], *, is_given: bool) -> _Chosen:
-        """The same with files packed, and without text, which is refused if it `is_given`. Raises ConfigError."""
+    def conversations(self, splits: dict[str, Path], scratch: Path, *, is_given: bool) -> _Chosen:
+        """The same with files packed, into `scratch`, and without text, which is refused if it `is_given`.
+
+        Raises ConfigError.
+        """
         from pretrain.silo.shards import read_manifest
 
-        expected = self.template.sha256 if self._template else self._subject.template
+        expected = self.template.sha256 if self._template else self.subject.template
         if expected is None:
             _tell("this model has no chat template: conversations are evaluated as they were prepared")
         found = _Chosen(splits={}, template=expected)
         for name, place in splits.items():
             if place.is_file():
-                self._pack(name, place, found)
+                self._pack(name, place, scratch, found)
             elif read_manifest(place, key="--data").chat:
                 found.splits[name] = place
             elif is_given:
@@ -190,7 +198,7 @@ class _Form:
             raise ConfigError("--chat: given, and the run evaluates on text alone; allowed: --data with conversations")
         return found
 
-    def _pack(self, name: str, file: Path, found: _Chosen) -> None:
+    def _pack(self, name: str, file: Path, scratch: Path, found: _Chosen) -> None:
         from data_tools.chat_file import pack_file
         from pretrain.federation.export import PROMPT_TOKENS
 
@@ -198,11 +206,11 @@ class _Form:
             raise ConfigError("--sequence-tokens: none given; this model was not exported by atoll, so say how many")
         packed = pack_file(
             file,
-            self._scratch / str(len(found.of_files)),
-            tokenizer=self._subject.tokenizer_file,
+            scratch / str(len(found.of_files)),
+            tokenizer=self.subject.tokenizer_file,
             template=self.template,
             sequence_tokens=self._sequence_tokens,
-            prompt_tokens=self._subject.provenance.get(PROMPT_TOKENS, 0),
+            prompt_tokens=self.subject.provenance.get(PROMPT_TOKENS, 0),
         )
         if packed.num_too_long:
             longer = f"{packed.num_too_long:,} conversations of more than {self._sequence_tokens:,} tokens"
@@ -216,7 +224,7 @@ class _Form:
         """The model's own template, or what is given for one that has none. Raises ConfigError."""
         from data_tools.chat_template import find_template
 
-        subject = self._subject
+        subject = self.subject
         found = find_template(subject.tokenizer_file, self._template or subject.template_file, self._date)
         if subject.template not in (None, found.sha256):
             raise ConfigError(
@@ -281,10 +289,11 @@ def _files(tools: list[str]) -> dict[str, Path]:
     return found
 
 
-def _print_calls(subject: "Subject", template: "Template", files: dict[str, Path], options: dict[str, Any]) -> None:
+def _print_calls(form: _Form, tools: list[str], num_tokens: int, batch_sequences: int, answers: Path | None) -> None:
     from launch.calling import evaluate_calls, print_calls
     from launch.show.evaluating import Evaluating
 
+    options: dict[str, Any] = {"num_tokens": num_tokens, "batch_sequences": batch_sequences, "answers": answers}
     with Evaluating() as evaluating:
-        found = evaluate_calls(subject, template, files, **options, tell=evaluating.tell)
+        found = evaluate_calls(form.subject, form.template, _files(tools), **options, tell=evaluating.tell)
     print_calls(found)
