@@ -4,14 +4,13 @@ What it answered is kept in a file, if one is named, so that an evaluation that 
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pretrain.config.errors import ConfigError, printable
+from pretrain.config.errors import ConfigError
 from pretrain.host.foreign import shown
 
 if TYPE_CHECKING:
@@ -171,7 +170,11 @@ class _Kept:
     def __init__(self, file: Path, terms: Mapping[str, Any]) -> None:
         """Raises ConfigError for a file that holds answers of something else, or something else."""
         self._file, self._lines = file, list[dict[str, Any]]()
-        raw = file.read_bytes() if file.exists() else b""
+        try:
+            raw = file.read_bytes() if file.exists() else b""
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--answers: {str(file)!r} given; {error.strerror}; allowed: a new file") from None
         whole = raw[: raw.rfind(b"\n") + 1]  # a process that was killed may have left a part of a line
         try:
             first, *self._lines = map(json.loads, whole.splitlines()) if whole else [dict(terms)]
@@ -184,11 +187,10 @@ class _Kept:
                 "file, or what it was begun with"
             )
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
             self._stream = file.open("ab")
+            self._stream.truncate(len(whole))
         except OSError as error:
             raise ConfigError(f"--answers: {str(file)!r} given; {error.strerror}; allowed: a new file") from None
-        os.truncate(file, len(whole))
         if not whole:
             self._write(dict(terms))
 
@@ -220,9 +222,9 @@ class _Kept:
 
 def print_calls(found: Sequence[Judged]) -> None:
     """A line for each tool of each silo, for each silo, and for all; then what was wrong, the most frequent first."""
-    silos = {one.silo: [] for one in found}  # type: dict[str, list[Judged]]
+    silos: dict[str, list[Judged]] = {}
     for one in found:
-        silos[one.silo].append(one)
+        silos.setdefault(one.silo, []).append(one)
     for silo, of_silo in silos.items():
         of_tool: dict[str, list[Judged]] = {}
         for one in of_silo:
@@ -241,7 +243,7 @@ def print_calls(found: Sequence[Judged]) -> None:
 
 def _print_line(found: Iterable[Judged], name: str) -> None:
     exact, names = share_right(found := list(found)), sum(one.has_names for one in found) / len(found)
-    print(f"{exact:8.2%} exact {names:8.2%} right functions  {len(found):,} questions  {shown(printable(name))}")
+    print(f"{exact:8.2%} exact {names:8.2%} right functions  {len(found):,} questions  {shown(name)}")
 
 
 def share_right(found: Sequence[Judged]) -> float:

@@ -99,13 +99,9 @@ def evaluate(
 
     [bold]Example:[/bold] atoll eval model --tools bank=bank.jsonl --tools court=court.jsonl --answers answers.jsonl
     """
+    _check_options(locals())
     where, paths = str(where), config or []
     of_tasks = {"results": results, "network": network, "include_path": include_path, "num_examples": num_examples}
-    by_template = "--tools" if tools else "--chat"
-    _check_options({by_template: chat or tools}, {"--chat-template": chat_template, "--chat-date": chat_date})
-    _check_options({"--tasks": tasks}, {f"--{name.replace('_', '-')}": given for name, given in of_tasks.items()})
-    _check_options({"--tools": tools}, {"--answers": answers})
-    _check_options({"--publish": publish}, {"--label": label, "--silo": silo})
     of_model: dict[str, Any] = {"version": version, "paths": paths, "tokenizer": tokenizer, "base": base}
     options: dict[str, Any] = {"batch_sequences": batch_sequences}
     if tasks:  # first, as it must be the first to import what could look into a network
@@ -146,8 +142,8 @@ def _evaluate_splits(
     splits = _splits(data, held_out, must_be_named=signer is not None)
     with tempfile.TemporaryDirectory() as scratch:
         if form:
-            looks = _Form(subject, *form, options["sequence_tokens"], Path(scratch))
-            chosen = looks.conversations(splits, is_given=bool(data))
+            looks = _Form(subject, *form, options["sequence_tokens"])
+            chosen = looks.conversations(splits, Path(scratch), is_given=bool(data))
         else:
             chosen = _packed(splits, subject.template)
         found = _print_losses(subject, chosen, options)
@@ -155,12 +151,17 @@ def _evaluate_splits(
         print(f"published: {publisher.publish(found)}")
 
 
-def _check_options(needed: dict[str, object], options: dict[str, object]) -> None:
-    """Raise ConfigError for one of the `options` that is given without the one that it belongs to."""
-    ((option, is_there),) = needed.items()
-    for name, given in options.items():
-        if given and not is_there:
-            raise ConfigError(f"{name}: given without {option}; allowed: with it")
+def _check_options(given: dict[str, Any]) -> None:
+    """Raise ConfigError for an option without the one that it belongs to."""
+    for name, needed in {
+        **dict.fromkeys(("chat_template", "chat_date"), ("chat", "tools")),
+        **dict.fromkeys(("results", "network", "include_path", "num_examples"), ("tasks",)),
+        "answers": ("tools",),
+        **dict.fromkeys(("label", "silo"), ("publish",)),
+    }.items():
+        if given[name] and not any(given[one] for one in needed):
+            without = " or ".join(f"--{one}" for one in needed)
+            raise ConfigError(f"--{name.replace('_', '-')}: given without {without}; allowed: with it")
 
 
 def _splits(data: list[str] | None, held_out: dict[str, Path], *, must_be_named: bool) -> dict[str, Path]:
@@ -202,23 +203,24 @@ def _packed(splits: dict[str, Path], template: str | None) -> _Chosen:
 class _Form:
     """How conversations look to a model."""
 
-    def __init__(
-        self, subject: "Subject", template: Path | None, date: str, sequence_tokens: int | None, scratch: Path
-    ) -> None:
-        self._subject, self._template, self._date, self._scratch = subject, template, date, scratch
+    def __init__(self, subject: "Subject", template: Path | None, date: str, sequence_tokens: int | None) -> None:
+        self.subject, self._template, self._date = subject, template, date
         self._sequence_tokens = sequence_tokens or subject.sequence_tokens
 
-    def conversations(self, splits: dict[str, Path], *, is_given: bool) -> _Chosen:
-        """The same with files packed, and without text, which is refused if it `is_given`. Raises ConfigError."""
+    def conversations(self, splits: dict[str, Path], scratch: Path, *, is_given: bool) -> _Chosen:
+        """The same with files packed, into `scratch`, and without text, which is refused if it `is_given`.
+
+        Raises ConfigError.
+        """
         from pretrain.silo.shards import read_manifest
 
-        expected = self.template.sha256 if self._template else self._subject.template
+        expected = self.template.sha256 if self._template else self.subject.template
         if expected is None:
             _tell("this model has no chat template: conversations are evaluated as they were prepared")
         found = _Chosen(splits={}, template=expected)
         for name, place in splits.items():
             if place.is_file():
-                self._pack(name, place, found)
+                self._pack(name, place, scratch, found)
             elif read_manifest(place, key="--data").chat:
                 found.splits[name] = place
             elif is_given:
@@ -227,7 +229,7 @@ class _Form:
             raise ConfigError("--chat: given, and the run evaluates on text alone; allowed: --data with conversations")
         return found
 
-    def _pack(self, name: str, file: Path, found: _Chosen) -> None:
+    def _pack(self, name: str, file: Path, scratch: Path, found: _Chosen) -> None:
         from data_tools.chat_file import pack_file
         from pretrain.federation.export import PROMPT_TOKENS
 
@@ -235,11 +237,11 @@ class _Form:
             raise ConfigError("--sequence-tokens: none given; this model was not exported by atoll, so say how many")
         packed = pack_file(
             file,
-            self._scratch / str(len(found.of_files)),
-            tokenizer=self._subject.tokenizer_file,
+            scratch / str(len(found.of_files)),
+            tokenizer=self.subject.tokenizer_file,
             template=self.template,
             sequence_tokens=self._sequence_tokens,
-            prompt_tokens=self._subject.provenance.get(PROMPT_TOKENS, 0),
+            prompt_tokens=self.subject.provenance.get(PROMPT_TOKENS, 0),
         )
         if packed.num_too_long:
             longer = f"{packed.num_too_long:,} conversations of more than {self._sequence_tokens:,} tokens"
@@ -253,7 +255,7 @@ class _Form:
         """The model's own template, or what is given for one that has none. Raises ConfigError."""
         from data_tools.chat_template import find_template
 
-        subject = self._subject
+        subject = self.subject
         found = find_template(subject.tokenizer_file, self._template or subject.template_file, self._date)
         if subject.template not in (None, found.sha256):
             raise ConfigError(
@@ -319,7 +321,7 @@ def _evaluate_calls(
     from pretrain.federation.evaluation import open_subject
 
     files, subject = _files(tools), open_subject(where, **of_model)
-    template = _Form(subject, *form, None, Path()).template
+    template = _Form(subject, *form, None).template
     with Evaluating() as evaluating:
-        found = evaluate_calls(subject, template, files, **options, tell=evaluating.tell)
+        found = evaluate_calls(form.subject, form.template, _files(tools), **options, tell=evaluating.tell)
     print_calls(found)

@@ -1,5 +1,6 @@
 """A model's likeliest answers to many prompts, several at a time."""
 
+import inspect
 import itertools
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -57,10 +58,12 @@ class Answering:
             return
         with torch.inference_mode():
             rows, mask = self._rows([short, long])
-            places = (mask.cumsum(1) - 1).clamp(min=0)
-            beside = self._model(input_ids=rows, attention_mask=mask, position_ids=places).logits[0, -1]
+            places = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+            knows_places = "position_ids" in inspect.signature(self._model.forward).parameters
+            told = places if knows_places else {}
+            beside = self._model(input_ids=rows, attention_mask=mask, **told).logits[0, -1]
             alone = self._model(input_ids=self._rows([short])[0]).logits[0, -1]
-        if float((beside - alone).abs().max()) > CLOSE * float(alone.abs().max()):
+        if not float((beside - alone).abs().max()) <= CLOSE * float(alone.abs().max()):
             raise ConfigError(
                 f"--batch-sequences: {self._batch_sequences} given; what this model says depends on the prompts beside "
                 "its own; allowed: 1"
