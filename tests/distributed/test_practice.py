@@ -59,6 +59,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory, tiny_text: TinyText) -> d
         "sequence_tokens": ROW_TOKENS,
         "document_masking": True,
         "practice": {"every_rounds": 1, "after_rounds": 1},
+        "exchange": {"keep_versions": 4},
         "model": {
             "config": None,
             "checkpoint": str(place / "base"),
