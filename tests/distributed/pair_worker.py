@@ -157,7 +157,8 @@ def main() -> None:
         ways, loss, told = step_of(silo, ranks, mixture)
         off = max((ways[name] - expected[name]).abs().max().item() for name in ways)
         found.append({"stage": silo.zero_stage, "off": off, "loss": loss, "told": told})
-    engine = engine_of(SiloConfig(deepspeed={"zero_optimization": {"stage": 3}}), ranks)
+    zero = {"zero_optimization": {"stage": 3}}
+    engine = engine_of(SiloConfig(micro_batch_sequences=1, deepspeed=zero), ranks)
     engine.evaluating(True)
     options: dict[str, Any] = {"num_sequences": 0, "micro_batch_sequences": 3, "ranks": ranks}
     losses, of_pairs = held_out_means(engine.values, {"pairs": tokens}, **options)
