@@ -323,5 +323,5 @@ def _evaluate_calls(
     files, subject = _files(tools), open_subject(where, **of_model)
     template = _Form(subject, *form, None).template
     with Evaluating() as evaluating:
-        found = evaluate_calls(form.subject, form.template, _files(tools), **options, tell=evaluating.tell)
+        found = evaluate_calls(subject, template, files, **options, tell=evaluating.tell)
     print_calls(found)
