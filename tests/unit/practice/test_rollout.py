@@ -89,6 +89,7 @@ def test_what_is_right_becomes_shards(trier: Trier, tasks: Path, tmp_path: Path)
     assert said[0].startswith("verifier  network: ")
 
 
+@pytest.mark.soak
 def test_the_same_seed_tries_the_same_and_another_does_not(trier: Trier, tasks: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         rollout(trier, plan(tasks, seed=seed), tmp_path / name)
