@@ -18,7 +18,7 @@ from tests.faults.scripted import Faults, federate_with
 from tests.gates import RULE, commanded, decisions, gate_data, poisoned, split_sha256
 from tests.support import TinyText
 
-pytestmark = [pytest.mark.soak, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(1200)]
 
 
 def said_by(*arguments: object, code: int = 0) -> str:
