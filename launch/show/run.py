@@ -76,9 +76,9 @@ class Evaluation:
 
 
 def evaluations(run: Run) -> list[Evaluation]:
-    """One entry per evaluated round, in order."""
+    """One entry per evaluated round, in order; a silo that holds out nothing has evaluated nothing."""
     by_round: dict[int, list[Record]] = defaultdict(list)
-    for record in run.records["eval"]:
+    for record in (one for one in run.records["eval"] if one.get("val_loss")):
         by_round[record["round"]].append(record)
     return [_evaluation(run, number, by_round[number]) for number in sorted(by_round)]
 

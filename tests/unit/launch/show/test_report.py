@@ -180,6 +180,17 @@ def test_evaluations_know_their_tokens(tmp_path: Path) -> None:
     assert [one.mean for one in found] == [7.5, 6.5, 5.5, 4.5]
 
 
+def test_a_run_that_holds_out_nothing_has_a_report(tmp_path: Path) -> None:
+    config = make_run(tmp_path / "run")
+    path = tmp_path / "run/metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    records = [one | ({"val_loss": {}} if one["kind"] == "eval" else {}) for one in records]
+    path.write_text("".join(json.dumps(one) + "\n" for one in records))
+    assert evaluations(Run.read(config)) == []
+    assert summarize(config)["val_loss_by_round"] == []
+    assert write_report(config).is_file()
+
+
 def test_report_with_comparisons(tmp_path: Path) -> None:
     make_run(tmp_path / "run")
     for name in ("central", "law"):
