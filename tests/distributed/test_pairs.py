@@ -112,11 +112,11 @@ def test_margins_rise_in_a_federation(
         assert held_out[0]["val_loss"][name] == pytest.approx(math.log(2), abs=1e-4)  # the base against itself
         margins = [one["val_margin"][name] for one in held_out]
         assert margins[0] == pytest.approx(0, abs=1e-4)
-        assert margins[-1] == max(margins) > 0
+        assert margins[-1] > margins[1] > 0
         assert held_out[-1]["val_right"][name] > 0.5
         steps = run.by_step(name, "reward_margin")
         assert steps[1] == pytest.approx(0, abs=1e-4)
-        assert steps[24] > 0.05
+        assert steps[24] > 0.02
         assert 0 <= run.by_step(name, "reward_right")[24] <= 1
     contract = json.loads((Path(config.store_url) / "contract.json").read_text())
     assert (contract["inner"]["loss"], contract["inner"]["dpo_beta"]) == ("dpo", 0.1)
