@@ -66,7 +66,7 @@ def test_the_demo_too(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     assert (code, one_line(error)[:17]) == (2, "atoll: inner.lr: ")
 
 
-OF_A_MODEL = [("eval",), ("export",), ("generate",), ("chat",)]
+OF_A_MODEL = [("eval",), ("export",), ("generate",), ("chat",), ("rollout",)]
 """Their --version is one of the global parameters."""
 
 
