@@ -46,10 +46,12 @@ from pretrain.silo.shards import TEMPLATE_FILE
 
 PEER = Path(__file__).parent / "flower_peer.py"
 DIRECT = Path(__file__).parent / "flower_direct.py"
+BY_TOKENS = ["outer.weight_power=1.0", "outer.second_moments=local"]
 ATOLL = {
-    "Atoll, alternate": [],
-    "Atoll, factors": ["model.adapter.merge=factors", "outer.num_fragments=1"],
-    "Atoll, alternate, int4": ["outer.codec=int4", "outer.downlink_codec=int4"],
+    "Atoll": [],
+    "Atoll, alternate": [*BY_TOKENS, "model.adapter.merge=alternate", "outer.num_fragments=2"],
+    "Atoll, factors": BY_TOKENS,
+    "Atoll, int4": ["outer.codec=int4", "outer.downlink_codec=int4"],
 }
 # Of the recipe's pyproject.toml and models.py; what it leaves open is the default of Trainer and peft.
 RECIPE: dict[str, Any] = {

@@ -34,7 +34,8 @@ def test_options_of_the_other_demo_are_refused(tmp_path: Path, monkeypatch: pyte
 
 
 def test_what_is_compared_trains_both_factors_at_once(tmp_path: Path, tiny_text: TinyText) -> None:
-    config = adapters_config(tmp_path, tiny_text.packed, tiny_text.tokenizer, tmp_path / "base", [])
+    turns = ["model.adapter.merge=alternate", "outer.num_fragments=2", "outer.second_moments=local"]
+    config = adapters_config(tmp_path, tiny_text.packed, tiny_text.tokenizer, tmp_path / "base", turns)
     assert config.model.adapter.takes_turns
     runs = plan_runs(comparison(config))
     assert [(one.model, one.silo) for one in runs] == [("central", ""), *(("alone", name) for name in CORPORA)]
