@@ -19,14 +19,13 @@ over what the assistant says in `test`, mean over the seeds, and what a silo sen
 
 import argparse
 import collections
-import gzip
 import itertools
 import json
 import math
 import os
 import re
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +34,12 @@ from rich.console import Console
 
 from data_tools.corpora import write_python_corpora
 from data_tools.pack import ChatRecipe, Recipe, prepare
-from data_tools.sources import Source, training_file
+from data_tools.sources import Source, read_documents, training_file
 from data_tools.tokenizer import train_tokenizer
 from launch.compare.compare import CompareConfig, ModelSpec, Planned, compare, plan_runs
 from launch.demo import ON_CPUS
-from launch.demo_chat import BASE, TEXTS, VOCAB_SIZE, launched
-from pretrain.config.load import load_config
+from launch.demo_chat import TEXTS, VOCAB_SIZE, places, train_base
 from pretrain.federation.evaluation import open_subject
-from pretrain.federation.export import export_global_model
 from pretrain.federation.held_out import together
 from pretrain.silo.shards import atomic_path
 
@@ -51,23 +48,16 @@ CHARACTERS = 200
 PROMPT_TOKENS = 16
 CONVERSATIONS = 400
 HELD_OUT = 0.2
-PUBLIC = "public"
+PUBLIC = "reference"  # as the demo calls what its base learns turns from
 TEXT_BYTES = {"train": 3_000_000, "valid": 100_000}
-PUBLIC_SHARE = 0.2
 SENTENCE = re.compile(r"(?<=[.!?;:])\s+")
 Pair = tuple[str, str]
 
 SMALL = [
     *("model.config.hidden_size=96", "model.config.intermediate_size=256", "model.config.num_hidden_layers=3"),
-    *("model.config.num_attention_heads=4", "model.config.num_key_value_heads=4"),
-    *(
-        "silo.processes_per_node=1",
-        "silo.global_batch_sequences=8",
-        "silo.micro_batch_sequences=8",
-        f"sequence_tokens={ROW}",
-        "inner.num_steps=400",
-        "wandb.mode=disabled",
-    ),
+    *("model.config.num_attention_heads=4", "model.config.num_key_value_heads=4", "inner.num_steps=400"),
+    *("silo.processes_per_node=1", "silo.global_batch_sequences=8", "silo.micro_batch_sequences=8"),
+    *(f"sequence_tokens={ROW}", "wandb.mode=disabled"),
 ]
 LORA = [
     *("model.adapter.kind=lora", "model.adapter.rank=16", "model.adapter.alpha=32"),
@@ -157,13 +147,6 @@ KINDS: dict[str, Callable[[str], Pair | None]] = {
 }
 
 
-def documents(file: Path) -> Iterator[str]:
-    """The texts of a corpus."""
-    with gzip.open(file, "rt") as lines:
-        for line in lines:
-            yield json.loads(line)["text"]
-
-
 def write_lines(file: Path, records: list[dict[str, Any]]) -> Path:
     """JSON lines, whole or not at all; a file that is there is left as it is."""
     if file.exists():
@@ -184,19 +167,19 @@ def conversations(texts: Iterable[str], kind: Callable[[str], Pair | None]) -> l
 
 
 def prepared(directory: Path, corpora: Path) -> Path:
-    """Pack text and conversations (law, law-test, ..., public, prose), with room for a prompt, too; the tokenizer."""
+    """Pack text and conversations (law, law-test, ...), each with room for a prompt, too; returns the tokenizer."""
     made = directory / "made"
     texts = write_python_corpora(directory / "text", TEXTS, TEXT_BYTES)
     sources = {name: (folder, 0.0) for name, folder in texts.items()}
     for name, kind in KINDS.items():
         for split, where, held_out in (("train", name, HELD_OUT), ("valid", f"{name}-test", 0.0)):
-            found = conversations(documents(corpora / name / f"{split}.jsonl.gz"), kind)[:CONVERSATIONS]
+            found = conversations(read_documents(corpora / name / f"{split}.jsonl.gz"), kind)[:CONVERSATIONS]
             sources[where] = (write_lines(made / f"{where}.jsonl", found), held_out)
-    public = conversations(documents(training_file(texts["prose"])), of_sentences)
+    public = conversations(read_documents(training_file(texts["prose"])), of_sentences)
     sources[PUBLIC] = (write_lines(made / f"{PUBLIC}.jsonl", public), HELD_OUT)
     tokenizer = directory / "tokenizer" / "tokenizer.json"
     if not tokenizer.exists():
-        every = [text for folder in texts.values() for text in documents(training_file(folder))]
+        every = [text for folder in texts.values() for text in read_documents(training_file(folder))]
         every += [text for name in KINDS for text in (made / f"{name}.jsonl").read_text().splitlines()]
         train_tokenizer(every, vocab_size=VOCAB_SIZE, output=tokenizer.parent, chat=True)
     for name, (file, held_out) in sources.items():
@@ -214,30 +197,6 @@ def prepared(directory: Path, corpora: Path) -> Path:
 
 
 # ---- runs
-
-
-def places(directory: Path, tokenizer: Path) -> list[str]:
-    """Where a run and its tokenizer are, as `key=value`."""
-    found = {"directory": directory, "tokenizer": tokenizer, "chat_template": tokenizer.parent}
-    return [f"{key}={json.dumps(str(place))}" for key, place in found.items()]
-
-
-def base_of(directory: Path, tokenizer: Path) -> Path:
-    """The base's directory, which is trained first unless it was."""
-    base = directory / "base"
-    if base.exists():
-        return base
-    packed = directory / "packed"
-    silo = {
-        "data": [str(packed / name / "train") for name in (*TEXTS, PUBLIC)],
-        "data_weights": [*((1 - PUBLIC_SHARE) / len(TEXTS) for _ in TEXTS), PUBLIC_SHARE],
-        "valid": {PUBLIC: str(packed / PUBLIC / "valid")},
-    }
-    config = load_config([BASE], [*SMALL, *places(directory / "base-run", tokenizer), f"silos.base={json.dumps(silo)}"])
-    if launched(config):
-        raise SystemExit(f"{config.directory} failed")
-    export_global_model(config, base)
-    return base
 
 
 def comparison(given: argparse.Namespace, settings: list[str]) -> CompareConfig:
@@ -307,7 +266,9 @@ def main() -> None:
     torch.set_num_threads(1)
     directory = arguments.directory
     tokenizer = prepared(directory, arguments.corpora)
-    base = base_of(directory, tokenizer)
+    base, packed = directory / "base", {name: directory / "packed" / name for name in (*TEXTS, PUBLIC)}
+    if train_base(directory, packed, tokenizer, base, SMALL):
+        raise SystemExit(f"{directory / 'base-run'} failed")
     settings = [*COMMON, *places(directory, tokenizer), f"model.checkpoint={base}"]
     (directory / "run.yaml").write_text("{}\n")
     spec = comparison(arguments, settings)

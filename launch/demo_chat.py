@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,8 +127,13 @@ def say_rows(console: Console, name: str, packed: Path) -> None:
     console.print(f"     {name:<10} {found[0]:,} {what}, {found[1]:,} more held out", soft_wrap=True, highlight=False)
 
 
-def train_base(directory: Path, packed: Mapping[str, Path], tokenizer: Path, base: Path) -> int:
-    """Train the base on one machine, and export it; returns the exit code. One that is there is kept."""
+def train_base(
+    directory: Path, packed: Mapping[str, Path], tokenizer: Path, base: Path, settings: Sequence[str] = ()
+) -> int:
+    """Train the base on one machine, and export it; returns the exit code. One that is there is kept.
+
+    `settings` are changes to the shipped ones, key=value.
+    """
     from pretrain.federation.export import export_global_model
 
     if base.exists():
@@ -139,7 +144,8 @@ def train_base(directory: Path, packed: Mapping[str, Path], tokenizer: Path, bas
         "data_weights": [*(text for _ in TEXTS), PUBLIC_SHARE],
         "valid": {name: str(packed[name] / "valid") for name in (*TEXTS, "reference")},
     }
-    config = load_config([BASE], [*_places(directory / "base-run", tokenizer), f"silos.base={json.dumps(silo)}"])
+    own = [*settings, *places(directory / "base-run", tokenizer), f"silos.base={json.dumps(silo)}"]
+    config = load_config([BASE], own)
     if code := launch_local(config):
         return code
     export_global_model(config, base)
@@ -150,16 +156,17 @@ def adapters_config(
     directory: Path, institutions: Mapping[str, Path], tokenizer: Path, base: Path, overrides: list[str]
 ) -> RunConfig:
     """The federation's configuration: shipped settings, then where things are, then the user's `key=value`."""
-    here = [*_places(directory, tokenizer), f"model.checkpoint={json.dumps(str(base))}"]
+    here = [*places(directory, tokenizer), f"model.checkpoint={json.dumps(str(base))}"]
     for name, place in institutions.items():
         silo = {"data": [str(place / "train")], "valid": {name: str(place / "valid")}}
         here.append(f"silos.{name}={json.dumps(silo)}")
     return load_config([ADAPTERS], [*here, *overrides])
 
 
-def _places(directory: Path, tokenizer: Path) -> list[str]:
-    places = {"directory": directory, "tokenizer": tokenizer, "chat_template": tokenizer.parent}
-    return [f"{key}={json.dumps(str(place))}" for key, place in places.items()]
+def places(directory: Path, tokenizer: Path) -> list[str]:
+    """Where a run, its tokenizer and its template are, as `key=value`."""
+    found = {"directory": directory, "tokenizer": tokenizer, "chat_template": tokenizer.parent}
+    return [f"{key}={json.dumps(str(place))}" for key, place in found.items()]
 
 
 def export_merged(config: RunConfig) -> Path:

@@ -233,10 +233,10 @@ def _runs_of(spec: CompareConfig, name: str, model: ModelSpec, seed: int) -> Ite
     for silo_name, silo in base.silos.items():
         if silo.num_nodes != 1:
             raise ConfigError(f"silos.{silo_name}.num_nodes: {silo.num_nodes} given; allowed: 1 in a comparison")
-        for key, patterns in (("choose_on", spec.choose_on), ("report_on", spec.report_on)) if silo.valid else ():
-            named_by(key, patterns, silo.valid, silo_name)
         if not silo.valid:
             raise ConfigError(f"silos.{silo_name}.valid: {{}} given; allowed: held-out text of its own in a comparison")
+        for key, patterns in (("choose_on", spec.choose_on), ("report_on", spec.report_on)):
+            named_by(key, patterns, silo.valid, silo_name)
         more = "/personalised" if model.kind == "personalised" else ""  # not the sequences that it began with again
         silo.data_seed = zlib.crc32(f"{seed}/{silo_name}{more}".encode())
 

@@ -1,7 +1,7 @@
 """The aggregator's side of a contract's gate: it decides about one candidate after another, as soon as it can."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from pretrain.config.errors import named
 from pretrain.config.keys import RunConfig
@@ -38,7 +38,7 @@ class Gatekeeper:
         """Find out what was decided about versions up to the newest. Raises RefusedError."""
         if newest := self._gated.newest(version):
             self._take(newest)
-            self._record(newest)  # whoever decided may have died before it wrote this
+            self._record(newest, self._gated.losses_of(newest))  # whoever decided may have died before it wrote this
 
     def look(self, version: int) -> str:
         """Decide about all candidates up to the newest version that can be decided about; returns what is waited for.
@@ -58,8 +58,9 @@ class Gatekeeper:
                 decision = self._gated.write(self._gated.decide(candidate, results, self._newest), self._check_lease)
             del self._since[candidate]
             self._take(decision)
-            self._say(decision)
-            self._record(decision)
+            losses = self._gated.losses_of(decision)
+            self._say(decision, losses)
+            self._record(decision, losses)
         return ""
 
     def wait(self, version: int) -> None:
@@ -75,22 +76,22 @@ class Gatekeeper:
     def _take(self, decision: Decision) -> None:
         self._newest, self._next = decision, decision.version + self._gate.every_versions
 
-    def _say(self, decision: Decision) -> None:
-        losses = ", ".join(f"{judge} {loss:.4f}" for judge, loss in self._gated.losses_of(decision).items())
+    def _say(self, decision: Decision, losses: Mapping[str, float]) -> None:
+        judged = ", ".join(f"{judge} {loss:.4f}" for judge, loss in losses.items())
         if decision.is_current:
             said = "is the current one from now on"
         else:
             why = "; ".join(decision.reasons)
             said = f"does not become the current one, which stays version {decision.current}: {why}"
-        print(f"gate: version {decision.version} {said}; judged: {losses or 'by nobody'}", flush=True)
+        print(f"gate: version {decision.version} {said}; judged: {judged or 'by nobody'}", flush=True)
 
-    def _record(self, decision: Decision) -> None:
+    def _record(self, decision: Decision, losses: Mapping[str, float]) -> None:
         self._journal.record(
             "gate",
             version=decision.version,
             is_current=decision.is_current,
             current=decision.current,
             compared_with=decision.compared_with,
-            losses=self._gated.losses_of(decision),
+            losses=losses,
             reasons=decision.reasons,
         )

@@ -8,7 +8,6 @@
 A rollout that was killed goes on with the batch that it was in; one that is finished is left as it is.
 """
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -31,7 +30,7 @@ from pretrain.outer.digest import digest_tensors
 from pretrain.practice.judge import RIGHT
 from pretrain.practice.tasks import Task, read_tasks
 from pretrain.practice.verifier import Limits, Verifier
-from pretrain.silo.shards import atomic_path, text_sha256
+from pretrain.silo.shards import atomic_path, file_sha256, text_sha256
 
 RESULT, TRIES, KEPT, PACKED = "rollout.json", "tries.jsonl", "kept.jsonl", "packed"
 CUT, EMPTY, TOO_LONG = "cut", "empty", "too long"
@@ -280,7 +279,7 @@ def _header(trier: Trier, plan: Plan) -> dict[str, Any]:
         json.dumps(
             {
                 "parameters_digest": digest_tensors((name, one.detach()) for name, one in model.named_parameters()),
-                "tasks_sha256": hashlib.sha256(plan.tasks.read_bytes()).hexdigest(),
+                "tasks_sha256": file_sha256(plan.tasks),
                 "sequence_tokens": trier.sequence_tokens,
                 **{name: value for name, value in asdict(plan).items() if name != "tasks"},
             }

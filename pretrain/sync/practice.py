@@ -20,11 +20,12 @@ from pretrain.config.load import save_config
 from pretrain.host.journal import Journal
 from pretrain.host.stopping import StopRequested
 from pretrain.silo.checkpoint import Progress, save_parameters
-from pretrain.silo.data import Mixture, PackedTokens, Prefetch
+from pretrain.silo.data import Mixture, Prefetch
 from pretrain.silo.engine import Engine
 from pretrain.silo.practised import Practised
 from pretrain.silo.ranks import Ranks
-from pretrain.silo.shards import template_sha256, text_sha256, tokenizer_sha256, verify_shards
+from pretrain.silo.shards import text_sha256, verify_shards
+from pretrain.silo.texts import packed_opener
 from pretrain.sync.silo_sync import SiloSync
 
 PARAMETERS, CONFIG, ERROR = "parameters.safetensors", "config.yaml", "error.txt"
@@ -145,20 +146,12 @@ class Practice:
     def _begin(self, practice: list[dict[str, Any]]) -> None:
         """Read the newest of these, with those before it that count. Raises ConfigError on all ranks alike."""
         assert self._mixture
-        config, one = self._config, practice[-1]
+        one = practice[-1]
         splits = [self._directory / before["directory"] / SPLIT for before in practice[-one["iterations"] :]]
         wrong = self._wrong(splits[-1], one["sha256"]) if self._ranks.is_leader else ""
         if wrong := self._ranks.from_leader(wrong):
             raise ConfigError(wrong)
-        tokens = PackedTokens(
-            splits,
-            sequence_tokens=config.sequence_tokens,
-            tokenizer_sha256=tokenizer_sha256(config.tokenizer_file),
-            template_sha256=template_sha256(config.template_file),
-            prompt_tokens=config.model.adapter.prompt_tokens,
-            keeps_apart=config.document_masking,
-            key=self._key,
-        )
+        tokens = packed_opener(self._config)(splits, key=self._key)
         self._mixture.begin(one["position"], tokens, one["share"])
 
     def _wrong(self, split: Path, sha256: str) -> str:

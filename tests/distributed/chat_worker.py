@@ -108,16 +108,16 @@ def step_of(case: Case, ranks: Ranks, mixture: Mixture) -> tuple[Engine, float]:
     """An engine after the first step, and that step's loss over all ranks."""
     engine = engine_of(case, ranks)
     engine.check_sight()
-    loss, _ = engine.step(micro_batches(case, ranks, mixture), 1.0)
+    loss, _ = engine.step(micro_batches(case.micro, ranks, mixture), 1.0)
     return engine, ranks.sum([loss / ranks.num_ranks])[0]
 
 
-def micro_batches(case: Case, ranks: Ranks, mixture: Mixture) -> Iterator[Batch]:
-    """This rank's of the first step."""
-    num_micro = NUM_ROWS // ranks.num_ranks // case.micro
+def micro_batches(micro: int, ranks: Ranks, mixture: Mixture, *, num_rows: int = NUM_ROWS) -> Iterator[Batch]:
+    """This rank's of the first step, of `micro` rows each."""
+    num_micro = num_rows // ranks.num_ranks // micro
     batches = Batches(
         mixture,
-        micro_batch_sequences=case.micro,
+        micro_batch_sequences=micro,
         accumulation_steps=num_micro,
         rank=ranks.rank,
         num_ranks=ranks.num_ranks,
@@ -137,7 +137,7 @@ def private_step(directory: Path, ranks: Ranks, mixture: Mixture, rows: list[int
     )
     private = Private(case.private, plan, ranks, silo="law", directory=directory / "private", data={})
     engine = engine_of(case, ranks)
-    loss, _ = private.step(engine, micro_batches(case, ranks, mixture), 1.0, Progress())
+    loss, _ = private.step(engine, micro_batches(case.micro, ranks, mixture), 1.0, Progress())
     of_rows = [alone([row]) for row in rows]
     expected = {name: sum(found[name] for _, found, _ in of_rows) / NUM_ROWS for name in engine.shapes}
     return {

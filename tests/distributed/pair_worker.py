@@ -4,7 +4,6 @@ The gradient is what SGD with a learning rate of 1 takes away. What it should be
 pairs of the step in one batch, with a reference model that is another than the one which is trained.
 """
 
-import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from data_tools.reference import log_probabilities
 from pretrain.config.keys import ModelConfig, SiloConfig
-from pretrain.silo.data import Batches, Mixture, PackedTokens
+from pretrain.silo.data import Mixture, PackedTokens
 from pretrain.silo.engine import Engine
 from pretrain.silo.evaluate import held_out_means
 from pretrain.silo.model import build_initial
@@ -25,6 +24,7 @@ from pretrain.silo.ranks import Ranks
 from pretrain.silo.reference import write_reference
 from pretrain.silo.shards import open_documents
 from tests.chats import END
+from tests.distributed.chat_worker import micro_batches
 from tests.distributed.private_worker import INNER, MODEL, VOCAB_SIZE
 from tests.pairs import Pair, made_pairs, write_pairs
 
@@ -101,15 +101,9 @@ def engine_of(silo: SiloConfig, ranks: Ranks, model: ModelConfig = MODEL) -> Eng
 
 def step_of(silo: SiloConfig, ranks: Ranks, mixture: Mixture) -> tuple[Gradients, float, list[float]]:
     """What the first step took away, its loss over all ranks, and the sums that it told of its pairs."""
-    engine, num_micro = engine_of(silo, ranks), NUM_ROWS // ranks.num_ranks // silo.micro_batch_sequences
-    batches = Batches(
-        mixture,
-        micro_batch_sequences=silo.micro_batch_sequences,
-        accumulation_steps=num_micro,
-        rank=ranks.rank,
-        num_ranks=ranks.num_ranks,
-    )
-    loss, _ = engine.step(itertools.islice(batches, num_micro), 1.0)
+    engine = engine_of(silo, ranks)
+    batches = micro_batches(silo.micro_batch_sequences, ranks, mixture, num_rows=NUM_ROWS)
+    loss, _ = engine.step(batches, 1.0)
     loss, *told = ranks.sum([loss / ranks.num_ranks, *engine.objective.take()])
     initial = dict(build_initial(MODEL, VOCAB_SIZE).named_parameters())
     return {name: initial[name].detach() - engine.read(name).cpu() for name in initial}, loss, told
