@@ -40,7 +40,8 @@ from launch.compare.compare import CompareConfig, ModelSpec, Planned, compare, p
 from launch.demo import ON_CPUS
 from launch.demo_chat import TEXTS, VOCAB_SIZE, places, train_base
 from pretrain.federation.evaluation import open_subject
-from pretrain.federation.held_out import together
+from pretrain.federation.held_out import SplitLoss, together
+from pretrain.federation.personal import export_personal_model
 from pretrain.silo.shards import atomic_path
 
 ROW = 288
@@ -68,6 +69,10 @@ PROMPT = [
     f"model.adapter.tokens={PROMPT_TOKENS}",
     "model.adapter.text=Answer the question.",
 ]
+BESIDE = [
+    f"silos.{name}.personal_adapter={{rank: 16, alpha: 32, targets: [all-linear]}}"
+    for name in ("law", "medicine", "encyclopedia", "literature")
+]
 OUTER = ["outer.optimizer=nesterov", "outer.lr=0.9", "outer.momentum=0.4"]
 AVERAGED = ["outer.optimizer=sgd", "outer.lr=1.0", "outer.momentum=0.0", "outer.sync_interval_steps=4"]
 SHARED = "outer.second_moments=shared"
@@ -81,15 +86,17 @@ WAYS = {
     "full": [SHARED],
     "full-12": [SHARED, "outer.sync_interval_steps=12"],
     "factors": [*LORA, SHARED, "model.adapter.merge=factors"],
+    "factors-beside": [*LORA, SHARED, "model.adapter.merge=factors", *BESIDE],
     "alternate": [*LORA, *AVERAGED, "model.adapter.merge=alternate", "outer.num_fragments=2"],
     "prompt": [*PROMPT, SHARED],
 }
-ONLY_FEDERATED = ("full-12", "alternate")  # in one place, and alone, they are full and factors
-KINDS_OF_RUN = {"federated": "federated", "central": "central", "alone": "isolated"}
-RATES = {  # the best in `valid` of seed 0
-    "full": {"federated": 0.012, "central": 0.006, "alone": 0.006},
+KINDS_OF_RUN = {"federated": "federated", "central": "central", "alone": "isolated", "own": "personalised"}
+OWN_STEPS = 40
+RATES = {  # the best in `valid` of seed 0; in one place, and alone, the others are full and factors
+    "full": {"federated": 0.012, "central": 0.006, "alone": 0.006, "own": 0.003},
     "full-12": {"federated": 0.012},
-    "factors": {"federated": 0.01, "central": 0.01, "alone": 0.01},
+    "factors": {"federated": 0.01, "central": 0.01, "alone": 0.01, "own": 0.01},
+    "factors-beside": {"federated": 0.01},
     "alternate": {"federated": 0.01},
     "prompt": {"federated": 0.05, "central": 0.05, "alone": 0.05},
 }
@@ -203,11 +210,12 @@ def comparison(given: argparse.Namespace, settings: list[str]) -> CompareConfig:
     """Every way federated, central and alone, as asked; what the command line says goes last."""
     directory, models = given.directory, {}
     for way, label, scale in itertools.product(given.ways, given.kinds, given.scales):
-        if way in ONLY_FEDERATED and label != "federated":
+        if label not in RATES[way]:
             continue
         rate = RATES[way][label] * scale
         every = [*settings, *silos_of(directory, way), *WAYS[way], f"inner.lr={rate:g}", *given.overrides]
-        models[f"{way}-{label}-{rate:g}"] = ModelSpec(kind=KINDS_OF_RUN[label], settings=every)
+        goes_on = {"of": f"{way}-federated-{RATES[way]['federated']:g}", "steps": OWN_STEPS} if label == "own" else {}
+        models[f"{way}-{label}-{rate:g}"] = ModelSpec(kind=KINDS_OF_RUN[label], settings=every, **goes_on)
     return CompareConfig(
         directory=str(directory / "compare"),
         run=[str(directory / "run.yaml")],
@@ -236,10 +244,22 @@ def losses(planned: Planned, split: str, packed: Path) -> dict[str, float]:
     if not kept.exists():
         where = "-test/train" if split == "test" else "/valid"
         splits = {name: Path(f"{packed / name}{where}") for name in KINDS}
-        found = open_subject(str(planned.directory)).losses(splits, num_sequences=0)
+        found = dict(_losses(planned, splits))
         values = {name: one.loss for name, one in found.items()} | {"all": together([*found.values()]).loss}
         kept.write_text(json.dumps(values))
     return json.loads(kept.read_text())
+
+
+def _losses(planned: Planned, splits: dict[str, Path]) -> Iterable[tuple[str, SplitLoss]]:
+    """Of the run's model; where silos have adapters of their own, of each silo's on its own split."""
+    if not any(silo.personal_adapter.is_on for silo in planned.config.silos.values()):
+        yield from open_subject(str(planned.directory)).losses(splits, num_sequences=0).items()
+        return
+    for name, split in splits.items():
+        own = planned.directory / f"own-{name}"
+        if not own.exists():
+            export_personal_model(planned.config, own, silo=name, form="merged")
+        yield from open_subject(str(own)).losses({name: split}, num_sequences=0).items()
 
 
 def sent(planned: Planned) -> tuple[float, float]:

@@ -36,8 +36,8 @@ from pretrain.federation.export import export_global_model
 
 Exams = dict[str, Path]
 VOCAB_SIZE = 1024
-ROW_TOKENS = 1024
-NUM_PUBLIC = 10_000
+ROW_TOKENS = 512
+NUM_PUBLIC = 20_000
 ANSWER_TOKENS = 96
 MODEL = {
     "model_type": "llama",
@@ -61,14 +61,14 @@ BASE = COMMON | {
     "inner": {"optimizer": "muon", "muon_lr": 0.02, "muon_momentum": 0.9, "lr": 0.01, "warmup_steps": 20},
     "outer": {"sync_interval_steps": 50},
     "exchange": {"kind": "none"},
-    "silo": SILO | {"global_batch_sequences": 8, "micro_batch_sequences": 8, "checkpoint_interval_steps": 100},
+    "silo": SILO | {"global_batch_sequences": 16, "micro_batch_sequences": 16, "checkpoint_interval_steps": 100},
 }
 ADAPTERS = COMMON | {
     "name": "calls",
     "inner": {"lr": 0.005, "warmup_steps": 5},
     "outer": {"sync_interval_steps": 5, "optimizer": "nesterov", "lr": 0.8, "momentum": 0.5},
     "exchange": {"poll_seconds": 0.1, "keep_versions": 1000},
-    "silo": SILO | {"global_batch_sequences": 2, "micro_batch_sequences": 2, "checkpoint_interval_steps": 1000},
+    "silo": SILO | {"global_batch_sequences": 4, "micro_batch_sequences": 4, "checkpoint_interval_steps": 1000},
 }
 
 
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--questions", type=int, default=40, help="of a silo, at most")
-    parser.add_argument("--base-steps", type=int, default=300)
+    parser.add_argument("--base-steps", type=int, default=900)
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the runs with adapters")
@@ -112,7 +112,7 @@ def write_texts(data: Path, directory: Path, most: int) -> Exams:
             _write(files[name], training(found, name))
             _write(exams[name], held_out(found, name))
         _write(files["public"], public(NUM_PUBLIC))
-        share = [line for file in files.values() for line in file.read_text().splitlines()[:1500]]
+        share = files["public"].read_text().splitlines()[:6000]  # of nothing that only adapters see
         train_tokenizer(share, vocab_size=VOCAB_SIZE, output=directory / "tokenizer", chat=True)
         for name, file in files.items():
             chat = ChatRecipe(sequence_tokens=ROW_TOKENS, too_long="skip")

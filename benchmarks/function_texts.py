@@ -12,8 +12,8 @@ The recipe, all of it by seed, so that equal data give equal bytes:
 - What can be called in a conversation are the function and NUM_OTHERS of the same silo's, drawn, in drawn order. Their
   names and their arguments' names and types are told, types as JSON schemas have them; descriptions are left out.
 
-Public conversations, which a base learns from, are made the same way from functions of the installed Python, whose
-requests name the function and its arguments, with drawn words and numbers as values.
+Public conversations, which a base learns from, are of functions whose names are drawn from the words of Python's topics
+and from letters; their requests name the function and its arguments. So a base learns to copy, and knows no function.
 """
 
 import itertools
@@ -21,13 +21,12 @@ import json
 import random
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.corpora import NOT_SOURCE_FOLDERS, TEST_FOLDERS, python_files, reference_topics, standard_library
-from data_tools.dialogues import functions_of
+from data_tools.corpora import reference_topics
 
 FILES = ("simple_python", "multiple", "live_simple", "live_multiple")
 MAX_OF_A_FUNCTION = 4
@@ -230,39 +229,68 @@ def _offered(question: Question, asked: Sequence[Question], chance: random.Rando
 
 
 def public(number: int) -> Iterator[Record]:
-    """So many requests to call a function of the standard library by its name."""
+    """So many requests to call a function that is named in them, with arguments that are."""
     chance = random.Random("public")
-    known = []
-    for path in python_files(standard_library(), excluded_folders=NOT_SOURCE_FOLDERS | TEST_FOLDERS):
-        known += [one for one in functions_of(path) if one.arguments]
     words = sorted({word for topic in reference_topics() for word in re.findall(r"[A-Za-z]{3,12}", topic)})
-    tools = [_python_tool(one) for one in known]
     for _ in range(number):
-        places = chance.sample(range(len(known)), 1 + NUM_OTHERS)
-        function = known[places[0]]
-        chosen = [name for name, *_ in function.arguments if chance.random() < 0.7] or [function.arguments[0][0]]
-        arguments: dict[str, Any] = {name: _drawn(words, chance) for name in chosen}
-        pairs = [f"{name.replace('_', ' ')} {value}" for name, value in arguments.items()]
-        chance.shuffle(pairs)
-        asked = chance.choice(("{0} {1}.", "Please {0} with {1}", "{1}: {0}", "What is {0} of {1}?"))
-        text = asked.format(function.name.replace("_", " "), chance.choice((", ", " and ")).join(pairs))
-        offered = [tools[place] for place in places]
-        chance.shuffle(offered)
-        call = {"type": "function", "function": {"name": function.name, "arguments": arguments}}
-        said = [{"role": "user", "content": text}, {"role": "assistant", "content": "", "tool_calls": [call]}]
-        yield {"messages": said, "tools": offered}
+        functions: dict[str, dict[str, str]] = {}
+        while len(functions) <= NUM_OTHERS:
+            functions |= [_function(words, chance)]
+        name, kinds = chance.choice([*functions.items()])
+        arguments = {one: _drawn(kind, words, chance) for one, kind in kinds.items()}
+        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        said = [
+            {"role": "user", "content": _request(name, arguments, words, chance)},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+        ]
+        yield {"messages": said, "tools": [_tool(*one) for one in functions.items()]}
 
 
-def _drawn(words: Sequence[str], chance: random.Random) -> str | int | float:
-    kind = chance.random()
-    if kind < 0.4:
+def _request(name: str, arguments: Mapping[str, Any], words: Sequence[str], chance: random.Random) -> str:
+    """Its words, with others between them: what is asked for, and each value before or after its argument's name."""
+    pairs = []
+    for one, value in arguments.items():
+        pair = [str(value), *_spoken(one)]
+        pairs.append(" ".join(pair if chance.random() < 0.3 else [*pair[1:], chance.choice(("", "of", "is")), pair[0]]))
+    chance.shuffle(pairs)
+    said = _spoken(name)
+    if len(said) > 1 and chance.random() < 0.3:
+        said.remove(chance.choice(said))
+    asked = chance.choice(("{0} {1}.", "Please {0} with {1}", "{1}: {0}", "What is {0} of {1}?", "{1} for {0}"))
+    text = asked.format(" ".join(said), chance.choice((", ", " and ")).join(pairs)).split()
+    for _ in range(chance.choice((0, 0, 1, 3))):
+        text.insert(chance.choice((0, len(text))), chance.choice(words).lower())
+    return " ".join(text)
+
+
+def _function(words: Sequence[str], chance: random.Random) -> tuple[str, dict[str, str]]:
+    """Its name, and the types of its arguments."""
+    joint = chance.choice(("_", "_", "."))
+    name = joint.join(_word(words, chance) for _ in range(chance.choice((1, 2, 2, 3))))
+    numbers = [chance.choice((1, 1, 2)) for _ in range(chance.randint(1, 4))]
+    names = ["_".join(_word(words, chance) for _ in range(number)) for number in numbers]
+    return name, {one: chance.choice(("string", "integer", "number")) for one in names}
+
+
+def _word(words: Sequence[str], chance: random.Random) -> str:
+    """One of the words, or letters that are none, so that names can't be learned by heart."""
+    if chance.random() < 0.5:
+        return chance.choice(words).lower()
+    return "".join(chance.choice("bcdfghklmnprstvw") + chance.choice("aeiou") for _ in range(chance.randint(1, 4)))
+
+
+def _spoken(name: str) -> list[str]:
+    return re.split(r"[_.]", name)
+
+
+def _drawn(kind: str, words: Sequence[str], chance: random.Random) -> str | int | float:
+    if kind == "integer":
         return chance.randrange(10 ** chance.randint(1, 4))
-    if kind < 0.5:
+    if kind == "number":
         return chance.randrange(1000) / 10
-    return " ".join(chance.choice(words) for _ in range(chance.choice((1, 1, 2, 3))))
+    return " ".join(_word(words, chance).title() for _ in range(chance.choice((1, 1, 2, 3))))
 
 
-def _python_tool(function: Any) -> Record:
-    properties = {name: {"type": kind} for name, kind, _ in function.arguments}
-    schema = {"type": "object", "properties": properties}
-    return {"type": "function", "function": {"name": function.name, "parameters": schema}}
+def _tool(name: str, kinds: Mapping[str, str]) -> Record:
+    schema = {"type": "object", "properties": {one: {"type": kind} for one, kind in kinds.items()}}
+    return {"type": "function", "function": {"name": name, "parameters": schema}}

@@ -37,7 +37,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "words": ("basic_arithmetic", TWO_TERMS | ONE_DIGIT | PLAIN),
     "equations": ("simple_equations", TWO_TERMS | {"min_value": 1, "max_value": 9}),
 }
-DRAWN, NUM_PUBLIC, NUM_OWN, NUM_HELD_OUT = 3000, 40, 80, 60
+DRAWN, NUM_PUBLIC, NUM_OWN, NUM_HELD_OUT = 3000, 80, 70, 50
 VERIFIER = "benchmarks.practice_verifier:verify"
 VOCAB_SIZE, ROW_TOKENS, MOST_TOKENS = 360, 128, 8
 ITERATIONS, ROUNDS_EACH, STEPS_EACH = 3, 2, 15
@@ -168,7 +168,7 @@ def practise(
                 "practice": {
                     "tasks": str(tasks[silo]["own"]),
                     "verifier": VERIFIER,
-                    "samples": 4,
+                    "samples": 8,
                     "num_tokens": MOST_TOKENS,
                     "share": 0.75,
                     "iterations": ITERATIONS,
@@ -228,7 +228,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, default=Path("build/practice"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--base-steps", type=int, default=100)
+    parser.add_argument("--base-steps", type=int, default=500)
     given = parser.parse_args()
     os.environ |= ON_CPUS
     directory = given.directory.absolute() / f"seed-{given.seed}"
