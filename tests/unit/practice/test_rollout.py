@@ -182,6 +182,13 @@ def test_a_malformed_task_is_named(tmp_path: Path, line: str, why: str) -> None:
     assert said.endswith('; allowed: {"prompt": text or messages, ...}')
 
 
+def test_a_task_may_have_any_character_that_json_allows(tmp_path: Path) -> None:
+    file, prompt = tmp_path / "tasks.jsonl", "one\u2028two\u0085three"
+    file.write_bytes(json.dumps({"prompt": prompt}, ensure_ascii=False).encode() + b"\r\n\r\n")
+    [task] = read_tasks(file)
+    assert task.messages == [{"role": "user", "content": prompt}]
+
+
 def test_no_tasks_are_none(tmp_path: Path) -> None:
     file = tmp_path / "tasks.jsonl"
     file.write_text("\n")
