@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from data_tools.pieces import one_line
+from pretrain.config.errors import named as named_of
 
 TYPES = ("string", "number", "integer", "boolean", "object", "array", "null")
 SEVERAL = ("anyOf", "oneOf", "allOf")
-MOST_NAMED = 8
 MOST_DEEP = 32
 
 
@@ -74,9 +74,8 @@ def _wrong_within(schema: Mapping[str, Any], where: str, depth: int) -> str | No
 
 
 def named(names: Sequence[str]) -> str:
-    """Names in a line, of many the first."""
-    shown = ", ".join(one_line(name)[:40] for name in names[:MOST_NAMED])
-    return shown + (f", ... ({len(names)} in all)" if len(names) > MOST_NAMED else "")
+    """Names of others, in a line."""
+    return named_of([one_line(name)[:40] for name in names])
 
 
 def quoted(given: Any) -> str:

@@ -3,14 +3,15 @@
 What it answered is kept in a file, if one is named, so that an evaluation that was interrupted goes on.
 """
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.config.errors import ConfigError
+from pretrain.host.done import Done, going_on
 from pretrain.host.foreign import shown
 
 if TYPE_CHECKING:
@@ -91,26 +92,29 @@ def evaluate_calls(
     encoder = ChatEncoder(job)
     _check_readable(encoder, template.name)
     asked = [one for name, file in files.items() for one in _asked(name, file, encoder)]
-    kept = _Kept(answers, _terms(subject, template, files, num_tokens)) if answers else None
-    found = {place: asked[place].judged(**answer) for place, answer in kept.read(asked)} if kept else {}
-    left = [place for place in range(len(asked)) if place not in found]
-    if left:
-        model: Any = subject.load()
-        own = model.generation_config.eos_token_id if subject.directory else []
-        ends = encoder.ends | {*(own if isinstance(own, list) else [own])} - {None}
-        answering = Answering(model, ends, num_tokens=num_tokens, batch_sequences=batch_sequences)
-        for place in left:
-            if answering.room(asked[place].prompt) < 1:
-                found[place] = asked[place].judged("", is_cut=True, verdict="prompt too long")
-        left = [place for place in left if place not in found]
-        prompts = [asked[place].prompt for place in left]
-        for batch in answering.answers(prompts):
-            for answer in batch:
-                place, text = left[answer.prompt], encoder.spelled(answer.tokens)
-                found[place] = asked[place].judged(text, is_cut=answer.is_cut)
-                if kept:
-                    kept.add(found[place], is_cut=answer.is_cut)
-            tell("questions", len(found), len(asked))
+    held: AbstractContextManager[Done | None] = nullcontext()
+    if answers:
+        held = going_on(answers, _terms(subject, template, files, num_tokens), key="--answers")
+    with held as done:
+        found = _kept(done, asked) if done else {}
+        left = [place for place in range(len(asked)) if place not in found]
+        if left:
+            model: Any = subject.load()
+            own = model.generation_config.eos_token_id if subject.directory else []
+            ends = encoder.ends | {*(own if isinstance(own, list) else [own])} - {None}
+            answering = Answering(model, ends, num_tokens=num_tokens, batch_sequences=batch_sequences)
+            for place in left:
+                if answering.room(asked[place].prompt) < 1:
+                    found[place] = asked[place].judged("", is_cut=True, verdict="prompt too long")
+            left = [place for place in left if place not in found]
+            for batch in answering.answers([asked[place].prompt for place in left]):
+                for answer in batch:
+                    place, text = left[answer.prompt], encoder.spelled(answer.tokens)
+                    one = found[place] = asked[place].judged(text, is_cut=answer.is_cut)
+                    if done:
+                        told = {"silo": one.silo, "line": one.line, "verdict": one.verdict, "text": text}
+                        done.add(told | {"is_cut": answer.is_cut})
+                tell("questions", len(found), len(asked))
     return [found[place] for place in range(len(asked))]
 
 
@@ -164,57 +168,16 @@ def _terms(subject: "Subject", template: "Template", files: Mapping[str, Path], 
     }
 
 
-class _Kept:
-    """Answers in a file: a line that says of what they are, then a line each, as they come."""
-
-    def __init__(self, file: Path, terms: Mapping[str, Any]) -> None:
-        """Raises ConfigError for a file that holds answers of something else, or something else."""
-        self._file, self._lines = file, list[dict[str, Any]]()
+def _kept(done: Done, asked: Sequence[Asked]) -> dict[int, Judged]:
+    """The answers that are there, by the place of their question."""
+    places, found = {(one.silo, one.question.line): place for place, one in enumerate(asked)}, dict[int, Judged]()
+    for line in done.lines:
         try:
-            raw = file.read_bytes() if file.exists() else b""
-            file.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"--answers: {str(file)!r} given; {error.strerror}; allowed: a new file") from None
-        whole = raw[: raw.rfind(b"\n") + 1]  # a process that was killed may have left a part of a line
-        try:
-            first, *self._lines = map(json.loads, whole.splitlines()) if whole else [dict(terms)]
-            differing = [key for key in terms if first[key] != terms[key]]
-        except (ValueError, KeyError, TypeError):
-            raise ConfigError(f"--answers: {str(file)!r} given, which holds no answers; allowed: a new file") from None
-        if differing:
-            raise ConfigError(
-                f"--answers: {str(file)!r} given, whose answers are of other {', '.join(differing)}; allowed: a new "
-                "file, or what it was begun with"
-            )
-        try:
-            self._stream = file.open("ab")
-            self._stream.truncate(len(whole))
-        except OSError as error:
-            raise ConfigError(f"--answers: {str(file)!r} given; {error.strerror}; allowed: a new file") from None
-        if not whole:
-            self._write(dict(terms))
-
-    def read(self, asked: Sequence[Asked]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Of each answer that is there the place of its question, its text, and whether it was cut."""
-        places = {(one.silo, one.question.line): place for place, one in enumerate(asked)}
-        for line in self._lines:
-            try:
-                yield places[line["silo"], line["line"]], {"text": line["text"], "is_cut": line["is_cut"]}
-            except (KeyError, TypeError):
-                what = "which holds more than answers"
-                raise ConfigError(f"--answers: {str(self._file)!r} given, {what}; allowed: a new file") from None
-
-    def add(self, judged: Judged, *, is_cut: bool) -> None:
-        """Keep one more."""
-        told = {"silo": judged.silo, "line": judged.line, "verdict": judged.verdict, "text": judged.text}
-        self._write(told | {"is_cut": is_cut})
-
-    def _write(self, line: Mapping[str, Any]) -> None:
-        try:
-            self._stream.write((json.dumps(line) + "\n").encode())
-            self._stream.flush()
-        except OSError as error:
-            raise ConfigError(f"--answers: {str(self._file)!r} given; {error.strerror}; mend it (make room)") from None
+            place = places[line["silo"], line["line"]]
+            found[place] = asked[place].judged(line["text"], is_cut=line["is_cut"])
+        except (KeyError, TypeError):
+            raise ConfigError(f"{done.place}; it holds more than answers; allowed: a new one") from None
+    return found
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------------

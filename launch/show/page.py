@@ -84,6 +84,7 @@ class Federation:
             next=0 if self.status.is_finished else (self.status.version or 0) + 1,
             awaited=waiting_words(self.status),
             is_finished=self.status.is_finished,
+            **_gate(self.status, self.history),
             remarks=[*_refusals(self.status, self.history), *remarks(self.status)],
             events=self.history.events,
             commits=self.history.versions[::-1][:NEWEST_COMMITS],
@@ -109,6 +110,15 @@ def _held_out(history: History, runs: Mapping[str, list[Evaluation]]) -> dict[st
         "left_out": len(corpora) - len(named),
         "sequences": [(corpus, counts[corpus]) for corpus in named if corpus in counts],
         "beside": figures.draw_held_out(known) if known.keys() - {"federated"} else "",
+    }
+
+
+def _gate(status: StoreStatus, history: History) -> dict[str, Any]:
+    """The gate's newest candidates, without their losses where those are kept."""
+    gate = status.gate
+    return {
+        "candidates": [one.row(with_losses="held_out" not in history.kept) for one in gate.candidates] if gate else [],
+        "which": f"{gate.current_words}; the newest candidates" if gate else "",
     }
 
 

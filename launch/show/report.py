@@ -140,6 +140,7 @@ def write_report(
         has_device=any(silo["peak_device_memory_bytes"] for silo in silos),
         commits=_commit_rows(main),
         candidates=_candidate_rows(main),
+        which="every candidate",
         settings=describe_settings(main.config),
         kept=[name for name, tier in main.config.trust.metrics.items() if tier != "public"],
         figures=figures.draw_all(main, evaluated),

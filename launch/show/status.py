@@ -44,7 +44,7 @@ def show_status(status: StoreStatus, console: Console) -> None:
             console.print(Text(words))
     if status.spent:
         console.print(Text(f"differential privacy for all that a silo delivers; spent: {_numbers(status.spent)}"))
-    for words in status.gate:
+    for words in status.gate.words if status.gate else ():
         console.print(Text(words), soft_wrap=True)
     for words in remarks(status):
         console.print(Text(words, style="red"))

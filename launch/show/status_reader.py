@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import Any
 
 from launch.show.display import format_seconds
-from launch.show.gate import gate_words
+from launch.show.gate import GateStatus, read_gate
 from launch.show.opened import CONTRACT, MANIFEST, ROLLBACK, TERM, WORD, Json, Opened, json_object, number_in
 from pretrain.config.allowed import SPENT
 from pretrain.config.errors import named
@@ -105,8 +105,8 @@ class StoreStatus:
     spent: dict[str, float] = field(default_factory=dict)
     """What the versions so far have spent of the budget of all silos, `epsilon` and `delta`; empty where there is none.
     """
-    gate: list[str] = field(default_factory=list)
-    """Which version is the current one by the contract's gate, and its newest candidates, each in words."""
+    gate: GateStatus | None = None
+    """Which version is the current one by the contract's gate, and its newest candidates; None without one."""
     version_seconds: float | None = None
     """Median time from one commit to the next; None before there are two, or where the store tells no times."""
 
@@ -241,7 +241,7 @@ class Reader:
                 for path in store.numbered(ROLLBACK).values()
                 if path in self._objects
             ],
-            gate=gate_words(self._opened, self._terms.gate, self._version),
+            gate=read_gate(self._opened, self._terms.gate, self._version),
             unreadable=list(dict.fromkeys(self._opened.unreadable)),
             unsigned=list(dict.fromkeys(self._opened.unsigned)),
             ahead=store.ahead,

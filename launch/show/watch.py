@@ -119,8 +119,8 @@ def _watch_live(federation: Federation, console: Console) -> None:
 
 
 def _tell(federation: Federation, console: Console) -> None:
-    """A line for each commit, and for what is waited for when that is another."""
-    version, waiting, trouble = federation.status.version, "", ""
+    """A line for each commit, each decision of the gate, and for what is waited for when that is another."""
+    version, waiting, trouble, decided = federation.status.version, "", "", _decisions(federation)
     console.print(draw(federation, console))
     while not federation.status.is_finished:
         if (new := _pause_and_look(federation)) != trouble:
@@ -136,9 +136,17 @@ def _tell(federation: Federation, console: Console) -> None:
                 who = len(one.parts), len(history.silos)
                 text = commit_words(one.number, status.num_versions, who, one.update_norm, one.cosine_mean)
                 _say(console, text if one.loss is None else f"{text}  loss {one.loss:.4f}")
+        for words in _decisions(federation):
+            if words not in decided:
+                decided.append(words)
+                _say(console, words)
         if (now := status.waiting_for or "finished") != waiting:
             waiting = now
             _say(console, waiting_words(status))
+
+
+def _decisions(federation: Federation) -> list[str]:
+    return federation.status.gate.decisions if federation.status.gate else []
 
 
 def _say(console: Console, words: str) -> None:

@@ -1,13 +1,16 @@
 """What practice goes with, and what not. Imports no torch."""
 
+from pretrain.config.allowed import DPO
 from pretrain.config.errors import require
 from pretrain.config.keys import RunConfig
 
 
 def check_practice(config: RunConfig) -> None:
-    """Raise ConfigError for practice without conversations, or that nobody has agreed to, or of a private silo."""
+    """Raise ConfigError for practice without a template, of pairs or a private silo, or that nobody has agreed to."""
     every, after = config.practice.every_rounds, config.practice.after_rounds
     require(bool(every) or not after, "practice.after_rounds", after, "0 with practice.every_rounds=0")
+    allowed = f"0 with inner.loss={DPO}: what practice keeps is conversations, no pairs"
+    require(not every or config.inner.loss != DPO, "practice.every_rounds", every, allowed)
     for name, silo in config.silos.items():
         key, own = f"silos.{name}.practice", silo.practice
         own.check(key)

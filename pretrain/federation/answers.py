@@ -1,4 +1,4 @@
-"""A model's likeliest answers to many prompts, several at a time."""
+"""A model's answers to many prompts, several at a time: any, and the likeliest."""
 
 import inspect
 import itertools
@@ -30,6 +30,35 @@ class Answer:
     """Whether it would have gone on."""
 
 
+def continued(
+    model: Any, prompts: Sequence[Sequence[int]], ends: Sequence[int], *, num_tokens: int, **options: Any
+) -> list[tuple[list[int], bool]]:
+    """What a model says to each prompt, without the token that ends it, and whether it would have gone on."""
+    rows, mask = _rows(model, prompts, ends[0])
+    with torch.inference_mode():
+        made = model.generate(
+            input_ids=rows, attention_mask=mask, max_new_tokens=num_tokens, pad_token_id=ends[0], **options
+        )
+    found = []
+    for row in made[:, rows.shape[1] :].tolist():
+        end = next((at for at, token in enumerate(row) if token in ends), None)
+        found.append((row[:end], end is None))
+    return found
+
+
+def _rows(model: Any, prompts: Sequence[Sequence[int]], filling: int) -> tuple[Tensor, Tensor]:
+    """The prompts at the ends of rows, and what of them is no filling, both (num_prompts, longest)."""
+    before = prompt_ids(np.arange(num_prompt_tokens(model))).tolist()
+    longest = max(map(len, prompts)) + len(before)
+    rows = torch.full((len(prompts), longest), filling, dtype=torch.long, device=model.device)
+    mask = torch.zeros_like(rows)
+    for place, prompt in enumerate(prompts):
+        tokens = [*before, *prompt]
+        rows[place, longest - len(tokens) :] = torch.tensor(tokens)
+        mask[place, longest - len(tokens) :] = 1
+    return rows, mask
+
+
 class Answering:
     """Takes the likeliest token each time, for several prompts at a time."""
 
@@ -38,18 +67,15 @@ class Answering:
         self._model: Any = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         self._ends = sorted(ends)
         self._num_tokens, self._batch_sequences = num_tokens, batch_sequences
-        self._before = prompt_ids(np.arange(num_prompt_tokens(self._model))).tolist()
         # Its own, as an exported one samples, or takes off what was said already.
-        self._model.generation_config = GenerationConfig(
-            do_sample=False, use_cache=True, eos_token_id=self._ends, pad_token_id=self._ends[0]
-        )
+        self._model.generation_config = GenerationConfig(do_sample=False, use_cache=True, eos_token_id=self._ends)
 
     def room(self, prompt: Sequence[int]) -> int:
         """The most tokens that an answer to a prompt can have; below 1: it is too long for the model."""
         positions = getattr(self._model.config, "max_position_embeddings", None)
         if not positions:
             return self._num_tokens
-        return min(self._num_tokens, positions - len(self._before) - len(prompt))
+        return min(self._num_tokens, positions - num_prompt_tokens(self._model) - len(prompt))
 
     def _check_padding(self, prompts: Sequence[Sequence[int]]) -> None:
         """Raise ConfigError if what a model says depends on how long the prompts beside its own are."""
@@ -57,12 +83,12 @@ class Answering:
         if self._batch_sequences == 1 or len(short) == len(long):
             return
         with torch.inference_mode():
-            rows, mask = self._rows([short, long])
+            rows, mask = _rows(self._model, [short, long], self._ends[0])
             places = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
             knows_places = "position_ids" in inspect.signature(self._model.forward).parameters
             told = places if knows_places else {}
             beside = self._model(input_ids=rows, attention_mask=mask, **told).logits[0, -1]
-            alone = self._model(input_ids=self._rows([short])[0]).logits[0, -1]
+            alone = self._model(input_ids=_rows(self._model, [short], self._ends[0])[0]).logits[0, -1]
         if not float((beside - alone).abs().max()) <= CLOSE * float(alone.abs().max()):
             raise ConfigError(
                 f"--batch-sequences: {self._batch_sequences} given; what this model says depends on the prompts beside "
@@ -78,25 +104,8 @@ class Answering:
             places = list(group)  # with the same room, so that each is what it would be alone
             for first in range(0, len(places), self._batch_sequences):
                 chosen = places[first : first + self._batch_sequences]
-                yield self._answers(chosen, [prompts[place] for place in chosen], room)
-
-    def _answers(self, places: Sequence[int], prompts: Sequence[Sequence[int]], room: int) -> list[Answer]:
-        rows, mask = self._rows(prompts)
-        with torch.inference_mode():
-            made = self._model.generate(input_ids=rows, attention_mask=mask, max_new_tokens=room)
-        found = []
-        for place, row in zip(places, made[:, rows.shape[1] :].tolist(), strict=True):
-            end = next((at for at, token in enumerate(row) if token in self._ends), None)
-            found.append(Answer(prompt=place, tokens=row[:end], is_cut=end is None))
-        return found
-
-    def _rows(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:  # (num_prompts, longest) both
-        """The prompts at the ends of rows, and what of them is no filling."""
-        longest = max(map(len, prompts)) + len(self._before)
-        rows = torch.full((len(prompts), longest), self._ends[0], dtype=torch.long, device=self._model.device)
-        mask = torch.zeros_like(rows)
-        for place, prompt in enumerate(prompts):
-            tokens = [*self._before, *prompt]
-            rows[place, longest - len(tokens) :] = torch.tensor(tokens)
-            mask[place, longest - len(tokens) :] = 1
-        return rows, mask
+                said = continued(self._model, [prompts[place] for place in chosen], self._ends, num_tokens=room)
+                yield [
+                    Answer(prompt=place, tokens=tokens, is_cut=is_cut)
+                    for place, (tokens, is_cut) in zip(chosen, said, strict=True)
+                ]

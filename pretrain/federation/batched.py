@@ -6,12 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from pretrain.config.errors import ConfigError
+from pretrain.federation.answers import continued
 from pretrain.federation.generate import Sampling, Speaker
-from pretrain.silo.prompt import num_prompt_tokens, prompt_ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,28 +79,17 @@ def answers(
         yield from ((place, []) for place, _ in batch)
         return
     model: Any = speaker.model
-    before = prompt_ids(np.arange(num_prompt_tokens(model))).tolist()
-    rows = torch.tensor([before + tokens for _, tokens in batch], device=model.device).repeat_interleave(num_answers, 0)
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     torch.manual_seed(zlib.crc32(f"{sampling.seed}/{length}/{batch[0][0]}".encode()))
-    with torch.no_grad():
-        made = model.generate(
-            input_ids=rows,
-            attention_mask=torch.ones_like(rows),
-            max_new_tokens=room,
-            pad_token_id=ends[0],
-            **sampling.options(),
+    prompts = [tokens for _, tokens in batch for _ in range(num_answers)]
+    said = [
+        Answer(
+            text=speaker.tokenizer.decode(tokens, skip_special_tokens=True),
+            num_tokens=len(tokens) + (not is_cut),
+            is_complete=not is_cut,
         )
-    said = [_answer(speaker, row, {*ends}) for row in made[:, rows.shape[1] :].tolist()]
+        for tokens, is_cut in continued(model, prompts, ends, num_tokens=room, **sampling.options())
+    ]
     for number, (place, _) in enumerate(batch):
         yield place, said[number * num_answers : (number + 1) * num_answers]
-
-
-def _answer(speaker: Speaker, tokens: list[int], ends: set[int]) -> Answer:
-    length = next((at for at, token in enumerate(tokens) if token in ends), None)
-    return Answer(
-        text=speaker.tokenizer.decode(tokens[:length], skip_special_tokens=True),
-        num_tokens=len(tokens) if length is None else length + 1,
-        is_complete=length is not None,
-    )

@@ -20,17 +20,24 @@ class Holder:
     """Whether it is not, or no more, among the processes of this machine; as far as /proc tells."""
 
 
+def lock_open(descriptor: int) -> bool:
+    """Hold an open file until it is closed; False if another process holds it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def lock_directory(directory: Path, what: str) -> int:
     """Hold `directory` for this process until it ends. Raises ConfigError that names the process which has it."""
     directory.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not lock_open(descriptor):
         raise ConfigError(
             f"directory: {str(directory)!r} given; {what} runs there already (process {shown(_written(descriptor))}); "
             "stop it, or name another directory"
-        ) from None
+        )
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"{os.getpid()}\n".encode())
     return descriptor
@@ -43,14 +50,13 @@ def lock_holder(directory: Path) -> Holder | None:
     except FileNotFoundError:
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        if lock_open(descriptor):
+            return None
         written = _written(descriptor)  # by whoever may write here
         process = int(written) if re.fullmatch(r"[0-9]{1,10}", written) else 0
         return Holder(process=process, elsewhere=not _has_open(process, directory / "lock"))
     finally:
         os.close(descriptor)
-    return None
 
 
 def _written(descriptor: int) -> str:

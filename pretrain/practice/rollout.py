@@ -25,6 +25,7 @@ from pretrain.federation.batched import Asked, answers, batches
 from pretrain.federation.export import provenance_of
 from pretrain.federation.generate import Sampling, Speaker, open_speaker
 from pretrain.federation.reading import exported, found_configuration
+from pretrain.host.done import Done, going_on
 from pretrain.host.stopping import StopRequested
 from pretrain.outer.digest import digest_tensors
 from pretrain.practice.judge import RIGHT
@@ -164,15 +165,22 @@ def rollout(
         return Outcome(**said)
     if output.exists() and any(output.iterdir()) and not (output / TRIES).is_file():
         raise ConfigError(f"--output: {output} exists and is no rollout: delete it, or choose another --output")
-    output.mkdir(parents=True, exist_ok=True)
-    done = _lines(output / TRIES, header)
-    found = list(tried(trier, tasks, plan, done, output / TRIES, say=say, asked_to_stop=asked_to_stop, key=key))
-    outcome, kept = _summed(trier.speaker.name, tasks, found), _kept(tasks, found, plan.keep)
-    if not kept:
-        raise ConfigError(
-            f"{key('tasks')}: {plan.tasks} given; none kept of what was tried: {outcome.words()}; allowed: tasks of "
-            f"which some are solved: easier ones, more {key('samples')}, or a mended {key('verifier')}"
-        )
+    with going_on(output / TRIES, header, key="--output", given=output) as done:
+        found = list(tried(trier, tasks, plan, done, say=say, asked_to_stop=asked_to_stop, key=key))
+        outcome, kept = _summed(trier.speaker.name, tasks, found), _kept(tasks, found, plan.keep)
+        if not kept:
+            raise ConfigError(
+                f"{key('tasks')}: {plan.tasks} given; none kept of what was tried: {outcome.words()}; allowed: tasks "
+                f"of which some are solved: easier ones, more {key('samples')}, or a mended {key('verifier')}"
+            )
+        _pack(trier, kept, output, outcome)
+        with atomic_path(output / RESULT) as temporary:
+            temporary.write_text(json.dumps({"header": header, **asdict(outcome)}, indent=1) + "\n")
+    return outcome
+
+
+def _pack(trier: Trier, kept: list[dict[str, Any]], output: Path, outcome: Outcome) -> None:
+    """What is kept as conversations and as shards, told in `outcome`."""
     with atomic_path(output / KEPT) as temporary:
         temporary.write_text("".join(json.dumps(one) + "\n" for one in kept))
     recipe = Recipe(
@@ -191,37 +199,33 @@ def rollout(
     outcome.kept = report["sources"][KEPT.removesuffix(".jsonl")]["kept"]["train"]["documents"]  # not what is too long
     outcome.rows = manifest.num_tokens // trier.sequence_tokens
     outcome.recipe_sha256, outcome.text_sha256 = manifest.recipe_sha256, text_sha256(manifest)
-    with atomic_path(output / RESULT) as temporary:
-        temporary.write_text(json.dumps({"header": header, **asdict(outcome)}, indent=1) + "\n")
-    return outcome
 
 
 def score(trier: Trier, plan: Plan, *, say: Callable[[str], None] = lambda line: None) -> Outcome:
     """Try and verify, and keep nothing."""
     tasks = read_tasks(plan.tasks)
-    return _summed(trier.speaker.name, tasks, list(tried(trier, tasks, plan, [], None, say=say)))
+    return _summed(trier.speaker.name, tasks, list(tried(trier, tasks, plan, None, say=say)))
 
 
 def tried(
     trier: Trier,
     tasks: list[Task],
     plan: Plan,
-    done: list[dict[str, Any]],
-    file: Path | None,
+    done: Done | None,
     *,
     say: Callable[[str], None],
     asked_to_stop: Callable[[], bool] = lambda: False,
     key: Callable[[str], str] = lambda name: f"--{name}",
 ) -> Iterator[dict[str, Any]]:
-    """Every try: `task` by its place, `text`, `kind` and `why`. Batches that are `done` are not tried again."""
+    """Every try: `task` by its place, `text`, `kind` and `why`. What is `done` is not tried again, and added to."""
     with Verifier(plan.verifier, plan.limits, key=key("verifier")) as verifier:
         for line in verifier.words():
             say(f"verifier  {line}")
         asked = [Asked(messages=task.messages, tools=task.tools) for task in tasks]
         every = batches(trier.speaker, asked, num_answers=plan.samples, batch_sequences=plan.batch_sequences)
         for number, batch in enumerate(every):
-            if number < len(done):
-                yield from done[number]["tries"]
+            if done and number < len(done.lines):
+                yield from done.lines[number]["tries"]
                 continue
             if asked_to_stop():
                 raise StopRequested
@@ -232,9 +236,8 @@ def tried(
                 verdicts = {one: _judged(verifier, tasks[place], place, one) for one in dict.fromkeys(given)}
                 tries += [verdicts[one] for one in given]  # equal ones are asked about once
                 tries += [{"task": place, "text": "", "kind": TOO_LONG, "why": ""}] * (not given)
-            if file:
-                with file.open("a") as lines:
-                    lines.write(json.dumps({"batch": number, "tries": tries}) + "\n")
+            if done:
+                done.add({"batch": number, "tries": tries})
             right = sum(one["kind"] == RIGHT for one in tries)
             say(f"batch {number + 1:5d} of {len(every)}  {right:5d} of {len(tries)} right")
             yield from tries
@@ -285,22 +288,3 @@ def _header(trier: Trier, plan: Plan) -> dict[str, Any]:
             }
         )
     )
-
-
-def _lines(file: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
-    """The batches that are done, of a file that then ends with a whole one. Raises ConfigError for another rollout."""
-    if not file.is_file():
-        with atomic_path(file) as temporary:
-            temporary.write_text(json.dumps(header) + "\n")
-        return []
-    whole = file.read_bytes()
-    whole = whole[: whole.rfind(b"\n") + 1]
-    first, *rest = (json.loads(line) for line in whole.splitlines())
-    if first != header:
-        raise ConfigError(
-            f"--output: {file.parent} was begun with another model, tasks or settings: delete it, or choose another "
-            "--output"
-        )
-    with file.open("r+b") as lines:
-        lines.truncate(len(whole))
-    return rest

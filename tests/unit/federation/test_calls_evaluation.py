@@ -20,6 +20,7 @@ from pretrain.silo.exported import export
 from pretrain.silo.model import build_initial
 from pretrain.silo.vocabulary import vocabulary_size
 from tests.conversations import TOOL, assistant, block, encoder, template, user
+from tests.holding import held_elsewhere
 from tests.support import TinyText, one_line_error
 from tests.unit.federation.test_chat_evaluation import CHATML, LLAMA, tokenizer_with
 
@@ -148,7 +149,10 @@ def test_answers_are_kept_and_asked_for_once(
         assert answers.read_bytes() == before
         return message
 
-    of_other = f"--answers: {str(answers)!r} given, whose answers are of other "
+    with held_elsewhere(answers, json.loads(head)):
+        assert "; another process writes to it; " in refused(tools=[str(file)])
+    answers.write_bytes(before)
+    of_other = f"--answers: {str(answers)!r} given; it was begun with other "
     assert refused(tools=[str(file)], num_tokens=5).startswith(f"{of_other}num_tokens; ")
     assert refused(tools=[f"x={file}"]).startswith(f"{of_other}files; ")
     other = tmp_path / "other"
@@ -159,7 +163,11 @@ def test_answers_are_kept_and_asked_for_once(
     assert refused(tools=[str(file)]).startswith(f"{of_other}files; ")
     answers.write_text('"text"\n')
     before = answers.read_bytes()
-    assert refused(tools=[str(file)]).endswith("which holds no answers; allowed: a new file")
+    assert refused(tools=[str(file)]).endswith("; it holds something else; allowed: a new one")
+    answers.write_text(head + '\n{"silo": "other"}\n')
+    before = answers.read_bytes()
+    lines(file, *(asked(*one) for one in TAUGHT.items()))
+    assert refused(tools=[str(file)]).endswith("; it holds more than answers; allowed: a new one")
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -19,6 +19,7 @@ from pretrain.silo.data import PackedTokens
 from pretrain.silo.exported import export
 from pretrain.silo.model import build_initial
 from pretrain.silo.shards import tokenizer_sha256, verify_shards
+from tests.holding import held_elsewhere
 from tests.support import VOCAB_SIZE, TinyText, one_line_error, packed_hashes, pseudo_text, tiny_settings
 
 NAUGHTY = "tests.unit.practice.naughty"
@@ -106,6 +107,12 @@ def test_what_was_stopped_or_killed_goes_on(trier: Trier, tasks: Path, tmp_path:
         rollout(trier, plan(tasks), tmp_path / "out", asked_to_stop=lambda: next(asked))
     tries = tmp_path / "out" / TRIES
     assert len(tries.read_text().splitlines()) == 2
+    before = tries.read_bytes()
+    with held_elsewhere(tries, json.loads(before.splitlines()[0])):
+        refused = one_line_error(rollout, trier, plan(tasks), tmp_path / "out")
+        assert refused.startswith(f"--output: {str(tmp_path / 'out')!r} given; another process writes to it; ")
+        assert tries.read_bytes() == before
+    tries.write_bytes(before)
     with tries.open("a") as file:
         file.write('{"batch": 1, "tri')  # a kill in the middle of a line
     said: list[str] = []
@@ -113,14 +120,15 @@ def test_what_was_stopped_or_killed_goes_on(trier: Trier, tasks: Path, tmp_path:
     assert not any(line.startswith("batch     1 ") for line in said)
     assert tries.read_bytes() == (tmp_path / "whole" / TRIES).read_bytes()
     assert again.text_sha256 == whole.text_sha256
-    before = packed_hashes(tmp_path / "out")
+    hashes = packed_hashes(tmp_path / "out")
     assert rollout(trier, plan(tasks), tmp_path / "out") == again  # left as it is
-    assert packed_hashes(tmp_path / "out") == before
+    assert packed_hashes(tmp_path / "out") == hashes
     place = tmp_path / "out"
     said_of = one_line_error(rollout, trier, plan(tasks, seed=3), place)
     assert said_of == f"--output: {place} is of another rollout: delete it, or choose another --output"
     (place / RESULT).unlink()
-    assert one_line_error(rollout, trier, plan(tasks, seed=3), place).startswith(f"--output: {place} was begun with")
+    refused = one_line_error(rollout, trier, plan(tasks, seed=3), place)
+    assert refused.startswith(f"--output: {str(place)!r} given; it was begun with other sampling; ")
 
 
 def test_nothing_right_ends_with_the_rate(trier: Trier, tasks: Path, tmp_path: Path) -> None:
@@ -172,6 +180,13 @@ def test_a_malformed_task_is_named(tmp_path: Path, line: str, why: str) -> None:
     said = one_line_error(read_tasks, file)
     assert said.startswith(f"--tasks: {file}, line 2: {why}")
     assert said.endswith('; allowed: {"prompt": text or messages, ...}')
+
+
+def test_a_task_may_have_any_character_that_json_allows(tmp_path: Path) -> None:
+    file, prompt = tmp_path / "tasks.jsonl", "one\u2028two\u0085three"
+    file.write_bytes(json.dumps({"prompt": prompt}, ensure_ascii=False).encode() + b"\r\n\r\n")
+    [task] = read_tasks(file)
+    assert task.messages == [{"role": "user", "content": prompt}]
 
 
 def test_no_tasks_are_none(tmp_path: Path) -> None:

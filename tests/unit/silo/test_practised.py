@@ -102,6 +102,11 @@ def test_what_it_does_not_go_with(tmp_path: Path, tiny_config: TinyConfig, tiny_
     assert no_tasks.endswith("allowed: empty without silos.alpha.practice.tasks")
     share = said(practice={"tasks": "t", "verifier": "a:b", "share": 0}, **chat)  # type: ignore[arg-type]
     assert share == "silos.alpha.practice.share: 0.0 given; allowed: above 0, to 1"
+    pairs = {"practice": {"every_rounds": 2}, "inner": {"loss": "dpo"}, "chat_template": chat["template"]}
+    alpha = {"practice": {"tasks": "t.jsonl", "verifier": "ours:verify"}}
+    assert one_line_error(tiny_config, tmp_path, silos={"alpha": alpha}, document_masking=True, **pairs) == (
+        "practice.every_rounds: 2 given; allowed: 0 with inner.loss=dpo: what practice keeps is conversations, no pairs"
+    )
 
 
 def test_a_contract_without_practice_is_what_it_was(tmp_path: Path, tiny_config: TinyConfig) -> None:
