@@ -1,0 +1,132 @@
+"""`atoll compare --site` on a real SLURM."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from launch.show.metrics import read_status
+from tests.slurm.cluster import Cluster, missing
+from tests.support import ROOT, TinyText, tiny_settings
+from tests.waiting import PATIENCE_SECONDS, wait_for
+
+pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
+
+
+class Comparison:
+    """A central and a federated model, and what the second becomes alone."""
+
+    def __init__(self, slurm: Cluster, directory: Path, text: TinyText, *, steps: int, models: dict[str, Any]) -> None:
+        self.slurm, self.directory = slurm, directory
+        run = tiny_settings(directory, text) | {"inner": {"num_steps": steps, "lr": 0.003}}
+        run |= {"outer": {"sync_interval_steps": steps // 4}, "silo": run["silo"] | {"checkpoint_interval_steps": 50}}
+        spec = {"directory": str(directory / "all"), "run": [str(directory / "run.yaml")], "models": models}
+        here = {"PYTHONPATH": str(ROOT), **slurm.environment}
+        site = {"job": {"environment": here, "time_limit": "10", "cpus_per_task": 1}}
+        for name, written in (("run", run), ("compare", spec), ("site", site)):
+            (directory / f"{name}.yaml").write_text(yaml.safe_dump(written, sort_keys=False))
+
+    def command(self, *more: str) -> list[str]:
+        files = ["--config", str(self.directory / "compare.yaml"), "--site", str(self.directory / "site.yaml")]
+        return [sys.executable, "-m", "launch.cli", "compare", *files, *more]
+
+    def start(self) -> subprocess.Popen[str]:
+        """A call of the command; all that it says goes to `said`."""
+        with (self.directory / "said").open("a") as said:
+            environment = os.environ | self.slurm.environment | {"PYTHONPATH": str(ROOT)}
+            return subprocess.Popen(self.command(), env=environment, stdout=said, stderr=said, text=True)
+
+    @property
+    def said(self) -> str:
+        return (self.directory / "said").read_text()
+
+    def jobs(self) -> dict[str, list[str]]:
+        """All that was ever submitted, by model."""
+        found: dict[str, list[str]] = {}
+        for file in sorted((self.directory / "all").glob("runs/**/logs/attempt-*/jobs.json")):
+            model = file.relative_to(self.directory / "all" / "runs").parts[0]
+            found.setdefault(model, []).append(json.loads(file.read_text())["whole.run"])
+        return found
+
+    def phases(self, *models: str) -> set[str]:
+        files = [file for model in models for file in self.runs(model).glob("silos/*/status.json")]
+        return {read_status(file).phase for file in files}
+
+    def are_training(self, *models: str) -> bool:
+        files = [file for model in models for file in self.runs(model).glob("silos/*/status.json")]
+        return len(files) >= len(models) and all(read_status(file).step > 10 for file in files)
+
+    def runs(self, model: str) -> Path:
+        return self.directory / "all" / "runs" / model / "seed-0"
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_killed_and_called_again_it_follows_the_jobs_that_are_there(
+    slurm: Cluster, tmp_path: Path, tiny_text: TinyText
+) -> None:
+    models = {"central": {"kind": "central"}, "shared": {}, "alone": {"kind": "personalised", "of": "shared"}}
+    models["alone"] |= {"steps": 4}  # type: ignore[dict-item]
+    comparison = Comparison(slurm, tmp_path, tiny_text, steps=400, models=models)
+    first = comparison.start()
+    wait_for(lambda: comparison.are_training("central", "shared"), seconds=200, tells=lambda: comparison.said)
+    first.kill()
+    first.wait()
+    jobs = comparison.jobs()
+    assert {slurm.state(job) for found in jobs.values() for job in found} == {"RUNNING"}
+    assert comparison.start().wait(600) == 0, comparison.said
+    for model in ("central", "shared"):
+        assert f"{model} seed 0: job {jobs[model][0]} of an earlier call is still there\n" in comparison.said
+        assert f"{model} seed 0: finished (job {jobs[model][0]})\n" in comparison.said
+    again = comparison.jobs()
+    assert {model: len(found) for model, found in again.items()} == {"central": 1, "shared": 1, "alone": 2}
+    assert again | jobs == again
+    assert set(json.loads((tmp_path / "all" / "results.json").read_text())) == set(models)
+    assert slurm.run("squeue", "--noheader") == ""
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_stopped_requeued_and_cancelled(slurm: Cluster, tmp_path: Path, tiny_text: TinyText) -> None:
+    comparison = Comparison(slurm, tmp_path, tiny_text, steps=100_000, models={"central": {"kind": "central"}, "b": {}})
+    first = comparison.start()
+    wait_for(lambda: comparison.are_training("central", "b"), seconds=200, tells=lambda: comparison.said)
+    first.send_signal(signal.SIGINT)
+    assert first.wait(PATIENCE_SECONDS) == 128 + signal.SIGINT, comparison.said
+    assert slurm.run("squeue", "--noheader") == ""
+    assert comparison.phases("central", "b") == {"stopped"}
+    jobs = comparison.jobs()
+    assert [slurm.num_restarts(job) for found in jobs.values() for job in found] == [0, 0]
+
+    second = comparison.start()
+    wait_for(lambda: all(len(found) == 2 for found in comparison.jobs().values()), tells=lambda: comparison.said)
+    central, other = comparison.jobs()["central"][1], comparison.jobs()["b"][1]
+    log = comparison.runs("central") / "metrics.jsonl"
+
+    def starts() -> int:
+        return len(re.findall(r'"kind": *"start"', log.read_text()))
+
+    wait_for(lambda: slurm.state(central) == "RUNNING" and starts() == 2, tells=lambda: comparison.said)
+    slurm.run("scontrol", "requeue", central)
+
+    def goes_on() -> bool:
+        slurm.hurry(central)
+        return slurm.num_restarts(central) == 1 and starts() == 3
+
+    wait_for(goes_on, seconds=200, poll_seconds=0.5, meanwhile=lambda: second.poll() is None)
+    slurm.run("scancel", other)
+    assert second.wait(PATIENCE_SECONDS) == 1, comparison.said
+    log = comparison.runs("b") / "logs" / "attempt-003" / "whole.run.log"
+    assert (
+        f"b seed 0: job {other} is CANCELLED, exit status 0, in {comparison.runs('b')}; see {log}\n" in comparison.said
+    )
+    assert f"central seed 0: job {central} saves and stops\n" in comparison.said
+    assert slurm.run("squeue", "--noheader") == ""
+    assert comparison.phases("central", "b") == {"stopped"}
