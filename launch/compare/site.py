@@ -145,7 +145,6 @@ class Cluster:
 
 def cluster_of(spec: CompareConfig, site: Sequence[Path]) -> Cluster:
     """The cluster that a site describes, for the jobs of a comparison. Raises ConfigError for what does not fit."""
-    check_installed("atoll compare --site")
     job = load_site(list(site), load_config(spec.run, spec.settings)).job
     for key, given in (("scratch", job.scratch), ("numa", job.numa)):
         require(given is None, f"job.{key}", given, "null in a comparison, whose silos share a node")
@@ -156,6 +155,7 @@ def cluster_of(spec: CompareConfig, site: Sequence[Path]) -> Cluster:
                 f"job.gpus_per_node: {job.gpus_per_node} given; allowed: 0, or one for each of the {num_processes} "
                 f"processes of {planned.name}, which run on one node"
             )
+    check_installed("atoll compare --site")
     return Cluster(job)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,10 +13,13 @@ from typing import Any
 import pytest
 import yaml
 
+from launch import cli
 from launch.show.metrics import read_status
 from tests.slurm.cluster import Cluster, missing
 from tests.support import ROOT, TinyText, tiny_settings
-from tests.waiting import PATIENCE_SECONDS, wait_for
+from tests.waiting import wait_for
+
+LONG_SECONDS = 400.0  # for what several processes of a job have to be started for
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
@@ -76,7 +80,7 @@ def test_killed_and_called_again_it_follows_the_jobs_that_are_there(
     models["alone"] |= {"steps": 4}  # type: ignore[dict-item]
     comparison = Comparison(slurm, tmp_path, tiny_text, steps=400, models=models)
     first = comparison.start()
-    wait_for(lambda: comparison.are_training("central", "shared"), seconds=200, tells=lambda: comparison.said)
+    wait_for(lambda: comparison.are_training("central", "shared"), seconds=LONG_SECONDS, tells=lambda: comparison.said)
     first.kill()
     first.wait()
     jobs = comparison.jobs()
@@ -97,36 +101,78 @@ def test_killed_and_called_again_it_follows_the_jobs_that_are_there(
 def test_stopped_requeued_and_cancelled(slurm: Cluster, tmp_path: Path, tiny_text: TinyText) -> None:
     comparison = Comparison(slurm, tmp_path, tiny_text, steps=100_000, models={"central": {"kind": "central"}, "b": {}})
     first = comparison.start()
-    wait_for(lambda: comparison.are_training("central", "b"), seconds=200, tells=lambda: comparison.said)
+    wait_for(lambda: comparison.are_training("central", "b"), seconds=LONG_SECONDS, tells=lambda: comparison.said)
     first.send_signal(signal.SIGINT)
-    assert first.wait(PATIENCE_SECONDS) == 128 + signal.SIGINT, comparison.said
+    assert first.wait(LONG_SECONDS) == 128 + signal.SIGINT, comparison.said
     assert slurm.run("squeue", "--noheader") == ""
     assert comparison.phases("central", "b") == {"stopped"}
     jobs = comparison.jobs()
     assert [slurm.num_restarts(job) for found in jobs.values() for job in found] == [0, 0]
 
     second = comparison.start()
-    wait_for(lambda: all(len(found) == 2 for found in comparison.jobs().values()), tells=lambda: comparison.said)
+
+    def are_submitted() -> bool:
+        return all(len(found) == 2 for found in comparison.jobs().values())
+
+    wait_for(are_submitted, seconds=LONG_SECONDS, tells=lambda: comparison.said)
     central, other = comparison.jobs()["central"][1], comparison.jobs()["b"][1]
     log = comparison.runs("central") / "metrics.jsonl"
 
     def starts() -> int:
         return len(re.findall(r'"kind": *"start"', log.read_text()))
 
-    wait_for(lambda: slurm.state(central) == "RUNNING" and starts() == 2, tells=lambda: comparison.said)
+    wait_for(lambda: starts() == 2, seconds=LONG_SECONDS, tells=lambda: comparison.said)
     slurm.run("scontrol", "requeue", central)
 
     def goes_on() -> bool:
         slurm.hurry(central)
         return slurm.num_restarts(central) == 1 and starts() == 3
 
-    wait_for(goes_on, seconds=200, poll_seconds=0.5, meanwhile=lambda: second.poll() is None)
+    wait_for(goes_on, seconds=LONG_SECONDS, poll_seconds=0.5, meanwhile=lambda: second.poll() is None)
     slurm.run("scancel", other)
-    assert second.wait(PATIENCE_SECONDS) == 1, comparison.said
+    assert second.wait(LONG_SECONDS) == 1, comparison.said
     log = comparison.runs("b") / "logs" / "attempt-003" / "whole.run.log"
     assert (
         f"b seed 0: job {other} is CANCELLED, exit status 0, in {comparison.runs('b')}; see {log}\n" in comparison.said
     )
     assert f"central seed 0: job {central} saves and stops\n" in comparison.said
     assert slurm.run("squeue", "--noheader") == ""
-    assert comparison.phases("central", "b") == {"stopped"}
+    assert comparison.phases("central") == {"stopped"}
+
+
+def test_a_dry_run_shows_what_would_be_submitted(
+    slurm: Cluster,
+    tmp_path: Path,
+    tiny_text: TinyText,
+    *,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", slurm.environment["SLURM_CONF"])
+    comparison = Comparison(slurm, tmp_path, tiny_text, steps=8, models={"central": {"kind": "central"}, "b": {}})
+    before = sorted(tmp_path.rglob("*"))
+
+    def called(*more: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["atoll", *comparison.command(*more)[3:]])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return int(ended.value.code or 0)
+
+    assert called("--dry-run") == 0
+    shown = capsys.readouterr().out
+    for name in ("central", "b"):
+        assert re.search(rf"^{name} seed 0: sbatch: Job \d+ to start at .* in partition main$", shown, re.MULTILINE)
+    assert shown.count("launch.cli launch local --config") == 1
+    if shutil.which("shellcheck"):
+        (script := tmp_path / "script").write_text("#!/bin/bash" + shown.partition("#!/bin/bash")[2])
+        subprocess.run(["shellcheck", script], check=True)
+        script.unlink()
+    site = tmp_path / "site.yaml"
+    site.write_text("job: {partition: none}")
+    assert called() == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"atoll: whole.run: sbatch does not take .*invalid partition specified: none.*\n", said), said
+    assert slurm.run("squeue", "--noheader") == ""
+    assert called("--dry-run") == 2
+    assert [path for path in sorted(tmp_path.rglob("*")) if "all" not in path.parts] == before
+    assert comparison.jobs() == {}
