@@ -22,7 +22,6 @@ from launch.start.slurm import (
     check_installed,
     check_jobs,
     job_end,
-    job_names,
     job_states,
     launch_whole,
     living_jobs,
@@ -51,7 +50,7 @@ class Submitted:
     @property
     def is_running(self) -> bool:
         """Whether it is at work, and not in the queue."""
-        return self.state == "RUNNING"
+        return self.state in ("RUNNING", "COMPLETING")
 
     @property
     def returncode(self) -> int | None:
@@ -73,10 +72,9 @@ class Cluster:
 
     poll_seconds = 1.0
 
-    def __init__(self, job: JobConfig, say: Callable[[str], object] = print) -> None:
+    def __init__(self, job: JobConfig) -> None:
         """`job` is how the site wants each of them."""
         self.job = job
-        self._say = say
         self._following: list[Submitted] = []
         self._next_look = self._next_start = 0.0
         self._said = ""
@@ -92,12 +90,12 @@ class Cluster:
         """Submit it; None while SLURM does not take it beside those that are there. Raises ConfigError."""
         if time.monotonic() < self._next_start:
             return None
-        if found := self.found(planned):  # which another call has submitted meanwhile
-            return found
         with Children(grace_seconds=LAUNCH_GRACE_SECONDS) as children:
             if failed := export_origin(planned, children):
                 return failed
         try:
+            if found := self.found(planned):  # which another call has submitted meanwhile
+                return found
             job = launch_whole(planned.config, self.job)
         except ConfigError as error:
             if not self._following:
@@ -119,19 +117,22 @@ class Cluster:
             return
         self._next_look = time.monotonic() + ASK_SECONDS
         try:
-            names = {one.job: job_names(one.planned.directory)[one.job] for one in self._following}
-            states = job_states(names)
+            states = job_states({one.job: f"{one.planned.config.name}-{WHOLE}" for one in self._following})
             for one in list(self._following):
+                config = one.planned.config
                 state, code = (states[one.job], 0) if one.job in states else job_end(one.job)
                 one.state = state
                 if one.job not in states and state not in LIVING:
                     self._following.remove(one)
-                    for silo in one.planned.config.silos:
-                        with suppress(OSError):
-                            os.listdir(one.planned.config.silo_directory(silo))  # has NFS look again
                     one.code = code
+                    for folder in (one.planned.directory, *map(config.silo_directory, config.silos)):
+                        with suppress(OSError):
+                            os.listdir(folder)  # has NFS look again
         except ConfigError as error:  # SLURM does not answer at the moment
             self._once(str(error))
+
+    def _say(self, line: str) -> None:
+        print(line, flush=True)
 
     def _once(self, line: str) -> None:
         if line != self._said:
