@@ -141,7 +141,16 @@ class Cluster:
 
     def stop(self, hurry: Callable[[], bool]) -> None:
         """Have all jobs save and stop, or leave the queue."""
-        stop_jobs({one.planned.directory: one.planned.name for one in self._following}, self._say, hurry)
+        directories = {one.planned.directory: one.planned.name for one in self._following}
+        while directories:
+            try:
+                stop_jobs(directories, self._say, hurry)
+                return
+            except ConfigError as error:  # SLURM does not answer at the moment
+                self._once(str(error))
+            if hurry():
+                return
+            time.sleep(ASK_SECONDS)
 
 
 def cluster_of(spec: CompareConfig, site: Sequence[Path]) -> Cluster:
