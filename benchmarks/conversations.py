@@ -36,7 +36,8 @@ from data_tools.corpora import write_python_corpora
 from data_tools.pack import ChatRecipe, Recipe, prepare
 from data_tools.sources import Source, read_documents, training_file
 from data_tools.tokenizer import train_tokenizer
-from launch.compare.compare import CompareConfig, ModelSpec, Planned, compare, plan_runs
+from launch.compare.compare import CompareConfig, ModelSpec, Planned, plan_runs
+from launch.compare.run import compare
 from launch.demo import ON_CPUS
 from launch.demo_chat import TEXTS, VOCAB_SIZE, places, train_base
 from pretrain.federation.evaluation import open_subject

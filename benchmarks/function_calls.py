@@ -27,7 +27,8 @@ from data_tools.pack import ChatRecipe, Recipe, prepare
 from data_tools.sources import Source
 from data_tools.tokenizer import train_tokenizer
 from launch.calling import Judged, evaluate_calls
-from launch.compare.compare import CompareConfig, ModelSpec, Planned, compare, plan_runs
+from launch.compare.compare import CompareConfig, ModelSpec, Planned, plan_runs
+from launch.compare.run import compare
 from launch.start.local import launch_local
 from pretrain.config.keys import RunConfig
 from pretrain.config.load import load_config, save_config

@@ -277,7 +277,13 @@ def relay(
 def compare(
     config: Config,
     overrides: Overrides = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
+    *,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Runs at a time; default: 1, with --site as many as are ready.")
+    ] = None,
+    site: Annotated[
+        list[Path] | None, typer.Option(help="As for launch slurm: each run is a job, in place of a launch here.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the runs, and start none.")] = False,
     table: Annotated[bool, typer.Option(help="Only write tables and plots of what is finished.")] = False,
 ) -> None:
@@ -289,15 +295,21 @@ def compare(
     """
     from rich.console import Console
 
-    from launch.compare.compare import compare as run_comparison
     from launch.compare.compare import describe_runs, load_comparison, plan_runs
+    from launch.compare.run import compare as run_comparison
+    from launch.compare.site import cluster_of, describe_jobs
     from launch.compare.table import write_results
 
+    if site and table:
+        raise ConfigError("--site: given with --table; allowed: without, as nothing is started")
     spec = load_comparison(config, overrides or [])
+    cluster = cluster_of(spec, site) if site else None
     if dry_run:
-        print(describe_runs(plan_runs(spec)))
+        print(describe_runs(runs := plan_runs(spec)))
+        if cluster:
+            print(describe_jobs(runs, cluster))
         return
-    code = 0 if table else run_comparison(spec, jobs=jobs)
+    code = 0 if table else run_comparison(spec, jobs=jobs or (sys.maxsize if site else 1), place=cluster)
     for each in write_results(spec):
         each.show(Console())
     raise typer.Exit(code)

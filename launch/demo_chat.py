@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from launch.compare.compare import CompareConfig, ModelSpec, Planned, compare, plan_runs
+from launch.compare.compare import CompareConfig, ModelSpec, Planned, plan_runs
+from launch.compare.run import compare
 from launch.demo import ON_CPUS, check_overrides
 from launch.show.report import write_report
 from launch.start.local import launch_local

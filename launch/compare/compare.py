@@ -1,41 +1,31 @@
 """`atoll compare`: central, isolated, federated and personalised models at equal tokens, several seeds, one table.
 
-Every run is an ordinary run with a directory of its own, so an interrupted comparison goes on where it was.
+Here is what runs there are; `run.py` starts them. Every run is an ordinary run with a directory of its own, so an
+interrupted comparison goes on where it was.
 """
 
 import dataclasses
 import json
 import math
-import shutil
-import sys
-import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from rich.console import Console
-
-from launch.compare.pace import Followed, Pace
-from launch.show.display import format_seconds
 from launch.show.metrics import read_status
-from launch.start.local import GRACE_SECONDS, StopSignals
-from launch.start.processes import POLL_SECONDS, Child, ChildCommand, Children
 from pretrain.config.adapter import PROMPT
 from pretrain.config.check import check_config, check_has_silo
 from pretrain.config.errors import ConfigError, require
 from pretrain.config.gate import GateConfig
 from pretrain.config.keys import MembershipConfig, OuterConfig, RunConfig, SiloConfig
-from pretrain.config.load import load_config, load_run, load_typed, save_config
+from pretrain.config.load import load_config, load_run, load_typed
 from pretrain.config.paths import absolute, expand_home
 from pretrain.silo.shards import read_manifest
 
 KINDS = ("central", "isolated", "federated", "personalised")
 CHOICES = ("last", "best")
 ORIGIN = "model"  # the exported model beside a federated run that personalised ones go on from
-# A launch of a run ends what is left of it after GRACE_SECONDS, and then itself.
-LAUNCH_GRACE_SECONDS = GRACE_SECONDS + 10.0
 
 
 @dataclass(kw_only=True)
@@ -100,6 +90,11 @@ class Planned:
     def directory(self) -> Path:
         """Its run directory."""
         return Path(self.config.directory)
+
+    @property
+    def log(self) -> Path:
+        """Where what starts it on this machine prints."""
+        return self.directory.parent / f"{self.directory.name}.console"
 
     @property
     def tokens_by_silo(self) -> dict[str, int]:
@@ -326,92 +321,12 @@ def _shares(silo: SiloConfig) -> list[float]:
     return [silo.global_batch_sequences * weight / sum(weights) for weight in weights]
 
 
-# ---- running it
-
-
-def compare(spec: CompareConfig, *, jobs: int = 1, console: Console | None = None) -> int:
-    """Run what is not finished, `jobs` runs at a time, until one fails or a signal comes.
-
-    Returns the exit status: 0 finished, 1 a run crashed, 2 a user's mistake in a run, 128 + n stopped by signal n.
-    Whatever is running then saves and stops, and the next call goes on with it. Raises ConfigError as `plan_runs`
-    does. Call it from the main thread.
-    """
-    console = console or Console()
-    runs = plan_runs(spec)
-    waiting = [planned for planned in runs if not planned.is_finished]
-    for planned in () if spec.keep_checkpoints else [one for one in runs if one not in waiting]:
-        drop_checkpoints(planned)
-    followed = {planned.directory: Followed(name=planned.name, config=planned.config) for planned in runs}
-    pace = Pace(list(followed.values()))
-
-    def say(line: str) -> None:
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
-
-    say(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished ({spec.directory})")
-    running: list[tuple[Planned, Child]] = []
-    with StopSignals() as signals, Children(grace_seconds=LAUNCH_GRACE_SECONDS) as children:
-        while (waiting or running) and signals.first is None:
-            if waiting and len(running) < jobs:
-                ready = [planned for planned in waiting if _is_ready(planned, runs)]
-                for planned in ready[: jobs - len(running)]:
-                    waiting.remove(planned)
-                    running.append((planned, _start(planned, children)))
-                    followed[planned.directory].is_running = True
-            for planned, child in [(planned, child) for planned, child in running if child.returncode is not None]:
-                running.remove((planned, child))
-                followed[planned.directory].is_running = False
-                say(_outcome(planned, child))
-                if not planned.is_finished:
-                    return child.returncode if child.returncode in (1, 2) else 1
-                if not spec.keep_checkpoints:
-                    drop_checkpoints(planned)
-            if line := pace.due():
-                say(line)
-            time.sleep(POLL_SECONDS)
-        if signals.first is not None:
-            say("stopping: what is running saves; the same command goes on")
-            count = signals.count
-            children.stop(lambda: signals.count > count)
-            return 128 + signals.first
-    return 0
-
-
-def drop_checkpoints(planned: Planned) -> None:
-    """Delete what a finished run would only resume from; its model is in the store, or beside the checkpoints."""
-    for silo in planned.config.silos:
-        shutil.rmtree(planned.config.silo_directory(silo) / "checkpoints", ignore_errors=True)
-
-
-def _is_ready(planned: Planned, runs: Sequence[Planned]) -> bool:
+def is_ready(planned: Planned, runs: Sequence[Planned]) -> bool:
     """Whether the model that a personalised one goes on from is there."""
     if planned.kind != "personalised":
         return True
     origin = Path(str(planned.config.model.checkpoint))
     return all(run.is_finished for run in runs if run.directory == origin.parent)
-
-
-def _start(planned: Planned, children: Children) -> Child:
-    """A launch of its own, in a session of its own, so that a Ctrl-C reaches it once."""
-    log = planned.directory.parent / f"{planned.directory.name}.console"
-    asked = log.with_suffix(".yaml")
-    save_config(planned.config, asked)
-    atoll = [sys.executable, "-m", "launch.cli"]
-    if planned.kind == "personalised" and not (origin := Path(str(planned.config.model.checkpoint))).exists():
-        # A program of its own: this one stays without torch and its threads.
-        form = ["--merged"] if planned.config.model.adapter.is_on else []  # a new adapter goes on beside that
-        argv = [*atoll, "export", str(origin.parent), "--output", str(origin), *form]
-        export = children.start(ChildCommand(name="export", argv=argv), log)
-        if export.process.wait():
-            return export
-    return children.start(
-        ChildCommand(name=planned.model, argv=[*atoll, "launch", "local", "--config", str(asked)]), log
-    )
-
-
-def _outcome(planned: Planned, child: Child) -> str:
-    if planned.is_finished:
-        return f"{planned.name}: finished in {format_seconds(time.monotonic() - child.began)}"
-    return f"{planned.name}: exit status {child.returncode} in {planned.directory}; see {child.log_path}"
 
 
 def _check_begun(planned: Planned, runs: Sequence[Planned]) -> None:
@@ -430,7 +345,7 @@ def _check_begun(planned: Planned, runs: Sequence[Planned]) -> None:
             f"directory: {str(planned.directory)!r} holds a run with another {', '.join(different[:4])}{more}; "
             "delete it, or name another directory"
         )
-    if not _is_ready(planned, runs):
+    if not is_ready(planned, runs):
         origin = Path(str(planned.config.model.checkpoint)).parent
         raise ConfigError(
             f"directory: {str(planned.directory)!r} holds a run that went on from {str(origin)!r}, which is not "

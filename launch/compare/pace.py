@@ -18,7 +18,8 @@ class Followed:
 
     name: str
     config: RunConfig
-    is_running: bool = False
+    state: str = ""
+    """running, or queued at a cluster."""
     progress: Progress = field(init=False)
 
     def __post_init__(self) -> None:
@@ -71,7 +72,9 @@ class Pace:
     def line(self) -> str:
         """Share of all tokens, what runs, and time left."""
         done, passed = self._done(), time.monotonic() - self._began
-        running = ", ".join(run.words for run in self._runs if run.is_running) or "nothing"
+        running = ", ".join(run.words for run in self._runs if run.state == "running") or "nothing"
+        if queued := ", ".join(run.name for run in self._runs if run.state == "queued"):
+            running += f"; in the queue: {queued}"
         left = "measuring the time left"
         if done > self._before and passed > 0:
             left = f"about {format_seconds((self._total - done) * passed / (done - self._before))} left"

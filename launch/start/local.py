@@ -34,6 +34,8 @@ from pretrain.trust.members import with_keys
 GRACE_SECONDS = SAVE_SECONDS + 10
 DISPLAY_SECONDS = 0.5
 LOG_TAIL_LINES = 20
+WHOLE = "whole.run"
+"""In place of a silo's name: all of a run, as one job of a cluster; no silo can have it."""
 SAID = "atoll: "
 """How a line begins with which a process tells of a user's mistake."""
 CommandBuilder = Callable[[RunConfig, Path], list[ChildCommand]]
@@ -139,7 +141,9 @@ def write_resolved(config: RunConfig) -> Path:
 
 
 def process_directory(config: RunConfig, name: str) -> Path:
-    """Where a process keeps its `status.json` and `error.txt`."""
+    """Where a process keeps its `status.json` and `error.txt`; of a whole run, the run directory."""
+    if name == WHOLE:
+        return Path(config.directory)
     return Path(config.directory) / AGGREGATOR if name == AGGREGATOR else config.silo_directory(name)
 
 
@@ -171,16 +175,19 @@ def new_attempt(directory: Path) -> Path:
 
 def make_attempt(directory: Path) -> Path:
     """Make `logs/attempt-NNN`, the next number."""
-    logs = directory / "logs"
-    logs.mkdir(exist_ok=True)
-    numbers = [int(found[1]) for path in logs.iterdir() if (found := re.fullmatch(r"attempt-(\d+)", path.name))]
-    number = max(numbers, default=0) + 1
+    (directory / "logs").mkdir(exist_ok=True)
     while True:
-        attempt = logs / f"attempt-{number:03}"
+        attempt = next_attempt(directory)
         with suppress(FileExistsError):  # silos that share a directory may be started at the same moment
             attempt.mkdir()
             return attempt
-        number += 1
+
+
+def next_attempt(directory: Path) -> Path:
+    """`logs/attempt-NNN`, the next number, which is not there yet."""
+    names = [path.name for path in (directory / "logs").glob("attempt-*")]
+    numbers = [int(found[1]) for name in names if (found := re.fullmatch(r"attempt-(\d+)", name))]
+    return directory / "logs" / f"attempt-{max(numbers, default=0) + 1:03}"
 
 
 def point_latest(attempt: Path) -> None:
@@ -192,7 +199,7 @@ def point_latest(attempt: Path) -> None:
 
 
 class StopSignals:
-    """Counts Ctrl-C, SIGTERM and SIGHUP instead of being interrupted by them at any line."""
+    """Counts Ctrl-C, SIGTERM, SIGHUP and SIGUSR1, a batch system's, instead of being interrupted at any line."""
 
     def __init__(self) -> None:
         self.first: signal.Signals | None = None
@@ -201,7 +208,7 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         # Left ignored if it was (nohup); only the main thread may have handlers.
         main = threading.current_thread() is threading.main_thread()
-        wanted = [s for s in STOP_SIGNALS if main and signal.getsignal(s) is not signal.SIG_IGN]
+        wanted = [s for s in (*STOP_SIGNALS, signal.SIGUSR1) if main and signal.getsignal(s) is not signal.SIG_IGN]
         self._before = {number: signal.signal(number, self._count) for number in wanted}
         return self
 

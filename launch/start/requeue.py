@@ -20,11 +20,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from launch.show.display import AGGREGATOR
 from launch.show.metrics import read_status
-from launch.start.local import process_directory
+from launch.start.local import WHOLE, process_directory
 from launch.start.node import notes_directory
+from launch.start.processes import STOP_SIGNALS
 from launch.start.slurm import STOP_FILE, job_state, run_command
 from pretrain.config.errors import ConfigError
+from pretrain.config.keys import RunConfig
 from pretrain.config.load import load_config
 
 TRY_SECONDS = 15
@@ -35,7 +38,7 @@ def main() -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--name", required=True, help="the silo, or aggregator")
+    parser.add_argument("--name", required=True, help=f"the silo, aggregator, or {WHOLE}")
     parser.add_argument("--attempt", type=Path, required=True, help="folder of the launch's logs")
     parser.add_argument("--code", type=int, required=True, help="srun's exit code")
     parser.add_argument("--max-crashes", type=int, required=True)
@@ -45,7 +48,7 @@ def main() -> int:
     directory = process_directory(config, name)
     directory.mkdir(parents=True, exist_ok=True)
     os.listdir(directory)  # has NFS look again
-    phase, excluded = read_status(directory / "status.json").phase, list[str]()
+    phase, excluded = _phase(config, name, arguments.code), list[str]()
     if phase == "finished":
         return 0
     if phase != "stopped" and ((directory / "error.txt").is_file() or arguments.code == 2):
@@ -58,7 +61,7 @@ def main() -> int:
     if phase == "stopped":
         said = "has saved and stopped"
     else:
-        found = _count_crash(directory, notes_directory(config, name), job)
+        found = _count_crash(directory, notes_directory(config, name), job, _saved(config, name))
         said = f"has crashed {found['crashes']} times"
         if found["crashes"] > arguments.max_crashes:
             print(f"{name} {said}: job {job} ends", flush=True)
@@ -80,11 +83,19 @@ def _patiently(ask: Callable[[], str]) -> str:
             time.sleep(TRY_SECONDS)
 
 
-def _count_crash(directory: Path, notes: Path, job: str) -> dict[str, Any]:
+def _phase(config: RunConfig, name: str, code: int) -> str:
+    """finished, stopped, or another: as the process says, and of a whole run as its launch's exit code does."""
+    if name != WHOLE:
+        return read_status(process_directory(config, name) / "status.json").phase
+    stopped = {128 + number for number in (*STOP_SIGNALS, signal.SIGUSR1)}
+    return "stopped" if code in stopped else "failed" if code else "finished"
+
+
+def _count_crash(directory: Path, notes: Path, job: str, saved: str) -> dict[str, Any]:
     """Crashes of this job since anything was last saved, and how many of all began on each node: where it was the
     first to fail.
     """
-    file, saved = directory / "crashes.json", _saved(directory)
+    file = directory / "crashes.json"
     found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     if found.get("job") != job:
         found = {"job": job, "crashes": 0, "nodes": {}}
@@ -98,8 +109,11 @@ def _count_crash(directory: Path, notes: Path, job: str) -> dict[str, Any]:
     return found
 
 
-def _saved(directory: Path) -> str:
+def _saved(config: RunConfig, name: str) -> str:
     """What tells one state of progress from another: a silo's newest checkpoint, the aggregator's newest commit."""
+    if name == WHOLE:
+        return " ".join(_saved(config, one) for one in (AGGREGATOR, *config.silos))
+    directory = process_directory(config, name)
     newest = directory / "newest.json"
     checkpoints = [path.parent.name for path in (directory / "checkpoints").glob("step-*/state.json")]
     return newest.read_text() if newest.is_file() else max(checkpoints, default="")

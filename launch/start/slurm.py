@@ -8,10 +8,12 @@ length.
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from launch.show.display import AGGREGATOR
 from launch.start.gpus import check_gpus
-from launch.start.local import hold_directory, make_attempt, point_latest, process_directory
+from launch.start.local import WHOLE, hold_directory, make_attempt, point_latest, process_directory
 from launch.start.site import JobConfig, SiteConfig
 from pretrain.config.check import accumulation_steps
 from pretrain.config.errors import ConfigError
@@ -53,8 +55,25 @@ class Job:
 
 def render_jobs(config: RunConfig, site: SiteConfig, attempt: Path, *, aggregator: bool = True) -> list[Job]:
     """Write the resolved configuration, and a script for each job into the attempt's folder."""
-    config, directory = with_keys(config, make=True), Path(config.directory).absolute()
-    save_config(config, directory / "config.yaml")
+    names = ([AGGREGATOR] if aggregator and config.exchange.kind == "store" else []) + sorted(config.silos)
+    return _write_jobs(
+        config, {name: site.aggregator if name == AGGREGATOR else site.silos[name] for name in names}, attempt
+    )
+
+
+def _write_jobs(config: RunConfig, settings: Mapping[str, JobConfig], attempt: Path) -> list[Job]:
+    config = with_keys(config, make=True)
+    save_config(config, Path(config.directory).absolute() / "config.yaml")
+    jobs = []
+    for name, job in settings.items():
+        script = attempt.absolute() / f"{name}.sbatch"
+        script.write_text(batch_script(config, name, job, attempt))
+        jobs.append(Job(name=name, script=script, settings=job))
+    return jobs
+
+
+def batch_script(config: RunConfig, name: str, job: JobConfig, attempt: Path) -> str:
+    """What a job runs: a silo, the aggregator, or with `WHOLE` as name all of the run on one node."""
     templates = Environment(
         loader=FileSystemLoader(TEMPLATES),
         undefined=StrictUndefined,
@@ -64,27 +83,22 @@ def render_jobs(config: RunConfig, site: SiteConfig, attempt: Path, *, aggregato
         finalize=in_a_line,
     )
     templates.filters |= {"quote": lambda value: shlex.quote(str(value)), "bash": Bash}
-    jobs = []
-    for name in ([AGGREGATOR] if aggregator and config.exchange.kind == "store" else []) + sorted(config.silos):
-        job = site.aggregator if name == AGGREGATOR else site.silos[name]
-        text = templates.get_template("aggregator.sbatch.j2" if name == AGGREGATOR else "silo.sbatch.j2").render(
-            name=name,
-            run=config.name,
-            attempt=attempt.absolute(),
-            config_path=directory / "config.yaml",
-            own_directory=process_directory(config, name).absolute(),
-            silo=config.silos.get(name),
-            node_counts=node_counts(name, config.silos[name]) if name in config.silos else [],
-            job=job,
-            options=OPTIONS,
-            stop_file=attempt.absolute() / STOP_FILE,
-            python=job.python or sys.executable,
-            host_python=host_python(job),
-        )
-        script = attempt.absolute() / f"{name}.sbatch"
-        script.write_text(text)
-        jobs.append(Job(name=name, script=script, settings=job))
-    return jobs
+    kind = name if name == AGGREGATOR else "whole" if name == WHOLE else "silo"
+    return templates.get_template(f"{kind}.sbatch.j2").render(
+        name=name,
+        run=config.name,
+        attempt=attempt.absolute(),
+        config_path=Path(config.directory).absolute() / "config.yaml",
+        own_directory=process_directory(config, name).absolute(),
+        silo=config.silos.get(name),
+        num_threads=sum(silo.processes_per_node * silo.num_threads for silo in config.silos.values()),
+        node_counts=node_counts(name, config.silos[name]) if name in config.silos else [],
+        job=job,
+        options=OPTIONS,
+        stop_file=attempt.absolute() / STOP_FILE,
+        python=job.python or sys.executable,
+        host_python=host_python(job),
+    )
 
 
 def node_counts(name: str, silo: SiloConfig) -> list[int]:
@@ -218,15 +232,9 @@ def launch_slurm(
     for name, silo in config.silos.items():
         job, where = site.silos[name], "that the site's jobs have on a node"
         check_gpus(name, silo.processes_per_node, job.gpus_per_node, where)
-    if not shutil.which("sbatch"):
-        raise ConfigError("atoll launch slurm: sbatch is not installed here; run it on a login node")
+    check_installed("atoll launch slurm")
     with hold_directory(directory):
-        running = living_jobs(directory)
-        if running:
-            raise ConfigError(
-                f"directory: {config.directory!r} given; its jobs {', '.join(running.values())} are still there; stop "
-                "them with atoll stop first"
-            )
+        _check_no_jobs(directory)
         attempt = make_attempt(directory)
         jobs = render_jobs(config, site, attempt, aggregator=aggregator)
         said = check_jobs(jobs)
@@ -234,6 +242,34 @@ def launch_slurm(
         if note := check_nodes(config, jobs):
             notes.append(note)
         return (said if dry_run else submit_jobs(jobs, attempt)), notes
+
+
+def launch_whole(config: RunConfig, job: JobConfig) -> str:
+    """Write, check and submit one job that runs all of a run on one node; returns its id.
+
+    Raises ConfigError as `launch_slurm` does.
+    """
+    directory = Path(config.directory)
+    with hold_directory(directory):
+        _check_no_jobs(directory)
+        attempt = make_attempt(directory)
+        jobs = _write_jobs(config, {WHOLE: job}, attempt)
+        check_jobs(jobs)
+        return submit_jobs(jobs, attempt)[WHOLE]
+
+
+def check_installed(command: str) -> None:
+    """Raise ConfigError where there is no SLURM."""
+    if not shutil.which("sbatch"):
+        raise ConfigError(f"{command}: sbatch is not installed here; run it on a login node")
+
+
+def _check_no_jobs(directory: Path) -> None:
+    if running := living_jobs(directory):
+        raise ConfigError(
+            f"directory: {str(directory)!r} given; its jobs {', '.join(running.values())} are still there; stop "
+            "them with atoll stop first"
+        )
 
 
 def submitted_jobs(directory: Path) -> tuple[Path | None, dict[str, str]]:
@@ -248,22 +284,53 @@ def _attempt_number(file: Path) -> int:
 
 def living_jobs(directory: Path) -> dict[str, str]:
     """Silo, or aggregator, to the id of its job, for those that are in the queue or run."""
+    names = job_names(directory)
+    living = job_states(names)
+    return {name: job for name, job in submitted_jobs(directory)[1].items() if job in living}
+
+
+def job_names(directory: Path) -> dict[str, str]:
+    """Of the jobs that were submitted last, each one's id to its name in the queue."""
     jobs = submitted_jobs(directory)[1]
     run = load_config([directory / "config.yaml"]).name if jobs else ""
-    return {name: job for name, job in jobs.items() if job_state(job, f"{run}-{name}")}
+    return {job: f"{run}-{name}" for name, job in jobs.items()}
 
 
 def job_state(job: str, name: str) -> str:
-    """PENDING, RUNNING, COMPLETING ...; empty when it has ended. Raises ConfigError if SLURM does not answer.
+    """PENDING, RUNNING, COMPLETING ...; empty when it has ended. Raises ConfigError as `job_states` does."""
+    return job_states({job: name}).get(job, "")
 
-    A job with another name is another cluster's, or a later one.
+
+def job_states(names: Mapping[str, str]) -> dict[str, str]:
+    """Of the jobs with these ids and names, those in the queue or running: PENDING, RUNNING, COMPLETING ...
+
+    A job with another name is another cluster's, or a later one. Raises ConfigError if SLURM does not answer.
     """
+    if not names:
+        return {}
     try:
-        return run_command(["squeue", "--noheader", f"--jobs={job}", f"--name={name}", "--format=%T"]).strip()
+        said = run_command(["squeue", "--noheader", f"--jobs={','.join(names)}", "--format=%i|%T|%j"])
     except ConfigError as error:
         if FORGOTTEN in str(error):
-            return ""
+            return {}
         raise
+    found = (line.strip().split("|", 2) for line in said.splitlines())
+    return {job: state for job, state, name in found if names.get(job) == name}
+
+
+def job_end(job: str) -> tuple[str, int]:
+    """How a job that `job_states` has no more ended, as COMPLETED, FAILED, CANCELLED, TIMEOUT, and its exit code.
+
+    SLURM forgets it after some minutes: then it is UNKNOWN. Raises ConfigError if SLURM does not answer.
+    """
+    try:
+        shown = run_command(["scontrol", "show", "job", job, "--oneliner"])
+    except ConfigError as error:
+        if FORGOTTEN in str(error):
+            return "UNKNOWN", 1
+        raise
+    state, code = re.search(r" JobState=(\S+)", shown), re.search(r" ExitCode=(\d+):", shown)
+    return state[1] if state else "UNKNOWN", int(code[1]) if code else 1
 
 
 def run_command(command: list[str]) -> str:

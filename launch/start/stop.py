@@ -4,11 +4,11 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from launch.start.slurm import STOP_FILE, living_jobs, run_command, submitted_jobs
+from launch.start.slurm import STOP_FILE, job_names, job_states, living_jobs, run_command, submitted_jobs
 from pretrain.config.errors import ConfigError
 from pretrain.host.lock import lock_holder
 
@@ -24,28 +24,35 @@ def stop_run(directory: Path, say: Say = print) -> list[str]:
     """
     if not (directory / "config.yaml").is_file():
         raise ConfigError(f"run directory: {str(directory)!r} given; there is no config.yaml in it")
-    return [*_stop_jobs(directory, say), *_stop_processes(directory, say)]
+    return [*stop_jobs({directory: ""}, say), *_stop_processes(directory, say)]
 
 
-def _stop_jobs(directory: Path, say: Say) -> list[str]:
-    attempt, _ = submitted_jobs(directory)
-    living = living_jobs(directory)
-    if not attempt or not living:
-        return []
-    (attempt / STOP_FILE).touch()  # launch/start/requeue.py looks for it
-    asked: set[str] = set()
-    stopped = [f"{name} (job {job})" for name, job in living.items()]
+def stop_jobs(runs: Mapping[Path, str], say: Say = print, hurry: Callable[[], bool] = lambda: False) -> list[str]:
+    """Ask the jobs of run directories to save and stop; wait until all have ended, or `hurry` says that it is enough.
+
+    Each directory has words that are said in place of a silo's name, if there are any. Returns what was stopped.
+    """
+    names, words = dict[str, str](), dict[str, str]()
+    for directory, run in runs.items():
+        attempt, _ = submitted_jobs(directory)
+        for name, job in living_jobs(directory).items():
+            assert attempt
+            (attempt / STOP_FILE).touch()  # launch/start/requeue.py looks for it
+            names[job], words[job] = job_names(directory)[job], run or name
+    living, asked = list(names), set[str]()
     while living:
         try:
-            for name, job in living.items():
+            for job in living:
                 if job not in asked and _ask(job):
-                    say(f"{name}: job {job} saves and stops")
+                    say(f"{words[job]}: job {job} saves and stops")
                     asked.add(job)
-            living = living_jobs(directory)
+            living = list(job_states(names))
         except ConfigError as error:  # SLURM does not answer at the moment
             say(str(error))
+        if hurry():
+            break
         time.sleep(POLL_SECONDS)
-    return stopped
+    return [f"{words[job]} (job {job})" for job in names]
 
 
 def _ask(job: str) -> bool:

@@ -16,8 +16,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from launch.cli import app
-from launch.compare.compare import CompareConfig, Planned, compare, load_comparison, plan_runs
+from launch.compare.compare import CompareConfig, Planned, load_comparison, plan_runs
 from launch.compare.pace import Followed, Pace
+from launch.compare.run import compare
 from launch.compare.table import Interval, Table, read_results, t_quantile, write_results
 from launch.show import figures
 from launch.show.display import format_seconds
@@ -203,7 +204,7 @@ def test_progress_and_time_left(comparison: Path, monkeypatch: pytest.MonkeyPatc
     pace = Pace(followed)
     assert pace.due() is None
     now = 131.0
-    followed[0].is_running = True
+    followed[0].state = "running"
     steps = first.config.inner.num_steps
     assert pace.due() == f"0% of all tokens, measuring the time left; running: {first.name} at step 0 of {steps}"
     assert pace.due() is None

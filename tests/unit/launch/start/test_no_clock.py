@@ -25,10 +25,10 @@ def test_the_last_attempt_is_that_with_the_largest_number(tmp_path: Path) -> Non
 def test_the_node_that_failed_first_is_blamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
     notes = tmp_path / "crashes"
-    assert _count_crash(tmp_path, notes, "7")["nodes"] == {}
+    assert _count_crash(tmp_path, notes, "7", "")["nodes"] == {}
     for node in ("n2", "n1"):
         note_failure(notes, "7-0", node)
-    assert _count_crash(tmp_path, notes, "7") == {"job": "7", "crashes": 2, "saved": "", "nodes": {"n2": 1}}
+    assert _count_crash(tmp_path, notes, "7", "") == {"job": "7", "crashes": 2, "saved": "", "nodes": {"n2": 1}}
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     note_failure(notes, "7-1", "n2")
-    assert _count_crash(tmp_path, notes, "7")["nodes"] == {"n2": 2}
+    assert _count_crash(tmp_path, notes, "7", "")["nodes"] == {"n2": 2}
