@@ -215,8 +215,10 @@ def comparison(given: argparse.Namespace, settings: list[str]) -> CompareConfig:
             continue
         rate = RATES[way][label] * scale
         every = [*settings, *silos_of(directory, way), *WAYS[way], f"inner.lr={rate:g}", *given.overrides]
-        goes_on = {"of": f"{way}-federated-{RATES[way]['federated']:g}", "steps": OWN_STEPS} if label == "own" else {}
-        models[f"{way}-{label}-{rate:g}"] = ModelSpec(kind=KINDS_OF_RUN[label], settings=every, **goes_on)
+        spec = ModelSpec(kind=KINDS_OF_RUN[label], settings=every)
+        if label == "own":
+            spec.of, spec.steps = f"{way}-federated-{RATES[way]['federated']:g}", OWN_STEPS
+        models[f"{way}-{label}-{rate:g}"] = spec
     return CompareConfig(
         directory=str(directory / "compare"),
         run=[str(directory / "run.yaml")],

@@ -32,7 +32,7 @@ FILES = ("simple_python", "multiple", "live_simple", "live_multiple")
 MAX_OF_A_FUNCTION = 4
 MAX_ARGUMENTS = 8
 MAX_CHARACTERS = 200
-NUM_VARIANTS = 24
+NUM_VARIANTS = 40
 NUM_OTHERS = 1
 # Beginnings of words.
 DOMAINS = {
