@@ -97,7 +97,7 @@ def questions(data: Path) -> Iterator[Question]:
 
 
 def _lines(file: Path) -> Iterator[Record]:
-    yield from map(json.loads, filter(None, file.read_text(encoding="utf-8").splitlines()))
+    yield from map(json.loads, filter(None, file.read_text(encoding="utf-8").split("\n")))
 
 
 def _question(record: Record, answers: list[Record]) -> Question | None:
