@@ -66,7 +66,7 @@ BASE = COMMON | {
 }
 ADAPTERS = COMMON | {
     "name": "calls",
-    "inner": {"lr": 0.005, "warmup_steps": 5},
+    "inner": {"lr": 0.007, "warmup_steps": 5},
     "outer": {"sync_interval_steps": 5, "optimizer": "nesterov", "lr": 0.8, "momentum": 0.5},
     "exchange": {"poll_seconds": 0.1, "keep_versions": 1000},
     "silo": SILO | {"global_batch_sequences": 4, "micro_batch_sequences": 4, "checkpoint_interval_steps": 1000},
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--questions", type=int, default=24, help="of a silo, at most")
     parser.add_argument("--base-steps", type=int, default=900)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the runs with adapters")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
