@@ -71,8 +71,8 @@ PROMPT = [
     "model.adapter.text=Answer the question.",
 ]
 BESIDE = [
-    f"silos.{name}.personal_adapter={{rank: 16, alpha: 32, targets: [all-linear]}}"
-    for name in ("law", "medicine", "encyclopedia", "literature")
+    *("silo.personal_adapter.rank=16", "silo.personal_adapter.alpha=32"),
+    "silo.personal_adapter.targets=[all-linear]",
 ]
 OUTER = ["outer.optimizer=nesterov", "outer.lr=0.9", "outer.momentum=0.4"]
 AVERAGED = ["outer.optimizer=sgd", "outer.lr=1.0", "outer.momentum=0.0", "outer.sync_interval_steps=4"]

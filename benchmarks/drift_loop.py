@@ -15,11 +15,11 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import math
 import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -29,6 +29,7 @@ from torch.nn import functional as F
 from benchmarks.heterogeneity import VOCAB_SIZE
 from data_tools.sources import read_documents, training_file
 from data_tools.tokenizer import train_tokenizer
+from pretrain.outer.learning_rate import scheduled_lr
 from pretrain.silo.muon import COEFFICIENTS, EPS, NUM_ITERATIONS
 
 Text = dict[str, dict[str, Tensor]]  # of each silo by split
@@ -194,13 +195,11 @@ class Silos:
         self.correction = {k: torch.zeros_like(v) for k, v in self.sums.items()}
         self.slides: dict[str, Tensor] = {}
 
-    def step(self, rows: Tensor, scale: float) -> Tensor:
+    def step(self, rows: Tensor, scale: float) -> None:
         """One inner step of each; `scale`: of the learning rates."""
-        settings = self.settings
-        found = losses(self.parameters, rows, settings.layers)
-        gradients = dict(
-            zip(self.parameters, torch.autograd.grad(found.sum(), [*self.parameters.values()]), strict=True)
-        )
+        found = losses(self.parameters, rows, self.settings.layers)
+        of_each = torch.autograd.grad(found.sum(), [*self.parameters.values()])
+        gradients = dict(zip(self.parameters, of_each, strict=True))
         squared = sum(gradient.flatten(1).square().sum(1) for gradient in gradients.values())
         clip = (CLIP / (torch.as_tensor(squared).sqrt() + 1e-6)).clamp(max=1.0)
         self.num_steps += 1
@@ -210,7 +209,6 @@ class Silos:
                 (self._muon if is_muons(name) else self._adamw)(name, parameter, gradient, scale)
                 if name in self.slides:
                     parameter.add_(self.slides[name], alpha=scale)
-        return found.detach()
 
     def _muon(self, name: str, parameter: Tensor, gradient: Tensor, scale: float) -> None:
         settings, (rows, columns) = self.settings, parameter.shape[1:]
@@ -278,10 +276,8 @@ class Outer:
 
 def schedule(step: int, settings: Settings) -> float:
     """A warm-up, then a cosine."""
-    if step < WARMUP:
-        return (step + 1) / WARMUP
-    along = (step - WARMUP) / (settings.steps - WARMUP)
-    return settings.end + (1 - settings.end) * (1 + math.cos(math.pi * along)) / 2
+    shape: Any = {"schedule": "cosine", "warmup": WARMUP, "decay": 0, "min_ratio": settings.end}
+    return scheduled_lr(step, lr=1.0, num_steps=settings.steps, **shape)
 
 
 def run(settings: Settings, text: Text, seed: int) -> dict[str, dict[str, float]]:
