@@ -6,7 +6,6 @@
 The documents of the given corpora are cut into conversations: questions of 300 characters, answers of 900, four turns
 at most, numbered so that none comes twice. The reference is the time within `Tokenizer.encode_batch`, which also uses
 all cores, on batches of 1,000 conversations that have been rendered already; the mean of once before and once after.
-Beside the ratio of wall times is that of processor times, all processes together, for a machine that is not alone.
 With --worker it is one worker's whole task, from raw lines to tokens and masks, against `encode_batch` in the same
 thread on what that rendered: processor times of two blocks of a megabyte, the least of seven each, one after the other.
 """
@@ -15,7 +14,6 @@ import argparse
 import itertools
 import json
 import os
-import resource
 import tempfile
 import time
 from collections.abc import Iterator
@@ -37,9 +35,6 @@ from data_tools.tokenizer import train_tokenizer
 QUESTION_CHARACTERS, ANSWER_CHARACTERS, MAX_TURNS = 300, 900, 4
 SEQUENCE_TOKENS = 4096
 REPEATS = 7
-
-Times = tuple[float, float]
-"""Seconds on the clock, and of processors."""
 
 
 def cut(text: str) -> Iterator[list[dict[str, Any]]]:
@@ -69,26 +64,19 @@ def write_conversations(corpora: list[Path], file: Path, num_bytes: int) -> None
                     return
 
 
-def reference(file: Path, tokenizer: Path, template: Path | None) -> tuple[Times, int]:
-    """Times within encode_batch over all rendered conversations of the file, and their bytes."""
-    encoder, seconds, processor_seconds, num_bytes = Tokenizer.from_file(str(tokenizer)), 0.0, 0.0, 0
+def reference(file: Path, tokenizer: Path, template: Path | None) -> tuple[float, int]:
+    """Seconds within encode_batch over all rendered conversations of the file, and their bytes."""
+    encoder, seconds, num_bytes = Tokenizer.from_file(str(tokenizer)), 0.0, 0
     names = {token.content for token in encoder.get_added_tokens_decoder().values()}
     renderer = Renderer(find_template(tokenizer, template, ""), names)
     with file.open() as lines:
         while batch := list(itertools.islice(lines, REFERENCE_DOCUMENTS)):
             texts = [renderer.render(normalised(json.loads(line))).text for line in batch]
             num_bytes += sum(len(text.encode()) for text in texts)
-            began, processor_began = time.monotonic(), time.process_time()
+            began = time.monotonic()
             encoder.encode_batch(texts, add_special_tokens=False)
             seconds += time.monotonic() - began
-            processor_seconds += time.process_time() - processor_began
-    return (seconds, processor_seconds), num_bytes
-
-
-def children_seconds() -> float:
-    """Processor time of all processes that have ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    return seconds, num_bytes
 
 
 def one_worker(file: Path, tokenizer: Path, template: Path | None) -> None:
@@ -143,17 +131,14 @@ def main() -> None:
             file = directory / f"{megabytes}.jsonl"
             write_conversations(arguments.corpora, file, megabytes * 1_000_000)
             before, num_bytes = reference(file, tokenizer, arguments.template)
-            began = children_seconds()
             seconds, peak_bytes = prepare_seconds(file, tokenizer, directory / str(megabytes), options)
-            processor_seconds = children_seconds() - began
             after, _ = reference(file, tokenizer, arguments.template)
-            alone, processor_alone = ((first + second) / 2 for first, second in zip(before, after, strict=True))
+            alone = (before + after) / 2
             report = json.loads((directory / str(megabytes) / "report.json").read_text())["rows"]["train"]
             padding = report["padding_tokens"] / (report["rows"] * report["row_tokens"])
             print(
                 f"{num_bytes / 1e6:5.0f} MB rendered  encode_batch alone {num_bytes / alone / 1e6:6.2f} MB/s  "
-                f"prepare --chat {num_bytes / seconds / 1e6:6.2f} MB/s  ratio {alone / seconds:.3f} "
-                f"(processor time {processor_alone / processor_seconds:.3f})  "
+                f"prepare --chat {num_bytes / seconds / 1e6:6.2f} MB/s  ratio {alone / seconds:.3f}  "
                 f"padding {padding:.2%}  peak memory {peak_bytes / MIB:.0f} MiB",
                 flush=True,
             )

@@ -16,7 +16,7 @@ from data_tools.tokenizer import PlainText
 from pretrain.silo.shards import TOKEN_TYPES, token_type_for
 
 # Documents that are tokenized at once: the library's objects take some 300 bytes a token.
-BATCH_BYTES = 1 << 18
+BATCH_BYTES = 1 << 16
 
 
 @dataclass(kw_only=True, frozen=True)

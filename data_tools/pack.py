@@ -35,7 +35,7 @@ from data_tools.report import REPORT_FILE, write_report
 from data_tools.sources import Block, Part, Source, find_text, part_identity, read_blocks, source_name
 from data_tools.tokenizer import PlainText, tokenizer_file
 from data_tools.work import Work
-from data_tools.workers import StoppedError, in_order, workers_for
+from data_tools.workers import StoppedError, begin_workers, in_order, workers_for
 from pretrain.config.adapter import PROMPT
 from pretrain.config.errors import ConfigError
 from pretrain.host.lock import lock_directory
@@ -167,17 +167,19 @@ def prepare(
     check_on_bad(on_bad)
     recipe = recipe.checked()
     job = _job(recipe)
-    vocabulary = ChatEncoder(job) if isinstance(job, ChatJob) else PlainText(job.tokenizer)
     console = console or Console(stderr=True)
     listings = _listings(recipe, on_bad, console, asked_to_stop)
     pieces = _pieces(listings)
+    num_workers = workers_for([piece.part.num_bytes for piece in pieces]) if num_workers is None else num_workers
+    if num_workers:
+        begin_workers(__name__, *(["transformers.utils.chat_template_utils"] if recipe.chat else []))
+    vocabulary = ChatEncoder(job) if isinstance(job, ChatJob) else PlainText(job.tokenizer)
     terms = _terms(recipe, pieces, job)
     partial = output.with_name(output.name + ".partial")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         manifests = _already_there(output, terms)
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed after its last rename
         return manifests
-    num_workers = workers_for([piece.part.num_bytes for piece in pieces]) if num_workers is None else num_workers
     lock = lock_directory(partial, f"preparing {output}")
     _remove_unfinished(partial)
     try:
@@ -327,8 +329,7 @@ class _Packing:
         on_bad: str,
     ) -> None:
         self._pieces, self._left_out, self._partial = pieces, left_out, partial
-        self._num_workers, self._on_bad = num_workers, on_bad
-        self._job = job
+        self._num_workers, self._on_bad, self._job = num_workers, on_bad, job
         self._chat = None
         if isinstance(job, ChatJob):
             self._chat = Chat(

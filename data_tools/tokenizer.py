@@ -20,6 +20,8 @@ CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
 BYTE_ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 # Characters that few vocabularies have.
 UNUSUAL_TEXT = "a \u0378 \u2603 \U000e0fff \x00 \U0001f9ff"
+# Words whose tokens a tokenizer keeps, in some 30 MB. The library's own 10,000 are soon full.
+REMEMBERED_WORDS = 100_000
 # Some 120 MB of text to learn from.
 MAX_OCCURRENCES = 20_000_000
 REPEATS_AT_ONCE = 10_000
@@ -123,6 +125,8 @@ def load_tokenizer(file: Path, *, key: str = "--tokenizer") -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
+    if isinstance(tokenizer.model, models.BPE | models.Unigram):
+        tokenizer.model._resize_cache(REMEMBERED_WORDS)
     return tokenizer
 
 

@@ -3,6 +3,7 @@
 import collections
 import itertools
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import threading
@@ -36,6 +37,15 @@ def workers_for(part_bytes: list[int]) -> int:
     return 0 if all(part_bytes) and sum(part_bytes) < SMALL_BYTES else num_cores()
 
 
+def begin_workers(*modules: str) -> None:
+    """Start the process that all workers are forked from, which imports these modules while this one goes on.
+
+    Without it `in_order` starts that process, and each worker imports on its own. Only the first call does anything.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(modules))
+    multiprocessing.forkserver.ensure_running()
+
+
 def in_order(
     work: Callable[[Item], Result],
     items: Iterable[Item],
@@ -54,7 +64,7 @@ def in_order(
         for item in items:
             yield item, work(item)
         return
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     pool = ProcessPoolExecutor(num_workers, context, initializer=_start_worker, initargs=(start, arguments))
     rest = iter(items)
     in_flight: collections.deque[tuple[Item, Future[Result]]] = collections.deque()
