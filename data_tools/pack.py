@@ -171,8 +171,7 @@ def prepare(
     listings = _listings(recipe, on_bad, console, asked_to_stop)
     pieces = _pieces(listings)
     num_workers = workers_for([piece.part.num_bytes for piece in pieces]) if num_workers is None else num_workers
-    if num_workers:
-        begin_workers(__name__, *(["transformers.utils.chat_template_utils"] if recipe.chat else []))
+    begin_workers(num_workers, __name__, *(["transformers.utils.chat_template_utils"] if recipe.chat else []))
     vocabulary = ChatEncoder(job) if isinstance(job, ChatJob) else PlainText(job.tokenizer)
     terms = _terms(recipe, pieces, job)
     partial = output.with_name(output.name + ".partial")
@@ -181,7 +180,6 @@ def prepare(
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed after its last rename
         return manifests
     lock = lock_directory(partial, f"preparing {output}")
-    _remove_unfinished(partial)
     try:
         packing = _Packing(
             job,
@@ -328,6 +326,7 @@ class _Packing:
         num_workers: int,
         on_bad: str,
     ) -> None:
+        _remove_unfinished(partial)
         self._pieces, self._left_out, self._partial = pieces, left_out, partial
         self._num_workers, self._on_bad, self._job = num_workers, on_bad, job
         self._chat = None

@@ -37,13 +37,15 @@ def workers_for(part_bytes: list[int]) -> int:
     return 0 if all(part_bytes) and sum(part_bytes) < SMALL_BYTES else num_cores()
 
 
-def begin_workers(*modules: str) -> None:
-    """Start the process that all workers are forked from, which imports these modules while this one goes on.
+def begin_workers(num_workers: int, *modules: str) -> None:
+    """Start the process that workers are forked from, which imports these modules while this one goes on.
 
-    Without it `in_order` starts that process, and each worker imports on its own. Only the first call does anything.
+    Without it `in_order` starts that process, and each worker imports on its own. Only the first call does anything,
+    and none with 0 workers.
     """
-    multiprocessing.get_context("forkserver").set_forkserver_preload(list(modules))
-    multiprocessing.forkserver.ensure_running()
+    if num_workers:
+        multiprocessing.get_context("forkserver").set_forkserver_preload(list(modules))
+        multiprocessing.forkserver.ensure_running()
 
 
 def in_order(
