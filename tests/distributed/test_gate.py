@@ -139,3 +139,28 @@ def test_thresholds_that_were_changed_after_the_fact(
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         assert run.returncode == 2
         assert "gate.max_silo_rise is 9.0 here and 0.2 there; change these keys, or name another store" in run.stderr
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"outer": {"sync_interval_steps": 4, "num_fragments": 2, "overlap_steps": 1, "codec": "int4"}},
+        {"membership": {"quorum": 1, "deadline_floor_seconds": 60.0, "deadline_ceiling_seconds": 120.0}},
+        {"silo": {"processes_per_node": 2, "micro_batch_sequences": 2}},
+    ],
+    ids=["streaming", "elastic", "ranks"],
+)
+def test_other_ways_to_train_are_judged_alike(
+    tmp_path: Path, tiny_config: TinyConfig, tiny_text: TinyText, changes: dict[str, Any]
+) -> None:
+    """Every version is judged by both silos and decided, and who is judged learns nothing by it."""
+    gate = RULE | {"data": gate_data(tiny_text, "alpha", "beta"), "deadline_seconds": 120.0}
+    run = federate(tiny_config(tmp_path / "gated", gate=gate, **changes))
+    newest = len(decisions(run.config)) - 1
+    assert newest >= 3
+    for version in range(newest + 1):
+        found = [result(run.config, silo, version).losses for silo in ("alpha", "beta")]
+        assert [list(losses) for losses in found] == [["alpha"], ["beta"]]
+    assert f"{newest + 1} decisions recomputed" in said_by("verify", run.config.directory)
+    ungated = federate(tiny_config(tmp_path / "off", **changes))
+    assert_same_bits(run.parameters(newest), ungated.parameters(newest))
