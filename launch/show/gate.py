@@ -65,6 +65,11 @@ class GateStatus:
         return [f"gate: {self.current_words}", *(one.words for one in self.candidates)]
 
     @property
+    def is_waiting(self) -> bool:
+        """Whether a candidate is not decided yet."""
+        return not all(one.is_decided for one in self.candidates)
+
+    @property
     def decisions(self) -> list[str]:
         """A line for each candidate that is decided."""
         return [one.words for one in self.candidates if one.is_decided]

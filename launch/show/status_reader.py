@@ -116,6 +116,11 @@ class StoreStatus:
         return self.version is not None and self.version >= self.num_versions
 
     @property
+    def is_over(self) -> bool:
+        """Whether it is, and the gate has decided about all that came of it."""
+        return self.is_finished and not (self.gate and self.gate.is_waiting)
+
+    @property
     def num_delivered(self) -> int:
         """Deliveries for the version in progress."""
         return sum(silo.has_delivered for silo in self.silos.values())

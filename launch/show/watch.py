@@ -113,7 +113,7 @@ def _progress(status: StoreStatus) -> RenderableType:
 def _watch_live(federation: Federation, console: Console) -> None:
     with Live(draw(federation, console), console=console, auto_refresh=False, vertical_overflow="crop") as live:
         live.refresh()
-        while not federation.status.is_finished:
+        while not federation.status.is_over:
             trouble = _pause_and_look(federation)
             live.update(draw(federation, console, trouble), refresh=True)
 
@@ -122,7 +122,7 @@ def _tell(federation: Federation, console: Console) -> None:
     """A line for each commit, each decision of the gate, and for what is waited for when that is another."""
     version, waiting, trouble, decided = federation.status.version, "", "", _decisions(federation)
     console.print(draw(federation, console))
-    while not federation.status.is_finished:
+    while not federation.status.is_over:
         if (new := _pause_and_look(federation)) != trouble:
             trouble = new
             _say(console, trouble or "the store can be read again")

@@ -15,7 +15,7 @@ from pretrain.config.keys import RunConfig
 from tests.gates import gate_data
 from tests.support import TinyText
 from tests.unit.test_gate import RULE, run_of_four
-from tests.waiting import wait_for
+from tests.waiting import PATIENCE_SECONDS, wait_for
 
 WHY = "silo beta finds 4.7500, +0.2000 above version 2; allowed: +0.1 (gate.max_silo_rise)"
 
@@ -50,6 +50,7 @@ def test_candidates_and_decisions_are_shown(store: Path, monkeypatch: pytest.Mon
     assert (public.count("version 2 stays</td>"), "4.75" in public, "beta" in public) == (2, False, False)
 
     # In a terminal, then line by line: the newest version is not there yet, nor what was decided of the one before.
+    # The end is what is decided of the newest.
     monkeypatch.setattr(watching, "POLL_SECONDS", 0.02)
     monkeypatch.setattr(watching, "MOST_BUSY", 0)
     newest, decision = store / "global/000004", store / "global/000003/gate.json"
@@ -66,6 +67,11 @@ def test_candidates_and_decisions_are_shown(store: Path, monkeypatch: pytest.Mon
     (store / "decision").rename(decision)
     told = f"gate: version 3 did not, version 2 stays: {WHY}; judged by alpha 3.0000, beta 4.7500"
     wait_for(lambda: any(line.endswith(f"  {told}") for line in lines(console)))
+    (store / "newest/gate.json").rename(store / "last")
     (store / "newest").rename(newest)
-    thread.join()
+    wait_for(lambda: any("  commit 4/4  " in line for line in lines(console)))
+    (store / "last").rename(newest / "gate.json")
+    thread.join(PATIENCE_SECONDS)
+    assert not thread.is_alive()
+    assert any("  gate: version 4 did not, version 2 stays" in line for line in lines(console))
     assert sum(told in line for line in lines(console)) == 1
