@@ -25,7 +25,8 @@ class Task:
 def read_tasks(file: Path, *, key: str = "--tasks") -> list[Task]:
     """All tasks of a file. Raises ConfigError, one line that names the line, for what is none."""
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")  # splitlines also does where a text has U+2028 or U+0085
+        # A byte order mark may come first; splitlines also does where a text has U+2028 or U+0085.
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise ConfigError(f"{key}: {str(file)!r} given; {error.strerror}; allowed: a file of JSON lines") from None
     except UnicodeDecodeError:

@@ -1,5 +1,6 @@
 """A model with weights at random tries tasks; what its verifier likes becomes shards."""
 
+import codecs
 import json
 from pathlib import Path
 
@@ -184,7 +185,7 @@ def test_a_malformed_task_is_named(tmp_path: Path, line: str, why: str) -> None:
 
 def test_a_task_may_have_any_character_that_json_allows(tmp_path: Path) -> None:
     file, prompt = tmp_path / "tasks.jsonl", "one\u2028two\u0085three"
-    file.write_bytes(json.dumps({"prompt": prompt}, ensure_ascii=False).encode() + b"\r\n\r\n")
+    file.write_bytes(codecs.BOM_UTF8 + json.dumps({"prompt": prompt}, ensure_ascii=False).encode() + b"\r\n\r\n")
     [task] = read_tasks(file)
     assert task.messages == [{"role": "user", "content": prompt}]
 
