@@ -250,6 +250,7 @@ def _pieces(listings: dict[str, Listing]) -> list[_Piece]:
 def _job(recipe: Recipe) -> Job | ChatJob:
     """What workers are told. Raises ConfigError."""
     file = tokenizer_file(recipe.tokenizer)
+    tokenizer_sha256(file, key="--tokenizer")  # is it there?
     if not (given := recipe.chat):
         return Job(tokenizer=file, cleaning=recipe.cleaning, held_out=recipe.held_out)
     return ChatJob(
