@@ -187,11 +187,14 @@ def tokenizer_sha256(file: Path, *, key: str = "tokenizer") -> str:
 
 
 def template_sha256(file: Path | None, *, key: str = "chat_template") -> str:
-    """sha256 of a chat template's text in UTF-8, to the last space; empty of None. Raises ConfigError, naming `key`."""
+    """sha256 of a chat template's text in UTF-8, without a byte order mark, to the last space; empty of None.
+
+    Raises ConfigError, naming `key`.
+    """
     if file is None:
         return ""
     try:
-        if not (text := file.read_bytes().decode()).strip():
+        if not (text := file.read_bytes().decode("utf-8-sig")).strip():
             raise ConfigError(f"{key}: {str(file)!r} given, which is empty; allowed: a chat template (Jinja)")
     except (OSError, UnicodeDecodeError) as error:
         why = "it is no text in UTF-8" if isinstance(error, UnicodeDecodeError) else "there is no such file"

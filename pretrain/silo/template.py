@@ -54,9 +54,12 @@ def own_template(tokenizer_file: Path, *, key: str = "tokenizer") -> tuple[str, 
 
 
 def read_template(file: Path, *, key: str) -> str:
-    """A template's text, to its last byte. Raises ConfigError, naming `key`."""
+    """A template's text, to its last byte, without a byte order mark, which would begin every conversation.
+
+    As `template_sha256` reads it. Raises ConfigError, naming `key`.
+    """
     try:
-        return file.read_bytes().decode("utf-8")
+        return file.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{key}: {str(file)!r} given; {shown(error)}; allowed: a file") from None
 

@@ -1,5 +1,6 @@
 """Splits of conversations: rows, masks, what is written of them, what is read, and what is refused."""
 
+import codecs
 import dataclasses
 import hashlib
 import json
@@ -38,6 +39,7 @@ from pretrain.silo.shards import (
     verify_shards,
     write_manifest,
 )
+from pretrain.silo.template import read_template, sha256_of
 from pretrain.silo.verify import verify_tokens
 from pretrain.silo.writer import SplitWriter
 from pretrain.trust.contract import build_contract, check_same_contract, first_contract
@@ -224,6 +226,9 @@ def test_a_template_is_known_by_its_text(tmp_path: Path) -> None:
     file = tmp_path / "chat_template.jinja"
     file.write_bytes("{{ größe }}\r\n".encode())
     assert template_sha256(file) == hashlib.sha256("{{ größe }}\r\n".encode()).hexdigest()
+    file.write_bytes(codecs.BOM_UTF8 + file.read_bytes())
+    assert template_sha256(file) == hashlib.sha256("{{ größe }}\r\n".encode()).hexdigest()
+    assert sha256_of(read_template(file, key="chat_template")) == template_sha256(file)
     for raw, expected in ((b" \n", "which is empty"), (b"\xff", "it is no text in UTF-8")):
         file.write_bytes(raw)
         with pytest.raises(ConfigError, match=rf"chat_template: .*given[;,] {expected}; allowed: a chat template"):
