@@ -166,14 +166,14 @@ def prepare(
     """
     check_on_bad(on_bad)
     recipe = recipe.checked()
-    job = _job(recipe)
+    job, sha256 = _job(recipe), tokenizer_sha256(tokenizer_file(recipe.tokenizer), key="--tokenizer")
     console = console or Console(stderr=True)
     listings = _listings(recipe, on_bad, console, asked_to_stop)
     pieces = _pieces(listings)
     num_workers = workers_for([piece.part.num_bytes for piece in pieces]) if num_workers is None else num_workers
     begin_workers(num_workers, __name__, *(["transformers.utils.chat_template_utils"] if recipe.chat else []))
     vocabulary = ChatEncoder(job) if isinstance(job, ChatJob) else PlainText(job.tokenizer)
-    terms = _terms(recipe, pieces, job)
+    terms = _terms(recipe, pieces, job, sha256)
     partial = output.with_name(output.name + ".partial")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         manifests = _already_there(output, terms)
@@ -250,7 +250,6 @@ def _pieces(listings: dict[str, Listing]) -> list[_Piece]:
 def _job(recipe: Recipe) -> Job | ChatJob:
     """What workers are told. Raises ConfigError."""
     file = tokenizer_file(recipe.tokenizer)
-    tokenizer_sha256(file, key="--tokenizer")  # is it there?
     if not (given := recipe.chat):
         return Job(tokenizer=file, cleaning=recipe.cleaning, held_out=recipe.held_out)
     return ChatJob(
@@ -264,7 +263,7 @@ def _job(recipe: Recipe) -> Job | ChatJob:
     )
 
 
-def _terms(recipe: Recipe, pieces: list[_Piece], job: Job | ChatJob) -> dict[str, Any]:
+def _terms(recipe: Recipe, pieces: list[_Piece], job: Job | ChatJob, tokenizer_sha256: str) -> dict[str, Any]:
     """All that decides about the bytes of the shards, as JSON holds it. A file is known by name, size and time."""
     extra: dict[str, Any] = {"documents": versions()} if any(p.part.kind == "document" for p in pieces) else {}
     if recipe.cleaning.asks_languages:
@@ -282,7 +281,7 @@ def _terms(recipe: Recipe, pieces: list[_Piece], job: Job | ChatJob) -> dict[str
         }
     return extra | {
         "text": [[p.source, Path(p.part.path).name, *part_identity(p.part)[1:]] for p in pieces],
-        "tokenizer_sha256": tokenizer_sha256(tokenizer_file(recipe.tokenizer), key="--tokenizer"),
+        "tokenizer_sha256": tokenizer_sha256,
         "cleaning": told(dataclasses.asdict(recipe.cleaning)),
         "held_out": recipe.held_out,
         "shard_tokens": recipe.shard_tokens,

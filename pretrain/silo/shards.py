@@ -186,15 +186,17 @@ def tokenizer_sha256(file: Path, *, key: str = "tokenizer") -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def template_sha256(file: Path | None, *, key: str = "chat_template") -> str:
-    """sha256 of a chat template's text in UTF-8, without a byte order mark, to the last space; empty of None.
+def template_text(file: Path) -> str:
+    """A chat template's text, to its last byte, without a byte order mark, which would begin every conversation."""
+    return file.read_bytes().decode("utf-8-sig")
 
-    Raises ConfigError, naming `key`.
-    """
+
+def template_sha256(file: Path | None, *, key: str = "chat_template") -> str:
+    """sha256 of `template_text` in UTF-8; empty of None. Raises ConfigError, naming `key`."""
     if file is None:
         return ""
     try:
-        if not (text := file.read_bytes().decode("utf-8-sig")).strip():
+        if not (text := template_text(file)).strip():
             raise ConfigError(f"{key}: {str(file)!r} given, which is empty; allowed: a chat template (Jinja)")
     except (OSError, UnicodeDecodeError) as error:
         why = "it is no text in UTF-8" if isinstance(error, UnicodeDecodeError) else "there is no such file"

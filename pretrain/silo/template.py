@@ -8,7 +8,7 @@ from typing import Any
 
 from pretrain.config.errors import ConfigError
 from pretrain.host.foreign import shown
-from pretrain.silo.shards import END_OF_TEXT_NAMES, TEMPLATE_FILE
+from pretrain.silo.shards import END_OF_TEXT_NAMES, TEMPLATE_FILE, template_text
 from pretrain.silo.vocabulary import read_tokenizer
 
 CONFIG_FILE = "tokenizer_config.json"
@@ -54,12 +54,9 @@ def own_template(tokenizer_file: Path, *, key: str = "tokenizer") -> tuple[str, 
 
 
 def read_template(file: Path, *, key: str) -> str:
-    """A template's text, to its last byte, without a byte order mark, which would begin every conversation.
-
-    As `template_sha256` reads it. Raises ConfigError, naming `key`.
-    """
+    """`template_text` of a file. Raises ConfigError, naming `key`."""
     try:
-        return file.read_bytes().decode("utf-8-sig")
+        return template_text(file)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{key}: {str(file)!r} given; {shown(error)}; allowed: a file") from None
 
